@@ -1,0 +1,5 @@
+"""Errors that a user can mend: each message is one line that names the value and the remedy."""
+
+
+class TwigVLMError(ValueError):
+    """Bad input, configuration or weight file. The command line prints it without a traceback and exits with 2."""
