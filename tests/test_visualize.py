@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from twigvlm.errors import TwigVLMError
+from twigvlm.visualize import highlight
+
+
+@pytest.fixture
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+
+
+def inside(image, row, column, side=16, margin=4):
+    pixels = np.asarray(image)
+    return pixels[
+        row * side + margin : (row + 1) * side - margin, column * side + margin : (column + 1) * side - margin
+    ]
+
+
+def test_kept_patches_are_unchanged_and_others_faded(picture):
+    before = picture.tobytes()
+    shown = highlight(picture, [0, 6], grid=(3, 4), min_side=48)
+    assert shown.size == picture.size
+    assert shown.mode == "RGB"
+    assert picture.tobytes() == before
+    for index in range(12):
+        row, column = divmod(index, 4)
+        same = np.array_equal(inside(shown, row, column), inside(picture, row, column))
+        assert same == (index in (0, 6))
+        if index not in (0, 6):
+            faded = inside(shown, row, column)
+            assert faded.min() > 150
+            assert (faded == faded[..., :1]).all()
+
+
+def test_all_kept_shows_the_picture(picture):
+    shown = highlight(picture, range(12), grid=(3, 4), min_side=48)
+    assert np.array_equal(np.asarray(shown)[4:-4, 4:-4], np.asarray(picture)[4:-4, 4:-4])
+
+
+def test_small_pictures_are_enlarged(picture):
+    assert highlight(picture, [], grid=(3, 4), min_side=96).size == (128, 96)
+
+
+def test_box_places_the_grid(picture):
+    shown = highlight(picture, [0], grid=(3, 3), box=(8, 0, 56, 48), min_side=48)
+    assert np.array_equal(np.asarray(shown)[4:12, 12:20], np.asarray(picture)[4:12, 12:20])
+    assert np.asarray(shown)[4:12, :6].min() > 150
+
+
+@pytest.mark.parametrize("index", [-1, 12])
+def test_index_outside_the_grid(picture, index):
+    with pytest.raises(TwigVLMError, match=r"kept index -?\d+: the grid of 3x4 patches has 0 to 11"):
+        highlight(picture, [index], grid=(3, 4))
