@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from twigvlm.errors import TwigVLMError
@@ -85,8 +86,6 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _eight_bits(
-    pixels: "np.ndarray[tuple[int, ...], np.dtype[np.integer]]",
-) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+def _eight_bits(pixels: NDArray[np.integer]) -> NDArray[np.uint8]:
     """0..65535 to 0..255, each end to its end, rounded to the nearest."""
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from twigvlm.errors import TwigVLMError
@@ -31,7 +32,7 @@ def highlight(
         A new RGB image; `image` is left as it was.
     """
     rows, columns = grid
-    chosen = np.zeros(rows * columns, dtype=bool)
+    chosen: NDArray[np.bool_] = np.zeros(rows * columns, dtype=bool)
     for index in kept:
         if not 0 <= index < rows * columns:
             raise TwigVLMError(
@@ -58,7 +59,7 @@ def highlight(
 
 def _frame(
     draw: ImageDraw.ImageDraw,
-    chosen: "np.ndarray[tuple[int, int], np.dtype[np.bool_]]",
+    chosen: NDArray[np.bool_],
     xs: list[int],
     ys: list[int],
     width: int,
