@@ -1,0 +1,315 @@
+"""Synthetic scenes: (split, index) -> the same picture on every machine.
+
+A scene is first a description (what is where), from which come the picture (`render`), the labels of its
+14-pixel patches (`patch_labels`) and, in `questions.py`, conversations about it.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+
+HERE = Path(__file__).parent
+ATLAS = HERE / "atlas.webp"
+ATLAS_COLUMNS, CELL = 15, 96
+SIZE, PATCH = 336, 14
+GRID = SIZE // PATCH
+SPLITS = {"train": 0, "validation": 1, "test": 2}
+
+
+@dataclass(frozen=True)
+class Kind:
+    emoji: str
+    name: str
+    plural: str
+
+    @property
+    def with_article(self) -> str:
+        an = self.name[0] in "aeio" or self.name in ("umbrella", "hourglass")
+        return f"{'an' if an else 'a'} {self.name}"
+
+
+def _kinds() -> tuple[Kind, ...]:
+    kinds = []
+    for line in (HERE / "kinds.txt").read_text(encoding="utf8").splitlines():
+        emoji, name, *plural = line.split()
+        kinds.append(Kind(emoji, name, plural[0] if plural else name + "s"))
+    return tuple(kinds)
+
+
+KINDS = _kinds()
+WORDS = tuple((HERE / "words.txt").read_text().split())
+CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+SIGN_COLOURS = {  # name: (board, ink)
+    "red": ((205, 35, 40), (255, 255, 255)),
+    "blue": ((30, 70, 190), (255, 255, 255)),
+    "green": ((25, 130, 60), (255, 255, 255)),
+    "yellow": ((250, 215, 40), (20, 20, 20)),
+    "black": ((25, 25, 28), (245, 245, 245)),
+    "white": ((248, 248, 246), (25, 25, 25)),
+    "orange": ((245, 130, 20), (20, 20, 20)),
+    "purple": ((115, 40, 150), (255, 255, 255)),
+}
+BACKGROUNDS = {
+    "blue": (150, 190, 235),
+    "green": (160, 215, 155),
+    "pink": (245, 185, 205),
+    "yellow": (245, 235, 170),
+    "gray": (170, 172, 176),
+    "brown": (190, 150, 115),
+    "purple": (195, 170, 225),
+    "white": (240, 240, 240),
+}
+COLOURS = tuple(sorted({*SIGN_COLOURS, *BACKGROUNDS}))
+TEXTURES = ("plain", "striped", "dotted", "checked", "speckled")
+FONTS = ("DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold", "STIXGeneralBol", "cmss10", "DejaVuSans")
+
+
+def held_out_word(word: str) -> bool:
+    """Sign words that never occur in training."""
+    return word.isalpha() and zlib.crc32(word.encode()) % 10 == 0
+
+
+def held_out_pair(a: int, b: int) -> bool:
+    """Pairs of kinds that never share a picture in training."""
+    return a != b and zlib.crc32(f"{min(a, b)},{max(a, b)}".encode()) % 20 == 0
+
+
+@dataclass(frozen=True)
+class Thing:
+    kind: int
+    x: float
+    y: float
+    size: float
+    angle: float
+    flip: bool
+    brightness: float
+
+
+@dataclass(frozen=True)
+class Sign:
+    text: str
+    colour: str
+    x: float
+    y: float
+    pitch: float
+    font: str
+
+    @property
+    def half(self) -> tuple[float, float]:
+        return (len(self.text) * self.pitch / 2 + 8, self.pitch * 0.95 + 4)
+
+    @property
+    def character_centres(self) -> list[tuple[float, float]]:
+        first = self.x - (len(self.text) - 1) * self.pitch / 2
+        return [(first + i * self.pitch, self.y) for i in range(len(self.text))]
+
+
+@dataclass(frozen=True)
+class Scene:
+    split: str
+    index: int
+    size: int
+    background: str
+    texture: str
+    things: tuple[Thing, ...]
+    signs: tuple[Sign, ...]
+
+
+def _rng(split: str, index: int, purpose: int) -> np.random.Generator:
+    return np.random.default_rng([SPLITS[split], index, purpose])
+
+
+def _sign_text(rng: np.random.Generator, split: str, random_text: float) -> str:
+    draw = rng.random()
+    if split == "train" and draw < random_text:
+        return "".join(rng.choice(list(CHARACTERS), rng.integers(2, 7)))
+    if draw > 0.8:
+        return str(rng.integers(1, 10 ** rng.integers(1, 4)))
+    while True:
+        word = str(rng.choice(WORDS))
+        if split == "test" or not held_out_word(word):
+            return word
+
+
+def make_scene(split: str, index: int, size: int = SIZE, random_text: float = 0.2) -> Scene:
+    """The scene `index` of a split.
+
+    `size` below 336 gives a small scene of one to three things or a sign, which may stick out of the picture, for dense
+    supervision; `random_text` is the share of random strings among the signs of the training split.
+    """
+    rng = _rng(split, index, purpose=size)
+    whole = size == SIZE
+    boxes: list[tuple[float, float, float, float]] = []
+
+    def free(x: float, y: float, half_x: float, half_y: float, overlap: float) -> bool:
+        return all(
+            abs(x - bx) > overlap * (half_x + bhx) or abs(y - by) > overlap * (half_y + bhy) for bx, by, bhx, bhy in boxes
+        )
+
+    signs: list[Sign] = []
+    for _ in range(rng.choice(3, p=(0.35, 0.5, 0.15)) if whole else int(rng.random() < 0.7)):
+        sign = Sign(
+            text=_sign_text(rng, split, random_text),
+            colour=str(rng.choice(list(SIGN_COLOURS))),
+            x=rng.uniform(0, size),
+            y=rng.uniform(16, size - 16),
+            pitch=rng.uniform(15, 23),
+            font=str(rng.choice(FONTS)),
+        )
+        half_x, half_y = sign.half
+        inside = not whole or half_x < sign.x < size - half_x and half_y < sign.y < size - half_y
+        if inside and free(sign.x, sign.y, half_x, half_y, 1.0):
+            signs.append(sign)
+            boxes.append((sign.x, sign.y, half_x, half_y))
+
+    things: list[Thing] = []
+    wanted = rng.integers(1, 9) if whole else rng.integers(0 if signs else 1, 4)
+    repeated = int(rng.integers(len(KINDS))) if whole and rng.random() < 0.35 else None
+    for _ in range(8 * wanted):
+        if len(things) == wanted:
+            break
+        extent = rng.uniform(40, 120)
+        margin = extent / 2 if whole else 4
+        x, y = rng.uniform(margin, size - margin, 2)
+        kind = int(rng.integers(len(KINDS)))
+        if repeated is not None and rng.random() < 0.5:
+            kind = repeated
+        taken = {thing.kind for thing in things}
+        if kind in taken and kind != repeated:
+            continue
+        if split == "train" and any(held_out_pair(kind, other) for other in taken):
+            continue
+        if sum(thing.kind == kind for thing in things) == 5:
+            continue
+        if free(x, y, extent / 2, extent / 2, 0.8):
+            angle = float(np.clip(rng.normal(0, 12), -30, 30))
+            things.append(Thing(kind, x, y, extent, angle, bool(rng.random() < 0.5), rng.uniform(0.8, 1.15)))
+            boxes.append((x, y, extent / 2, extent / 2))
+    return Scene(
+        split, index, size, str(rng.choice(list(BACKGROUNDS))), str(rng.choice(TEXTURES)), tuple(things), tuple(signs)
+    )
+
+
+@cache
+def _atlas() -> Image.Image:
+    return Image.open(ATLAS).convert("RGBA")
+
+
+@cache
+def _sprite(kind: int) -> Image.Image:
+    column, row = kind % ATLAS_COLUMNS * CELL, kind // ATLAS_COLUMNS * CELL
+    return _atlas().crop((column, row, column + CELL, row + CELL))
+
+
+@cache
+def _font(name: str, pixels: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf", pixels)
+
+
+def _background(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    size = scene.size
+    colour = np.array(BACKGROUNDS[scene.background]) + rng.uniform(-10, 10, 3)
+    x, y = np.meshgrid(np.linspace(-1, 1, size), np.linspace(-1, 1, size))
+    angle = rng.uniform(0, 2 * math.pi)
+    along = math.cos(angle) * x + math.sin(angle) * y
+    shade = along * rng.uniform(0, 22)
+    period = rng.uniform(0.06, 0.2) * SIZE / size
+    if scene.texture == "striped":
+        shade = shade + 14 * np.sign(np.sin(2 * math.pi * along / period))
+    elif scene.texture == "checked":
+        shade = shade + 10 * np.sign(np.sin(math.pi * x / period) * np.sin(math.pi * y / period))
+    elif scene.texture == "dotted":
+        shade = shade - 22 * (np.sin(math.pi * x / period) ** 2 + np.sin(math.pi * y / period) ** 2 > 1.6)
+    elif scene.texture == "speckled":
+        shade = shade + rng.normal(0, 14, (size, size))
+    pixels = np.clip(colour + shade[..., None], 0, 255).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.integers(0, 10) * size // SIZE + 1):
+        clutter = tuple(int(v) for v in np.clip(colour + rng.uniform(-60, 60, 3), 0, 255))
+        cx, cy, reach = rng.uniform(0, size), rng.uniform(0, size), rng.uniform(4, 22)
+        corners = rng.uniform(-reach, reach, (3, 2)) + (cx, cy)
+        shape = rng.integers(3)
+        if shape == 0:
+            draw.polygon([tuple(corner) for corner in corners], fill=clutter)
+        elif shape == 1:
+            draw.ellipse((cx - reach / 2, cy - reach / 2, cx + reach / 2, cy + reach / 2), fill=clutter)
+        else:
+            draw.line([tuple(corner) for corner in corners[:2]], fill=clutter, width=int(rng.integers(1, 5)))
+    return image
+
+
+def render(scene: Scene) -> Image.Image:
+    """The picture of a scene, RGB, size × size pixels."""
+    rng = _rng(scene.split, scene.index, purpose=scene.size + 1)
+    image = _background(scene, rng)
+    draw = ImageDraw.Draw(image)
+    for sign in scene.signs:
+        board, ink = SIGN_COLOURS[sign.colour]
+        board = tuple(int(v) for v in np.clip(np.array(board) + rng.uniform(-12, 12, 3), 0, 255))
+        half_x, half_y = sign.half
+        box = (sign.x - half_x, sign.y - half_y, sign.x + half_x, sign.y + half_y)
+        draw.rounded_rectangle(box, radius=5, fill=board, outline=ink, width=2)
+        font = _font(sign.font, round(sign.pitch * 1.25))
+        for character, centre in zip(sign.text, sign.character_centres, strict=True):
+            draw.text(centre, character, fill=ink, font=font, anchor="mm")
+    for thing in scene.things:
+        extent = round(thing.size)
+        sprite = _sprite(thing.kind).resize((extent, extent), Image.Resampling.BICUBIC)
+        if thing.flip:
+            sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        sprite = sprite.rotate(thing.angle, Image.Resampling.BICUBIC, expand=True)
+        alpha = sprite.getchannel("A")
+        bright = ImageEnhance.Brightness(sprite.convert("RGB")).enhance(thing.brightness)
+        image.paste(bright, (round(thing.x - sprite.width / 2), round(thing.y - sprite.height / 2)), alpha)
+    if rng.random() < 0.2:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.7)))
+    return image
+
+
+@dataclass(frozen=True)
+class PatchLabels:
+    """What each 14-pixel patch shows; every array is (rows, columns)."""
+
+    kind: np.ndarray
+    """0 nothing, 1..len(KINDS) a thing, len(KINDS) + 1 a sign."""
+    centre: np.ndarray
+    """How near the patch is to the centre of its thing: 1 at the centre, about 0.25 one patch away."""
+    colour: np.ndarray
+    """Index into COLOURS of the sign or of the background; -1 on things."""
+    character: np.ndarray
+    """0 none, else 1 + index into CHARACTERS of the character whose centre is in the patch."""
+
+
+SIGN_KIND = len(KINDS) + 1
+
+
+def patch_labels(scene: Scene) -> PatchLabels:
+    """Dense supervision from geometry alone, so that scenes nobody renders have labels too."""
+    grid = scene.size // PATCH
+    middle = (np.arange(grid) + 0.5) * PATCH
+    px, py = np.meshgrid(middle, middle)
+    kind = np.zeros((grid, grid), np.int64)
+    centre = np.zeros((grid, grid), np.float32)
+    colour = np.full((grid, grid), COLOURS.index(scene.background))
+    character = np.zeros((grid, grid), np.int64)
+    for sign in scene.signs:
+        half_x, half_y = sign.half
+        inside = (abs(px - sign.x) < half_x) & (abs(py - sign.y) < half_y)
+        kind[inside], colour[inside] = SIGN_KIND, COLOURS.index(sign.colour)
+        for letter, (x, y) in zip(sign.text, sign.character_centres, strict=True):
+            row, column = int(y // PATCH), int(x // PATCH)
+            if 0 <= row < grid and 0 <= column < grid:
+                character[row, column] = 1 + CHARACTERS.index(letter)
+    for thing in scene.things:
+        squared = (px - thing.x) ** 2 + (py - thing.y) ** 2
+        inside = squared < (0.42 * thing.size) ** 2
+        kind[inside], colour[inside], character[inside] = thing.kind + 1, -1, 0
+        centre[inside] = np.exp(-squared[inside] / (2 * (0.6 * PATCH) ** 2))
+    return PatchLabels(kind, centre, colour, character)

@@ -1,0 +1,177 @@
+"""Steps a and c: grow the vision tower and the projector by dense supervision.
+
+Every patch predicts what it shows, and the projector's output is pulled to the embedding that `targets.py` gives it. Small
+crops first: they are ten times cheaper than whole scenes, and the place comes from a random window of the position embeddings.
+
+    python -m recipes.sapling.vision --size 112 --output runs/crops --steps 3000
+    python -m recipes.sapling.vision --size 336 --output runs/vision --steps 1200 --start runs/crops --batch 8 --rate 3e-4
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import CLIPVisionModel, Trainer, TrainingArguments, set_seed
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.trainer_utils import get_last_checkpoint
+
+from recipes.sapling.scenes import CHARACTERS, COLOURS, GRID, KINDS, PATCH, SIGN_KIND, make_scene, patch_labels, render
+from recipes.sapling.targets import VisualTargets
+from twigvlm.sapling import assemble
+
+
+def pixels(image: object) -> Tensor:
+    """RGB picture -> (3, height, width) in [-1, 1], as Sapling's processor does."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class Crops(Dataset):
+    split: str
+    size: int
+    count: int
+    random_text: float
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        scene = make_scene(self.split, index, self.size, self.random_text)
+        labels = {key: torch.from_numpy(value).flatten() for key, value in asdict(patch_labels(scene)).items()}
+        grid = self.size // PATCH
+        row, column = np.random.default_rng(index).integers(0, GRID - grid + 1, 2)
+        place = ((row + torch.arange(grid))[:, None] * GRID + column + torch.arange(grid)).flatten()
+        return {"pixel_values": pixels(render(scene)), "place": place, **labels}
+
+
+class DenseVision(nn.Module):
+    """Tower, projector, and the heads that are thrown away after training."""
+
+    def __init__(self, targets: VisualTargets, config: assemble.LlavaConfig) -> None:
+        super().__init__()
+        # The SDPA kernel's backward pass on CPUs takes longer than the rest of so small a layer.
+        self.vision_tower = CLIPVisionModel._from_config(config.vision_config, attn_implementation="eager")
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        width = config.vision_config.hidden_size
+        self.heads = nn.ModuleDict(
+            {
+                "kind": nn.Linear(width, SIGN_KIND + 1),
+                "character": nn.Linear(width, len(CHARACTERS) + 1),
+                "colour": nn.Linear(width, len(COLOURS)),
+                "centre": nn.Linear(width, 1),
+            }
+        )
+        self.targets = targets
+
+    def features(self, pixel_values: Tensor, place: Tensor) -> Tensor:
+        """Patch features (batch, patches, width) of crops whose patches sit at `place` of the whole picture."""
+        embeddings = self.vision_tower.embeddings
+        patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        position = embeddings.position_embedding
+        whole = embeddings.class_embedding + position.weight[0]
+        hidden = torch.cat([whole.expand(len(patches), 1, -1), patches + position(place + 1)], dim=1)
+        hidden = self.vision_tower.pre_layrnorm(hidden)
+        return self.vision_tower.encoder(inputs_embeds=hidden).last_hidden_state[:, 1:]
+
+    def forward(
+        self, pixel_values: Tensor, place: Tensor, kind: Tensor, centre: Tensor, colour: Tensor, character: Tensor
+    ) -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            features = self.features(pixel_values, place)
+        features = features.float()
+        projected = self.multi_modal_projector(features)
+        logits = {name: head(features) for name, head in self.heads.items()}
+        cross_entropy = nn.functional.cross_entropy
+        background = torch.ones(SIGN_KIND + 1)
+        background[0] = 0.3
+        no_character = torch.ones(len(CHARACTERS) + 1)
+        no_character[0] = 0.05
+        wanted = self.targets(kind, centre, colour, character, place)
+        weight = 1 + 3 * (kind > 0) + 12 * centre + 12 * (character > 0)
+        errors = (projected - wanted).square().mean(-1) / (self.targets.norm**2 / wanted.shape[-1])
+        return {
+            "loss": cross_entropy(logits["kind"].transpose(1, 2), kind, weight=background)
+            + cross_entropy(logits["character"].transpose(1, 2), character, weight=no_character)
+            + 0.3 * cross_entropy(logits["colour"].transpose(1, 2), colour, ignore_index=-1)
+            + nn.functional.binary_cross_entropy_with_logits(
+                logits["centre"].squeeze(-1), centre, pos_weight=torch.tensor(5.0)
+            )
+            + (weight * errors).sum() / weight.sum(),
+            "errors": errors,
+            "right_kind": logits["kind"].argmax(-1) == kind,
+            "right_character": logits["character"].argmax(-1) == character,
+        }
+
+
+@torch.inference_mode()
+def report(model: DenseVision, data: Crops) -> str:
+    """Shares of right patches and explained variance of the targets on held-out pictures."""
+    totals: dict[str, list[float]] = {"kind": [], "character": [], "centre error": [], "error": []}
+    for index in range(len(data)):
+        item = {key: value[None] for key, value in data[index].items()}
+        output = model(**item)
+        totals["kind"] += output["right_kind"][(item["kind"] > 0) & (item["kind"] < SIGN_KIND)].tolist()
+        totals["character"] += output["right_character"][item["character"] > 0].tolist()
+        totals["centre error"] += output["errors"][item["centre"] > 0.7].tolist()
+        totals["error"] += output["errors"].flatten().tolist()
+    return ", ".join(f"{name} {np.mean(values):.4f}" for name, values in totals.items())
+
+
+@dataclass
+class Options:
+    output: str
+    """Folder of checkpoints; an interrupted run goes on from the newest."""
+    size: int = 112
+    """Side of the pictures in pixels, a multiple of 14; 336 is the whole scene."""
+    steps: int = 3000
+    batch: int = 64
+    rate: float = 1e-3
+    random_text: float = 0.6
+    """Share of random strings among the signs."""
+    start: str | None = None
+    """Folder of an earlier run to start from."""
+    threads: int = 1
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    set_seed(0)
+    language, text = assemble.language_model(), assemble.tokenizer()
+    targets = VisualTargets(language.get_input_embeddings().weight.detach(), text)
+    model = DenseVision(targets, assemble.config(language, text.convert_tokens_to_ids(assemble.IMAGE_TOKEN)))
+    if options.start:
+        model.load_state_dict(load_file(Path(options.start) / "final.safetensors"))
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            options.output,
+            use_cpu=True,
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch,
+            learning_rate=options.rate,
+            adam_beta2=0.98,
+            weight_decay=0.02,
+            lr_scheduler_type="cosine",
+            warmup_steps=100,
+            logging_steps=25,
+            save_steps=100,
+            save_total_limit=1,
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=[],
+        ),
+        train_dataset=Crops("train", options.size, options.steps * options.batch, options.random_text),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(options.output) if Path(options.output).exists() else None)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, Path(options.output) / "final.safetensors")
+    print("validation:", report(model.eval(), Crops("validation", options.size, 400, options.random_text)))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

