@@ -18,11 +18,70 @@ class TwigConfig:
     """Twig layers start as copies of base layers K+1..K+T, of the last T base layers, or at random."""
     head: Literal["own", "shared"] = "own"
     """Prediction head: a trainable copy of the base's LM head, or the frozen base's head itself."""
+    draft_vocabulary: int | None = None
+    """V_d: number of tokens the twig can draft; None: the base's whole vocabulary. Never changes the output."""
     final_wipe: int | None = None
     """K_f the twig was tuned with: no visual token enters layers after K_f. None: no FinalWipe (K_f = L)."""
 
     def __post_init__(self) -> None:
-        if self.trunk_layers < 0:
-            raise TwigVLMError(f"trunk_layers={self.trunk_layers}: must be 0 or more")
-        if self.twig_layers < 1:
-            raise TwigVLMError(f"twig_layers={self.twig_layers}: must be 1 or more")
+        _at_least(0, trunk_layers=self.trunk_layers)
+        _at_least(1, twig_layers=self.twig_layers)
+        _one_of(("next", "last", "random"), init=self.init)
+        _one_of(("own", "shared"), head=self.head)
+        if self.draft_vocabulary is not None:
+            _at_least(1, draft_vocabulary=self.draft_vocabulary)
+        if self.final_wipe is not None:
+            _at_least(self.trunk_layers + 1, final_wipe=self.final_wipe)
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How many visual tokens to keep. Neither retain nor keep: all of them."""
+
+    retain: float | None = None
+    """R̄: average number of visual tokens over all base layers (Eq. 6); the budget that papers quote."""
+    keep: int | None = None
+    """R: visual tokens kept in layers K+1..K_f, instead of an average."""
+    final_wipe: int | None = None
+    """K_f: no visual token enters later layers. None: as the twig was tuned; the number of base layers: off."""
+
+    def __post_init__(self) -> None:
+        if self.retain is not None and self.keep is not None:
+            raise TwigVLMError(f"retain={self.retain:g} and keep={self.keep}: give one of them")
+        if self.final_wipe is not None and not self.active:
+            raise TwigVLMError(f"final_wipe={self.final_wipe}: needs a budget, give retain or keep too")
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is pruned."""
+        return self.retain is not None or self.keep is not None
+
+
+@dataclass(frozen=True)
+class SpeculationConfig:
+    """How the twig drafts tokens. The output does not depend on it."""
+
+    speculate: Literal["none", "chain"] = "none"
+    """none: one token per step. chain: draft a few tokens, verify them in one pass (Algorithm 1)."""
+    draft_length: int = 5
+    """δ: most tokens of a draft."""
+    draft_threshold: float = 0.6
+    """θ: a draft ends after a token whose probability is below this."""
+
+    def __post_init__(self) -> None:
+        _one_of(("none", "chain"), speculate=self.speculate)
+        _at_least(1, draft_length=self.draft_length)
+        if not 0.0 <= self.draft_threshold <= 1.0:
+            raise TwigVLMError(f"draft_threshold={self.draft_threshold:g}: must be 0 to 1")
+
+
+def _at_least(low: int, **option: int) -> None:
+    for name, value in option.items():
+        if value < low:
+            raise TwigVLMError(f"{name}={value}: must be {low} or more")
+
+
+def _one_of(allowed: tuple[str, ...], **option: str) -> None:
+    for name, value in option.items():
+        if value not in allowed:
+            raise TwigVLMError(f"{name}={value!r}: must be one of {', '.join(allowed)}")

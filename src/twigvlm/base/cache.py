@@ -1,0 +1,88 @@
+"""A key-value cache with one length per layer, because pruning leaves three of them."""
+
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class LayeredCache:
+    """Keys and values of L base layers and T twig layers (slots L..L+T-1), each in a buffer that grows in place.
+
+    Decoder layers call `update` as they would call a transformers `Cache`. Buffers are longer than what they hold, so
+    that a decoding step writes its tokens and copies nothing else; what the layers get are views.
+
+    Args:
+        slots: number of layers, L + T.
+        reserve: tokens that a buffer has room for beyond what first filled it.
+    """
+
+    def __init__(self, slots: int, reserve: int) -> None:
+        self.reserve = max(reserve, 1)
+        self.keys: list[Tensor | None] = [None] * slots
+        self.values: list[Tensor | None] = [None] * slots
+        self.lengths: list[int] = [0] * slots
+
+    def length(self, layer: int) -> int:
+        """Tokens that a layer holds."""
+        return self.lengths[layer]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """`length`, by the name that transformers' modules use."""
+        return self.lengths[layer_idx]
+
+    def update(
+        self,
+        key_states: Float[Tensor, "batch kv_heads new head_dim"],
+        value_states: Float[Tensor, "batch kv_heads new value_dim"],
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Float[Tensor, "batch kv_heads total head_dim"], Float[Tensor, "batch kv_heads total value_dim"]]:
+        """Append new tokens to a layer and return all that it holds."""
+        start = self.lengths[layer_idx]
+        stop = start + key_states.shape[-2]
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if keys is None or values is None or stop > keys.shape[-2]:
+            keys = self.keys[layer_idx] = _grown(keys, key_states, start, stop + self.reserve)
+            values = self.values[layer_idx] = _grown(values, value_states, start, stop + self.reserve)
+        keys[:, :, start:stop] = key_states
+        values[:, :, start:stop] = value_states
+        self.lengths[layer_idx] = stop
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def held(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [batch, kv_heads, length, head_dim], as views."""
+        keys, values = self.keys[layer], self.values[layer]
+        if keys is None or values is None:
+            raise IndexError(f"layer {layer} of the cache is empty")
+        return keys[:, :, : self.lengths[layer]], values[:, :, : self.lengths[layer]]
+
+    def truncate(self, start: int, stop: int, length: int) -> None:
+        """Layers start..stop-1 forget all but their first `length` tokens."""
+        for layer in range(start, stop):
+            self.lengths[layer] = min(self.lengths[layer], length)
+
+    def drop(self, start: int, stop: int, count: int) -> None:
+        """Layers start..stop-1 forget their last `count` tokens."""
+        if count:
+            for layer in range(start, stop):
+                self.lengths[layer] = max(self.lengths[layer] - count, 0)
+
+    def keep(self, start: int, stop: int, indices: Int[Tensor, " kept"]) -> None:
+        """Layers start..stop-1 keep only the tokens at `indices` (ascending), in that order."""
+        for layer in range(start, stop):
+            for buffer in (self.keys[layer], self.values[layer]):
+                if buffer is not None:
+                    buffer[:, :, : len(indices)] = buffer.index_select(2, indices)
+            self.lengths[layer] = len(indices)
+
+
+def _grown(old: Tensor | None, like: Tensor, held: int, capacity: int) -> Tensor:
+    batch, heads, _, width = like.shape
+    if old is not None:
+        capacity = max(capacity, old.shape[-2] * 3 // 2)
+    new = like.new_empty(batch, heads, capacity, width)
+    if old is not None:
+        new[:, :, :held] = old[:, :, :held]
+    return new

@@ -1,0 +1,94 @@
+"""Attention masks, and when none is needed.
+
+Two facts of the Hugging Face attention functions shape this file: eager attention without a mask is not causal, and
+the causal flag of SDPA aligns queries with the *first* keys, which is wrong as soon as a cache holds a prefix.
+"""
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from twigvlm.errors import TwigVLMError
+
+
+class Masks(Protocol):
+    """Hands out the mask of `queries` new tokens that attend to `keys` tokens, themselves the last of them."""
+
+    def __call__(self, queries: int, keys: int) -> Tensor | None: ...
+
+
+def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, "queries keys"]:
+    """True where query i, the (keys - queries + i)-th token, may see key j."""
+    row = torch.arange(keys - queries, keys, device=device)
+    return torch.arange(keys, device=device) <= row[:, None]
+
+
+def padded_causal_mask(attention_mask: Shaped[Tensor, "batch tokens"]) -> Bool[Tensor, "batch 1 tokens tokens"]:
+    """Causal mask that hides padding (attention_mask 0). Each token sees itself, so that no row is empty."""
+    tokens = attention_mask.shape[1]
+    causal = causal_mask(tokens, tokens, attention_mask.device)
+    itself = torch.eye(tokens, dtype=torch.bool, device=attention_mask.device)
+    return ((causal & attention_mask.bool()[:, None, :]) | itself)[:, None]
+
+
+def additive(mask: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
+    """0 where the mask allows, the smallest number of `dtype` where it forbids."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def check_attention(attention: str) -> None:
+    """Raise TwigVLMError if masks for this attention implementation are unknown."""
+    if attention not in ("eager", "sdpa") and not attention.startswith("flash_attention"):
+        raise TwigVLMError(
+            f"attn_implementation={attention!r} is not supported: load the base with 'eager', 'sdpa' or 'flash_attention_2'"
+        )
+
+
+class CausalMasks:
+    """Masks of one unpadded request. A step's mask is a view of one table, so that a step builds nothing.
+
+    Args:
+        attention: the base's attention implementation (`eager`, `sdpa`, `flash_attention_*`).
+        rows: most tokens of one step (a longer step gets a mask of its own).
+        columns: most keys of the request.
+    """
+
+    def __init__(self, attention: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        check_attention(attention)
+        self.attention, self.dtype, self.device = attention, dtype, device
+        # Row i of the table sees all but the last rows-1-i columns: the last n rows and the last k columns are the
+        # mask of n queries over k keys, whatever n and k.
+        self.table = self._finish(causal_mask(rows, max(rows, columns), device))
+
+    def _finish(self, mask: Tensor) -> Tensor:
+        return additive(mask, self.dtype) if self.attention == "eager" else mask
+
+    def __call__(self, queries: int, keys: int) -> Tensor | None:
+        """Mask [1, 1, queries, keys], bool for SDPA and additive for eager; None where the kernel needs none."""
+        if queries == 1 or self.attention.startswith("flash_attention"):
+            return None
+        if self.attention == "sdpa" and queries == keys:
+            return None
+        rows, columns = self.table.shape
+        if queries > rows or keys > columns:
+            return self._finish(causal_mask(queries, keys, self.device))[None, None]
+        return self.table[rows - queries :, columns - keys :][None, None]
+
+
+class PaddedMasks:
+    """Masks of a padded batch that is run in one pass, without a cache (training)."""
+
+    def __init__(self, attention: str, attention_mask: Tensor, dtype: torch.dtype) -> None:
+        check_attention(attention)
+        mask = padded_causal_mask(attention_mask)
+        self.mask: Tensor | None
+        if attention.startswith("flash_attention"):
+            self.mask = attention_mask  # the flash kernels of transformers unpad by the 2-D mask
+        else:
+            self.mask = additive(mask, dtype) if attention == "eager" else mask
+
+    def __call__(self, queries: int, keys: int) -> Tensor | None:
+        """The one mask of the batch, [batch, 1, tokens, tokens] ([batch, tokens] for flash kernels)."""
+        return self.mask

@@ -1,0 +1,1 @@
+"""Prefill with pruning, draft, verify, commit."""

@@ -1,0 +1,85 @@
+"""Prefill: layers 1..K on everything, twig, scores, layers K+1..K_f on the kept tokens, FinalWipe, the rest (§3.3)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from twigvlm.base.cache import LayeredCache
+from twigvlm.base.masks import Masks
+from twigvlm.base.positions import Rope, select_rope
+from twigvlm.base.vlm import BaseVLM, Prompt
+from twigvlm.pruning.select import gather_tokens, text_only, top_visual
+from twigvlm.twig.block import Twig
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A prompt after layer K: what a scorer may look at."""
+
+    base: BaseVLM
+    twig: Twig
+    prompt: Prompt
+    hidden: Float[Tensor, "batch tokens width"]
+    """States after layer K."""
+    rope: Rope
+    masks: Masks
+    cache: LayeredCache
+
+    def grow(self) -> Tensor:
+        """Run the twig once on the prompt, filling its cache; the input of its last layer, [batch, tokens, width]."""
+        return self.twig.fill(self.hidden, self.rope, self.masks, self.cache)
+
+
+Scorer = Callable[[Trunk], Tensor]
+"""Ranks visual tokens: scores [batch, tokens], read at visual positions only. The twig's own, or a baseline's."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a prefill keeps."""
+
+    keep: int | None
+    """R; None: prune nothing."""
+    final_wipe: int
+    """K_f."""
+    scorer: Scorer
+    draft: bool
+    """Whether the twig will draft, so that its cache must hold the prompt."""
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt in the caches."""
+
+    logits: Float[Tensor, "batch vocabulary"]
+    """The base's, at the last prompt token."""
+    kept: Int[Tensor, "batch kept"] | None
+    """Prompt positions of the kept visual tokens, ascending; None without pruning."""
+
+
+def prefill(base: BaseVLM, twig: Twig, prompt: Prompt, plan: Plan, masks: Masks, cache: LayeredCache) -> Prefilled:
+    """Fill the caches: trunk and twig with everything, middle layers with text + R, late layers with text only."""
+    trunk_layers = twig.config.trunk_layers
+    rope = base.rotary(prompt.hidden, prompt.position_ids)
+    hidden = base.run_layers(prompt.hidden, 0, trunk_layers, rope, masks, cache)
+    trunk = Trunk(base, twig, prompt, hidden, rope, masks, cache)
+    kept: Tensor | None = None
+    visual = prompt.visual_mask
+    if plan.keep is not None:
+        scores = plan.scorer(trunk)
+        indices = top_visual(scores, visual, plan.keep)
+        visual = torch.gather(visual, 1, indices)
+        kept = indices[visual].view(len(indices), -1)
+    if plan.draft and not cache.length(twig.first_slot):
+        trunk.grow()
+    if plan.keep is not None:
+        hidden, rope = gather_tokens(hidden, indices), select_rope(rope, indices)
+    hidden = base.run_layers(hidden, trunk_layers, plan.final_wipe, rope, masks, cache)
+    if plan.keep is not None and plan.final_wipe < base.num_layers:
+        text = text_only(visual)
+        hidden, rope = gather_tokens(hidden, text), select_rope(rope, text)
+        hidden = base.run_layers(hidden, plan.final_wipe, base.num_layers, rope, masks, cache)
+    return Prefilled(base.logits(hidden[:, -1]), kept)

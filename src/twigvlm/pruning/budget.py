@@ -1,0 +1,47 @@
+"""The budget: average kept tokens R̄ over all layers, and kept tokens R of the pruned layers (Eq. 4 and 6)."""
+
+from math import floor
+
+from twigvlm.errors import TwigVLMError
+
+
+def average_kept(keep: int, visual: int, layers: int, trunk: int, final_wipe: int) -> float:
+    """R̄ = [M·K + R·(K_f − K)] / L.
+
+    Args:
+        keep: R, visual tokens kept in layers K+1..K_f.
+        visual: M, visual tokens of the prompt.
+        layers: L.
+        trunk: K.
+        final_wipe: K_f; L for no FinalWipe.
+
+    Raises:
+        TwigVLMError: K_f is not in K+1..L, or R not in 1..M.
+    """
+    _check_layers(layers, trunk, final_wipe)
+    if not 1 <= keep <= visual:
+        raise TwigVLMError(f"keep={keep}: must be 1 to {visual}, the visual tokens of this prompt")
+    return (visual * trunk + keep * (final_wipe - trunk)) / layers
+
+
+def solve_keep(retain: float, visual: int, layers: int, trunk: int, final_wipe: int) -> int:
+    """R, rounded to the nearest integer, for an average R̄ (`retain`); arguments as in `average_kept`.
+
+    Raises:
+        TwigVLMError: K_f is not in K+1..L, or no R in 1..M has this average; names the range that has one.
+    """
+    _check_layers(layers, trunk, final_wipe)
+    keep = floor((retain * layers - visual * trunk) / (final_wipe - trunk) + 0.5)
+    if not 1 <= keep <= visual:
+        low = average_kept(1, visual, layers, trunk, final_wipe)
+        high = average_kept(visual, visual, layers, trunk, final_wipe)
+        raise TwigVLMError(
+            f"retain={retain:g}: must be {low:.1f} to {high:.1f} for {visual} visual tokens, "
+            f"{trunk} trunk layers and FinalWipe after layer {final_wipe} of {layers}"
+        )
+    return keep
+
+
+def _check_layers(layers: int, trunk: int, final_wipe: int) -> None:
+    if not trunk < final_wipe <= layers:
+        raise TwigVLMError(f"final_wipe={final_wipe}: must be {trunk + 1} to {layers} (no FinalWipe)")

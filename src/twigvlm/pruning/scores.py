@@ -1,0 +1,42 @@
+"""Importance of visual tokens: rows of an attention map that is never materialised (§3.3, Eq. 3)."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def attention_scores(
+    queries: Float[Tensor, "batch heads queries head_dim"],
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+    scaling: float,
+    query_positions: Int[Tensor, " queries"],
+    visual_mask: Bool[Tensor, "batch tokens"],
+    chunk: int = 32,
+) -> Float[Tensor, "batch tokens"]:
+    """Attention that visual tokens get: softmax over *all* keys, mean over heads, sum over the queries (Eq. 3).
+
+    With the last prompt token as the only query this is the row that the published code ranks by. Works beside any
+    attention kernel, because it needs the rotated queries and keys only, and for grouped-query attention.
+
+    Args:
+        queries: rotated queries.
+        keys: rotated keys of all tokens.
+        scaling: factor of the dot product (1/sqrt(head_dim) as a rule).
+        query_positions: index of each query among the tokens; a query sees keys up to itself.
+        visual_mask: True at visual tokens.
+        chunk: queries per matrix product, so that many queries need little memory.
+
+    Returns:
+        Scores in float32; 0 at text tokens.
+    """
+    batch, heads, _, _ = queries.shape
+    groups, tokens = keys.shape[1], keys.shape[2]
+    scores = torch.zeros(batch, tokens, dtype=torch.float32, device=keys.device)
+    later = torch.arange(tokens, device=keys.device)
+    for part, positions in zip(queries.split(chunk, dim=2), query_positions.split(chunk), strict=True):
+        grouped = part.reshape(batch, groups, -1, part.shape[-1])  # heads of a group share its keys
+        logits = (grouped @ keys.transpose(-1, -2)).float() * scaling
+        logits = logits.view(batch, heads, len(positions), tokens)
+        logits = logits.masked_fill(later > positions[:, None], float("-inf"))
+        scores += logits.softmax(dim=-1).mean(dim=1).sum(dim=1)
+    return scores.masked_fill(~visual_mask, 0.0)

@@ -1,0 +1,1 @@
+"""The trained block that grows on layer K of a base."""
