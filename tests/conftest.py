@@ -1,4 +1,4 @@
-"""Shapes in signatures are checked in tests only."""
+"""What all tests share."""
 
 import os
 
@@ -6,9 +6,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from hypothesis import settings
-from jaxtyping import install_import_hook
-
-install_import_hook("twigvlm", "beartype.beartype")
 
 torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=30)

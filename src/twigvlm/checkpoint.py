@@ -60,7 +60,7 @@ def load(base: BaseVLM, path: str | PathLike[str]) -> Twig:
 def fingerprint(base: BaseVLM) -> dict[str, Any]:
     """Dimensions of a base, and a few weights of tensors from all over it: cheap, and the same in every dtype."""
     dimensions = {name: getattr(base.config, name, None) for name in _DIMENSIONS}
-    dimensions["vocab_size"] = int(base.head.weight.shape[0])  # type: ignore[union-attr, arg-type, operator]
+    dimensions["vocab_size"] = int(base.head.weight.shape[0])
     named = sorted(
         (name, tensor)
         for name, tensor in base.model.named_parameters()
@@ -105,7 +105,9 @@ def _read_config(file: Path) -> tuple[TwigConfig, dict[str, Any]]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise TwigVLMError(f"{file.parent}: no twig here ({CONFIG} is missing); name a directory made by save_pretrained") from None
+        raise TwigVLMError(
+            f"{file.parent}: no twig here ({CONFIG} is missing); name a directory made by save_pretrained"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise TwigVLMError(f"{file}: cannot be read ({error}); get the file again") from None
     try:

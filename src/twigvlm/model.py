@@ -7,7 +7,6 @@ from os import PathLike
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import GenerationConfig
@@ -64,7 +63,10 @@ class TwigVLM(nn.Module):
 
     @classmethod
     def grow(
-        cls, model: Any, config: TwigConfig | None = None, draft_token_ids: Int[Tensor, " draft_vocabulary"] | None = None
+        cls,
+        model: Any,
+        config: TwigConfig | None = None,
+        draft_token_ids: Int[Tensor, " draft_vocabulary"] | None = None,
     ) -> "TwigVLM":
         """Grow a fresh twig on a Hugging Face VLM.
 
@@ -112,48 +114,6 @@ class TwigVLM(nn.Module):
             yield
         finally:
             self._disabled = before
-
-    def forward(
-        self,
-        input_ids: Int[Tensor, "batch tokens"],
-        labels: Int[Tensor, "batch tokens"] | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **inputs: Any,
-    ) -> dict[str, Tensor]:
-        """The shallow model M_s: layers 1..K of the base, then the twig (training; batches may be padded).
-
-        Args:
-            input_ids: prompts with answers.
-            labels: next-token targets, -100 where there is none; targets outside the draft vocabulary count as none.
-            num_items_in_batch: divisor of the loss instead of this batch's number of targets (gradient accumulation).
-            inputs: other arguments of the base's forward.
-
-        Returns:
-            `logits` over the draft vocabulary: [batch, tokens, V_d], or with labels [targets, V_d] at targets only;
-            with labels also `loss`, the mean cross-entropy (the paper's L_NTP).
-        """
-        with torch.no_grad():
-            prompt = self.base.prompt(input_ids, **inputs)
-            rope = self.base.rotary(prompt.hidden, prompt.position_ids)
-            masks = self.base.masks(prompt)
-            hidden = self.base.run_layers(prompt.hidden, 0, self.config.trunk_layers, rope, masks)
-        hidden = self.twig(hidden, rope, masks)
-        if labels is None:
-            return {"logits": self.twig.logits(hidden)}
-        targets = self._draft_targets(labels[:, 1:])
-        wanted = targets >= 0
-        logits = self.twig.logits(hidden[:, :-1][wanted]).float()
-        items = wanted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": F.cross_entropy(logits, targets[wanted], reduction="sum") / items, "logits": logits}
-
-    def _draft_targets(self, labels: Tensor) -> Tensor:
-        """Labels as indices of the draft vocabulary, -100 where there is no target or it cannot be drafted."""
-        ids = self.twig.draft_token_ids
-        if ids is None:
-            return labels
-        index = labels.new_full((self.base.head.weight.shape[0],), -100)  # type: ignore[union-attr, operator]
-        index[ids] = torch.arange(len(ids), device=ids.device)
-        return torch.where(labels >= 0, index[labels.clamp(min=0)], -100)
 
     @torch.no_grad()
     def generate(
@@ -285,7 +245,9 @@ def _check_generation(config: GenerationConfig) -> None:
     if config.num_beams is not None and config.num_beams > 1:
         raise TwigVLMError(f"num_beams={config.num_beams}: only greedy decoding is supported yet; pass num_beams=1")
     if config.get_generation_mode() != GenerationMode.GREEDY_SEARCH:
-        raise TwigVLMError(f"{config.get_generation_mode().value}: only greedy decoding is supported; leave its options out")
+        raise TwigVLMError(
+            f"{config.get_generation_mode().value}: only greedy decoding is supported; leave its options out"
+        )
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
             raise TwigVLMError(f"{name}=True is not supported with a twig: leave it out, or use model.disabled()")

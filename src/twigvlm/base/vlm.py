@@ -51,10 +51,10 @@ class BaseVLM:
         self.family = family_of(model)
         self.decoder: Any = _at(model, self.family.decoder)
         self.layers: list[nn.Module] = list(_at(self.decoder, self.family.layers))
-        self.norm: nn.Module = _at(self.decoder, self.family.norm)
-        self.head: nn.Module = _at(model, self.family.head)
+        self.norm: Any = _at(self.decoder, self.family.norm)
+        self.head: Any = _at(model, self.family.head)
         self.config: Any = self.decoder.config
-        self.embed: nn.Module = model.get_input_embeddings()
+        self.embed: Any = model.get_input_embeddings()
         check_attention(self.attention)
         # These change their frequencies while a sequence grows; tables made ahead would not follow them.
         rope_type = (getattr(self.config, "rope_parameters", None) or {}).get("rope_type", "default")

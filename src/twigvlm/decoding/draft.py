@@ -36,9 +36,7 @@ class Draft:
     """len(tokens) + 1 states [batch, 1, width]: the base verifies from these, without the trunk."""
 
 
-def draft_chain(
-    context: Context, token: int, index: int, limit: int, threshold: float, ends: Container[int]
-) -> Draft:
+def draft_chain(context: Context, token: int, index: int, limit: int, threshold: float, ends: Container[int]) -> Draft:
     """Draft up to `limit` tokens after `token`, the `index`-th generated one (from 0).
 
     Ends early after a token whose probability (within the draft vocabulary) is below `threshold`, and after an end

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from twigvlm.base.layers import project_queries
@@ -43,7 +44,7 @@ def layer_scores(
         queries: whose attention is summed.
     """
     if queries == "last":
-        rows = visual_mask.new_ones(1, dtype=int).mul_(hidden.shape[1] - 1)
+        rows = torch.tensor([hidden.shape[1] - 1], device=hidden.device)
     else:
         rows = (~visual_mask[0]).nonzero()[:, 0]
     index = rows.expand(len(hidden), -1)

@@ -45,9 +45,9 @@ class Twig(nn.Module):
             if hasattr(layer, "layer_idx"):
                 cast(Any, layer).layer_idx = slot
         self.norm = copy.deepcopy(base.norm)
-        vocabulary = cast(Any, base.head).weight.shape[0]
+        vocabulary = base.head.weight.shape[0]
         ids = _checked_ids(config, draft_token_ids, vocabulary)
-        self.register_buffer("draft_token_ids", None if ids is None else ids.to(cast(Any, base.head).weight.device))
+        self.register_buffer("draft_token_ids", None if ids is None else ids.to(base.head.weight.device))
         self._make_head(base)
         if config.init == "random":
             self._randomise(float(getattr(base.config, "initializer_range", 0.02)))
