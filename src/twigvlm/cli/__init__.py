@@ -1,0 +1,1 @@
+"""The `twigvlm` command: one file per subcommand; options and help are made from the dataclasses."""

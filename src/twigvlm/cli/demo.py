@@ -1,0 +1,79 @@
+"""`twigvlm demo`: the same question, plainly and through the twig, side by side."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+QUESTION = "Describe this image in detail."
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Ask a question about a picture twice, plainly and through a twig, and compare answers and speed."""
+
+    image: Path | None = None
+    """Image file. None: the scene that ships with the package."""
+    prompt: str = QUESTION
+    """Question about the image."""
+    model: str = "sapling"
+    """The base: `sapling` (embedded), a Hugging Face id or a directory."""
+    twig: str | None = None
+    """Twig that was grown on the base: a directory. On Sapling its own twig is the default."""
+    retain: float | None = 64
+    """Average number of visual tokens over all layers to prune down to. None: no pruning."""
+    speculate: Literal["none", "chain"] = "chain"
+    """Draft answer tokens with the twig."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights. auto: as the base's files say; bfloat16 for Sapling."""
+    device: str = "auto"
+    """Where to run: auto (a GPU if there is one), cpu, cuda, cuda:1, mps, …"""
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+    runs: int = 5
+    """Timed runs of each kind, alternating, after one of each to warm up; the medians are shown."""
+    out: Path = Path("twigvlm-demo.png")
+    """Picture to write: the scene with the kept patches highlighted."""
+
+    def run(self) -> None:
+        """Ask, print the table on stdout and write the picture."""
+        from rich.console import Console
+
+        from twigvlm.cli.output import busy, check_picture_path, progress, write_picture
+        from twigvlm.cli.session import Plan, ask, check_request, default_picture, open_session, patch_grid, seen_box
+        from twigvlm.cli.table import compare
+        from twigvlm.errors import TwigVLMError
+        from twigvlm.images import load_image
+        from twigvlm.visualize import highlight
+
+        if self.runs < 1:
+            raise TwigVLMError(f"runs={self.runs}: must be 1 or more")
+        plan = Plan.resolve(self.model, self.twig, self.retain, self.speculate)
+        if not plan.accelerated:
+            raise TwigVLMError(
+                "retain=None with speculate=none: nothing to compare; add --retain 64 or --speculate chain"
+            )
+        check_request(self.prompt, self.max_new_tokens)
+        check_picture_path(self.out)
+        image = load_image(self.image or default_picture())
+        with busy(f"Loading {self.model}"):
+            session = open_session(plan, self.dtype, self.device)
+
+        plain, twig = [], []
+        with progress() as bar:
+            task = bar.add_task("Asking plainly and through the twig", total=2 * (self.runs + 1))
+            for _ in range(self.runs + 1):
+                plain.append(ask(session, image, self.prompt, self.max_new_tokens, accelerated=False))
+                bar.advance(task)
+                twig.append(ask(session, image, self.prompt, self.max_new_tokens, accelerated=True))
+                bar.advance(task)
+        console = Console()
+        console.print(compare(self.prompt, plain[1:], twig[1:]))
+
+        grid = patch_grid(twig[0])
+        if grid is None:
+            console.print("No picture written: this model's visual tokens form no square grid.")
+            return
+        kept = twig[0].kept_indices
+        kept = list(range(twig[0].visual_tokens)) if kept is None else kept
+        write_picture(highlight(image, kept, grid, seen_box(session.processor, image)), self.out)
+        console.print(f"Kept patches: {self.out}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,58 @@
+"""`twigvlm generate`: answer one question about one picture."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Answer one question about one picture, with or without a twig."""
+
+    image: Path
+    """Image file."""
+    prompt: str
+    """Question or instruction about the image."""
+    model: str = "sapling"
+    """The base: `sapling` (embedded), a Hugging Face id or a directory."""
+    twig: str | None = None
+    """Twig that was grown on the base: a directory. On Sapling its own twig is the default."""
+    retain: float | None = None
+    """Average number of visual tokens over all layers to prune down to, for example 64. None: no pruning."""
+    speculate: Literal["auto", "none", "chain"] = "auto"
+    """Draft answer tokens with the twig; the answer stays the same. auto: chain where there is a twig."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights. auto: as the base's files say; bfloat16 for Sapling."""
+    device: str = "auto"
+    """Where to run: auto (a GPU if there is one), cpu, cuda, cuda:1, mps, …"""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    json: bool = False
+    """Print one JSON object instead of the bare answer."""
+
+    def run(self) -> None:
+        """Answer, and print the answer or the JSON object on stdout."""
+        from twigvlm.cli.output import busy
+        from twigvlm.cli.session import Plan, ask, check_request, open_session
+        from twigvlm.images import load_image
+
+        plan = Plan.resolve(self.model, self.twig, self.retain, self.speculate)
+        check_request(self.prompt, self.max_new_tokens)
+        image = load_image(self.image)
+        with busy(f"Loading {self.model}"):
+            session = open_session(plan, self.dtype, self.device)
+        answer = ask(
+            session, image, self.prompt, self.max_new_tokens, accelerated=plan.accelerated, stream=not self.json
+        )
+        if self.json:
+            print(
+                json.dumps({**answer.report(), **session.report(), "retain": plan.retain, "speculate": plan.speculate})
+            )
+        else:
+            print(
+                f"[{answer.num_tokens} tokens, {answer.tokens_per_second:.1f} tokens/s, prefill {answer.prefill_ms:.0f} ms, "
+                f"{answer.kept_tokens} of {answer.visual_tokens} visual tokens kept]",
+                file=sys.stderr,
+            )

@@ -1,0 +1,67 @@
+"""What the subcommands print and write."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from twigvlm.errors import TwigVLMError
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def progress() -> Progress:
+    """A progress display on stderr that leaves no trace, and shows nothing where stderr is no terminal."""
+    console = Console(file=sys.stderr)
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A spinner on stderr while the block runs; nothing where stderr is no terminal."""
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def check_picture_path(path: Path) -> None:
+    """Refuse a place where a picture cannot be written, before any work is done for it."""
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise TwigVLMError(
+            f"out {str(path)!r}: no picture format; end the name in one of {', '.join(PICTURE_SUFFIXES)}"
+        )
+    if path.is_dir():
+        raise TwigVLMError(f"out {str(path)!r}: is a directory; name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise TwigVLMError(f"out {str(path)!r}: no writable directory {str(path.parent)!r}; make it or choose another")
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write the picture whole or not at all."""
+    check_picture_path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        picture.save(name)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

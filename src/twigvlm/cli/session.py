@@ -1,0 +1,261 @@
+"""Load a base with its twig, and ask it one question: what `generate` and `demo` share."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from twigvlm.errors import TwigVLMError
+from twigvlm.model import TwigVLM
+
+SAPLING = "sapling"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which base, which twig, and what the twig shall do; every combination that makes no sense is refused here."""
+
+    model: str
+    twig: str | None
+    retain: float | None
+    speculate: Literal["none", "chain"]
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether the twig takes part."""
+        return self.twig is not None
+
+    @classmethod
+    def resolve(
+        cls, model: str, twig: str | None, retain: float | None, speculate: Literal["auto", "none", "chain"]
+    ) -> "Plan":
+        """Fill in the defaults: Sapling has a twig of its own, and a twig speculates unless told not to."""
+        idle = retain is None and speculate == "none"
+        if twig is not None and idle:
+            raise TwigVLMError(
+                f"twig {twig!r}: has nothing to do; add --retain 64 or --speculate chain, or leave it out"
+            )
+        if twig is None and model == SAPLING and not idle:
+            from twigvlm import sapling
+
+            twig = str(sapling.twig_path())
+        if twig is None and (retain is not None or speculate == "chain"):
+            asked = f"--retain {retain:g}" if retain is not None else "--speculate chain"
+            raise TwigVLMError(
+                f"{asked}: needs a twig grown on {model!r}; give --twig DIR, or grow one with 'twigvlm train --model {model}'"
+            )
+        if speculate == "auto":
+            speculate = "none" if twig is None else "chain"
+        return cls(model, twig, retain, speculate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A loaded base with its processor, and the twig's model where the plan has one."""
+
+    plan: Plan
+    base: Any
+    processor: Any
+    model: TwigVLM | None
+
+    def report(self) -> dict[str, Any]:
+        """Where and on what the answer was made."""
+        dtype = str(self.base.dtype).removeprefix("torch.")
+        return {"model": self.plan.model, "twig": self.plan.twig, "dtype": dtype, "device": str(self.base.device)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One answer and what it cost. Times are in milliseconds; the count of tokens includes the end token."""
+
+    text: str
+    num_tokens: int
+    prefill_ms: float
+    decode_ms: float
+    draft_ms: float | None
+    verify_ms: float | None
+    visual_tokens: int
+    kept_tokens: int
+    kept_indices: list[int] | None
+    """Which visual tokens were kept after layer K, counted from the first one; None without pruning."""
+    drafted_lengths: list[int] | None
+    accepted_lengths: list[int] | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over the whole time, prefill and decoding."""
+        return 1000 * self.num_tokens / (self.prefill_ms + self.decode_ms)
+
+    def report(self) -> dict[str, Any]:
+        """The answer as a JSON object."""
+        values = dataclasses.asdict(self)
+        times = {name: round(values[name], 3) for name in values if name.endswith("_ms") and values[name] is not None}
+        return {**values, **times, "tokens_per_second": round(self.tokens_per_second, 3)}
+
+
+class StopWatch(BaseStreamer):
+    """A streamer that notes when the first token came, and passes tokens on."""
+
+    def __init__(self, then: BaseStreamer | None = None) -> None:
+        self.first: float | None = None
+        self._then = then
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """The first call brings the prompt, each further one new tokens."""
+        if self._prompt_seen and self.first is None:
+            self.first = time.perf_counter()
+        self._prompt_seen = True
+        if self._then is not None:
+            self._then.put(value)
+
+    def end(self) -> None:
+        """The answer is complete."""
+        if self._then is not None:
+            self._then.end()
+
+
+def check_request(prompt: str, max_new_tokens: int) -> None:
+    """Refuse what no model could answer, before any is loaded."""
+    if not prompt.strip():
+        raise TwigVLMError(f"prompt {prompt!r}: is empty; write a question about the image")
+    if max_new_tokens < 1:
+        raise TwigVLMError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
+
+
+def open_session(plan: Plan, dtype: str, device: str) -> Session:
+    """Load what the plan names."""
+    base, processor = load_base(plan.model, dtype, device)
+    model = None if plan.twig is None else TwigVLM.from_pretrained(base, plan.twig)
+    return Session(plan, base, processor, model)
+
+
+def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """Base and processor, on the device and in evaluation mode."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    place = _device(device)
+    if name == SAPLING:
+        from twigvlm import sapling
+
+        base, processor = sapling.load(dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
+    else:
+        try:
+            base = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+            processor = AutoProcessor.from_pretrained(name)
+        except (OSError, ValueError, KeyError, SafetensorError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise TwigVLMError(
+                f"model {name!r}: cannot be loaded ({reason}); give 'sapling', a Hugging Face id or a directory of a "
+                "vision-language model with its processor"
+            ) from error
+    return base.to(place).eval(), processor
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise TwigVLMError(f"device {name!r}: is not available here; choose cpu or auto") from None
+    return place
+
+
+def build_inputs(base: Any, processor: Any, image: Image.Image, prompt: str) -> dict[str, Any]:
+    """One user turn with one image, through the processor's chat template."""
+    placeholder = getattr(processor, "image_token", None)
+    if placeholder and placeholder in prompt:
+        raise TwigVLMError(
+            f"prompt: holds the image placeholder {placeholder!r}, which is added by itself; leave it out"
+        )
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    try:
+        text = processor.apply_chat_template([turn], add_generation_prompt=True)
+    except ValueError as error:
+        raise TwigVLMError(
+            f"model {base.name_or_path!r}: its processor has no chat template; choose an instruction-tuned model"
+        ) from error
+    return dict(processor(images=image, text=text, return_tensors="pt").to(base.device, base.dtype))
+
+
+def ask(
+    session: Session, image: Image.Image, prompt: str, max_new_tokens: int, *, accelerated: bool, stream: bool = False
+) -> Answer:
+    """Answer greedily: through the twig as the plan says, or with the base's own `generate`."""
+    inputs = build_inputs(session.base, session.processor, image, prompt)
+    length = inputs["input_ids"].shape[1]
+    _check_context(session.base, length, max_new_tokens)
+    tokenizer = session.processor.tokenizer
+    watch = StopWatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "streamer": watch,
+        "return_dict_in_generate": True,
+    }
+    began = time.perf_counter()
+    if accelerated:
+        assert session.model is not None
+        twig_options: dict[str, Any] = {"retain": session.plan.retain, "speculate": session.plan.speculate}
+        output: Any = session.model.generate(**inputs, **options, **twig_options)
+    else:
+        output = session.base.generate(**inputs, **options)
+    ended = time.perf_counter()
+    first = watch.first if watch.first is not None else ended
+    tokens = output.sequences[0, length:].tolist()
+    positions = (inputs["input_ids"][0] == session.base.config.image_token_id).nonzero().flatten().tolist()
+    kept = None if not accelerated or output.kept_indices is None else output.kept_indices[0].tolist()
+    timings = output.timings if accelerated else None
+    return Answer(
+        text=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+        num_tokens=len(tokens),
+        prefill_ms=1000 * (first - began),
+        decode_ms=1000 * (ended - first),
+        draft_ms=None if timings is None else 1000 * timings.draft,
+        verify_ms=None if timings is None else 1000 * timings.verify,
+        visual_tokens=len(positions),
+        kept_tokens=len(positions if kept is None else kept),
+        kept_indices=None if kept is None else [positions.index(position) for position in kept],
+        drafted_lengths=output.drafted_lengths if accelerated else None,
+        accepted_lengths=output.accepted_lengths if accelerated else None,
+    )
+
+
+def _check_context(base: Any, length: int, max_new_tokens: int) -> None:
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length + max_new_tokens > limit:
+        raise TwigVLMError(
+            f"prompt of {length} tokens with max_new_tokens={max_new_tokens}: longer than the model's context of {limit}; "
+            "shorten the prompt or lower max_new_tokens"
+        )
+
+
+def patch_grid(answer: Answer) -> tuple[int, int] | None:
+    """Rows and columns of the visual tokens where they form a square, as with a ViT on a square image."""
+    side = round(answer.visual_tokens**0.5)
+    return (side, side) if side * side == answer.visual_tokens else None
+
+
+def seen_box(processor: Any, image: Image.Image) -> tuple[int, int, int, int] | None:
+    """The part of the image that reaches the model: the middle square where the processor crops to one, else all of it."""
+    if not getattr(processor.image_processor, "do_center_crop", False):
+        return None
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return left, top, left + side, top + side
+
+
+def default_picture() -> Path:
+    """The scene that ships with the package."""
+    from importlib.resources import files
+
+    return Path(str(files("twigvlm.sapling") / "demo.png"))

@@ -1,0 +1,42 @@
+"""Show a Trainer's progress on stderr."""
+
+import sys
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from twigvlm.cli.output import progress
+
+
+class TrainingProgress(TrainerCallback):
+    """A rich progress bar where stderr is a terminal, and one line per log elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar = progress()
+        self._task = self._bar.add_task("Training the twig")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar."""
+        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
+        self._bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance by one optimiser step."""
+        self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the loss."""
+        loss = state.log_history[-1].get("loss")
+        if loss is None:
+            return
+        self._bar.update(self._task, description=f"Training the twig, loss {loss:.3f}")
+        if self._bar.disable:
+            print(f"step {state.global_step}/{state.max_steps} loss {loss:.4f}", file=sys.stderr)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the bar away."""
+        self._bar.stop()

@@ -1,0 +1,1 @@
+"""Train a twig on a frozen base."""
