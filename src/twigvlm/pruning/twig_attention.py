@@ -43,10 +43,8 @@ def layer_scores(
         visual_mask: True at visual tokens, [batch, tokens].
         queries: whose attention is summed.
     """
-    if queries == "last":
-        rows = torch.tensor([hidden.shape[1] - 1], device=hidden.device)
-    else:
-        rows = (~visual_mask[0]).nonzero()[:, 0]
+    rows = torch.arange(hidden.shape[1], device=hidden.device)
+    rows = rows[-1:] if queries == "last" else rows[~visual_mask[0]]
     index = rows.expand(len(hidden), -1)
     row_queries = project_queries(layer, hidden[:, rows], select_rope(rope, index))
     return attention_scores(row_queries, keys, cast(Any, layer).self_attn.scaling, rows, visual_mask)

@@ -1,0 +1,59 @@
+"""LayeredCache against plain tensors."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twigvlm.base.cache import LayeredCache
+
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("update"), st.integers(0, 2), st.integers(1, 7)),
+        st.tuples(st.just("drop"), st.integers(0, 2), st.integers(0, 9)),
+        st.tuples(st.just("truncate"), st.integers(0, 2), st.integers(0, 9)),
+        st.tuples(st.just("keep"), st.integers(0, 2), st.integers(0, 2**16)),
+    ),
+    max_size=20,
+)
+
+
+@given(operations=operations, reserve=st.integers(0, 5))
+def test_holds_what_plain_tensors_hold(operations, reserve):
+    cache = LayeredCache(3, reserve)
+    plain = [torch.zeros(1, 2, 0, 4) for _ in range(3)]
+    for name, layer, number in operations:
+        if name == "update":
+            new = torch.randn(1, 2, number, 4)
+            keys, values = cache.update(new, -new, layer)
+            plain[layer] = torch.cat((plain[layer], new), dim=2)
+            assert torch.equal(keys, plain[layer])
+            assert torch.equal(values, -plain[layer])
+        elif name == "drop":
+            cache.drop(layer, layer + 1, number)
+            plain[layer] = plain[layer][:, :, : max(plain[layer].shape[2] - number, 0)]
+        elif name == "truncate":
+            cache.truncate(layer, layer + 1, number)
+            plain[layer] = plain[layer][:, :, :number]
+        else:  # keep the tokens at the bits of the number
+            indices = torch.tensor([i for i in range(plain[layer].shape[2]) if number >> i & 1], dtype=torch.long)
+            cache.keep(layer, layer + 1, indices)
+            plain[layer] = plain[layer][:, :, indices]
+        assert [cache.length(i) for i in range(3)] == [tensor.shape[2] for tensor in plain]
+    for layer in range(3):
+        if cache.keys[layer] is not None:
+            assert torch.equal(cache.held(layer)[0], plain[layer])
+
+
+def test_a_decoding_step_copies_nothing_else():
+    cache = LayeredCache(1, reserve=4)
+    cache.update(torch.randn(1, 2, 10, 4), torch.randn(1, 2, 10, 4), 0)
+    before = cache.keys[0].data_ptr()
+    for _ in range(4):
+        cache.update(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4), 0)
+    assert cache.keys[0].data_ptr() == before
+
+
+def test_an_empty_layer_has_nothing_to_read():
+    with pytest.raises(IndexError, match="layer 1"):
+        LayeredCache(2, 1).held(1)

@@ -1,0 +1,64 @@
+"""Masks against their definition: a token sees itself and what came before."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twigvlm.base.masks import CausalMasks, PaddedMasks, additive, causal_mask, padded_causal_mask
+from twigvlm.errors import TwigVLMError
+
+CPU = torch.device("cpu")
+
+
+@given(prefix=st.integers(0, 12), queries=st.integers(1, 8))
+def test_causal_mask_by_definition(prefix, queries):
+    mask = causal_mask(queries, prefix + queries)
+    for query in range(queries):
+        for key in range(prefix + queries):
+            assert mask[query, key] == (key <= prefix + query)
+
+
+@given(
+    prefix=st.integers(0, 20),
+    queries=st.integers(1, 9),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 20),
+    attention=st.sampled_from(["eager", "sdpa"]),
+)
+def test_the_table_gives_the_same_masks(prefix, queries, rows, columns, attention):
+    mask = CausalMasks(attention, rows, columns, torch.float32, CPU)(queries, prefix + queries)
+    if queries == 1 or (attention == "sdpa" and prefix == 0):
+        assert mask is None
+        return
+    expected = causal_mask(queries, prefix + queries)
+    if attention == "eager":
+        expected = torch.zeros(expected.shape).masked_fill(~expected, torch.finfo(torch.float32).min)
+    assert torch.equal(mask, expected[None, None])
+
+
+def test_flash_attention_needs_no_mask():
+    assert CausalMasks("flash_attention_2", 4, 9, torch.float32, CPU)(3, 9) is None
+
+
+@pytest.mark.parametrize("attention", ["flex_attention", "paged|sdpa"])
+def test_unknown_attention_is_refused(attention):
+    with pytest.raises(TwigVLMError, match="attn_implementation="):
+        CausalMasks(attention, 1, 1, torch.float32, CPU)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=3))
+def test_padding_is_hidden_from_all_but_itself(rows):
+    mask = padded_causal_mask(torch.tensor(rows))
+    for row, allowed in enumerate(rows):
+        for query in range(5):
+            for key in range(5):
+                assert mask[row, 0, query, key] == (key == query or (key < query and allowed[key]))
+
+
+def test_padded_masks_by_attention():
+    padding = torch.tensor([[0, 1, 1]])
+    assert PaddedMasks("flash_attention_2", padding, torch.float32)(3, 3) is padding
+    assert torch.equal(PaddedMasks("sdpa", padding, torch.float32)(3, 3), padded_causal_mask(padding))
+    expected = additive(padded_causal_mask(padding), torch.float32)
+    assert torch.equal(PaddedMasks("eager", padding, torch.float32)(3, 3), expected)

@@ -1,0 +1,119 @@
+"""BaseVLM against the model that it opens."""
+
+import pytest
+import torch
+from tiny import IMAGE_TOKEN, VISUAL, prompt, tiny_llava
+
+from twigvlm.base.cache import LayeredCache
+from twigvlm.base.layers import project_keys_values
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.errors import TwigVLMError
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_layers_in_two_ranges_are_the_whole_model(attention):
+    model = tiny_llava(attention=attention)
+    base, inputs = BaseVLM(model), prompt()
+    expected = model(**inputs, output_hidden_states=True)
+    captured = base.prompt(**inputs)
+    assert torch.equal(captured.hidden, expected.hidden_states[0])
+    assert int(captured.visual_mask.sum()) == VISUAL
+    rope, masks = base.rotary(captured.hidden, captured.position_ids), base.masks(captured)
+    middle = base.run_layers(captured.hidden, 0, 2, rope, masks)
+    torch.testing.assert_close(middle, expected.hidden_states[2])
+    end = base.run_layers(middle, 2, base.num_layers, rope, masks)
+    torch.testing.assert_close(base.logits(end), expected.logits)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_in_chunks_with_a_cache_as_in_one_pass(attention):
+    base, inputs = BaseVLM(tiny_llava(attention=attention)), prompt()
+    captured = base.prompt(**inputs)
+    rope, masks = base.rotary(captured.hidden, captured.position_ids), base.masks(captured, rows=4)
+    expected = base.run_layers(captured.hidden, 0, 3, rope, masks)
+    cache = LayeredCache(3, 4)
+    for start, stop in ((0, 20), (20, 21), (21, 25)):
+        part = (rope[0][:, start:stop], rope[1][:, start:stop])
+        got = base.run_layers(captured.hidden[:, start:stop], 0, 3, part, masks, cache)
+        torch.testing.assert_close(got, expected[:, start:stop])
+    first = project_keys_values(base.layers[0], captured.hidden, rope)
+    torch.testing.assert_close(cache.held(0), first)
+
+
+@torch.no_grad()
+def test_a_padded_row_is_as_if_alone():
+    base = BaseVLM(tiny_llava())
+    alone, other = prompt(1, after=4), prompt(2, after=9)
+    width = other["input_ids"].shape[1]
+    missing = width - alone["input_ids"].shape[1]
+    ids = torch.nn.functional.pad(alone["input_ids"], (0, missing))
+    mask = torch.nn.functional.pad(alone["attention_mask"], (0, missing))
+    pair = {
+        "input_ids": torch.cat((ids, other["input_ids"])),
+        "attention_mask": torch.cat((mask, other["attention_mask"])),
+        "pixel_values": torch.cat((alone["pixel_values"], other["pixel_values"])),
+    }
+    results = []
+    for inputs in (pair, alone):
+        captured = base.prompt(**inputs)
+        rope, masks = base.rotary(captured.hidden, captured.position_ids), base.masks(captured)
+        results.append(base.run_layers(captured.hidden, 0, 6, rope, masks))
+    torch.testing.assert_close(results[0][0, : width - missing], results[1][0])
+
+
+def test_the_hook_is_gone_even_after_an_error():
+    model = tiny_llava()
+    base = BaseVLM(model)
+    base.prompt(**prompt())
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        base.prompt(**prompt(), inputs_embeds=torch.zeros(1, 25, 32))
+    assert not model.model.language_model._forward_pre_hooks
+
+
+def test_an_unknown_family_says_what_is_needed():
+    model = tiny_llava()
+    model.config.__class__.model_type, before = "unheard_of", model.config.model_type
+    try:
+        with pytest.raises(TwigVLMError, match=r"'unheard_of' is not supported.*families\.py"):
+            BaseVLM(model)
+    finally:
+        model.config.__class__.model_type = before
+
+
+def test_a_model_without_a_config_is_refused():
+    with pytest.raises(TwigVLMError, match="'Linear' is not supported"):
+        BaseVLM(torch.nn.Linear(2, 2))
+
+
+def test_growing_rotary_frequencies_are_refused():
+    model = tiny_llava()
+    model.config.text_config.rope_parameters["rope_type"] = "dynamic"
+    with pytest.raises(TwigVLMError, match="rope_type='dynamic'"):
+        BaseVLM(model)
+
+
+def test_flex_attention_is_refused():
+    model = tiny_llava()
+    model.config.text_config._attn_implementation = "flex_attention"
+    with pytest.raises(TwigVLMError, match="attn_implementation='flex_attention'"):
+        BaseVLM(model)
+
+
+def test_a_prompt_longer_than_the_context_is_refused():
+    base = BaseVLM(tiny_llava(context=20))
+    with pytest.raises(TwigVLMError, match="25 tokens, the base's context only 20"):
+        base.prompt(**prompt())
+
+
+def test_images_and_placeholders_must_come_together():
+    base = BaseVLM(tiny_llava())
+    ids, pixels = prompt()["input_ids"], prompt()["pixel_values"]
+    base.check_images(ids, {"pixel_values": pixels})
+    with pytest.raises(TwigVLMError, match="No image placeholder"):
+        base.check_images(ids[ids != IMAGE_TOKEN][None], {"pixel_values": pixels})
+    with pytest.raises(TwigVLMError, match="16 image placeholders but no image"):
+        base.check_images(ids, {})
+    with pytest.raises(TwigVLMError, match="2 images in the prompt: llava takes 1"):
+        base.check_images(ids, {"pixel_values": pixels.repeat(2, 1, 1, 1)})

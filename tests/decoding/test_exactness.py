@@ -1,0 +1,188 @@
+"""Speculation changes nothing, no pruning changes nothing, and pruning is what its definition says."""
+
+from functools import lru_cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import VISUAL, VOCABULARY, prompt, tiny_llava
+
+from twigvlm import TwigConfig, TwigVLM
+from twigvlm.pruning.baselines.base_layer import BaseLayerAttention
+from twigvlm.pruning.baselines.random import RandomScores
+
+LAYERS = 6
+
+
+@lru_cache(maxsize=256)
+def grown(seed=0, trunk=2, twig=2, init="next", head="own", reduced=False, agreeing=True, attention="sdpa"):
+    """A tiny TwigVLM; `agreeing`: the layers that the twig skips contribute little, so that long drafts are accepted."""
+    model = tiny_llava(seed, LAYERS, attention, *((0.03, trunk) if agreeing else ()))
+    config = TwigConfig(trunk, twig, init, head, draft_vocabulary=60 if reduced else None)
+    ids = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))[:60] if reduced else None
+    return TwigVLM.grow(model, config, ids)
+
+
+@st.composite
+def cases(draw):
+    trunk = draw(st.integers(0, 3))
+    model = grown(
+        seed=draw(st.integers(0, 2)),
+        trunk=trunk,
+        twig=draw(st.integers(1, 3)),
+        init=draw(st.sampled_from(["next", "last"])),
+        head=draw(st.sampled_from(["own", "shared"])),
+        reduced=draw(st.booleans()),
+        agreeing=draw(st.booleans()),
+        attention=draw(st.sampled_from(["eager", "sdpa"])),
+    )
+    pruning = {"keep": draw(st.integers(1, VISUAL)), "final_wipe": draw(st.integers(trunk + 1, LAYERS))}
+    if draw(st.booleans()):
+        pruning["scorer"] = draw(st.sampled_from([RandomScores(1), BaseLayerAttention(max(trunk, 1))]))
+    if draw(st.integers(0, 3)) == 0:
+        pruning = {}
+    speculation = {
+        "draft_length": draw(st.integers(1, 7)),
+        "draft_threshold": draw(st.sampled_from([0.0, 0.0, 0.05, 0.3, 0.6, 1.0])),
+    }
+    inputs = prompt(draw(st.integers(0, 50)), before=draw(st.integers(0, 3)), after=draw(st.integers(1, 6)))
+    return model, inputs, pruning, speculation, draw(st.integers(1, 24))
+
+
+@settings(max_examples=150)
+@given(cases(), st.lists(st.integers(0, 30), max_size=3))
+def test_chain_speculation_changes_nothing(case, end_places):
+    model, inputs, pruning, speculation, new = case
+    length = inputs["input_ids"].shape[1]
+    plain = model.generate(**inputs, **pruning, max_new_tokens=new, do_sample=False)
+    # end tokens that really occur, so that answers end inside drafts
+    answer = plain[0, length:].tolist()
+    ends = [answer[place] for place in end_places if place < len(answer)]
+    stop = {"eos_token_id": ends, "pad_token_id": 0} if ends else {}
+    plain = model.generate(**inputs, **pruning, **stop, max_new_tokens=new)
+    output = model.generate(
+        **inputs, **pruning, **speculation, **stop, speculate="chain", max_new_tokens=new, return_dict_in_generate=True
+    )
+    assert output.sequences.tolist() == plain.tolist()
+    new_tokens = output.sequences.shape[1] - length
+    assert new_tokens <= new
+    assert all(token not in ends for token in output.sequences[0, length:-1].tolist())
+    assert len(output.drafted_lengths) == len(output.accepted_lengths)
+    for drafted, accepted in zip(output.drafted_lengths, output.accepted_lengths, strict=True):
+        assert 0 <= accepted <= drafted <= speculation["draft_length"]
+    own = len(output.accepted_lengths)  # each step adds one of the base's tokens, unless a drafted one ended the answer
+    assert 1 + sum(output.accepted_lengths) <= new_tokens <= 1 + sum(output.accepted_lengths) + own
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 1000))
+def test_an_agreeing_twig_has_long_drafts_accepted(seed):
+    model = grown()
+    output = model.generate(
+        **prompt(seed),
+        max_new_tokens=24,
+        speculate="chain",
+        draft_threshold=0.0,
+        return_dict_in_generate=True,
+    )
+    assert max(output.accepted_lengths) >= 2
+    assert len(output.accepted_lengths) < 23  # fewer steps than tokens
+
+
+def test_with_a_perfect_twig_every_step_adds_a_whole_draft():
+    base = tiny_llava(layers=LAYERS, deep_scale=0.0, from_layer=4)  # the last two layers do nothing
+    model = TwigVLM.grow(base, TwigConfig(2, 2))
+    options = {"draft_length": 4, "draft_threshold": 0.0, "speculate": "chain", "return_dict_in_generate": True}
+    output = model.generate(**prompt(), max_new_tokens=21, **options)
+    assert output.accepted_lengths == output.drafted_lengths == [4, 4, 4, 4]
+
+
+def test_a_draft_ends_after_an_unlikely_token():
+    model, inputs = grown(agreeing=False), prompt()
+    options = {"speculate": "chain", "max_new_tokens": 12, "draft_length": 4, "return_dict_in_generate": True}
+    surest = model.generate(**inputs, draft_threshold=1.0, **options)
+    assert set(surest.drafted_lengths) <= {0, 1}
+    assert 4 in model.generate(**inputs, draft_threshold=0.0, **options).drafted_lengths
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("pruning", [{}, {"keep": VISUAL}, {"retain": VISUAL, "final_wipe": LAYERS}])
+@settings(max_examples=12)
+@given(st.integers(0, 1000), st.sampled_from(["none", "chain"]), st.booleans())
+def test_keeping_everything_is_plain_generate(attention, pruning, seed, speculate, agreeing):
+    model = grown(attention=attention, agreeing=agreeing)
+    inputs = prompt(seed)
+    expected = model.model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    got = model.generate(**inputs, **pruning, max_new_tokens=16, speculate=speculate, draft_threshold=0.1)
+    assert got.tolist() == expected.tolist()
+
+
+@torch.no_grad()
+def _by_definition(model, inputs, kept, final_wipe, new):
+    """Pruned greedy decoding with no cache: each token from a full pass, layer by layer as the method is written."""
+    base, trunk = model.base, model.config.trunk_layers
+    captured = base.prompt(**inputs)
+    hidden, visual = captured.hidden, captured.visual_mask[0]
+    tokens = []
+    for _ in range(new):
+        length = hidden.shape[1]
+        visual_now = torch.cat((visual, torch.zeros(length - len(visual), dtype=torch.bool)))
+        rope = base.rotary(hidden, torch.arange(length)[None])
+        masks = base.masks(captured)
+        state = base.run_layers(hidden, 0, trunk, rope, masks)
+        stays = ~visual_now
+        stays[kept] = True
+        middle = stays.nonzero()[:, 0]
+        late = middle if final_wipe == LAYERS else middle[~visual_now[middle]]
+
+        def rope_at(indices, rope=rope):
+            return rope[0][:, indices], rope[1][:, indices]
+
+        state = base.run_layers(state[:, middle], trunk, final_wipe, rope_at(middle), masks)
+        state = state[:, torch.isin(middle, late)]
+        state = base.run_layers(state, final_wipe, LAYERS, rope_at(late), masks)
+        tokens.append(int(base.logits(state[:, -1]).argmax()))
+        hidden = torch.cat((hidden, base.embed(torch.tensor([tokens[-1:]]))), dim=1)
+    return tokens
+
+
+@settings(max_examples=40)
+@given(cases())
+def test_pruning_by_its_definition(case):
+    model, inputs, pruning, speculation, new = case
+    if not pruning:
+        pruning = {"keep": 5, "final_wipe": LAYERS}
+    options = {"max_new_tokens": min(new, 8), "return_dict_in_generate": True}
+    output = model.generate(**inputs, **pruning, **speculation, **options, speculate="chain")
+    kept = output.kept_indices[0]
+    assert len(kept) == pruning["keep"]
+    assert model.base.visual_mask(inputs["input_ids"])[0, kept].all()
+    assert kept.tolist() == sorted(set(kept.tolist()))
+    expected = _by_definition(model, inputs, kept, pruning["final_wipe"], options["max_new_tokens"])
+    assert output.sequences[0, inputs["input_ids"].shape[1] :].tolist() == expected
+
+
+def test_pruning_matters_in_these_models():
+    """Guards the tests above: with few tokens the answer differs from the full one, and the choice of tokens matters."""
+    model, answers = grown(agreeing=False), set()
+    for scorer in (None, RandomScores(0), RandomScores(1), BaseLayerAttention(2)):
+        answers.add(tuple(model.generate(**prompt(), keep=2, scorer=scorer, max_new_tokens=12)[0].tolist()))
+    answers.add(tuple(model.generate(**prompt(), max_new_tokens=12)[0].tolist()))
+    assert len(answers) >= 3
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 1000))
+def test_disabled_is_the_base_bit_for_bit(seed):
+    inputs, options = prompt(seed), {"max_new_tokens": 10, "output_logits": True, "return_dict_in_generate": True}
+    untouched = tiny_llava(1)
+    expected = untouched.generate(**inputs, **options)
+    model = grown(seed=1, agreeing=False)
+    for _ in range(2):  # before use and after
+        with model.disabled():
+            got = model.generate(**inputs, **options)
+        assert torch.equal(got.sequences, expected.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(got.logits, expected.logits, strict=True))
+        model.generate(**inputs, max_new_tokens=10, keep=3, speculate="chain", draft_threshold=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(model.model.parameters(), untouched.parameters(), strict=True))

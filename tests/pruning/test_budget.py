@@ -1,0 +1,64 @@
+"""The budget against the paper's Table 7, and both directions against each other."""
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from twigvlm.errors import TwigVLMError
+from twigvlm.pruning.budget import average_kept, solve_keep
+
+
+@pytest.mark.parametrize(
+    ("retain", "trunk", "final_wipe", "keep"),
+    [
+        (192, 2, 24, 227),
+        (128, 2, 24, 134),
+        (64, 2, 24, 41),
+        (64, 0, 24, 85),
+        (64, 1, 24, 64),
+        (64, 3, 24, 15),
+        (64, 2, 32, 30),
+        (64, 2, 20, 50),
+    ],
+)
+def test_published_values(retain, trunk, final_wipe, keep):
+    assert solve_keep(retain, 576, 32, trunk, final_wipe) == keep
+    assert round(average_kept(keep, 576, 32, trunk, final_wipe)) == retain
+
+
+@given(st.data())
+def test_solving_inverts_averaging(data):
+    layers = data.draw(st.integers(1, 60))
+    trunk = data.draw(st.integers(0, layers - 1))
+    final_wipe = data.draw(st.integers(trunk + 1, layers))
+    visual = data.draw(st.integers(1, 3000))
+    keep = data.draw(st.integers(1, visual))
+    average = average_kept(keep, visual, layers, trunk, final_wipe)
+    assert 0 < average <= visual
+    assert solve_keep(average, visual, layers, trunk, final_wipe) == keep
+
+
+@given(st.floats(0, 700), st.integers(0, 5), st.integers(6, 32))
+def test_solved_or_refused_with_the_range(retain, trunk, final_wipe):
+    low, high = (average_kept(keep, 576, 32, trunk, final_wipe) for keep in (1, 576))
+    step = (final_wipe - trunk) / 32
+    try:
+        keep = solve_keep(retain, 576, 32, trunk, final_wipe)
+    except TwigVLMError as error:
+        assert retain <= low - step / 2 or retain >= high + step / 2 - 1e-9
+        assert f"{low:.1f} to {high:.1f}" in str(error)
+    else:
+        assert abs(average_kept(keep, 576, 32, trunk, final_wipe) - retain) <= step / 2 + 1e-9
+
+
+@pytest.mark.parametrize("keep", [0, -1, 577])
+def test_impossible_keep(keep):
+    with pytest.raises(TwigVLMError, match=f"keep={keep}: must be 1 to 576"):
+        average_kept(keep, 576, 32, 2, 24)
+
+
+@given(st.integers(-5, 40))
+def test_final_wipe_lies_after_the_trunk(final_wipe):
+    assume(not 2 < final_wipe <= 32)
+    with pytest.raises(TwigVLMError, match=f"final_wipe={final_wipe}: must be 3 to 32"):
+        solve_keep(64, 576, 32, 2, final_wipe)

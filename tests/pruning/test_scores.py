@@ -1,0 +1,90 @@
+"""Scores against the attention maps of eager attention."""
+
+import pytest
+import torch
+from tiny import prompt, tiny_llava
+
+from twigvlm import TwigConfig, TwigVLM
+from twigvlm.base.cache import LayeredCache
+from twigvlm.decoding.prefill import Trunk
+from twigvlm.pruning.baselines.base_layer import BaseLayerAttention
+from twigvlm.pruning.baselines.random import RandomScores
+from twigvlm.pruning.scores import attention_scores
+from twigvlm.pruning.twig_attention import TwigAttention
+
+
+def _trunk(attention, trunk_layers=2, seed=0):
+    grown = TwigVLM.grow(tiny_llava(seed, attention=attention), TwigConfig(trunk_layers, twig_layers=2))
+    captured = grown.base.prompt(**prompt(seed))
+    rope, masks = grown.base.rotary(captured.hidden, captured.position_ids), grown.base.masks(captured)
+    cache = LayeredCache(8, 1)
+    hidden = grown.base.run_layers(captured.hidden, 0, trunk_layers, rope, masks, cache)
+    return Trunk(grown.base, grown.twig, captured, hidden, rope, masks, cache)
+
+
+def _expected(attention_map, visual, queries):
+    rows = attention_map.mean(dim=1)[0]
+    row = rows[-1] if queries == "last" else rows[~visual[0]].sum(dim=0)
+    return torch.where(visual[0], row, 0.0)[None]
+
+
+@pytest.mark.parametrize("queries", ["last", "text"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("layer", [1, 2, 3, 6])
+@torch.no_grad()
+def test_rows_of_base_layers(layer, attention, queries):
+    maps = tiny_llava(attention="eager")(**prompt(), output_attentions=True).attentions
+    trunk = _trunk(attention)
+    scores = BaseLayerAttention(layer, queries)(trunk)
+    torch.testing.assert_close(scores, _expected(maps[layer - 1], trunk.prompt.visual_mask, queries))
+    assert scores[trunk.prompt.visual_mask].std() > 1e-3  # the test model's attention is not uniform
+
+
+@pytest.mark.parametrize("queries", ["last", "text"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_row_of_the_last_twig_layer(attention, queries):
+    eager, trunk = _trunk("eager"), _trunk(attention)
+    first, last = eager.twig.layers
+    mask = eager.masks(25, 25)
+    middle = first(eager.hidden, attention_mask=mask, position_embeddings=eager.rope)
+    _, attention_map = last.self_attn(last.input_layernorm(middle), attention_mask=mask, position_embeddings=eager.rope)
+    scores = TwigAttention(queries)(trunk)
+    torch.testing.assert_close(scores, _expected(attention_map, trunk.prompt.visual_mask, queries))
+    assert trunk.cache.lengths == [25, 25, 0, 0, 0, 0, 25, 25]
+
+
+@torch.no_grad()
+def test_filling_the_cache_is_running_the_twig():
+    trunk = _trunk("sdpa")
+    trunk.grow()
+    cache = LayeredCache(8, 1)
+    trunk.twig(trunk.hidden, trunk.rope, trunk.masks, cache)
+    for slot in (6, 7):
+        torch.testing.assert_close(trunk.cache.held(slot), cache.held(slot))
+
+
+def test_chunks_make_no_difference():
+    queries, keys = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 12, 8)
+    visual = torch.rand(2, 12) < 0.5
+    positions = torch.arange(3, 12)
+    whole = attention_scores(queries, keys, 0.35, positions, visual, chunk=100)
+    torch.testing.assert_close(attention_scores(queries, keys, 0.35, positions, visual, chunk=2), whole)
+
+
+def test_scores_of_all_visual_keys_sum_to_one_query():
+    queries, keys = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 12, 8)
+    scores = attention_scores(queries, keys, 0.35, torch.tensor([11]), torch.ones(1, 12, dtype=torch.bool))
+    torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
+
+
+def test_random_scores_follow_their_seed():
+    trunk = _trunk("sdpa")
+    assert torch.equal(RandomScores(1)(trunk), RandomScores(1)(trunk))
+    assert not torch.equal(RandomScores(1)(trunk), RandomScores(2)(trunk))
+
+
+@pytest.mark.parametrize("layer", [0, 7])
+def test_a_base_layer_must_exist(layer):
+    with pytest.raises(ValueError, match=f"layer={layer}: must be 1 to 6"):
+        BaseLayerAttention(layer)(_trunk("sdpa"))
