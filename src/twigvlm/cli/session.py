@@ -1,10 +1,12 @@
 """Load a base with its twig, and ask it one question: what `generate` and `demo` share."""
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
 
+import huggingface_hub
 import torch
 import transformers
 from PIL import Image
@@ -37,6 +39,8 @@ class Plan:
         cls, model: str, twig: str | None, retain: float | None, speculate: Literal["auto", "none", "chain"]
     ) -> "Plan":
         """Fill in the defaults: Sapling has a twig of its own, and a twig speculates unless told not to."""
+        if retain is not None and not math.isfinite(retain):
+            raise TwigVLMError(f"retain={retain}: must be a number of visual tokens, for example 64")
         idle = retain is None and speculate == "none"
         if twig is not None and idle:
             raise TwigVLMError(
@@ -139,6 +143,7 @@ def open_session(plan: Plan, dtype: str, device: str) -> Session:
 
 def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
     """Base and processor, on the device and in evaluation mode."""
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     place = _device(device)

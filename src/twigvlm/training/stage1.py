@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
-from twigvlm.training.data import Collator
+from twigvlm.training.data import IGNORE, Collator
+from twigvlm.training.losses import draft_targets, next_token_loss
 from twigvlm.training.options import Stage1Config
 
 
@@ -31,13 +32,22 @@ class ShallowModel(nn.Module):
         self.twig = model.twig
         self._whole = (model,)  # in a tuple, so that the base is no submodule
 
-    def forward(self, **inputs: Any) -> dict[str, Tensor]:
+    def forward(self, labels: Tensor, num_items_in_batch: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
         """Loss of a batch padded on the right: without a mask, causal attention hides padding from every real token."""
-        model = self._whole[0]
         inputs.pop("attention_mask", None)
-        dtype = model.base.dtype
-        with torch.autocast(inputs["input_ids"].device.type, dtype, enabled=dtype != torch.float32):
-            return {"loss": model(**inputs)["loss"]}
+        base, twig = self._whole[0].base, self.twig
+        with torch.no_grad():
+            prompt = base.prompt(**inputs)
+            masks = base.masks(prompt)
+            rope = base.rotary(prompt.hidden, prompt.position_ids)
+            hidden = base.run_layers(prompt.hidden, 0, twig.config.trunk_layers, rope, masks)
+        answers = labels[:, 1:] != IGNORE
+        with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
+            hidden = twig(hidden.float(), rope, masks)
+            logits = twig.logits(hidden[:, :-1][answers])
+        vocabulary = int(cast(Any, base.head).weight.shape[0])
+        targets = draft_targets(labels[:, 1:][answers], twig.draft_token_ids, vocabulary)
+        return {"loss": next_token_loss(logits, targets, num_items_in_batch)}
 
 
 def train_stage1(
@@ -65,6 +75,7 @@ def train_stage1(
     if base.dtype == torch.float16:
         raise TwigVLMError("dtype=float16: gradients underflow in it; train with bfloat16 or float32")
     samples = len(data)  # type: ignore[arg-type]
+    data[0]  # what is wrong with every sample shows before anything is written
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(samples / (config.batch_size * config.accumulate)))
     checkpoint = _latest(directory) if resume else None
     _remember(

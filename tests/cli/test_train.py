@@ -1,0 +1,66 @@
+import json
+
+import pytest
+from PIL import Image
+
+from tests.tiny import tiny_llava
+from twigvlm.cli.main import main
+from twigvlm.model import TwigVLM
+
+
+@pytest.fixture
+def arguments(tmp_path, base_directory):
+    samples = []
+    for number, colour in enumerate(["red", "green", "blue"]):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"A {colour} one."}]
+        samples.append({"id": number, "image": f"{colour}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    basic = {"data": tmp_path / "data.json", "out": tmp_path / "twig", "model": base_directory, "device": "cpu"}
+
+    def build(*flags, **changes):
+        options = {
+            **basic,
+            "twig-layers": 2,
+            "batch-size": 2,
+            "max-steps": 2,
+            "save-steps": 1,
+            "log-steps": 1,
+            **changes,
+        }
+        return ["train", *(str(word) for name, value in options.items() for word in (f"--{name}", value)), *flags]
+
+    return build
+
+
+def test_trains_a_twig_that_loads(capsys, arguments, tmp_path):
+    assert main(arguments(**{"head": "shared", "draft-vocabulary": 20, "final-wipe": 5})) == 0
+    out, err = capsys.readouterr()
+    assert out == f"Twig: {tmp_path / 'twig'}\n"
+    assert [line.split(" loss")[0] for line in err.splitlines()] == ["step 1/2", "step 2/2"]
+    model = TwigVLM.from_pretrained(tiny_llava(), tmp_path / "twig")
+    assert model.config.draft_vocabulary == 20
+    assert model.config.final_wipe == 5
+
+
+def test_never_writes_over_what_is_there(refused, capsys, arguments, tmp_path):
+    assert main(arguments()) == 0
+    refused(*arguments(), words=["is not empty", "--resume"])
+    capsys.readouterr()
+    assert main(arguments("--resume")) == 0
+    refused(*arguments("--resume", **{"learning-rate": 0.5}), words=["learning_rate=0.5"])
+
+
+def test_bad_input_writes_nothing(refused, arguments, tmp_path):
+    refused(*arguments(data=tmp_path / "none.json"), words=["none.json"])
+    refused(*arguments(images=tmp_path / "none"), words=["no such directory"])
+    refused(*arguments(out=tmp_path / "data.json"), words=["is a file"])
+    refused(*arguments(**{"max-length": 1}), words=["max_length=1"])
+    refused(*arguments(**{"max-length": 10}), words=["sample 0", "no answer within the first 10 tokens"])
+    refused(*arguments(**{"twig-layers": 0}), words=["twig_layers=0"])
+    refused(*arguments(**{"twig-layers": 9}), words=["twig_layers=9"])
+    refused(*arguments(**{"batch-size": 0}), words=["batch_size=0"])
+    refused(*arguments(**{"draft-vocabulary": 1000}), words=["draft_vocabulary=1000"])
+    (tmp_path / "red.png").unlink()
+    refused(*arguments(), words=["sample 0", "red.png"])
+    assert not (tmp_path / "twig").exists()
