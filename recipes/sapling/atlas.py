@@ -1,6 +1,6 @@
 """Render the sprite atlas once: one cell per line of kinds.txt, from Noto Color Emoji (OFL-1.1).
 
-    python -m recipes.sapling.atlas NotoColorEmoji.ttf
+python -m recipes.sapling.atlas NotoColorEmoji.ttf
 """
 
 import sys

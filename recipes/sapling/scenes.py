@@ -149,11 +149,15 @@ def make_scene(split: str, index: int, size: int = SIZE, random_text: float = 0.
 
     def free(x: float, y: float, half_x: float, half_y: float, overlap: float) -> bool:
         return all(
-            abs(x - bx) > overlap * (half_x + bhx) or abs(y - by) > overlap * (half_y + bhy) for bx, by, bhx, bhy in boxes
+            abs(x - bx) > overlap * (half_x + bhx) or abs(y - by) > overlap * (half_y + bhy)
+            for bx, by, bhx, bhy in boxes
         )
 
     signs: list[Sign] = []
-    for _ in range(rng.choice(3, p=(0.35, 0.5, 0.15)) if whole else int(rng.random() < 0.7)):
+    wanted = rng.choice(3, p=(0.3, 0.5, 0.2)) if whole else int(rng.random() < 0.7)
+    for _ in range(8 * wanted):
+        if len(signs) == wanted:
+            break
         sign = Sign(
             text=_sign_text(rng, split, random_text),
             colour=str(rng.choice(list(SIGN_COLOURS))),
@@ -163,7 +167,7 @@ def make_scene(split: str, index: int, size: int = SIZE, random_text: float = 0.
             font=str(rng.choice(FONTS)),
         )
         half_x, half_y = sign.half
-        inside = not whole or half_x < sign.x < size - half_x and half_y < sign.y < size - half_y
+        inside = not whole or (half_x < sign.x < size - half_x and half_y < sign.y < size - half_y)
         if inside and free(sign.x, sign.y, half_x, half_y, 1.0):
             signs.append(sign)
             boxes.append((sign.x, sign.y, half_x, half_y))
@@ -234,7 +238,7 @@ def _background(scene: Scene, rng: np.random.Generator) -> Image.Image:
     for _ in range(rng.integers(0, 10) * size // SIZE + 1):
         clutter = tuple(int(v) for v in np.clip(colour + rng.uniform(-60, 60, 3), 0, 255))
         cx, cy, reach = rng.uniform(0, size), rng.uniform(0, size), rng.uniform(4, 22)
-        corners = rng.uniform(-reach, reach, (3, 2)) + (cx, cy)
+        corners = rng.uniform(-reach, reach, (3, 2)) + np.array([cx, cy])
         shape = rng.integers(3)
         if shape == 0:
             draw.polygon([tuple(corner) for corner in corners], fill=clutter)

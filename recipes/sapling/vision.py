@@ -20,7 +20,7 @@ from transformers import CLIPVisionModel, Trainer, TrainingArguments, set_seed
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.trainer_utils import get_last_checkpoint
 
-from recipes.sapling.scenes import CHARACTERS, COLOURS, GRID, KINDS, PATCH, SIGN_KIND, make_scene, patch_labels, render
+from recipes.sapling.scenes import CHARACTERS, COLOURS, GRID, PATCH, SIGN_KIND, make_scene, patch_labels, render
 from recipes.sapling.targets import VisualTargets
 from twigvlm.sapling import assemble
 
@@ -169,7 +169,10 @@ def main(options: Options) -> None:
         train_dataset=Crops("train", options.size, options.steps * options.batch, options.random_text),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(options.output) if Path(options.output).exists() else None)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, Path(options.output) / "final.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()},
+        Path(options.output) / "final.safetensors",
+    )
     print("validation:", report(model.eval(), Crops("validation", options.size, 400, options.random_text)))
 
 

@@ -60,10 +60,10 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def language_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """SmolLM2-135M-Instruct, as published."""
+def language_model() -> LlamaForCausalLM:
+    """SmolLM2-135M-Instruct, as published, in float32."""
     gguf = _gguf()
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     del model.config.quantization_config  # the weights are plain tensors now
     return model
 

@@ -1,0 +1,315 @@
+"""Conversations about scenes, with answers that follow from the scene alone.
+
+    python -m recipes.sapling.questions --split train --count 2000 --output runs/train
+
+writes LLaVA's JSON and the pictures beside it.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from recipes.sapling.scenes import (
+    KINDS,
+    SIZE,
+    Scene,
+    Sign,
+    Thing,
+    _rng,
+    held_out_pair,
+    held_out_word,
+    make_scene,
+    render,
+)
+
+PLACES = (
+    ("top left", "top", "top right"),
+    ("left", "center", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
+MARGIN = 10  # pixels between a thing's centre and the border of its ninth of the picture
+NUMBERS = ("no", "one", "two", "three", "four", "five")
+SHORT_KINDS = ("place", "where", "relation", "exists", "count", "sign text", "sign colour", "next to")
+
+ASK = {
+    "place": (
+        "What is {at}?",
+        "What can be seen {at}?",
+        "Name the object {at}.",
+        "Which object is {at}?",
+        "What object do you see {at} of the picture?",
+        "Tell me what is {at}.",
+        "Look {at}: what is there?",
+        "What is shown {at} of the image?",
+    ),
+    "where": (
+        "Where is {the}?",
+        "Where can I find {the}?",
+        "In which part of the picture is {the}?",
+        "Tell me where {the} is.",
+        "Where do you see {the}?",
+        "What is the position of {the}?",
+        "In what area of the image is {the}?",
+        "Point me to {the}.",
+    ),
+    "relation": (
+        "Where is {the} relative to {other}?",
+        "Is {the} left of, right of, above or below {other}?",
+        "On which side of {other} is {the}?",
+        "How is {the} placed with respect to {other}?",
+        "Seen from {other}, where is {the}?",
+        "In which direction from {other} is {the}?",
+        "Compared with {other}, where is {the}?",
+        "What is the position of {the} relative to {other}?",
+    ),
+    "exists": (
+        "Is there {a} in the picture?",
+        "Do you see {a}?",
+        "Can you find {a} here?",
+        "Does the image show {a}?",
+        "Is {a} visible?",
+        "Does this picture contain {a}?",
+        "Is there {a} anywhere?",
+        "Can {a} be seen in this image?",
+    ),
+    "count": (
+        "How many {plural} are there?",
+        "How many {plural} do you see?",
+        "Count the {plural}.",
+        "What is the number of {plural}?",
+        "How many {plural} does the picture show?",
+        "How many {plural} can you find?",
+        "Tell me how many {plural} there are.",
+        "How many {plural} are in the image?",
+    ),
+    "sign text": (
+        "What does the {sign} say?",
+        "What is written on the {sign}?",
+        "Read the {sign}.",
+        "What is the text on the {sign}?",
+        "Which text is on the {sign}?",
+        "What can be read on the {sign}?",
+        "Tell me what the {sign} says.",
+        "What stands on the {sign}?",
+    ),
+    "sign colour": (
+        "What color is the sign?",
+        "Which color does the sign have?",
+        "What is the color of the sign?",
+        "Name the color of the sign.",
+        "The sign is of which color?",
+        "Tell me the color of the sign.",
+        "In what color is the sign painted?",
+        "What color has the sign?",
+    ),
+    "next to": (
+        "What is next to {the}?",
+        "Which object is closest to {the}?",
+        "What is near {the}?",
+        "What stands beside {the}?",
+        "Name the object nearest to {the}.",
+        "What do you see next to {the}?",
+        "Which object is beside {the}?",
+        "What is the nearest neighbor of {the}?",
+    ),
+    "description": (
+        "Describe the picture.",
+        "Describe this image in detail.",
+        "What do you see in this picture?",
+        "Give a full description of the image.",
+        "Tell me everything about this picture.",
+        "What is shown here? Describe it.",
+        "Please describe the scene.",
+        "Write a description of this image.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Turn:
+    kind: str
+    question: str
+    answer: str
+    held_out: bool = False
+    """The answer turns on a sign word or a pair of things that training never shows."""
+
+
+def place(x: float, y: float) -> str:
+    return PLACES[min(int(3 * y / SIZE), 2)][min(int(3 * x / SIZE), 2)]
+
+
+def at(name: str) -> str:
+    if name in ("left", "right"):
+        return f"on the {name}"
+    return f"{'at' if name in ('top', 'bottom') else 'in'} the {name}"
+
+
+def _clear(thing: Thing | Sign) -> bool:
+    third = SIZE / 3
+    return all(min(abs(v - third), abs(v - 2 * third)) > MARGIN for v in (thing.x, thing.y))
+
+
+def _name(thing: Thing) -> str:
+    return KINDS[thing.kind].name
+
+
+def short_turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """Every short question that has one clear answer in this scene, in random order."""
+    counts = Counter(thing.kind for thing in scene.things)
+    single = [thing for thing in scene.things if counts[thing.kind] == 1]
+    turns: list[Turn] = []
+
+    def ask(kind: str, answer: str, held_out: bool = False, **words: str) -> None:
+        turns.append(Turn(kind, str(rng.choice(ASK[kind])).format(**words), answer, held_out))
+
+    occupied = Counter(place(thing.x, thing.y) for thing in (*scene.things, *scene.signs))
+    for thing in scene.things:
+        here = place(thing.x, thing.y)
+        if _clear(thing) and occupied[here] == 1:
+            ask("place", KINDS[thing.kind].with_article, at=at(here))
+    for thing in single:
+        if _clear(thing):
+            ask("where", place(thing.x, thing.y), the=f"the {_name(thing)}")
+    for thing in single:
+        for other in single:
+            dx, dy = thing.x - other.x, thing.y - other.y
+            if thing is other or max(abs(dx), abs(dy)) < 45:
+                continue
+            held_out = held_out_pair(thing.kind, other.kind)
+            words = {"the": f"the {_name(thing)}", "other": f"the {_name(other)}"}
+            if abs(dx) > 1.6 * abs(dy):
+                ask("relation", "right" if dx > 0 else "left", held_out, **words)
+            elif abs(dy) > 1.6 * abs(dx):
+                ask("relation", "below" if dy > 0 else "above", held_out, **words)
+    for kind in counts:
+        ask("exists", "yes", a=KINDS[kind].with_article)
+        near = kind + int(rng.integers(1, 5)) * (1 if rng.random() < 0.5 else -1)
+        absent = near % len(KINDS) if rng.random() < 0.5 else int(rng.integers(len(KINDS)))
+        if absent not in counts:
+            ask("exists", "no", a=KINDS[absent].with_article)
+    for kind, count in counts.items():
+        if count > 1 or rng.random() < 0.5:
+            ask("count", str(count), plural=KINDS[kind].plural)
+    signs = Counter(sign.colour for sign in scene.signs)
+    for sign in scene.signs:
+        if signs[sign.colour] == 1:
+            label = "sign" if len(scene.signs) == 1 and rng.random() < 0.7 else f"{sign.colour} sign"
+            ask("sign text", sign.text, held_out_word(sign.text), sign=label)
+    if len(scene.signs) == 1:
+        ask("sign colour", scene.signs[0].colour)
+    for thing in single:
+        by_distance = sorted(
+            (math.dist((thing.x, thing.y), (other.x, other.y)), other.kind)
+            for other in scene.things
+            if other is not thing
+        )
+        if by_distance and (len(by_distance) == 1 or by_distance[0][0] < 0.7 * by_distance[1][0]):
+            nearest = by_distance[0][1]
+            held_out = held_out_pair(thing.kind, nearest)
+            ask("next to", KINDS[nearest].with_article, held_out, the=f"the {_name(thing)}")
+    return [turns[i] for i in rng.permutation(len(turns))]
+
+
+def _join(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def description_turn(scene: Scene, rng: np.random.Generator) -> Turn:
+    """A description in one of several orders and wordings; the first words give the order away."""
+    orders = {
+        "from left to right": lambda thing: thing.x,
+        "from top to bottom": lambda thing: thing.y,
+        "from large to small": lambda thing: -thing.size,
+    }
+    order = str(rng.choice(list(orders)))
+    things = sorted(scene.things, key=orders[order])
+    counts = Counter(thing.kind for thing in things)
+    groups: dict[int, list[Thing]] = {}
+    for thing in things:
+        groups.setdefault(thing.kind, []).append(thing)
+    noun = str(rng.choice(["picture", "image", "scene"]))
+    texture = "plain" if scene.texture == "plain" else scene.texture
+    sentences = [
+        str(rng.choice(["This {n} has a {t} {b} background.", "The background of the {n} is {t} and {b}."])).format(
+            n=noun, t=texture, b=scene.background
+        )
+    ]
+    wording = int(rng.integers(3))
+    opening = f"{order[0].upper()}{order[1:]}, " if things else ""
+    listed = []
+    for kind, members in groups.items():
+        where = _join([at(place(member.x, member.y)) for member in members])
+        many = counts[kind]
+        what = KINDS[kind].with_article if many == 1 else f"{NUMBERS[many]} {KINDS[kind].plural}"
+        listed.append(f"{what} {where}")
+    if wording == 1 and listed:
+        sentences.append(f"{opening}you can see {_join(listed)}.")
+    elif wording == 2 and listed:
+        sentences.append(f"{opening}it shows {'; '.join(listed)}.")
+    elif listed:
+        verb = "there are" if len(listed) > 1 or max(counts.values()) > 1 else "there is"
+        sentences.append(f"{opening}{verb} {_join(listed)}.")
+    for sign in scene.signs:
+        a = "an" if sign.colour == "orange" else "a"
+        shows = str(rng.choice(["reads", "says"]))
+        sentences.append(f"{a.capitalize()} {sign.colour} sign {at(place(sign.x, sign.y))} {shows} {sign.text}.")
+    if not scene.signs:
+        sentences.append("No sign can be seen.")
+    total = len(things)
+    objects = "object" if total == 1 else "objects"
+    sentences.append(f"In total the {noun} shows {total} {objects}.")
+    return Turn("description", str(rng.choice(ASK["description"])), " ".join(sentences))
+
+
+def conversation(scene: Scene, count: int = 12) -> list[Turn]:
+    """Up to `count` short turns, rarer kinds first served, and one description."""
+    rng = _rng(scene.split, scene.index, purpose=7)
+    by_kind: dict[str, list[Turn]] = {}
+    for turn in short_turns(scene, rng):
+        by_kind.setdefault(turn.kind, []).append(turn)
+    chosen: list[Turn] = []
+    while by_kind and len(chosen) < count:
+        for kind in list(by_kind):
+            chosen.append(by_kind[kind].pop())
+            if not by_kind[kind]:
+                del by_kind[kind]
+    chosen = chosen[:count]
+    chosen.insert(int(rng.integers(len(chosen) + 1)), description_turn(scene, rng))
+    return chosen
+
+
+def llava_sample(scene: Scene, image: str) -> dict[str, object]:
+    """The scene's conversation in LLaVA's JSON format."""
+    messages: list[dict[str, str]] = []
+    for turn in conversation(scene):
+        start = "" if messages else "<image>\n"
+        messages += [{"from": "human", "value": start + turn.question}, {"from": "gpt", "value": turn.answer}]
+    return {"id": f"{scene.split}-{scene.index:06d}", "image": image, "conversations": messages}
+
+
+@dataclass
+class Options:
+    output: Path
+    """Folder for `conversations.json` and the pictures."""
+    split: str = "train"
+    count: int = 1000
+
+
+def main(options: Options) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
+    samples = []
+    for index in range(options.count):
+        scene = make_scene(options.split, index)
+        name = f"{options.split}-{index:06d}.jpg"
+        render(scene).save(options.output / name, quality=92)
+        samples.append(llava_sample(scene, name))
+    (options.output / "conversations.json").write_text(json.dumps(samples, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
