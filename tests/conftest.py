@@ -1,12 +1,20 @@
-"""What all tests share."""
+"""What all tests share: shapes in signatures are checked in tests, and only there."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
 
+import tests.typecheck  # the hook below names it and expects it to be there
+
+# Not config.py: it checks values itself, and its messages are under test.
+checked = ("base", "checkpoint", "decoding", "model", "pruning", "training", "twig")
+install_import_hook([f"twigvlm.{name}" for name in checked], f"{tests.typecheck.__name__}.check")
 torch.set_num_threads(1)
-settings.register_profile("default", deadline=None, derandomize=True, max_examples=30)
+# Building a tiny model takes a moment on a busy machine: no deadline, and no complaint about slow examples.
+slow = [HealthCheck.too_slow]
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=30, suppress_health_check=slow)
 settings.load_profile("default")

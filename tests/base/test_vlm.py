@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny import IMAGE_TOKEN, VISUAL, prompt, tiny_llava
 
+from tests.tiny import IMAGE_TOKEN, VISUAL, prompt, tiny_llava
 from twigvlm.base.cache import LayeredCache
 from twigvlm.base.layers import project_keys_values
 from twigvlm.base.vlm import BaseVLM

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VISUAL, VOCABULARY, prompt, tiny_llava
 
+from tests.tiny import VISUAL, VOCABULARY, prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.pruning.baselines.base_layer import BaseLayerAttention
 from twigvlm.pruning.baselines.random import RandomScores
@@ -27,16 +27,16 @@ def grown(seed=0, trunk=2, twig=2, init="next", head="own", reduced=False, agree
 @st.composite
 def cases(draw):
     trunk = draw(st.integers(0, 3))
-    model = grown(
-        seed=draw(st.integers(0, 2)),
-        trunk=trunk,
-        twig=draw(st.integers(1, 3)),
-        init=draw(st.sampled_from(["next", "last"])),
-        head=draw(st.sampled_from(["own", "shared"])),
-        reduced=draw(st.booleans()),
-        agreeing=draw(st.booleans()),
-        attention=draw(st.sampled_from(["eager", "sdpa"])),
-    )
+    shape = {
+        "seed": draw(st.integers(0, 2)),
+        "trunk": trunk,
+        "twig": draw(st.integers(1, 3)),
+        "init": draw(st.sampled_from(["next", "last"])),
+        "head": draw(st.sampled_from(["own", "shared"])),
+        "reduced": draw(st.booleans()),
+        "agreeing": draw(st.booleans()),
+        "attention": draw(st.sampled_from(["eager", "sdpa"])),
+    }
     pruning = {"keep": draw(st.integers(1, VISUAL)), "final_wipe": draw(st.integers(trunk + 1, LAYERS))}
     if draw(st.booleans()):
         pruning["scorer"] = draw(st.sampled_from([RandomScores(1), BaseLayerAttention(max(trunk, 1))]))
@@ -47,13 +47,15 @@ def cases(draw):
         "draft_threshold": draw(st.sampled_from([0.0, 0.0, 0.05, 0.3, 0.6, 1.0])),
     }
     inputs = prompt(draw(st.integers(0, 50)), before=draw(st.integers(0, 3)), after=draw(st.integers(1, 6)))
-    return model, inputs, pruning, speculation, draw(st.integers(1, 24))
+    # the model is built in the test: the type checker rolls dice, which strategies must not
+    return shape, inputs, pruning, speculation, draw(st.integers(1, 24))
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(cases(), st.lists(st.integers(0, 30), max_size=3))
 def test_chain_speculation_changes_nothing(case, end_places):
-    model, inputs, pruning, speculation, new = case
+    shape, inputs, pruning, speculation, new = case
+    model = grown(**shape)
     length = inputs["input_ids"].shape[1]
     plain = model.generate(**inputs, **pruning, max_new_tokens=new, do_sample=False)
     # end tokens that really occur, so that answers end inside drafts
@@ -150,7 +152,8 @@ def _by_definition(model, inputs, kept, final_wipe, new):
 @settings(max_examples=40)
 @given(cases())
 def test_pruning_by_its_definition(case):
-    model, inputs, pruning, speculation, new = case
+    shape, inputs, pruning, speculation, new = case
+    model = grown(**shape)
     if not pruning:
         pruning = {"keep": 5, "final_wipe": LAYERS}
     options = {"max_new_tokens": min(new, 8), "return_dict_in_generate": True}

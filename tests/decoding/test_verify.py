@@ -37,5 +37,7 @@ def test_processors_see_each_position_once_and_none_beyond_the_first_difference(
 
 def test_processors_work_on_a_copy():
     logits = torch.zeros(1, 3)
-    assert greedy_choices(logits, [], lambda ids, scores: scores.add_(torch.tensor([0, 0, 1])), torch.ones(1, 1)) == [2]
+    assert greedy_choices(
+        logits, [], lambda ids, scores: scores.add_(torch.tensor([0, 0, 1])), torch.tensor([[1]])
+    ) == [2]
     assert torch.equal(logits, torch.zeros(1, 3))

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny import prompt, tiny_llava
 
+from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.base.cache import LayeredCache
 from twigvlm.decoding.prefill import Trunk

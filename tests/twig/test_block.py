@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny import VOCABULARY, prompt, tiny_llava
 
+from tests.tiny import VOCABULARY, prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.twig.block import Twig

@@ -4,7 +4,7 @@ Two facts of the Hugging Face attention functions shape this file: eager attenti
 the causal flag of SDPA aligns queries with the *first* keys, which is wrong as soon as a cache holds a prefix.
 """
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -13,10 +13,8 @@ from torch import Tensor
 from twigvlm.errors import TwigVLMError
 
 
-class Masks(Protocol):
-    """Hands out the mask of `queries` new tokens that attend to `keys` tokens, themselves the last of them."""
-
-    def __call__(self, queries: int, keys: int) -> Tensor | None: ...
+Masks = Callable[[int, int], Tensor | None]
+"""(queries, keys) -> the mask of new tokens that attend to `keys` tokens, themselves the last of them."""
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, "queries keys"]:

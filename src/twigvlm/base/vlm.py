@@ -111,7 +111,7 @@ class BaseVLM:
             inputs: whatever else the base's forward takes (pixel_values, attention_mask, position_ids, …).
 
         Raises:
-            TwigVLMError: the prompt is longer than the context.
+            TwigVLMError: the prompt is longer than the context, or the base refuses it.
         """
         context = getattr(self.config, "max_position_embeddings", None)
         if context is not None and input_ids.shape[1] > context:
@@ -127,6 +127,8 @@ class BaseVLM:
             self.model(input_ids=input_ids, use_cache=False, **inputs)
         except _Captured as captured:
             kwargs = captured.kwargs
+        except ValueError as error:  # for example more pixels than placeholders
+            raise TwigVLMError(f"the base refuses this prompt: {' '.join(str(error).split())}") from error
         finally:
             hook.remove()
         hidden = cast(Tensor, kwargs["inputs_embeds"])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from twigvlm.base.cache import LayeredCache
@@ -75,11 +75,43 @@ def prefill(base: BaseVLM, twig: Twig, prompt: Prompt, plan: Plan, masks: Masks,
         kept = indices[visual].view(len(indices), -1)
     if plan.draft and not cache.length(twig.first_slot):
         trunk.grow()
-    if plan.keep is not None:
-        hidden, rope = gather_tokens(hidden, indices), select_rope(rope, indices)
-    hidden = base.run_layers(hidden, trunk_layers, plan.final_wipe, rope, masks, cache)
-    if plan.keep is not None and plan.final_wipe < base.num_layers:
+    if plan.keep is None:
+        hidden = base.run_layers(hidden, trunk_layers, base.num_layers, rope, masks, cache)
+    else:
+        hidden = run_kept(base, hidden, indices, visual, rope, trunk_layers, plan.final_wipe, masks, cache)
+    return Prefilled(base.logits(hidden[:, -1]), kept)
+
+
+def run_kept(
+    base: BaseVLM,
+    hidden: Float[Tensor, "batch tokens width"],
+    indices: Int[Tensor, "batch kept"],
+    visual: Bool[Tensor, "batch kept"],
+    rope: Rope,
+    trunk_layers: int,
+    final_wipe: int,
+    masks: Masks,
+    cache: LayeredCache,
+) -> Float[Tensor, "batch remaining width"]:
+    """Layers K+1..K_f on the kept tokens, FinalWipe, layers K_f+1..L on text.
+
+    Args:
+        hidden: states of all tokens after layer K.
+        indices: prompt positions of the kept tokens, text included, ascending.
+        visual: which of the kept tokens are visual.
+        rope: (cos, sin) of all tokens.
+        trunk_layers: K.
+        final_wipe: K_f.
+        masks: the request's.
+        cache: layers K+1..L of it are filled.
+
+    Returns:
+        States after layer L of the tokens that are left; the last one is the last prompt token's.
+    """
+    hidden, rope = gather_tokens(hidden, indices), select_rope(rope, indices)
+    hidden = base.run_layers(hidden, trunk_layers, final_wipe, rope, masks, cache)
+    if final_wipe < base.num_layers:
         text = text_only(visual)
         hidden, rope = gather_tokens(hidden, text), select_rope(rope, text)
-        hidden = base.run_layers(hidden, plan.final_wipe, base.num_layers, rope, masks, cache)
-    return Prefilled(base.logits(hidden[:, -1]), kept)
+        hidden = base.run_layers(hidden, final_wipe, base.num_layers, rope, masks, cache)
+    return hidden

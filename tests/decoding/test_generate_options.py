@@ -1,0 +1,233 @@
+"""Options of the base's `generate` act as they do there, under pruning and speculation too."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from tests.tiny import prompt, tiny_llava
+from twigvlm import TwigConfig, TwigVLM
+
+NEW = 14
+
+
+@pytest.fixture(scope="module")
+def model():
+    return TwigVLM.grow(tiny_llava(3, deep_scale=0.05, from_layer=3), TwigConfig(2, 2))
+
+
+def _all_ways(model, inputs, options):
+    """The base's answer, and ours without pruning: plain, and speculating."""
+    return (
+        model.model.generate(**inputs, **options()),
+        model.generate(**inputs, **options()),
+        model.generate(**inputs, **options(), speculate="chain", draft_threshold=0.0),
+    )
+
+
+class Recording(LogitsProcessor):
+    """Has a memory: forbids the token that it chose two calls before, and remembers every call."""
+
+    def __init__(self):
+        self.calls = []
+        self.best = []
+
+    def __call__(self, input_ids, scores):
+        self.calls.append(input_ids.tolist())
+        if len(self.best) >= 2:
+            scores[:, self.best[-2]] = -float("inf")
+        self.best.append(int(scores.argmax()))
+        return scores
+
+
+class StopAfter(StoppingCriteria):
+    """Stops at the n-th call."""
+
+    def __init__(self, calls):
+        self.left = calls
+        self.seen = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.left -= 1
+        self.seen.append(input_ids.tolist())
+        return torch.full((len(input_ids),), self.left <= 0)
+
+
+class Streamed(BaseStreamer):
+    def __init__(self):
+        self.puts = []
+        self.ended = 0
+
+    def put(self, value):
+        self.puts.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 1},
+        {"bad_words_ids": [[int(i)] for i in range(2, 90)]},
+        {"suppress_tokens": list(range(2, 60))},
+        {"prefix_allowed_tokens_fn": lambda row, ids: [int(ids[-1] * 7 + 3) % 97, int(ids[-1] + 1) % 97]},
+        {"min_new_tokens": 6, "eos_token_id": list(range(50)), "pad_token_id": 0},
+        {"eos_token_id": list(range(0, 100, 4)), "pad_token_id": 0},
+        {"eos_token_id": 5, "pad_token_id": 0, "forced_eos_token_id": 5},
+        {"exponential_decay_length_penalty": (4, 1.5), "eos_token_id": 5, "pad_token_id": 0},
+        {"sequence_bias": {(7,): 3.0}},
+        {"begin_suppress_tokens": list(range(50))},
+        {"renormalize_logits": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+@settings(max_examples=4)
+@given(seed=st.integers(0, 100))
+def test_built_in_processors(model, options, seed):
+    base, plain, chain = _all_ways(model, prompt(seed), lambda: {"max_new_tokens": NEW, **options})
+    assert plain.tolist() == base.tolist()
+    assert chain.tolist() == base.tolist()
+
+
+def test_the_options_above_change_answers(model):
+    plain = model.generate(**prompt(), max_new_tokens=NEW).tolist()
+    for options in (
+        {"repetition_penalty": 1.7},
+        {"suppress_tokens": list(range(2, 60))},
+        {"sequence_bias": {(7,): 3.0}},
+    ):
+        assert model.generate(**prompt(), max_new_tokens=NEW, speculate="chain", **options).tolist() != plain
+
+
+def test_processors_with_a_memory_are_called_as_in_plain_generate(model):
+    made = []
+
+    def options():
+        made.append(Recording())
+        return {"max_new_tokens": NEW, "logits_processor": LogitsProcessorList([made[-1]])}
+
+    base, plain, chain = _all_ways(model, prompt(), options)
+    assert plain.tolist() == chain.tolist() == base.tolist()
+    assert made[1].calls == made[2].calls == made[0].calls
+    assert len(made[0].calls) == NEW
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5, 9, 50])
+def test_stopping_criteria_are_asked_after_every_token(model, calls):
+    made = []
+
+    def options():
+        made.append(StopAfter(calls))
+        return {"max_new_tokens": NEW, "stopping_criteria": StoppingCriteriaList([made[-1]])}
+
+    base, plain, chain = _all_ways(model, prompt(), options)
+    assert plain.tolist() == chain.tolist() == base.tolist()
+    assert made[1].seen == made[2].seen == made[0].seen
+
+
+def test_streamers_get_what_plain_generate_gives_them(model):
+    made = []
+
+    def options():
+        made.append(Streamed())
+        return {"max_new_tokens": NEW, "streamer": made[-1]}
+
+    _all_ways(model, prompt(), options)
+    assert made[1].puts == made[2].puts == made[0].puts
+    assert [streamed.ended for streamed in made] == [1, 1, 1]
+    assert len(made[0].puts) == 1 + NEW
+    pruned, streamed = {"keep": 3, "speculate": "chain"}, Streamed()
+    answer = model.generate(**prompt(), **pruned, max_new_tokens=NEW, streamer=streamed)
+    assert [token for (token,) in streamed.puts[1:]] == answer[0, -NEW:].tolist()
+
+
+def test_stop_strings(model):
+    class Tokenizer:
+        """Spells token i as the i-th of a hundred two-letter words."""
+
+        def get_vocab(self):
+            return {chr(97 + i // 10) + chr(107 + i % 10): i for i in range(100)}
+
+        def __len__(self):
+            return 100
+
+        def convert_tokens_to_string(self, tokens):
+            return "".join(tokens)
+
+        def __call__(self, text, **kwargs):
+            return {"input_ids": [text]}
+
+        def _convert_id_to_token(self, token):
+            return token
+
+    tokenizer = Tokenizer()
+    words = {i: word for word, i in tokenizer.get_vocab().items()}
+    whole = model.generate(**prompt(), max_new_tokens=NEW)
+    stop = words[int(whole[0, -NEW + 5])]
+    base, plain, chain = _all_ways(
+        model, prompt(), lambda: {"max_new_tokens": NEW, "stop_strings": [stop], "tokenizer": tokenizer}
+    )
+    assert plain.tolist() == chain.tolist() == base.tolist()
+    assert base.shape[1] < whole.shape[1]
+
+
+def test_max_time_stops(model):
+    answer = model.generate(**prompt(), max_new_tokens=60, max_time=0.0)
+    assert answer.shape[1] == prompt()["input_ids"].shape[1] + 1
+
+
+def test_generation_config_is_merged_as_in_plain_generate(model):
+    defaults = model.model.generation_config
+    config = GenerationConfig(max_new_tokens=6, repetition_penalty=1.5, pad_token_id=0)
+    base, plain, chain = _all_ways(model, prompt(), lambda: {"generation_config": config})
+    assert plain.tolist() == chain.tolist() == base.tolist()
+    model.model.generation_config = GenerationConfig(max_new_tokens=4, eos_token_id=[3, 4], pad_token_id=0)
+    try:
+        base, plain, chain = _all_ways(model, prompt(), dict)
+        assert plain.tolist() == chain.tolist() == base.tolist()
+        assert base.shape[1] <= 25 + 4
+        base, plain, chain = _all_ways(model, prompt(), lambda: {"max_new_tokens": 9, "eos_token_id": None})
+        assert plain.tolist() == chain.tolist() == base.tolist()
+    finally:
+        model.model.generation_config = defaults
+
+
+def test_max_length_counts_the_prompt(model):
+    base, plain, chain = _all_ways(model, prompt(), lambda: {"max_length": 30})
+    assert plain.tolist() == chain.tolist() == base.tolist()
+    assert chain.shape[1] == 30
+
+
+def test_ids_as_the_first_argument(model):
+    inputs = prompt()
+    expected = model.generate(**inputs, max_new_tokens=5)
+    assert torch.equal(model.generate(inputs.pop("input_ids"), **inputs, max_new_tokens=5), expected)
+
+
+def test_without_an_attention_mask(model):
+    inputs = prompt()
+    expected = model.generate(**inputs, max_new_tokens=5)
+    del inputs["attention_mask"]
+    assert torch.equal(model.generate(**inputs, max_new_tokens=5), expected)
+
+
+@pytest.mark.parametrize("new", [1, 2, 3])
+def test_never_more_than_asked_for(model, new):
+    output = model.generate(
+        **prompt(), max_new_tokens=new, speculate="chain", draft_threshold=0.0, return_dict_in_generate=True
+    )
+    assert output.sequences.shape[1] == 25 + new
+    assert sum(output.drafted_lengths) <= max(new - 2, 0)
+
+
+def test_timings_add_up(model):
+    output = model.generate(**prompt(), max_new_tokens=NEW, keep=4, speculate="chain", return_dict_in_generate=True)
+    timings = output.timings
+    assert min(timings.prefill, timings.draft, timings.verify) > 0
+    assert timings.draft + timings.verify <= timings.decode
+    assert timings.total == pytest.approx(timings.prefill + timings.decode)
+    assert timings.total < 60

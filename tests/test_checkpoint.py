@@ -1,0 +1,166 @@
+"""A twig comes back as it was saved, only onto its own base, and never half written."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiny import prompt, tiny_llava
+from twigvlm import TwigConfig, TwigVLM, TwigVLMError, checkpoint
+
+WEIGHTS, CONFIG = checkpoint.WEIGHTS, checkpoint.CONFIG
+
+
+def _trained(config=None, ids=None):
+    """A twig that differs from a fresh one."""
+    grown = TwigVLM.grow(tiny_llava(), config or TwigConfig(2, 2, final_wipe=5), ids)
+    with torch.no_grad():
+        for parameter in grown.twig.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return grown
+
+
+@pytest.mark.parametrize("head", ["own", "shared"])
+@pytest.mark.parametrize("ids", [None, torch.tensor([5, 9, 2, 77])], ids=["whole", "reduced"])
+def test_round_trip(tmp_path, head, ids):
+    config = TwigConfig(2, 2, head=head, draft_vocabulary=None if ids is None else len(ids), final_wipe=5)
+    before = _trained(config, ids)
+    before.save_pretrained(tmp_path / "twig")
+    after = TwigVLM.from_pretrained(tiny_llava(), tmp_path / "twig")
+    assert after.config == config
+    state = before.twig.state_dict()
+    assert after.twig.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in after.twig.state_dict().items())
+    options = {"max_new_tokens": 12, "keep": 4, "speculate": "chain", "return_dict_in_generate": True}
+    one, other = before.generate(**prompt(), **options), after.generate(**prompt(), **options)
+    assert torch.equal(one.sequences, other.sequences)
+    assert torch.equal(one.kept_indices, other.kept_indices)
+    assert one.drafted_lengths == other.drafted_lengths
+    hidden = torch.randn(1, 2, 32)
+    assert torch.equal(before.twig.logits(hidden), after.twig.logits(hidden))
+
+
+def test_the_twig_alone_is_saved(tmp_path):
+    grown = _trained(TwigConfig(2, 2, head="shared"))
+    grown.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([WEIGHTS, CONFIG])
+    names = load_file(tmp_path / WEIGHTS).keys()
+    assert all(name.startswith(("layers.0.", "layers.1.", "norm.")) for name in names)
+    assert len(names) == 2 * 9 + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_in_another_dtype_is_the_same_base(tmp_path, dtype):
+    _trained().save_pretrained(tmp_path)
+    after = TwigVLM.from_pretrained(tiny_llava().to(dtype), tmp_path)
+    assert after.twig.norm.weight.dtype == dtype
+    assert after.generate(**prompt(), max_new_tokens=3, keep=4).shape == (1, 28)
+    half = TwigVLM.grow(tiny_llava().to(dtype), TwigConfig(2, 2))
+    half.save_pretrained(tmp_path)
+    TwigVLM.from_pretrained(tiny_llava(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("base", "difference"),
+    [
+        (lambda: tiny_llava(seed=1), "weights of .* differ"),
+        (lambda: tiny_llava(layers=7), "num_hidden_layers 6, this has 7"),
+    ],
+)
+def test_another_base_is_refused(tmp_path, base, difference):
+    _trained().save_pretrained(tmp_path)
+    with pytest.raises(TwigVLMError, match=f"grew on another base .*{difference}"):
+        TwigVLM.from_pretrained(base(), tmp_path)
+
+
+def test_a_slightly_trained_base_is_another_base(tmp_path):
+    _trained().save_pretrained(tmp_path)
+    base = tiny_llava()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(1.02)
+    with pytest.raises(TwigVLMError, match="grew on another base"):
+        TwigVLM.from_pretrained(base, tmp_path)
+
+
+def test_a_truncated_file(tmp_path):
+    _trained().save_pretrained(tmp_path)
+    whole = (tmp_path / WEIGHTS).read_bytes()
+    for size in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / WEIGHTS).write_bytes(whole[:size])
+        with pytest.raises(TwigVLMError, match=f"{WEIGHTS}: truncated") as caught:
+            TwigVLM.from_pretrained(tiny_llava(), tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_keys_and_shapes_are_strict(tmp_path):
+    _trained().save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    renamed = {
+        name.replace("norm.weight", "norm.wait"): tensor for name, tensor in state.items() if "layer" not in name
+    }
+    for broken, message in (
+        ({**state, "extra": torch.zeros(1)}, "unexpected keys extra"),
+        ({name: tensor for name, tensor in state.items() if name != "norm.weight"}, "missing keys norm.weight"),
+        ({**state, "norm.weight": torch.zeros(31)}, r"norm.weight has shape \[31\], not \[32\]"),
+        (renamed, "missing keys .*norm.weight.*unexpected keys norm.wait"),
+    ):
+        save_file(broken, tmp_path / WEIGHTS)
+        with pytest.raises(TwigVLMError, match=f"{WEIGHTS}: {message}") as caught:
+            TwigVLM.from_pretrained(tiny_llava(), tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_reduced_vocabulary_needs_its_ids(tmp_path):
+    _trained(TwigConfig(2, 2, draft_vocabulary=2), torch.tensor([3, 4])).save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    del state["draft_token_ids"]
+    save_file(state, tmp_path / WEIGHTS)
+    with pytest.raises(TwigVLMError, match="missing keys draft_token_ids"):
+        TwigVLM.from_pretrained(tiny_llava(), tmp_path)
+
+
+def test_broken_configs(tmp_path):
+    with pytest.raises(TwigVLMError, match="no twig here"):
+        TwigVLM.from_pretrained(tiny_llava(), tmp_path / "nowhere")
+    _trained().save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / CONFIG).read_text())
+    for text, message in (
+        ('{"twig": {', "cannot be read"),
+        ("[]", "not a twig's config"),
+        (json.dumps({**whole, "base": {}}), "not a twig's config"),
+        (json.dumps({**whole, "twig": {"trunks": 3}}), "not a twig's config"),
+        (json.dumps({**whole, "twig": {"twig_layers": 0}}), "twig_layers=0"),
+    ):
+        (tmp_path / CONFIG).write_text(text)
+        with pytest.raises(TwigVLMError, match=message) as caught:
+            TwigVLM.from_pretrained(tiny_llava(), tmp_path)
+        assert "\n" not in str(caught.value)
+    (tmp_path / CONFIG).write_text(json.dumps(whole))
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(TwigVLMError, match=f"{WEIGHTS} is missing"):
+        TwigVLM.from_pretrained(tiny_llava(), tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_twig(tmp_path, monkeypatch):
+    grown = _trained()
+    grown.save_pretrained(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+
+    def half(state, file, metadata):
+        with open(file, "wb") as stream:
+            stream.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        grown.save_pretrained(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+def test_a_file_is_no_place_for_a_twig(tmp_path):
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(TwigVLMError, match="is a file"):
+        _trained().save_pretrained(tmp_path / "taken")

@@ -1,0 +1,104 @@
+"""Bad input is refused in one line that names the value and the remedy; nothing is silently dropped."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
+from twigvlm import PruningConfig, SpeculationConfig, TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.pruning.baselines.random import RandomScores
+
+
+@pytest.fixture(scope="module")
+def model():
+    return TwigVLM.grow(tiny_llava(), TwigConfig(2, 2, final_wipe=5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0: must be 1 or more"),
+        ({"max_new_tokens": -3}, "max_new_tokens=-3"),
+        ({"retain": 1.0}, r"retain=1: must be 5\.8 to 13\.3 for 16 visual tokens"),
+        ({"retain": 14.0}, "retain=14: must be"),
+        ({"retain": 8.0, "keep": 3}, "retain=8 and keep=3: give one of them"),
+        ({"keep": 0}, "keep=0: must be 1 to 16"),
+        ({"keep": 17}, "keep=17: must be 1 to 16"),
+        ({"keep": 4, "final_wipe": 2}, "final_wipe=2: must be 3 to 6"),
+        ({"keep": 4, "final_wipe": 7}, "final_wipe=7: must be 3 to 6"),
+        ({"final_wipe": 4}, "final_wipe=4: needs a budget"),
+        ({"scorer": RandomScores()}, "scorer: needs a budget"),
+        ({"speculate": "tree"}, "speculate='tree': must be one of none, chain"),
+        ({"draft_length": 0}, "draft_length=0: must be 1 or more"),
+        ({"draft_threshold": 1.5}, r"draft_threshold=1\.5: must be 0 to 1"),
+        ({"do_sample": True}, "do_sample=True: only greedy"),
+        ({"num_beams": 3}, "num_beams=3: only greedy"),
+        ({"prompt_lookup_num_tokens": 3}, "only greedy|assisted"),
+        ({"penalty_alpha": 0.5, "top_k": 4}, "only greedy|contrastive"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores=True is not supported"),
+        ({"output_attentions": True}, "output_attentions=True is not supported"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"past_key_values": DynamicCache()}, "past_key_values is not supported"),
+        ({"retian": 64}, "retian"),
+        ({"stop_strings": ["x"]}, "stop_strings: needs the tokenizer"),
+        ({"assistant_model": object()}, "assistant_model is not supported"),
+        ({"max_length": 3}, "max_length"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_options(model, options, message):
+    with pytest.raises(TwigVLMError, match=message) as caught:
+        model.generate(**prompt(), **{"max_new_tokens": 5, **options} if "max_length" not in options else options)
+    assert "\n" not in str(caught.value)
+
+
+def test_prompts(model):
+    inputs = prompt()
+    ids = inputs["input_ids"]
+    with pytest.raises(TwigVLMError, match="No image placeholder"):
+        model.generate(ids[ids != IMAGE_TOKEN][None], pixel_values=inputs["pixel_values"], max_new_tokens=5)
+    with pytest.raises(TwigVLMError, match="16 image placeholders but no image"):
+        model.generate(ids, max_new_tokens=5)
+    with pytest.raises(TwigVLMError, match="2 images in the prompt"):
+        model.generate(ids, pixel_values=inputs["pixel_values"].repeat(2, 1, 1, 1), max_new_tokens=5)
+    with pytest.raises(TwigVLMError, match="batch of 2 prompts"):
+        model.generate(ids.repeat(2, 1), pixel_values=inputs["pixel_values"], max_new_tokens=5)
+    with pytest.raises(TwigVLMError, match="input_ids is missing"):
+        model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=5)
+    with pytest.raises(TwigVLMError, match="give one of them"):
+        model.generate(ids, **inputs, max_new_tokens=5)
+    with pytest.raises(TwigVLMError, match="135 tokens, the base's context only 128"):
+        model.generate(**prompt(after=116), max_new_tokens=5)
+
+
+def test_pixels_that_do_not_fit_the_placeholders(model):
+    inputs = prompt()
+    ids = torch.cat((inputs["input_ids"], torch.tensor([[IMAGE_TOKEN]])), dim=1)
+    with pytest.raises(TwigVLMError, match="do not match"):
+        model.generate(ids, pixel_values=inputs["pixel_values"], max_new_tokens=5)
+
+
+def test_pruning_does_not_apply_while_disabled(model):
+    for options in ({"retain": 8.0}, {"keep": 3}, {"speculate": "chain"}):
+        with model.disabled(), pytest.raises(TwigVLMError, match="do not apply while the twig is disabled"):
+            model.generate(**prompt(), **options, max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TwigConfig(trunk_layers=-1), "trunk_layers=-1: must be 0 or more"),
+        (lambda: TwigConfig(twig_layers=0), "twig_layers=0: must be 1 or more"),
+        (lambda: TwigConfig(draft_vocabulary=0), "draft_vocabulary=0: must be 1 or more"),
+        (lambda: TwigConfig(final_wipe=2), "final_wipe=2: must be 3 or more"),
+        (lambda: TwigConfig(init="first"), "init='first': must be one of next, last, random"),
+        (lambda: TwigConfig(head="none"), "head='none': must be one of own, shared"),
+        (lambda: SpeculationConfig(speculate="auto"), "speculate='auto'"),
+        (lambda: PruningConfig(final_wipe=3), "final_wipe=3: needs a budget"),
+    ],
+)
+def test_configs(make, message):
+    with pytest.raises(TwigVLMError, match=message):
+        make()
