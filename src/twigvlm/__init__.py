@@ -1,7 +1,24 @@
 """Grow a twig on a vision-language model: prune visual tokens, draft answer tokens, keep the answer."""
 
+from typing import TYPE_CHECKING, Any
+
 from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
 from twigvlm.errors import TwigVLMError
-from twigvlm.model import TwigOutput, TwigVLM
+
+if TYPE_CHECKING:
+    from twigvlm.model import TwigOutput, TwigVLM
 
 __all__ = ["PruningConfig", "SpeculationConfig", "TwigConfig", "TwigOutput", "TwigVLM", "TwigVLMError"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the model, and torch and transformers with it, only when it is asked for: `twigvlm --help` needs neither."""
+    if name in ("TwigOutput", "TwigVLM"):
+        from twigvlm import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,7 @@
 """Entry point: parse, run the chosen subcommand, and turn what a user can mend into one line on stderr."""
 
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -24,15 +26,35 @@ DESCRIPTION = (
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for input that a user can mend."""
     try:
-        command: Generate | Demo | Train = tyro.cli(
-            Command,
-            prog="twigvlm",
-            description=DESCRIPTION,
-            args=args,
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-        )
-        command.run()
+        _parse(args).run()
     except TwigVLMError as error:
         print(f"twigvlm: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _parse(args: Sequence[str] | None) -> Generate | Demo | Train:
+    """Options from the command line; exits with 2 on a usage error, and raises the TwigVLMError of a bad value.
+
+    tyro shows the ValueErrors of nested dataclasses in a box of its own; what it prints is held back until it is known
+    which of the two it was.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            command: Generate | Demo | Train = tyro.cli(
+                Command,
+                prog="twigvlm",
+                description=DESCRIPTION,
+                args=args,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+            )
+            return command
+    except SystemExit as stop:
+        cause = stop.__context__
+        while cause is not None and not isinstance(cause, TwigVLMError):
+            cause = cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(printed.getvalue())
+        raise
