@@ -1,0 +1,93 @@
+"""The figures by which acceleration is judged (the paper's §5.1), with their uncertainty. Pure functions."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Column = NDArray[np.float64]
+"""One number per sample."""
+
+
+def relative_accuracy(scores: Sequence[float] | Column, base: Sequence[float] | Column) -> float:
+    """RelAcc: accuracy with acceleration over accuracy of the base, on the same samples; nan where the base has 0.
+
+    Args:
+        scores: per sample, 1 for a right answer and 0 for a wrong one (or anything between).
+        base: the same of the base alone.
+    """
+    _same_length(scores, base)
+    mean = float(np.mean(base))
+    return float(np.mean(scores)) / mean if mean else float("nan")
+
+
+def speeds(tokens: Sequence[float] | Column, seconds: Sequence[float] | Column) -> Column:
+    """Tokens per second of each sample: generated tokens over prefill and decoding together."""
+    _same_length(tokens, seconds)
+    return np.asarray(tokens, dtype=np.float64) / np.asarray(seconds, dtype=np.float64)
+
+
+def relative_speed(speed: Sequence[float] | Column, base: Sequence[float] | Column) -> float:
+    """RelSpd: the ratio of tokens per second of each sample to the base's, averaged over samples."""
+    _same_length(speed, base)
+    return float(np.mean(np.asarray(speed, dtype=np.float64) / np.asarray(base, dtype=np.float64)))
+
+
+def acceptance_rate(drafted: Sequence[int], accepted: Sequence[int]) -> float:
+    """TokAR: accepted draft tokens over drafted tokens, all steps together; nan where nothing was drafted."""
+    _same_length(drafted, accepted)
+    total = sum(drafted)
+    return sum(accepted) / total if total else float("nan")
+
+
+def mean_accepted_length(accepted: Sequence[int]) -> float:
+    """Accepted draft tokens per step of the base; nan without steps."""
+    return sum(accepted) / len(accepted) if len(accepted) else float("nan")
+
+
+def overlap(present: set[str], named: set[str]) -> tuple[int, int, int]:
+    """(found, present, named): sizes from whose sums recall = found/present and precision = found/named follow."""
+    return len(present & named), len(present), len(named)
+
+
+def bootstrap_interval(
+    statistic: Callable[..., float],
+    *columns: Sequence[float] | Column,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of a statistic of samples (Efron's bootstrap).
+
+    Each resample draws sample numbers and takes them from every column, so that what was measured on one sample stays
+    together: an interval of a ratio is a paired one.
+
+    Args:
+        statistic: takes the columns.
+        columns: of equal length, one entry per sample.
+        level: probability that the interval covers.
+        resamples: how many are drawn.
+        seed: the same seed gives the same interval.
+
+    Returns:
+        (low, high); nan for an empty sample.
+    """
+    arrays = [np.asarray(column, dtype=np.float64) for column in columns]
+    for array in arrays[1:]:
+        _same_length(arrays[0], array)
+    count = len(arrays[0])
+    if not count:
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(resamples):
+        rows = rng.integers(count, size=count)
+        values.append(statistic(*(array[rows] for array in arrays)))
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(values, (tail, 1 - tail)) if not np.isnan(values).all() else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+def _same_length(one: Sequence[float] | Column, other: Sequence[float] | Column) -> None:
+    if len(one) != len(other):
+        raise ValueError(f"columns of {len(one)} and {len(other)} samples: must be of the same samples")

@@ -1,0 +1,153 @@
+"""Questions about pictures with known answers, and when an answer is right."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twigvlm.errors import TwigVLMError
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one picture."""
+
+    id: str
+    image: Path
+    prompt: str
+    answer: str
+    kind: str
+    """What is asked for; results are broken down by it."""
+    held_out: bool = False
+    """The answer turns on something that training never showed; reported apart."""
+    objects: tuple[str, ...] | None = None
+    """A description: the objects in the picture, by names of the vocabulary. None: a short answer."""
+
+    @property
+    def group(self) -> str:
+        """The kind, with what is held out apart."""
+        return f"{self.kind}, held out" if self.held_out else self.kind
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A file of questions."""
+
+    items: tuple[Question, ...]
+    split: str
+    """Which split of the data it is, as the file says; empty if it does not."""
+    vocabulary: Mapping[str, tuple[str, ...]]
+    """Name of an object -> the words that count as it."""
+
+    def chosen(self, kinds: Sequence[str] = (), limit: int | None = None) -> "Questions":
+        """The first `limit` questions of the given kinds (none given: of all).
+
+        Raises:
+            TwigVLMError: a kind that no question has, or a limit below 1.
+        """
+        there = sorted({question.kind for question in self.items})
+        for kind in kinds:
+            if kind not in there:
+                raise TwigVLMError(f"kind {kind!r}: no question has it (kinds: {', '.join(there)})")
+        if limit is not None and limit < 1:
+            raise TwigVLMError(f"limit={limit}: must be 1 or more")
+        items = [question for question in self.items if not kinds or question.kind in kinds]
+        return Questions(tuple(items[:limit]), self.split, self.vocabulary)
+
+    def refuse_test(self, purpose: str) -> None:
+        """Raise TwigVLMError on the test split: what is chosen on it can no longer be measured on it."""
+        if self.split == "test":
+            raise TwigVLMError(f"questions of the test split: {purpose} needs the validation split; give its file")
+
+
+def load_questions(path: Path) -> Questions:
+    """Read `{"split": …, "vocabulary": {name: [forms]}, "questions": [{"id", "image", "question", "answer", "kind"}]}`.
+
+    `split`, `vocabulary`, and a question's `held_out` and `objects` may be missing. Image paths are relative to the file.
+
+    Raises:
+        TwigVLMError: names the file or the question, what is wrong with it, and the remedy.
+    """
+    name = f"questions {str(path)!r}"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TwigVLMError(f"{name}: no such file; give a JSON file of questions") from None
+    except (OSError, ValueError) as error:
+        raise TwigVLMError(f"{name}: not readable as JSON ({error}); mend or export it again") from None
+    rows = record.get("questions") if isinstance(record, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise TwigVLMError(f"{name}: has no list under 'questions'; export it again")
+    vocabulary = _vocabulary(record.get("vocabulary", {}), name)
+    items = tuple(_question(row, number, path.parent, vocabulary, name) for number, row in enumerate(rows))
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise TwigVLMError(f"{name}: two questions have the id {item.id!r}; give each its own")
+        seen.add(item.id)
+    return Questions(items, str(record.get("split", "")), vocabulary)
+
+
+def _vocabulary(value: Any, name: str) -> dict[str, tuple[str, ...]]:
+    good = isinstance(value, dict) and all(
+        isinstance(forms, list) and forms and all(isinstance(form, str) and form.strip() for form in forms)
+        for forms in value.values()
+    )
+    if not good:
+        raise TwigVLMError(f"{name}: 'vocabulary' must map each name to a list of the words that count as it")
+    return {key: tuple(form.lower() for form in forms) for key, forms in value.items()}
+
+
+def _question(row: Any, number: int, folder: Path, vocabulary: Mapping[str, Any], name: str) -> Question:
+    if not isinstance(row, dict):
+        raise TwigVLMError(f"{name}: question {number} is a JSON {type(row).__name__}; make it an object")
+    where = f"{name}: question {row.get('id', number)!r}"
+    for key in ("id", "image", "question", "answer", "kind"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise TwigVLMError(f"{where}: {key!r} is missing or no text; fill it in")
+    image = folder / row["image"]
+    if not image.is_file():
+        raise TwigVLMError(f"{where}: no image file {str(image)!r}; image paths start from the file of questions")
+    objects = row.get("objects")
+    if objects is not None:
+        if not isinstance(objects, list):
+            raise TwigVLMError(f"{where}: 'objects' must be a list of names")
+        for thing in objects:
+            if thing not in vocabulary:
+                raise TwigVLMError(f"{where}: object {thing!r} is not in the vocabulary; add it there")
+    held_out = row.get("held_out", False)
+    if not isinstance(held_out, bool):
+        raise TwigVLMError(f"{where}: 'held_out' must be true or false")
+    things = None if objects is None else tuple(dict.fromkeys(objects))
+    return Question(row["id"], image, row["question"], row["answer"], row["kind"], held_out, things)
+
+
+def exact_match(given: str, expected: str) -> bool:
+    """Whether two short answers are the same, letter case, outer space and one final period aside."""
+    return _plain(given) == _plain(expected)
+
+
+def _plain(text: str) -> str:
+    return text.strip().removesuffix(".").rstrip().lower()
+
+
+class Namer:
+    """Finds the objects that a text names.
+
+    Args:
+        vocabulary: name -> the words that count as it.
+    """
+
+    def __init__(self, vocabulary: Mapping[str, Sequence[str]]) -> None:
+        self._names = {form.lower(): name for name, forms in vocabulary.items() for form in forms}
+        # Longest first: in "polar bear" no "bear" is named.
+        forms = sorted(self._names, key=lambda form: (-len(form), form))
+        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, forms))})(?!\w)") if forms else None
+
+    def __call__(self, text: str) -> set[str]:
+        """The names whose forms occur as whole words, in any letter case."""
+        if self._pattern is None:
+            return set()
+        return {self._names[form] for form in self._pattern.findall(text.lower())}

@@ -1,0 +1,223 @@
+"""One question answered under many prunings, with all that they share computed once.
+
+Shared: vision, prompt, trunk, twig, and one pass through the whole base that gives the unpruned answer and every watched
+layer's attention. Variants that keep equally many tokens run layers K+1..L and decode together, as a batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from twigvlm.base.cache import LayeredCache
+from twigvlm.base.positions import slice_rope
+from twigvlm.decoding.prefill import Scorer, Trunk, run_kept
+from twigvlm.errors import TwigVLMError
+from twigvlm.model import TwigVLM
+from twigvlm.pruning.baselines.random import RandomScores
+from twigvlm.pruning.budget import solve_keep
+from twigvlm.pruning.select import top_visual
+from twigvlm.pruning.twig_attention import Queries, TwigAttention, layer_scores
+
+METHODS = "none, twig, twig-text, random, fastv, deep:LAYER"
+_TWIG: dict[str, Queries] = {"twig": "last", "twig-text": "text"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to prune, under one budget."""
+
+    method: str
+    """none; twig, twig-text: last twig layer's attention, of the last or of all text queries; random; fastv: attention of
+    base layer K; deep:N: attention of base layer N (counted from 1), an oracle that needs a full pass."""
+    retain: float | None = None
+    """R̄, by the same formula for every method; None for none."""
+    final_wipe: int | None = None
+    """K_f; None for none."""
+
+    @property
+    def name(self) -> str:
+        """For example `twig@64`, K_f aside: `twig@64/24`."""
+        if self.retain is None:
+            return self.method
+        return f"{self.method}@{self.retain:g}/{self.final_wipe}"
+
+
+NONE = Variant("none")
+
+
+def make_variants(
+    model: TwigVLM, methods: Sequence[str], budgets: Sequence[float], final_wipes: Sequence[int] = ()
+) -> list[Variant]:
+    """Every method under every budget and K_f (none given: the twig's own), and no pruning.
+
+    Raises:
+        TwigVLMError: an unknown method, or a layer that the base does not have.
+    """
+    for method in methods:
+        if method not in ("none", "random", *_TWIG):
+            watched_layer(method, model)
+    layers = model.base.num_layers
+    wipes = list(final_wipes) or [layers if model.config.final_wipe is None else model.config.final_wipe]
+    pruned = [Variant(m, b, k) for m in dict.fromkeys(methods) if m != "none" for b in budgets for k in wipes]
+    if not pruned:
+        raise TwigVLMError("nothing to compare: give at least one method that prunes, and one budget")
+    return [NONE, *pruned]
+
+
+def watched_layer(method: str, model: TwigVLM) -> int:
+    """The base layer (from 1) whose attention a method ranks by."""
+    layers = model.base.num_layers
+    name, _, number = method.partition(":")
+    if method == "fastv":
+        if not model.config.trunk_layers:
+            raise TwigVLMError("method 'fastv': ranks by the last trunk layer, and this twig has none (K = 0)")
+        return model.config.trunk_layers
+    if name != "deep" or not number.isdigit():
+        raise TwigVLMError(f"method {method!r}: must be one of {METHODS}")
+    if not 1 <= int(number) <= layers:
+        raise TwigVLMError(f"method {method!r}: the layer must be 1 to {layers}, the layers of this base")
+    return int(number)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a variant answered."""
+
+    ids: list[int]
+    """New ids; the last one is the end token unless the answer was cut."""
+    kept: int
+    """R; M without pruning."""
+
+
+@torch.inference_mode()
+def answer_all(
+    model: TwigVLM, inputs: dict[str, Any], variants: Sequence[Variant], max_new_tokens: int, seed: int = 0
+) -> dict[str, Outcome]:
+    """Answer one prompt greedily under every variant: the answers that one `generate` for each would give.
+
+    Args:
+        inputs: the processor's outputs for one prompt.
+        variants: without repetitions.
+        max_new_tokens: longest answer.
+        seed: of the random choice.
+
+    Returns:
+        Outcomes by the variants' names.
+
+    Raises:
+        TwigVLMError: a budget that this prompt cannot have.
+    """
+    shared = _Shared(model, inputs, max_new_tokens)
+    groups: dict[tuple[int, int], list[Variant]] = {}
+    for variant in variants:
+        if variant.retain is not None:
+            groups.setdefault(shared.budget(variant), []).append(variant)
+    watched = {v.method: watched_layer(v.method, model) for v in variants if v.method not in (*_TWIG, "none", "random")}
+    shared.open(set(watched.values()))
+    outcomes = {}
+    plain = shared.unpruned()
+    if any(variant.retain is None for variant in variants):
+        outcomes[NONE.name] = plain
+    scores = {method: shared.rows[layer] for method, layer in watched.items()}
+    for method in {variant.method for variant in variants} - scores.keys() - {NONE.method}:
+        scorer = TwigAttention(_TWIG[method]) if method in _TWIG else RandomScores(seed)
+        scores[method] = shared.score(scorer)
+    for (keep, final_wipe), members in groups.items():
+        answers = shared.pruned(torch.cat([scores[v.method] for v in members]), keep, final_wipe)
+        outcomes.update({v.name: answer for v, answer in zip(members, answers, strict=True)})
+    return outcomes
+
+
+class _Shared:
+    """One prompt after the trunk, and what variants compute from there."""
+
+    def __init__(self, model: TwigVLM, inputs: dict[str, Any], max_new_tokens: int) -> None:
+        self.base, self.twig = model.base, model.twig
+        self.trunk_layers, self.layers = model.config.trunk_layers, model.base.num_layers
+        self.limit = max_new_tokens
+        ends = model.model.generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends])
+        self.base.check_images(inputs["input_ids"], inputs)
+        self.prompt = self.base.prompt(**inputs)
+        self.visual = int(self.prompt.visual_mask.sum())
+        self.rope = self.base.rotary(self.prompt.hidden, self.prompt.position_ids)
+        after = self.prompt.position_ids.amax(dim=-1, keepdim=True) + 1
+        new = after + torch.arange(max_new_tokens, device=after.device)
+        self.new_rope = self.base.rotary(self.prompt.hidden[:, -1:], new)
+        self.masks = self.base.masks(self.prompt, rows=1, new_tokens=max_new_tokens)
+        self.cache = LayeredCache(self.twig.last_slot + 1, reserve=max_new_tokens)
+        self.rows: dict[int, Tensor] = {}
+
+    def budget(self, variant: Variant) -> tuple[int, int]:
+        """(R, K_f)."""
+        assert variant.retain is not None, "no pruning has no budget"
+        final_wipe = self.layers if variant.final_wipe is None else variant.final_wipe
+        return solve_keep(variant.retain, self.visual, self.layers, self.trunk_layers, final_wipe), final_wipe
+
+    def open(self, watched: set[int]) -> None:
+        """Run every layer on the whole prompt; scores by the attention of the watched ones go to `rows`."""
+        hidden = self.prompt.hidden
+        for layer in range(self.layers):
+            if layer == self.trunk_layers:
+                self.after_trunk = hidden
+            before = hidden
+            hidden = self.base.run_layers(hidden, layer, layer + 1, self.rope, self.masks, self.cache)
+            if layer + 1 in watched:
+                keys, _ = self.cache.held(layer)
+                module, mask = self.base.layers[layer], self.prompt.visual_mask
+                self.rows[layer + 1] = layer_scores(module, before, self.rope, keys, mask, "last")
+        self.last = hidden[:, -1]
+
+    def unpruned(self) -> Outcome:
+        """The base's own answer."""
+        ids = self._decode(self.cache, self.last)[0]
+        self.cache.truncate(0, self.layers, self.prompt.hidden.shape[1])
+        return Outcome(ids, self.visual)
+
+    def score(self, scorer: Scorer) -> Float[Tensor, "1 tokens"]:
+        """Scores by anything that looks at the prompt after the trunk."""
+        trunk = Trunk(self.base, self.twig, self.prompt, self.after_trunk, self.rope, self.masks, self.cache)
+        scores = scorer(trunk)
+        self.cache.truncate(self.twig.first_slot, self.twig.last_slot + 1, 0)  # the next scorer fills it anew
+        return scores
+
+    def pruned(self, scores: Float[Tensor, "variants tokens"], keep: int, final_wipe: int) -> list[Outcome]:
+        """The answers of variants that keep equally many tokens, each by its own scores."""
+        count = len(scores)
+        mask = self.prompt.visual_mask.expand(count, -1)
+        indices = top_visual(scores, mask, keep)
+        cache = LayeredCache(self.layers, reserve=self.limit)
+        for layer in range(self.trunk_layers):
+            keys, values = self.cache.held(layer)
+            cache.update(keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1), layer)
+        hidden = run_kept(
+            self.base,
+            self.after_trunk.expand(count, -1, -1),
+            indices,
+            torch.gather(mask, 1, indices),
+            (self.rope[0].expand(count, -1, -1), self.rope[1].expand(count, -1, -1)),
+            self.trunk_layers,
+            final_wipe,
+            self.masks,
+            cache,
+        )
+        return [Outcome(ids, keep) for ids in self._decode(cache, hidden[:, -1])]
+
+    def _decode(self, cache: LayeredCache, last: Float[Tensor, "rows width"]) -> list[list[int]]:
+        """Greedy answers from the states of the last prompt token after layer L; a row that has ended is run on idly."""
+        answers: list[list[int]] = [[] for _ in last]
+        for index in range(self.limit):
+            choices = self.base.logits(last).argmax(dim=-1)
+            for answer, token in zip(answers, choices.tolist(), strict=True):
+                if not answer or answer[-1] not in self.ends:
+                    answer.append(token)
+            if index + 1 == self.limit or all(answer[-1] in self.ends for answer in answers):
+                break
+            rope = slice_rope(self.new_rope, index, index + 1)
+            hidden = self.base.embed(choices[:, None])
+            last = self.base.run_layers(hidden, 0, self.layers, rope, self.masks, cache)[:, -1]
+        return answers

@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from tests.tiny import VISUAL, prompt, tiny_llava
+from twigvlm import TwigConfig, TwigVLM
+from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.variants import NONE, Variant, answer_all, make_variants
+from twigvlm.pruning.baselines.base_layer import BaseLayerAttention
+from twigvlm.pruning.baselines.random import RandomScores
+from twigvlm.pruning.twig_attention import TwigAttention
+
+SCORERS = {
+    "twig": TwigAttention(),
+    "twig-text": TwigAttention("text"),
+    "random": RandomScores(7),
+    "fastv": BaseLayerAttention(2),
+    "deep:1": BaseLayerAttention(1),
+    "deep:4": BaseLayerAttention(4),
+    "deep:6": BaseLayerAttention(6),
+}
+
+
+def grown(attention="sdpa", final_wipe=5):
+    return TwigVLM.grow(tiny_llava(attention=attention), TwigConfig(2, 2, final_wipe=final_wipe))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_variant_answers_as_generate_does(attention):
+    model = grown(attention)
+    variants = make_variants(model, list(SCORERS), [10, 7], [4, 6])
+    assert len(variants) == 1 + 7 * 2 * 2
+    different = 0
+    for seed in range(3):
+        inputs = prompt(seed)
+        length = inputs["input_ids"].shape[1]
+        # a token that occurs, so that some rows of a batch end before others
+        end = int(model.generate(**inputs, max_new_tokens=4)[0, -1])
+        model.model.generation_config.eos_token_id = [end, 98]
+        outcomes = answer_all(model, inputs, variants, 9, seed=7)
+        assert outcomes.keys() == {variant.name for variant in variants}
+        for variant in variants:
+            options = {}
+            if variant.retain is not None:
+                scorer = SCORERS[variant.method]
+                options = {"retain": variant.retain, "final_wipe": variant.final_wipe, "scorer": scorer}
+            one = model.generate(**inputs, **options, max_new_tokens=9, return_dict_in_generate=True)
+            assert outcomes[variant.name].ids == one.sequences[0, length:].tolist(), variant
+            assert outcomes[variant.name].kept == (VISUAL if variant is NONE else one.kept_indices.shape[1])
+        different += len({tuple(outcome.ids) for outcome in outcomes.values()})
+        model.model.generation_config.eos_token_id = None
+    assert different > 12  # the prunings do differ
+
+
+def test_the_budget_is_the_same_for_every_method():
+    model = grown()
+    outcomes = answer_all(model, prompt(), make_variants(model, list(SCORERS), [10]), 1)
+    # R̄ = (16 * 2 + R * (5 - 2)) / 6 = 10  ->  R = 9.33
+    assert {name: outcome.kept for name, outcome in outcomes.items() if name != "none"} == {
+        f"{method}@10/5": 9 for method in SCORERS
+    }
+
+
+def test_the_model_is_left_as_it_was():
+    model = grown()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    answer_all(model, prompt(), make_variants(model, ["twig", "deep:6"], [10]), 3)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("deep:7", "1 to 6"), ("deep:0", "1 to 6"), ("deep:x", "must be one of"), ("visionzip", "must be one of")],
+)
+def test_unknown_methods_are_refused(method, words):
+    with pytest.raises(TwigVLMError, match=words):
+        make_variants(grown(), [method], [10])
+
+
+def test_fastv_needs_a_trunk():
+    model = TwigVLM.grow(tiny_llava(), TwigConfig(trunk_layers=0, twig_layers=2))
+    with pytest.raises(TwigVLMError, match="K = 0"):
+        make_variants(model, ["fastv"], [10])
+
+
+def test_impossible_budgets_are_refused():
+    model = grown()
+    with pytest.raises(TwigVLMError, match="retain=3"):
+        answer_all(model, prompt(), [Variant("twig", 3, 5)], 1)
+    with pytest.raises(TwigVLMError, match="nothing to compare"):
+        make_variants(model, ["none"], [10])
+
+
+def test_no_final_wipe_is_the_default_of_a_twig_without_one():
+    assert [variant.name for variant in make_variants(grown(final_wipe=None), ["twig"], [10])] == ["none", "twig@10/6"]
