@@ -2,13 +2,17 @@
 
     python -m recipes.sapling.questions --split train --count 2000 --output runs/train
 
-writes LLaVA's JSON and the pictures beside it.
+writes LLaVA's JSON and the pictures beside it;
+
+    python -m recipes.sapling.questions --split test --count 1000 --output runs/test --evaluation
+
+writes short questions and descriptions with their answers for `twigvlm evaluate`.
 """
 
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -292,16 +296,49 @@ def llava_sample(scene: Scene, image: str) -> dict[str, object]:
     return {"id": f"{scene.split}-{scene.index:06d}", "image": image, "conversations": messages}
 
 
+def evaluation_file(folder: Path, split: str, count: int, descriptions: int, per_scene: int) -> None:
+    """Questions with answers for `twigvlm evaluate`: `count` short ones, `per_scene` to a scene, and some descriptions."""
+    rows: list[dict[str, object]] = []
+    asked = 0
+    for index in range(max(-(-count // per_scene), descriptions)):
+        scene = make_scene(split, index)
+        turns = conversation(scene)
+        short = [turn for turn in turns if turn.kind != "description"][: min(per_scene, max(count - asked, 0))]
+        asked += len(short)
+        chosen = short + [turn for turn in turns if turn.kind == "description" and index < descriptions]
+        picture = f"{split}-{index:06d}.png"
+        if chosen:
+            render(scene).save(folder / picture)
+        for number, turn in enumerate(chosen):
+            row = {"id": f"{split}-{index:06d}-{number}", "image": picture, **asdict(turn)}
+            if turn.kind == "description":
+                row["objects"] = sorted({_name(thing) for thing in scene.things})
+            rows.append(row)
+    vocabulary = {kind.name: sorted({kind.name, kind.plural}) for kind in KINDS}
+    record = {"split": split, "vocabulary": vocabulary, "questions": rows}
+    (folder / "questions.json").write_text(json.dumps(record, indent=1))
+
+
 @dataclass
 class Options:
     output: Path
-    """Folder for `conversations.json` and the pictures."""
+    """Folder for `conversations.json` (or `questions.json`) and the pictures."""
     split: str = "train"
     count: int = 1000
+    """Scenes; with `evaluation` short questions."""
+    evaluation: bool = False
+    """Write questions with answers for `twigvlm evaluate` instead of conversations to train on."""
+    descriptions: int = 100
+    """Descriptions among them."""
+    per_scene: int = 4
+    """Most short questions about one scene among them."""
 
 
 def main(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
+    if options.evaluation:
+        evaluation_file(options.output, options.split, options.count, options.descriptions, options.per_scene)
+        return
     samples = []
     for index in range(options.count):
         scene = make_scene(options.split, index)

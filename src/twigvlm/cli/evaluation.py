@@ -1,0 +1,242 @@
+"""What the evaluations share: load, ask with progress, and write raw results and the report."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.checkpoint import WEIGHTS, fingerprint
+from twigvlm.cli.evaluate import Accuracy, Common, Drafts, Exactness, Speed, Sweep
+from twigvlm.cli.output import busy, progress
+from twigvlm.cli.session import SAPLING, build_inputs, load_base
+from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.accuracy import InputsOf, run_accuracy
+from twigvlm.evaluation.exactness import run_exactness
+from twigvlm.evaluation.figure import draw_accuracy
+from twigvlm.evaluation.journal import Journal, Record
+from twigvlm.evaluation.report import accuracy_sections, exactness_sections, page, speed_sections
+from twigvlm.evaluation.running import Running
+from twigvlm.evaluation.speed import Contender, run_speed
+from twigvlm.evaluation.tasks import Question, Questions, load_questions
+from twigvlm.evaluation.variants import make_variants
+from twigvlm.images import load_image
+from twigvlm.model import TwigVLM
+
+RAW, REPORT, FIGURE = "results.jsonl", "report.md", "figure.png"
+_EVERY = 25  # records between two lines of progress where stderr is no terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A loaded base, the twig's directory, and the questions."""
+
+    base: Any
+    processor: Any
+    twig: str
+    questions: Questions
+    settings: dict[str, Any]
+    """What every result depends on."""
+
+    def grow(self) -> TwigVLM:
+        """The base with its twig."""
+        return TwigVLM.from_pretrained(self.base, self.twig)
+
+    def inputs_of(self, question: Question) -> dict[str, Any]:
+        """A question as the base's inputs."""
+        return build_inputs(self.base, self.processor, load_image(question.image), question.prompt)
+
+
+def open_bench(options: Common, validation: str = "") -> Bench:
+    """Load what the options name; `validation`: what is chosen by it, so that the test split is refused."""
+    if options.output.exists() and not options.output.is_dir():
+        raise TwigVLMError(f"output {str(options.output)!r}: is a file; name a directory")
+    for name in ("max_new_tokens", "max_description_tokens"):
+        if getattr(options, name) < 1:
+            raise TwigVLMError(f"{name}={getattr(options, name)}: must be 1 or more")
+    everything = load_questions(options.questions)
+    if validation:
+        everything.refuse_test(validation)
+    questions = everything.chosen(options.kinds, options.limit)
+    twig = options.twig
+    if twig is None:
+        if options.model != SAPLING:
+            raise TwigVLMError(f"model {options.model!r}: needs a twig grown on it; give --twig DIR")
+        from twigvlm import sapling
+
+        twig = str(sapling.twig_path())
+    weights = Path(twig) / WEIGHTS
+    if not weights.is_file():
+        raise TwigVLMError(f"twig {twig!r}: no twig here ({WEIGHTS} is missing); give a directory made by training")
+    with busy(f"Loading {options.model}"):
+        base, processor = load_base(options.model, options.dtype, options.device)
+    if options.attention != "auto":
+        base.set_attn_implementation(options.attention)  # before a twig grows: it takes its base's
+    body = BaseVLM(base)
+    settings = {
+        "model": f"{options.model} ({_digest(json.dumps(fingerprint(body), sort_keys=True).encode())})",
+        "twig": f"{twig} ({_digest(weights.read_bytes())})",
+        "questions": f"{options.questions} ({_digest(options.questions.read_bytes())})",
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "attention": body.attention,
+        "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type,
+        "max new tokens": options.max_new_tokens,
+        "max description tokens": options.max_description_tokens,
+    }
+    return Bench(base, processor, twig, questions, settings)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def run_pruning(
+    options: Accuracy | Sweep,
+    title: str,
+    methods: Sequence[str],
+    final_wipes: Sequence[int],
+    seed: int,
+    figure: bool,
+    bench: Bench | None = None,
+) -> None:
+    """Ask every question under every variant."""
+    bench = bench or open_bench(options)
+    model = bench.grow()
+    variants = make_variants(model, methods, options.budgets, final_wipes)
+    names = [variant.name for variant in variants]
+    journal = Journal(options.output / RAW, {**bench.settings, "variants": names, "seed": seed})
+    running = Running()
+    with _advancing(title, len(bench.questions.items), running) as advance:
+        records = run_accuracy(
+            model,
+            bench.processor.tokenizer,
+            bench.questions,
+            variants,
+            bench.inputs_of,
+            journal,
+            options.max_new_tokens,
+            options.max_description_tokens,
+            seed,
+            advance,
+        )
+    _write(options, title, bench, {"seed": seed}, accuracy_sections(records, variants))
+    if figure:
+        draw_accuracy(records, variants, options.output / FIGURE)
+        print(f"Figure: {options.output / FIGURE}")
+
+
+def run_sweep(options: Sweep) -> None:
+    """Ask every question under every K_f."""
+    bench = open_bench(options, validation="choosing K_f")
+    layers = BaseVLM(bench.base).num_layers
+    wipes = options.final_wipes or tuple(range(layers, layers // 2, -4))
+    run_pruning(options, "Sweep of K_f", (options.method,), wipes, options.seed, options.figure, bench)
+
+
+def run_contenders(
+    options: Speed | Drafts, title: str, contenders: Sequence[Contender], repeats: int, validation: bool = False
+) -> None:
+    """Time every contender on every prompt."""
+    if repeats < 1:
+        raise TwigVLMError(f"repeats={repeats}: must be 1 or more")
+    bench = open_bench(options, validation="choosing δ and θ" if validation else "")
+    model = bench.grow()
+    plan = [dataclasses.asdict(contender) for contender in contenders]
+    more = {"repeats": repeats, "threads": torch.get_num_threads()}
+    journal = Journal(options.output / RAW, {**bench.settings, **more, "contenders": plan})
+    with _advancing(title, len(bench.questions.items)) as advance:
+        records = run_speed(
+            model,
+            bench.processor.tokenizer,
+            bench.questions.items,
+            contenders,
+            bench.inputs_of,
+            journal,
+            options.max_description_tokens,
+            repeats,
+            advance,
+        )
+    _write(options, title, bench, more, speed_sections(records, contenders))
+
+
+def run_checks(options: Exactness) -> None:
+    """Compare answers that must be the same."""
+    bench = open_bench(options)
+    journal = Journal(options.output / RAW, {**bench.settings, "retain": options.retain})
+    todo = sum(question.id not in journal.records for question in bench.questions.items)
+    inputs_of: InputsOf = bench.inputs_of
+    with _advancing("Exactness", 2 * todo) as advance:
+        records = run_exactness(
+            bench.base,
+            bench.grow,
+            bench.questions.items,
+            inputs_of,
+            journal,
+            options.retain,
+            options.max_new_tokens,
+            options.max_description_tokens,
+            advance,
+        )
+    _write(options, "Exactness", bench, {"retain": options.retain}, exactness_sections(records))
+
+
+@contextmanager
+def _advancing(title: str, total: int, running: Running | None = None) -> Iterator[Callable[[Record], None]]:
+    """A progress bar with running accuracies; a line now and then where stderr is no terminal."""
+    done = 0
+    with progress() as bar:
+        task = bar.add_task(title, total=total)
+
+        def advance(record: Record) -> None:
+            nonlocal done
+            done += 1
+            text = title
+            if running is not None:
+                running.add(record)
+                text = f"{title}: {running}"
+            bar.update(task, advance=1, description=text)
+            if bar.disable and (done % _EVERY == 0 or done == total):
+                print(f"{done}/{total} {text}", file=sys.stderr)
+
+        yield advance
+
+
+def command_line(options: Common) -> str:
+    """The command that asks for these options."""
+    words = ["twigvlm", "evaluate", type(options).__name__.lower()]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value == field.default:
+            continue
+        words.append(f"--{field.name.replace('_', '-')}")
+        if isinstance(value, tuple):
+            words += [f"{one:g}" if isinstance(one, float) else str(one) for one in value]
+        elif not isinstance(value, bool):
+            words.append(str(value))
+    return shlex.join(words)
+
+
+def _write(options: Common, title: str, bench: Bench, more: dict[str, Any], sections: Sequence[str]) -> None:
+    split = bench.questions.split
+    settings = {
+        **bench.settings,
+        **more,
+        "number of questions": f"{len(bench.questions.items)}{f', {split} split' if split else ''}",
+        "torch, transformers": f"{torch.__version__}, {transformers.__version__}",
+        "threads": torch.get_num_threads(),
+    }
+    path = options.output / REPORT
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(page(title, command_line(options), settings, sections), encoding="utf-8")
+    os.replace(temporary, path)
+    print(f"Raw results: {options.output / RAW}")
+    print(f"Report: {path}")

@@ -1,0 +1,76 @@
+"""Accuracy of every method under every budget, on the same questions, in one run."""
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from twigvlm.evaluation.journal import Journal, Record
+from twigvlm.evaluation.metrics import overlap
+from twigvlm.evaluation.tasks import Namer, Question, Questions, exact_match
+from twigvlm.evaluation.variants import Outcome, Variant, answer_all
+from twigvlm.model import TwigVLM
+
+InputsOf = Callable[[Question], dict[str, Any]]
+"""A question as the base's inputs, batch 1."""
+
+
+def run_accuracy(
+    model: TwigVLM,
+    tokenizer: Any,
+    questions: Questions,
+    variants: Sequence[Variant],
+    inputs_of: InputsOf,
+    journal: Journal,
+    max_new_tokens: int = 16,
+    max_description_tokens: int = 192,
+    seed: int = 0,
+    advance: Callable[[Record], None] = lambda record: None,
+) -> list[Record]:
+    """Ask every question under every variant; those that the journal holds already are not asked again.
+
+    Args:
+        tokenizer: turns ids into text.
+        variants: from `make_variants`.
+        inputs_of: prepares a question.
+        journal: where records go.
+        max_new_tokens: longest short answer.
+        max_description_tokens: longest description.
+        seed: of the random choice, which differs from question to question.
+        advance: called with each record.
+
+    Returns:
+        The records, in the order of the questions: `id`, `kind`, `answer`, `visual` (M), and by variant `kept` (R),
+        `given` (its answer) and `score` (1 or 0; of a description the numbers of objects found, present and named).
+    """
+    namer = Namer(questions.vocabulary)
+    records = []
+    for question in questions.items:
+        record = journal.records.get(question.id)
+        if record is None:
+            most = max_new_tokens if question.objects is None else max_description_tokens
+            own_seed = zlib.crc32(f"{seed} {question.id}".encode())
+            outcomes = answer_all(model, inputs_of(question), variants, most, own_seed)
+            journal.append(_record(question, outcomes, tokenizer, namer))
+            record = journal.records[question.id]
+        records.append(record)
+        advance(record)
+    return records
+
+
+def _record(question: Question, outcomes: dict[str, Outcome], tokenizer: Any, namer: Namer) -> Record:
+    given = {name: tokenizer.decode(one.ids, skip_special_tokens=True).strip() for name, one in outcomes.items()}
+    return {
+        "id": question.id,
+        "kind": question.group,
+        "answer": question.answer,
+        "kept": {name: outcome.kept for name, outcome in outcomes.items()},
+        "given": given,
+        "score": {name: score(question, text, namer) for name, text in given.items()},
+    }
+
+
+def score(question: Question, text: str, namer: Namer) -> int | list[int]:
+    """1 or 0 for a short answer; (found, present, named) objects of a description."""
+    if question.objects is None:
+        return int(exact_match(text, question.answer))
+    return list(overlap(set(question.objects), namer(text)))

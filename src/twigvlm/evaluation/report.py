@@ -1,0 +1,134 @@
+"""Raw records as markdown tables."""
+
+from collections.abc import Mapping, Sequence
+from math import isnan
+from typing import Any
+
+from twigvlm.evaluation.exactness import CHECKS
+from twigvlm.evaluation.journal import Record
+from twigvlm.evaluation.speed import Contender
+from twigvlm.evaluation.summary import Accuracy, Interval, accuracies, compare_speeds, exactness_counts, faster
+from twigvlm.evaluation.variants import NONE, Variant
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table; the first column is text, the others are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1 in percent; a dash for nan."""
+    return "–" if isnan(share) else f"{100 * share:.1f}"
+
+
+def _range(interval: Interval, scale: float = 100.0, digits: int = 1) -> str:
+    if isnan(interval[0]):
+        return ""
+    return f" [{scale * interval[0]:.{digits}f}, {scale * interval[1]:.{digits}f}]"
+
+
+def page(title: str, command: str, settings: Mapping[str, Any], sections: Sequence[str]) -> str:
+    """A report: what was run, on what, and what came out."""
+    about = table(["setting", "value"], [[name, _value(value)] for name, value in settings.items()])
+    return "\n\n".join([f"# {title}", f"```\n{command}\n```", about, *sections]) + "\n"
+
+
+def _value(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text.replace("|", "\\|")
+
+
+def accuracy_sections(records: Sequence[Record], variants: Sequence[Variant]) -> list[str]:
+    """Accuracy per method and budget, per kind, and of descriptions."""
+    figures = {one.name: one for one in accuracies(records)}
+    base = figures[NONE.name]
+    sections = []
+    if base.kinds:
+        asked = sum(count for count, _ in base.kinds.values())
+        sections += [
+            "## Accuracy",
+            f"Exact match of {asked} short answers in percent, and RelAcc (the base without pruning: 100) with its paired "
+            f"95 % bootstrap interval. Without pruning: **{percent(base.exact)} %** at {base.kept:g} visual tokens.",
+            _by_budget(figures, variants),
+            "## Accuracy by kind of question",
+            _by_kind(list(figures.values()), base),
+        ]
+    if not isnan(base.recall):
+        rows = [[_label(one.name), percent(one.recall), percent(one.precision)] for one in figures.values()]
+        sections += ["## Objects named in descriptions, %", table(["pruning", "recall", "precision"], rows)]
+    return sections
+
+
+def _label(name: str) -> str:
+    return name if name == NONE.name else "{}, R̄ {}, K_f {}".format(*name.replace("/", "@").split("@"))
+
+
+def _by_budget(figures: Mapping[str, Accuracy], variants: Sequence[Variant]) -> str:
+    """One row per method and K_f, one column per budget."""
+    budgets = list(dict.fromkeys(v.retain for v in variants if v.retain is not None))
+    by_place = {(v.method, v.final_wipe, v.retain): figures[v.name] for v in variants}
+    rows = []
+    for method, final_wipe in dict.fromkeys((v.method, v.final_wipe) for v in variants if v.retain is not None):
+        cells = []
+        for budget in budgets:
+            one = by_place[method, final_wipe, budget]
+            cells.append(f"{percent(one.exact)} · {percent(one.relative)}{_range(one.interval)} · R {one.kept:g}")
+        rows.append([method, str(final_wipe), *cells])
+    return table(["method", "K_f", *(f"R̄ {budget:g}: exact · RelAcc · R" for budget in budgets)], rows)
+
+
+def _by_kind(figures: Sequence[Accuracy], base: Accuracy) -> str:
+    head = ["pruning", *(f"{kind} ({count})" for kind, (count, _) in base.kinds.items())]
+    return table(head, [[_label(one.name), *(percent(right) for _, right in one.kinds.values())] for one in figures])
+
+
+def speed_sections(records: Sequence[Record], contenders: Sequence[Contender]) -> list[str]:
+    """Tokens per second, RelSpd against the faster baseline, parts of the time, and drafts."""
+    baselines = [one.name for one in contenders if one.attention is not None] or [contenders[0].name]
+    baseline = faster(records, baselines)
+    figures = compare_speeds(records, baseline, {one.name: one.same_as for one in contenders})
+
+    def ms(seconds: float) -> str:
+        return "–" if isnan(seconds) else f"{1000 * seconds:.1f}"
+
+    rows = [
+        [
+            f"**{one.name}** (baseline)" if one.name == baseline else one.name,
+            f"{one.tokens:.1f}",
+            f"{one.speed:.1f}",
+            f"{one.relative:.2f}{_range(one.interval, 1, 2)}",
+            f"{one.relative_prefill:.2f}",
+            *(ms(part) for part in (one.prefill, one.decode, one.draft, one.verify)),
+            percent(one.acceptance),
+            "–" if isnan(one.accepted_length) else f"{one.accepted_length:.2f}",
+            "–" if one.different is None else str(one.different),
+        ]
+        for one in figures
+    ]
+    head = ["contender", "tokens", "tokens/s", "RelSpd", "prefill ratio", "prefill, ms", "decode, ms"]
+    head += ["draft, ms", "verify, ms", "TokAR, %", "accepted per step", "different outputs"]
+    repeats = len(records[0]["runs"][baseline]["total"])
+    return [
+        "## Speed",
+        f"{len(records)} prompts, {repeats} alternating repeats after a warm-up; per prompt the median over repeats, then the "
+        "mean over prompts. RelSpd is the ratio of tokens per second (prefill and decoding) to the baseline's on the same "
+        "prompt, with its paired 95 % bootstrap interval; draft and verify are parts of decode. Different outputs: prompts "
+        "where speculation did not repeat what the same pruning gives without it.",
+        table(head, rows),
+    ]
+
+
+def exactness_sections(records: Sequence[Record]) -> list[str]:
+    """How many prompts passed each check."""
+    counts = exactness_counts(records)
+    rows = [[CHECKS[check], f"{passed} of {len(records)}"] for check, (passed, _) in counts.items()]
+    failed = [f"- {CHECKS[check]}: {', '.join(ids)}" for check, (_, ids) in counts.items() if ids]
+    tokens = sum(record["tokens"] for record in records)
+    text = f"{len(records)} prompts, answers of {tokens} tokens in all, compared token for token."
+    return [
+        "## Exactness",
+        text,
+        table(["check", "same"], rows),
+        *(["Not the same:\n\n" + "\n".join(failed)] if failed else []),
+    ]

@@ -1,0 +1,181 @@
+"""Speed of several ways to generate, alternating on the same prompts in one run.
+
+The baseline is the base's own `generate` with the better of its attention implementations. Every time is taken the same
+way, by a streamer that notes the first new token: prefill is everything up to it (vision included), decoding the rest.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from twigvlm.decoding.loop import clock_of
+from twigvlm.evaluation.accuracy import InputsOf
+from twigvlm.evaluation.journal import Journal, Record
+from twigvlm.evaluation.tasks import Question
+from twigvlm.model import TwigVLM
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to generate."""
+
+    name: str
+    attention: str | None = None
+    """The base's own `generate` with this attention implementation; None: TwigVLM's, with `options`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of `TwigVLM.generate`."""
+    same_as: str | None = None
+    """Contender whose output this one must repeat."""
+
+
+def standard_contenders(retain: float, chain: dict[str, Any], attentions: Sequence[str]) -> list[Contender]:
+    """The base's `generate` per attention implementation, and the twig's parts alone and together.
+
+    Args:
+        retain: R̄.
+        chain: options of chain speculation (`draft_length`, `draft_threshold`).
+        attentions: implementations that the base's `generate` is measured with.
+    """
+    chain = {"speculate": "chain", **chain}
+    return [
+        *(Contender(f"HF generate, {attention}", attention) for attention in attentions),
+        Contender("own loop"),
+        Contender("pruning", options={"retain": retain}),
+        Contender("chain", options=chain, same_as="own loop"),
+        Contender("pruning + chain", options={"retain": retain, **chain}, same_as="pruning"),
+    ]
+
+
+def draft_contenders(retain: float, lengths: Sequence[int], thresholds: Sequence[float]) -> list[Contender]:
+    """Pruning without drafts, and with chains of every length δ and threshold θ."""
+    pruning = {"retain": retain}
+    return [
+        Contender("pruning", options=pruning),
+        *(
+            Contender(
+                f"δ={length} θ={threshold:g}",
+                options={**pruning, "speculate": "chain", "draft_length": length, "draft_threshold": threshold},
+                same_as="pruning",
+            )
+            for length in lengths
+            for threshold in thresholds
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One timed answer; times in seconds."""
+
+    ids: list[int]
+    prefill: float
+    total: float
+    draft: float | None
+    verify: float | None
+    drafted: list[int]
+    accepted: list[int]
+
+
+class FirstToken(BaseStreamer):
+    """Notes when the first new token came."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._skip = clock, True
+        self.at: float | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        """New tokens; `generate` puts the prompt first."""
+        if self._skip:
+            self._skip = False
+        elif self.at is None:
+            self.at = self._clock()
+
+    def end(self) -> None:
+        """The answer is complete."""
+
+
+def measure(model: TwigVLM, inputs: dict[str, Any], contender: Contender, max_new_tokens: int) -> Measurement:
+    """Answer once, greedily, and time it."""
+    clock = clock_of(model.model.device)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+    watch = FirstToken(clock)
+    before = model.base.attention
+    generate: Callable[..., Any] = model.generate
+    if contender.attention is not None:
+        generate = model.model.generate
+        if contender.attention != before:
+            model.model.set_attn_implementation(contender.attention)
+    try:
+        began = clock()
+        output: Any = generate(**inputs, **options, **contender.options, streamer=watch)
+        ended = clock()
+    finally:
+        if model.base.attention != before:
+            model.model.set_attn_implementation(before)
+    own = contender.attention is None
+    return Measurement(
+        ids=output.sequences[0, inputs["input_ids"].shape[1] :].tolist(),
+        prefill=(ended if watch.at is None else watch.at) - began,
+        total=ended - began,
+        draft=output.timings.draft if own else None,
+        verify=output.timings.verify if own else None,
+        drafted=output.drafted_lengths if own else [],
+        accepted=output.accepted_lengths if own else [],
+    )
+
+
+def run_speed(
+    model: TwigVLM,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    contenders: Sequence[Contender],
+    inputs_of: InputsOf,
+    journal: Journal,
+    max_new_tokens: int,
+    repeats: int,
+    advance: Callable[[Record], None] = lambda record: None,
+) -> list[Record]:
+    """Time every contender on every prompt, `repeats` times; who begins changes from turn to turn.
+
+    Prompts that the journal holds already are not measured again. The first prompt is answered once by everyone before
+    any time counts.
+
+    Returns:
+        The records, in the order of the questions: `id`, `kind`, and by contender `runs`: `ids`, `text`, drafted and
+        accepted lengths of each step, and lists of seconds (`prefill`, `total`, `draft`, `verify`), one per repeat.
+    """
+    records = []
+    warm = False
+    for number, question in enumerate(questions):
+        record = journal.records.get(question.id)
+        if record is None:
+            inputs = inputs_of(question)
+            if not warm:
+                for contender in contenders:
+                    measure(model, inputs, contender, max_new_tokens)
+                warm = True
+            taken: dict[str, list[Measurement]] = {contender.name: [] for contender in contenders}
+            for turn in range(repeats):
+                first = (number + turn) % len(contenders)
+                for contender in (*contenders[first:], *contenders[:first]):
+                    taken[contender.name].append(measure(model, inputs, contender, max_new_tokens))
+            runs = {name: _run(measurements, tokenizer) for name, measurements in taken.items()}
+            journal.append({"id": question.id, "kind": question.group, "runs": runs})
+            record = journal.records[question.id]
+        records.append(record)
+        advance(record)
+    return records
+
+
+def _run(measurements: list[Measurement], tokenizer: Any) -> dict[str, Any]:
+    one = measurements[0]
+    return {
+        "ids": one.ids,
+        "text": tokenizer.decode(one.ids, skip_special_tokens=True).strip(),
+        "drafted": one.drafted,
+        "accepted": one.accepted,
+        **{name: [getattr(m, name) for m in measurements] for name in ("prefill", "total", "draft", "verify")},
+    }

@@ -1,0 +1,169 @@
+"""From raw records to figures. Pure functions; tables are made of these by `report`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from twigvlm.evaluation.journal import Record
+from twigvlm.evaluation.metrics import (
+    acceptance_rate,
+    bootstrap_interval,
+    mean_accepted_length,
+    relative_accuracy,
+    relative_speed,
+    speeds,
+)
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One variant on all questions; shares from 0 to 1."""
+
+    name: str
+    kept: float
+    """R, mean over questions."""
+    exact: float
+    """Exact match over the short questions; nan without any."""
+    relative: float
+    """RelAcc."""
+    interval: Interval
+    """Of RelAcc, 95 %, paired."""
+    kinds: dict[str, tuple[int, float]]
+    """Number of questions and exact match per kind."""
+    recall: float
+    """Objects of descriptions that are named; nan without descriptions."""
+    precision: float
+    """Objects named in descriptions that are there."""
+
+
+def accuracies(records: Sequence[Record], base: str = "none") -> list[Accuracy]:
+    """Every variant's figures, in the order of the first record."""
+    short = [record for record in records if not isinstance(record["score"][base], list)]
+    long = [record["score"] for record in records if isinstance(record["score"][base], list)]
+    reference = [record["score"][base] for record in short]
+    result = []
+    for name in records[0]["score"]:
+        column = [record["score"][name] for record in short]
+        kinds: dict[str, list[int]] = {}
+        for record, right in zip(short, column, strict=True):
+            kinds.setdefault(record["kind"], []).append(right)
+        found, present, named = (sum(score[name][i] for score in long) for i in range(3))
+        result.append(
+            Accuracy(
+                name=name,
+                kept=float(np.mean([record["kept"][name] for record in records])),
+                exact=_mean(column),
+                relative=relative_accuracy(column, reference) if short else float("nan"),
+                interval=bootstrap_interval(relative_accuracy, column, reference),
+                kinds={kind: (len(rights), _mean(rights)) for kind, rights in sorted(kinds.items())},
+                recall=found / present if present else float("nan"),
+                precision=found / named if named else float("nan"),
+            )
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One contender on all prompts; times in seconds, means over prompts of the median over repeats."""
+
+    name: str
+    tokens: float
+    """New tokens of an answer."""
+    speed: float
+    """Tokens per second, prefill and decoding together; mean over prompts."""
+    relative: float
+    """RelSpd."""
+    interval: Interval
+    """Of RelSpd, 95 %, paired."""
+    prefill: float
+    decode: float
+    draft: float
+    verify: float
+    relative_prefill: float
+    """Prefill time of the baseline over this one's: above 1 is faster."""
+    acceptance: float
+    """TokAR."""
+    accepted_length: float
+    """Accepted tokens per step."""
+    different: int | None
+    """Prompts whose output differs from that of the contender that it must repeat; None if there is none."""
+
+
+def faster(records: Sequence[Record], names: Sequence[str]) -> str:
+    """Of several baselines the one with the higher mean speed."""
+    return max(names, key=lambda name: _mean(_speeds(records, name)))
+
+
+def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, str | None]) -> list[Speed]:
+    """Every contender's figures against the baseline.
+
+    Args:
+        records: of `run_speed`.
+        baseline: a contender.
+        same_as: contenders, and whose output each must repeat.
+    """
+    reference = _speeds(records, baseline)
+    reference_prefill = _mean(_times(records, baseline, "prefill"))
+    result = []
+    for name, other in same_as.items():
+        runs = [record["runs"][name] for record in records]
+        speed = _speeds(records, name)
+        prefill = _mean(_times(records, name, "prefill"))
+        drafted = [count for run in runs for count in run["drafted"]]
+        accepted = [count for run in runs for count in run["accepted"]]
+        drafts = any(drafted)
+        result.append(
+            Speed(
+                name=name,
+                tokens=_mean([len(run["ids"]) for run in runs]),
+                speed=_mean(speed),
+                relative=relative_speed(speed, reference),
+                interval=bootstrap_interval(relative_speed, speed, reference),
+                prefill=prefill,
+                decode=_mean(_times(records, name, "total")) - prefill,
+                draft=_mean(_times(records, name, "draft")),
+                verify=_mean(_times(records, name, "verify")),
+                relative_prefill=reference_prefill / prefill,
+                acceptance=acceptance_rate(drafted, accepted),
+                accepted_length=mean_accepted_length(accepted) if drafts else float("nan"),
+                different=None
+                if other is None
+                else sum(r["runs"][name]["ids"] != r["runs"][other]["ids"] for r in records),
+            )
+        )
+    return result
+
+
+def _times(records: Sequence[Record], name: str, part: str) -> list[float]:
+    """Median over repeats, per prompt; nan where a contender has no such part."""
+
+    def middle(values: list[Any]) -> float:
+        return median(values) if values[0] is not None else float("nan")
+
+    return [middle(record["runs"][name][part]) for record in records]
+
+
+def _speeds(records: Sequence[Record], name: str) -> list[float]:
+    tokens = [len(record["runs"][name]["ids"]) for record in records]
+    return list(speeds(tokens, _times(records, name, "total")))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
+def exactness_counts(records: Sequence[Record]) -> dict[str, tuple[int, list[str]]]:
+    """Per check, how many prompts passed, and the ids of those that did not."""
+    return {
+        check: (
+            sum(record["same"][check] for record in records),
+            [record["id"] for record in records if not record["same"][check]],
+        )
+        for check in records[0]["same"]
+    }
