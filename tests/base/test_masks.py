@@ -25,10 +25,11 @@ def test_causal_mask_by_definition(prefix, queries):
     rows=st.integers(1, 9),
     columns=st.integers(1, 20),
     attention=st.sampled_from(["eager", "sdpa"]),
+    single=st.booleans(),
 )
-def test_the_table_gives_the_same_masks(prefix, queries, rows, columns, attention):
-    mask = CausalMasks(attention, rows, columns, torch.float32, CPU)(queries, prefix + queries)
-    if queries == 1 or (attention == "sdpa" and prefix == 0):
+def test_the_table_gives_the_same_masks(prefix, queries, rows, columns, attention, single):
+    mask = CausalMasks(attention, rows, columns, torch.float32, CPU, single)(queries, prefix + queries)
+    if (queries == 1 and not single) or (attention == "sdpa" and prefix == 0):
         assert mask is None
         return
     expected = causal_mask(queries, prefix + queries)

@@ -23,10 +23,9 @@ def run(
     tokens = hidden.shape[1]
     keys, mask = -1, None
     for offset, layer in enumerate(layers):
-        if tokens > 1:  # a single token sees everything: no mask
-            total = tokens + (0 if cache is None else cache.lengths[slot + offset])
-            if total != keys:
-                keys, mask = total, masks(tokens, total)
+        total = tokens + (0 if cache is None else cache.lengths[slot + offset])
+        if total != keys:
+            keys, mask = total, masks(tokens, total)
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache)
     return hidden
 

@@ -147,7 +147,10 @@ class BaseVLM:
         if prompt.attention_mask is not None:
             return PaddedMasks(self.attention, prompt.attention_mask, prompt.hidden.dtype)
         columns = prompt.hidden.shape[1] + new_tokens + rows
-        return CausalMasks(self.attention, rows, columns, prompt.hidden.dtype, prompt.hidden.device)
+        dtype, device = prompt.hidden.dtype, prompt.hidden.device
+        grouped = self.config.num_key_value_heads < self.config.num_attention_heads
+        single = self.attention == "sdpa" and grouped and device.type == "cpu" and dtype != torch.float32
+        return CausalMasks(self.attention, rows, columns, dtype, device, single)
 
     def rotary(self, hidden: Float[Tensor, "batch tokens width"], position_ids: Int[Tensor, "batch any"]) -> Rope:
         """(cos, sin) of positions, in the dtype and on the device of `hidden`."""
