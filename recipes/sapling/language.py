@@ -1,7 +1,7 @@
 """Steps b and d: teach the language model to talk about what visual tokens say, by low-rank updates.
 
-Step b needs no pixels: visual tokens are the targets of `targets.py`, made from labels. Step d puts the tower and the projector in
-their place. Questions about one picture share its visual tokens: each block of text sees the picture and itself, not the others.
+Step b needs no pixels: visual tokens are the targets of `targets.py`, made from labels. Step d puts the tower and the projector
+in their place. Questions about one picture share its visual tokens: a block of text sees the picture and itself, not the others.
 
     python -m recipes.sapling.language --output runs/symbolic --steps 1500
     python -m recipes.sapling.language --output runs/joint --steps 600 --start runs/symbolic --vision runs/vision
@@ -120,6 +120,20 @@ class Reader(nn.Module):
             vision.requires_grad_(False)
             vision.multi_modal_projector.requires_grad_(True)
 
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """What is learned, and nothing of the frozen models."""
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in self.learned()}
+
+    def load_state_dict(self, *args: object, **kwargs: object) -> object:
+        """Take up what was learned; the frozen models are not missed."""
+        kwargs["strict"] = False
+        result = super().load_state_dict(args[0], **kwargs)
+        assert not result.unexpected_keys, result.unexpected_keys
+        return result._replace(missing_keys=[key for key in result.missing_keys if key in self.learned()])
+
+    def learned(self) -> set[str]:
+        return {name for name, value in self.named_parameters() if value.requires_grad}
+
     def visual_tokens(self, place: Tensor, pixel_values: Tensor | None, **labels: Tensor) -> Tensor:
         index = place.clamp(min=0)
         if self.vision is None:
@@ -203,6 +217,7 @@ class Options:
     vision: str | None = None
     """Folder of the vision run; without it visual tokens come from labels."""
     threads: int = 1
+    save_steps: int = 25
 
 
 def main(options: Options) -> None:
@@ -218,9 +233,7 @@ def main(options: Options) -> None:
     del language
     model = Reader(targets, text, vision)
     if options.start:
-        earlier = load_file(Path(options.start) / "final.safetensors")
-        unknown = model.load_state_dict(earlier, strict=False).unexpected_keys
-        assert not unknown, unknown
+        model.load_state_dict(load_file(Path(options.start) / "final.safetensors"))
 
     def scenes(split: str, first: int, count: int) -> Conversations:
         return Conversations(text, split, first, count, options.turns, options.visual_tokens, bool(options.vision))
@@ -238,7 +251,7 @@ def main(options: Options) -> None:
             lr_scheduler_type="cosine",
             warmup_steps=30,
             logging_steps=10,
-            save_steps=50,
+            save_steps=options.save_steps,
             save_total_limit=1,
             report_to=[],
             disable_tqdm=True,
@@ -249,8 +262,7 @@ def main(options: Options) -> None:
         data_collator=collate,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(options.output) if Path(options.output).exists() else None)
-    learned = {name: value.detach().contiguous() for name, value in model.named_parameters() if value.requires_grad}
-    save_file(learned, Path(options.output) / "final.safetensors")
+    save_file(model.state_dict(), Path(options.output) / "final.safetensors")
     print("validation:", report(model.eval(), scenes("validation", 0, 100)))
 
 

