@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 import tests.typecheck  # the hook below names it and expects it to be there
 
 # Not config.py: it checks values itself, and its messages are under test.
-checked = ("base", "checkpoint", "decoding", "model", "pruning", "training", "twig")
+checked = ("base", "checkpoint", "decoding", "evaluation", "model", "pruning", "training", "twig")
 install_import_hook([f"twigvlm.{name}" for name in checked], f"{tests.typecheck.__name__}.check")
 torch.set_num_threads(1)
 # Building a tiny model takes a moment on a busy machine: no deadline, and no complaint about slow examples.

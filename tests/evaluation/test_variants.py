@@ -24,31 +24,31 @@ def grown(attention="sdpa", final_wipe=5):
     return TwigVLM.grow(tiny_llava(attention=attention), TwigConfig(2, 2, final_wipe=final_wipe))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_every_variant_answers_as_generate_does(attention):
+@pytest.mark.parametrize(("attention", "seeds"), [("sdpa", 2), ("eager", 1)])
+def test_every_variant_answers_as_generate_does(attention, seeds):
     model = grown(attention)
     variants = make_variants(model, list(SCORERS), [10, 7], [4, 6])
     assert len(variants) == 1 + 7 * 2 * 2
     different = 0
-    for seed in range(3):
+    for seed in range(seeds):
         inputs = prompt(seed)
         length = inputs["input_ids"].shape[1]
         # a token that occurs, so that some rows of a batch end before others
         end = int(model.generate(**inputs, max_new_tokens=4)[0, -1])
         model.model.generation_config.eos_token_id = [end, 98]
-        outcomes = answer_all(model, inputs, variants, 9, seed=7)
+        outcomes = answer_all(model, inputs, variants, 7, seed=7)
         assert outcomes.keys() == {variant.name for variant in variants}
         for variant in variants:
             options = {}
             if variant.retain is not None:
                 scorer = SCORERS[variant.method]
                 options = {"retain": variant.retain, "final_wipe": variant.final_wipe, "scorer": scorer}
-            one = model.generate(**inputs, **options, max_new_tokens=9, return_dict_in_generate=True)
+            one = model.generate(**inputs, **options, max_new_tokens=7, return_dict_in_generate=True)
             assert outcomes[variant.name].ids == one.sequences[0, length:].tolist(), variant
             assert outcomes[variant.name].kept == (VISUAL if variant is NONE else one.kept_indices.shape[1])
         different += len({tuple(outcome.ids) for outcome in outcomes.values()})
         model.model.generation_config.eos_token_id = None
-    assert different > 12  # the prunings do differ
+    assert different > 4 * seeds  # the prunings do differ
 
 
 def test_the_budget_is_the_same_for_every_method():

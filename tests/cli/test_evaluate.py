@@ -1,0 +1,73 @@
+import json
+
+import pytest
+from PIL import Image
+
+from twigvlm.cli.main import main
+
+COMMANDS = {
+    "accuracy": {"budgets": "10", "methods": "fastv"},
+    "sweep": {"budgets": "10", "final-wipes": "5"},
+    "speed": {"retain": 10, "repeats": 1, "kinds": "place"},
+    "drafts": {"retain": 10, "repeats": 1, "kinds": "place", "lengths": 2, "thresholds": 0.3},
+    "exactness": {"retain": 10},
+}
+
+
+@pytest.fixture
+def arguments(tmp_path, base_directory, twig_directory):
+    Image.radial_gradient("L").save(tmp_path / "one.png")
+    row = {"image": "one.png", "question": "What?", "answer": "a", "kind": "place"}
+    record = {"split": "validation", "questions": [{"id": str(number), **row} for number in range(2)]}
+    (tmp_path / "questions.json").write_text(json.dumps(record))
+
+    def build(command, *flags, **changes):
+        options = {
+            "questions": tmp_path / "questions.json",
+            "output": tmp_path / "out",
+            "model": base_directory,
+            "twig": twig_directory,
+            "dtype": "float32",
+            "device": "cpu",
+            "max-new-tokens": 3,
+            "max-description-tokens": 3,
+            **COMMANDS[command],
+            **changes,
+        }
+        return ["evaluate", command, *(str(w) for name, value in options.items() for w in (f"--{name}", value)), *flags]
+
+    return build
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_writes_raw_results_and_a_report(capsys, arguments, tmp_path, command):
+    assert main(arguments(command)) == 0
+    out, err = capsys.readouterr()
+    assert out == f"Raw results: {tmp_path / 'out' / 'results.jsonl'}\nReport: {tmp_path / 'out' / 'report.md'}\n"
+    assert err.splitlines()[-1].startswith(("2/2 ", "4/4 "))
+    head, *records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert head["settings"]["dtype"] == "float32"
+    assert [record["id"] for record in records] == ["0", "1"]
+    report = (tmp_path / "out" / "report.md").read_text()
+    written = report.split("```")[1].split()
+    assert written[:3] == ["twigvlm", "evaluate", command]
+    assert main(written[1:]) == 0  # the command in the report asks for the same: nothing is asked again
+    assert (tmp_path / "out" / "report.md").read_text() == report
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.md", "results.jsonl"]
+
+
+def test_bad_options_are_refused(refused, arguments, tmp_path):
+    assert main(arguments("accuracy")) == 0
+    refused(*arguments("accuracy", budgets=9), words=("other settings", "variants"))
+    refused(*arguments("accuracy", methods="best"), words=("'best'", "deep:LAYER"))
+    refused(*arguments("accuracy", budgets=1, output=tmp_path / "new"), words=("retain=1",))
+    refused(*arguments("accuracy", kinds="colour"), words=("'colour'", "place"))
+    refused(*arguments("accuracy", twig=tmp_path), words=("no twig here",))
+    refused(*arguments("accuracy", output=tmp_path / "one.png"), words=("is a file",))
+    refused(*arguments("accuracy", questions=tmp_path / "no.json"), words=("no such file",))
+    refused(*arguments("speed", repeats=0), words=("repeats=0",))
+    refused(*arguments("drafts", lengths=0), words=("draft_length=0",))
+    questions = tmp_path / "questions.json"
+    questions.write_text(questions.read_text().replace("validation", "test"))
+    refused(*arguments("sweep"), words=("validation split",))
+    refused(*arguments("drafts"), words=("validation split",))

@@ -1,0 +1,70 @@
+import pytest
+
+from tests.evaluation.conftest import inputs_of
+from twigvlm.evaluation import accuracy
+from twigvlm.evaluation.accuracy import run_accuracy, score
+from twigvlm.evaluation.journal import Journal
+from twigvlm.evaluation.running import Running
+from twigvlm.evaluation.tasks import Namer, Question
+from twigvlm.evaluation.variants import make_variants
+
+
+@pytest.fixture
+def run(model, tokenizer, questions, tmp_path):
+    variants = make_variants(model, ["twig", "random"], [10, 7])
+
+    def again(chosen=questions, advance=lambda record: None):
+        journal = Journal(tmp_path / "results.jsonl", {})
+        return run_accuracy(model, tokenizer, chosen, variants, inputs_of, journal, 6, 8, advance=advance)
+
+    return again
+
+
+def test_records_answers_and_scores(run):
+    running = Running(most=2)
+    records = run(advance=running.add)
+    assert [record["id"] for record in records] == ["0", "1", "2", "3"]
+    assert [record["kind"] for record in records] == ["place", "place", "place, held out", "description"]
+    names = ["none", "twig@10/5", "twig@7/5", "random@10/5", "random@7/5"]
+    for record in records:
+        assert list(record["given"]) == list(record["score"]) == list(record["kept"])
+        assert sorted(record["given"]) == sorted(names)
+        assert [record["kept"][name] for name in names] == [16, 9, 3, 9, 3]
+    assert [record["score"]["none"] for record in records[:3]] == [1, 1, 1]
+    for record in records[:3]:
+        for name in names:
+            assert record["score"][name] == (record["given"][name].lower() == record["answer"].lower())
+    assert records[3]["score"]["none"][1] == 1
+    assert str(running).startswith("none 100.0 · twig@10/5 ")
+    assert running.asked == 3
+
+
+def test_a_stopped_run_goes_on(run, questions, monkeypatch):
+    whole = run(questions.chosen(limit=2))
+    asked = []
+    answer_all = accuracy.answer_all
+    monkeypatch.setattr(accuracy, "answer_all", lambda *args: asked.append(args) or answer_all(*args))
+    records = run()
+    assert len(asked) == 2
+    assert records[:2] == whole
+    assert run() == records
+    assert len(asked) == 2
+
+
+def test_random_choice_differs_between_questions_and_seeds(model, tokenizer, questions, tmp_path, monkeypatch):
+    seeds = []
+    answer_all = accuracy.answer_all
+    monkeypatch.setattr(accuracy, "answer_all", lambda *args: seeds.append(args[-1]) or answer_all(*args))
+    variants = make_variants(model, ["random"], [10])
+    for seed in (0, 0, 1):
+        journal = Journal(tmp_path / str(len(seeds)), {})
+        run_accuracy(model, tokenizer, questions, variants, inputs_of, journal, 1, 1, seed)
+    assert seeds[:4] == seeds[4:8]
+    assert len(set(seeds)) == 8
+
+
+def test_descriptions_count_objects(tmp_path):
+    namer = Namer({"dog": ("dog", "dogs"), "cat": ("cat",), "cow": ("cow",)})
+    question = Question("a", tmp_path, "?", "…", "description", objects=("dog", "cat"))
+    assert score(question, "Two dogs, a cow and a dog.", namer) == [1, 2, 2]
+    assert score(question, "Nothing.", namer) == [0, 2, 0]

@@ -1,0 +1,61 @@
+import pytest
+
+from tests.evaluation.conftest import inputs_of
+from twigvlm.config import TwigConfig
+from twigvlm.evaluation.exactness import CHECKS, run_exactness
+from twigvlm.evaluation.journal import Journal
+from twigvlm.evaluation.summary import exactness_counts
+from twigvlm.model import TwigVLM
+
+
+@pytest.fixture
+def check(base, questions, tmp_path):
+    def run(change=lambda model: None, limit=None):
+        def grow():
+            model = TwigVLM.grow(base, TwigConfig(2, 2, final_wipe=5))
+            change(model)
+            return model
+
+        steps = []
+        journal = Journal(tmp_path / "results.jsonl", {})
+        chosen = questions.chosen(limit=limit).items
+        records = run_exactness(base, grow, chosen, inputs_of, journal, 10, 6, 9, steps.append)
+        return records, len(steps)
+
+    return run
+
+
+def test_a_sound_model_passes_and_a_run_goes_on(check):
+    some, steps = check(limit=2)
+    assert steps == 4
+    records, steps = check()
+    assert steps == 4
+    assert records[:2] == some
+    assert [record["tokens"] for record in records] == [6, 6, 6, 9]
+    assert exactness_counts(records) == {name: (4, []) for name in CHECKS}
+
+
+def test_a_changed_base_is_noticed_by_its_bits(check):
+    def nudge(model):
+        model.base.norm.weight.data[0] *= 1 + 1e-6
+
+    records, _ = check(nudge, limit=1)
+    assert records[0]["same"]["disabled"] is False
+
+
+def test_a_wrong_speculation_is_noticed(check):
+    def break_chain(model):
+        generate = model.generate
+
+        def broken(**options):
+            output = generate(**options)
+            if options.get("speculate") == "chain":
+                output = output.clone()
+                output[0, -1] += 1
+            return output
+
+        object.__setattr__(model, "generate", broken)
+
+    records, _ = check(break_chain, limit=1)
+    assert records[0]["same"] == {"pruned chain": False, "chain": False, "no pruning": True, "disabled": True}
+    assert exactness_counts(records)["chain"] == (0, ["0"])

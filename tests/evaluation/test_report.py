@@ -1,0 +1,122 @@
+import math
+
+import pytest
+
+from twigvlm.evaluation.figure import draw_accuracy
+from twigvlm.evaluation.report import accuracy_sections, exactness_sections, page, speed_sections
+from twigvlm.evaluation.speed import Contender
+from twigvlm.evaluation.summary import accuracies, compare_speeds, faster
+from twigvlm.evaluation.variants import NONE, Variant
+
+VARIANTS = [
+    NONE,
+    Variant("twig", 10.0, 5),
+    Variant("twig", 7.0, 5),
+    Variant("random", 10.0, 5),
+    Variant("random", 7.0, 5),
+]
+
+
+def records():
+    right = {"none": 1110, "twig@10/5": 1100, "twig@7/5": 1010, "random@10/5": 1000, "random@7/5": 0}
+    rows = []
+    for place, kind in enumerate(["place", "place", "count", "count"]):
+        score = {name: int(f"{digits:04d}"[place]) for name, digits in right.items()}
+        kept = {name: {"none": 16}.get(name, 9 if "10" in name else 3) for name in right}
+        rows.append({"id": str(place), "kind": kind, "score": score, "kept": kept})
+    found = {name: [min(2, index), 2, 2] for index, name in enumerate(reversed(right))}
+    rows.append({"id": "d", "kind": "description", "score": found, "kept": rows[0]["kept"]})
+    return rows
+
+
+def test_accuracies():
+    figures = {one.name: one for one in accuracies(records())}
+    base, twig = figures["none"], figures["twig@10/5"]
+    assert (base.exact, base.relative, base.interval, base.kept) == (0.75, 1, (1, 1), 16)
+    assert twig.exact == 0.5
+    assert twig.relative == pytest.approx(2 / 3)
+    assert twig.interval[0] < 2 / 3 < twig.interval[1] == 1
+    assert twig.kinds == {"count": (2, 0.0), "place": (2, 1.0)}
+    assert (figures["random@10/5"].recall, figures["random@7/5"].precision) == (0.5, 0)
+    only_descriptions = accuracies(records()[4:])
+    assert math.isnan(only_descriptions[0].exact)
+
+
+def test_accuracy_report():
+    text = page("Accuracy", "twigvlm …", {"dtype": "float32"}, accuracy_sections(records(), VARIANTS))
+    assert "| dtype | float32 |" in text
+    assert "**75.0 %** at 16 visual tokens" in text
+    assert "| method | K_f | R̄ 10: exact · RelAcc · R | R̄ 7: exact · RelAcc · R |" in text
+    assert "| twig | 5 | 50.0 · 66.7 [" in text
+    assert "| random | 5 | 25.0 · 33.3 [" in text
+    assert "| pruning | count (2) | place (2) |" in text
+    assert "| none | 50.0 | 100.0 |" in text
+    assert "| twig, R̄ 10, K_f 5 | 0.0 | 100.0 |" in text
+    assert "| random, R̄ 10, K_f 5 | 50.0 | 50.0 |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| random, R̄ 10")}
+    assert widths == {4}
+
+
+@pytest.mark.parametrize("name", ["figure.png", "figure.svg"])
+def test_figure(tmp_path, name):
+    pytest.importorskip("matplotlib")
+    draw_accuracy(records(), VARIANTS, tmp_path / name)
+    assert (tmp_path / name).stat().st_size > 5000
+
+
+def timed():
+    def run(ids, prefill, total, draft=None, drafted=(), accepted=()):
+        times = {"prefill": prefill, "total": total, "draft": [draft] * 3, "verify": [draft] * 3}
+        return {"ids": ids, "drafted": list(drafted), "accepted": list(accepted), **times}
+
+    slow = {"prefill": [0.5] * 3, "total": [2.5] * 3}
+    hf = {"prefill": [0.5, 0.1, 9.0], "total": [1.5, 2.0, 9.0]}
+    return [
+        {
+            "runs": {
+                "eager": run([1, 2], **slow),
+                "sdpa": run([1, 2], **hf),
+                "loop": run([1, 2], [0.25] * 3, [1.0] * 3, 0.25),
+                "chain": run([1, 3], [0.25] * 3, [0.5] * 3, 0.1, [4, 2], [3, 0]),
+            }
+        }
+    ]
+
+
+CONTENDERS = [
+    Contender("eager", "eager"),
+    Contender("sdpa", "sdpa"),
+    Contender("loop"),
+    Contender("chain", same_as="loop"),
+]
+
+
+def test_speeds_are_medians_over_repeats():
+    assert faster(timed(), ["eager", "sdpa"]) == "sdpa"
+    figures = {one.name: one for one in compare_speeds(timed(), "sdpa", {one.name: one.same_as for one in CONTENDERS})}
+    assert figures["sdpa"].speed == 1.0  # 2 tokens in a median of 2.0 s
+    assert (figures["sdpa"].prefill, figures["sdpa"].decode) == (0.5, 1.5)
+    chain = figures["chain"]
+    assert (chain.relative, chain.interval, chain.relative_prefill) == (4.0, (4.0, 4.0), 2.0)
+    assert (chain.acceptance, chain.accepted_length, chain.different) == (0.5, 1.5, 1)
+    assert figures["loop"].different is None
+    assert math.isnan(figures["loop"].acceptance)
+    assert math.isnan(figures["sdpa"].draft)
+
+
+def test_speed_report():
+    text = "\n".join(speed_sections(timed(), CONTENDERS))
+    assert "1 prompts, 3 alternating repeats" in text
+    assert "**sdpa** (baseline) | 2.0 | 1.0 | 1.00 [1.00, 1.00] |" in text
+    assert "| chain | 2.0 | 4.0 | 4.00 [4.00, 4.00] | 2.00 | 250.0 | 250.0 | 100.0 | 100.0 | 50.0 | 1.50 | 1 |" in text
+    without = "\n".join(speed_sections(timed(), [CONTENDERS[2], CONTENDERS[3]]))
+    assert "**loop** (baseline)" in without
+
+
+def test_exactness_report():
+    rows = [{"id": str(i), "tokens": 5, "same": {"chain": i > 0, "no pruning": True}} for i in range(3)]
+    text = "\n".join(exactness_sections(rows))
+    assert "3 prompts, answers of 15 tokens" in text
+    assert "unpruned | 2 of 3 |" in text
+    assert "own generate | 3 of 3 |" in text
+    assert "unpruned: 0" in text

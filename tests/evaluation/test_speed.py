@@ -1,0 +1,74 @@
+import pytest
+
+from tests.evaluation.conftest import inputs_of
+from tests.tiny import prompt
+from twigvlm.evaluation import speed
+from twigvlm.evaluation.journal import Journal
+from twigvlm.evaluation.speed import Contender, draft_contenders, measure, run_speed, standard_contenders
+
+CHAIN = {"draft_length": 4, "draft_threshold": 0.0}
+
+
+def test_measures_every_contender(model, tokenizer, questions, tmp_path):
+    contenders = standard_contenders(10, CHAIN, ["sdpa", "eager"])
+    journal = Journal(tmp_path / "results.jsonl", {})
+    records = run_speed(model, tokenizer, questions.items[:2], contenders, inputs_of, journal, 8, 2)
+    assert [record["id"] for record in records] == ["0", "1"]
+    for record in records:
+        runs = record["runs"]
+        assert sorted(runs) == sorted(contender.name for contender in contenders)
+        assert runs["chain"]["ids"] == runs["own loop"]["ids"] == runs["HF generate, sdpa"]["ids"]
+        assert runs["pruning + chain"]["ids"] == runs["pruning"]["ids"]
+        for name, run in runs.items():
+            assert len(run["ids"]) == 8
+            assert run["text"] == tokenizer.decode(run["ids"], skip_special_tokens=True).strip()
+            assert len(run["total"]) == 2
+            for prefill, total in zip(run["prefill"], run["total"], strict=True):
+                assert 0 < prefill < total
+            if name.startswith("HF"):
+                assert run["draft"] == [None, None]
+                continue
+            for parts in zip(run["prefill"], run["draft"], run["verify"], run["total"], strict=True):
+                assert sum(parts[:3]) <= parts[3] * 1.05
+            assert bool(sum(run["drafted"])) == ("chain" in name)
+    assert sum(records[0]["runs"]["chain"]["accepted"]) > 0
+
+
+def test_contenders_take_turns_after_a_warm_up(model, tokenizer, questions, tmp_path, monkeypatch):
+    order = []
+    real = speed.measure
+    monkeypatch.setattr(speed, "measure", lambda m, i, c, n: order.append(c.name) or real(m, i, c, n))
+    contenders = [Contender("a"), Contender("b", options={"retain": 10}), Contender("c")]
+
+    def run(count):
+        journal = Journal(tmp_path / "results.jsonl", {})
+        return run_speed(model, tokenizer, questions.items[:count], contenders, inputs_of, journal, 2, 2)
+
+    first = run(1)
+    assert "".join(order) == "abc" + "abc" + "bca"
+    order.clear()
+    assert run(2)[:1] == first
+    assert "".join(order) == "abc" + "bca" + "cab"  # a run that goes on warms up again
+
+
+def test_the_attention_of_the_model_is_put_back(model):
+    before = model.base.attention
+    seen = []
+    hook = model.model.model.language_model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args: seen.append(module.config._attn_implementation)
+    )
+    measure(model, prompt(), Contender("HF", "eager"), 2)
+    hook.remove()
+    assert set(seen) == {"eager"}
+    assert model.base.attention == before == "sdpa"
+    with pytest.raises(ValueError, match="nonsense"):
+        measure(model, prompt(), Contender("HF", "nonsense"), 2)
+    assert model.base.attention == "sdpa"
+
+
+def test_drafts_are_compared_on_the_same_pruning():
+    contenders = draft_contenders(10, (3, 5), (0.3, 0.6))
+    assert [one.name for one in contenders] == ["pruning", "δ=3 θ=0.3", "δ=3 θ=0.6", "δ=5 θ=0.3", "δ=5 θ=0.6"]
+    assert {one.options["retain"] for one in contenders} == {10}
+    assert {one.same_as for one in contenders[1:]} == {"pruning"}
+    assert contenders[3].options == {"retain": 10, "speculate": "chain", "draft_length": 5, "draft_threshold": 0.3}
