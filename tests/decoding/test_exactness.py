@@ -166,6 +166,48 @@ def test_pruning_by_its_definition(case):
     assert output.sequences[0, inputs["input_ids"].shape[1] :].tolist() == expected
 
 
+@torch.no_grad()
+def _drafts_by_definition(model, inputs, answer, length, threshold):
+    """Lengths of drafts, and of what is accepted of them, with no cache: each drafted token from a full pass of M_s."""
+    base, twig = model.base, model.twig
+    captured = base.prompt(**inputs)
+
+    def shallow(tokens):
+        hidden = torch.cat((captured.hidden, base.embed(torch.tensor([tokens]))), dim=1)
+        rope, masks = base.rotary(hidden, torch.arange(hidden.shape[1])[None]), base.masks(captured)
+        hidden = twig(base.run_layers(hidden, 0, model.config.trunk_layers, rope, masks), rope, masks)
+        probability, index = twig.logits(hidden[0, -1]).softmax(dim=-1).max(dim=-1)
+        return float(probability), int(index if twig.draft_token_ids is None else twig.draft_token_ids[index])
+
+    done, drafted, accepted = 1, [], []
+    while done < len(answer):
+        draft = []
+        while len(draft) < min(length, len(answer) - done - 1):
+            probability, token = shallow(answer[:done] + draft)
+            draft.append(token)
+            if probability < threshold:
+                break
+        agreeing = [token == own for token, own in zip(draft, answer[done:], strict=False)]
+        accepted.append([*agreeing, False].index(False))
+        drafted.append(len(draft))
+        done += accepted[-1] + 1
+    return drafted, accepted
+
+
+@settings(max_examples=25)
+@given(cases())
+def test_drafts_by_their_definition(case):
+    """The twig's cache and what is still to enter it: mistakes there would not change answers, only cost drafts."""
+    shape, inputs, pruning, speculation, new = case
+    model = grown(**shape)
+    output = model.generate(
+        **inputs, **pruning, **speculation, speculate="chain", max_new_tokens=new, return_dict_in_generate=True
+    )
+    answer = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    expected = _drafts_by_definition(model, inputs, answer, *speculation.values())
+    assert (output.drafted_lengths, output.accepted_lengths) == expected
+
+
 def test_pruning_matters_in_these_models():
     """Guards the tests above: with few tokens the answer differs from the full one, and the choice of tokens matters."""
     model, answers = grown(agreeing=False), set()
