@@ -1,0 +1,101 @@
+"""The recipe's training pieces: what a visual token should say, and who sees whom."""
+
+import pytest
+import torch
+from torch import nn
+
+from recipes.sapling.language import IGNORE, Conversations, Reader, collate
+from recipes.sapling.scenes import GRID, KINDS
+from recipes.sapling.targets import VisualTargets
+
+
+class Letters:
+    """A tokenizer of bytes."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return type("Encoded", (), {"input_ids": list(text.encode("utf8"))})
+
+
+@pytest.fixture(scope="module")
+def targets():
+    torch.manual_seed(0)
+    return VisualTargets(torch.randn(256, 48), Letters())
+
+
+def test_a_centre_says_its_thing_and_a_border_hardly(targets):
+    kind = torch.tensor([[3, 3, 0]])
+    said = targets(
+        kind=kind,
+        centre=torch.tensor([[1.0, 0.0, 0.0]]),
+        colour=torch.tensor([[-1, -1, 0]]),
+        character=torch.zeros(1, 3, dtype=torch.long),
+        place=torch.tensor([[0, 0, 0]]),
+    )
+    likeness = (said - targets.places[0]) @ targets.kinds[3] / targets.norm**2
+    assert likeness[0, 0] > 0.8 > 0.4 > likeness[0, 1]
+    assert len(targets.kinds) == len(KINDS) + 2
+
+
+def test_places_differ_and_mix(targets):
+    places = targets.places.view(GRID, GRID, -1)
+    assert not torch.allclose(places[0, 0], places[0, -1])
+    middle = (places[0, 0] + places[0, -1]) / 2
+    assert places[0, GRID // 2] @ places[0, 0] > 0
+    assert torch.isfinite(middle).all()
+
+
+def test_labels_are_answers_and_blocks_start_after_the_picture():
+    data = Conversations(Letters(), "train", 0, 4, turns=5, visual_tokens=40, pictures=False)
+    batch = collate([data[0], data[1]])
+    item = data[0]
+    text = bytes(item["labels"][item["labels"] != IGNORE].tolist()).decode()
+    assert text.count("<|im_end|>") >= 5
+    assert "?" not in text
+    offset = len(b"<|im_start|>user\n") + GRID * GRID
+    assert item["positions"].min() == offset
+    assert (item["place"].diff() > 0).all()
+    assert batch["labels"].shape == batch["input_ids"].shape == batch["block"].shape
+    assert 28 <= len(item["place"]) <= 52
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT 0.21 asks for it
+def test_a_block_does_not_see_the_others(targets, monkeypatch):
+    """Changing one question leaves the losses of all other blocks as they were."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from twigvlm.sapling import assemble
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    monkeypatch.setattr(assemble, "language_model", lambda: LlamaForCausalLM(config))
+    reader = Reader(targets, Letters(), None).eval()
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    data = Conversations(Letters(), "train", 0, 8, turns=4, visual_tokens=30, pictures=False)
+    item = next(item for item in (data[i] for i in range(8)) if item["block"].max() >= 4)
+    batch = collate([item])
+    changed = {key: value.clone() for key, value in batch.items()}
+    first = (batch["block"] == 1) & (batch["labels"] == IGNORE)
+    changed["input_ids"][first] = (changed["input_ids"][first] + 1) % 256
+
+    def losses(inputs):
+        found = []
+        original = nn.functional.cross_entropy
+        monkeypatch.setattr(
+            nn.functional, "cross_entropy", lambda *args, **kwargs: found.append(original(*args, **kwargs)) or found[-1]
+        )
+        reader(**inputs)
+        monkeypatch.setattr(nn.functional, "cross_entropy", original)
+        return found[0]
+
+    before, after = losses(batch), losses(changed)
+    answered = (batch["labels"][:, 1:] != IGNORE)[0]
+    in_first = (batch["block"][0, 1:] == 1)[answered]
+    assert torch.equal(before[~in_first], after[~in_first])
+    assert not torch.allclose(before[in_first], after[in_first])
