@@ -144,10 +144,12 @@ class Namer:
         self._names = {form.lower(): name for name, forms in vocabulary.items() for form in forms}
         # Longest first: in "polar bear" no "bear" is named.
         forms = sorted(self._names, key=lambda form: (-len(form), form))
-        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, forms))})(?!\w)") if forms else None
+        self._pattern = (
+            re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, forms))})(?!\w)", re.IGNORECASE) if forms else None
+        )
 
     def __call__(self, text: str) -> set[str]:
-        """The names whose forms occur as whole words, in any letter case."""
+        """The names whose forms occur as whole words; words in capitals are what a sign says, and name nothing."""
         if self._pattern is None:
             return set()
-        return {self._names[form] for form in self._pattern.findall(text.lower())}
+        return {self._names[form.lower()] for form in self._pattern.findall(text) if not form.isupper()}
