@@ -26,8 +26,8 @@ SHORT_ANSWER = 12
 
 
 def named(text: str) -> set[int]:
-    """Kinds of things that a text names."""
-    return {NAMES[word] for word in re.findall(r"[a-z]+", text.lower()) if word in NAMES}
+    """Kinds of things that a text names; words in capitals are a sign's."""
+    return {NAMES[word] for word in re.findall(r"\b[a-z]+\b", text) if word in NAMES}
 
 
 @dataclass

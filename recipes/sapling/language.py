@@ -140,7 +140,7 @@ class Reader(nn.Module):
             chosen = {key: value.gather(1, index) for key, value in labels.items()}
             exact = self.targets(place=index, **chosen)
             noise = torch.randn_like(exact) * self.targets.norm / exact.shape[-1] ** 0.5
-            return exact + noise * 0.35 * torch.rand(len(exact), 1, 1)
+            return exact + noise * 0.2 * torch.rand(len(exact), 1, 1)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             everywhere = torch.arange(GRID * GRID).expand(len(place), -1)
             features = self.vision.features(pixel_values, everywhere).float()

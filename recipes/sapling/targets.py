@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipes.sapling.scenes import CHARACTERS, COLOURS, GRID, KINDS
 
-PLACE, FAINT, MARK = 0.4, 0.3, 0.5
+PLACE, CLEAR_PLACE, FAINT, MARK = 0.4, 1.2, 0.3, 0.5
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 
 
@@ -46,11 +46,12 @@ class VisualTargets(nn.Module):
         place: Int[Tensor, "*patches"],
     ) -> Float[Tensor, "*patches D"]:
         """Labels as in `PatchLabels`; `place` is the row-major index of the patch in the whole picture."""
+        telling = torch.where(character > 0, 1.0, centre)[..., None]
         centre = centre[..., None]
         return (
             (FAINT + (1 - FAINT) * centre) * self.kinds[kind]
             + MARK * centre * self.mark
             + FAINT * self.colours[colour]
             + self.characters[character]
-            + self.places[place]
+            + (1 + (CLEAR_PLACE / PLACE - 1) * telling) * self.places[place]
         )
