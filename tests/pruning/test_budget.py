@@ -60,3 +60,9 @@ def test_impossible_keep(keep):
 def test_final_wipe_lies_after_the_trunk(final_wipe):
     with pytest.raises(TwigVLMError, match=f"final_wipe={final_wipe}: must be 3 to 32"):
         solve_keep(64, 576, 32, 2, final_wipe)
+
+
+@pytest.mark.parametrize("retain", [float("nan"), float("inf"), float("-inf")])
+def test_a_budget_is_a_number(retain):
+    with pytest.raises(TwigVLMError, match=f"retain={retain}: must be"):
+        solve_keep(retain, 576, 32, 2, 24)

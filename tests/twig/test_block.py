@@ -97,3 +97,14 @@ def test_the_base_stays_in_evaluation_mode():
 def test_what_does_not_fit_is_refused(config, ids, message):
     with pytest.raises(TwigVLMError, match=message):
         TwigVLM.grow(tiny_llava(), config, None if ids is None else torch.tensor(ids))
+
+
+def test_the_twig_follows_its_base_to_another_attention():
+    model = tiny_llava()
+    twigvlm = TwigVLM.grow(model, TwigConfig(2, 2))
+    inputs = prompt()
+    before = twigvlm.generate(**inputs, keep=4, speculate="chain", max_new_tokens=8)
+    model.set_attn_implementation("eager")
+    assert {layer.self_attn.config._attn_implementation for layer in twigvlm.twig.layers} == {"eager"}
+    after = twigvlm.generate(**inputs, keep=4, speculate="chain", max_new_tokens=8)
+    assert torch.equal(before, after)

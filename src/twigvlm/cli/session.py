@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +11,10 @@ import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
-from transformers.generation.streamers import BaseStreamer
 
+from twigvlm.decoding.loop import clock_of
 from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.speed import FirstToken
 from twigvlm.model import TwigVLM
 
 SAPLING = "sapling"
@@ -104,28 +104,6 @@ class Answer:
         return {**values, **times, "tokens_per_second": round(self.tokens_per_second, 3)}
 
 
-class StopWatch(BaseStreamer):
-    """A streamer that notes when the first token came, and passes tokens on."""
-
-    def __init__(self, then: BaseStreamer | None = None) -> None:
-        self.first: float | None = None
-        self._then = then
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        """The first call brings the prompt, each further one new tokens."""
-        if self._prompt_seen and self.first is None:
-            self.first = time.perf_counter()
-        self._prompt_seen = True
-        if self._then is not None:
-            self._then.put(value)
-
-    def end(self) -> None:
-        """The answer is complete."""
-        if self._then is not None:
-            self._then.end()
-
-
 def check_request(prompt: str, max_new_tokens: int) -> None:
     """Refuse what no model could answer, before any is loaded."""
     if not prompt.strip():
@@ -200,22 +178,23 @@ def ask(
     length = inputs["input_ids"].shape[1]
     _check_context(session.base, length, max_new_tokens)
     tokenizer = session.processor.tokenizer
-    watch = StopWatch(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None)
+    clock = clock_of(session.base.device)
+    watch = FirstToken(clock, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
         "streamer": watch,
         "return_dict_in_generate": True,
     }
-    began = time.perf_counter()
+    began = clock()
     if accelerated:
         assert session.model is not None
         twig_options: dict[str, Any] = {"retain": session.plan.retain, "speculate": session.plan.speculate}
         output: Any = session.model.generate(**inputs, **options, **twig_options)
     else:
         output = session.base.generate(**inputs, **options)
-    ended = time.perf_counter()
-    first = watch.first if watch.first is not None else ended
+    ended = clock()
+    first = ended if watch.at is None else watch.at
     tokens = output.sequences[0, length:].tolist()
     positions = (inputs["input_ids"][0] == session.base.config.image_token_id).nonzero().flatten().tolist()
     kept = None if not accelerated or output.kept_indices is None else output.kept_indices[0].tolist()

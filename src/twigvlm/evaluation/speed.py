@@ -80,21 +80,29 @@ class Measurement:
 
 
 class FirstToken(BaseStreamer):
-    """Notes when the first new token came."""
+    """Notes when the first new token came, and passes tokens on.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock, self._skip = clock, True
+    Args:
+        clock: seconds.
+        then: streamer that gets what this one gets.
+    """
+
+    def __init__(self, clock: Callable[[], float], then: BaseStreamer | None = None) -> None:
+        self._clock, self._then, self._prompt_seen = clock, then, False
         self.at: float | None = None
 
     def put(self, value: torch.Tensor) -> None:
-        """New tokens; `generate` puts the prompt first."""
-        if self._skip:
-            self._skip = False
-        elif self.at is None:
+        """The first call brings the prompt, each further one new tokens."""
+        if self._prompt_seen and self.at is None:
             self.at = self._clock()
+        self._prompt_seen = True
+        if self._then is not None:
+            self._then.put(value)
 
     def end(self) -> None:
         """The answer is complete."""
+        if self._then is not None:
+            self._then.end()
 
 
 def measure(model: TwigVLM, inputs: dict[str, Any], contender: Contender, max_new_tokens: int) -> Measurement:

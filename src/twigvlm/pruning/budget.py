@@ -1,6 +1,6 @@
 """The budget: average kept tokens R̄ over all layers, and kept tokens R of the pruned layers (Eq. 4 and 6)."""
 
-from math import floor
+from math import floor, isfinite
 
 from twigvlm.errors import TwigVLMError
 
@@ -31,7 +31,8 @@ def solve_keep(retain: float, visual: int, layers: int, trunk: int, final_wipe: 
         TwigVLMError: K_f is not in K+1..L, or no R in 1..M has this average; names the range that has one.
     """
     _check_layers(layers, trunk, final_wipe)
-    keep = floor((retain * layers - visual * trunk) / (final_wipe - trunk) + 0.5)
+    exact = (retain * layers - visual * trunk) / (final_wipe - trunk)
+    keep = floor(exact + 0.5) if isfinite(exact) else 0
     if not 1 <= keep <= visual:
         low = average_kept(1, visual, layers, trunk, final_wipe)
         high = average_kept(visual, visual, layers, trunk, final_wipe)

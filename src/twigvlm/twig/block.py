@@ -39,7 +39,10 @@ class Twig(nn.Module):
         super().__init__()
         self.config = config
         self.first_slot = base.num_layers
-        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in _sources(base, config))
+        # The copies keep the base's config object, so that they follow it to another attention implementation.
+        self.layers = nn.ModuleList(
+            copy.deepcopy(layer, {id(base.config): base.config}) for layer in _sources(base, config)
+        )
         for slot, layer in enumerate(self.layers, start=self.first_slot):
             cast(Any, layer).self_attn.layer_idx = slot
             if hasattr(layer, "layer_idx"):
