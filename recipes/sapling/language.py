@@ -1,7 +1,8 @@
 """Steps b and d: teach the language model to talk about what visual tokens say, by low-rank updates.
 
-Step b needs no pixels: visual tokens are the targets of `targets.py`, made from labels. Step d puts the tower and the projector
-in their place. Questions about one picture share its visual tokens: a block of text sees the picture and itself, not the others.
+Step b needs no pixels: visual tokens are the targets of `targets.py`, made from labels. Step d puts the trained tower and
+projector in their place. Questions about one picture share its visual tokens: a block of text sees the picture and itself, not
+the others.
 
     python -m recipes.sapling.language --output runs/symbolic --steps 1500
     python -m recipes.sapling.language --output runs/joint --steps 600 --start runs/symbolic --vision runs/vision
@@ -118,7 +119,6 @@ class Reader(nn.Module):
         self.register_buffer("prefix", torch.tensor(tokenizer(PREFIX).input_ids))
         if vision is not None:
             vision.requires_grad_(False)
-            vision.multi_modal_projector.requires_grad_(True)
 
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """What is learned, and nothing of the frozen models."""
@@ -143,9 +143,9 @@ class Reader(nn.Module):
             return exact + noise * 0.2 * torch.rand(len(exact), 1, 1)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             everywhere = torch.arange(GRID * GRID).expand(len(place), -1)
-            features = self.vision.features(pixel_values, everywhere).float()
-        features = features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
-        return self.vision.multi_modal_projector(features)
+            features = self.vision.features(pixel_values, everywhere)
+            features = features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
+            return self.vision.multi_modal_projector(features.float())
 
     def forward(
         self,
