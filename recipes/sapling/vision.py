@@ -4,7 +4,7 @@ Every patch predicts what it shows, and the projector's output is pulled to the 
 crops first: they are ten times cheaper than whole scenes, and the place comes from a random window of the position embeddings.
 
     python -m recipes.sapling.vision --size 112 --output runs/crops --steps 3000
-    python -m recipes.sapling.vision --size 336 --output runs/vision --steps 1200 --start runs/crops --batch 8 --rate 3e-4
+    python -m recipes.sapling.vision --size 336 --output runs/vision --steps 1200 --start runs/crops --sharpen 1.5 --batch 8 --rate 2e-4
 """
 
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from transformers import CLIPVisionModel, Trainer, TrainingArguments, set_seed
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.trainer_utils import get_last_checkpoint
 
-from recipes.sapling.scenes import CHARACTERS, COLOURS, GRID, PATCH, SIGN_KIND, make_scene, patch_labels, render
+from recipes.sapling.scenes import CHARACTERS, COLOURS, GRID, PATCH, SIGN_KIND, SIZE, make_scene, patch_labels, render
 from recipes.sapling.targets import VisualTargets
 from twigvlm.sapling import assemble
 
@@ -52,10 +52,9 @@ class Crops(Dataset):
 class DenseVision(nn.Module):
     """Tower, projector, and the heads that are thrown away after training."""
 
-    def __init__(self, targets: VisualTargets, config: assemble.LlavaConfig) -> None:
+    def __init__(self, targets: VisualTargets, config: assemble.LlavaConfig, attention: str = "sdpa") -> None:
         super().__init__()
-        # The SDPA kernel's backward pass on CPUs takes longer than the rest of so small a layer.
-        self.vision_tower = CLIPVisionModel._from_config(config.vision_config, attn_implementation="eager")
+        self.vision_tower = CLIPVisionModel._from_config(config.vision_config, attn_implementation=attention)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         width = config.vision_config.hidden_size
         self.heads = nn.ModuleDict(
@@ -67,6 +66,13 @@ class DenseVision(nn.Module):
             }
         )
         self.targets = targets
+
+    def sharpen(self, factor: float) -> None:
+        """Scale all queries: attention learned over few patches is too flat over many, as log(many) / log(few) measures."""
+        with torch.no_grad():
+            for layer in self.vision_tower.encoder.layers:
+                layer.self_attn.q_proj.weight *= factor
+                layer.self_attn.q_proj.bias *= factor
 
     def features(self, pixel_values: Tensor, place: Tensor) -> Tensor:
         """Patch features (batch, patches, width) of crops whose patches sit at `place` of the whole picture."""
@@ -135,6 +141,8 @@ class Options:
     """Share of random strings among the signs."""
     start: str | None = None
     """Folder of an earlier run to start from."""
+    sharpen: float = 1.0
+    """Factor on the queries of the earlier run; from 112 to 336 pixels 1.5, log(577) / log(65)."""
     threads: int = 1
 
 
@@ -143,9 +151,12 @@ def main(options: Options) -> None:
     set_seed(0)
     language, text = assemble.language_model(), assemble.tokenizer()
     targets = VisualTargets(language.get_input_embeddings().weight.detach(), text)
-    model = DenseVision(targets, assemble.config(language, text.convert_tokens_to_ids(assemble.IMAGE_TOKEN)))
+    # On few patches, the SDPA kernel's backward pass on CPUs takes longer than all the rest of a layer.
+    attention = "eager" if options.size < SIZE else "sdpa"
+    model = DenseVision(targets, assemble.config(language, text.convert_tokens_to_ids(assemble.IMAGE_TOKEN)), attention)
     if options.start:
         model.load_state_dict(load_file(Path(options.start) / "final.safetensors"))
+        model.sharpen(options.sharpen)
     trainer = Trainer(
         model,
         TrainingArguments(
