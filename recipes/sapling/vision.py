@@ -3,8 +3,8 @@
 Every patch predicts what it shows, and the projector's output is pulled to the embedding that `targets.py` gives it. Small
 crops first: they are ten times cheaper than whole scenes, and the place comes from a random window of the position embeddings.
 
-    python -m recipes.sapling.vision --size 112 --output runs/crops --steps 3000
-    python -m recipes.sapling.vision --size 336 --output runs/vision --steps 1200 --start runs/crops --sharpen 1.5 --batch 8 --rate 2e-4
+    python -m recipes.sapling.vision --output runs/crops --steps 3000
+    python -m recipes.sapling.vision --output runs/vision --size 336 --start runs/crops --sharpen 1.5 --batch 8 --rate 2e-4
 """
 
 from dataclasses import asdict, dataclass
@@ -34,13 +34,15 @@ def pixels(image: object) -> Tensor:
 class Crops(Dataset):
     split: str
     size: int
+    first: int
     count: int
     random_text: float
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        index = self.first + position
         scene = make_scene(self.split, index, self.size, self.random_text)
         labels = {key: torch.from_numpy(value).flatten() for key, value in asdict(patch_labels(scene)).items()}
         grid = self.size // PATCH
@@ -139,6 +141,8 @@ class Options:
     rate: float = 1e-3
     random_text: float = 0.6
     """Share of random strings among the signs."""
+    first: int = 0
+    """Index of the first training picture."""
     start: str | None = None
     """Folder of an earlier run to start from."""
     sharpen: float = 1.0
@@ -177,14 +181,14 @@ def main(options: Options) -> None:
             remove_unused_columns=False,
             label_names=[],
         ),
-        train_dataset=Crops("train", options.size, options.steps * options.batch, options.random_text),
+        train_dataset=Crops("train", options.size, options.first, options.steps * options.batch, options.random_text),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(options.output) if Path(options.output).exists() else None)
     save_file(
         {key: value.contiguous() for key, value in model.state_dict().items()},
         Path(options.output) / "final.safetensors",
     )
-    print("validation:", report(model.eval(), Crops("validation", options.size, 400, options.random_text)))
+    print("validation:", report(model.eval(), Crops("validation", options.size, 0, 400, options.random_text)))
 
 
 if __name__ == "__main__":
