@@ -174,7 +174,7 @@ def main(options: Options) -> None:
             lr_scheduler_type="cosine",
             warmup_steps=100,
             logging_steps=25,
-            save_steps=100,
+            save_steps=50,
             save_total_limit=1,
             report_to=[],
             disable_tqdm=True,
