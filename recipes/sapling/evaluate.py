@@ -95,7 +95,7 @@ class SharedPicture:
                 break
             answer.append(token)
             ids = torch.tensor([[token]])
-        self.cache.crop(self.length)
+        self.cache.crop(self.length - self.cache.get_seq_length())  # a negative number: tokens to forget
         return tokenizer.decode(answer)
 
 
