@@ -21,8 +21,7 @@ from recipes.sapling.scenes import KINDS, Scene, make_scene, render
 from twigvlm import sapling
 
 NAMES = {form: index for index, kind in enumerate(KINDS) for form in (kind.name, kind.plural)}
-MOST_TOKENS = {"description": 160}
-SHORT_ANSWER = 12
+DESCRIPTION, SHORT_ANSWER = 160, 12  # most tokens of an answer
 
 
 def named(text: str) -> set[int]:
@@ -126,7 +125,7 @@ def evaluate(
                 log({"scene": index, **vars(turn), "given": answer})
         if index < descriptions:
             turn = next(turn for turn in conversation(scene) if turn.kind == "description")
-            answer = picture.ask(turn.question, MOST_TOKENS["description"])
+            answer = picture.ask(turn.question, DESCRIPTION)
             tally.description(scene, answer)
             log({"scene": index, **vars(turn), "given": answer})
     return tally

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 import tyro
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from recipes.sapling.questions import Turn, conversation
+from recipes.sapling.run import train
 from recipes.sapling.scenes import GRID, _rng, make_scene, patch_labels, render
 from recipes.sapling.targets import VisualTargets
 from recipes.sapling.vision import DenseVision, pixels
@@ -217,7 +217,6 @@ class Options:
     vision: str | None = None
     """Folder of the vision run; without it visual tokens come from labels."""
     threads: int = 1
-    save_steps: int = 25
 
 
 def main(options: Options) -> None:
@@ -238,31 +237,8 @@ def main(options: Options) -> None:
     def scenes(split: str, first: int, count: int) -> Conversations:
         return Conversations(text, split, first, count, options.turns, options.visual_tokens, bool(options.vision))
 
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            options.output,
-            use_cpu=True,
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch,
-            learning_rate=options.rate,
-            adam_beta2=0.98,
-            weight_decay=0.0,
-            lr_scheduler_type="cosine",
-            warmup_steps=30,
-            logging_steps=10,
-            save_steps=options.save_steps,
-            save_total_limit=1,
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            label_names=[],
-        ),
-        train_dataset=scenes("train", options.first, options.steps * options.batch),
-        data_collator=collate,
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(options.output) if Path(options.output).exists() else None)
-    save_file(model.state_dict(), Path(options.output) / "final.safetensors")
+    data = scenes("train", options.first, options.steps * options.batch)
+    train(model, data, options.output, options.steps, options.batch, options.rate, warmup=30, collate=collate)
     print("validation:", report(model.eval(), scenes("validation", 0, 100)))
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import CLIPVisionModel, Trainer, TrainingArguments, set_seed
+from transformers import CLIPVisionModel, set_seed
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-from transformers.trainer_utils import get_last_checkpoint
 
+from recipes.sapling.run import train
 from recipes.sapling.scenes import CHARACTERS, COLOURS, GRID, PATCH, SIGN_KIND, SIZE, make_scene, patch_labels, render
 from recipes.sapling.targets import VisualTargets
 from twigvlm.sapling import assemble
@@ -161,33 +161,8 @@ def main(options: Options) -> None:
     if options.start:
         model.load_state_dict(load_file(Path(options.start) / "final.safetensors"))
         model.sharpen(options.sharpen)
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            options.output,
-            use_cpu=True,
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch,
-            learning_rate=options.rate,
-            adam_beta2=0.98,
-            weight_decay=0.02,
-            lr_scheduler_type="cosine",
-            warmup_steps=100,
-            logging_steps=25,
-            save_steps=50,
-            save_total_limit=1,
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            label_names=[],
-        ),
-        train_dataset=Crops("train", options.size, options.first, options.steps * options.batch, options.random_text),
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(options.output) if Path(options.output).exists() else None)
-    save_file(
-        {key: value.contiguous() for key, value in model.state_dict().items()},
-        Path(options.output) / "final.safetensors",
-    )
+    data = Crops("train", options.size, options.first, options.steps * options.batch, options.random_text)
+    train(model, data, options.output, options.steps, options.batch, options.rate, warmup=100, weight_decay=0.02)
     print("validation:", report(model.eval(), Crops("validation", options.size, 0, 400, options.random_text)))
 
 
