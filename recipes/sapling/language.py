@@ -1,8 +1,8 @@
 """Steps b and d: teach the language model to talk about what visual tokens say, by low-rank updates.
 
 Step b needs no pixels: visual tokens are the targets of `targets.py`, made from labels. Step d puts the trained tower and
-projector in their place. Questions about one picture share its visual tokens: a block of text sees the picture and itself, not
-the others.
+projector in their place. A picture passes the layers once for all of its questions: a block of text sees the picture and itself,
+not the other blocks.
 
     python -m recipes.sapling.language --output runs/symbolic --steps 1500
     python -m recipes.sapling.language --output runs/joint --steps 600 --start runs/symbolic --vision runs/vision
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import DynamicCache, PreTrainedTokenizerBase, set_seed
 
 from recipes.sapling.questions import Turn, conversation
 from recipes.sapling.run import train
@@ -34,6 +34,7 @@ RANK, SCALING = 24, 2
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DESCRIPTION_WEIGHT = 0.5
 IGNORE = -100
+ROW = 128  # tokens of the blocks that share a row; a longer block has a row of its own
 
 
 def _blocks(turns: list[Turn], together: bool) -> Iterator[list[Turn]]:
@@ -41,6 +42,19 @@ def _blocks(turns: list[Turn], together: bool) -> Iterator[list[Turn]]:
     step = 4 if together else 1
     for start in range(0, len(turns), step):
         yield turns[start : start + step]
+
+
+def _rows(blocks: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Blocks put end to end in as few rows as first fit finds."""
+    rows: list[list[dict[str, Tensor]]] = []
+    for block in blocks:
+        fitting = (row for row in rows if sum(len(other["labels"]) for other in row) + len(block["labels"]) <= ROW)
+        row = next(fitting, None)
+        if row is None:
+            rows.append([block])
+        else:
+            row.append(block)
+    return [{key: torch.cat([block[key] for block in row]) for key in row[0]} for row in rows]
 
 
 @dataclass(frozen=True)
@@ -58,51 +72,49 @@ class Conversations(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, position: int) -> dict[str, Tensor]:
+    def __getitem__(self, position: int) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         index = self.first + position
         scene = make_scene(self.split, index)
         rng = _rng(self.split, index, purpose=11)
         labels = {key: torch.from_numpy(value).flatten() for key, value in asdict(patch_labels(scene)).items()}
         telling = ((labels["centre"] > 0.2) | (labels["character"] > 0)).float().numpy()
         order = np.argsort(-telling - rng.random(GRID * GRID) * 0.5)
-        kept = (
-            self.visual_tokens if self.visual_tokens == GRID * GRID else int(self.visual_tokens * rng.uniform(0.7, 1.3))
-        )
-        place = torch.from_numpy(np.sort(order[:kept]))
-        ids, targets, block, position_ids, weights = [], [], [], [], []
-        for number, turns in enumerate(_blocks(conversation(scene, self.turns), rng.random() < 0.2)):
-            offset = len(self.tokenizer(PREFIX).input_ids) + GRID * GRID
-            for n, turn in enumerate(turns):
-                opening = "\n" if n == 0 else "\n" + PREFIX
-                question = self.tokenizer(f"{opening}{turn.question}<|im_end|>\n<|im_start|>assistant\n").input_ids
-                answer = self.tokenizer(f"{turn.answer}<|im_end|>").input_ids
-                tokens = question + answer
-                ids += tokens
-                targets += [IGNORE] * len(question) + answer
-                block += [number + 1] * len(tokens)
-                position_ids += range(offset, offset + len(tokens))
-                weights += [DESCRIPTION_WEIGHT if turn.kind == "description" else 1.0] * len(tokens)
-                offset += len(tokens)
-        item = {
-            "place": place,
-            "input_ids": torch.tensor(ids),
-            "labels": torch.tensor(targets),
-            "block": torch.tensor(block),
-            "positions": torch.tensor(position_ids),
-            "weights": torch.tensor(weights),
-            **labels,
-        }
+        item = {"place": torch.from_numpy(np.sort(order[: self.visual_tokens])), **labels}
         if self.pictures:
             item["pixel_values"] = pixels(render(scene))
-        return item
+        blocks = _blocks(conversation(scene, self.turns), together=rng.random() < 0.2)
+        return item | {"rows": _rows([self._tokens(turns, number) for number, turns in enumerate(blocks)])}
+
+    def _tokens(self, turns: list[Turn], number: int) -> dict[str, Tensor]:
+        """One block of text, which starts right after the picture."""
+        ids, labels, weights = [], [], []
+        for n, turn in enumerate(turns):
+            opening = "\n" if n == 0 else "\n" + PREFIX
+            question = self.tokenizer(f"{opening}{turn.question}<|im_end|>\n<|im_start|>assistant\n").input_ids
+            answer = self.tokenizer(f"{turn.answer}<|im_end|>").input_ids
+            ids += question + answer
+            labels += [IGNORE] * len(question) + answer
+            weights += [DESCRIPTION_WEIGHT if turn.kind == "description" else 1.0] * (len(question) + len(answer))
+        start = len(self.tokenizer(PREFIX).input_ids) + GRID * GRID
+        return {
+            "input_ids": torch.tensor(ids),
+            "labels": torch.tensor(labels),
+            "weights": torch.tensor(weights),
+            "positions": torch.arange(start, start + len(ids)),
+            "block": torch.full((len(ids),), number),
+        }
 
 
-def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    padding = {"place": -1, "labels": IGNORE, "block": -1}
-    return {
-        key: pad_sequence([item[key] for item in items], batch_first=True, padding_value=padding.get(key, 0))
-        for key in items[0]
+def collate(items: list[dict[str, Tensor | list[dict[str, Tensor]]]]) -> dict[str, Tensor]:
+    """Pictures stacked; rows of all pictures padded to one length, `picture` telling whose they are."""
+    rows = [row for item in items for row in item["rows"]]
+    padding = {"labels": IGNORE, "block": -1}
+    batch = {key: torch.stack([item[key] for item in items]) for key in items[0] if key != "rows"}
+    batch |= {
+        key: pad_sequence([row[key] for row in rows], batch_first=True, padding_value=padding.get(key, 0))
+        for key in rows[0]
     }
+    return batch | {"picture": torch.tensor([n for n, item in enumerate(items) for _ in item["rows"]])}
 
 
 class Reader(nn.Module):
@@ -135,26 +147,26 @@ class Reader(nn.Module):
         return {name for name, value in self.named_parameters() if value.requires_grad}
 
     def visual_tokens(self, place: Tensor, pixel_values: Tensor | None, **labels: Tensor) -> Tensor:
-        index = place.clamp(min=0)
         if self.vision is None:
-            chosen = {key: value.gather(1, index) for key, value in labels.items()}
-            exact = self.targets(place=index, **chosen)
+            chosen = {key: value.gather(1, place) for key, value in labels.items()}
+            exact = self.targets(place=place, **chosen)
             noise = torch.randn_like(exact) * self.targets.norm / exact.shape[-1] ** 0.5
             return exact + noise * 0.2 * torch.rand(len(exact), 1, 1)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             everywhere = torch.arange(GRID * GRID).expand(len(place), -1)
             features = self.vision.features(pixel_values, everywhere)
-            features = features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
+            features = features.gather(1, place[..., None].expand(-1, -1, features.shape[-1]))
             return self.vision.multi_modal_projector(features.float())
 
     def forward(
         self,
         place: Tensor,
+        picture: Tensor,
         input_ids: Tensor,
         labels: Tensor,
-        block: Tensor,
-        positions: Tensor,
         weights: Tensor,
+        positions: Tensor,
+        block: Tensor,
         kind: Tensor,
         centre: Tensor,
         colour: Tensor,
@@ -162,24 +174,25 @@ class Reader(nn.Module):
         pixel_values: Tensor | None = None,
     ) -> dict[str, Tensor]:
         model = self.language.get_base_model()
-        batch, start = len(input_ids), len(self.prefix)
-        embed = model.get_input_embeddings()
+        embed, start = model.get_input_embeddings(), len(self.prefix)
         visual = self.visual_tokens(
             place, pixel_values, kind=kind, centre=centre, colour=colour, character=character
         ).to(torch.bfloat16)
-        prefix = self.prefix.expand(batch, -1)
-        hidden = torch.cat([embed(prefix), visual, embed(input_ids)], dim=1)
-        position_ids = torch.cat([torch.arange(start).expand(batch, -1), place.clamp(min=0) + start, positions], dim=1)
-        # Blocks: 0 is the picture with its prefix, 1.. are the texts, -1 is padding.
-        blocks = torch.cat([torch.zeros_like(prefix), torch.where(place < 0, -1, 0), block], dim=1)
-        same = blocks[:, :, None] == blocks[:, None, :]
-        seen = (same | (blocks[:, None, :] == 0)) & (position_ids[:, :, None] >= position_ids[:, None, :])
-        seen |= torch.eye(blocks.shape[1], dtype=torch.bool)
+        opening = torch.cat([embed(self.prefix).expand(len(visual), -1, -1), visual], dim=1)
+        opening_positions = torch.cat([torch.arange(start).expand(len(visual), -1), place + start], dim=1)
+        seen = (block[:, :, None] == block[:, None, :]).tril()
+        seen = torch.cat([torch.ones(*block.shape, opening.shape[1], dtype=torch.bool), seen], dim=-1)
         mask = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
         with torch.autocast("cpu", torch.bfloat16):
+            cache = DynamicCache()
+            model.model(inputs_embeds=opening, position_ids=opening_positions, past_key_values=cache)
+            cache.batch_select_indices(picture)
             output = model.model(
-                inputs_embeds=hidden, attention_mask=mask[:, None], position_ids=position_ids, use_cache=False
-            ).last_hidden_state[:, -input_ids.shape[1] :]
+                inputs_embeds=embed(input_ids),
+                attention_mask=mask[:, None],
+                position_ids=positions,
+                past_key_values=cache,
+            ).last_hidden_state
             answered = labels[:, 1:] != IGNORE
             logits = model.lm_head(output[:, :-1][answered]).float()
         wanted, weight = labels[:, 1:][answered], weights[:, 1:][answered]
@@ -209,7 +222,7 @@ class Options:
     turns: int = 12
     """Short questions per scene, beside one description."""
     visual_tokens: int = 72
-    """Mean number of visual tokens shown, the telling ones first; 576 shows all."""
+    """Number of visual tokens shown, the telling ones first; 576 shows all."""
     first: int = 0
     """Index of the first training scene."""
     start: str | None = None
