@@ -104,7 +104,9 @@ def decode(
         room = limit - len(tokens.new) - 1 if speculates else 0
         draft = draft_after(context, tokens.new[-1], index, room)
         middle = clock()
-        hidden = base.run_layers(draft.hidden, twig.config.trunk_layers, base.num_layers, draft.rope, draft.masks, cache)
+        hidden = base.run_layers(
+            draft.hidden, twig.config.trunk_layers, base.num_layers, draft.rope, draft.masks, cache
+        )
         path, choices = walk(draft.tree, greedy(base.logits(hidden)[0], processors, tokens.ids()))
         committed = tokens.commit(choices)
         draft.keep(context, path)

@@ -58,15 +58,15 @@ def most_probable(tree: Tree, nodes: Iterable[int], count: int) -> list[int]:
 def best_leaves(tree: Tree, most: int) -> list[int]:
     """The root and at most `most` (N_max) further nodes: the best leaves with all of their ancestors, ascending.
 
-    Leaves enter by their path probability until the nodes are used up; of the last one's path what still fits enters,
-    from the root down. A node is therefore as good as the best leaf below it.
+    Leaves enter by their path probability (of equals the first ones) until the nodes are used up; of the last one's path
+    what still fits enters, from the root down. A node is therefore as good as the best leaf below it.
     """
-    best: dict[int, float] = {}
+    best: dict[int, tuple[float, int]] = {}
     for node in range(len(tree) - 1, 0, -1):
-        score = best.setdefault(node, tree.scores[node])  # all of its children came before: without any it is a leaf
+        leaf = best.setdefault(node, (-tree.scores[node], node))  # its children came before: without any it is a leaf
         parent = tree.parents[node]
-        best[parent] = max(best.get(parent, score), score)
-    ranked = sorted(range(1, len(tree)), key=lambda node: -best[node])  # stable: parents stay before their children
+        best[parent] = min(best.get(parent, leaf), leaf)
+    ranked = sorted(range(1, len(tree)), key=best.__getitem__)  # stable: parents stay before their children
     return [0, *sorted(ranked[:most])]
 
 
