@@ -111,8 +111,10 @@ class Speed(Common):
         from twigvlm.config import SpeculationConfig
         from twigvlm.evaluation.speed import standard_contenders
 
-        chain = {"draft_length": self.draft_length, "draft_threshold": self.draft_threshold}
-        tree = {name: getattr(self, name) for name in ("tree_depth", "tree_width", "tree_expand", "tree_nodes")}
+        chain: dict[str, Any] = {"draft_length": self.draft_length, "draft_threshold": self.draft_threshold}
+        tree: dict[str, Any] = {
+            name: getattr(self, name) for name in ("tree_depth", "tree_width", "tree_expand", "tree_nodes")
+        }
         SpeculationConfig(**chain, **tree)  # for its errors
         run_contenders(self, "Speed", standard_contenders(self.retain, chain, tree, self.baselines), self.repeats)
 
