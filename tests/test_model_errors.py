@@ -28,8 +28,12 @@ def model():
         ({"keep": 4, "final_wipe": 7}, "final_wipe=7: must be 3 to 6"),
         ({"final_wipe": 4}, "final_wipe=4: needs a budget"),
         ({"scorer": RandomScores()}, "scorer: needs a budget"),
-        ({"speculate": "tree"}, "speculate='tree': must be one of none, chain"),
+        ({"speculate": "beam"}, "speculate='beam': must be one of none, chain, tree"),
         ({"draft_length": 0}, "draft_length=0: must be 1 or more"),
+        ({"tree_depth": 0}, "tree_depth=0: must be 1 or more"),
+        ({"tree_width": 0}, "tree_width=0: must be 1 or more"),
+        ({"tree_expand": 0}, "tree_expand=0: must be 1 or more"),
+        ({"tree_nodes": 0}, "tree_nodes=0: must be 1 or more"),
         ({"draft_threshold": 1.5}, r"draft_threshold=1\.5: must be 0 to 1"),
         ({"do_sample": True}, "do_sample=True: only greedy"),
         ({"num_beams": 3}, "num_beams=3: only greedy"),
@@ -52,6 +56,12 @@ def test_options(model, options, message):
     with pytest.raises(TwigVLMError, match=message) as caught:
         model.generate(**prompt(), **{"max_new_tokens": 5, **options} if "max_length" not in options else options)
     assert "\n" not in str(caught.value)
+
+
+def test_trees_need_masks(model, monkeypatch):
+    monkeypatch.setattr(model.base.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(TwigVLMError, match="speculate='tree': 'flash_attention_2' takes no mask"):
+        model.generate(**prompt(), speculate="tree", max_new_tokens=5)
 
 
 def test_prompts(model):
@@ -81,7 +91,7 @@ def test_pixels_that_do_not_fit_the_placeholders(model):
 
 
 def test_pruning_does_not_apply_while_disabled(model):
-    for options in ({"retain": 8.0}, {"keep": 3}, {"speculate": "chain"}):
+    for options in ({"retain": 8.0}, {"keep": 3}, {"speculate": "chain"}, {"speculate": "tree"}):
         with model.disabled(), pytest.raises(TwigVLMError, match="do not apply while the twig is disabled"):
             model.generate(**prompt(), **options, max_new_tokens=5)
 

@@ -61,18 +61,36 @@ class PruningConfig:
 class SpeculationConfig:
     """How the twig drafts tokens. The output does not depend on it."""
 
-    speculate: Literal["none", "chain"] = "none"
-    """none: one token per step. chain: draft a few tokens, verify them in one pass (Algorithm 1)."""
+    speculate: Literal["none", "chain", "tree"] = "none"
+    """none: one token per step. chain: draft a few tokens, verify them in one pass (Algorithm 1). tree: draft a tree of
+    alternatives (Algorithm 2)."""
     draft_length: int = 5
-    """δ: most tokens of a draft."""
+    """δ: most tokens of a chain."""
     draft_threshold: float = 0.6
-    """θ: a draft ends after a token whose probability is below this."""
+    """θ: a chain ends after a token whose probability is below this."""
+    tree_depth: int = 4
+    """D: most tokens on a path of a tree."""
+    tree_width: int = 10
+    """E: children of each node that is expanded."""
+    tree_expand: int = 10
+    """K_sel: nodes of a level that are expanded, the most probable ones."""
+    tree_nodes: int = 60
+    """N_max: most drafted tokens of a tree that are verified."""
 
     def __post_init__(self) -> None:
-        _one_of(("none", "chain"), speculate=self.speculate)
+        _one_of(("none", "chain", "tree"), speculate=self.speculate)
         _at_least(1, draft_length=self.draft_length)
+        _at_least(1, tree_depth=self.tree_depth, tree_width=self.tree_width)
+        _at_least(1, tree_expand=self.tree_expand, tree_nodes=self.tree_nodes)
         if not 0.0 <= self.draft_threshold <= 1.0:
             raise TwigVLMError(f"draft_threshold={self.draft_threshold:g}: must be 0 to 1")
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens that a layer gets in one step, before all but the accepted ones are dropped."""
+        if self.speculate == "tree":
+            return 1 + self.tree_expand * (self.tree_depth - 1) + self.tree_nodes
+        return 1 + (self.draft_length if self.speculate == "chain" else 0)
 
 
 def _at_least(low: int, **option: int) -> None:

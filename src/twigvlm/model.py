@@ -19,6 +19,7 @@ from transformers.generation import (
 )
 
 from twigvlm import checkpoint
+from twigvlm.base.masks import check_tree_attention
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
 from twigvlm.decoding.loop import Answer, Stops, Timings, clock_of, decode
@@ -38,7 +39,7 @@ class TwigOutput:
     kept_indices: Int[Tensor, "batch kept"] | None
     """Prompt positions of the visual tokens kept after layer K, ascending; None without pruning."""
     drafted_lengths: list[int]
-    """Tokens drafted in each step."""
+    """Tokens drafted for each step; of a tree, its nodes that were verified."""
     accepted_lengths: list[int]
     """Drafted tokens accepted in each step; each step adds one token of the base's own unless it ends the answer."""
     timings: Timings
@@ -127,6 +128,10 @@ class TwigVLM(nn.Module):
         speculate: str = "none",
         draft_length: int = 5,
         draft_threshold: float = 0.6,
+        tree_depth: int = 4,
+        tree_width: int = 10,
+        tree_expand: int = 10,
+        tree_nodes: int = 60,
         **kwargs: Any,
     ) -> Tensor | TwigOutput | Any:
         """Generate as the base's `generate` does, with pruning and speculation (greedy, one prompt).
@@ -137,9 +142,13 @@ class TwigVLM(nn.Module):
             keep: R, visual tokens kept in layers K+1..K_f, instead of `retain`. Neither: no pruning.
             final_wipe: K_f; None: the twig's; the base's number of layers: off.
             scorer: ranks the visual tokens; None: the last twig layer's attention.
-            speculate: "none" or "chain"; the output is the same.
-            draft_length: δ, most tokens of a draft.
-            draft_threshold: θ, a draft ends after a token whose probability is below it.
+            speculate: "none", "chain" or "tree"; the output is the same.
+            draft_length: δ, most tokens of a chain.
+            draft_threshold: θ, a chain ends after a token whose probability is below it.
+            tree_depth: D, most tokens on a path of a tree.
+            tree_width: E, children of each node that is expanded.
+            tree_expand: K_sel, nodes of a level that are expanded.
+            tree_nodes: N_max, most drafted tokens of a tree that are verified.
             kwargs: what the base's `generate` takes: processor outputs, max_new_tokens, generation_config,
                 eos_token_id, logits_processor, stopping_criteria, streamer, return_dict_in_generate, …
 
@@ -150,7 +159,15 @@ class TwigVLM(nn.Module):
             TwigVLMError: an argument is out of range, does not apply or is not supported.
         """
         pruning = PruningConfig(retain, keep, final_wipe)
-        speculation = SpeculationConfig(speculate, draft_length, draft_threshold)  # type: ignore[arg-type]
+        speculation = SpeculationConfig(
+            speculate,  # type: ignore[arg-type]
+            draft_length,
+            draft_threshold,
+            tree_depth,
+            tree_width,
+            tree_expand,
+            tree_nodes,
+        )
         if scorer is not None and not pruning.active:
             raise TwigVLMError("scorer: needs a budget, give retain or keep too")
         if inputs is not None:
@@ -161,6 +178,8 @@ class TwigVLM(nn.Module):
             if pruning.active or speculation.speculate != "none":
                 raise TwigVLMError("retain, keep and speculate do not apply while the twig is disabled: leave them out")
             return self.model.generate(**kwargs)
+        if speculation.speculate == "tree":
+            check_tree_attention(self.base.attention)
         began = clock_of(self.model.device)()
         _check_arguments(kwargs, self.model.generation_config)
         self.base.check_images(kwargs["input_ids"], kwargs)

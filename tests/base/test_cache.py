@@ -10,7 +10,6 @@ from twigvlm.base.cache import LayeredCache
 operations = st.lists(
     st.one_of(
         st.tuples(st.just("update"), st.integers(0, 2), st.integers(1, 7)),
-        st.tuples(st.just("drop"), st.integers(0, 2), st.integers(0, 9)),
         st.tuples(st.just("truncate"), st.integers(0, 2), st.integers(0, 9)),
         st.tuples(st.just("keep"), st.integers(0, 2), st.integers(0, 2**16)),
     ),
@@ -29,16 +28,15 @@ def test_holds_what_plain_tensors_hold(operations, reserve):
             plain[layer] = torch.cat((plain[layer], new), dim=2)
             assert torch.equal(keys, plain[layer])
             assert torch.equal(values, -plain[layer])
-        elif name == "drop":
-            cache.drop(layer, layer + 1, number)
-            plain[layer] = plain[layer][:, :, : max(plain[layer].shape[2] - number, 0)]
         elif name == "truncate":
             cache.truncate(layer, layer + 1, number)
             plain[layer] = plain[layer][:, :, :number]
-        else:  # keep the tokens at the bits of the number
-            indices = torch.tensor([i for i in range(plain[layer].shape[2]) if number >> i & 1], dtype=torch.long)
-            cache.keep(layer, layer + 1, indices)
-            plain[layer] = plain[layer][:, :, indices]
+        else:  # of the last up to eight tokens keep those at the bits of the number
+            added = min(number % 9, plain[layer].shape[2])
+            kept = [place for place in range(added) if number >> place & 1]
+            cache.keep(layer, layer + 1, added, kept)
+            before = plain[layer].shape[2] - added
+            plain[layer] = plain[layer][:, :, [*range(before), *(before + place for place in kept)]]
         assert [cache.length(i) for i in range(3)] == [tensor.shape[2] for tensor in plain]
     for layer in range(3):
         if cache.keys[layer] is not None:
@@ -52,6 +50,19 @@ def test_a_decoding_step_copies_nothing_else():
     for _ in range(4):
         cache.update(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4), 0)
     assert cache.keys[0].data_ptr() == before
+
+
+def test_keeping_the_first_few_copies_nothing():
+    cache = LayeredCache(2, reserve=4)
+    for layer in range(2):
+        cache.update(torch.randn(1, 2, 6, 4), torch.randn(1, 2, 6, 4), layer)
+    before = cache.keys[0]._version
+    cache.keep(0, 2, 4, range(3))
+    assert cache.lengths == [5, 5]
+    assert cache.keys[0]._version == before
+    cache.keep(0, 1, 3, [0, 2])
+    assert cache.lengths == [4, 5]
+    assert cache.keys[0]._version > before
 
 
 def test_an_empty_layer_has_nothing_to_read():

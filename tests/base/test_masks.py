@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twigvlm.base.masks import CausalMasks, PaddedMasks, additive, causal_mask, padded_causal_mask
+from twigvlm.base.masks import CausalMasks, PaddedMasks, TreeMasks, additive, causal_mask, padded_causal_mask
 from twigvlm.errors import TwigVLMError
 
 CPU = torch.device("cpu")
@@ -40,6 +40,22 @@ def test_the_table_gives_the_same_masks(prefix, queries, rows, columns, attentio
 
 def test_flash_attention_needs_no_mask():
     assert CausalMasks("flash_attention_2", 4, 9, torch.float32, CPU)(3, 9) is None
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_nodes_see_the_whole_prefix_of_any_length_and_their_ancestors(attention):
+    ancestors = torch.tensor([[True, True, False, False], [True, False, False, True]])
+    masks = TreeMasks(attention, ancestors, torch.bfloat16)
+    for prefix in (0, 1, 7):
+        expected = torch.cat((torch.ones(2, prefix, dtype=torch.bool), ancestors), dim=1)
+        if attention == "eager":
+            expected = additive(expected, torch.bfloat16)
+        assert torch.equal(masks(2, prefix + 4), expected[None, None])
+
+
+def test_flash_attention_takes_no_tree():
+    with pytest.raises(TwigVLMError, match="load the base with 'sdpa' or 'eager', or use speculate='chain'"):
+        TreeMasks("flash_attention_2", torch.ones(1, 1, dtype=torch.bool), torch.float32)
 
 
 @pytest.mark.parametrize("attention", ["flex_attention", "paged|sdpa"])

@@ -68,7 +68,10 @@ def test_pruning(capsys, arguments, twig_directory):
     assert plain["kept_indices"] == drafted["kept_indices"]
     assert len(plain["kept_indices"]) == plain["kept_tokens"]
     assert 0 <= min(plain["kept_indices"]) < max(plain["kept_indices"]) < VISUAL
-    assert plain["text"] == drafted["text"]
+    tree = ask(capsys, arguments(twig=twig_directory, retain=8, speculate="tree"))
+    assert tree["speculate"] == "tree"
+    assert max(tree["drafted_lengths"]) > max(drafted["drafted_lengths"])
+    assert plain["text"] == drafted["text"] == tree["text"]
 
 
 def test_bare_answer_on_stdout_and_figures_on_stderr(capsys, arguments):

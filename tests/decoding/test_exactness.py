@@ -42,10 +42,19 @@ def cases(draw):
         pruning["scorer"] = draw(st.sampled_from([RandomScores(1), BaseLayerAttention(max(trunk, 1))]))
     if draw(st.integers(0, 3)) == 0:
         pruning = {}
-    speculation = {
+    chain = {
+        "speculate": "chain",
         "draft_length": draw(st.integers(1, 7)),
         "draft_threshold": draw(st.sampled_from([0.0, 0.0, 0.05, 0.3, 0.6, 1.0])),
     }
+    tree = {
+        "speculate": "tree",
+        "tree_depth": draw(st.integers(1, 5)),
+        "tree_width": draw(st.sampled_from([1, 2, 5, VOCABULARY])),
+        "tree_expand": draw(st.integers(1, 5)),
+        "tree_nodes": draw(st.sampled_from([1, 3, 10, 30])),
+    }
+    speculation = draw(st.sampled_from([chain, tree]))
     inputs = prompt(draw(st.integers(0, 50)), before=draw(st.integers(0, 3)), after=draw(st.integers(1, 6)))
     # the model is built in the test: the type checker rolls dice, which strategies must not
     return shape, inputs, pruning, speculation, draw(st.integers(1, 24))
@@ -53,7 +62,7 @@ def cases(draw):
 
 @settings(max_examples=100)
 @given(cases(), st.lists(st.integers(0, 30), max_size=3))
-def test_chain_speculation_changes_nothing(case, end_places):
+def test_speculation_changes_nothing(case, end_places):
     shape, inputs, pruning, speculation, new = case
     model = grown(**shape)
     length = inputs["input_ids"].shape[1]
@@ -64,15 +73,17 @@ def test_chain_speculation_changes_nothing(case, end_places):
     stop = {"eos_token_id": ends, "pad_token_id": 0} if ends else {}
     plain = model.generate(**inputs, **pruning, **stop, max_new_tokens=new)
     output = model.generate(
-        **inputs, **pruning, **speculation, **stop, speculate="chain", max_new_tokens=new, return_dict_in_generate=True
+        **inputs, **pruning, **speculation, **stop, max_new_tokens=new, return_dict_in_generate=True
     )
     assert output.sequences.tolist() == plain.tolist()
     new_tokens = output.sequences.shape[1] - length
     assert new_tokens <= new
     assert all(token not in ends for token in output.sequences[0, length:-1].tolist())
     assert len(output.drafted_lengths) == len(output.accepted_lengths)
+    length, size = (speculation.get(one) for one in ("tree_depth", "tree_nodes"))
     for drafted, accepted in zip(output.drafted_lengths, output.accepted_lengths, strict=True):
-        assert 0 <= accepted <= drafted <= speculation["draft_length"]
+        assert 0 <= accepted <= drafted <= (size or speculation["draft_length"])
+        assert accepted <= (length or drafted)
     own = len(output.accepted_lengths)  # each step adds one of the base's tokens, unless a drafted one ended the answer
     assert 1 + sum(output.accepted_lengths) <= new_tokens <= 1 + sum(output.accepted_lengths) + own
 
@@ -95,9 +106,9 @@ def test_an_agreeing_twig_has_long_drafts_accepted(seed):
 def test_with_a_perfect_twig_every_step_adds_a_whole_draft():
     base = tiny_llava(layers=LAYERS, deep_scale=0.0, from_layer=4)  # the last two layers do nothing
     model = TwigVLM.grow(base, TwigConfig(2, 2))
-    options = {"draft_length": 4, "draft_threshold": 0.0, "speculate": "chain", "return_dict_in_generate": True}
-    output = model.generate(**prompt(), max_new_tokens=21, **options)
-    assert output.accepted_lengths == output.drafted_lengths == [4, 4, 4, 4]
+    options = {"draft_length": 4, "draft_threshold": 0.0, "tree_nodes": 20, "return_dict_in_generate": True}
+    chain = model.generate(**prompt(), max_new_tokens=21, speculate="chain", **options)
+    assert chain.accepted_lengths == chain.drafted_lengths == [4, 4, 4, 4]
 
 
 def test_a_draft_ends_after_an_unlikely_token():
@@ -111,7 +122,7 @@ def test_a_draft_ends_after_an_unlikely_token():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("pruning", [{}, {"keep": VISUAL}, {"retain": VISUAL, "final_wipe": LAYERS}])
 @settings(max_examples=12)
-@given(st.integers(0, 1000), st.sampled_from(["none", "chain"]), st.booleans())
+@given(st.integers(0, 1000), st.sampled_from(["none", "chain", "tree"]), st.booleans())
 def test_keeping_everything_is_plain_generate(attention, pruning, seed, speculate, agreeing):
     model = grown(attention=attention, agreeing=agreeing)
     inputs = prompt(seed)
@@ -157,7 +168,7 @@ def test_pruning_by_its_definition(case):
     if not pruning:
         pruning = {"keep": 5, "final_wipe": LAYERS}
     options = {"max_new_tokens": min(new, 8), "return_dict_in_generate": True}
-    output = model.generate(**inputs, **pruning, **speculation, **options, speculate="chain")
+    output = model.generate(**inputs, **pruning, **speculation, **options)
     kept = output.kept_indices[0]
     assert len(kept) == pruning["keep"]
     assert model.base.visual_mask(inputs["input_ids"])[0, kept].all()

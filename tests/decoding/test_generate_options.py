@@ -19,11 +19,12 @@ def model():
 
 
 def _all_ways(model, inputs, options):
-    """The base's answer, and ours without pruning: plain, and speculating."""
+    """The base's answer, and ours without pruning: plain, and speculating both ways."""
     return (
         model.model.generate(**inputs, **options()),
         model.generate(**inputs, **options()),
         model.generate(**inputs, **options(), speculate="chain", draft_threshold=0.0),
+        model.generate(**inputs, **options(), speculate="tree", tree_nodes=20),
     )
 
 
@@ -88,9 +89,10 @@ class Streamed(BaseStreamer):
 @settings(max_examples=4)
 @given(seed=st.integers(0, 100))
 def test_built_in_processors(model, options, seed):
-    base, plain, chain = _all_ways(model, prompt(seed), lambda: {"max_new_tokens": NEW, **options})
+    base, plain, chain, tree = _all_ways(model, prompt(seed), lambda: {"max_new_tokens": NEW, **options})
     assert plain.tolist() == base.tolist()
     assert chain.tolist() == base.tolist()
+    assert tree.tolist() == base.tolist()
 
 
 def test_the_options_above_change_answers(model):
@@ -110,9 +112,9 @@ def test_processors_with_a_memory_are_called_as_in_plain_generate(model):
         made.append(Recording())
         return {"max_new_tokens": NEW, "logits_processor": LogitsProcessorList([made[-1]])}
 
-    base, plain, chain = _all_ways(model, prompt(), options)
-    assert plain.tolist() == chain.tolist() == base.tolist()
-    assert made[1].calls == made[2].calls == made[0].calls
+    base, plain, chain, tree = _all_ways(model, prompt(), options)
+    assert plain.tolist() == chain.tolist() == tree.tolist() == base.tolist()
+    assert made[1].calls == made[2].calls == made[3].calls == made[0].calls
     assert len(made[0].calls) == NEW
 
 
@@ -124,9 +126,9 @@ def test_stopping_criteria_are_asked_after_every_token(model, calls):
         made.append(StopAfter(calls))
         return {"max_new_tokens": NEW, "stopping_criteria": StoppingCriteriaList([made[-1]])}
 
-    base, plain, chain = _all_ways(model, prompt(), options)
-    assert plain.tolist() == chain.tolist() == base.tolist()
-    assert made[1].seen == made[2].seen == made[0].seen
+    base, plain, chain, tree = _all_ways(model, prompt(), options)
+    assert plain.tolist() == chain.tolist() == tree.tolist() == base.tolist()
+    assert made[1].seen == made[2].seen == made[3].seen == made[0].seen
 
 
 def test_streamers_get_what_plain_generate_gives_them(model):
@@ -137,8 +139,8 @@ def test_streamers_get_what_plain_generate_gives_them(model):
         return {"max_new_tokens": NEW, "streamer": made[-1]}
 
     _all_ways(model, prompt(), options)
-    assert made[1].puts == made[2].puts == made[0].puts
-    assert [streamed.ended for streamed in made] == [1, 1, 1]
+    assert made[1].puts == made[2].puts == made[3].puts == made[0].puts
+    assert [streamed.ended for streamed in made] == [1, 1, 1, 1]
     assert len(made[0].puts) == 1 + NEW
     pruned, streamed = {"keep": 3, "speculate": "chain"}, Streamed()
     answer = model.generate(**prompt(), **pruned, max_new_tokens=NEW, streamer=streamed)
@@ -168,10 +170,10 @@ def test_stop_strings(model):
     words = {i: word for word, i in tokenizer.get_vocab().items()}
     whole = model.generate(**prompt(), max_new_tokens=NEW)
     stop = words[int(whole[0, -NEW + 5])]
-    base, plain, chain = _all_ways(
+    base, plain, chain, tree = _all_ways(
         model, prompt(), lambda: {"max_new_tokens": NEW, "stop_strings": [stop], "tokenizer": tokenizer}
     )
-    assert plain.tolist() == chain.tolist() == base.tolist()
+    assert plain.tolist() == chain.tolist() == tree.tolist() == base.tolist()
     assert base.shape[1] < whole.shape[1]
 
 
@@ -183,22 +185,22 @@ def test_max_time_stops(model):
 def test_generation_config_is_merged_as_in_plain_generate(model):
     defaults = model.model.generation_config
     config = GenerationConfig(max_new_tokens=6, repetition_penalty=1.5, pad_token_id=0)
-    base, plain, chain = _all_ways(model, prompt(), lambda: {"generation_config": config})
-    assert plain.tolist() == chain.tolist() == base.tolist()
+    base, plain, chain, tree = _all_ways(model, prompt(), lambda: {"generation_config": config})
+    assert plain.tolist() == chain.tolist() == tree.tolist() == base.tolist()
     model.model.generation_config = GenerationConfig(max_new_tokens=4, eos_token_id=[3, 4], pad_token_id=0)
     try:
-        base, plain, chain = _all_ways(model, prompt(), dict)
-        assert plain.tolist() == chain.tolist() == base.tolist()
+        base, plain, chain, tree = _all_ways(model, prompt(), dict)
+        assert plain.tolist() == chain.tolist() == tree.tolist() == base.tolist()
         assert base.shape[1] <= 25 + 4
-        base, plain, chain = _all_ways(model, prompt(), lambda: {"max_new_tokens": 9, "eos_token_id": None})
-        assert plain.tolist() == chain.tolist() == base.tolist()
+        base, plain, chain, tree = _all_ways(model, prompt(), lambda: {"max_new_tokens": 9, "eos_token_id": None})
+        assert plain.tolist() == chain.tolist() == tree.tolist() == base.tolist()
     finally:
         model.model.generation_config = defaults
 
 
 def test_max_length_counts_the_prompt(model):
-    base, plain, chain = _all_ways(model, prompt(), lambda: {"max_length": 30})
-    assert plain.tolist() == chain.tolist() == base.tolist()
+    base, plain, chain, tree = _all_ways(model, prompt(), lambda: {"max_length": 30})
+    assert plain.tolist() == chain.tolist() == tree.tolist() == base.tolist()
     assert chain.shape[1] == 30
 
 

@@ -7,18 +7,21 @@ from twigvlm.evaluation.journal import Journal
 from twigvlm.evaluation.speed import Contender, draft_contenders, measure, run_speed, standard_contenders
 
 CHAIN = {"draft_length": 4, "draft_threshold": 0.0}
+TREE = {"tree_depth": 3, "tree_nodes": 12}
 
 
 def test_measures_every_contender(model, tokenizer, questions, tmp_path):
-    contenders = standard_contenders(10, CHAIN, ["sdpa", "eager"])
+    contenders = standard_contenders(10, CHAIN, TREE, ["sdpa", "eager"])
     journal = Journal(tmp_path / "results.jsonl", {})
     records = run_speed(model, tokenizer, questions.items[:2], contenders, inputs_of, journal, 8, 2)
     assert [record["id"] for record in records] == ["0", "1"]
     for record in records:
         runs = record["runs"]
         assert sorted(runs) == sorted(contender.name for contender in contenders)
-        assert runs["chain"]["ids"] == runs["own loop"]["ids"] == runs["HF generate, sdpa"]["ids"]
-        assert runs["pruning + chain"]["ids"] == runs["pruning"]["ids"]
+        assert (
+            runs["chain"]["ids"] == runs["tree"]["ids"] == runs["own loop"]["ids"] == runs["HF generate, sdpa"]["ids"]
+        )
+        assert runs["pruning + chain"]["ids"] == runs["pruning + tree"]["ids"] == runs["pruning"]["ids"]
         for name, run in runs.items():
             assert len(run["ids"]) == 8
             assert run["text"] == tokenizer.decode(run["ids"], skip_special_tokens=True).strip()
@@ -30,7 +33,7 @@ def test_measures_every_contender(model, tokenizer, questions, tmp_path):
                 continue
             for parts in zip(run["prefill"], run["draft"], run["verify"], run["total"], strict=True):
                 assert sum(parts[:3]) <= parts[3] * 1.05
-            assert bool(sum(run["drafted"])) == ("chain" in name)
+            assert bool(sum(run["drafted"])) == ("chain" in name or "tree" in name)
     assert sum(records[0]["runs"]["chain"]["accepted"]) > 0
 
 

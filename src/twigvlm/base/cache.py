@@ -1,8 +1,10 @@
 """A key-value cache with one length per layer, because pruning leaves three of them."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -63,19 +65,23 @@ class LayeredCache:
         for layer in range(start, stop):
             self.lengths[layer] = min(self.lengths[layer], length)
 
-    def drop(self, start: int, stop: int, count: int) -> None:
-        """Layers start..stop-1 forget their last `count` tokens."""
-        if count:
-            for layer in range(start, stop):
-                self.lengths[layer] = max(self.lengths[layer] - count, 0)
+    def keep(self, start: int, stop: int, added: int, kept: Sequence[int]) -> None:
+        """Of their last `added` tokens, layers start..stop-1 keep those at `kept` (from 0, ascending), in that order.
 
-    def keep(self, start: int, stop: int, indices: Int[Tensor, " kept"]) -> None:
-        """Layers start..stop-1 keep only the tokens at `indices` (ascending), in that order."""
+        Tokens that are in their place already are not touched: keeping the first few copies nothing.
+        """
+        in_place = next((place for place, token in enumerate(kept) if place != token), len(kept))
+        moved: Tensor | None = None
         for layer in range(start, stop):
+            first = self.lengths[layer] - added
             for buffer in (self.keys[layer], self.values[layer]):
-                if buffer is not None:
-                    buffer[:, :, : len(indices)] = buffer.index_select(2, indices)
-            self.lengths[layer] = len(indices)
+                if buffer is None or in_place == len(kept):
+                    continue
+                if moved is None:
+                    moved = torch.tensor(kept[in_place:], device=buffer.device)
+                tail = buffer[:, :, first : first + added]
+                tail[:, :, in_place : len(kept)] = tail.index_select(2, moved)
+            self.lengths[layer] = first + len(kept)
 
 
 def _grown(old: Tensor | None, like: Tensor, held: int, capacity: int) -> Tensor:

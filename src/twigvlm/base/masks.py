@@ -9,6 +9,7 @@ slow as the one it takes with a mask.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
@@ -83,6 +84,37 @@ class CausalMasks:
         if queries > rows or keys > columns:
             return self._finish(causal_mask(queries, keys, self.device))[None, None]
         return self.table[rows - queries :, columns - keys :][None, None]
+
+
+def check_tree_attention(attention: str) -> None:
+    """Raise TwigVLMError if this attention implementation cannot take the mask of a token tree."""
+    if attention.startswith("flash_attention"):
+        raise TwigVLMError(
+            f"speculate='tree': {attention!r} takes no mask; load the base with 'sdpa' or 'eager', or use speculate='chain'"
+        )
+
+
+class TreeMasks:
+    """Masks of nodes of a token tree: all that a cache held before the tree is seen by each of them.
+
+    Args:
+        attention: the base's attention implementation (`eager`, `sdpa`).
+        ancestors: which nodes in the cache, themselves the last of them, the new ones see.
+        dtype: of the states.
+
+    Raises:
+        TwigVLMError: the attention implementation takes no mask.
+    """
+
+    def __init__(self, attention: str, ancestors: Bool[Tensor, "queries nodes"], dtype: torch.dtype) -> None:
+        check_tree_attention(attention)
+        self.ancestors = additive(ancestors, dtype) if attention == "eager" else ancestors
+
+    def __call__(self, queries: int, keys: int) -> Tensor:
+        """Mask [1, 1, queries, keys]; `keys` differs between layers, whose caches hold prefixes of different lengths."""
+        before = keys - self.ancestors.shape[1]
+        seen = True if self.ancestors.dtype == torch.bool else 0.0
+        return F.pad(self.ancestors, (before, 0), value=seen)[None, None]
 
 
 class PaddedMasks:

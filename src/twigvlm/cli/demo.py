@@ -21,7 +21,7 @@ class Demo:
     """Twig that was grown on the base: a directory. On Sapling its own twig is the default."""
     retain: float | None = 64
     """Average number of visual tokens over all layers to prune down to. None: no pruning."""
-    speculate: Literal["none", "chain"] = "chain"
+    speculate: Literal["none", "chain", "tree"] = "chain"
     """Draft answer tokens with the twig."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights. auto: as the base's files say; bfloat16 for Sapling."""

@@ -89,9 +89,17 @@ class Speed(Common):
     retain: float = 64
     """R̄ of the pruned contenders."""
     draft_length: int = 5
-    """δ: most tokens of a draft."""
+    """δ: most tokens of a chain."""
     draft_threshold: float = 0.6
-    """θ: a draft ends after a token whose probability is below this."""
+    """θ: a chain ends after a token whose probability is below this."""
+    tree_depth: int = 4
+    """D: most tokens on a path of a tree."""
+    tree_width: int = 10
+    """E: children of each node that is expanded."""
+    tree_expand: int = 10
+    """K_sel: nodes of a level that are expanded, the most probable ones."""
+    tree_nodes: int = 60
+    """N_max: most drafted tokens of a tree that are verified."""
     baselines: tuple[str, ...] = ("sdpa", "eager")
     """Attention implementations of the base's own `generate`; the faster one is the baseline."""
     repeats: int = 3
@@ -103,9 +111,12 @@ class Speed(Common):
         from twigvlm.config import SpeculationConfig
         from twigvlm.evaluation.speed import standard_contenders
 
-        SpeculationConfig("chain", self.draft_length, self.draft_threshold)  # for its errors
-        chain = {"draft_length": self.draft_length, "draft_threshold": self.draft_threshold}
-        run_contenders(self, "Speed", standard_contenders(self.retain, chain, self.baselines), self.repeats)
+        chain: dict[str, Any] = {"draft_length": self.draft_length, "draft_threshold": self.draft_threshold}
+        tree: dict[str, Any] = {
+            name: getattr(self, name) for name in ("tree_depth", "tree_width", "tree_expand", "tree_nodes")
+        }
+        SpeculationConfig(**chain, **tree)  # for its errors
+        run_contenders(self, "Speed", standard_contenders(self.retain, chain, tree, self.baselines), self.repeats)
 
 
 @dataclass(frozen=True)

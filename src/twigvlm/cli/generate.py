@@ -21,7 +21,7 @@ class Generate:
     """Twig that was grown on the base: a directory. On Sapling its own twig is the default."""
     retain: float | None = None
     """Average number of visual tokens over all layers to prune down to, for example 64. None: no pruning."""
-    speculate: Literal["auto", "none", "chain"] = "auto"
+    speculate: Literal["auto", "none", "chain", "tree"] = "auto"
     """Draft answer tokens with the twig; the answer stays the same. auto: chain where there is a twig."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights. auto: as the base's files say; bfloat16 for Sapling."""

@@ -27,7 +27,7 @@ class Plan:
     model: str
     twig: str | None
     retain: float | None
-    speculate: Literal["none", "chain"]
+    speculate: Literal["none", "chain", "tree"]
 
     @property
     def accelerated(self) -> bool:
@@ -36,7 +36,7 @@ class Plan:
 
     @classmethod
     def resolve(
-        cls, model: str, twig: str | None, retain: float | None, speculate: Literal["auto", "none", "chain"]
+        cls, model: str, twig: str | None, retain: float | None, speculate: Literal["auto", "none", "chain", "tree"]
     ) -> "Plan":
         """Fill in the defaults: Sapling has a twig of its own, and a twig speculates unless told not to."""
         if retain is not None and not math.isfinite(retain):
@@ -50,8 +50,8 @@ class Plan:
             from twigvlm import sapling
 
             twig = str(sapling.twig_path())
-        if twig is None and (retain is not None or speculate == "chain"):
-            asked = f"--retain {retain:g}" if retain is not None else "--speculate chain"
+        if twig is None and (retain is not None or speculate in ("chain", "tree")):
+            asked = f"--retain {retain:g}" if retain is not None else f"--speculate {speculate}"
             raise TwigVLMError(
                 f"{asked}: needs a twig grown on {model!r}; give --twig DIR, or grow one with 'twigvlm train --model {model}'"
             )

@@ -1,4 +1,4 @@
-"""One request from prompt to answer: prefill -> (draft -> verify -> accept -> commit)* -> stop (Algorithm 1)."""
+"""One request from prompt to answer: prefill -> (draft -> verify -> accept -> commit)* -> stop (Algorithms 1 and 2)."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,13 +10,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from twigvlm.base.cache import LayeredCache
-from twigvlm.base.positions import slice_rope
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import SpeculationConfig
-from twigvlm.decoding.draft import Context, draft_chain
+from twigvlm.decoding.draft import Context, draft_chain, draft_tree
 from twigvlm.decoding.prefill import Plan, prefill
-from twigvlm.decoding.sampling import Processors, greedy_choices
-from twigvlm.decoding.verify import accept
+from twigvlm.decoding.sampling import Processors, greedy
+from twigvlm.decoding.tree import walk
 from twigvlm.twig.block import Twig
 
 
@@ -82,48 +81,40 @@ def decode(
     """
     clock = clock_of(inputs["input_ids"].device)
     timings = Timings()
-    chain = speculation.speculate == "chain"
-    most = speculation.draft_length if chain else 0
+    speculates = speculation.speculate != "none"
+    draft_after = draft_tree if speculation.speculate == "tree" else draft_chain
     limit = stops.max_new_tokens
-    layers, trunk = base.num_layers, twig.config.trunk_layers
-    slots = twig.last_slot + 1
 
     prompt = base.prompt(**inputs)
-    cache = LayeredCache(slots, reserve=min(limit, 512) + most + 1)
-    masks = base.masks(prompt, rows=most + 2, new_tokens=limit)
+    cache = LayeredCache(twig.last_slot + 1, reserve=min(limit, 512) + speculation.step_tokens)
+    masks = base.masks(prompt, rows=speculation.step_tokens + 1, new_tokens=limit)
     first = prefill(base, twig, prompt, plan_of(int(prompt.visual_mask.sum())), masks, cache)
     after = prompt.position_ids.amax(dim=-1, keepdim=True) + 1
     rope = base.rotary(prompt.hidden[:, -1:], after + torch.arange(limit, device=after.device))
-    context = Context(base, twig, masks, cache, rope)
+    context = Context(base, twig, speculation, stops.ends, masks, cache, rope)
 
     tokens = _Tokens(prompt.input_ids, stops, processors is not None, emit)
-    tokens.commit(greedy_choices(first.logits, [], processors, tokens.ids()))
+    tokens.commit([greedy(first.logits, processors, tokens.ids())(0, [])])
     timings.prefill = clock() - began
     drafted_lengths: list[int] = []
     accepted_lengths: list[int] = []
     while not tokens.finished:
         start = clock()
         index = len(tokens.new) - 1
-        draft_limit = min(most, limit - len(tokens.new) - 1)
-        draft = draft_chain(context, tokens.new[-1], index, draft_limit, speculation.draft_threshold, stops.ends)
-        drafted = len(draft.tokens)
+        room = limit - len(tokens.new) - 1 if speculates else 0
+        draft = draft_after(context, tokens.new[-1], index, room)
         middle = clock()
-        hidden = torch.cat(draft.hidden, dim=1) if drafted else draft.hidden[0]
-        step = slice_rope(rope, index, index + drafted + 1)
-        hidden = base.run_layers(hidden, trunk, layers, step, masks, cache)
-        choices = greedy_choices(base.logits(hidden)[0], draft.tokens, processors, tokens.ids())
-        accepted = accept(draft.tokens, choices)
-        committed = tokens.commit(choices[: accepted + 1])
-        cache.drop(0, layers, drafted - accepted)
-        if drafted and accepted == drafted:
-            context.pending = [draft.hidden[-1]]
-        elif drafted:
-            cache.drop(layers, slots, drafted - 1 - accepted)
+        hidden = base.run_layers(
+            draft.hidden, twig.config.trunk_layers, base.num_layers, draft.rope, draft.masks, cache
+        )
+        path, choices = walk(draft.tree, greedy(base.logits(hidden)[0], processors, tokens.ids()))
+        committed = tokens.commit(choices)
+        draft.keep(context, path)
         stop = clock()
         timings.draft += middle - start
         timings.verify += stop - middle
-        drafted_lengths.append(drafted)
-        accepted_lengths.append(min(accepted, committed))
+        drafted_lengths.append(len(draft.tree) - 1)
+        accepted_lengths.append(min(len(path) - 1, committed))
     timings.total = clock() - began
     return Answer(tokens.new, first.kept, drafted_lengths, accepted_lengths, timings)
 

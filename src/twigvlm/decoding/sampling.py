@@ -9,35 +9,32 @@ from torch import Tensor
 Processors = Callable[[Tensor, Tensor], Tensor]
 """(ids so far [1, n], float32 scores [1, vocabulary]) -> scores: a LogitsProcessor or a list of them."""
 
+Choose = Callable[[int, Sequence[int]], int]
+"""(node, tokens on the path from the root to it, without the root's) -> the base's choice after it."""
 
-def greedy_choices(
-    logits: Float[Tensor, "positions vocabulary"],
-    drafted: Sequence[int],
+
+def greedy(
+    logits: Float[Tensor, "nodes vocabulary"],
     processors: Processors | None = None,
     ids: Int[Tensor, "1 so_far"] | None = None,
-) -> list[int]:
-    """The base's greedy choice at each position of a verified draft.
+) -> Choose:
+    """The base's greedy choice after each node of a verified draft.
 
-    Processors are called as plain generation would call them: position by position, on the ids up to there, and never
-    beyond the first choice that differs from the draft, so that those with a memory see each accepted token once.
+    Without processors all choices are made at once. Processors are called when a choice is asked for, on the ids up to
+    there: along the accepted path they see what plain generation would show them, so those with a memory work too.
 
     Args:
-        logits: row i follows i drafted tokens.
-        drafted: drafted ids, one fewer than rows.
-        processors: applied to each row; None: none.
-        ids: prompt and accepted tokens before the draft; needed with processors.
-
-    Returns:
-        Chosen ids; with processors the list ends at the first that differs from the draft.
+        logits: of each node; node 0 is the last accepted token.
+        processors: applied to a row before the choice; None: none.
+        ids: prompt and accepted tokens; needed with processors.
     """
     if processors is None:
-        return [int(token) for token in logits.argmax(dim=-1).tolist()]
+        choices = logits.argmax(dim=-1).tolist()
+        return lambda node, _: int(choices[node])
     assert ids is not None, "processors need the ids"
-    choices: list[int] = []
-    for row, expected in zip(logits, [*drafted, None], strict=True):
-        scores = processors(ids, row[None].to(torch.float32, copy=True))
-        choices.append(int(scores.argmax(dim=-1)))
-        if choices[-1] != expected:
-            break
-        ids = torch.cat((ids, ids.new_tensor([[expected]])), dim=1)
-    return choices
+
+    def choose(node: int, drafted: Sequence[int]) -> int:
+        so_far = torch.cat((ids, ids.new_tensor([drafted])), dim=1)
+        return int(processors(so_far, logits[node, None].to(torch.float32, copy=True)).argmax(dim=-1))
+
+    return choose

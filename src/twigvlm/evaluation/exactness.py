@@ -14,7 +14,9 @@ from twigvlm.model import TwigVLM
 
 CHECKS = {
     "pruned chain": "chain speculation = no speculation, same pruning",
+    "pruned tree": "tree speculation = no speculation, same pruning",
     "chain": "chain speculation = no speculation, unpruned",
+    "tree": "tree speculation = no speculation, unpruned",
     "no pruning": "R = M and K_f = L = the base's own generate",
     "disabled": "disabled() = the base before it had a twig, ids and logits bit for bit",
 }
@@ -77,9 +79,12 @@ def _check(
         return new
 
     visual = int(model.base.visual_mask(inputs["input_ids"]).sum())
+    pruned, plain = ids(retain=retain), ids()
     same = {
-        "pruned chain": ids(retain=retain, speculate="chain") == ids(retain=retain),
-        "chain": ids(speculate="chain") == ids(),
+        "pruned chain": ids(retain=retain, speculate="chain") == pruned,
+        "pruned tree": ids(retain=retain, speculate="tree") == pruned,
+        "chain": ids(speculate="chain") == plain,
+        "tree": ids(speculate="tree") == plain,
         "no pruning": ids(keep=visual, final_wipe=model.base.num_layers) == before[0],
     }
     with model.disabled():  # last: after the twig has been used

@@ -31,21 +31,27 @@ class Contender:
     """Contender whose output this one must repeat."""
 
 
-def standard_contenders(retain: float, chain: dict[str, Any], attentions: Sequence[str]) -> list[Contender]:
+def standard_contenders(
+    retain: float, chain: dict[str, Any], tree: dict[str, Any], attentions: Sequence[str]
+) -> list[Contender]:
     """The base's `generate` per attention implementation, and the twig's parts alone and together.
 
     Args:
         retain: R̄.
         chain: options of chain speculation (`draft_length`, `draft_threshold`).
+        tree: options of tree speculation (`tree_depth`, `tree_width`, `tree_expand`, `tree_nodes`).
         attentions: implementations that the base's `generate` is measured with.
     """
     chain = {"speculate": "chain", **chain}
+    tree = {"speculate": "tree", **tree}
     return [
         *(Contender(f"HF generate, {attention}", attention) for attention in attentions),
         Contender("own loop"),
         Contender("pruning", options={"retain": retain}),
         Contender("chain", options=chain, same_as="own loop"),
+        Contender("tree", options=tree, same_as="own loop"),
         Contender("pruning + chain", options={"retain": retain, **chain}, same_as="pruning"),
+        Contender("pruning + tree", options={"retain": retain, **tree}, same_as="pruning"),
     ]
 
 
