@@ -26,10 +26,7 @@ th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 1.5rem 0.25rem 0
   overflow-wrap: anywhere; }
 img { max-width: 100%; border-radius: 6px; }
 """
-_DRAFTED, _CHOSEN = (
-    "drafted by the twig and accepted",
-    "chosen by the base: the first token, a correction or a bonus token",
-)
+_DRAFTED, _CHOSEN = "drafted by the twig and accepted", "chosen by the base"
 
 
 def answer_page(
@@ -73,7 +70,7 @@ def answer_page(
 <h1>{escape(question)}</h1>
 <p class="answer">{tokens}</p>
 <p><span class="draft">green</span> {_DRAFTED} · <span class="base">orange, underlined</span> {_CHOSEN}: the first token,
-a correction of the draft, or a token beyond it</p>
+a correction of the draft, or one more after it</p>
 <h2>Totals</h2>
 {_table(totals)}
 <h2>Patches</h2>
