@@ -1,7 +1,9 @@
-"""Read one image file as the models expect it: 8-bit RGB, upright, on white where it was transparent."""
+"""Read one picture as the models expect it: 8-bit RGB, upright, on white where it was transparent."""
 
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -17,26 +19,30 @@ _PLAIN_MODES = {"1", "L", "P", "RGB", "YCbCr", "HSV", "CMYK", "LA", "PA", "La", 
 _ALPHA_MODES = {"LA", "PA", "La", "RGBA", "RGBa"}
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The image at `path` as upright 8-bit RGB.
+def load_image(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Image:
+    """A picture as upright 8-bit RGB.
 
     Palettes, grey, CMYK and 16-bit grey are converted, transparency is composited on white, and the EXIF orientation
     is applied. An animation or a file of several pages is refused, since nothing says which picture is meant; so are
     images of more than `MAX_PIXELS` and pixel formats without a stated range (32-bit integer and float).
 
+    Args:
+        source: a path, a file's bytes, or a PIL image, which is left as it is.
+
     Raises:
         TwigVLMError: one line that names the file, what is wrong with it and the remedy.
     """
-    file = Path(path)
-    name = f"image {str(path)!r}"
-    if file.is_dir():
-        raise TwigVLMError(f"{name}: is a directory; give the path of one image file")
-    if not file.is_file():
-        raise TwigVLMError(f"{name}: no such file; give the path of an existing image file")
+    name = f"image {str(source)!r}" if isinstance(source, str | os.PathLike) else "image"
+    if isinstance(source, str | os.PathLike):
+        file = Path(source)
+        if file.is_dir():
+            raise TwigVLMError(f"{name}: is a directory; give the path of one image file")
+        if not file.is_file():
+            raise TwigVLMError(f"{name}: no such file; give the path of an existing image file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of what is checked here, and of harmless flaws in metadata
         try:
-            with Image.open(file) as image:
+            with _opened(source) as image:
                 _refuse_unless_one_picture(name, image)
                 image.load()
                 return _to_rgb(name, _upright(image))
@@ -51,6 +57,12 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         except Exception as error:  # decoders raise whatever a broken file leads them to
             reason = " ".join(str(error).split()) or type(error).__name__
             raise TwigVLMError(f"{name}: corrupt or truncated ({reason}); save or copy it anew") from None
+
+
+def _opened(source: str | os.PathLike[str] | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
+    if isinstance(source, Image.Image):
+        return nullcontext(source)
+    return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
 
 
 def _too_large(name: str, pixels: str) -> str:

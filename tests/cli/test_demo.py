@@ -1,6 +1,9 @@
+import dataclasses
+
 import pytest
 from PIL import Image
 
+from twigvlm.cli import session
 from twigvlm.cli.main import main
 
 
@@ -28,7 +31,7 @@ def test_table_and_picture(capsys, arguments, tmp_path):
     assert "What is [bold]it?" in out
     assert "16 of 16" in out
     assert "5 of 16" in out
-    for row in ("same answer", "tokens/s", "speed-up"):
+    for row in ("same answer", "attention", "tokens/s", "speed-up"):
         assert row in out
     with Image.open(tmp_path / "kept.png") as shown:
         assert min(shown.size) == 672
@@ -42,6 +45,24 @@ def test_without_pruning_every_patch_is_kept_and_the_answer_is_the_same(capsys, 
     assert out.count("16 of 16") == 2
     same = next(line for line in out.splitlines() if "same answer" in line)
     assert "yes" in same
+
+
+@pytest.mark.parametrize("faster", ["eager", "sdpa"])
+def test_plain_runs_attend_by_what_is_faster_here(capsys, arguments, monkeypatch, faster):
+    real, plain, twig = session.ask, [], []
+
+    def ask(opened, *rest, accelerated, attention=None):
+        answer = real(opened, *rest, accelerated=accelerated, attention=attention)
+        (twig if accelerated else plain).append(attention)
+        assert opened.model.base.attention == "sdpa"  # as it was loaded
+        return dataclasses.replace(answer, prefill_ms=1.0, decode_ms=1.0 if attention == faster else 2.0)
+
+    monkeypatch.setattr(session, "ask", ask)
+    assert main(arguments(runs=2)) == 0
+    assert plain == ["sdpa", "eager", faster, faster]
+    assert twig == [None] * 3
+    row = next(line for line in capsys.readouterr().out.splitlines() if "attention" in line)
+    assert row.split()[1::2] == ["attention", faster, "sdpa"]
 
 
 def test_bad_input(refused, arguments, tmp_path):

@@ -9,8 +9,8 @@ from twigvlm.cli.main import main
 
 KEYS = {
     "text", "num_tokens", "tokens_per_second", "prefill_ms", "decode_ms", "draft_ms", "verify_ms", "visual_tokens",
-    "kept_tokens", "kept_indices", "drafted_lengths", "accepted_lengths", "model", "twig", "dtype", "device", "retain",
-    "speculate",
+    "kept_tokens", "kept_indices", "token_ids", "drafted_lengths", "accepted_lengths", "model", "twig", "dtype", "device",
+    "retain", "speculate",
 }  # fmt: skip
 
 

@@ -56,11 +56,34 @@ def test_bad_input_writes_nothing(refused, arguments, tmp_path):
     refused(*arguments(images=tmp_path / "none"), words=["no such directory"])
     refused(*arguments(out=tmp_path / "data.json"), words=["is a file"])
     refused(*arguments(**{"max-length": 1}), words=["max_length=1"])
-    refused(*arguments(**{"max-length": 10}), words=["sample 0", "no answer within the first 10 tokens"])
+    refused(*arguments("--strict", **{"max-length": 10}), words=["sample 0", "no answer within the first 10 tokens"])
     refused(*arguments(**{"twig-layers": 0}), words=["twig_layers=0"])
     refused(*arguments(**{"twig-layers": 9}), words=["twig_layers=9"])
     refused(*arguments(**{"batch-size": 0}), words=["batch_size=0"])
     refused(*arguments(**{"draft-vocabulary": 1000}), words=["draft_vocabulary=1000"])
     (tmp_path / "red.png").unlink()
-    refused(*arguments(), words=["sample 0", "red.png"])
+    refused(*arguments("--strict"), words=["sample 0", "red.png"])
     assert not (tmp_path / "twig").exists()
+
+
+def test_broken_samples_are_reported_and_skipped(caplog, arguments, tmp_path):
+    samples = json.loads((tmp_path / "data.json").read_text())
+    answer = {"from": "gpt", "value": "One."}
+    samples += [{"id": "text", "conversations": [{"from": "human", "value": "How many?"}, answer]}]
+    turns = [{"from": "human", "value": "<image><image>Same?"}, answer]
+    samples += [{"id": "pair", "image": ["red.png", "blue.png"], "conversations": turns}, {"id": "empty"}]
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    (tmp_path / "green.png").write_bytes(b"nothing")
+    assert main(arguments(**{"batch-size": 4})) == 0
+    assert [line.split(":")[0] for line in caplog.messages] == [
+        "skipped sample 'pair'",
+        "skipped sample 'empty'",
+        "skipped 2 of 6 samples",
+        "skipped sample 1",
+        "skipped 1 of 4 samples",
+    ]
+
+
+def test_no_good_sample_at_all_is_an_error(capsys, arguments):
+    assert main(arguments(**{"max-length": 10})) == 2
+    assert "all 3 samples are broken; sample 2: no answer within the first 10 tokens" in capsys.readouterr().err

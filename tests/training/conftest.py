@@ -28,7 +28,7 @@ def samples():
 
 @pytest.fixture
 def dataset(samples, processor):
-    return ConversationDataset(samples, processor)
+    return ConversationDataset([dict(sample) for sample in samples], processor)
 
 
 @pytest.fixture

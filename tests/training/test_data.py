@@ -1,4 +1,3 @@
-import json
 from collections import Counter
 
 import datasets
@@ -9,14 +8,8 @@ from PIL import Image
 from tests.tiny import IMAGE_TOKEN, VISUAL
 from tests.tiny_processor import CHAT_TEMPLATE, END, tiny_processor
 from twigvlm.errors import TwigVLMError
-from twigvlm.training.data import (
-    IGNORE,
-    Collator,
-    ConversationDataset,
-    frequent_answer_tokens,
-    load_samples,
-    to_messages,
-)
+from twigvlm.training.data import IGNORE, Collator, ConversationDataset, frequent_answer_tokens
+from twigvlm.training.samples import BrokenSample
 
 
 def answers(item, processor):
@@ -65,14 +58,6 @@ def test_a_template_that_rewrites_history_is_refused(samples):
         ConversationDataset(samples, odd)[1]
 
 
-def test_image_after_the_question_keeps_its_place():
-    sample = {
-        "image": "x",
-        "conversations": [{"from": "human", "value": "Why?\n<image>"}, {"from": "gpt", "value": "So."}],
-    }
-    assert to_messages(sample, "sample 0")[0]["content"] == [{"type": "text", "text": "Why?"}, {"type": "image"}]
-
-
 def test_long_samples_are_cut_and_never_silently_emptied(samples, processor):
     whole = ConversationDataset(samples, processor)[0]
     length = whole["input_ids"].shape[1]
@@ -81,7 +66,7 @@ def test_long_samples_are_cut_and_never_silently_emptied(samples, processor):
     assert torch.equal(cut["labels"], whole["labels"][:, :-3])
     assert torch.equal(cut["pixel_values"], whole["pixel_values"])
     with pytest.raises(TwigVLMError, match=r"sample 's0': no answer within the first 20 tokens"):
-        ConversationDataset(samples, processor, 20)[0]
+        ConversationDataset(samples, processor, 20, strict=True)[0]
 
 
 def test_collator_pads_on_the_right(dataset):
@@ -102,99 +87,6 @@ def test_hugging_face_datasets_are_taken(samples, dataset, processor):
     assert torch.equal(item["pixel_values"], dataset[1]["pixel_values"])
 
 
-@pytest.fixture
-def files(tmp_path, samples):
-    """The samples on disk: images in `pictures`, conversations not yet written."""
-    (tmp_path / "pictures").mkdir()
-    for sample in samples:
-        name = f"pictures/{sample['id']}.png"
-        sample["image"].save(tmp_path / name)
-        sample["image"] = name
-    return tmp_path
-
-
-def test_file_and_directory(files, samples, processor):
-    (files / "a.json").write_text(json.dumps(samples[:5]))
-    (files / "b.jsonl").write_text("\n".join(json.dumps(sample) for sample in samples[5:]) + "\n")
-    assert [sample["id"] for sample in load_samples(files)] == [f"s{number}" for number in range(8)]
-    loaded = load_samples(files / "a.json")
-    assert len(loaded) == 5
-    assert answers(ConversationDataset(loaded, processor)[0], processor) == [f"It is red.{END}"]
-    elsewhere = files / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "c.json").write_text(json.dumps(samples))
-    assert load_samples(elsewhere / "c.json", images=files)[0]["image"] == loaded[0]["image"]
-
-
-def test_bad_files(files, samples):
-    def refused(words, **options):
-        with pytest.raises(TwigVLMError, match=words) as caught:
-            load_samples(files / "a.json", **options)
-        assert "\n" not in str(caught.value)
-
-    refused("no such file or directory")
-    (files / "a.json").write_text('[{"id":')
-    refused("not readable as JSON")
-    (files / "a.json").write_bytes(b"\xff\xfe\x00")
-    refused("not readable as JSON")
-    (files / "a.json").write_text('{"id": 3}')
-    refused("put the samples in a list")
-    (files / "a.json").write_text("[]")
-    refused("holds no samples")
-    (files / "a.json").write_text(json.dumps(samples))
-    refused("no such directory", images=files / "none")
-    (files / "pictures" / "s3.png").unlink()
-    refused(r"sample 's3': no image file .*s3\.png")
-    with pytest.raises(TwigVLMError, match=r"no \.json or .jsonl file"):
-        load_samples(files / "pictures")
-
-
-def say(*turns):
-    return [{"from": speaker, "value": value} for speaker, value in turns]
-
-
-QUESTION, ANSWER = ("human", "<image>\nWhat?"), ("gpt", "That.")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"conversations": None}, "no list of turns"),
-        ({"conversations": []}, "no list of turns"),
-        ({"conversations": "text"}, "no list of turns"),
-        ({"conversations": ["text"]}, "turn 0 is from None"),
-        ({"conversations": say(ANSWER)}, "turn 0 is from 'gpt', expected 'human'"),
-        ({"conversations": say(QUESTION, ("human", "And?"))}, "turn 1 is from 'human', expected 'gpt'"),
-        ({"conversations": say(("robot", "<image>x"))}, "turn 0 is from 'robot'"),
-        ({"conversations": say(QUESTION)}, "ends with a question"),
-        ({"conversations": say(QUESTION, ("gpt", " "))}, "turn 1 has no text"),
-        ({"conversations": say(QUESTION, ("gpt", 7))}, "turn 1 has no text"),
-        ({"conversations": say(("human", "<image>\n"), ANSWER)}, "turn 0 has no text"),
-        ({"conversations": say(("human", "What?"), ANSWER)}, "holds 0 times '<image>'; put one"),
-        ({"conversations": say(("human", "<image><image>What?"), ANSWER)}, "holds 2 times '<image>'"),
-        ({"conversations": say(QUESTION, ("gpt", "<image> is it"))}, "turn 1 holds 1 times '<image>'; only the first"),
-        ({"image": None}, "has no image"),
-    ],
-)
-def test_bad_samples_are_named(change, words):
-    sample = {"id": "abc", "image": "a.png", "conversations": say(QUESTION, ANSWER), **change}
-    with pytest.raises(TwigVLMError, match=words) as caught:
-        to_messages(sample, "sample 'abc'")
-    assert str(caught.value).startswith("sample 'abc': ")
-
-
-def test_samples_without_id_are_named_by_index(processor):
-    with pytest.raises(TwigVLMError, match="sample 1: has no list of turns"):
-        ConversationDataset([{}, {}], processor)[1]
-
-
-def test_broken_image_names_the_sample(files, samples, processor):
-    (files / "pictures" / "s0.png").write_bytes(b"nothing")
-    samples[0]["image"] = str(files / "pictures" / "s0.png")
-    with pytest.raises(TwigVLMError, match=r"sample 's0': image .*not an image"):
-        ConversationDataset(samples, processor)[0]
-
-
 def test_frequent_answer_tokens(samples, processor):
     tokenizer = processor.tokenizer
     texts = [turn["value"] for sample in samples for turn in sample["conversations"] if turn["from"] == "gpt"]
@@ -207,6 +99,171 @@ def test_frequent_answer_tokens(samples, processor):
     assert most.tolist() == sorted(set(most.tolist()))
     with pytest.raises(TwigVLMError, match="draft_vocabulary=1000: at most 100"):
         frequent_answer_tokens(samples, processor, 1000)
+
+
+def ask(*turns, **rest):
+    """A sample in LLaVA's format."""
+    speakers = ("human", "gpt") * (len(turns) // 2)
+    return {"conversations": [{"from": s, "value": v} for s, v in zip(speakers, turns, strict=True)], **rest}
+
+
+RED, BLUE = Image.new("RGB", (20, 20), "red"), Image.new("RGB", (20, 20), "blue")
+
+
+@pytest.mark.parametrize("expansion", ["plain", "rows"])
+def test_labels_where_images_lie_between_answers(expansion, monkeypatch):
+    """Also where a processor writes more than placeholders for an image, even what stands in the text as well."""
+    processor = tiny_processor()
+    if expansion == "rows":
+        rows = "\n".join(["<image>" * 4] * 4) + "\n"
+        monkeypatch.setattr(type(processor), "replace_image_token", lambda *given, **named: f"{rows}Yes.{rows}")
+    first = ask(
+        "<image>\n<image>\nSame?", "No.", "And now?\n<image>", "Yes.", "Sure? Yes.", "Yes.", image=[RED, BLUE, RED]
+    )
+    item = ConversationDataset([first], processor, strict=True)[0]
+    assert answers(item, processor) == [f"No.{END}", f"Yes.{END}", f"Yes.{END}"]
+    labelled = item["labels"] != IGNORE
+    assert torch.equal(item["labels"][labelled], item["input_ids"][labelled])
+    assert item["pixel_values"].shape == (3, 3, 16, 16)
+
+
+def test_labels_need_no_image_and_no_system_turn(processor):
+    text = ask("What?", "That.")
+    chat = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "What?"},
+            {"role": "assistant", "content": "That."},
+        ]
+    }
+    dataset = ConversationDataset([text, chat], processor, strict=True)
+    for item in (dataset[0], dataset[1]):
+        assert answers(item, processor) == [f"That.{END}"]
+        assert item.keys() == {"input_ids", "attention_mask", "labels"}
+    system = processor.tokenizer.decode(dataset[1]["input_ids"][0])
+    assert "Be brief." in system
+
+
+def test_batches_mix_samples_with_and_without_images(samples, processor):
+    data = [ask("What?", "That."), samples[0], ask("<image><image>Same?", "No.", images=[RED, BLUE])]
+    dataset = ConversationDataset(data, processor, strict=True)
+    batch = Collator(pad_token_id=0)([dataset[index] for index in range(3)])
+    assert batch["input_ids"].shape[0] == batch["labels"].shape[0] == batch["attention_mask"].shape[0] == 3
+    pixels = [dataset[1]["pixel_values"], dataset[2]["pixel_values"]]
+    assert torch.equal(batch["pixel_values"], torch.cat(pixels))
+    assert (batch["input_ids"] == IMAGE_TOKEN).sum(1).tolist() == [0, VISUAL, 2 * VISUAL]
+    assert "pixel_values" not in Collator(pad_token_id=0)([dataset[0]])
+
+
+def test_a_key_per_token_that_only_some_samples_have_is_filled():
+    ids = torch.tensor([[1, 2, 3]])
+    one = {"input_ids": ids, "labels": ids, "kinds": torch.ones_like(ids)}
+    other = {"input_ids": ids[:, :2], "labels": ids[:, :2]}
+    assert Collator(pad_token_id=0)([other, one])["kinds"].tolist() == [[0, 0, 0], [1, 1, 1]]
+
+
+@pytest.fixture
+def torn(samples, tmp_path):
+    """The eight samples; the pictures of the third, fourth and last cannot be read."""
+    (tmp_path / "torn.png").write_bytes(b"nothing")
+    for number in (2, 3):
+        samples[number]["image"] = str(tmp_path / "torn.png")
+    samples[7]["image"] = b"nothing"
+    return samples
+
+
+def test_the_next_good_sample_stands_in_for_a_broken_one(torn, dataset, processor, caplog):
+    stands = {2: 4, 3: 4, 7: 0}
+    mended = ConversationDataset(torn, processor)
+    for index in (7, 3, 2, 0, 1, 4, 5, 6, 7, 3):  # in any order, and again
+        item, wanted = mended[index], dataset[stands.get(index, index)]
+        assert all(torch.equal(item[key], wanted[key]) for key in wanted), index
+    mended.summarise()
+    first, second, third, last = caplog.messages
+    assert first.startswith("skipped sample 's7': image: not an image")
+    assert "sample 's3'" in second
+    assert "sample 's2'" in third
+    assert last == "skipped 3 of 8 samples"
+    with pytest.raises(IndexError):
+        mended[8]
+
+
+def test_processes_beside_the_training_share_what_is_broken(torn, processor, caplog):
+    mended = ConversationDataset(torn, processor)
+    loader = torch.utils.data.DataLoader(mended, batch_size=None, num_workers=1)
+    assert len(list(loader)) == 8
+    mended.summarise()
+    assert caplog.messages == ["skipped 3 of 8 samples"]
+
+
+def test_broken_samples_are_errors_when_strict(torn, processor):
+    strict = ConversationDataset(torn, processor, strict=True)
+    strict[0]
+    with pytest.raises(BrokenSample, match=r"sample 's2': image .*not an image"):
+        strict[2]
+
+
+def test_only_broken_samples_are_an_error(processor):
+    data = ConversationDataset([ask("What?", "That.", id="one", image=b""), {}], processor)
+    with pytest.raises(TwigVLMError, match="all 2 samples are broken; sample 1: has no list of turns"):
+        data[0]
+    with pytest.raises(TwigVLMError, match="all 2 samples are broken"):
+        data[1]
+
+
+class Unreadable(list):
+    def __getitem__(self, index):
+        raise OSError("no\nsuch block")
+
+
+@pytest.mark.parametrize(
+    ("sample", "options", "words"),
+    [
+        (ask("<image><image>Same?", "No.", images=[RED, BLUE]), {"images_per_prompt": 1}, "holds 2 images"),
+        (ask("What?", "That.", "<image>And?", "This.", image=RED), {"max_length": 40}, "image lies behind the first 40"),
+        (ask("What?", "That."), {"max_length": 10}, "no answer within the first 10 tokens"),
+        (ask("<image>What?", "That.", image="none.png"), {}, "no such file"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>?"}]},
+                       {"role": "assistant", "content": "No."}]}, {}, "holds the image placeholder"),
+        ({"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "No."}]}, {}, "turn 1 is from"),
+    ],
+)  # fmt: skip
+def test_what_is_broken_only_here(sample, options, words, processor):
+    with pytest.raises(BrokenSample, match=words) as caught:
+        ConversationDataset([{**sample, "id": "abc"}], processor, strict=True, **options)[0]
+    assert str(caught.value).startswith("sample 'abc': ")
+
+
+def test_what_the_template_the_processor_or_the_disk_refuses_is_broken(samples, processor, monkeypatch):
+    def refused(words, data, processor):
+        with pytest.raises(BrokenSample, match=words) as caught:
+            ConversationDataset(data, processor, strict=True)[0]
+        assert "\n" not in str(caught.value)
+
+    refused("sample 0: cannot be read .no such block.", Unreadable([1]), processor)
+    template = "{{ raise_exception('no\nsystem') }}"
+    refused("sample 's0': refused by the chat template .no system.", samples, tiny_processor(template))
+    monkeypatch.setattr(type(processor.image_processor), "__call__", lambda self, images, **rest: 1 / 0)
+    refused("sample 's0': refused by the processor .division by zero.", samples, processor)
+
+
+def test_a_processor_that_tokenizes_otherwise_is_refused(samples, processor):
+    class Shouting:
+        """Turns the text it is given to capitals, as its tokenizer alone does not."""
+
+        def __getattr__(self, name):
+            return getattr(processor, name)
+
+        def __call__(self, text, **options):
+            return processor(text=text.replace("red", "RED"), **options)
+
+    with pytest.raises(BrokenSample, match="tokenizes the answers otherwise"):
+        ConversationDataset(samples, Shouting(), strict=True)[0]
+
+
+def test_broken_samples_do_not_count_for_the_draft_vocabulary(samples, processor):
+    wanted = frequent_answer_tokens(samples, processor, 5)
+    assert torch.equal(frequent_answer_tokens([{}, *samples, {}], processor, 5), wanted)
 
 
 def test_grey_pictures_become_rgb(samples, processor):

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from tests.tiny import prompt
 from twigvlm.errors import TwigVLMError
-from twigvlm.training.data import Collator, frequent_answer_tokens
+from twigvlm.training.data import Collator, ConversationDataset, frequent_answer_tokens
 from twigvlm.training.options import Stage1Config
 from twigvlm.training.stage1 import ShallowModel, train_stage1
 
@@ -23,7 +23,7 @@ def same(left, right):
 
 def shallow_logits(model, item):
     """Reference: logits of one unpadded sample at all positions, step by step in plain sight."""
-    prompt = model.base.prompt(input_ids=item["input_ids"], pixel_values=item["pixel_values"])
+    prompt = model.base.prompt(input_ids=item["input_ids"], pixel_values=item.get("pixel_values"))
     rope = model.base.rotary(prompt.hidden, prompt.position_ids)
     masks = model.base.masks(prompt)
     hidden = model.base.run_layers(prompt.hidden, 0, model.config.trunk_layers, rope, masks)
@@ -190,3 +190,35 @@ def test_settings_are_checked(option):
 def test_epochs_count_steps(make_model, dataset, tmp_path):
     log = run(make_model(), dataset, tmp_path, epochs=2.0, batch_size=3)
     assert max(entry["step"] for entry in log) == 6  # 8 samples in batches of 3, twice
+
+
+def test_samples_without_images_train_alone_and_beside_others(make_model, samples, processor):
+    text = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}
+    data = ConversationDataset([text, samples[0]], processor, strict=True)
+    model, collate = make_model(), Collator(pad_token_id=0)
+    shallow = ShallowModel(model)
+    with torch.no_grad():
+        alone = [shallow(**collate([data[index]]), num_items_in_batch=torch.tensor(1)) for index in range(2)]
+        both = shallow(**collate([data[0], data[1]]), num_items_in_batch=torch.tensor(1))
+        logits = shallow_logits(model, data[0])[:-1]
+    expected = F.cross_entropy(logits, data[0]["labels"][0, 1:], reduction="sum", ignore_index=-100)
+    assert float(alone[0]["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(both["loss"]) == pytest.approx(sum(float(one["loss"]) for one in alone), rel=1e-5)
+    shallow(**collate([data[0]]))["loss"].backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.twig.parameters())
+
+
+def test_a_broken_picture_is_replaced_while_training_and_when_it_goes_on(make_model, samples, processor, tmp_path):
+    samples[5]["image"] = str(tmp_path / "none.png")
+    options = {"max_steps": 4, "batch_size": 2, "accumulate": 1, "save_steps": 2}
+    whole = make_model()
+    run(whole, ConversationDataset(samples, processor), tmp_path / "whole", **options)
+    begun, resumed = make_model(), make_model()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    run(begun, ConversationDataset(samples, processor), tmp_path / "parts", callbacks=[Stop()], **options)
+    run(resumed, ConversationDataset(samples, processor), tmp_path / "parts", resume=True, **options)
+    assert same(copy(whole.twig), copy(resumed.twig))

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 QUESTION = "Describe this image in detail."
+ATTENTIONS = ("sdpa", "eager")
+"""Implementations that plain runs may use; the faster one here is what the twig is compared with."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Demo:
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
     runs: int = 5
-    """Timed runs of each kind, alternating, after one of each to warm up; the medians are shown."""
+    """Timed runs of each kind, alternating, after one of each to warm up; the medians are shown. Plain runs use the base's faster
+    attention implementation, sdpa or eager."""
     out: Path = Path("twigvlm-demo.png")
     """Picture to write: the scene with the kept patches highlighted."""
 
@@ -39,7 +42,16 @@ class Demo:
         from rich.console import Console
 
         from twigvlm.cli.output import busy, check_picture_path, progress, write_picture
-        from twigvlm.cli.session import Plan, ask, check_request, default_picture, open_session, patch_grid, seen_box
+        from twigvlm.cli.session import (
+            Answer,
+            Plan,
+            ask,
+            check_request,
+            default_picture,
+            open_session,
+            patch_grid,
+            seen_box,
+        )
         from twigvlm.cli.table import compare
         from twigvlm.errors import TwigVLMError
         from twigvlm.images import load_image
@@ -58,18 +70,31 @@ class Demo:
         with busy(f"Loading {self.model}"):
             session = open_session(plan, self.dtype, self.device)
 
-        plain, twig = [], []
-        with progress() as bar:
-            task = bar.add_task("Asking plainly and through the twig", total=2 * (self.runs + 1))
-            for _ in range(self.runs + 1):
-                plain.append(ask(session, image, self.prompt, self.max_new_tokens, accelerated=False))
-                bar.advance(task)
-                twig.append(ask(session, image, self.prompt, self.max_new_tokens, accelerated=True))
-                bar.advance(task)
-        console = Console()
-        console.print(compare(self.prompt, plain[1:], twig[1:]))
+        assert session.model is not None
 
-        grid = patch_grid(twig[0])
+        with progress() as bar:
+            task = bar.add_task("Asking plainly and through the twig", total=1 + len(ATTENTIONS) + 2 * self.runs)
+
+            def ask_once(attention: str | None) -> Answer:
+                """Plainly with an attention implementation; None: through the twig."""
+                plainly = attention is not None
+                answer = ask(
+                    session, image, self.prompt, self.max_new_tokens, accelerated=not plainly, attention=attention
+                )
+                bar.advance(task)
+                return answer
+
+            ask_once(None)
+            speeds = {attention: ask_once(attention).tokens_per_second for attention in ATTENTIONS}
+            fastest = max(speeds, key=lambda attention: speeds[attention])
+            plain, twig = [], []
+            for _ in range(self.runs):
+                plain.append(ask_once(fastest))
+                twig.append(ask_once(None))
+        console = Console()
+        console.print(compare(self.prompt, plain, twig, (fastest, session.model.base.attention)))
+
+        grid = patch_grid(twig[0].visual_tokens)
         if grid is None:
             console.print("No picture written: this model's visual tokens form no square grid.")
             return

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ import transformers
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.checkpoint import WEIGHTS, fingerprint
 from twigvlm.cli.evaluate import Accuracy, Common, Drafts, Exactness, Speed, Sweep
-from twigvlm.cli.output import busy, progress
+from twigvlm.cli.output import busy, progress, replacing
 from twigvlm.cli.session import SAPLING, build_inputs, load_base
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.accuracy import InputsOf, run_accuracy
@@ -235,8 +234,7 @@ def _write(options: Common, title: str, bench: Bench, more: dict[str, Any], sect
         "threads": torch.get_num_threads(),
     }
     path = options.output / REPORT
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page(title, command_line(options), settings, sections), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(page(title, command_line(options), settings, sections), encoding="utf-8")
     print(f"Raw results: {options.output / RAW}")
     print(f"Report: {path}")

@@ -11,12 +11,14 @@ import tyro
 from twigvlm.cli.demo import Demo
 from twigvlm.cli.evaluate import Evaluate
 from twigvlm.cli.generate import Generate
+from twigvlm.cli.inspect import Inspect
 from twigvlm.cli.train import Train
 from twigvlm.errors import TwigVLMError
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
 )
@@ -35,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(args: Sequence[str] | None) -> Generate | Demo | Train | Evaluate:
+def _parse(args: Sequence[str] | None) -> Generate | Demo | Inspect | Train | Evaluate:
     """Options from the command line; exits with 2 on a usage error, and raises the TwigVLMError of a bad value.
 
     tyro shows the ValueErrors of nested dataclasses in a box of its own; what it prints is held back until it is known
@@ -44,7 +46,7 @@ def _parse(args: Sequence[str] | None) -> Generate | Demo | Train | Evaluate:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            command: Generate | Demo | Train | Evaluate = tyro.cli(
+            command: Generate | Demo | Inspect | Train | Evaluate = tyro.cli(
                 Command,
                 prog="twigvlm",
                 description=DESCRIPTION,

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,11 +56,25 @@ def check_picture_path(path: Path) -> None:
 def write_picture(picture: Image.Image, path: Path) -> None:
     """Write the picture whole or not at all."""
     check_picture_path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
+    with replacing(path) as temporary:
+        picture.save(temporary)
+
+
+def check_directory(path: Path) -> None:
+    """Refuse a place where no directory of files can be written, before any work is done for it."""
+    if path.exists() and not path.is_dir():
+        raise TwigVLMError(f"out {str(path)!r}: is a file; name a directory")
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise TwigVLMError(f"out {str(path)!r}: {str(nearest)!r} is no writable directory; choose another")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` as the block ends; if the block fails, all stays as it was."""
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
-        picture.save(name)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""Load a base with its twig, and ask it one question: what `generate` and `demo` share."""
+"""Load a base with its twig, and ask it one question: what `generate`, `demo` and `inspect` share."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 
 from twigvlm.decoding.loop import clock_of
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation.speed import FirstToken
+from twigvlm.evaluation.speed import FirstToken, attention_of
 from twigvlm.model import TwigVLM
 
 SAPLING = "sapling"
@@ -80,6 +81,7 @@ class Answer:
     """One answer and what it cost. Times are in milliseconds; the count of tokens includes the end token."""
 
     text: str
+    token_ids: list[int]
     num_tokens: int
     prefill_ms: float
     decode_ms: float
@@ -171,9 +173,19 @@ def build_inputs(base: Any, processor: Any, image: Image.Image, prompt: str) -> 
 
 
 def ask(
-    session: Session, image: Image.Image, prompt: str, max_new_tokens: int, *, accelerated: bool, stream: bool = False
+    session: Session,
+    image: Image.Image,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    accelerated: bool,
+    stream: bool = False,
+    attention: str | None = None,
 ) -> Answer:
-    """Answer greedily: through the twig as the plan says, or with the base's own `generate`."""
+    """Answer greedily: through the twig as the plan says, or with the base's own `generate`.
+
+    `attention` is the implementation that the base attends by; None: as it was loaded.
+    """
     inputs = build_inputs(session.base, session.processor, image, prompt)
     length = inputs["input_ids"].shape[1]
     _check_context(session.base, length, max_new_tokens)
@@ -186,14 +198,15 @@ def ask(
         "streamer": watch,
         "return_dict_in_generate": True,
     }
-    began = clock()
+    generate: Callable[..., Any] = session.base.generate
     if accelerated:
         assert session.model is not None
-        twig_options: dict[str, Any] = {"retain": session.plan.retain, "speculate": session.plan.speculate}
-        output: Any = session.model.generate(**inputs, **options, **twig_options)
-    else:
-        output = session.base.generate(**inputs, **options)
-    ended = clock()
+        generate = session.model.generate
+        options |= {"retain": session.plan.retain, "speculate": session.plan.speculate}
+    with attention_of(session.base, attention):
+        began = clock()
+        output: Any = generate(**inputs, **options)
+        ended = clock()
     first = ended if watch.at is None else watch.at
     tokens = output.sequences[0, length:].tolist()
     positions = (inputs["input_ids"][0] == session.base.config.image_token_id).nonzero().flatten().tolist()
@@ -201,6 +214,7 @@ def ask(
     timings = output.timings if accelerated else None
     return Answer(
         text=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+        token_ids=tokens,
         num_tokens=len(tokens),
         prefill_ms=1000 * (first - began),
         decode_ms=1000 * (ended - first),
@@ -223,10 +237,10 @@ def _check_context(base: Any, length: int, max_new_tokens: int) -> None:
         )
 
 
-def patch_grid(answer: Answer) -> tuple[int, int] | None:
+def patch_grid(visual_tokens: int) -> tuple[int, int] | None:
     """Rows and columns of the visual tokens where they form a square, as with a ViT on a square image."""
-    side = round(answer.visual_tokens**0.5)
-    return (side, side) if side * side == answer.visual_tokens else None
+    side = round(visual_tokens**0.5)
+    return (side, side) if side * side == visual_tokens else None
 
 
 def seen_box(processor: Any, image: Image.Image) -> tuple[int, int, int, int] | None:

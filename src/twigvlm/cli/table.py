@@ -8,8 +8,11 @@ from rich.text import Text
 from twigvlm.cli.session import Answer
 
 
-def compare(question: str, plain: list[Answer], twig: list[Answer]) -> Table:
-    """One table of both answers, with medians over the runs; the speed-up is the ratio of tokens per second."""
+def compare(question: str, plain: list[Answer], twig: list[Answer], attentions: tuple[str, str]) -> Table:
+    """One table of both answers, with medians over the runs; the speed-up is the ratio of tokens per second.
+
+    `attentions` are the implementations that plain runs and the twig used.
+    """
 
     def middle(answers: list[Answer], name: str) -> float:
         return median(getattr(answer, name) for answer in answers)
@@ -26,6 +29,7 @@ def compare(question: str, plain: list[Answer], twig: list[Answer]) -> Table:
     drafted, accepted = sum(twig[0].drafted_lengths or []), sum(twig[0].accepted_lengths or [])
     if drafted:
         table.add_row("drafted tokens accepted", "", f"{accepted} of {drafted}")
+    table.add_row("attention", *attentions)
     table.add_row("prefill, ms", *(f"{middle(one, 'prefill_ms'):.0f}" for one in (plain, twig)))
     table.add_row("decoding, ms", *(f"{middle(one, 'decode_ms'):.0f}" for one in (plain, twig)))
     table.add_row("tokens/s", *(f"{speed:.1f}" for speed in speeds))

@@ -1,22 +1,88 @@
-"""Accuracy over budget as a picture; needs matplotlib."""
+"""Figures; they need matplotlib."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
+from math import ceil
 from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.journal import Record
 from twigvlm.evaluation.summary import accuracies
 from twigvlm.evaluation.variants import NONE, Variant
+from twigvlm.visualize import highlight
+
+_COLUMNS = 4
 
 
-def draw_accuracy(records: Sequence[Record], variants: Sequence[Variant], path: Path) -> None:
-    """One line per method and K_f: RelAcc in percent over R̄, with its interval; PNG or SVG by the name's ending."""
+def figure_class() -> Any:
+    """matplotlib's `Figure`, which draws without a display.
+
+    Raises:
+        TwigVLMError: matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise TwigVLMError("a figure needs matplotlib; run: pip install 'twigvlm[report]'") from None
+    return Figure
+
+
+def draw_patches(
+    image: Image.Image,
+    maps: Mapping[str, Float[Tensor, "rows columns"]],
+    kept: Mapping[str, Iterable[int]],
+    box: tuple[int, int, int, int] | None = None,
+) -> bytes:
+    """The picture, scores of its patches, and kept patches, side by side as a PNG.
+
+    Args:
+        image: the picture that was asked about.
+        maps: scores by title; each map has its own scale, from its lowest score to its highest, by the square root.
+        kept: indices of kept patches by title, counted row by row.
+        box: the part of the picture (left, top, right, bottom) that the patches cover; None is all of it.
+    """
+    left, top, right, bottom = box or (0, 0, *image.size)
+    height, width = next(iter(maps.values())).shape
+    count = 1 + len(maps) + len(kept)
+    rows, columns = ceil(count / _COLUMNS), min(count, _COLUMNS)
+    size = (3.2 * columns, (3.2 * image.height / image.width + 0.4) * rows)
+    figure = figure_class()(figsize=size, layout="constrained", facecolor="white")
+    panels = iter(figure.subplots(rows, columns, squeeze=False).flat)
+
+    def panel(title: str, picture: Image.Image) -> Any:
+        axes = next(panels)
+        axes.set_title(title, fontsize=10)
+        axes.imshow(picture, extent=(0, image.width, image.height, 0))
+        return axes
+
+    panel("picture", image)
+    for title, scores in maps.items():
+        panel(title, image.convert("L").convert("RGB")).imshow(
+            scores.float().cpu().numpy() ** 0.5,
+            extent=(left, right, bottom, top),
+            cmap="inferno",
+            alpha=0.7,
+            interpolation="nearest",
+        )
+    for title, indices in kept.items():
+        panel(title, highlight(image, indices, (height, width), box))
+    for axes in figure.axes:
+        axes.set(xlim=(0, image.width), ylim=(image.height, 0))
+        axes.set_axis_off()
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
+
+
+def draw_accuracy(records: Sequence[Record], variants: Sequence[Variant], path: Path) -> None:
+    """One line per method and K_f: RelAcc in percent over R̄, with its interval; PNG or SVG by the name's ending."""
     figures = {one.name: one for one in accuracies(records)}
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = figure_class()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     lines: dict[tuple[str, int | None], list[Variant]] = {}
     for variant in variants:

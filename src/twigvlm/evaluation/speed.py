@@ -4,7 +4,8 @@ The baseline is the base's own `generate` with the better of its attention imple
 way, by a streamer that notes the first new token: prefill is everything up to it (vision included), decoding the rest.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,24 +112,30 @@ class FirstToken(BaseStreamer):
             self._then.end()
 
 
+@contextmanager
+def attention_of(model: Any, implementation: str | None) -> Iterator[None]:
+    """Inside, a Hugging Face model attends by another implementation; None: by its own."""
+    before = model.config.get_text_config()._attn_implementation
+    if implementation in (None, before):
+        yield
+        return
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def measure(model: TwigVLM, inputs: dict[str, Any], contender: Contender, max_new_tokens: int) -> Measurement:
     """Answer once, greedily, and time it."""
     clock = clock_of(model.model.device)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
     watch = FirstToken(clock)
-    before = model.base.attention
-    generate: Callable[..., Any] = model.generate
-    if contender.attention is not None:
-        generate = model.model.generate
-        if contender.attention != before:
-            model.model.set_attn_implementation(contender.attention)
-    try:
+    generate: Callable[..., Any] = model.generate if contender.attention is None else model.model.generate
+    with attention_of(model.model, contender.attention):
         began = clock()
         output: Any = generate(**inputs, **options, **contender.options, streamer=watch)
         ended = clock()
-    finally:
-        if model.base.attention != before:
-            model.model.set_attn_implementation(before)
     own = contender.attention is None
     return Measurement(
         ids=output.sequences[0, inputs["input_ids"].shape[1] :].tolist(),

@@ -4,7 +4,7 @@ Shared: vision, prompt, trunk, twig, and one pass through the whole base that gi
 layer's attention. Variants that keep equally many tokens run layers K+1..L and decode together, as a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,20 +116,42 @@ def answer_all(
     for variant in variants:
         if variant.retain is not None:
             groups.setdefault(shared.budget(variant), []).append(variant)
-    watched = {v.method: watched_layer(v.method, model) for v in variants if v.method not in (*_TWIG, "none", "random")}
+    methods = {variant.method for variant in variants} - {NONE.method}
+    watched = _watched(methods, model)
     shared.open(set(watched.values()))
     outcomes = {}
     plain = shared.unpruned()
     if any(variant.retain is None for variant in variants):
         outcomes[NONE.name] = plain
-    scores = {method: shared.rows[layer] for method, layer in watched.items()}
-    for method in {variant.method for variant in variants} - scores.keys() - {NONE.method}:
-        scorer = TwigAttention(_TWIG[method]) if method in _TWIG else RandomScores(seed)
-        scores[method] = shared.score(scorer)
+    scores = shared.scores(methods, watched, seed)
     for (keep, final_wipe), members in groups.items():
         answers = shared.pruned(torch.cat([scores[v.method] for v in members]), keep, final_wipe)
         outcomes.update({v.name: answer for v, answer in zip(members, answers, strict=True)})
     return outcomes
+
+
+@torch.inference_mode()
+def score_all(
+    model: TwigVLM, inputs: dict[str, Any], methods: Sequence[str], seed: int = 0
+) -> dict[str, Float[Tensor, "1 tokens"]]:
+    """What every method ranks the visual tokens of one prompt by, from one pass; of no meaning at text tokens.
+
+    Args:
+        inputs: the processor's outputs for one prompt.
+        methods: of `Variant.method`, without none.
+        seed: of the random choice.
+
+    Raises:
+        TwigVLMError: an unknown method, or a layer that the base does not have.
+    """
+    watched = _watched(methods, model)
+    shared = _Shared(model, inputs, max_new_tokens=1)
+    shared.open(set(watched.values()))
+    return shared.scores(methods, watched, seed)
+
+
+def _watched(methods: Iterable[str], model: TwigVLM) -> dict[str, int]:
+    return {method: watched_layer(method, model) for method in methods if method not in (*_TWIG, "random")}
 
 
 class _Shared:
@@ -177,6 +199,18 @@ class _Shared:
         ids = self._decode(self.cache, self.last)[0]
         self.cache.truncate(0, self.layers, self.prompt.hidden.shape[1])
         return Outcome(ids, self.visual)
+
+    def scores(
+        self, methods: Iterable[str], watched: dict[str, int], seed: int
+    ) -> dict[str, Float[Tensor, "1 tokens"]]:
+        """Scores by every method; those of watched layers are there already."""
+        scores = {}
+        for method in methods:
+            if method in watched:
+                scores[method] = self.rows[watched[method]]
+            else:
+                scores[method] = self.score(TwigAttention(_TWIG[method]) if method in _TWIG else RandomScores(seed))
+        return scores
 
     def score(self, scorer: Scorer) -> Float[Tensor, "1 tokens"]:
         """Scores by anything that looks at the prompt after the trunk."""
