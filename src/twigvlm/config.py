@@ -61,9 +61,9 @@ class PruningConfig:
 class SpeculationConfig:
     """How the twig drafts tokens. The output does not depend on it."""
 
-    speculate: Literal["none", "chain", "tree"] = "none"
+    speculate: Literal["none", "chain", "tree", "auto"] = "none"
     """none: one token per step. chain: draft a few tokens, verify them in one pass (Algorithm 1). tree: draft a tree of
-    alternatives (Algorithm 2)."""
+    alternatives (Algorithm 2). auto: trees of the size that pays on this machine, none where none does."""
     draft_length: int = 5
     """δ: most tokens of a chain."""
     draft_threshold: float = 0.6
@@ -78,7 +78,7 @@ class SpeculationConfig:
     """N_max: most drafted tokens of a tree that are verified."""
 
     def __post_init__(self) -> None:
-        _one_of(("none", "chain", "tree"), speculate=self.speculate)
+        _one_of(("none", "chain", "tree", "auto"), speculate=self.speculate)
         _at_least(1, draft_length=self.draft_length)
         _at_least(1, tree_depth=self.tree_depth, tree_width=self.tree_width)
         _at_least(1, tree_expand=self.tree_expand, tree_nodes=self.tree_nodes)
@@ -86,8 +86,15 @@ class SpeculationConfig:
             raise TwigVLMError(f"draft_threshold={self.draft_threshold:g}: must be 0 to 1")
 
     @property
+    def active(self) -> bool:
+        """Whether anything may be drafted."""
+        return self.speculate != "none"
+
+    @property
     def step_tokens(self) -> int:
-        """Most tokens that a layer gets in one step, before all but the accepted ones are dropped."""
+        """Tokens that a layer gets in one step at most (with auto: hardly ever more), before all but the accepted ones go."""
+        if self.speculate == "auto":
+            return 2 * 64
         if self.speculate == "tree":
             return 1 + self.tree_expand * (self.tree_depth - 1) + self.tree_nodes
         return 1 + (self.draft_length if self.speculate == "chain" else 0)

@@ -22,8 +22,10 @@ from twigvlm import checkpoint
 from twigvlm.base.masks import check_tree_attention
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
-from twigvlm.decoding.loop import Answer, Stops, Timings, clock_of, decode
+from twigvlm.decoding.costs import StepCosts, calibrate
+from twigvlm.decoding.loop import Answer, Stops, decode
 from twigvlm.decoding.prefill import Plan, Scorer
+from twigvlm.decoding.timing import Timings, clock_of
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.budget import average_kept, solve_keep
 from twigvlm.pruning.twig_attention import TwigAttention
@@ -44,6 +46,8 @@ class TwigOutput:
     """Drafted tokens accepted in each step; each step adds one token of the base's own unless it ends the answer."""
     timings: Timings
     """Seconds of prefill, draft, verify and the whole."""
+    costs: StepCosts | None
+    """What `auto` reckoned with; None for other ways of speculation."""
 
 
 class TwigVLM(nn.Module):
@@ -60,6 +64,7 @@ class TwigVLM(nn.Module):
         self.twig = twig
         self.model.requires_grad_(False)
         self._disabled = False
+        self._costs: dict[tuple[object, ...], StepCosts] = {}
         self.train(False)
 
     @classmethod
@@ -142,7 +147,8 @@ class TwigVLM(nn.Module):
             keep: R, visual tokens kept in layers K+1..K_f, instead of `retain`. Neither: no pruning.
             final_wipe: K_f; None: the twig's; the base's number of layers: off.
             scorer: ranks the visual tokens; None: the last twig layer's attention.
-            speculate: "none", "chain" or "tree"; the output is the same.
+            speculate: "none", "chain", "tree", or "auto": drafts of what size it pays on this machine, none where none does; the
+                first time it measures that for a second or so. The output is the same.
             draft_length: δ, most tokens of a chain.
             draft_threshold: θ, a chain ends after a token whose probability is below it.
             tree_depth: D, most tokens on a path of a tree.
@@ -175,11 +181,12 @@ class TwigVLM(nn.Module):
                 raise TwigVLMError("inputs and input_ids: give one of them")
             kwargs["input_ids"] = inputs
         if self._disabled:
-            if pruning.active or speculation.speculate != "none":
+            if pruning.active or speculation.active:
                 raise TwigVLMError("retain, keep and speculate do not apply while the twig is disabled: leave them out")
             return self.model.generate(**kwargs)
-        if speculation.speculate == "tree":
+        if speculation.speculate in ("tree", "auto"):
             check_tree_attention(self.base.attention)
+        costs = self.costs() if speculation.speculate == "auto" else None
         began = clock_of(self.model.device)()
         _check_arguments(kwargs, self.model.generation_config)
         self.base.check_images(kwargs["input_ids"], kwargs)
@@ -207,16 +214,17 @@ class TwigVLM(nn.Module):
                     self.base,
                     self.twig,
                     {"input_ids": input_ids, **model_kwargs},
-                    lambda visual: self._plan(visual, pruning, scorer, speculation),
+                    lambda visual: self._plan(visual, pruning, scorer),
                     speculation,
                     _stops(stopping_criteria, input_ids.shape[1]),
                     logits_processor if len(logits_processor) else None,
                     _emitter(streamer),
                     began,
+                    costs,
                 )
             if streamer is not None:
                 streamer.end()
-            return _output(input_ids, answer, bool(generation_config.return_dict_in_generate))
+            return _output(input_ids, answer, costs, bool(generation_config.return_dict_in_generate))
 
         try:
             # The base's own `generate` merges configurations and builds processors and criteria; only its loop is ours.
@@ -226,7 +234,14 @@ class TwigVLM(nn.Module):
                 raise
             raise TwigVLMError(" ".join(str(error).split())) from error
 
-    def _plan(self, visual: int, pruning: PruningConfig, scorer: Scorer | None, speculation: SpeculationConfig) -> Plan:
+    def costs(self) -> StepCosts:
+        """What the passes of a step cost here, measured the first time that it is asked for this way of running the base."""
+        key = (self.base.dtype, self.model.device, self.base.attention, torch.get_num_threads())
+        if key not in self._costs:
+            self._costs[key] = calibrate(self.base, self.twig)
+        return self._costs[key]
+
+    def _plan(self, visual: int, pruning: PruningConfig, scorer: Scorer | None) -> Plan:
         layers, trunk = self.base.num_layers, self.config.trunk_layers
         keep, final_wipe = None, layers
         if pruning.active:
@@ -236,7 +251,7 @@ class TwigVLM(nn.Module):
                 average_kept(keep, visual, layers, trunk, final_wipe)  # for its errors
             elif pruning.retain is not None:
                 keep = solve_keep(pruning.retain, visual, layers, trunk, final_wipe)
-        return Plan(keep, final_wipe, scorer or TwigAttention(), speculation.speculate != "none")
+        return Plan(keep, final_wipe, scorer or TwigAttention())
 
 
 def _check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
@@ -316,9 +331,9 @@ def _emitter(streamer: Any) -> Callable[[int], None]:
     return lambda token: streamer.put(torch.tensor([token]))
 
 
-def _output(input_ids: Tensor, answer: Answer, as_dict: bool) -> Tensor | TwigOutput:
+def _output(input_ids: Tensor, answer: Answer, costs: StepCosts | None, as_dict: bool) -> Tensor | TwigOutput:
     sequences = torch.cat((input_ids, input_ids.new_tensor([answer.tokens])), dim=1)
     if not as_dict:
         return sequences
     kept = None if answer.kept is None else answer.kept.clone()
-    return TwigOutput(sequences, kept, answer.drafted_lengths, answer.accepted_lengths, answer.timings)
+    return TwigOutput(sequences, kept, answer.drafted_lengths, answer.accepted_lengths, answer.timings, costs)

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
-from twigvlm.decoding.loop import clock_of
+from twigvlm.decoding.timing import clock_of
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.speed import FirstToken, attention_of
 from twigvlm.model import TwigVLM

@@ -13,7 +13,9 @@ from twigvlm.base.masks import Masks, TreeMasks
 from twigvlm.base.positions import Rope, select_rope, slice_rope
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import SpeculationConfig
-from twigvlm.decoding.tree import Tree, ancestor_mask, best_leaves, most_probable
+from twigvlm.decoding.policy import Policy
+from twigvlm.decoding.prefill import Trunk
+from twigvlm.decoding.tree import Tree, ancestor_mask
 from twigvlm.twig.block import Twig
 
 
@@ -24,12 +26,16 @@ class Context:
     base: BaseVLM
     twig: Twig
     speculation: SpeculationConfig
+    policy: Policy
+    """Of trees."""
     ends: frozenset[int]
     """End-of-sequence ids: nothing is drafted after them."""
     masks: Masks
     cache: LayeredCache
     rope: Rope
     """(cos, sin) of all new tokens, computed once: entry i is the i-th generated token's."""
+    unseen: Trunk | None = None
+    """The prompt, until the twig has seen it."""
     pending: list[Tensor] = field(default_factory=list)
     """Layer-K states of the newest accepted tokens that the twig has not seen yet."""
 
@@ -55,8 +61,8 @@ class Draft:
         cache.keep(trunk, layers, len(self.tree), path)
         seen = [self.in_twig.index(node) for node in path if node in self.in_twig]
         cache.keep(layers, context.twig.last_slot + 1, len(self.in_twig), seen)
-        if len(self.tree) > 1:
-            context.pending = [self.hidden[:, node : node + 1] for node in path[len(seen) :]]
+        if context.speculation.active:
+            context.pending += [self.hidden[:, node : node + 1] for node in path[len(seen) :]]
 
 
 def draft_chain(context: Context, token: int, index: int, room: int) -> Draft:
@@ -88,34 +94,32 @@ def draft_chain(context: Context, token: int, index: int, room: int) -> Draft:
 
 
 def draft_tree(context: Context, token: int, index: int, room: int) -> Draft:
-    """Draft a tree after `token`, the `index`-th generated one (from 0), of depth D and at most `room`.
+    """Draft a tree after `token`, the `index`-th generated one (from 0), no deeper than `room`.
 
-    Level by level the K_sel most probable nodes, end tokens aside, run through trunk and twig in one pass and get E
-    children each (probabilities within the draft vocabulary); one transfer from the device a level. Of the whole, N_max
-    nodes stay; those of them that no level ran then run through the trunk, in one pass.
+    Nodes that the policy chooses run through trunk and twig in one pass and get E children each (probabilities within the
+    draft vocabulary; end tokens get none), until it chooses no more; one transfer from the device a pass. Of the whole the
+    policy selects what stays; those nodes that no pass ran then run through the trunk, in one.
     """
-    options = context.speculation
+    policy = context.policy
     tree = Tree.rooted(token)
-    level: list[int] = [0]
+    able = [0] if room else []
     ran: list[int] = []
     states: list[Tensor] = []
-    for _ in range(min(options.tree_depth, room)):
+    while level := policy.expand(tree, able, ran):
         ran += level
         state, rope, masks = _run_nodes(context, tree, ran, len(level), index)
         states.append(state)
         scores = _twig_logits(context, state, rope, masks, index).log_softmax(dim=-1)
-        best = scores.topk(min(options.tree_width, scores.shape[-1]))
+        best = scores.topk(min(context.speculation.tree_width, scores.shape[-1]))
         children = range(len(tree), len(tree) + best.values.numel())
         rows = torch.stack((best.values, _token_ids(context.twig, best.indices)), dim=-1).tolist()
         for node, row in zip(level, rows, strict=True):
             for score, drafted in row:
                 tree.add(int(drafted), node, score)
-        open_ends = (node for node in children if tree.tokens[node] not in context.ends)
-        level = most_probable(tree, open_ends, options.tree_expand)
-        if not level:
-            break
+        fresh = (node for node in children if tree.depths[node] < room and tree.tokens[node] not in context.ends)
+        able = [*(node for node in able if node not in level), *fresh]
     in_twig = list(ran)
-    kept = best_leaves(tree, options.tree_nodes)
+    kept = policy.select(tree, ran)
     leaves = [node for node in kept if node not in ran]
     if leaves:
         ran += leaves
@@ -158,7 +162,10 @@ def _trunk(context: Context, tokens: Tensor, rope: Rope, masks: Masks) -> Tensor
 def _twig_logits(context: Context, state: Tensor, rope: Rope, masks: Masks, index: int) -> Tensor:
     """The twig's logits [tokens, draft vocabulary] after each of the states."""
     count = state.shape[1]
-    if context.pending:  # the last draft's last token was accepted: it enters in one pass with the root, the index-th
+    if context.unseen is not None:
+        context.unseen.grow()
+        context.unseen = None
+    if context.pending:  # accepted since the twig ran last: they enter in one pass with the root, the index-th
         rope = slice_rope(context.rope, index - len(context.pending), index + 1)
         state = torch.cat((*context.pending, state), dim=1)
         context.pending = []

@@ -1,6 +1,5 @@
 """One request from prompt to answer: prefill -> (draft -> verify -> accept -> commit)* -> stop (Algorithms 1 and 2)."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,12 @@ from torch import Tensor
 from twigvlm.base.cache import LayeredCache
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import SpeculationConfig
+from twigvlm.decoding.costs import StepCosts
 from twigvlm.decoding.draft import Context, draft_chain, draft_tree
+from twigvlm.decoding.policy import CostAware, Policy, Published
 from twigvlm.decoding.prefill import Plan, prefill
 from twigvlm.decoding.sampling import Processors, greedy
+from twigvlm.decoding.timing import Timings, clock_of
 from twigvlm.decoding.tree import walk
 from twigvlm.twig.block import Twig
 
@@ -28,24 +30,6 @@ class Stops:
     """End-of-sequence ids."""
     criteria: Callable[[Tensor, Any], Tensor] | None
     """Further stopping criteria on (ids [1, n], None) -> bool [1]; asked after every token."""
-
-
-@dataclass
-class Timings:
-    """Wall-clock seconds of one request."""
-
-    prefill: float = 0.0
-    """Vision, prompt, pruning and the first token."""
-    draft: float = 0.0
-    """Trunk and twig; without speculation the trunk alone."""
-    verify: float = 0.0
-    """Layers K+1..L, the head, and the choice."""
-    total: float = 0.0
-
-    @property
-    def decode(self) -> float:
-        """All after the first token."""
-        return self.total - self.prefill
 
 
 @dataclass(frozen=True)
@@ -69,6 +53,7 @@ def decode(
     processors: Processors | None,
     emit: Callable[[int], None],
     began: float,
+    costs: StepCosts | None = None,
 ) -> Answer:
     """Answer one prompt (batch 1).
 
@@ -78,11 +63,11 @@ def decode(
         processors: act on the base's scores at every position.
         emit: called with each token as it is accepted.
         began: when the request began, by the clock of `clock_of`; vision may have run since.
+        costs: of this machine, which `auto` needs.
     """
     clock = clock_of(inputs["input_ids"].device)
     timings = Timings()
-    speculates = speculation.speculate != "none"
-    draft_after = draft_tree if speculation.speculate == "tree" else draft_chain
+    draft_after = draft_tree if speculation.speculate in ("tree", "auto") else draft_chain
     limit = stops.max_new_tokens
 
     prompt = base.prompt(**inputs)
@@ -91,7 +76,10 @@ def decode(
     first = prefill(base, twig, prompt, plan_of(int(prompt.visual_mask.sum())), masks, cache)
     after = prompt.position_ids.amax(dim=-1, keepdim=True) + 1
     rope = base.rotary(prompt.hidden[:, -1:], after + torch.arange(limit, device=after.device))
-    context = Context(base, twig, speculation, stops.ends, masks, cache, rope)
+    policy: Policy = Published(speculation)
+    if costs is not None:
+        policy = CostAware(costs, fill=0.0 if first.unseen is None else costs.fill * prompt.hidden.shape[1])
+    context = Context(base, twig, speculation, policy, stops.ends, masks, cache, rope, first.unseen)
 
     tokens = _Tokens(prompt.input_ids, stops, processors is not None, emit)
     tokens.commit([greedy(first.logits, processors, tokens.ids())(0, [])])
@@ -101,7 +89,7 @@ def decode(
     while not tokens.finished:
         start = clock()
         index = len(tokens.new) - 1
-        room = limit - len(tokens.new) - 1 if speculates else 0
+        room = limit - len(tokens.new) - 1 if speculation.active else 0
         draft = draft_after(context, tokens.new[-1], index, room)
         middle = clock()
         hidden = base.run_layers(
@@ -110,6 +98,7 @@ def decode(
         path, choices = walk(draft.tree, greedy(base.logits(hidden)[0], processors, tokens.ids()))
         committed = tokens.commit(choices)
         draft.keep(context, path)
+        policy.learn(draft.tree, len(path) - 1)
         stop = clock()
         timings.draft += middle - start
         timings.verify += stop - middle
@@ -149,15 +138,3 @@ class _Tokens:
                 self.finished = True
                 return count
         return len(tokens)
-
-
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """A clock in seconds that waits for the device's work."""
-    if device.type != "cuda":
-        return time.perf_counter
-
-    def synchronised() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return synchronised

@@ -46,8 +46,6 @@ class Plan:
     final_wipe: int
     """K_f."""
     scorer: Scorer
-    draft: bool
-    """Whether the twig will draft, so that its cache must hold the prompt."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,15 @@ class Prefilled:
     """The base's, at the last prompt token."""
     kept: Int[Tensor, "batch kept"] | None
     """Prompt positions of the kept visual tokens, ascending; None without pruning."""
+    unseen: Trunk | None
+    """The prompt, if the twig's cache does not hold it yet: no ranking needed the twig, and maybe no draft will."""
 
 
 def prefill(base: BaseVLM, twig: Twig, prompt: Prompt, plan: Plan, masks: Masks, cache: LayeredCache) -> Prefilled:
-    """Fill the caches: trunk and twig with everything, middle layers with text + R, late layers with text only."""
+    """Fill the caches: trunk with everything, middle layers with text + R, late layers with text only.
+
+    The twig's own part, which holds everything too, is filled by a ranking that uses the twig, or else by the first draft.
+    """
     trunk_layers = twig.config.trunk_layers
     rope = base.rotary(prompt.hidden, prompt.position_ids)
     hidden = base.run_layers(prompt.hidden, 0, trunk_layers, rope, masks, cache)
@@ -73,13 +76,11 @@ def prefill(base: BaseVLM, twig: Twig, prompt: Prompt, plan: Plan, masks: Masks,
         indices = top_visual(scores, visual, plan.keep)
         visual = torch.gather(visual, 1, indices)
         kept = indices[visual].view(len(indices), -1)
-    if plan.draft and not cache.length(twig.first_slot):
-        trunk.grow()
     if plan.keep is None:
         hidden = base.run_layers(hidden, trunk_layers, base.num_layers, rope, masks, cache)
     else:
         hidden = run_kept(base, hidden, indices, visual, rope, trunk_layers, plan.final_wipe, masks, cache)
-    return Prefilled(base.logits(hidden[:, -1]), kept)
+    return Prefilled(base.logits(hidden[:, -1]), kept, None if cache.length(twig.first_slot) else trunk)
 
 
 def run_kept(

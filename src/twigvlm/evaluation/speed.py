@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from twigvlm.decoding.loop import clock_of
+from twigvlm.decoding.timing import clock_of
 from twigvlm.evaluation.accuracy import InputsOf
 from twigvlm.evaluation.journal import Journal, Record
 from twigvlm.evaluation.tasks import Question

@@ -1,0 +1,86 @@
+"""What the passes of a speculative step cost on this machine, measured once."""
+
+import statistics
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from twigvlm.base.cache import LayeredCache
+from twigvlm.base.positions import slice_rope
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.decoding.timing import clock_of
+from twigvlm.twig.block import Twig
+
+NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Sizes of a pass that are timed."""
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of one pass of n nodes: entry n of each table; entry 0 is 0."""
+
+    trunk: tuple[float, ...]
+    """Layers 1..K."""
+    draft: tuple[float, ...]
+    """Layers 1..K, twig and its head."""
+    verify: tuple[float, ...]
+    """Layers K+1..L and the head."""
+    fill: float
+    """Of one prompt token that enters the twig."""
+
+    @property
+    def most(self) -> int:
+        """Most nodes of a pass."""
+        return len(self.verify) - 1
+
+
+@torch.inference_mode()
+def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
+    """Time passes of several sizes after a short prompt of text; the sizes between are interpolated.
+
+    A longer pass never counts as cheaper than a shorter one. Takes a second or so.
+
+    Args:
+        repeats: timed passes of each size, after one to warm up; the median counts.
+    """
+    clock = clock_of(base.head.weight.device)
+    trunk, layers = twig.config.trunk_layers, base.num_layers
+    ids = torch.arange(NODES[-1], device=base.head.weight.device)[None] % int(base.head.weight.shape[0])
+    ids = torch.where(base.visual_mask(ids), ids.roll(1), ids)
+    prompt = base.prompt(input_ids=ids)
+    cache = LayeredCache(twig.last_slot + 1, reserve=NODES[-1])
+    masks = base.masks(prompt, rows=NODES[-1], new_tokens=0)
+    rope = base.rotary(prompt.hidden, prompt.position_ids)
+    hidden = base.run_layers(prompt.hidden, 0, trunk, rope, masks, cache)
+    base.run_layers(hidden, trunk, layers, rope, masks, cache)
+    twig.fill(hidden, rope, masks, cache)
+
+    def seconds(nodes: int) -> tuple[float, float, float]:
+        rows = hidden[:, :nodes]
+        part = slice_rope(rope, 0, nodes)
+        began = clock()
+        states = base.run_layers(rows, 0, trunk, part, masks, cache)
+        middle = clock()
+        twig.logits(twig(states, part, masks, cache)).float().log_softmax(dim=-1)
+        late = clock()
+        base.logits(base.run_layers(states, trunk, layers, part, masks, cache)).argmax(dim=-1).tolist()
+        ended = clock()
+        cache.keep(0, twig.last_slot + 1, nodes, [])
+        return middle - began, late - began, ended - late
+
+    tables: list[list[tuple[int, float]]] = [[(0, 0.0)], [(0, 0.0)], [(0, 0.0)]]
+    for nodes in NODES:
+        seconds(nodes)
+        taken = zip(*(seconds(nodes) for _ in range(repeats)), strict=True)
+        for table, times in zip(tables, taken, strict=True):
+            table.append((nodes, max(statistics.median(times), table[-1][1])))
+    trunk_table, draft_table, verify_table = (_interpolated(table) for table in tables)
+    return StepCosts(trunk_table, draft_table, verify_table, fill=(draft_table[-1] - trunk_table[-1]) / NODES[-1])
+
+
+def _interpolated(points: list[tuple[int, float]]) -> tuple[float, ...]:
+    values = [points[0][1]]
+    for (start, low), (stop, high) in pairwise(points):
+        values += [low + (high - low) * step / (stop - start) for step in range(1, stop - start + 1)]
+    return tuple(values)
