@@ -105,7 +105,7 @@ def test_pruning_does_not_apply_while_disabled(model):
         (lambda: TwigConfig(final_wipe=2), "final_wipe=2: must be 3 or more"),
         (lambda: TwigConfig(init="first"), "init='first': must be one of next, last, random"),
         (lambda: TwigConfig(head="none"), "head='none': must be one of own, shared"),
-        (lambda: SpeculationConfig(speculate="auto"), "speculate='auto'"),
+        (lambda: SpeculationConfig(speculate="greedy"), "speculate='greedy'"),
         (lambda: PruningConfig(final_wipe=3), "final_wipe=3: needs a budget"),
     ],
 )

@@ -1,9 +1,12 @@
 """What a user can choose, as frozen dataclasses; the command line's options and help are made from them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from twigvlm.errors import TwigVLMError
+
+Speculate = Literal["none", "chain", "tree", "auto"]
+"""Ways to draft; see `SpeculationConfig`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class PruningConfig:
 class SpeculationConfig:
     """How the twig drafts tokens. The output does not depend on it."""
 
-    speculate: Literal["none", "chain", "tree", "auto"] = "none"
+    speculate: Speculate = "none"
     """none: one token per step. chain: draft a few tokens, verify them in one pass (Algorithm 1). tree: draft a tree of
     alternatives (Algorithm 2). auto: trees of the size that pays on this machine, none where none does."""
     draft_length: int = 5
@@ -78,7 +81,7 @@ class SpeculationConfig:
     """N_max: most drafted tokens of a tree that are verified."""
 
     def __post_init__(self) -> None:
-        _one_of(("none", "chain", "tree", "auto"), speculate=self.speculate)
+        _one_of(get_args(Speculate), speculate=self.speculate)
         _at_least(1, draft_length=self.draft_length)
         _at_least(1, tree_depth=self.tree_depth, tree_width=self.tree_width)
         _at_least(1, tree_expand=self.tree_expand, tree_nodes=self.tree_nodes)

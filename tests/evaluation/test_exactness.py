@@ -43,7 +43,7 @@ def test_a_changed_base_is_noticed_by_its_bits(check):
     assert records[0]["same"]["disabled"] is False
 
 
-@pytest.mark.parametrize("way", ["chain", "tree"])
+@pytest.mark.parametrize("way", ["chain", "tree", "auto"])
 def test_a_wrong_speculation_is_noticed(check, way):
     def break_speculation(model):
         generate = model.generate

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from twigvlm.config import Speculate
+
 QUESTION = "Describe this image in detail."
 ATTENTIONS = ("sdpa", "eager")
 """Implementations that plain runs may use; the faster one here is what the twig is compared with."""
@@ -23,7 +25,7 @@ class Demo:
     """Twig that was grown on the base: a directory. On Sapling its own twig is the default."""
     retain: float | None = 64
     """Average number of visual tokens over all layers to prune down to. None: no pruning."""
-    speculate: Literal["none", "chain", "tree"] = "chain"
+    speculate: Speculate = "chain"
     """Draft answer tokens with the twig."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights. auto: as the base's files say; bfloat16 for Sapling."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from twigvlm.config import Speculate
+
 
 @dataclass(frozen=True)
 class Generate:
@@ -21,8 +23,9 @@ class Generate:
     """Twig that was grown on the base: a directory. On Sapling its own twig is the default."""
     retain: float | None = None
     """Average number of visual tokens over all layers to prune down to, for example 64. None: no pruning."""
-    speculate: Literal["auto", "none", "chain", "tree"] = "auto"
-    """Draft answer tokens with the twig; the answer stays the same. auto: chain where there is a twig."""
+    speculate: Speculate | None = None
+    """Draft answer tokens with the twig; the answer stays the same. None: chain where there is a
+    twig. auto measures this machine first, which takes a few seconds."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights. auto: as the base's files say; bfloat16 for Sapling."""
     device: str = "auto"

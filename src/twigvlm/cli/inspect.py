@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from twigvlm.cli.demo import QUESTION
+from twigvlm.config import Speculate
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Inspect:
     """Twig that was grown on the base: a directory. On Sapling its own twig is the default."""
     retain: float | None = 64
     """Average number of visual tokens over all layers to prune down to for the answer. None: no pruning."""
-    speculate: Literal["none", "chain", "tree", "auto"] = "chain"
+    speculate: Speculate = "chain"
     """Draft answer tokens with the twig."""
     budgets: tuple[float, ...] = (192, 128, 64)
     """Average numbers of visual tokens to show the kept patches of."""

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
+from twigvlm.config import Speculate
 from twigvlm.decoding.timing import clock_of
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.speed import FirstToken, attention_of
@@ -28,7 +29,7 @@ class Plan:
     model: str
     twig: str | None
     retain: float | None
-    speculate: Literal["none", "chain", "tree"]
+    speculate: Speculate
 
     @property
     def accelerated(self) -> bool:
@@ -36,9 +37,7 @@ class Plan:
         return self.twig is not None
 
     @classmethod
-    def resolve(
-        cls, model: str, twig: str | None, retain: float | None, speculate: Literal["auto", "none", "chain", "tree"]
-    ) -> "Plan":
+    def resolve(cls, model: str, twig: str | None, retain: float | None, speculate: Speculate | None = None) -> "Plan":
         """Fill in the defaults: Sapling has a twig of its own, and a twig speculates unless told not to."""
         if retain is not None and not math.isfinite(retain):
             raise TwigVLMError(f"retain={retain}: must be a number of visual tokens, for example 64")
@@ -51,12 +50,12 @@ class Plan:
             from twigvlm import sapling
 
             twig = str(sapling.twig_path())
-        if twig is None and (retain is not None or speculate in ("chain", "tree")):
+        if twig is None and (retain is not None or speculate in ("chain", "tree", "auto")):
             asked = f"--retain {retain:g}" if retain is not None else f"--speculate {speculate}"
             raise TwigVLMError(
                 f"{asked}: needs a twig grown on {model!r}; give --twig DIR, or grow one with 'twigvlm train --model {model}'"
             )
-        if speculate == "auto":
+        if speculate is None:
             speculate = "none" if twig is None else "chain"
         return cls(model, twig, retain, speculate)
 

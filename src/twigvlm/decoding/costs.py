@@ -12,7 +12,7 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.decoding.timing import clock_of
 from twigvlm.twig.block import Twig
 
-NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+NODES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes of a pass that are timed."""
 
 

@@ -17,6 +17,8 @@ CHECKS = {
     "pruned tree": "tree speculation = no speculation, same pruning",
     "chain": "chain speculation = no speculation, unpruned",
     "tree": "tree speculation = no speculation, unpruned",
+    "pruned auto": "auto speculation = no speculation, same pruning",
+    "auto": "auto speculation = no speculation, unpruned",
     "no pruning": "R = M and K_f = L = the base's own generate",
     "disabled": "disabled() = the base before it had a twig, ids and logits bit for bit",
 }
@@ -85,6 +87,8 @@ def _check(
         "pruned tree": ids(retain=retain, speculate="tree") == pruned,
         "chain": ids(speculate="chain") == plain,
         "tree": ids(speculate="tree") == plain,
+        "pruned auto": ids(retain=retain, speculate="auto") == pruned,
+        "auto": ids(speculate="auto") == plain,
         "no pruning": ids(keep=visual, final_wipe=model.base.num_layers) == before[0],
     }
     with model.disabled():  # last: after the twig has been used

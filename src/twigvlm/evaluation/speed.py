@@ -51,8 +51,10 @@ def standard_contenders(
         Contender("pruning", options={"retain": retain}),
         Contender("chain", options=chain, same_as="own loop"),
         Contender("tree", options=tree, same_as="own loop"),
+        Contender("auto", options={"speculate": "auto"}, same_as="own loop"),
         Contender("pruning + chain", options={"retain": retain, **chain}, same_as="pruning"),
         Contender("pruning + tree", options={"retain": retain, **tree}, same_as="pruning"),
+        Contender("pruning + auto", options={"retain": retain, "speculate": "auto"}, same_as="pruning"),
     ]
 
 
