@@ -25,7 +25,7 @@ from twigvlm.decoding.loop import Answer, Stops, Timings, clock_of, decode
 from twigvlm.decoding.prefill import Plan, Scorer
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.budget import average_kept, solve_keep
-from twigvlm.pruning.twig_attention import TwigAttention
+from twigvlm.pruning.head_scores import default_scorer
 from twigvlm.twig.block import Twig
 
 
@@ -136,7 +136,7 @@ class TwigVLM(nn.Module):
             retain: R̄, average number of visual tokens over all layers (Eq. 6).
             keep: R, visual tokens kept in layers K+1..K_f, instead of `retain`. Neither: no pruning.
             final_wipe: K_f; None: the twig's; the base's number of layers: off.
-            scorer: ranks the visual tokens; None: the last twig layer's attention.
+            scorer: ranks the visual tokens; None: the twig's P-Head, or without one its last layer's attention.
             speculate: "none" or "chain"; the output is the same.
             draft_length: δ, most tokens of a draft.
             draft_threshold: θ, a draft ends after a token whose probability is below it.
@@ -217,7 +217,7 @@ class TwigVLM(nn.Module):
                 average_kept(keep, visual, layers, trunk, final_wipe)  # for its errors
             elif pruning.retain is not None:
                 keep = solve_keep(pruning.retain, visual, layers, trunk, final_wipe)
-        return Plan(keep, final_wipe, scorer or TwigAttention(), speculation.speculate != "none")
+        return Plan(keep, final_wipe, scorer or default_scorer(self.twig), speculation.speculate != "none")
 
 
 def _check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:

@@ -19,11 +19,13 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
 from twigvlm.pruning.baselines.random import RandomScores
 from twigvlm.pruning.budget import solve_keep
+from twigvlm.pruning.head_scores import default_scorer
 from twigvlm.pruning.select import top_visual
-from twigvlm.pruning.twig_attention import Queries, TwigAttention, layer_scores
+from twigvlm.pruning.twig_attention import TwigAttention, layer_scores
+from twigvlm.twig.block import Twig
 
-METHODS = "none, twig, twig-text, random, fastv, deep:LAYER"
-_TWIG: dict[str, Queries] = {"twig": "last", "twig-text": "text"}
+METHODS = "none, twig, attention, twig-text, random, fastv, deep:LAYER"
+_SCORED = ("twig", "attention", "twig-text", "random")
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class Variant:
     """One way to prune, under one budget."""
 
     method: str
-    """none; twig, twig-text: last twig layer's attention, of the last or of all text queries; random; fastv: attention of
-    base layer K; deep:N: attention of base layer N (counted from 1), an oracle that needs a full pass."""
+    """none; twig: the twig's own ranking (its P-Head's where it has one); attention, twig-text: last twig layer's attention,
+    of the last or of all text queries; random; fastv: attention of base layer K; deep:N: attention of base layer N
+    (counted from 1), an oracle that needs a full pass."""
     retain: float | None = None
     """R̄, by the same formula for every method; None for none."""
     final_wipe: int | None = None
@@ -58,7 +61,7 @@ def make_variants(
         TwigVLMError: an unknown method, or a layer that the base does not have.
     """
     for method in methods:
-        if method not in ("none", "random", *_TWIG):
+        if method not in ("none", *_SCORED):
             watched_layer(method, model)
     layers = model.base.num_layers
     wipes = list(final_wipes) or [layers if model.config.final_wipe is None else model.config.final_wipe]
@@ -116,7 +119,7 @@ def answer_all(
     for variant in variants:
         if variant.retain is not None:
             groups.setdefault(shared.budget(variant), []).append(variant)
-    watched = {v.method: watched_layer(v.method, model) for v in variants if v.method not in (*_TWIG, "none", "random")}
+    watched = {v.method: watched_layer(v.method, model) for v in variants if v.method not in ("none", *_SCORED)}
     shared.open(set(watched.values()))
     outcomes = {}
     plain = shared.unpruned()
@@ -124,12 +127,19 @@ def answer_all(
         outcomes[NONE.name] = plain
     scores = {method: shared.rows[layer] for method, layer in watched.items()}
     for method in {variant.method for variant in variants} - scores.keys() - {NONE.method}:
-        scorer = TwigAttention(_TWIG[method]) if method in _TWIG else RandomScores(seed)
-        scores[method] = shared.score(scorer)
+        scores[method] = shared.score(_scorer(method, model.twig, seed))
     for (keep, final_wipe), members in groups.items():
         answers = shared.pruned(torch.cat([scores[v.method] for v in members]), keep, final_wipe)
         outcomes.update({v.name: answer for v, answer in zip(members, answers, strict=True)})
     return outcomes
+
+
+def _scorer(method: str, twig: Twig, seed: int) -> Scorer:
+    if method == "twig":
+        return default_scorer(twig)
+    if method == "random":
+        return RandomScores(seed)
+    return TwigAttention("text" if method == "twig-text" else "last")
 
 
 class _Shared:
