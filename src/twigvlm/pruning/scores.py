@@ -62,9 +62,9 @@ def visual_attention(
         Its logarithm in float32, finite however small a share is; -inf where nothing is visible.
     """
     batch, heads, count, width = queries.shape
-    groups = keys.shape[1]
-    grouped = queries.reshape(batch, groups, -1, width)  # heads of a group share its keys
-    logits = (grouped @ keys.transpose(-1, -2)).float().view(batch, heads, count, -1) * scaling
+    groups, visual = keys.shape[1:3]
+    grouped = queries.reshape(batch, groups, heads // groups * count, width)  # heads of a group share its keys
+    logits = (grouped @ keys.transpose(-1, -2)).float().view(batch, heads, count, visual) * scaling
     # A finite number, so that a query that sees nothing has no NaN in its gradient.
     logits = logits.masked_fill(~visible[:, None], torch.finfo(torch.float32).min / 2)
     shares = logits.log_softmax(dim=-1).logsumexp(dim=1) - log(heads)

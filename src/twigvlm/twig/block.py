@@ -113,6 +113,12 @@ class Twig(nn.Module):
         """Run all twig layers but the last, which visual tokens are ranked by."""
         return run(self.layers[:-1], hidden, rope, masks, cache, self.first_slot)
 
+    def last(
+        self, hidden: Float[Tensor, "batch tokens width"], rope: Rope, masks: Masks
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Run the last twig layer on its input; the result goes to `logits`."""
+        return run(self.layers[-1:], hidden, rope, masks)
+
     def fill(
         self, hidden: Float[Tensor, "batch tokens width"], rope: Rope, masks: Masks, cache: LayeredCache
     ) -> Float[Tensor, "batch tokens width"]:

@@ -9,8 +9,10 @@ from transformers import TrainerCallback
 from tests.tiny import prompt
 from twigvlm.errors import TwigVLMError
 from twigvlm.training.data import Collator, frequent_answer_tokens
+from twigvlm.training.distill import Student, train_stage1
 from twigvlm.training.options import Stage1Config
-from twigvlm.training.stage1 import ShallowModel, train_stage1
+
+PLAIN = Stage1Config(alpha=0.0, gamma=0.0)
 
 
 def copy(module):
@@ -31,7 +33,7 @@ def shallow_logits(model, item):
 
 
 def run(model, dataset, directory, resume=False, callbacks=(), **options):
-    config = Stage1Config(**{"batch_size": 4, "log_steps": 1, "learning_rate": 1e-3, **options})
+    config = Stage1Config(**{"batch_size": 4, "log_steps": 1, "learning_rate": 1e-3, "alpha": 0.0, "gamma": 0.0, **options})
     return train_stage1(model, dataset, config, directory, resume, callbacks)
 
 
@@ -50,7 +52,7 @@ def test_loss_is_the_mean_over_answers_whatever_the_padding(make_model, dataset)
     items = [dataset[index] for index in range(4)]
     collate = Collator(pad_token_id=0)
     with torch.no_grad():
-        together = ShallowModel(model)(**collate(items))["loss"]
+        together = Student(model, PLAIN)(**collate(items))["loss"]
         total, count = 0.0, 0
         for item in items:
             logits = shallow_logits(model, item)[:-1]
@@ -58,7 +60,7 @@ def test_loss_is_the_mean_over_answers_whatever_the_padding(make_model, dataset)
             total += float(F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100))
             count += int((targets != -100).sum())
         split = sum(
-            ShallowModel(model)(**collate([item]), num_items_in_batch=torch.tensor(count))["loss"] for item in items
+            Student(model, PLAIN)(**collate([item]), num_items_in_batch=torch.tensor(count))["loss"] for item in items
         )
     assert float(together) == pytest.approx(total / count, rel=1e-5)
     assert float(split) == pytest.approx(total / count, rel=1e-5)
@@ -74,7 +76,7 @@ def test_a_reduced_vocabulary_ignores_what_it_cannot_draft(make_model, dataset, 
     with torch.no_grad():
         logits = shallow_logits(model, item)[:-1][inside]
         rows = torch.tensor([tokens.tolist().index(token) for token in targets[inside].tolist()])
-        loss = ShallowModel(model)(**item)["loss"]
+        loss = Student(model, PLAIN)(**item)["loss"]
     assert logits.shape[-1] == 5
     assert float(loss) == pytest.approx(float(F.cross_entropy(logits, rows)), rel=1e-5)
 
