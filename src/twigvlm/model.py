@@ -79,7 +79,9 @@ class TwigVLM(nn.Module):
             TwigVLMError: the base is not supported, or the twig does not fit on it.
         """
         base = BaseVLM(model)
-        return cls(base, Twig(base, config or TwigConfig(), draft_token_ids))
+        twig = Twig(base, config or TwigConfig(), draft_token_ids)
+        twig.open_gates(base)
+        return cls(base, twig)
 
     @classmethod
     def from_pretrained(cls, model: Any, path: str | PathLike[str]) -> "TwigVLM":

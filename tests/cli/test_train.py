@@ -28,7 +28,12 @@ def arguments(tmp_path, base_directory):
             "log-steps": 1,
             **changes,
         }
-        return ["train", "stage1", *(str(word) for name, value in options.items() for word in (f"--{name}", value)), *flags]
+        return [
+            "train",
+            "stage1",
+            *(str(word) for name, value in options.items() for word in (f"--{name}", value)),
+            *flags,
+        ]
 
     return build
 

@@ -33,7 +33,9 @@ def shallow_logits(model, item):
 
 
 def run(model, dataset, directory, resume=False, callbacks=(), **options):
-    config = Stage1Config(**{"batch_size": 4, "log_steps": 1, "learning_rate": 1e-3, "alpha": 0.0, "gamma": 0.0, **options})
+    config = Stage1Config(
+        **{"batch_size": 4, "log_steps": 1, "learning_rate": 1e-3, "alpha": 0.0, "gamma": 0.0, **options}
+    )
     return train_stage1(model, dataset, config, directory, resume, callbacks)
 
 

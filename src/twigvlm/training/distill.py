@@ -31,7 +31,7 @@ class Student(nn.Module):
     def __init__(self, model: TwigVLM, config: Stage1Config) -> None:
         super().__init__()
         self.twig = model.twig
-        self.config = config
+        self.settings = config  # the Trainer takes a `config` for a model's
         self._whole = (model,)  # in a tuple, so that the base is no submodule
         if config.gamma and model.twig.pruning_head is None:
             raise TwigVLMError(
@@ -48,7 +48,7 @@ class Student(nn.Module):
         The terms are means over the batch: of answer tokens, and of turns.
         """
         inputs.pop("attention_mask", None)
-        base, twig, config = self._whole[0].base, self.twig, self.config
+        base, twig, config = self._whole[0].base, self.twig, self.settings
         trunk = twig.config.trunk_layers
         answers = labels[:, 1:] != IGNORE
         look = None

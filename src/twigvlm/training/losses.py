@@ -78,8 +78,6 @@ def advantages(rewards: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
     return (centred / rewards.double().std().clamp(min=1e-6)).to(rewards.dtype)
 
 
-def policy_loss(
-    log_probabilities: Float[Tensor, " group"], advantages: Float[Tensor, " group"]
-) -> Float[Tensor, ""]:
+def policy_loss(log_probabilities: Float[Tensor, " group"], advantages: Float[Tensor, " group"]) -> Float[Tensor, ""]:
     """REINFORCE with a group's baseline, strictly on-policy: -(1/G) Σ Â_i log π(a_i) (Eq. 15, which is maximised)."""
     return -(advantages * log_probabilities).mean()

@@ -89,7 +89,7 @@ class Policy(nn.Module):
     def __init__(self, model: TwigVLM, config: Stage2Config, steps: int) -> None:
         super().__init__()
         self.twig = model.twig
-        self.config = config
+        self.settings = config  # the Trainer takes a `config` for a model's
         self.steps = steps
         self._whole = (model,)  # in a tuple, so that the base is no submodule
         layers, self.trunk = model.base.num_layers, model.config.trunk_layers
@@ -110,7 +110,7 @@ class Policy(nn.Module):
             inputs: what the base's forward takes.
         """
         inputs.pop("attention_mask", None)
-        base, twig, config = self._whole[0].base, self.twig, self.config
+        base, twig, config = self._whole[0].base, self.twig, self.settings
         choice, generator = self._draw_budget(step), _stream(config.seed, step, part + 1)
         retain = config.budgets[choice]
         with torch.no_grad():
@@ -160,7 +160,7 @@ class Policy(nn.Module):
         return {"loss": loss, **terms}
 
     def _draw_budget(self, step: int) -> int:
-        config = self.config
+        config = self.settings
         weights = budget_probabilities(len(config.budgets), step / self.steps, config.beta, config.power)
         return int(torch.multinomial(weights, 1, generator=_stream(config.seed, step)))
 

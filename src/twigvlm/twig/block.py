@@ -103,6 +103,21 @@ class Twig(nn.Module):
         """Run the twig on states after base layer K; the result goes to `logits`."""
         return run(self.layers, hidden, rope, masks, cache, self.first_slot)
 
+    @torch.no_grad()
+    def open_gates(self, base: BaseVLM, tokens: int = 256) -> None:
+        """Open the P-Head's gates to tokens like the base's own, seen in random text; without a P-Head nothing happens."""
+        if self.pruning_head is None:
+            return
+        ids = torch.arange(base.head.weight.shape[0])
+        ids = ids[~base.visual_mask(ids[None])[0]]
+        length = min(tokens, getattr(base.config, "max_position_embeddings", None) or tokens)
+        picked = torch.randint(len(ids), (1, length), generator=torch.Generator().manual_seed(0))
+        prompt = base.prompt(input_ids=ids[picked].to(base.head.weight.device))
+        rope, masks = base.rotary(prompt.hidden, prompt.position_ids), base.masks(prompt)
+        hidden = base.run_layers(prompt.hidden, 0, self.config.trunk_layers, rope, masks)
+        hidden = self.last_input(hidden, rope, masks)
+        self.pruning_head.open(cast(Any, self.layers[-1]).input_layernorm(hidden)[0])
+
     def last_input(
         self,
         hidden: Float[Tensor, "batch tokens width"],

@@ -1,15 +1,18 @@
 """P-Head: gates on the queries and keys of the last twig layer, by which visual tokens are ranked (Eq. 7)."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+_OPEN = 1.2785  # g(1.2785) = 1
 
 
 class PruningHead(nn.Module):
     """Two linear maps without bias, and the gate g(z) = relu(z)·sigmoid(z).
 
-    The maps start at random. At zero they would stay there, because g and its slope vanish at zero; and one sign for all would shut a
-    gate for good. At random, every gate is open for a part of the tokens, so that every row of a map learns from the first step.
+    A zero map would stay zero, because g and its slope vanish there; so the maps start at random, where each gate is open to a part
+    of the tokens and every row learns from the first step. `open` moves that start to where it is also of use.
 
     Args:
         width: of the layer's input.
@@ -22,6 +25,21 @@ class PruningHead(nn.Module):
         self.key_gate = nn.Linear(width, gates, bias=False)
         for linear in (self.query_gate, self.key_gate):
             nn.init.normal_(linear.weight, std=width**-0.5)
+
+    @torch.no_grad()
+    def open(self, inputs: Float[Tensor, "tokens width"]) -> None:
+        """Open all gates to tokens like these, so that a fresh head ranks nearly as the attention that it stands on.
+
+        Normed inputs of a language model share a strong common direction: a map that reads it off, scaled to g = 1, is the same
+        for nearly all tokens.
+
+        Args:
+            inputs: normed inputs of the self-attention at some tokens.
+        """
+        direction = F.normalize(inputs.float().mean(dim=0), dim=0)
+        length = (inputs.float() @ direction).square().mean().sqrt()
+        for linear in (self.query_gate, self.key_gate):
+            linear.weight += (_OPEN / length * direction).to(linear.weight)
 
     def forward(
         self,
