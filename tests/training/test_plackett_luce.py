@@ -51,7 +51,10 @@ def test_long_draws_are_exact_in_float32():
     log_scores = (5 * torch.randn(576)).log_softmax(0)
     actions = sample(log_scores, 4, 570, torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        log_probability(log_scores, actions).double(), log_probability(log_scores.double(), actions), rtol=1e-5, atol=1e-2
+        log_probability(log_scores, actions).double(),
+        log_probability(log_scores.double(), actions),
+        rtol=1e-5,
+        atol=1e-2,
     )
 
 

@@ -68,9 +68,15 @@ def test_without_gates_it_is_the_layers_attention():
     look = Look.at(torch.arange(25)[None] == 24, mask)
     attention = look_at_images(model.twig.layers[-1], hidden, rope, look, keys=keys)[0, 0].exp()
     queries = rotate(
-        model.twig.layers[-1].self_attn.q_proj(model.twig.layers[-1].input_layernorm(hidden)).view(1, 25, 4, 8).transpose(1, 2), *rope
+        model.twig.layers[-1]
+        .self_attn.q_proj(model.twig.layers[-1].input_layernorm(hidden))
+        .view(1, 25, 4, 8)
+        .transpose(1, 2),
+        *rope,
     )[0, :, 24]
-    expected = torch.stack([(keys[0, h // 2, 3:19] @ queries[h] / sqrt(8)).softmax(dim=0) for h in range(4)]).mean(dim=0)
+    expected = torch.stack([(keys[0, h // 2, 3:19] @ queries[h] / sqrt(8)).softmax(dim=0) for h in range(4)]).mean(
+        dim=0
+    )
     torch.testing.assert_close(attention, expected)
 
 
@@ -111,7 +117,9 @@ def test_opened_gates_let_tokens_like_those_seen_pass():
     queries, keys = torch.randn(1, 8, 1, 8), torch.randn(1, 4, 49, 8)
     fresh = head(tokens[None, :1], tokens[None, 1:], queries, keys)
     visible = torch.ones(1, 1, 49, dtype=torch.bool)
-    ranks = [visual_attention(*pair, 0.35, visible)[0, 0].argsort().argsort().float() for pair in (fresh, (queries, keys))]
+    ranks = [
+        visual_attention(*pair, 0.35, visible)[0, 0].argsort().argsort().float() for pair in (fresh, (queries, keys))
+    ]
     assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.6
     assert (torch.stack([gated.sign() == plain.sign() for gated, plain in ((fresh[0], queries),)])).float().mean() > 0.9
 
