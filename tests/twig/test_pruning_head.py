@@ -85,7 +85,7 @@ def test_it_ranks_by_default():
     model = grown()
     options = {"max_new_tokens": 1, "keep": 5, "return_dict_in_generate": True}
     own = model.generate(**prompt(), **options).kept_indices
-    hidden, rope, mask = states(model, prompt())
+    hidden, rope, _ = states(model, prompt())
     best = reference(model, hidden, rope, range(3, 19), 24).topk(5).indices + 3
     assert own[0].tolist() == sorted(best.tolist())
     assert torch.equal(own, model.generate(**prompt(), **options, scorer=HeadScores()).kept_indices)

@@ -212,8 +212,9 @@ def train_stage2(
     if head is None:
         raise TwigVLMError("this twig has no P-Head to train: train one in stage 1 with pruning_head=True first")
     visual = int(model.base.visual_mask(data[0]["input_ids"]).sum())
+    policy = Policy(model, config, steps=1)
     for retain in config.budgets if visual else ():
-        Policy(model, config, 1).keep(retain, visual)  # for its errors, before anything is written
+        policy.keep(retain, visual)  # for its errors, before anything is written
     model.twig.requires_grad_(False)
     head.requires_grad_(True)
     try:

@@ -6,13 +6,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 _OPEN = 1.2785  # g(1.2785) = 1
+_SPREAD = 0.25  # of the random part: little beside that, yet gates are open where the common direction fails
 
 
 class PruningHead(nn.Module):
     """Two linear maps without bias, and the gate g(z) = relu(z)·sigmoid(z).
 
-    A zero map would stay zero, because g and its slope vanish there; so the maps start at random, where each gate is open to a part
-    of the tokens and every row learns from the first step. `open` moves that start to where it is also of use.
+    A zero map would stay zero, because g and its slope vanish there; so the maps start at random, where each gate is open
+    to a part of the tokens and every row learns from the first step. `open` moves that start to where it is also of use.
 
     Args:
         width: of the layer's input.
@@ -36,10 +37,12 @@ class PruningHead(nn.Module):
         Args:
             inputs: normed inputs of the self-attention at some tokens.
         """
-        direction = F.normalize(inputs.float().mean(dim=0), dim=0)
-        length = (inputs.float() @ direction).square().mean().sqrt()
+        inputs = inputs.float()
+        size = inputs.square().mean().sqrt()
+        direction = F.normalize(inputs.mean(dim=0), dim=0)
+        length = (inputs @ direction).square().mean().sqrt()
         for linear in (self.query_gate, self.key_gate):
-            linear.weight += (_OPEN / length * direction).to(linear.weight)
+            linear.weight.mul_(_SPREAD / size).add_((_OPEN / length * direction).to(linear.weight))
 
     def forward(
         self,
