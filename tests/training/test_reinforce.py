@@ -207,7 +207,7 @@ def test_rewards_rise(make_policy, dataset, tmp_path):
     model = make_policy()
     one = torch.utils.data.Subset(dataset, [0])
     log = run(
-        model, one, tmp_path, max_steps=40, batch_size=1, group=16, budgets=(4.0,), gamma=(0.0, 0.0), learning_rate=3e-2
+        model, one, tmp_path, max_steps=20, batch_size=1, group=16, budgets=(4.0,), gamma=(0.0, 0.0), learning_rate=5e-2
     )
     rewards = [entry["reward"] for entry in log if "reward" in entry]
     spread = sum(entry["reward_spread"] for entry in log[:5]) / 5
