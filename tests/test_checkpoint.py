@@ -42,6 +42,29 @@ def test_round_trip(tmp_path, head, ids):
     assert torch.equal(before.twig.logits(hidden), after.twig.logits(hidden))
 
 
+def test_round_trip_of_a_p_head(tmp_path):
+    before = _trained(TwigConfig(2, 2, pruning_head=True))
+    before.save_pretrained(tmp_path)
+    after = TwigVLM.from_pretrained(tiny_llava(), tmp_path)
+    state = before.twig.state_dict()
+    assert {name for name in state if "pruning" in name} == {
+        "pruning_head.query_gate.weight",
+        "pruning_head.key_gate.weight",
+    }
+    assert all(torch.equal(tensor, state[name]) for name, tensor in after.twig.state_dict().items())
+    options = {"max_new_tokens": 1, "keep": 4, "return_dict_in_generate": True}
+    kept = [model.generate(**prompt(), **options).kept_indices for model in (before, after)]
+    assert torch.equal(*kept)
+
+
+def test_a_config_from_before_p_heads_loads(tmp_path):
+    _trained().save_pretrained(tmp_path)
+    record = json.loads((tmp_path / CONFIG).read_text())
+    del record["twig"]["pruning_head"]
+    (tmp_path / CONFIG).write_text(json.dumps(record))
+    assert TwigVLM.from_pretrained(tiny_llava(), tmp_path).twig.pruning_head is None
+
+
 def test_the_twig_alone_is_saved(tmp_path):
     grown = _trained(TwigConfig(2, 2, head="shared"))
     grown.save_pretrained(tmp_path)

@@ -25,6 +25,8 @@ class TwigConfig:
     """V_d: number of tokens the twig can draft; None: the base's whole vocabulary. Never changes the output."""
     final_wipe: int | None = None
     """K_f the twig was tuned with: no visual token enters layers after K_f. None: no FinalWipe (K_f = L)."""
+    pruning_head: bool = False
+    """Whether the twig has a P-Head, which ranks visual tokens in place of its last layer's attention (Eq. 7)."""
 
     def __post_init__(self) -> None:
         _at_least(0, trunk_layers=self.trunk_layers)

@@ -28,7 +28,7 @@ from twigvlm.decoding.prefill import Plan, Scorer
 from twigvlm.decoding.timing import Timings, clock_of
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.budget import average_kept, solve_keep
-from twigvlm.pruning.twig_attention import TwigAttention
+from twigvlm.pruning.head_scores import default_scorer
 from twigvlm.twig.block import Twig
 
 
@@ -85,7 +85,9 @@ class TwigVLM(nn.Module):
             TwigVLMError: the base is not supported, or the twig does not fit on it.
         """
         base = BaseVLM(model)
-        return cls(base, Twig(base, config or TwigConfig(), draft_token_ids))
+        twig = Twig(base, config or TwigConfig(), draft_token_ids)
+        twig.open_gates(base)
+        return cls(base, twig)
 
     @classmethod
     def from_pretrained(cls, model: Any, path: str | PathLike[str]) -> "TwigVLM":
@@ -146,7 +148,7 @@ class TwigVLM(nn.Module):
             retain: R̄, average number of visual tokens over all layers (Eq. 6).
             keep: R, visual tokens kept in layers K+1..K_f, instead of `retain`. Neither: no pruning.
             final_wipe: K_f; None: the twig's; the base's number of layers: off.
-            scorer: ranks the visual tokens; None: the last twig layer's attention.
+            scorer: ranks the visual tokens; None: the twig's P-Head, or without one its last layer's attention.
             speculate: "none", "chain", "tree", or "auto": drafts of what size it pays on this machine, none where none does; the
                 first time it measures that for a second or so. The output is the same.
             draft_length: δ, most tokens of a chain.
@@ -251,7 +253,7 @@ class TwigVLM(nn.Module):
                 average_kept(keep, visual, layers, trunk, final_wipe)  # for its errors
             elif pruning.retain is not None:
                 keep = solve_keep(pruning.retain, visual, layers, trunk, final_wipe)
-        return Plan(keep, final_wipe, scorer or TwigAttention())
+        return Plan(keep, final_wipe, scorer or default_scorer(self.twig))
 
 
 def _check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.tiny import tiny_llava
@@ -28,7 +29,12 @@ def arguments(tmp_path, base_directory):
             "log-steps": 1,
             **changes,
         }
-        return ["train", *(str(word) for name, value in options.items() for word in (f"--{name}", value)), *flags]
+        return [
+            "train",
+            "stage1",
+            *(str(word) for name, value in options.items() for word in (f"--{name}", value)),
+            *flags,
+        ]
 
     return build
 
@@ -41,6 +47,24 @@ def test_trains_a_twig_that_loads(capsys, arguments, tmp_path):
     model = TwigVLM.from_pretrained(tiny_llava(), tmp_path / "twig")
     assert model.config.draft_vocabulary == 20
     assert model.config.final_wipe == 5
+    assert model.config.pruning_head
+
+
+def test_stage_2_goes_on_from_a_twig_of_stage_1(refused, capsys, arguments, tmp_path):
+    assert main(arguments(**{"final-wipe": 5})) == 0
+    first = TwigVLM.from_pretrained(tiny_llava(), tmp_path / "twig").twig.state_dict()
+    words = arguments(out=tmp_path / "tuned", twig=tmp_path / "twig", group=2, budgets=8)
+    words = ["train", "stage2", *words[2:]]
+    place = words.index("--twig-layers")
+    del words[place : place + 2]
+    capsys.readouterr()
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out == f"Twig: {tmp_path / 'tuned'}\n"
+    assert "reward " in err.splitlines()[1]
+    second = TwigVLM.from_pretrained(tiny_llava(), tmp_path / "tuned").twig.state_dict()
+    changed = {name for name in first if not torch.equal(first[name], second[name])}
+    assert changed == {"pruning_head.query_gate.weight", "pruning_head.key_gate.weight"}
 
 
 def test_never_writes_over_what_is_there(refused, capsys, arguments, tmp_path):

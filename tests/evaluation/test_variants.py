@@ -7,10 +7,12 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.variants import NONE, Variant, answer_all, make_variants
 from twigvlm.pruning.baselines.base_layer import BaseLayerAttention
 from twigvlm.pruning.baselines.random import RandomScores
+from twigvlm.pruning.head_scores import HeadScores
 from twigvlm.pruning.twig_attention import TwigAttention
 
 SCORERS = {
-    "twig": TwigAttention(),
+    "twig": HeadScores(),
+    "attention": TwigAttention(),
     "twig-text": TwigAttention("text"),
     "random": RandomScores(7),
     "fastv": BaseLayerAttention(2),
@@ -21,14 +23,14 @@ SCORERS = {
 
 
 def grown(attention="sdpa", final_wipe=5):
-    return TwigVLM.grow(tiny_llava(attention=attention), TwigConfig(2, 2, final_wipe=final_wipe))
+    return TwigVLM.grow(tiny_llava(attention=attention), TwigConfig(2, 2, final_wipe=final_wipe, pruning_head=True))
 
 
 @pytest.mark.parametrize(("attention", "seeds"), [("sdpa", 2), ("eager", 1)])
 def test_every_variant_answers_as_generate_does(attention, seeds):
     model = grown(attention)
     variants = make_variants(model, list(SCORERS), [10, 7], [4, 6])
-    assert len(variants) == 1 + 7 * 2 * 2
+    assert len(variants) == 1 + 8 * 2 * 2
     different = 0
     for seed in range(seeds):
         inputs = prompt(seed)

@@ -38,6 +38,14 @@ def project_queries(
     return _heads(attention, "q", cast(Any, layer).input_layernorm(hidden), rope)
 
 
+def project_keys(
+    layer: nn.Module, hidden: Float[Tensor, "batch tokens width"], rope: Rope
+) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
+    """The rotated keys that a decoder layer would make of its input."""
+    attention = cast(Any, layer).self_attn
+    return _heads(attention, "k", cast(Any, layer).input_layernorm(hidden), rope)
+
+
 def project_keys_values(
     layer: nn.Module, hidden: Float[Tensor, "batch tokens width"], rope: Rope
 ) -> tuple[Float[Tensor, "batch kv_heads tokens head_dim"], Float[Tensor, "batch kv_heads tokens head_dim"]]:

@@ -42,7 +42,8 @@ class Accuracy(Common):
     budgets: tuple[float, ...] = (192, 128, 64)
     """R̄: average numbers of visual tokens over all layers."""
     methods: tuple[str, ...] = ("twig", "random", "fastv")
-    """twig, twig-text (all text queries), random, fastv (base layer K), deep:N (base layer N, an oracle)."""
+    """twig (its P-Head if it has one), attention (last twig layer), twig-text (the same, all text queries), random, fastv
+    (base layer K), deep:N (base layer N, an oracle)."""
     final_wipe: int | None = None
     """K_f for every method. None: as the twig was tuned; the base's number of layers: off."""
     seed: int = 0

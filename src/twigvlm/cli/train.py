@@ -1,16 +1,18 @@
-"""`twigvlm train`: grow a twig on a base and train it on conversations."""
+"""`twigvlm train`: grow a twig on a base and train it on conversations, in one stage or two."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from twigvlm.config import TwigConfig
-from twigvlm.training.options import Stage1Config
+from twigvlm.training.options import Stage1Config, Stage2Config
 
 
 @dataclass(frozen=True)
-class Train:
-    """Grow a twig on a base and train it on conversations (stage 1); the base stays as it is."""
+class Common:
+    """What both stages need."""
 
     data: Path
     """Conversations in LLaVA's format or as chat messages, with one, several or no images: a .json, .jsonl or .parquet file, a
@@ -31,13 +33,9 @@ class Train:
     """Stop at the first broken sample; otherwise it is reported and skipped."""
     resume: bool = False
     """Continue from the latest checkpoint in `out`, if there is one."""
-    twig: TwigConfig = field(default_factory=TwigConfig)
-    """Shape of the twig."""
-    stage1: Stage1Config = field(default_factory=Stage1Config)
-    """Settings of the training."""
 
-    def run(self) -> None:
-        """Train, and write the twig to `out`."""
+    def load(self) -> tuple[Any, Any, Any]:
+        """Check the options; the samples, the base and its processor."""
         from twigvlm.cli.output import busy
         from twigvlm.errors import TwigVLMError
 
@@ -54,25 +52,85 @@ class Train:
 
         from twigvlm.base.families import family_of
         from twigvlm.cli.session import load_base
-        from twigvlm.cli.training_progress import TrainingProgress
-        from twigvlm.model import TwigVLM
-        from twigvlm.training.data import ConversationDataset, frequent_answer_tokens
         from twigvlm.training.reading import load_samples
-        from twigvlm.training.stage1 import train_stage1
 
         with busy(f"Loading {self.model}"):
             base, processor = load_base(self.model, self.dtype, self.device)
-        most = family_of(base).images_per_prompt
         with busy("Reading samples"):
-            samples = load_samples(self.data, self.images, most, self.strict)
+            samples = load_samples(self.data, self.images, family_of(base).images_per_prompt, self.strict)
+        return samples, base, processor
+
+    def dataset(self, samples: Any, base: Any, processor: Any) -> Any:
+        """The samples as the training reads them."""
+        from twigvlm.base.families import family_of
+        from twigvlm.training.data import ConversationDataset
+
+        limit = self.max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        return ConversationDataset(samples, processor, limit, family_of(base).images_per_prompt, self.strict)
+
+
+@dataclass(frozen=True)
+class Stage1(Common):
+    """Grow a twig and distil the base into it: next tokens, the base's predictions, its attention into the P-Head."""
+
+    twig: TwigConfig = field(default_factory=lambda: TwigConfig(pruning_head=True))
+    """Shape of the twig."""
+    stage1: Stage1Config = field(default_factory=Stage1Config)
+    """Settings of the training."""
+
+    def run(self) -> None:
+        """Train, and write the twig to `out`."""
+        samples, base, processor = self.load()
+        from twigvlm.cli.output import busy
+        from twigvlm.cli.training_progress import TrainingProgress
+        from twigvlm.model import TwigVLM
+        from twigvlm.training.data import frequent_answer_tokens
+        from twigvlm.training.distill import train_stage1
+
         size = self.twig.draft_vocabulary
         with busy("Counting answer tokens"):
             tokens = None if size is None else frequent_answer_tokens(samples, processor, size)
         model = TwigVLM.grow(base, self.twig, tokens)
-        limit = self.max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
-        dataset = ConversationDataset(samples, processor, limit, most, self.strict)
-        callback = TrainingProgress()
-        train_stage1(model, dataset, self.stage1, self.out / "checkpoints", self.resume, [callback])
-        dataset.summarise()
+        data = self.dataset(samples, base, processor)
+        train_stage1(model, data, self.stage1, self.out / "checkpoints", self.resume, [TrainingProgress()])
+        data.summarise()
         model.save_pretrained(self.out)
         print(f"Twig: {self.out}")
+
+
+@dataclass(frozen=True)
+class Stage2(Common):
+    """Train the P-Head of a twig from stage 1 by reinforcement; nothing else of the twig changes."""
+
+    twig: Path = field(kw_only=True)
+    """Directory of the twig from stage 1; it stays as it is."""
+    stage2: Stage2Config = field(default_factory=Stage2Config)
+    """Settings of the training."""
+
+    def run(self) -> None:
+        """Train, and write the twig to `out`."""
+        samples, base, processor = self.load()
+        from twigvlm.cli.training_progress import TrainingProgress
+        from twigvlm.model import TwigVLM
+        from twigvlm.training.reinforce import train_stage2
+
+        model = TwigVLM.from_pretrained(base, self.twig)
+        data = self.dataset(samples, base, processor)
+        train_stage2(model, data, self.stage2, self.out / "checkpoints", self.resume, [TrainingProgress()])
+        data.summarise()
+        model.save_pretrained(self.out)
+        print(f"Twig: {self.out}")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Grow a twig on a base and train it on conversations; the base stays as it is."""
+
+    stage: Annotated[
+        Annotated[Stage1, tyro.conf.subcommand("stage1")] | Annotated[Stage2, tyro.conf.subcommand("stage2")],
+        tyro.conf.OmitSubcommandPrefixes,
+    ]
+
+    def run(self) -> None:
+        """Run the chosen stage."""
+        self.stage.run()

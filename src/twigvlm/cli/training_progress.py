@@ -7,6 +7,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from twigvlm.cli.output import progress
 
+_OTHERS = ("grad_norm", "learning_rate", "epoch", "step")  # of what a Trainer logs
+
 
 class TrainingProgress(TrainerCallback):
     """A rich progress bar where stderr is a terminal, and one line per log elsewhere."""
@@ -27,13 +29,14 @@ class TrainingProgress(TrainerCallback):
         self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Show the loss."""
-        loss = state.log_history[-1].get("loss")
-        if loss is None:
+        """Show the loss and its terms."""
+        entry = state.log_history[-1]
+        if "loss" not in entry:
             return
-        self._bar.update(self._task, description=f"Training the twig, loss {loss:.3f}")
+        self._bar.update(self._task, description=f"Training the twig, loss {entry['loss']:.3f}")
         if self._bar.disable:
-            print(f"step {state.global_step}/{state.max_steps} loss {loss:.4f}", file=sys.stderr)
+            terms = [f"{name} {value:.4f}" for name, value in entry.items() if name not in _OTHERS]
+            print(f"step {state.global_step}/{state.max_steps} {' '.join(terms)}", file=sys.stderr)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

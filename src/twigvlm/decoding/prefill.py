@@ -92,7 +92,7 @@ def run_kept(
     trunk_layers: int,
     final_wipe: int,
     masks: Masks,
-    cache: LayeredCache,
+    cache: LayeredCache | None,
 ) -> Float[Tensor, "batch remaining width"]:
     """Layers K+1..K_f on the kept tokens, FinalWipe, layers K_f+1..L on text.
 
@@ -104,7 +104,7 @@ def run_kept(
         trunk_layers: K.
         final_wipe: K_f.
         masks: the request's.
-        cache: layers K+1..L of it are filled.
+        cache: layers K+1..L of it are filled; None: nothing is kept.
 
     Returns:
         States after layer L of the tokens that are left; the last one is the last prompt token's.

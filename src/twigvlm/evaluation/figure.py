@@ -95,7 +95,9 @@ def draw_accuracy(records: Sequence[Record], variants: Sequence[Variant], path: 
         middle = [100 * one.relative for one in points]
         low = [100 * (one.relative - one.interval[0]) for one in points]
         high = [100 * (one.interval[1] - one.relative) for one in points]
-        style = {"twig": "-", "twig-text": "-"}.get(method, "--" if method.startswith("deep") else ":")
+        style = {"twig": "-", "attention": "-", "twig-text": "-"}.get(
+            method, "--" if method.startswith("deep") else ":"
+        )
         label = f"{method}, K_f {final_wipe}" if several else method
         axes.errorbar(
             [variant.retain or 0.0 for variant in members],

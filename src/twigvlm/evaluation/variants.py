@@ -19,11 +19,13 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
 from twigvlm.pruning.baselines.random import RandomScores
 from twigvlm.pruning.budget import solve_keep
+from twigvlm.pruning.head_scores import default_scorer
 from twigvlm.pruning.select import top_visual
-from twigvlm.pruning.twig_attention import Queries, TwigAttention, layer_scores
+from twigvlm.pruning.twig_attention import TwigAttention, layer_scores
+from twigvlm.twig.block import Twig
 
-METHODS = "none, twig, twig-text, random, fastv, deep:LAYER"
-_TWIG: dict[str, Queries] = {"twig": "last", "twig-text": "text"}
+METHODS = "none, twig, attention, twig-text, random, fastv, deep:LAYER"
+_SCORED = ("twig", "attention", "twig-text", "random")
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class Variant:
     """One way to prune, under one budget."""
 
     method: str
-    """none; twig, twig-text: last twig layer's attention, of the last or of all text queries; random; fastv: attention of
-    base layer K; deep:N: attention of base layer N (counted from 1), an oracle that needs a full pass."""
+    """none; twig: the twig's own ranking (its P-Head's where it has one); attention, twig-text: last twig layer's attention,
+    of the last or of all text queries; random; fastv: attention of base layer K; deep:N: attention of base layer N
+    (counted from 1), an oracle that needs a full pass."""
     retain: float | None = None
     """R̄, by the same formula for every method; None for none."""
     final_wipe: int | None = None
@@ -58,7 +61,7 @@ def make_variants(
         TwigVLMError: an unknown method, or a layer that the base does not have.
     """
     for method in methods:
-        if method not in ("none", "random", *_TWIG):
+        if method not in ("none", *_SCORED):
             watched_layer(method, model)
     layers = model.base.num_layers
     wipes = list(final_wipes) or [layers if model.config.final_wipe is None else model.config.final_wipe]
@@ -151,7 +154,15 @@ def score_all(
 
 
 def _watched(methods: Iterable[str], model: TwigVLM) -> dict[str, int]:
-    return {method: watched_layer(method, model) for method in methods if method not in (*_TWIG, "random")}
+    return {method: watched_layer(method, model) for method in methods if method not in _SCORED}
+
+
+def _scorer(method: str, twig: Twig, seed: int) -> Scorer:
+    if method == "twig":
+        return default_scorer(twig)
+    if method == "random":
+        return RandomScores(seed)
+    return TwigAttention("text" if method == "twig-text" else "last")
 
 
 class _Shared:
@@ -209,7 +220,7 @@ class _Shared:
             if method in watched:
                 scores[method] = self.rows[watched[method]]
             else:
-                scores[method] = self.score(TwigAttention(_TWIG[method]) if method in _TWIG else RandomScores(seed))
+                scores[method] = self.score(_scorer(method, self.twig, seed))
         return scores
 
     def score(self, scorer: Scorer) -> Float[Tensor, "1 tokens"]:

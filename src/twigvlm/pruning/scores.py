@@ -1,5 +1,7 @@
 """Importance of visual tokens: rows of an attention map that is never materialised (§3.3, Eq. 3)."""
 
+from math import log
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -40,3 +42,30 @@ def attention_scores(
         logits = logits.masked_fill(later > positions[:, None], float("-inf"))
         scores += logits.softmax(dim=-1).mean(dim=1).sum(dim=1)
     return scores.masked_fill(~visual_mask, 0.0)
+
+
+def visual_attention(
+    queries: Float[Tensor, "batch heads queries head_dim"],
+    keys: Float[Tensor, "batch kv_heads visual head_dim"],
+    scaling: float,
+    visible: Bool[Tensor, "batch queries visual"],
+) -> Float[Tensor, "batch queries visual"]:
+    """Attention restricted to visual tokens: softmax over *them alone*, mean over heads (Eq. 7).
+
+    Args:
+        queries: rotated queries.
+        keys: rotated keys of visual tokens.
+        scaling: factor of the dot product.
+        visible: which of them a query sees.
+
+    Returns:
+        Its logarithm in float32, finite however small a share is; -inf where nothing is visible.
+    """
+    batch, heads, count, width = queries.shape
+    groups, visual = keys.shape[1:3]
+    grouped = queries.reshape(batch, groups, heads // groups * count, width)  # heads of a group share its keys
+    logits = (grouped @ keys.transpose(-1, -2)).float().view(batch, heads, count, visual) * scaling
+    # A finite number, so that a query that sees nothing has no NaN in its gradient.
+    logits = logits.masked_fill(~visible[:, None], torch.finfo(torch.float32).min / 2)
+    shares = logits.log_softmax(dim=-1).logsumexp(dim=1) - log(heads)
+    return shares.masked_fill(~visible, float("-inf"))

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -26,3 +26,58 @@ def next_token_loss(
     """
     total = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
     return total / ((targets != -100).sum().clamp(min=1) if count is None else count)
+
+
+def divergence(
+    target: Float[Tensor, "*rows choices"], prediction: Float[Tensor, "*rows choices"]
+) -> Float[Tensor, "*rows"]:
+    """KL(target ‖ prediction) of distributions given by their logarithms; what the target excludes (-inf) counts nothing."""
+    terms = target.exp() * (target - prediction)
+    return terms.masked_fill(target == float("-inf"), 0.0).sum(dim=-1)
+
+
+def prediction_loss(
+    teacher: Float[Tensor, "answers draft_vocabulary"],
+    student: Float[Tensor, "answers draft_vocabulary"],
+    temperature: float,
+    clip: float,
+) -> Float[Tensor, " answers"]:
+    """L_PredKL of each answer token (Eq. 10), 0 to 1.
+
+    As in the published code: both distributions softened by the temperature, the divergence times its square, clipped, and
+    divided by the clip.
+
+    Args:
+        teacher: the base's logits; over a reduced draft vocabulary those of its tokens.
+        student: the shallow model's logits.
+    """
+    soft = ((logits.float() / temperature).log_softmax(dim=-1) for logits in (teacher, student))
+    return (divergence(*soft) * temperature**2).clamp(max=clip) / clip
+
+
+def attention_loss(
+    teacher: Float[Tensor, "batch queries visual"],
+    student: Float[Tensor, "batch queries visual"],
+    visible: Bool[Tensor, "batch queries visual"],
+) -> Float[Tensor, ""]:
+    """L_AttnKL (Eq. 11): KL(a_b ‖ s), as the mean over queries that see a visual token; 0 if there are none.
+
+    Args:
+        teacher: logarithm of the base's attention.
+        student: logarithm of the P-Head's scores.
+        visible: which visual tokens a query sees.
+    """
+    real = visible.any(dim=-1)
+    return divergence(teacher, student)[real].sum() / real.sum().clamp(min=1)
+
+
+def advantages(rewards: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
+    """(r - mean) / std within a group; 0 for a group without spread."""
+    # In float64 equal rewards have exactly their value as the mean; 1e-6 keeps rounding from passing for a spread.
+    centred = rewards.double() - rewards.double().mean()
+    return (centred / rewards.double().std().clamp(min=1e-6)).to(rewards.dtype)
+
+
+def policy_loss(log_probabilities: Float[Tensor, " group"], advantages: Float[Tensor, " group"]) -> Float[Tensor, ""]:
+    """REINFORCE with a group's baseline, strictly on-policy: -(1/G) Σ Â_i log π(a_i) (Eq. 15, which is maximised)."""
+    return -(advantages * log_probabilities).mean()

@@ -1,13 +1,14 @@
 """Settings of a training run, as frozen dataclasses; the command line's options and help are made from them."""
 
 from dataclasses import dataclass
+from math import isfinite
 
 from twigvlm.errors import TwigVLMError
 
 
 @dataclass(frozen=True)
-class Stage1Config:
-    """Stage 1: next-token loss on answers. The defaults of optimiser and schedule are the published ones (§4.1)."""
+class TrainingConfig:
+    """What both stages need. Defaults are the published ones (§4.1)."""
 
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW (betas 0.9 and 0.98, no weight decay), on a cosine."""
@@ -28,20 +29,86 @@ class Stage1Config:
     workers: int = 0
     """Processes that read and prepare images beside the training."""
     seed: int = 0
-    """Seed of the sample order."""
+    """Seed of the sample order, and of what a stage draws."""
     tensorboard: bool = False
     """Log to TensorBoard as well."""
+    teacher_layer: int | None = None
+    """Base layer (from 1) whose attention the P-Head learns. None: 5/8 of the layers, rounded; layer 20 of 32, as published."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "save_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise TwigVLMError(f"{name}={getattr(self, name)}: must be 1 or more")
-        for name in ("learning_rate", "epochs"):
-            if not getattr(self, name) > 0:
-                raise TwigVLMError(f"{name}={getattr(self, name):g}: must be more than 0")
+        self._more_than_0("learning_rate", "epochs")
         if not 0 <= self.warmup < 1:
             raise TwigVLMError(f"warmup={self.warmup:g}: must be at least 0 and less than 1")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise TwigVLMError(f"max_steps={self.max_steps}: must be 1 or more")
+        for name in ("max_steps", "teacher_layer"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TwigVLMError(f"{name}={value}: must be 1 or more")
         if self.workers < 0:
             raise TwigVLMError(f"workers={self.workers}: must be 0 or more")
+
+    def _more_than_0(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise TwigVLMError(f"{name}={getattr(self, name):g}: must be more than 0")
+
+    def _not_negative(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not (value >= 0 and isfinite(value)):
+                raise TwigVLMError(f"{name}={value:g}: must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Stage1Config(TrainingConfig):
+    """Stage 1, distillation: L_NTP + α·L_PredKL + γ·L_AttnKL (Eq. 9-11). α = γ = 0 is the recipe of the first TwigVLM."""
+
+    alpha: float = 0.1
+    """α: weight of the divergence from the base's predictions, L_PredKL. 0: off."""
+    gamma: float = 1.0
+    """γ: weight of the divergence from the base's attention, L_AttnKL; needs a twig with a P-Head. 0: off."""
+    temperature: float = 5.0
+    """Both predictions are softened by it; L_PredKL is multiplied by its square."""
+    clip: float = 4.0
+    """A token's L_PredKL counts at most this much, and is divided by it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._not_negative("alpha", "gamma")
+        self._more_than_0("temperature", "clip")
+
+
+@dataclass(frozen=True)
+class Stage2Config(TrainingConfig):
+    """Stage 2, reinforcement learning of the P-Head (Eq. 12-16). Defaults are the published ones."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW (betas 0.9 and 0.98, no weight decay), on a cosine."""
+    group: int = 32
+    """G: prunings that are drawn for each sample."""
+    chunk: int | None = None
+    """Prunings of a sample that the base runs at once. None: all G; fewer need less memory."""
+    budgets: tuple[float, ...] = (64, 85, 107, 128, 149, 171, 192)
+    """R̄, ascending: each step draws one of them (dynamic pruning ratio); a single one is static."""
+    beta: float = 8.0
+    """β_max: the last steps draw the i-th budget with probability ∝ exp(-β_max·i), the first ones each alike."""
+    power: float = 2.0
+    """p: β grows with the p-th power of the part of the steps that is done."""
+    gamma: tuple[float, float] = (1.0, 2.0)
+    """Weight of L_AttnKL, a regulariser, at the lowest and at the highest budget; linear between. 0 0: off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group < 2:
+            raise TwigVLMError(f"group={self.group}: must be 2 or more, to have a mean to compare with")
+        if self.chunk is not None and self.chunk < 1:
+            raise TwigVLMError(f"chunk={self.chunk}: must be 1 or more")
+        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
+            shown = " ".join(f"{budget:g}" for budget in self.budgets) or "none"
+            raise TwigVLMError(f"budgets={shown}: must be one or more numbers, ascending")
+        self._not_negative("beta")
+        self._more_than_0("power")
+        if not all(weight >= 0 and isfinite(weight) for weight in self.gamma):
+            raise TwigVLMError(f"gamma={self.gamma[0]:g} {self.gamma[1]:g}: both must be 0 or more")

@@ -1,4 +1,4 @@
-"""The twig: T decoder layers on the output of base layer K, a norm and a head that drafts tokens (§3.1)."""
+"""The twig: T decoder layers on the output of base layer K, a norm, a head that drafts tokens (§3.1), maybe a P-Head."""
 
 import copy
 from typing import Any, cast
@@ -15,10 +15,13 @@ from twigvlm.base.positions import Rope
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
+from twigvlm.twig.pruning_head import PruningHead
 
 
 class Twig(nn.Module):
-    """T decoder layers, a final norm and a drafting head. All parameters are trainable; nothing of the base is inside.
+    """T decoder layers, a final norm, a drafting head, and a P-Head if the config says so.
+
+    All parameters are trainable; nothing of the base is inside.
 
     Args:
         base: the base it grows on; its layers, norm and head are copied, never changed.
@@ -54,6 +57,10 @@ class Twig(nn.Module):
         self._make_head(base)
         if config.init == "random":
             self._randomise(float(getattr(base.config, "initializer_range", 0.02)))
+        self.pruning_head: PruningHead | None = None
+        if config.pruning_head:
+            gates = base.config.num_attention_heads * cast(Any, self.layers[-1]).self_attn.head_dim
+            self.pruning_head = PruningHead(base.config.hidden_size, gates).to(self.norm.weight)
         self.requires_grad_(True)
 
     def _make_head(self, base: BaseVLM) -> None:
@@ -96,6 +103,37 @@ class Twig(nn.Module):
         """Run the twig on states after base layer K; the result goes to `logits`."""
         return run(self.layers, hidden, rope, masks, cache, self.first_slot)
 
+    @torch.no_grad()
+    def open_gates(self, base: BaseVLM, tokens: int = 256) -> None:
+        """Open the P-Head's gates to tokens like the base's own, seen in random text; without a P-Head nothing happens."""
+        if self.pruning_head is None:
+            return
+        ids = torch.arange(base.head.weight.shape[0])
+        ids = ids[~base.visual_mask(ids[None])[0]]
+        length = min(tokens, getattr(base.config, "max_position_embeddings", None) or tokens)
+        picked = torch.randint(len(ids), (1, length), generator=torch.Generator().manual_seed(0))
+        prompt = base.prompt(input_ids=ids[picked].to(base.head.weight.device))
+        rope, masks = base.rotary(prompt.hidden, prompt.position_ids), base.masks(prompt)
+        hidden = base.run_layers(prompt.hidden, 0, self.config.trunk_layers, rope, masks)
+        hidden = self.last_input(hidden, rope, masks)
+        self.pruning_head.open(cast(Any, self.layers[-1]).input_layernorm(hidden)[0])
+
+    def last_input(
+        self,
+        hidden: Float[Tensor, "batch tokens width"],
+        rope: Rope,
+        masks: Masks,
+        cache: LayeredCache | None = None,
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Run all twig layers but the last, which visual tokens are ranked by."""
+        return run(self.layers[:-1], hidden, rope, masks, cache, self.first_slot)
+
+    def last(
+        self, hidden: Float[Tensor, "batch tokens width"], rope: Rope, masks: Masks
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Run the last twig layer on its input; the result goes to `logits`."""
+        return run(self.layers[-1:], hidden, rope, masks)
+
     def fill(
         self, hidden: Float[Tensor, "batch tokens width"], rope: Rope, masks: Masks, cache: LayeredCache
     ) -> Float[Tensor, "batch tokens width"]:
@@ -104,7 +142,7 @@ class Twig(nn.Module):
         That layer's output at prompt tokens is never used, so only its keys and values are computed: its queries,
         attention and MLP are saved.
         """
-        hidden = run(self.layers[:-1], hidden, rope, masks, cache, self.first_slot)
+        hidden = self.last_input(hidden, rope, masks, cache)
         keys, values = project_keys_values(self.layers[-1], hidden, rope)
         cache.update(keys, values, self.last_slot)
         return hidden

@@ -1,3 +1,5 @@
+"""Stage 1: what it teaches, to whom, and how a run is kept and continued."""
+
 import json
 
 import pytest
@@ -6,11 +8,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from tests.tiny import prompt
+from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
+from twigvlm.base.cache import LayeredCache
+from twigvlm.decoding.prefill import Trunk
 from twigvlm.errors import TwigVLMError
+from twigvlm.pruning.head_scores import HeadScores
 from twigvlm.training.data import Collator, ConversationDataset, frequent_answer_tokens
+from twigvlm.training.distill import Student, train_stage1
 from twigvlm.training.options import Stage1Config
-from twigvlm.training.stage1 import ShallowModel, train_stage1
+from twigvlm.training.teacher import resolve_teacher_layer
+
+PLAIN = Stage1Config(alpha=0.0, gamma=0.0)
 
 
 def copy(module):
@@ -31,7 +39,9 @@ def shallow_logits(model, item):
 
 
 def run(model, dataset, directory, resume=False, callbacks=(), **options):
-    config = Stage1Config(**{"batch_size": 4, "log_steps": 1, "learning_rate": 1e-3, **options})
+    config = Stage1Config(
+        **{"batch_size": 4, "log_steps": 1, "learning_rate": 1e-3, "alpha": 0.0, "gamma": 0.0, **options}
+    )
     return train_stage1(model, dataset, config, directory, resume, callbacks)
 
 
@@ -50,7 +60,7 @@ def test_loss_is_the_mean_over_answers_whatever_the_padding(make_model, dataset)
     items = [dataset[index] for index in range(4)]
     collate = Collator(pad_token_id=0)
     with torch.no_grad():
-        together = ShallowModel(model)(**collate(items))["loss"]
+        together = Student(model, PLAIN)(**collate(items))["loss"]
         total, count = 0.0, 0
         for item in items:
             logits = shallow_logits(model, item)[:-1]
@@ -58,7 +68,7 @@ def test_loss_is_the_mean_over_answers_whatever_the_padding(make_model, dataset)
             total += float(F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100))
             count += int((targets != -100).sum())
         split = sum(
-            ShallowModel(model)(**collate([item]), num_items_in_batch=torch.tensor(count))["loss"] for item in items
+            Student(model, PLAIN)(**collate([item]), num_items_in_batch=torch.tensor(count))["loss"] for item in items
         )
     assert float(together) == pytest.approx(total / count, rel=1e-5)
     assert float(split) == pytest.approx(total / count, rel=1e-5)
@@ -74,7 +84,7 @@ def test_a_reduced_vocabulary_ignores_what_it_cannot_draft(make_model, dataset, 
     with torch.no_grad():
         logits = shallow_logits(model, item)[:-1][inside]
         rows = torch.tensor([tokens.tolist().index(token) for token in targets[inside].tolist()])
-        loss = ShallowModel(model)(**item)["loss"]
+        loss = Student(model, PLAIN)(**item)["loss"]
     assert logits.shape[-1] == 5
     assert float(loss) == pytest.approx(float(F.cross_entropy(logits, rows)), rel=1e-5)
 
@@ -178,7 +188,8 @@ def test_float16_is_refused(make_model, dataset, tmp_path):
     "option",
     [
         {"batch_size": 0}, {"accumulate": 0}, {"epochs": 0.0}, {"learning_rate": -1.0}, {"warmup": 1.0},
-        {"max_steps": 0}, {"save_steps": 0}, {"workers": -1}, {"learning_rate": float("nan")},
+        {"max_steps": 0}, {"save_steps": 0}, {"workers": -1}, {"learning_rate": float("nan")}, {"alpha": -0.1},
+        {"gamma": float("inf")}, {"temperature": 0.0}, {"clip": -1.0}, {"teacher_layer": 0},
     ],
 )  # fmt: skip
 def test_settings_are_checked(option):
@@ -196,7 +207,7 @@ def test_samples_without_images_train_alone_and_beside_others(make_model, sample
     text = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}
     data = ConversationDataset([text, samples[0]], processor, strict=True)
     model, collate = make_model(), Collator(pad_token_id=0)
-    shallow = ShallowModel(model)
+    shallow = Student(model, PLAIN)
     with torch.no_grad():
         alone = [shallow(**collate([data[index]]), num_items_in_batch=torch.tensor(1)) for index in range(2)]
         both = shallow(**collate([data[0], data[1]]), num_items_in_batch=torch.tensor(1))
@@ -222,3 +233,129 @@ def test_a_broken_picture_is_replaced_while_training_and_when_it_goes_on(make_mo
     run(begun, ConversationDataset(samples, processor), tmp_path / "parts", callbacks=[Stop()], **options)
     run(resumed, ConversationDataset(samples, processor), tmp_path / "parts", resume=True, **options)
     assert same(copy(whole.twig), copy(resumed.twig))
+
+
+def full_loss(model, item, **options):
+    """Every term of one unpadded sample with its gradient graph."""
+    return Student(model, Stage1Config(**options))(**item)
+
+
+def test_distillation_changes_the_p_head_too(make_model, dataset, tmp_path):
+    model = make_model(pruning_head=True)
+    base, twig = copy(model.model), copy(model.twig)
+    log = run(model, dataset, tmp_path, max_steps=2, warmup=0.0, alpha=0.1, gamma=1.0)
+    assert same(base, copy(model.model))
+    after = copy(model.twig)
+    assert all(not torch.equal(twig[name], after[name]) for name, _ in model.twig.named_parameters())
+    first = log[0]
+    expected = first["next_token"] + 0.1 * first["prediction_kl"] + first["attention_kl"]
+    assert first["loss"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_terms_are_what_the_paper_says(make_model, dataset):
+    model, item = make_model(pruning_head=True), dataset[1]  # two turns
+    with torch.no_grad():
+        terms = full_loss(model, item, teacher_layer=4, clip=1e9, temperature=2.0)
+        eager = tiny_llava(attention="eager")(
+            input_ids=item["input_ids"], pixel_values=item["pixel_values"], output_attentions=True
+        )
+        targets = item["labels"][0, 1:]
+        real = targets != -100
+        student = shallow_logits(model, item)[:-1][real]
+        teacher = eager.logits[0, :-1][real]
+        kl = F.kl_div((student / 2).log_softmax(-1), (teacher / 2).softmax(-1), reduction="none").sum(-1)
+        assert float(terms["prediction_kl"]) == pytest.approx(float(kl.mean()) * 4 / 1e9, rel=1e-3)
+        # attention of layer 4 at both turns' last prompt tokens, softmax over visual tokens alone
+        queries = [index for index in range(len(targets)) if real[index] and not real[index - 1]]
+        assert len(queries) == 2
+        visual = item["input_ids"][0] == IMAGE_TOKEN
+        rows = eager.attentions[3][0][:, queries][:, :, visual]
+        teacher = (rows / rows.sum(-1, keepdim=True)).mean(0)
+        scores = []
+        for query in queries:  # the P-Head of the prompt cut off after the question, as at inference
+            cut = model.base.prompt(input_ids=item["input_ids"][:, : query + 1], pixel_values=item["pixel_values"])
+            rope, masks = model.base.rotary(cut.hidden, cut.position_ids), model.base.masks(cut)
+            cache = LayeredCache(8, 1)
+            hidden = model.base.run_layers(cut.hidden, 0, 1, rope, masks, cache)
+            scores.append(HeadScores()(Trunk(model.base, model.twig, cut, hidden, rope, masks, cache))[cut.visual_mask])
+        expected = F.kl_div(torch.stack(scores).log(), teacher, reduction="none").sum(-1).mean()
+        assert float(terms["attention_kl"]) == pytest.approx(float(expected), rel=1e-3)
+        loss = terms["next_token"] + 0.1 * terms["prediction_kl"] + terms["attention_kl"]
+        assert float(terms["loss"]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_two_turns_teach_what_each_teaches_alone(make_model, dataset):
+    model, both = make_model(pruning_head=True), dataset[1]
+    labels = both["labels"][0]
+    second = int((labels != -100).nonzero().max())
+    while labels[second] != -100:
+        second -= 1  # the last prompt token of the second turn
+    end = int((labels[:second] != -100).nonzero().max()) + 1
+    first_alone = {**both, "input_ids": both["input_ids"][:, :end], "labels": both["labels"][:, :end]}
+    first_alone["attention_mask"] = both["attention_mask"][:, :end]
+    second_alone = {**both, "labels": both["labels"].clone()}
+    second_alone["labels"][:, :end] = -100
+    with torch.no_grad():
+        whole, one, two = (full_loss(model, item)["attention_kl"] for item in (both, first_alone, second_alone))
+    assert float(one) != pytest.approx(float(two), rel=1e-3)
+    assert float(whole) == pytest.approx(float(one + two) / 2, rel=1e-4)
+
+
+def test_padding_teaches_nothing(make_model, dataset):
+    model = make_model(pruning_head=True)
+    items = [dataset[0], dataset[1]]
+    with torch.no_grad():
+        together = full_loss(model, Collator(pad_token_id=0)(items))
+        alone = [full_loss(model, item) for item in items]
+    turns = (1, 2)
+    attention = sum(float(terms["attention_kl"]) * turn for terms, turn in zip(alone, turns, strict=True)) / 3
+    assert float(together["attention_kl"]) == pytest.approx(attention, rel=1e-4)
+    counts = [int((item["labels"] != -100).sum()) for item in items]
+    prediction = sum(float(terms["prediction_kl"]) * count for terms, count in zip(alone, counts, strict=True))
+    assert float(together["prediction_kl"]) == pytest.approx(prediction / sum(counts), rel=1e-4)
+
+
+def test_a_reduced_vocabulary_learns_the_bases_shares_of_it(make_model, dataset):
+    tokens = torch.tensor([5, 9, 30, 31])
+    model, item = make_model(draft_vocabulary=4, draft_token_ids=tokens), dataset[0]
+    with torch.no_grad():
+        loss = full_loss(model, item, gamma=0.0, clip=1e9, temperature=1.0)["prediction_kl"] * 1e9
+        real = item["labels"][0, 1:] != -100
+        whole = model.model(input_ids=item["input_ids"], pixel_values=item["pixel_values"]).logits[0, :-1][real]
+        shares = whole.softmax(-1)[:, tokens]
+        shares = shares / shares.sum(-1, keepdim=True)
+        student = shallow_logits(model, item)[:-1][real].log_softmax(-1)
+    assert float(loss) == pytest.approx(float(F.kl_div(student, shares, reduction="none").sum(-1).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "deepest"), [({"alpha": 0.0, "gamma": 0.0}, 1), ({"alpha": 0.0}, 3), ({}, 6)]
+)  # of layer 4 queries and keys
+def test_the_teacher_runs_once_and_no_further_than_needed(make_model, dataset, options, deepest):
+    model = make_model(pruning_head=True)
+    student = Student(model, Stage1Config(teacher_layer=4, **options))
+    calls = []
+    for number, layer in enumerate(model.base.layers, start=1):
+        layer.register_forward_hook(lambda *_, number=number: calls.append(number))
+    student(**dataset[0])
+    assert calls == list(range(1, deepest + 1))
+
+
+def test_what_cannot_be_taught_is_refused(make_model, dataset, tmp_path):
+    with pytest.raises(TwigVLMError, match=r"gamma=1: .* has none.*pruning_head=True or set gamma=0"):
+        run(make_model(), dataset, tmp_path / "out", gamma=1.0)
+    for layer in (1, 7):
+        with pytest.raises(TwigVLMError, match=f"teacher_layer={layer}: must be 2 to 6"):
+            run(make_model(pruning_head=True), dataset, tmp_path / "out", gamma=1.0, teacher_layer=layer)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_teacher_is_at_five_eighths():
+    assert [resolve_teacher_layer(None, layers, 2) for layers in (32, 30, 6, 3)] == [20, 19, 4, 3]
+
+
+def test_a_bfloat16_base_distils_into_a_float32_twig(make_model, dataset, tmp_path):
+    model = make_model(dtype=torch.bfloat16, pruning_head=True)
+    log = run(model, dataset, tmp_path, max_steps=8, batch_size=4, learning_rate=1e-2, alpha=0.1, gamma=1.0)
+    assert log[-2]["attention_kl"] < 0.7 * log[0]["attention_kl"]
+    assert model.twig.pruning_head.key_gate.weight.dtype == torch.bfloat16

@@ -1,11 +1,11 @@
-"""Stage 1 in its simplest form: the shallow model (trunk + twig) learns the next token of answers; the base is frozen."""
+"""What both stages share: Hugging Face's Trainer on the twig alone, its terms in the log, checkpoints, resuming."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,69 +14,61 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
-from twigvlm.training.data import IGNORE, Collator
-from twigvlm.training.losses import draft_targets, next_token_loss
-from twigvlm.training.options import Stage1Config
+from twigvlm.training.data import Collator
+from twigvlm.training.options import TrainingConfig
 
 
-class ShallowModel(nn.Module):
-    """The shallow model as the Trainer sees it: its parameters, and so the checkpoints, are the twig's alone.
+class TermTrainer(Trainer):
+    """A Trainer that logs, beside the loss, all that the model returns with it: means over the passes since the last log."""
 
-    The twig holds float32 weights and runs in the base's number format under autocast.
-    """
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._terms: dict[str, list[Tensor]] = {}
 
-    accepts_loss_kwargs = True  # the Trainer hands in the number of answer tokens that an optimiser step sees
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss; its terms are kept for the log."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        for name, value in outputs.items():
+            if name != "loss":
+                self._terms.setdefault(name, []).append(value)
+        return (loss, outputs) if return_outputs else loss
 
-    def __init__(self, model: TwigVLM) -> None:
-        super().__init__()
-        self.twig = model.twig
-        self._whole = (model,)  # in a tuple, so that the base is no submodule
-
-    def forward(self, labels: Tensor, num_items_in_batch: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
-        """Loss of a batch padded on the right: without a mask, causal attention hides padding from every real token."""
-        inputs.pop("attention_mask", None)
-        base, twig = self._whole[0].base, self.twig
-        with torch.no_grad():
-            prompt = base.prompt(**inputs)
-            masks = base.masks(prompt)
-            rope = base.rotary(prompt.hidden, prompt.position_ids)
-            hidden = base.run_layers(prompt.hidden, 0, twig.config.trunk_layers, rope, masks)
-        answers = labels[:, 1:] != IGNORE
-        with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
-            hidden = twig(hidden.float(), rope, masks)
-            logits = twig.logits(hidden[:, :-1][answers])
-        vocabulary = int(cast(Any, base.head).weight.shape[0])
-        targets = draft_targets(labels[:, 1:][answers], twig.draft_token_ids, vocabulary)
-        return {"loss": next_token_loss(logits, targets, num_items_in_batch)}
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms to the log."""
+        logs.update((name, float(torch.stack(values).mean())) for name, values in self._terms.items())
+        self._terms = {}
+        super().log(logs, start_time)
 
 
-def train_stage1(
+def fit(
     model: TwigVLM,
+    pupil: Callable[[int], nn.Module],
+    trainer_class: type[TermTrainer],
     data: Dataset[dict[str, Tensor]],
-    config: Stage1Config,
+    config: TrainingConfig,
     directory: Path,
-    resume: bool = False,
-    callbacks: Sequence[TrainerCallback] = (),
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
 ) -> list[dict[str, float]]:
-    """Train the twig in place.
+    """Train the twig in place; arguments as in `train_stage1`.
 
     Args:
-        model: its twig is trained in float32 and ends in the base's number format; its base stays as it is.
-        data: samples as `ConversationDataset` yields them.
-        config: settings.
-        directory: for checkpoints, which hold the twig, the optimiser and the place in the data.
-        resume: continue from the latest checkpoint in `directory`, if there is one.
-        callbacks: of the Trainer, for example to show progress.
-
-    Returns:
-        The Trainer's log.
+        pupil: from the number of optimiser steps, the twig with the loss of a stage.
+        trainer_class: the Trainer of the stage.
     """
     base = model.base
     if base.dtype == torch.float16:
         raise TwigVLMError("dtype=float16: gradients underflow in it; train with bfloat16 or float32")
     samples = len(data)  # type: ignore[arg-type]
-    data[0]  # what is wrong with every sample shows before anything is written
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(samples / (config.batch_size * config.accumulate)))
+    module = pupil(steps)
+    data[0]  # what is wrong with every sample shows before anything is written
     checkpoint = _latest(directory) if resume else None
     _remember(
         directory, {**dataclasses.asdict(model.config), **dataclasses.asdict(config), "samples": samples}, checkpoint
@@ -106,8 +98,8 @@ def train_stage1(
         disable_tqdm=True,
     )
     model.twig.float()
-    trainer = Trainer(
-        model=ShallowModel(model),
+    trainer = trainer_class(
+        model=module,
         args=arguments,
         train_dataset=data,
         data_collator=Collator(pad_token_id=0),
@@ -129,13 +121,14 @@ def _latest(directory: Path) -> Path | None:
 def _remember(directory: Path, settings: dict[str, Any], checkpoint: Path | None) -> None:
     """Keep the settings beside the checkpoints; a run goes on only with the ones it began with."""
     file = directory / "settings.json"
+    text = json.dumps(settings, indent=1) + "\n"
     if checkpoint is not None and file.is_file():
         before = json.loads(file.read_text())
-        for name, value in settings.items():
+        for name, value in json.loads(text).items():
             if before.get(name) != value:
                 raise TwigVLMError(
                     f"{name}={value}: the checkpoint in {str(directory)!r} was trained with {before.get(name)}; "
                     "resume with the same settings or choose another directory"
                 )
     directory.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=1) + "\n")
+    file.write_text(text)

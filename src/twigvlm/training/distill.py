@@ -1,0 +1,108 @@
+"""Stage 1: the shallow model (trunk + twig) learns answers, and from the frozen base its predictions and attention (Eq. 9)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import TrainerCallback
+
+from twigvlm.errors import TwigVLMError
+from twigvlm.model import TwigVLM
+from twigvlm.pruning.head_scores import Look, look_at_images
+from twigvlm.training.data import IGNORE
+from twigvlm.training.losses import attention_loss, draft_targets, next_token_loss, prediction_loss
+from twigvlm.training.options import Stage1Config
+from twigvlm.training.teacher import resolve_teacher_layer, teach
+from twigvlm.training.trainer import TermTrainer, fit
+from twigvlm.training.turns import last_prompt_tokens
+
+
+class Student(nn.Module):
+    """The shallow model as the Trainer sees it: its parameters, and so the checkpoints, are the twig's alone.
+
+    The twig holds float32 weights and runs in the base's number format under autocast.
+    """
+
+    accepts_loss_kwargs = True  # the Trainer hands in the number of answer tokens that an optimiser step sees
+
+    def __init__(self, model: TwigVLM, config: Stage1Config) -> None:
+        super().__init__()
+        self.twig = model.twig
+        self.settings = config  # the Trainer takes a `config` for a model's
+        self._whole = (model,)  # in a tuple, so that the base is no submodule
+        if config.gamma and model.twig.pruning_head is None:
+            raise TwigVLMError(
+                f"gamma={config.gamma:g}: teaches the P-Head, and this twig has none; "
+                "grow it with pruning_head=True or set gamma=0"
+            )
+        trunk = model.config.trunk_layers
+        self.teacher_layer = resolve_teacher_layer(config.teacher_layer, model.base.num_layers, trunk)
+
+    def forward(self, labels: Tensor, num_items_in_batch: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
+        """Loss and its terms for a batch padded on the right: without a mask, causal attention hides padding from every
+        real token.
+
+        The terms are means over the batch: of answer tokens, and of turns.
+        """
+        inputs.pop("attention_mask", None)
+        base, twig, config = self._whole[0].base, self.twig, self.settings
+        trunk = twig.config.trunk_layers
+        answers = labels[:, 1:] != IGNORE
+        look = None
+        with torch.no_grad():
+            prompt = base.prompt(**inputs)
+            masks = base.masks(prompt)
+            rope = base.rotary(prompt.hidden, prompt.position_ids)
+            hidden = base.run_layers(prompt.hidden, 0, trunk, rope, masks)
+            if config.gamma:
+                look = Look.at(last_prompt_tokens(labels), prompt.visual_mask)
+            wanted = answers if config.alpha else None
+            lesson = teach(base, hidden, trunk, rope, masks, look, self.teacher_layer, wanted)
+        with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
+            before = twig.last_input(hidden.float(), rope, masks)
+            logits = twig.logits(twig.last(before, rope, masks)[:, :-1][answers])
+            scores = None if look is None else look_at_images(twig.layers[-1], before, rope, look, twig.pruning_head)
+        vocabulary = int(cast(Any, base.head).weight.shape[0])
+        targets = draft_targets(labels[:, 1:][answers], twig.draft_token_ids, vocabulary)
+        # A batch of an accumulated step weighs as much as its answer tokens.
+        share = 1.0 if num_items_in_batch is None else answers.sum() / num_items_in_batch
+        loss = next_token_loss(logits, targets, num_items_in_batch)
+        terms = {"next_token": loss.detach() / share}
+        if lesson.logits is not None:
+            taught = lesson.logits if twig.draft_token_ids is None else lesson.logits[:, twig.draft_token_ids]
+            terms["prediction_kl"] = prediction_loss(taught, logits, config.temperature, config.clip).mean()
+            loss = loss + share * config.alpha * terms["prediction_kl"]
+        if lesson.attention is not None and scores is not None and look is not None:
+            terms["attention_kl"] = attention_loss(lesson.attention, scores, look.visible)
+            loss = loss + share * config.gamma * terms["attention_kl"]
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+
+def train_stage1(
+    model: TwigVLM,
+    data: Dataset[dict[str, Tensor]],
+    config: Stage1Config,
+    directory: Path,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[dict[str, float]]:
+    """Train the twig in place.
+
+    Args:
+        model: its twig is trained in float32 and ends in the base's number format; its base stays as it is.
+        data: samples as `ConversationDataset` yields them.
+        config: settings.
+        directory: for checkpoints, which hold the twig, the optimiser and the place in the data.
+        resume: continue from the latest checkpoint in `directory`, if there is one.
+        callbacks: of the Trainer, for example to show progress.
+
+    Returns:
+        The Trainer's log, every loss term included.
+
+    Raises:
+        TwigVLMError: the settings do not fit the model, or the data or the checkpoint are unfit.
+    """
+    return fit(model, lambda steps: Student(model, config), TermTrainer, data, config, directory, resume, callbacks)

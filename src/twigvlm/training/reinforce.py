@@ -1,0 +1,230 @@
+"""Stage 2: the P-Head learns by reinforcement which visual tokens the base answers best with (Eq. 12-16)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import TrainerCallback
+
+from twigvlm.base.masks import Masks
+from twigvlm.base.positions import Rope, slice_rope
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.decoding.prefill import run_kept
+from twigvlm.errors import TwigVLMError
+from twigvlm.model import TwigVLM
+from twigvlm.pruning.budget import solve_keep
+from twigvlm.pruning.head_scores import Look, look_at_images
+from twigvlm.training import plackett_luce
+from twigvlm.training.losses import advantages, attention_loss, policy_loss
+from twigvlm.training.options import Stage2Config
+from twigvlm.training.teacher import resolve_teacher_layer, teach
+from twigvlm.training.trainer import TermTrainer, fit
+from twigvlm.training.turns import answer_length, draw_turns
+
+
+def budget_probabilities(count: int, progress: float, beta: float, power: float) -> Float[Tensor, " count"]:
+    """P(R̄_i) ∝ exp(-β(t)·i), β(t) = β_max·progress^p, i ascending with R̄ (Eq. 16): uniform at first, the hardest at the end.
+
+    Args:
+        count: number of budgets.
+        progress: t/T, 0 to 1.
+        beta: β_max.
+        power: p.
+    """
+    return (-beta * progress**power * torch.arange(count, dtype=torch.float64)).softmax(dim=0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question with its reference answer, after the trunk: what prunings are rewarded by."""
+
+    hidden: Float[Tensor, "1 tokens width"]
+    """States after layer K of the prompt and of all but the last answer token."""
+    visual_mask: Bool[Tensor, "1 tokens"]
+    """True at visual tokens."""
+    rope: Rope
+    """(cos, sin) of all tokens."""
+    answer: Int[Tensor, " answer"]
+    """Ids of the answer."""
+
+    @torch.no_grad()
+    def rewards(
+        self, base: BaseVLM, kept: Int[Tensor, "group keep"], trunk: int, final_wipe: int, masks: Masks
+    ) -> Float[Tensor, " group"]:
+        """Mean log-probability of the answer under the base, for each pruning (Eq. 14).
+
+        The answer's tokens are text: never pruned, and they follow the prompt causally, so one pass scores all of them.
+
+        Args:
+            base: the base.
+            kept: positions of the visual tokens that each pruning keeps.
+            trunk: K.
+            final_wipe: K_f.
+            masks: of an unpadded batch.
+        """
+        group = len(kept)
+        mask = self.visual_mask.expand(group, -1)
+        indices = (~mask).scatter(1, kept, True).nonzero()[:, 1].view(group, -1)
+        rope = (self.rope[0].expand(group, -1, -1), self.rope[1].expand(group, -1, -1))
+        hidden = self.hidden.expand(group, -1, -1)
+        visual = torch.gather(mask, 1, indices)
+        hidden = run_kept(base, hidden, indices, visual, rope, trunk, final_wipe, masks, cache=None)
+        logits = base.logits(hidden[:, -len(self.answer) :]).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), self.answer.repeat(group), reduction="none")
+        return -losses.view(group, -1).mean(dim=1)
+
+
+class Policy(nn.Module):
+    """The P-Head as a policy, as the Trainer sees it: checkpoints hold the whole twig, of which the P-Head alone learns."""
+
+    accepts_loss_kwargs = False  # samples weigh the same, however long their answers are
+
+    def __init__(self, model: TwigVLM, config: Stage2Config, steps: int) -> None:
+        super().__init__()
+        self.twig = model.twig
+        self.settings = config  # the Trainer takes a `config` for a model's
+        self.steps = steps
+        self._whole = (model,)  # in a tuple, so that the base is no submodule
+        layers, self.trunk = model.base.num_layers, model.config.trunk_layers
+        self.final_wipe = layers if model.config.final_wipe is None else model.config.final_wipe
+        self.teacher_layer = resolve_teacher_layer(config.teacher_layer, layers, self.trunk)
+
+    def keep(self, retain: float, visual: int) -> int:
+        """R of a sample with that many visual tokens."""
+        return solve_keep(retain, visual, self._whole[0].base.num_layers, self.trunk, self.final_wipe)
+
+    def forward(self, labels: Tensor, step: int, part: int, **inputs: Any) -> dict[str, Tensor]:
+        """Loss of a batch padded on the right, and figures that show how the learning goes.
+
+        Args:
+            labels: ids at answers, -100 elsewhere. Of each sample's turns one is drawn; the turns before it are context.
+            step: optimiser steps done.
+            part: passes done within this step. Seed, step and part decide all that is drawn.
+            inputs: what the base's forward takes.
+        """
+        inputs.pop("attention_mask", None)
+        base, twig, config = self._whole[0].base, self.twig, self.settings
+        choice, generator = self._draw_budget(step), _stream(config.seed, step, part + 1)
+        retain = config.budgets[choice]
+        with torch.no_grad():
+            prompt = base.prompt(**inputs)
+            masks = base.masks(prompt)
+            rope = base.rotary(prompt.hidden, prompt.position_ids)
+            hidden = base.run_layers(prompt.hidden, 0, self.trunk, rope, masks)
+            look = Look.at(draw_turns(labels, prompt.visual_mask, generator), prompt.visual_mask)
+        with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
+            with torch.no_grad():
+                before = twig.last_input(hidden.float(), rope, masks)
+            scores = look_at_images(twig.layers[-1], before, rope, look, twig.pruning_head)
+        loss = scores[look.visible].sum() * 0.0  # a batch without an image has a gradient too
+        samples = look.visible.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
+        reward, spread, entropy = [], [], []
+        for row in samples:
+            visible, query = look.visible[row, 0], int(look.queries[row, 0])
+            log_scores, positions = scores[row, 0][visible], look.visual[row][visible]
+            end = query + answer_length(labels[row], query)
+            cut = (rope[0][row : row + 1], rope[1][row : row + 1])
+            case = Case(
+                hidden[row : row + 1, :end],
+                prompt.visual_mask[row : row + 1, :end],
+                slice_rope(cut, 0, end),
+                labels[row, query + 1 : end + 1],
+            )
+            keep = self.keep(retain, len(positions))
+            actions = plackett_luce.sample(log_scores.detach(), config.group, keep, generator)
+            parts = positions[actions].split(config.chunk or config.group)
+            rewards = torch.cat([case.rewards(base, kept, self.trunk, self.final_wipe, masks) for kept in parts])
+            log_probabilities = plackett_luce.log_probability(log_scores, actions)
+            loss = loss + policy_loss(log_probabilities, advantages(rewards)) / len(samples)
+            reward.append(rewards.mean())
+            spread.append(rewards.std())
+            entropy.append(plackett_luce.entropy(log_scores.detach()))
+        terms = {"retain": torch.tensor(float(retain))}
+        if samples:
+            figures = {"reward": reward, "reward_spread": spread, "entropy": entropy}
+            terms.update((name, torch.stack(values).mean()) for name, values in figures.items())
+        weight = float(np.interp(choice, (0, max(1, len(config.budgets) - 1)), config.gamma))
+        if weight:
+            lesson = teach(base, hidden, self.trunk, rope, masks, look, self.teacher_layer)
+            assert lesson.attention is not None, "asked for"
+            divergence = attention_loss(lesson.attention, scores, look.visible)
+            terms["attention_kl"] = divergence.detach()
+            loss = loss + weight * divergence
+        return {"loss": loss, **terms}
+
+    def _draw_budget(self, step: int) -> int:
+        config = self.settings
+        weights = budget_probabilities(len(config.budgets), step / self.steps, config.beta, config.power)
+        return int(torch.multinomial(weights, 1, generator=_stream(config.seed, step)))
+
+
+class PolicyTrainer(TermTrainer):
+    """Tells the policy where in the training it is, so that a resumed run draws what an uninterrupted one would have."""
+
+    _spot = (-1, 0)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of the pass at hand."""
+        step, part = self._spot
+        self._spot = (step, part + 1) if step == self.state.global_step else (self.state.global_step, 0)
+        step, part = self._spot
+        return super().compute_loss(model, {**inputs, "step": step, "part": part}, return_outputs, num_items_in_batch)
+
+
+def train_stage2(
+    model: TwigVLM,
+    data: Dataset[dict[str, Tensor]],
+    config: Stage2Config,
+    directory: Path,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[dict[str, float]]:
+    """Train the P-Head of a twig from stage 1 in place; nothing else of the twig changes.
+
+    Args:
+        model: its P-Head is trained in float32 and ends in the base's number format.
+        data: samples as `ConversationDataset` yields them; those without an image teach nothing.
+        config: settings.
+        directory: for checkpoints, which hold the twig, the optimiser and the place in the data.
+        resume: continue from the latest checkpoint in `directory`, if there is one.
+        callbacks: of the Trainer, for example to show progress.
+
+    Returns:
+        The Trainer's log: rewards, their spread within a group, entropy of s, R̄ and L_AttnKL included.
+
+    Raises:
+        TwigVLMError: the twig has no P-Head, the first sample cannot have a budget, or as in stage 1.
+    """
+    head = model.twig.pruning_head
+    if head is None:
+        raise TwigVLMError("this twig has no P-Head to train: train one in stage 1 with pruning_head=True first")
+    visual = int(model.base.visual_mask(data[0]["input_ids"]).sum())
+    policy = Policy(model, config, steps=1)
+    for retain in config.budgets if visual else ():
+        policy.keep(retain, visual)  # for its errors, before anything is written
+    model.twig.requires_grad_(False)
+    head.requires_grad_(True)
+    try:
+        return fit(
+            model, lambda steps: Policy(model, config, steps), PolicyTrainer, data, config, directory, resume, callbacks
+        )
+    finally:
+        model.twig.requires_grad_(True)
+
+
+def _stream(*numbers: int) -> torch.Generator:
+    """A random stream of its own for a seed and a place in the training."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))

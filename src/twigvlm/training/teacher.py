@@ -1,0 +1,73 @@
+"""The teacher of both stages: the frozen, unpruned base, run once from the trunk that it shares with the student."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from twigvlm.base.masks import Masks
+from twigvlm.base.positions import Rope
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.errors import TwigVLMError
+from twigvlm.pruning.head_scores import Look, look_at_images
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the student is held to; None where it was not asked for."""
+
+    attention: Float[Tensor, "batch queries visual"] | None
+    """Logarithm of a_b: attention of one deep layer restricted to visual tokens."""
+    logits: Float[Tensor, "answers vocabulary"] | None
+    """Of the tokens before each answer token."""
+
+
+def resolve_teacher_layer(layer: int | None, layers: int, trunk: int) -> int:
+    """The teacher's layer, from 1: the given one, or 5/8 of all layers, rounded.
+
+    Raises:
+        TwigVLMError: it is not in K+1..L.
+    """
+    if layer is None:
+        return max(trunk + 1, round(layers * 5 / 8))
+    if not trunk < layer <= layers:
+        raise TwigVLMError(
+            f"teacher_layer={layer}: must be {trunk + 1} to {layers}, the layers of this base above the trunk"
+        )
+    return layer
+
+
+@torch.no_grad()
+def teach(
+    base: BaseVLM,
+    hidden: Float[Tensor, "batch tokens width"],
+    trunk: int,
+    rope: Rope,
+    masks: Masks,
+    look: Look | None = None,
+    layer: int = 0,
+    answers: Bool[Tensor, "batch positions"] | None = None,
+) -> Lesson:
+    """Run the base on a whole batch, no further than what is asked for.
+
+    Args:
+        base: the base.
+        hidden: states after layer K.
+        trunk: K.
+        rope: (cos, sin) of all tokens.
+        masks: of the batch.
+        look: whose attention to which visual tokens is asked for; None: nobody's.
+        layer: of that attention, from 1, above K.
+        answers: positions whose logits are asked for, of all but the last; None: none.
+    """
+    attention: Tensor | None = None
+    logits: Tensor | None = None
+    if look is not None:
+        hidden = base.run_layers(hidden, trunk, layer - 1, rope, masks)
+        attention = look_at_images(base.layers[layer - 1], hidden, rope, look)
+        trunk = layer - 1
+    if answers is not None:
+        hidden = base.run_layers(hidden, trunk, base.num_layers, rope, masks)
+        logits = base.logits(hidden[:, :-1][answers])
+    return Lesson(attention, logits)

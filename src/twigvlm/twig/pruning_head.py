@@ -1,0 +1,70 @@
+"""P-Head: gates on the queries and keys of the last twig layer, by which visual tokens are ranked (Eq. 7)."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+_OPEN = 1.2785  # g(1.2785) = 1
+_SPREAD = 0.25  # of the random part: little beside that, yet gates are open where the common direction fails
+
+
+class PruningHead(nn.Module):
+    """Two linear maps without bias, and the gate g(z) = relu(z)·sigmoid(z).
+
+    A zero map would stay zero, because g and its slope vanish there; so the maps start at random, where each gate is open
+    to a part of the tokens and every row learns from the first step. `open` moves that start to where it is also of use.
+
+    Args:
+        width: of the layer's input.
+        gates: H·d_h, heads times their size.
+    """
+
+    def __init__(self, width: int, gates: int) -> None:
+        super().__init__()
+        self.query_gate = nn.Linear(width, gates, bias=False)
+        self.key_gate = nn.Linear(width, gates, bias=False)
+        for linear in (self.query_gate, self.key_gate):
+            nn.init.normal_(linear.weight, std=width**-0.5)
+
+    @torch.no_grad()
+    def open(self, inputs: Float[Tensor, "tokens width"]) -> None:
+        """Open all gates to tokens like these, so that a fresh head ranks nearly as the attention that it stands on.
+
+        Normed inputs of a language model share a strong common direction: a map that reads it off, scaled to g = 1, is the same
+        for nearly all tokens.
+
+        Args:
+            inputs: normed inputs of the self-attention at some tokens.
+        """
+        inputs = inputs.float()
+        size = inputs.square().mean().sqrt()
+        direction = F.normalize(inputs.mean(dim=0), dim=0)
+        length = (inputs @ direction).square().mean().sqrt()
+        for linear in (self.query_gate, self.key_gate):
+            linear.weight.mul_(_SPREAD / size).add_((_OPEN / length * direction).to(linear.weight))
+
+    def forward(
+        self,
+        query_inputs: Float[Tensor, "batch queries width"],
+        key_inputs: Float[Tensor, "batch visual width"],
+        queries: Float[Tensor, "batch heads queries head_dim"],
+        keys: Float[Tensor, "batch kv_heads visual head_dim"],
+    ) -> tuple[Float[Tensor, "batch heads queries head_dim"], Float[Tensor, "batch heads visual head_dim"]]:
+        """Gated queries and keys; keys are repeated to H heads.
+
+        Args:
+            query_inputs: normed inputs of the self-attention at the queries.
+            key_inputs: the same at the visual tokens.
+            queries: rotated queries.
+            keys: rotated keys of the visual tokens.
+        """
+        heads, head_dim = queries.shape[1], queries.shape[3]
+        keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
+        query_gates = _gate(self.query_gate(query_inputs)).unflatten(-1, (heads, head_dim)).transpose(1, 2)
+        key_gates = _gate(self.key_gate(key_inputs)).unflatten(-1, (heads, head_dim)).transpose(1, 2)
+        return query_gates * queries, key_gates * keys
+
+
+def _gate(inputs: Tensor) -> Tensor:
+    return inputs.relu() * torch.sigmoid(inputs)

@@ -1,0 +1,73 @@
+"""Divergences, advantages and the policy's loss by their properties."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twigvlm.training.losses import advantages, attention_loss, divergence, policy_loss, prediction_loss
+
+logits = st.lists(st.floats(-50, 50), min_size=5, max_size=5).map(torch.tensor)
+
+
+@given(logits, logits)
+def test_divergence_is_zero_only_between_equals(one, other):
+    target, prediction = one.double().log_softmax(0), other.double().log_softmax(0)
+    assert float(divergence(target, target)) == 0
+    value = float(divergence(target, prediction))
+    assert value >= -1e-12
+    distance = float((target.exp() - prediction.exp()).abs().sum())
+    assert value >= distance**2 / 2 - 1e-9  # Pinsker
+
+
+@given(logits, st.integers(0, 4))
+def test_divergence_is_finite_where_the_target_is_zero(values, zero):
+    target = values.index_fill(0, torch.tensor([zero]), float("-inf")).log_softmax(0)
+    prediction = values.flip(0).requires_grad_()
+    value = divergence(target, prediction.log_softmax(0))
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(prediction.grad).all()
+
+
+@given(logits, logits, st.floats(1, 8), st.floats(0.01, 4))
+def test_predictions_are_softened_scaled_and_clipped(teacher, student, temperature, clip):
+    target, prediction = (values.double() / temperature for values in (teacher, student))
+    plain = torch.nn.functional.kl_div(prediction.log_softmax(0), target.softmax(0), reduction="sum")
+    loss = prediction_loss(teacher[None], student[None], temperature, clip)
+    assert loss.tolist() == pytest.approx([min(float(plain) * temperature**2, clip) / clip], rel=1e-3, abs=1e-4)
+
+
+def test_a_clipped_token_teaches_nothing():
+    student = torch.tensor([[9.0, 0.0], [0.1, 0.0]], requires_grad=True)
+    prediction_loss(torch.tensor([[0.0, 90.0], [0.0, 0.0]]), student, 1.0, 4.0).sum().backward()
+    assert not student.grad[0].any()
+    assert student.grad[1].any()
+
+
+def test_attention_is_the_mean_over_real_queries():
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 2, 4).log_softmax(-1), torch.randn(2, 2, 4).log_softmax(-1)
+    visible = torch.ones(2, 2, 4, dtype=torch.bool)
+    visible[1, 1] = False
+    hidden = [row.masked_fill(~visible, float("-inf")) for row in (teacher, student)]
+    rows = divergence(teacher, student)
+    torch.testing.assert_close(attention_loss(*hidden, visible), (rows[0].sum() + rows[1, 0]) / 3)
+    nothing = torch.zeros_like(visible)
+    assert attention_loss(*hidden, nothing) == 0
+
+
+@given(st.lists(st.floats(-20, 0), min_size=2, max_size=8).map(torch.tensor))
+def test_advantages_have_no_mean(rewards):
+    values = advantages(rewards)
+    assert torch.isfinite(values).all()
+    assert abs(float(values.sum())) < 1e-3
+    if rewards.std() > 1e-3:
+        assert float(values.std()) == pytest.approx(1, abs=1e-3)
+
+
+@given(st.floats(-30, 0), st.integers(2, 40))
+def test_a_group_without_spread_teaches_nothing(reward, group):
+    log_probabilities = torch.randn(group, requires_grad=True)
+    policy_loss(log_probabilities, advantages(torch.full((group,), reward))).backward()
+    assert not log_probabilities.grad.any()

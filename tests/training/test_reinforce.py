@@ -1,0 +1,255 @@
+"""Stage 2: rewards, what learns and what does not, and the stream of random draws."""
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from twigvlm.base.cache import LayeredCache
+from twigvlm.decoding.prefill import Plan, prefill
+from twigvlm.errors import TwigVLMError
+from twigvlm.training.data import Collator
+from twigvlm.training.options import Stage2Config
+from twigvlm.training.reinforce import Policy, budget_probabilities, train_stage2
+from twigvlm.training.turns import answer_length, draw_turns, last_prompt_tokens
+
+# R̄ of the tiny model (16 visual tokens, 6 layers, K = 1, K_f = 5): R = 4 and 10
+BUDGETS = (5.0, 9.0)
+
+
+@pytest.fixture
+def make_policy(make_model):
+    def make(dtype=None, **options):
+        torch.manual_seed(0)
+        return make_model(dtype, pruning_head=True, final_wipe=5, **options)
+
+    return make
+
+
+def settings(**options):
+    return Stage2Config(
+        **{
+            "batch_size": 4,
+            "log_steps": 1,
+            "group": 4,
+            "budgets": BUDGETS,
+            "learning_rate": 1e-2,
+            "warmup": 0.0,
+            **options,
+        }
+    )
+
+
+def run(model, dataset, directory, resume=False, callbacks=(), **options):
+    return train_stage2(model, dataset, settings(**options), directory, resume, callbacks)
+
+
+def copy(module):
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def test_the_p_head_learns_and_nothing_else(make_policy, dataset, tmp_path):
+    model = make_policy()
+    base, twig = copy(model.model), copy(model.twig)
+    log = run(model, dataset, tmp_path, max_steps=2, gamma=(0.0, 0.0))
+    assert all(torch.equal(tensor, base[name]) for name, tensor in model.model.state_dict().items())
+    changed = {name for name, tensor in model.twig.state_dict().items() if not torch.equal(tensor, twig[name])}
+    assert changed == {"pruning_head.query_gate.weight", "pruning_head.key_gate.weight"}
+    assert all(parameter.requires_grad for parameter in model.twig.parameters())
+    assert log[0].keys() >= {"loss", "reward", "reward_spread", "entropy", "retain"}
+    assert {entry["retain"] for entry in log[:2]} <= set(BUDGETS)
+
+
+def test_a_bfloat16_base_trains_a_float32_p_head(make_policy, dataset, tmp_path):
+    model = make_policy(torch.bfloat16)
+    twig = copy(model.twig)
+    log = run(model, dataset, tmp_path, max_steps=2)
+    assert log[0]["attention_kl"] > 0
+    changed = {name for name, tensor in model.twig.state_dict().items() if not torch.equal(tensor, twig[name])}
+    assert changed == {"pruning_head.query_gate.weight", "pruning_head.key_gate.weight"}
+    assert model.twig.norm.weight.dtype == torch.bfloat16
+
+
+def recorded(monkeypatch):
+    """What the policy draws, and what it is paid for it."""
+    from twigvlm.training import reinforce
+
+    seen = []
+    draw, pay = reinforce.plackett_luce.sample, reinforce.Case.rewards
+
+    def sample(*arguments):
+        actions = draw(*arguments)
+        seen.append({"actions": actions, "kept": [], "rewards": []})
+        return actions
+
+    def rewards(case, base, kept, *arguments):
+        paid = pay(case, base, kept, *arguments)
+        seen[-1]["kept"].append(kept)
+        seen[-1]["rewards"].append(paid)
+        return paid
+
+    monkeypatch.setattr(reinforce.plackett_luce, "sample", sample)
+    monkeypatch.setattr(reinforce.Case, "rewards", rewards)
+    return seen
+
+
+@torch.no_grad()
+def one_by_one(model, item, kept, query):
+    """The pruned prompt as at inference, then the answer fed token by token to the base's cache."""
+    base = model.base
+    ids = item["input_ids"]
+    answer = ids[0, query + 1 :]
+    prompt = base.prompt(input_ids=ids[:, : query + 1], pixel_values=item["pixel_values"])
+    masks, cache = base.masks(prompt, new_tokens=len(answer)), LayeredCache(8, len(answer))
+    chosen = torch.zeros(1, query + 1).index_fill(1, kept, 1.0)
+    first = prefill(base, model.twig, prompt, Plan(len(kept), 5, lambda trunk: chosen), masks, cache)
+    assert first.kept[0].tolist() == sorted(kept.tolist())
+    logits, total = first.logits[0], 0.0
+    for index, token in enumerate(answer):
+        total += float(logits.log_softmax(-1)[token])
+        rope = base.rotary(prompt.hidden[:, -1:], torch.tensor([[query + 1 + index]]))
+        hidden = base.run_layers(base.embed(token[None, None]), 0, 6, rope, masks, cache)
+        logits = base.logits(hidden[0, -1])
+    return total / len(answer)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_rewards_are_the_pruned_bases_own(make_policy, dataset, monkeypatch, chunk):
+    model, seen = make_policy(), recorded(monkeypatch)
+    items = [dataset[0], dataset[2]]
+    policy = Policy(model, settings(budgets=(5.0,), chunk=chunk), 10)
+    terms = policy(**Collator(pad_token_id=0)(items), step=3, part=0)
+    assert len(seen) == 2
+    for item, group in zip(items, seen, strict=True):
+        query = int((item["labels"][0] != -100).nonzero().min()) - 1
+        kept, rewards = torch.cat(group["kept"]), torch.cat(group["rewards"])
+        assert len(group["kept"]) == (1 if chunk is None else 2)
+        assert kept.shape == (4, 4)
+        for row, reward in zip(kept, rewards, strict=True):
+            assert float(reward) == pytest.approx(one_by_one(model, item, row, query), abs=2e-5)
+        assert rewards.std() > 1e-3
+    assert float(terms["reward"]) == pytest.approx(float(torch.cat([torch.cat(g["rewards"]) for g in seen]).mean()))
+
+
+def test_earlier_turns_are_context_and_later_ones_unseen(make_policy, dataset, monkeypatch):
+    model, item, seen = make_policy(), dataset[1], recorded(monkeypatch)
+    policy = Policy(model, settings(budgets=(5.0,)), 10)
+    asked = last_prompt_tokens(item["labels"])[0].nonzero()[:, 0].tolist()
+    assert len(asked) == 2
+    found = set()
+    for step in range(8):
+        policy(**item, step=step, part=0)
+        reward, kept = float(seen[-1]["rewards"][0][0]), seen[-1]["kept"][0][0]
+        for turn, query in enumerate(asked):
+            end = query + 1 + answer_length(item["labels"][0], query)
+            cut = {**item, "input_ids": item["input_ids"][:, :end]}
+            if reward == pytest.approx(one_by_one(model, cut, kept, query), abs=2e-5):
+                found.add(turn)
+    assert found == {0, 1}
+
+
+def test_equal_rewards_give_no_gradient(make_policy, dataset):
+    model = make_policy()
+    policy = Policy(model, settings(budgets=(12.0 + 5 / 6,), gamma=(0.0, 0.0)), 10)  # R = M - 1 ... M
+    assert policy.keep(policy.settings.budgets[0], 16) == 15
+    every = Policy(model, settings(budgets=(16 * 5 / 6,), gamma=(0.0, 0.0)), 10)
+    assert every.keep(every.settings.budgets[0], 16) == 16
+    every(**dataset[0], step=0, part=0)["loss"].backward()
+    for linear in (model.twig.pruning_head.query_gate, model.twig.pruning_head.key_gate):
+        assert not linear.weight.grad.any()
+    policy(**dataset[0], step=0, part=0)["loss"].backward()
+    assert model.twig.pruning_head.key_gate.weight.grad.any()
+
+
+def test_a_sample_without_an_image_teaches_nothing(make_policy, dataset):
+    model = make_policy()
+    policy = Policy(model, settings(), 10)
+    text = {"input_ids": torch.arange(3, 13)[None], "labels": torch.full((1, 10), -100)}
+    text["labels"][0, 6:] = text["input_ids"][0, 6:]
+    terms = policy(**text, step=0, part=0)
+    terms["loss"].backward()
+    assert terms["loss"].item() == 0
+    assert not model.twig.pruning_head.key_gate.weight.grad.any()
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
+def test_resumed_equals_uninterrupted(make_policy, dataset, tmp_path):
+    options = {"max_steps": 3, "batch_size": 2, "accumulate": 2, "save_steps": 1}
+    whole = make_policy()
+    run(whole, dataset, tmp_path / "whole", **options)
+    run(make_policy(), dataset, tmp_path / "parts", callbacks=[StopAt(2)], **options)
+    resumed = make_policy()
+    torch.manual_seed(123)
+    log = run(resumed, dataset, tmp_path / "parts", resume=True, **options)
+    assert max(entry["step"] for entry in log) == 3
+    after = copy(resumed.twig)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in copy(whole.twig).items())
+
+
+def test_seed_step_and_part_decide_the_draws(make_policy, dataset, monkeypatch):
+    model, seen = make_policy(), recorded(monkeypatch)
+    for seed, step, part in [(0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]:
+        Policy(model, settings(seed=seed, budgets=(5.0,)), 10)(**dataset[0], step=step, part=part)
+    draws = [group["actions"].tolist() for group in seen]
+    assert draws[0] == draws[1]
+    assert all(draws[0] != other for other in draws[2:])
+
+
+def test_rewards_rise(make_policy, dataset, tmp_path):
+    """On one question, with prunings of few tokens: the policy finds those that the base answers with best."""
+    model = make_policy()
+    one = torch.utils.data.Subset(dataset, [0])
+    log = run(
+        model, one, tmp_path, max_steps=20, batch_size=1, group=16, budgets=(4.0,), gamma=(0.0, 0.0), learning_rate=5e-2
+    )
+    rewards = [entry["reward"] for entry in log if "reward" in entry]
+    spread = sum(entry["reward_spread"] for entry in log[:5]) / 5
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + spread
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_budgets_are_uniform_at_first_and_hardest_at_the_end(count):
+    torch.testing.assert_close(budget_probabilities(count, 0.0, 8.0, 2.0), torch.full((count,), 1 / count).double())
+    last = budget_probabilities(count, 1.0, 8.0, 2.0)
+    assert float(last[0]) > 0.999
+    middle = budget_probabilities(3, 0.5, 8.0, 2.0)
+    torch.testing.assert_close((middle[1:] / middle[:-1]).log(), torch.full((2,), -2.0).double())
+
+
+def test_drawn_turns():
+    labels = torch.tensor([[-100, -100, 5, 6, -100, -100, 7, -100], [-100, 5, -100, -100, 6, 7, 8, 9]])
+    visual = torch.tensor([[1, 0, 0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0]]).bool()
+    assert last_prompt_tokens(labels).nonzero().tolist() == [[0, 1], [0, 5], [1, 0], [1, 3]]
+    drawn = [draw_turns(labels, visual, torch.Generator().manual_seed(seed)).nonzero().tolist() for seed in range(12)]
+    # the first turn of the second row stands before its image
+    assert all(turns in ([[0, 1], [1, 3]], [[0, 5], [1, 3]]) for turns in drawn)
+    assert drawn.count(drawn[0]) < len(drawn)
+    assert [answer_length(labels[0], 1), answer_length(labels[0], 5), answer_length(labels[1], 3)] == [2, 1, 4]
+
+
+def test_what_cannot_be_trained_is_refused(make_model, make_policy, dataset, tmp_path):
+    with pytest.raises(TwigVLMError, match="no P-Head to train"):
+        run(make_model(), dataset, tmp_path / "out")
+    with pytest.raises(TwigVLMError, match="retain=2: must be"):
+        run(make_policy(), dataset, tmp_path / "out", budgets=(2.0, 5.0))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"group": 1}, {"chunk": 0}, {"budgets": ()}, {"budgets": (5.0, 4.0)}, {"beta": -1.0}, {"power": 0.0},
+        {"gamma": (1.0, -1.0)}, {"batch_size": 0},
+    ],
+)  # fmt: skip
+def test_settings_are_checked(option):
+    ((name, _),) = option.items()
+    with pytest.raises(TwigVLMError, match=f"{name}="):
+        Stage2Config(**option)

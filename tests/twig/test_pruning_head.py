@@ -1,0 +1,154 @@
+"""The P-Head against a reference of loops, and what a twig does with one."""
+
+from math import sqrt
+
+import torch
+
+from tests.tiny import prompt, tiny_llava
+from twigvlm import TwigConfig, TwigVLM
+from twigvlm.base.positions import rotate
+from twigvlm.pruning.head_scores import HeadScores, Look, look_at_images
+from twigvlm.pruning.scores import visual_attention
+from twigvlm.pruning.twig_attention import TwigAttention
+from twigvlm.twig.pruning_head import PruningHead
+
+
+def grown(**options):
+    torch.manual_seed(0)
+    return TwigVLM.grow(tiny_llava(), TwigConfig(2, 2, pruning_head=True, **options))
+
+
+def states(model, inputs):
+    """Input of the last twig layer, rope and visual mask of a prompt."""
+    captured = model.base.prompt(**inputs)
+    rope, masks = model.base.rotary(captured.hidden, captured.position_ids), model.base.masks(captured)
+    hidden = model.base.run_layers(captured.hidden, 0, 2, rope, masks)
+    return model.twig.last_input(hidden, rope, masks), rope, captured.visual_mask
+
+
+def reference(model, hidden, rope, visual, query):
+    """Eq. 7, head by head and token by token."""
+    layer, head = model.twig.layers[-1], model.twig.pruning_head
+    attention, x = layer.self_attn, layer.input_layernorm(hidden)[0]
+    heads, kv_heads, size = 4, 2, attention.head_dim
+    queries = rotate(attention.q_proj(x).view(1, -1, heads, size).transpose(1, 2), *rope)[0]
+    keys = rotate(attention.k_proj(x).view(1, -1, kv_heads, size).transpose(1, 2), *rope)[0]
+    total = torch.zeros(len(visual))
+    for h in range(heads):
+        rows = slice(h * size, (h + 1) * size)
+        logits = []
+        for token in visual:
+            z_query, z_key = head.query_gate.weight[rows] @ x[query], head.key_gate.weight[rows] @ x[token]
+            gates = z_query.clamp(min=0) * z_query.sigmoid() * z_key.clamp(min=0) * z_key.sigmoid()
+            logits.append((gates * queries[h, query] * keys[h // 2, token]).sum() / sqrt(size))
+        total += torch.stack(logits).softmax(dim=0) / heads
+    return total
+
+
+@torch.no_grad()
+def test_it_is_equation_7():
+    model = grown()
+    hidden, rope, mask = states(model, prompt())
+    asking = torch.zeros_like(mask)
+    asking[0, [10, 21, 24]] = True  # the first stands between the visual tokens and sees seven of them
+    look = Look.at(asking, mask)
+    scores = look_at_images(model.twig.layers[-1], hidden, rope, look, model.twig.pruning_head)[0].exp()
+    for row, (query, count) in enumerate([(10, 7), (21, 16), (24, 16)]):
+        expected = reference(model, hidden, rope, range(3, 3 + count), query)
+        torch.testing.assert_close(scores[row, :count], expected)
+        assert not scores[row, count:].any()
+        assert expected.std() > 1e-3
+
+
+@torch.no_grad()
+def test_without_gates_it_is_the_layers_attention():
+    model = grown()
+    hidden, rope, mask = states(model, prompt())
+    keys = torch.randn(1, 2, 25, 8)
+    look = Look.at(torch.arange(25)[None] == 24, mask)
+    attention = look_at_images(model.twig.layers[-1], hidden, rope, look, keys=keys)[0, 0].exp()
+    queries = rotate(
+        model.twig.layers[-1]
+        .self_attn.q_proj(model.twig.layers[-1].input_layernorm(hidden))
+        .view(1, 25, 4, 8)
+        .transpose(1, 2),
+        *rope,
+    )[0, :, 24]
+    expected = torch.stack([(keys[0, h // 2, 3:19] @ queries[h] / sqrt(8)).softmax(dim=0) for h in range(4)]).mean(
+        dim=0
+    )
+    torch.testing.assert_close(attention, expected)
+
+
+@torch.no_grad()
+def test_it_ranks_by_default():
+    model = grown()
+    options = {"max_new_tokens": 1, "keep": 5, "return_dict_in_generate": True}
+    own = model.generate(**prompt(), **options).kept_indices
+    hidden, rope, _ = states(model, prompt())
+    best = reference(model, hidden, rope, range(3, 19), 24).topk(5).indices + 3
+    assert own[0].tolist() == sorted(best.tolist())
+    assert torch.equal(own, model.generate(**prompt(), **options, scorer=HeadScores()).kept_indices)
+    assert not torch.equal(own, model.generate(**prompt(), **options, scorer=TwigAttention()).kept_indices)
+
+
+def test_speculation_goes_on_with_it():
+    model = grown()
+    options = {"max_new_tokens": 10, "keep": 5}
+    assert torch.equal(model.generate(**prompt(), **options), model.generate(**prompt(), **options, speculate="chain"))
+
+
+def test_a_fresh_one_learns_from_the_first_step():
+    model = grown()
+    hidden, rope, mask = states(model, prompt())
+    look = Look.at(torch.arange(25)[None] == 24, mask)
+    look_at_images(model.twig.layers[-1], hidden, rope, look, model.twig.pruning_head)[0, 0, 0].backward()
+    for linear in (model.twig.pruning_head.query_gate, model.twig.pruning_head.key_gate):
+        rows = linear.weight.grad.abs().amax(dim=1)
+        assert (rows > 0).float().mean() > 0.3
+
+
+@torch.no_grad()
+def test_opened_gates_let_tokens_like_those_seen_pass():
+    torch.manual_seed(0)
+    head = PruningHead(64, 64)
+    tokens = 3.0 + torch.randn(50, 64)
+    head.open(tokens)
+    queries, keys = torch.randn(1, 8, 1, 8), torch.randn(1, 4, 49, 8)
+    fresh = head(tokens[None, :1], tokens[None, 1:], queries, keys)
+    visible = torch.ones(1, 1, 49, dtype=torch.bool)
+    ranks = [
+        visual_attention(*pair, 0.35, visible)[0, 0].argsort().argsort().float() for pair in (fresh, (queries, keys))
+    ]
+    assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.6
+    assert (torch.stack([gated.sign() == plain.sign() for gated, plain in ((fresh[0], queries),)])).float().mean() > 0.9
+
+
+def test_rows_without_a_visible_token_have_no_share_and_no_nan():
+    queries = torch.randn(2, 4, 1, 8, requires_grad=True)
+    visible = torch.tensor([[[True, True, False]], [[False, False, False]]])
+    shares = visual_attention(queries, torch.randn(2, 2, 3, 8), 0.35, visible)
+    assert shares[1].exp().sum() == 0
+    assert shares[0, 0, 2] == float("-inf")
+    torch.testing.assert_close(shares[0].exp().sum(), torch.tensor(1.0))
+    shares[0, 0, 0].backward()
+    assert torch.isfinite(queries.grad).all()
+    assert queries.grad[0].any()
+    assert visual_attention(queries, torch.randn(2, 2, 0, 8), 0.35, visible[:, :, :0]).shape == (2, 1, 0)
+
+
+def test_rows_may_differ_in_their_visual_tokens():
+    mask = torch.tensor([[0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
+    asking = torch.tensor([[0, 0, 0, 1, 0, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0]]).bool()
+    look = Look.at(asking, mask)
+    assert look.visual[0].tolist() == [1, 2, 4]
+    assert look.queries[0].tolist() == [3, 5]
+    assert look.visible[0].tolist() == [[True, True, False], [True, True, True]]
+    assert look.visible[1].sum() == 1
+    assert not look.visible[2].any()
+
+
+def test_a_twig_without_one_has_none_of_its_weights():
+    plain = TwigVLM.grow(tiny_llava(), TwigConfig(2, 2)).twig
+    assert plain.pruning_head is None
+    assert not [name for name in plain.state_dict() if "pruning" in name]
