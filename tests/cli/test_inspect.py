@@ -10,6 +10,7 @@ from tests.tiny import tiny_llava
 from tests.tiny_processor import tiny_processor
 from twigvlm.cli.main import main
 from twigvlm.cli.session import build_inputs
+from twigvlm.config import TwigConfig
 from twigvlm.evaluation import figure
 from twigvlm.model import TwigVLM
 
@@ -116,14 +117,16 @@ def test_maps_and_kept_patches_are_those_of_generation(arguments, base_directory
         assert (output.kept_indices[0] - first).tolist() == indices
 
 
-def test_a_twig_on_the_embeddings_has_no_trunk_layer_to_show(arguments, tmp_path, monkeypatch):
-    from twigvlm.config import TwigConfig
-
-    TwigVLM.grow(tiny_llava(), TwigConfig(trunk_layers=0, twig_layers=1)).save_pretrained(tmp_path / "twig")
+@pytest.mark.parametrize("pruning_head", [False, True])
+def test_maps_are_of_the_rankings_that_there_are(arguments, tmp_path, monkeypatch, pruning_head):
+    """A twig on the embeddings has no trunk layer to show; one with a P-Head has a ranking more."""
+    config = TwigConfig(trunk_layers=0, twig_layers=1, pruning_head=pruning_head)
+    TwigVLM.grow(tiny_llava(), config).save_pretrained(tmp_path / "twig")
     titles = []
     monkeypatch.setattr("twigvlm.cli.inspection.draw_patches", lambda i, maps, k, b: titles.extend(maps) or b"")
     assert main(arguments(twig=tmp_path / "twig")) == 0
-    assert titles == ["attention of the last twig layer", "attention of base layer 4 of 6"]
+    head = ["P-Head"] if pruning_head else []
+    assert titles == [*head, "attention of the last twig layer", "attention of base layer 4 of 6"]
 
 
 def test_bad_input_writes_nothing(refused, arguments, picture, tmp_path):

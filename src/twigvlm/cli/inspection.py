@@ -84,7 +84,8 @@ def rankings(model: TwigVLM, deep_layer: int | None) -> dict[str, str]:
     """The rankings that are drawn: titles by `Variant.method`. One entry more is one map more."""
     trunk, layers = model.config.trunk_layers, model.base.num_layers
     deep = round(_DEPTH * layers) if deep_layer is None else deep_layer
-    found = {OWN: "attention of the last twig layer"}
+    attention = "attention of the last twig layer"
+    found = {OWN: attention} if model.twig.pruning_head is None else {OWN: "P-Head", "attention": attention}
     if trunk:
         found["fastv"] = f"attention of base layer {trunk} (K)"
     return {**found, f"deep:{deep}": f"attention of base layer {deep} of {layers}"}
