@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -22,6 +23,7 @@ class LayeredCache:
         self.keys: list[Tensor | None] = [None] * slots
         self.values: list[Tensor | None] = [None] * slots
         self.lengths: list[int] = [0] * slots
+        self.places: list[Tensor | None] = [None] * slots
 
     def length(self, layer: int) -> int:
         """Tokens that a layer holds."""
@@ -51,12 +53,28 @@ class LayeredCache:
         self.lengths[layer_idx] = stop
         return keys[:, :, :stop], values[:, :, :stop]
 
+    def place(self, layer: int, places: Int[Tensor, "batch new"]) -> Int[Tensor, "batch total"]:
+        """Note where in the unpruned sequence the tokens of the next update stand; the places of all, those included."""
+        known = self.places[layer]
+        if known is not None:
+            places = torch.cat((known[:, : self.lengths[layer]], places), dim=1)
+        self.places[layer] = places
+        return places
+
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [batch, kv_heads, length, head_dim], as views."""
         keys, values = self.keys[layer], self.values[layer]
         if keys is None or values is None:
             raise IndexError(f"layer {layer} of the cache is empty")
         return keys[:, :, : self.lengths[layer]], values[:, :, : self.lengths[layer]]
+
+    def borrow(self, other: "LayeredCache", layer: int, batch: int) -> None:
+        """Fill an empty layer with what another cache's one row holds of it, for a batch of rows."""
+        keys, values = other.held(layer)
+        places = other.places[layer]
+        if places is not None:
+            self.place(layer, places[:, : other.lengths[layer]].expand(batch, -1))
+        self.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), layer)
 
     def truncate(self, start: int, stop: int, length: int) -> None:
         """Layers start..stop-1 forget all but their first `length` tokens."""
@@ -75,6 +93,9 @@ class LayeredCache:
             for buffer in (self.keys[layer], self.values[layer]):
                 if buffer is not None:
                     buffer[:, :, : len(indices)] = buffer.index_select(2, indices)
+            places = self.places[layer]
+            if places is not None:
+                self.places[layer] = places.index_select(1, indices)
             self.lengths[layer] = len(indices)
 
 

@@ -92,8 +92,7 @@ def decode(
     cache = LayeredCache(slots, reserve=min(limit, 512) + most + 1)
     masks = base.masks(prompt, rows=most + 2, new_tokens=limit)
     first = prefill(base, twig, prompt, plan_of(int(prompt.visual_mask.sum())), masks, cache)
-    after = prompt.position_ids.amax(dim=-1, keepdim=True) + 1
-    rope = base.rotary(prompt.hidden[:, -1:], after + torch.arange(limit, device=after.device))
+    rope = base.rope_after(prompt, limit)
     context = Context(base, twig, masks, cache, rope)
 
     tokens = _Tokens(prompt.input_ids, stops, processors is not None, emit)

@@ -63,7 +63,7 @@ class Prefilled:
 def prefill(base: BaseVLM, twig: Twig, prompt: Prompt, plan: Plan, masks: Masks, cache: LayeredCache) -> Prefilled:
     """Fill the caches: trunk and twig with everything, middle layers with text + R, late layers with text only."""
     trunk_layers = twig.config.trunk_layers
-    rope = base.rotary(prompt.hidden, prompt.position_ids)
+    rope = base.rope(prompt)
     hidden = base.run_layers(prompt.hidden, 0, trunk_layers, rope, masks, cache)
     trunk = Trunk(base, twig, prompt, hidden, rope, masks, cache)
     kept: Tensor | None = None

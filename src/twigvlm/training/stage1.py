@@ -39,7 +39,7 @@ class ShallowModel(nn.Module):
         with torch.no_grad():
             prompt = base.prompt(**inputs)
             masks = base.masks(prompt)
-            rope = base.rotary(prompt.hidden, prompt.position_ids)
+            rope = base.rope(prompt)
             hidden = base.run_layers(prompt.hidden, 0, twig.config.trunk_layers, rope, masks)
         answers = labels[:, 1:] != IGNORE
         with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):

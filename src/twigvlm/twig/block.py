@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from twigvlm.base.cache import LayeredCache
-from twigvlm.base.layers import project_keys_values, run
+from twigvlm.base.layers import fill, run
 from twigvlm.base.masks import Masks
 from twigvlm.base.positions import Rope
 from twigvlm.base.vlm import BaseVLM
@@ -105,8 +105,7 @@ class Twig(nn.Module):
         attention and MLP are saved.
         """
         hidden = run(self.layers[:-1], hidden, rope, masks, cache, self.first_slot)
-        keys, values = project_keys_values(self.layers[-1], hidden, rope)
-        cache.update(keys, values, self.last_slot)
+        fill(self.layers[-1], hidden, rope, cache, self.last_slot)
         return hidden
 
     @property
