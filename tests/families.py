@@ -53,7 +53,7 @@ def _vlm(family: str, tower: str, text: str, /, **options: Any) -> Callable[[str
     def build(attention: str) -> Any:
         own = {name: options[name] for name in options if name not in ("tower", "text")}
         config = getattr(hf, f"{family}Config")(
-            vision_config=getattr(hf, f"{tower}Config")(**{**TOWER, **options.get("tower", {})}),
+            vision_config=getattr(hf, f"{tower}Config")(**options.get("tower", TOWER)),
             text_config=getattr(hf, f"{text}Config")(**{**TEXT, **options.get("text", {})}),
             image_token_id=IMAGE,
             attn_implementation=attention,
@@ -85,8 +85,20 @@ def _nested(kind: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(1, 2, 3, 16, 16, generator=generator)}
 
 
+def _grids(kind: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    if kind == "video":
+        pixels = torch.randn(48, 96, generator=generator)
+        return {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[3, 4, 4]])}
+    pixels = torch.randn(24 + 32, 96, generator=generator)
+    return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 6], [1, 8, 4]])}
+
+
 PINPOINTS = [[16, 32], [32, 16]]
-PIXTRAL = {"head_dim": 16}
+PIXTRAL = {**TOWER, "head_dim": 16}
+# Patches of 4x4 pixels in two frames, merged two by two.
+QWEN = {"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
+INTERN = {**TOWER, "image_size": [16, 16], "patch_size": [4, 4]}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]}}
 
 TINY: dict[str, Tiny] = {
     "llava": Tiny(_vlm("Llava", "CLIPVision", "Llama"), _squares),
@@ -114,7 +126,7 @@ TINY: dict[str, Tiny] = {
             "LlavaOnevision",
             "SiglipVision",
             "Qwen2",
-            tower={"vision_use_head": False},
+            tower={**TOWER, "vision_use_head": False},
             image_grid_pinpoints=PINPOINTS,
             video_token_id=VIDEO,
         ),
@@ -127,8 +139,77 @@ TINY: dict[str, Tiny] = {
     ),
     "idefics3": Tiny(_vlm("Idefics3", "Idefics3Vision", "Llama", scale_factor=2), _nested),
     "smolvlm": Tiny(_vlm("SmolVLM", "SmolVLMVision", "Llama", scale_factor=2), _nested),
-    "internvl": Tiny(
-        _vlm("InternVL", "InternVLVision", "Qwen2", tower={"image_size": [16, 16], "patch_size": [4, 4]}), _squares
+    "internvl": Tiny(_vlm("InternVL", "InternVLVision", "Qwen2", tower=INTERN), _squares),
+    "internvl3_5": Tiny(_vlm("InternVL", "InternVLVision", "Qwen3", tower=INTERN, text={"head_dim": 8}), _squares),
+    "qwen2_vl": Tiny(
+        _vlm(
+            "Qwen2VL",
+            "Qwen2VLVision",
+            "Qwen2VLText",
+            tower={**QWEN, "embed_dim": 32},
+            text={**MROPE, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3},
+            video_token_id=VIDEO,
+        ),
+        _grids,
+        token_types="mm_token_type_ids",
+        videos=True,
+    ),
+    "qwen2_5_vl": Tiny(
+        _vlm(
+            "Qwen2_5_VL",
+            "Qwen2_5_VLVision",
+            "Qwen2_5_VLText",
+            tower={
+                **QWEN,
+                "intermediate_size": 48,
+                "out_hidden_size": 32,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+            text=MROPE,
+            video_token_id=VIDEO,
+        ),
+        _grids,
+        token_types="mm_token_type_ids",
+        videos=True,
+    ),
+    "qwen3_vl": Tiny(
+        _vlm(
+            "Qwen3VL",
+            "Qwen3VLVision",
+            "Qwen3VLText",
+            tower={
+                **QWEN,
+                "depth": 3,
+                "intermediate_size": 48,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0, 1, 2],  # the last one enters beyond the trunk
+            },
+            text={**MROPE, "head_dim": 8},
+            video_token_id=VIDEO,
+        ),
+        _grids,
+        token_types="mm_token_type_ids",
+        videos=True,
+        groups=3,
+    ),
+    "gemma3": Tiny(
+        _vlm(
+            "Gemma3",
+            "SiglipVision",
+            "Gemma3Text",
+            tower={**TOWER, "vision_use_head": False},
+            text={
+                "head_dim": 8,
+                "sliding_window": 9,
+                "query_pre_attn_scalar": 12,
+                "layer_types": ["sliding_attention", "full_attention"] * 3,
+            },
+            mm_tokens_per_image=16,
+        ),
+        _squares,
+        token_types="token_type_ids",
     ),
 }
 
@@ -148,7 +229,12 @@ def tiny(name: str, attention: str = "sdpa", seed: int = 0) -> Any:
                 else:
                     scale = 1.0 if "embed" in parameter_name else 1.5 * parameter[0].numel() ** -0.5
                     parameter.copy_(scale * torch.randn_like(parameter))
+            embedding = model.get_input_embeddings()
+            embedding.weight.div_(2 * getattr(embedding, "embed_scale", 0.5))
             for layer in _decoder(model).layers[TRUNK + TWIG :]:
+                if hasattr(layer, "pre_feedforward_layernorm"):  # norms after the sublayers, of scale 1 + weight
+                    layer.post_attention_layernorm.weight.fill_(-0.9)
+                    layer.post_feedforward_layernorm.weight.fill_(-0.9)
                 layer.self_attn.o_proj.weight.mul_(0.1)
                 layer.mlp.down_proj.weight.mul_(0.1)
     model.generation_config.pad_token_id = 0

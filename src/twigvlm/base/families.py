@@ -69,12 +69,21 @@ FAMILIES: tuple[Family, ...] = (
     Family("Idefics3", "idefics3", decoder="model.text_model"),
     Family("SmolVLM", "smolvlm", decoder="model.text_model"),
     Family("InternVL 3", "internvl"),
+    Family("Qwen2-VL", "qwen2_vl", visuals=(IMAGES, VIDEOS)),
+    Family("Qwen2.5-VL", "qwen2_5_vl", visuals=(IMAGES, VIDEOS)),
+    Family("Qwen3-VL", "qwen3_vl", visuals=(IMAGES, VIDEOS)),
+    Family("Gemma 3", "gemma3"),
 )
 
 LANGUAGE_MODELS: tuple[LanguageModel, ...] = (
     LanguageModel("llama"),
     LanguageModel("mistral"),
     LanguageModel("qwen2"),
+    LanguageModel("qwen3"),
+    LanguageModel("qwen2_vl_text"),
+    LanguageModel("qwen2_5_vl_text"),
+    LanguageModel("qwen3_vl_text"),
+    LanguageModel("gemma3_text", rotary_per_layer_type=True),
 )
 
 
