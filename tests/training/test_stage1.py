@@ -24,7 +24,7 @@ def same(left, right):
 def shallow_logits(model, item):
     """Reference: logits of one unpadded sample at all positions, step by step in plain sight."""
     prompt = model.base.prompt(input_ids=item["input_ids"], pixel_values=item["pixel_values"])
-    rope = model.base.rotary(prompt.hidden, prompt.position_ids)
+    rope = model.base.rope(prompt)
     masks = model.base.masks(prompt)
     hidden = model.base.run_layers(prompt.hidden, 0, model.config.trunk_layers, rope, masks)
     return model.twig.logits(model.twig(hidden, rope, masks))[0]

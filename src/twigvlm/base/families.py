@@ -41,8 +41,8 @@ class Family:
     """The language-model head."""
     visuals: tuple[Visual, ...] = (IMAGES,)
     """Its kinds of visual input."""
-    limits: str = ""
-    """What does not work, in a few words; empty if nothing is known."""
+    notes: str = ""
+    """What a user should know of it."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,12 @@ class LanguageModel:
     """`config.model_type` of the language model."""
     rotary_per_layer_type: bool = False
     """Whether each type of layer has rotary embeddings of its own."""
+    notes: str = ""
+    """What a user should know of it."""
 
+
+_FRAMES = "its processor makes images of a video's frames"
+_WINDOW = "with sliding-window layers: no flash attention"
 
 FAMILIES: tuple[Family, ...] = (
     Family("LLaVA-1.5, Pixtral", "llava"),
@@ -67,8 +72,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("Mistral 3", "mistral3"),
     Family("Idefics3", "idefics3", decoder="model.text_model"),
-    Family("SmolVLM", "smolvlm", decoder="model.text_model"),
-    Family("InternVL 3", "internvl"),
+    Family("SmolVLM", "smolvlm", decoder="model.text_model", notes=_FRAMES),
+    Family("InternVL 3", "internvl", notes=_FRAMES),
     Family("Qwen2-VL", "qwen2_vl", visuals=(IMAGES, VIDEOS)),
     Family("Qwen2.5-VL", "qwen2_5_vl", visuals=(IMAGES, VIDEOS)),
     Family("Qwen3-VL", "qwen3_vl", visuals=(IMAGES, VIDEOS)),
@@ -77,13 +82,13 @@ FAMILIES: tuple[Family, ...] = (
 
 LANGUAGE_MODELS: tuple[LanguageModel, ...] = (
     LanguageModel("llama"),
-    LanguageModel("mistral"),
-    LanguageModel("qwen2"),
-    LanguageModel("qwen3"),
-    LanguageModel("qwen2_vl_text"),
-    LanguageModel("qwen2_5_vl_text"),
+    LanguageModel("mistral", notes=_WINDOW),
+    LanguageModel("qwen2", notes=_WINDOW),
+    LanguageModel("qwen3", notes=_WINDOW),
+    LanguageModel("qwen2_vl_text", notes=_WINDOW),
+    LanguageModel("qwen2_5_vl_text", notes=_WINDOW),
     LanguageModel("qwen3_vl_text"),
-    LanguageModel("gemma3_text", rotary_per_layer_type=True),
+    LanguageModel("gemma3_text", rotary_per_layer_type=True, notes=_WINDOW),
 )
 
 

@@ -177,9 +177,7 @@ class BaseVLM:
         batch, tokens = prompt.input_ids.shape
         return rope._replace(places=(tokens + steps).expand(batch, -1))
 
-    def rotary(
-        self, hidden: Float[Tensor, "batch tokens width"], position_ids: Int[Tensor, "*axes batch any"]
-    ) -> Rope:
+    def rotary(self, hidden: Float[Tensor, "batch tokens width"], position_ids: Int[Tensor, "*axes batch any"]) -> Rope:
         """Rotary embeddings of positions alone, in the dtype and on the device of `hidden`; of a prompt, use `rope`."""
         embedding = self.decoder.rotary_emb
         if position_ids.ndim == 3:

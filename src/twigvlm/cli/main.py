@@ -10,6 +10,7 @@ import tyro
 
 from twigvlm.cli.demo import Demo
 from twigvlm.cli.evaluate import Evaluate
+from twigvlm.cli.families import Families
 from twigvlm.cli.generate import Generate
 from twigvlm.cli.train import Train
 from twigvlm.errors import TwigVLMError
@@ -19,6 +20,7 @@ Command = (
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Families, tyro.conf.subcommand("families")]
 )
 DESCRIPTION = (
     "Make vision-language models answer faster: prune visual tokens and draft answer tokens with one small twig."
@@ -35,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(args: Sequence[str] | None) -> Generate | Demo | Train | Evaluate:
+def _parse(args: Sequence[str] | None) -> Generate | Demo | Train | Evaluate | Families:
     """Options from the command line; exits with 2 on a usage error, and raises the TwigVLMError of a bad value.
 
     tyro shows the ValueErrors of nested dataclasses in a box of its own; what it prints is held back until it is known
@@ -44,7 +46,7 @@ def _parse(args: Sequence[str] | None) -> Generate | Demo | Train | Evaluate:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            command: Generate | Demo | Train | Evaluate = tyro.cli(
+            command: Generate | Demo | Train | Evaluate | Families = tyro.cli(
                 Command,
                 prog="twigvlm",
                 description=DESCRIPTION,
