@@ -52,6 +52,23 @@ def test_every_entry_has_a_tiny_model():
     assert known == {base.language_model.model_type for base in models}
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_the_twig_follows_the_base_s_config(name):
+    model = grown(name)
+    for layer in (*model.base.layers, *model.twig.layers):
+        assert layer.self_attn.config is model.base.config
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_random_twig_starts_with_neutral_norms(name):
+    base = tiny(name)
+    norm = TwigVLM.grow(base, TwigConfig(TRUNK, TWIG, init="random")).twig.norm
+    states = torch.randn(3, 32)
+    torch.testing.assert_close(
+        norm(states), states * states.square().mean(-1, keepdim=True).rsqrt(), rtol=1e-4, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_keeping_everything_is_plain_generate(name, kind, attention):
