@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from twigvlm.cli.convert import Convert
 from twigvlm.cli.demo import Demo
 from twigvlm.cli.evaluate import Evaluate
 from twigvlm.cli.families import Families
@@ -21,6 +22,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Families, tyro.conf.subcommand("families")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
 DESCRIPTION = (
     "Make vision-language models answer faster: prune visual tokens and draft answer tokens with one small twig."
@@ -37,7 +39,7 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(args: Sequence[str] | None) -> Generate | Demo | Train | Evaluate | Families:
+def _parse(args: Sequence[str] | None) -> Generate | Demo | Train | Evaluate | Families | Convert:
     """Options from the command line; exits with 2 on a usage error, and raises the TwigVLMError of a bad value.
 
     tyro shows the ValueErrors of nested dataclasses in a box of its own; what it prints is held back until it is known
@@ -46,7 +48,7 @@ def _parse(args: Sequence[str] | None) -> Generate | Demo | Train | Evaluate | F
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            command: Generate | Demo | Train | Evaluate | Families = tyro.cli(
+            command: Generate | Demo | Train | Evaluate | Families | Convert = tyro.cli(
                 Command,
                 prog="twigvlm",
                 description=DESCRIPTION,

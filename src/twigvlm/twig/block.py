@@ -80,7 +80,7 @@ class Twig(nn.Module):
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        neutral = float(type(self.norm)(1).weight)  # 1, or 0 in families whose norms scale by 1 + weight
+        neutral = type(self.norm)(1).weight.item()  # 1, or 0 in families whose norms scale by 1 + weight
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1 and name.endswith("norm.weight"):
                 nn.init.constant_(parameter, neutral)
