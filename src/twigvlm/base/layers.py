@@ -49,10 +49,12 @@ def run(
 
 def window_of(layer: nn.Module) -> int | None:
     """How many tokens a decoder layer looks back, itself included; None: all."""
-    attention = cast(Any, layer).self_attn
-    if hasattr(attention, "sliding_window"):
-        return cast("int | None", attention.sliding_window)
-    return cast("int | None", getattr(attention.config, "sliding_window", None))  # of all its layers, as in Mistral
+    own = vars(
+        cast(Any, layer).self_attn
+    )  # a module's getattr of what is not there is slow, and this is asked at each step
+    if "sliding_window" in own:
+        return cast("int | None", own["sliding_window"])
+    return cast("int | None", vars(own["config"]).get("sliding_window"))  # of all its layers, as in Mistral
 
 
 def project_queries(
@@ -90,7 +92,7 @@ def _heads(attention: Any, which: str, normed: Tensor, rope: Rope) -> Tensor:
 
 
 def _kind(attention: Any) -> str | None:
-    return getattr(attention, "layer_type", None)
+    return cast("str | None", vars(attention).get("layer_type"))
 
 
 def _known(places: Tensor | None) -> Tensor:
