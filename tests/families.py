@@ -247,7 +247,7 @@ def _decoder(model: Any) -> Any:
 
 
 def prompts(name: str) -> list[str]:
-    """What a family's prompts may hold: `images` (two, apart), `video` (one, and the images), `text`."""
+    """What a family's prompts may hold: `images` (two, apart), `video` (the images, and one), `text`."""
     return ["images", *(["video"] if TINY[name].videos else []), "text"]
 
 
@@ -256,7 +256,7 @@ def prompt(model: Any, name: str, kind: str, seed: int = 0) -> dict[str, Any]:
     """Inputs as a processor would return them, with as many placeholders as the model makes features."""
     entry, generator = TINY[name], torch.Generator().manual_seed(seed)
     pixels, counts = {}, []
-    for medium in {"images": ["image"], "video": ["video", "image"], "text": []}[kind]:
+    for medium in {"images": ["image"], "video": ["image", "video"], "text": []}[kind]:
         given = entry.pixels(medium, generator)
         pixels.update(given)
         features = getattr(model.model, f"get_{medium}_features")(**given, return_dict=True).pooler_output
