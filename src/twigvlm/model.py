@@ -246,7 +246,7 @@ class TwigVLM(nn.Module):
     def _plan(self, visual: int, pruning: PruningConfig, scorer: Scorer | None) -> Plan:
         layers, trunk = self.base.num_layers, self.config.trunk_layers
         keep, final_wipe = None, layers
-        if pruning.active:
+        if pruning.active and visual:  # of a prompt of text alone there is nothing to prune
             final_wipe = next((k for k in (pruning.final_wipe, self.config.final_wipe) if k is not None), layers)
             if pruning.keep is not None:
                 keep = pruning.keep

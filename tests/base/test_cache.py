@@ -23,8 +23,10 @@ def test_holds_what_plain_tensors_hold(operations, reserve):
     plain = [torch.zeros(1, 2, 0, 4) for _ in range(3)]
     for name, layer, number in operations:
         if name == "update":
-            new = torch.randn(1, 2, number, 4)
+            new = torch.randint(99, (1, 2, number, 4)).float()
+            places = cache.place(layer, new[:, 0, :, 0].long())
             keys, values = cache.update(new, -new, layer)
+            assert torch.equal(places, keys[:, 0, :, 0].long())
             plain[layer] = torch.cat((plain[layer], new), dim=2)
             assert torch.equal(keys, plain[layer])
             assert torch.equal(values, -plain[layer])
@@ -68,3 +70,18 @@ def test_keeping_the_first_few_copies_nothing():
 def test_an_empty_layer_has_nothing_to_read():
     with pytest.raises(IndexError, match="layer 1"):
         LayeredCache(2, 1).held(1)
+
+
+def test_a_batch_borrows_what_one_row_holds():
+    one, many = LayeredCache(2, 1), LayeredCache(2, 1)
+    for layer in range(2):
+        keys = torch.randn(1, 2, 5, 4)
+        if layer:
+            one.place(layer, torch.arange(5)[None])
+        one.update(keys, -keys, layer)
+    one.drop(0, 2, 2)
+    for layer in range(2):
+        many.borrow(one, layer, 3)
+        assert torch.equal(many.held(layer)[1], one.held(layer)[1].expand(3, -1, -1, -1))
+    assert many.places[0] is None
+    assert many.place(1, torch.full((3, 1), 9)).tolist() == [[0, 1, 2, 9]] * 3

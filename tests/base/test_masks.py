@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twigvlm.base.masks import CausalMasks, PaddedMasks, TreeMasks, additive, causal_mask, padded_causal_mask
+from twigvlm.base.masks import CausalMasks, PaddedMasks, TreeMasks, additive, causal_mask, padded_causal_mask, placed
 from twigvlm.errors import TwigVLMError
 
 CPU = torch.device("cpu")
@@ -79,3 +79,38 @@ def test_padded_masks_by_attention():
     assert torch.equal(PaddedMasks("sdpa", padding, torch.float32)(3, 3), padded_causal_mask(padding))
     expected = additive(padded_causal_mask(padding), torch.float32)
     assert torch.equal(PaddedMasks("eager", padding, torch.float32)(3, 3), expected)
+
+
+@st.composite
+def pruned(draw):
+    """Places of the tokens that are left of a sequence, how far each sees, and a window."""
+    places = sorted(draw(st.sets(st.integers(0, 30), min_size=2, max_size=12)))
+    reach = [place + draw(st.integers(0, 4)) for place in places]
+    return places, reach, draw(st.integers(1, 12)), draw(st.integers(1, len(places)))
+
+
+@given(pruned(), st.sampled_from(["eager", "sdpa"]), st.sampled_from(["none", "bool", "additive"]))
+def test_distances_are_those_of_the_unpruned_sequence(case, attention, given_as):
+    places, reach, window, queries = case
+    start = len(places) - queries
+    base = causal_mask(queries, len(places))[None, None]
+    mask = {"none": None, "bool": base, "additive": additive(base, torch.float32)}[given_as]
+    keys, far = torch.tensor([places]), torch.tensor([reach])[:, start:]
+    got = placed(mask, attention, torch.float32, keys[:, start:], keys, far, window)
+    for row, place in enumerate(places[start:]):
+        for column, other in enumerate(places):
+            seen = place - window < other <= max(place, reach[start + row])
+            assert (got[0, 0, row, column] == (0 if attention == "eager" else True)) == seen
+
+
+def test_an_explicit_mask_stays_closed():
+    """A tree's branches do not see each other, whatever their places."""
+    tree = torch.eye(3, dtype=torch.bool)[None, None]
+    places = torch.tensor([[5, 6, 6]])
+    assert torch.equal(placed(tree, "sdpa", torch.float32, places, places, None, 9), tree)
+
+
+def test_flash_attention_measures_windows_otherwise():
+    places = torch.zeros(1, 1, dtype=torch.long)
+    with pytest.raises(TwigVLMError, match="attn_implementation='flash_attention_2': measures sliding windows"):
+        placed(None, "flash_attention_2", torch.float32, places, places, None, 4)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from twigvlm.base.positions import rotate, select_rope, slice_rope
+from twigvlm.base.positions import Rope, expand_rope, rotate, select_rope, slice_rope
 
 
 def _rope(tokens, width):
@@ -27,16 +27,41 @@ def test_partial_rotation_leaves_the_rest():
     torch.testing.assert_close(rotated[..., :8], rotate(states[..., :8], *rope))
 
 
+def _whole(tokens=10):
+    cos, sin = _rope(tokens, 8)
+    places = torch.arange(tokens)[None]
+    return Rope(cos, sin, ("a", "b"), places, places + 1, (torch.randn(1, tokens, 6), torch.randn(1, tokens, 6)))
+
+
+def _parts(rope):
+    return [rope.cos, rope.sin, rope.places, rope.reach, *rope.deepstack]
+
+
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6, unique=True))
-def test_selected_tokens_keep_their_positions(indices):
-    cos, sin = _rope(10, 8)
-    got = select_rope((cos, sin), torch.tensor([indices]))
-    assert torch.equal(got[0][0], cos[0, indices])
-    assert torch.equal(got[1][0], sin[0, indices])
+def test_selected_tokens_keep_all_that_goes_with_them(indices):
+    rope = _whole()
+    got = select_rope(rope, torch.tensor([indices]))
+    assert got.kinds == rope.kinds
+    for part, whole in zip(_parts(got), _parts(rope), strict=True):
+        assert torch.equal(part[0], whole[0, indices])
 
 
 def test_slices_are_views():
-    cos, sin = _rope(10, 8)
-    part = slice_rope((cos, sin), 2, 5)
-    assert torch.equal(part[1], sin[:, 2:5])
-    assert part[0].data_ptr() == cos[:, 2:].data_ptr()
+    rope = _whole()
+    got = slice_rope(rope, 2, 5)
+    for part, whole in zip(_parts(got), _parts(rope), strict=True):
+        assert torch.equal(part, whole[:, 2:5])
+        assert part.data_ptr() == whole[:, 2:].data_ptr()
+
+
+def test_rows_of_a_batch_share_what_goes_with_them():
+    rope = _whole()
+    for part, whole in zip(_parts(expand_rope(rope, 3)), _parts(rope), strict=True):
+        assert torch.equal(part, torch.cat([whole] * 3))
+
+
+def test_kinds_of_layers_have_embeddings_of_their_own():
+    rope = _whole()
+    assert torch.equal(rope.of("a")[0], rope.cos[..., :4])
+    assert torch.equal(rope.of("b")[1], rope.sin[..., 4:])
+    assert rope._replace(kinds=()).of("a")[0] is rope.cos

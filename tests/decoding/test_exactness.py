@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import VISUAL, VOCABULARY, prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
+from twigvlm.base.positions import select_rope
 from twigvlm.pruning.baselines.base_layer import BaseLayerAttention
 from twigvlm.pruning.baselines.random import RandomScores
 
@@ -150,7 +151,7 @@ def _by_definition(model, inputs, kept, final_wipe, new):
         late = middle if final_wipe == LAYERS else middle[~visual_now[middle]]
 
         def rope_at(indices, rope=rope):
-            return rope[0][:, indices], rope[1][:, indices]
+            return select_rope(rope, indices[None])
 
         state = base.run_layers(state[:, middle], trunk, final_wipe, rope_at(middle), masks)
         state = state[:, torch.isin(middle, late)]

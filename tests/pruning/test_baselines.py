@@ -13,7 +13,7 @@ from twigvlm.pruning.baselines.random import RandomScores
 def after_trunk(model, inputs):
     base = model.base
     opened = base.prompt(**inputs)
-    rope, masks = base.rotary(opened.hidden, opened.position_ids), base.masks(opened)
+    rope, masks = base.rope(opened), base.masks(opened)
     cache = LayeredCache(model.twig.last_slot + 1, 1)
     hidden = base.run_layers(opened.hidden, 0, model.config.trunk_layers, rope, masks, cache)
     return Trunk(base, model.twig, opened, hidden, rope, masks, cache)

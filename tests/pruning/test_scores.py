@@ -16,7 +16,7 @@ from twigvlm.pruning.twig_attention import TwigAttention
 def _trunk(attention, trunk_layers=2, seed=0):
     grown = TwigVLM.grow(tiny_llava(seed, attention=attention), TwigConfig(trunk_layers, twig_layers=2))
     captured = grown.base.prompt(**prompt(seed))
-    rope, masks = grown.base.rotary(captured.hidden, captured.position_ids), grown.base.masks(captured)
+    rope, masks = grown.base.rope(captured), grown.base.masks(captured)
     cache = LayeredCache(8, 1)
     hidden = grown.base.run_layers(captured.hidden, 0, trunk_layers, rope, masks, cache)
     return Trunk(grown.base, grown.twig, captured, hidden, rope, masks, cache)
@@ -47,8 +47,10 @@ def test_row_of_the_last_twig_layer(attention, queries):
     eager, trunk = _trunk("eager"), _trunk(attention)
     first, last = eager.twig.layers
     mask = eager.masks(25, 25)
-    middle = first(eager.hidden, attention_mask=mask, position_embeddings=eager.rope)
-    _, attention_map = last.self_attn(last.input_layernorm(middle), attention_mask=mask, position_embeddings=eager.rope)
+    middle = first(eager.hidden, attention_mask=mask, position_embeddings=eager.rope.of(None))
+    _, attention_map = last.self_attn(
+        last.input_layernorm(middle), attention_mask=mask, position_embeddings=eager.rope.of(None)
+    )
     scores = TwigAttention(queries)(trunk)
     torch.testing.assert_close(scores, _expected(attention_map, trunk.prompt.visual_mask, queries))
     assert trunk.cache.lengths == [25, 25, 0, 0, 0, 0, 25, 25]

@@ -219,7 +219,6 @@ class Unreadable(list):
 @pytest.mark.parametrize(
     ("sample", "options", "words"),
     [
-        (ask("<image><image>Same?", "No.", images=[RED, BLUE]), {"images_per_prompt": 1}, "holds 2 images"),
         (ask("What?", "That.", "<image>And?", "This.", image=RED), {"max_length": 40}, "image lies behind the first 40"),
         (ask("What?", "That."), {"max_length": 10}, "no answer within the first 10 tokens"),
         (ask("<image>What?", "That.", image="none.png"), {}, "no such file"),

@@ -32,7 +32,7 @@ def same(left, right):
 def shallow_logits(model, item):
     """Reference: logits of one unpadded sample at all positions, step by step in plain sight."""
     prompt = model.base.prompt(input_ids=item["input_ids"], pixel_values=item.get("pixel_values"))
-    rope = model.base.rotary(prompt.hidden, prompt.position_ids)
+    rope = model.base.rope(prompt)
     masks = model.base.masks(prompt)
     hidden = model.base.run_layers(prompt.hidden, 0, model.config.trunk_layers, rope, masks)
     return model.twig.logits(model.twig(hidden, rope, masks))[0]
@@ -274,7 +274,7 @@ def test_terms_are_what_the_paper_says(make_model, dataset):
         scores = []
         for query in queries:  # the P-Head of the prompt cut off after the question, as at inference
             cut = model.base.prompt(input_ids=item["input_ids"][:, : query + 1], pixel_values=item["pixel_values"])
-            rope, masks = model.base.rotary(cut.hidden, cut.position_ids), model.base.masks(cut)
+            rope, masks = model.base.rope(cut), model.base.masks(cut)
             cache = LayeredCache(8, 1)
             hidden = model.base.run_layers(cut.hidden, 0, 1, rope, masks, cache)
             scores.append(HeadScores()(Trunk(model.base, model.twig, cut, hidden, rope, masks, cache))[cut.visual_mask])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -24,6 +24,7 @@ class LayeredCache:
         self.keys: list[Tensor | None] = [None] * slots
         self.values: list[Tensor | None] = [None] * slots
         self.lengths: list[int] = [0] * slots
+        self.places: list[Tensor | None] = [None] * slots
 
     def length(self, layer: int) -> int:
         """Tokens that a layer holds."""
@@ -53,12 +54,28 @@ class LayeredCache:
         self.lengths[layer_idx] = stop
         return keys[:, :, :stop], values[:, :, :stop]
 
+    def place(self, layer: int, places: Int[Tensor, "batch new"]) -> Int[Tensor, "batch total"]:
+        """Note where in the unpruned sequence the tokens of the next update stand; the places of all, those included."""
+        known = self.places[layer]
+        if known is not None:
+            places = torch.cat((known[:, : self.lengths[layer]], places), dim=1)
+        self.places[layer] = places
+        return places
+
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [batch, kv_heads, length, head_dim], as views."""
         keys, values = self.keys[layer], self.values[layer]
         if keys is None or values is None:
             raise IndexError(f"layer {layer} of the cache is empty")
         return keys[:, :, : self.lengths[layer]], values[:, :, : self.lengths[layer]]
+
+    def borrow(self, other: "LayeredCache", layer: int, batch: int) -> None:
+        """Fill an empty layer with what another cache's one row holds of it, for a batch of rows."""
+        keys, values = other.held(layer)
+        places = other.places[layer]
+        if places is not None:
+            self.place(layer, places[:, : other.lengths[layer]].expand(batch, -1))
+        self.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), layer)
 
     def truncate(self, start: int, stop: int, length: int) -> None:
         """Layers start..stop-1 forget all but their first `length` tokens."""
@@ -81,6 +98,10 @@ class LayeredCache:
                     moved = torch.tensor(kept[in_place:], device=buffer.device)
                 tail = buffer[:, :, first : first + added]
                 tail[:, :, in_place : len(kept)] = tail.index_select(2, moved)
+            places = self.places[layer]
+            if places is not None and moved is not None:
+                tail = places[:, first : first + added].index_select(1, moved)
+                self.places[layer] = torch.cat((places[:, : first + in_place], tail), dim=1)
             self.lengths[layer] = first + len(kept)
 
 

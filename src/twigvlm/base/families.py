@@ -7,30 +7,89 @@ from twigvlm.errors import TwigVLMError
 
 
 @dataclass(frozen=True)
+class Visual:
+    """One kind of visual input."""
+
+    kind: str
+    """What a user calls it."""
+    placeholder: str
+    """Attribute of the config that names the id of its placeholder tokens."""
+    pixels: tuple[str, ...]
+    """Arguments of the model's forward that carry its pixels, the usual one first."""
+
+    @property
+    def article(self) -> str:
+        """Of the kind, in messages."""
+        return "an" if self.kind[0] in "aeiou" else "a"
+
+
+IMAGES = Visual("image", "image_token_id", ("pixel_values",))
+VIDEOS = Visual("video", "video_token_id", ("pixel_values_videos",))
+
+
+@dataclass(frozen=True)
 class Family:
     """Where a family keeps the parts that pruning and speculation need. Paths are dotted, from the model's top."""
 
+    name: str
+    """What its authors call it."""
     model_type: str
     """`config.model_type` of the top-level model."""
-    decoder: str
-    """The language model: the module that is called with the merged embeddings; it owns layers, norm and rotary."""
+    decoder: str = "model.language_model"
+    """The language model: called with the merged embeddings; owns `layers`, `norm` and `rotary_emb`."""
     head: str = "lm_head"
     """The language-model head."""
-    layers: str = "layers"
-    """The decoder layers, below `decoder`."""
-    norm: str = "norm"
-    """The norm before the head, below `decoder`."""
-    rotary: str = "rotary_emb"
-    """The rotary embedding, below `decoder`; called with (hidden, position_ids)."""
-    visual_token_ids: tuple[str, ...] = ("image_token_id",)
-    """Attributes of the config that name the placeholder ids of visual tokens."""
-    pixel_inputs: tuple[str, ...] = ("pixel_values",)
-    """Arguments of the model's forward that carry pixels; their first dimension counts images."""
-    images_per_prompt: int | None = None
-    """Most images a prompt may hold; None: any number."""
+    visuals: tuple[Visual, ...] = (IMAGES,)
+    """Its kinds of visual input."""
+    notes: str = ""
+    """What a user should know of it."""
 
 
-FAMILIES: tuple[Family, ...] = (Family(model_type="llava", decoder="model.language_model", images_per_prompt=1),)
+@dataclass(frozen=True)
+class LanguageModel:
+    """A language model inside a family whose layers are known to run one by one as they do in their model."""
+
+    model_type: str
+    """`config.model_type` of the language model."""
+    rotary_per_layer_type: bool = False
+    """Whether each type of layer has rotary embeddings of its own."""
+    notes: str = ""
+    """What a user should know of it."""
+
+
+_FRAMES = "its processor makes images of a video's frames"
+_WINDOW = "with sliding-window layers: no flash attention"
+
+FAMILIES: tuple[Family, ...] = (
+    Family("LLaVA-1.5, Pixtral", "llava"),
+    Family("LLaVA-NeXT", "llava_next"),
+    Family("LLaVA-NeXT-Video", "llava_next_video", visuals=(IMAGES, VIDEOS)),
+    Family("LLaVA-OneVision", "llava_onevision", visuals=(IMAGES, VIDEOS)),
+    Family(
+        "Video-LLaVA",
+        "video_llava",
+        visuals=(Visual("image", "image_token_id", ("pixel_values_images", "pixel_values")), VIDEOS),
+    ),
+    Family("Mistral 3", "mistral3"),
+    Family("Idefics3", "idefics3", decoder="model.text_model"),
+    Family("SmolVLM", "smolvlm", decoder="model.text_model", notes=_FRAMES),
+    Family("InternVL 3", "internvl", notes=_FRAMES),
+    Family("Qwen2-VL", "qwen2_vl", visuals=(IMAGES, VIDEOS)),
+    Family("Qwen2.5-VL", "qwen2_5_vl", visuals=(IMAGES, VIDEOS)),
+    Family("Qwen3-VL", "qwen3_vl", visuals=(IMAGES, VIDEOS)),
+    Family("Gemma 3", "gemma3"),
+)
+
+LANGUAGE_MODELS: tuple[LanguageModel, ...] = (
+    LanguageModel("llama"),
+    LanguageModel("mistral", notes=_WINDOW),
+    LanguageModel("qwen2", notes=_WINDOW),
+    LanguageModel("qwen3", notes=_WINDOW),
+    LanguageModel("qwen2_vl_text", notes=_WINDOW),
+    LanguageModel("qwen2_5_vl_text", notes=_WINDOW),
+    LanguageModel("qwen3_vl_text"),
+    LanguageModel("gemma3_text", rotary_per_layer_type=True, notes=_WINDOW),
+)
 
 
 def family_of(model: Any) -> Family:
@@ -47,4 +106,20 @@ def family_of(model: Any) -> Family:
     raise TwigVLMError(
         f"model type {model_type!r} is not supported (supported: {known}): it needs an entry in "
         "twigvlm/base/families.py that says where its decoder, head and visual placeholder ids are"
+    )
+
+
+def language_model_of(config: Any) -> LanguageModel:
+    """The language model inside a family, by its config.
+
+    Raises:
+        TwigVLMError: its type is in no entry of `LANGUAGE_MODELS`.
+    """
+    for language_model in LANGUAGE_MODELS:
+        if language_model.model_type == config.model_type:
+            return language_model
+    known = ", ".join(language_model.model_type for language_model in LANGUAGE_MODELS)
+    raise TwigVLMError(
+        f"language model {config.model_type!r} is not supported (supported: {known}): it needs an entry in "
+        "twigvlm/base/families.py and a tiny model in the tests that shows its layers run one by one"
     )

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twigvlm.base.cache import LayeredCache
-from twigvlm.base.masks import Masks
+from twigvlm.base.masks import Masks, placed
 from twigvlm.base.positions import Rope, rotate
 
 
@@ -21,13 +21,40 @@ def run(
 ) -> Float[Tensor, "batch tokens width"]:
     """Run decoder layers in order; layer i reads and extends slot `slot + i` of the cache."""
     tokens = hidden.shape[1]
-    keys, mask = -1, None
-    for offset, layer in enumerate(layers):
-        total = tokens + (0 if cache is None else cache.lengths[slot + offset])
-        if total != keys:
-            keys, mask = total, masks(tokens, total)
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache)
+    made: dict[tuple[int, int | None], Tensor | None] = {}
+    for index, layer in enumerate(layers, start=slot):
+        attention = cast(Any, layer).self_attn
+        total = tokens + (0 if cache is None else cache.lengths[index])
+        window = window_of(layer)
+        keys = rope.places
+        if window is not None and cache is not None:
+            keys = cache.place(index, _known(keys))
+        if (total, window) not in made:
+            mask = masks(tokens, total)
+            if window is not None or rope.reach is not None:
+                implementation = attention.config._attn_implementation
+                places = _known(rope.places)
+                mask = placed(mask, implementation, hidden.dtype, places, _known(keys), rope.reach, window)
+            made[total, window] = mask
+        hidden = layer(
+            hidden,
+            attention_mask=made[total, window],
+            position_embeddings=rope.of(_kind(attention)),
+            past_key_values=cache,
+        )
+        if index < len(rope.deepstack):
+            hidden = hidden + rope.deepstack[index].to(hidden.dtype)
     return hidden
+
+
+def window_of(layer: nn.Module) -> int | None:
+    """How many tokens a decoder layer looks back, itself included; None: all."""
+    own = vars(
+        cast(Any, layer).self_attn
+    )  # a module's getattr of what is not there is slow, and this is asked at each step
+    if "sliding_window" in own:
+        return cast("int | None", own["sliding_window"])
+    return cast("int | None", vars(own["config"]).get("sliding_window"))  # of all its layers, as in Mistral
 
 
 def project_queries(
@@ -56,7 +83,27 @@ def project_keys_values(
     return _heads(attention, "k", normed, rope), values
 
 
+def fill(
+    layer: nn.Module, hidden: Float[Tensor, "batch tokens width"], rope: Rope, cache: LayeredCache, slot: int
+) -> None:
+    """Put a decoder layer's keys and values into the cache without running it."""
+    keys, values = project_keys_values(layer, hidden, rope)
+    if window_of(layer) is not None:
+        cache.place(slot, _known(rope.places))
+    cache.update(keys, values, slot)
+
+
 def _heads(attention: Any, which: str, normed: Tensor, rope: Rope) -> Tensor:
     states = getattr(attention, f"{which}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{which}_norm", None)  # families that normalise queries and keys per head
-    return rotate((states if norm is None else norm(states)).transpose(1, 2), *rope)
+    return rotate((states if norm is None else norm(states)).transpose(1, 2), *rope.of(_kind(attention)))
+
+
+def _kind(attention: Any) -> str | None:
+    return cast("str | None", vars(attention).get("layer_type"))
+
+
+def _known(places: Tensor | None) -> Tensor:
+    if places is None:
+        raise ValueError("layers with a sliding window need the places of tokens: take the rope from BaseVLM.rope")
+    return places

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
@@ -38,8 +38,48 @@ def additive(mask: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, 
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def check_attention(attention: str) -> None:
+def placed(
+    mask: Tensor | None,
+    attention: str,
+    dtype: torch.dtype,
+    queries: Int[Tensor, "#batch queries"],
+    keys: Int[Tensor, "#batch keys"],
+    reach: Int[Tensor, "#batch queries"] | None,
+    window: int | None,
+) -> Shaped[Tensor, "batch 1 queries keys"]:
+    """A mask for layers whose tokens do not see all that came before them, and nothing else.
+
+    Distances are those of the unpruned sequence: what a token sees does not depend on how many others were pruned.
+
+    Args:
+        mask: who may see whom by order in the cache; None: causal.
+        attention: the base's attention implementation.
+        dtype: of an additive mask.
+        queries: places of the new tokens in the unpruned sequence.
+        keys: places of all tokens, the new ones last.
+        reach: place of the last token that each new token sees, where that is after itself (tokens of an image).
+        window: how many places a token looks back, its own included; None: all.
+    """
+    check_attention(attention, windowed=True)
+    if mask is None:
+        mask = causal_mask(queries.shape[1], keys.shape[1], queries.device)[None, None]
+    elif mask.dtype != torch.bool:
+        mask = mask == 0
+    query, key = queries[:, None, :, None], keys[:, None, None, :]
+    if reach is not None:
+        mask = mask | ((key > query) & (key <= reach[:, None, :, None]))
+    if window is not None:
+        mask = mask & (key > query - window)
+    return additive(mask, dtype) if attention == "eager" else mask
+
+
+def check_attention(attention: str, windowed: bool = False) -> None:
     """Raise TwigVLMError if masks for this attention implementation are unknown."""
+    if windowed and attention.startswith("flash_attention"):
+        raise TwigVLMError(
+            f"attn_implementation={attention!r}: measures sliding windows in what is left after pruning; load the base "
+            "with 'sdpa'"
+        )
     if attention not in ("eager", "sdpa") and not attention.startswith("flash_attention"):
         raise TwigVLMError(
             f"attn_implementation={attention!r} is not supported: load the base with 'eager', 'sdpa' or 'flash_attention_2'"

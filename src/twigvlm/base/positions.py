@@ -1,23 +1,69 @@
-"""Rotary position embeddings as plain tensors: a pair (cos, sin), each [batch, tokens, rotary_dim]."""
+"""What goes with each token through the layers: its rotary embedding, its place, and features that enter later layers."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Rope = tuple[Tensor, Tensor]
-"""(cos, sin) of each token's position, as decoder layers take them: [batch, tokens, rotary_dim]."""
+
+class Rope(NamedTuple):
+    """What layers need to know of each token beside its state; tensors are [batch, tokens, …]."""
+
+    cos: Tensor
+    """Of the token's position, [batch, tokens, rotary_dim]; of several kinds of layers, one after another."""
+    sin: Tensor
+    kinds: tuple[str, ...] = ()
+    """Types of layers with rotary embeddings of their own, in the order of `cos`; empty: all layers share one."""
+    places: Tensor | None = None
+    """Index of the token in the unpruned sequence, [batch, tokens], where layers have a sliding window."""
+    reach: Tensor | None = None
+    """Place of the last prompt token that the token sees, [batch, tokens], where some see ahead of themselves."""
+    deepstack: tuple[Tensor, ...] = ()
+    """Entry i is added to the states after layer i, [batch, tokens, width]: 0 at text tokens."""
+
+    def of(self, kind: str | None) -> tuple[Tensor, Tensor]:
+        """(cos, sin) for a layer of this type."""
+        if not self.kinds:
+            return self.cos, self.sin
+        which = self.kinds.index(str(kind))
+        return self.cos.chunk(len(self.kinds), -1)[which], self.sin.chunk(len(self.kinds), -1)[which]
 
 
 def select_rope(rope: Rope, indices: Int[Tensor, "batch kept"]) -> Rope:
-    """The embeddings of the tokens at `indices`: kept tokens keep the positions they had."""
-    cos, sin = rope
-    index = indices.unsqueeze(-1)
-    return torch.take_along_dim(cos, index, dim=1), torch.take_along_dim(sin, index, dim=1)
+    """The tokens at `indices`, with the positions they had."""
+
+    def pick(part: Tensor) -> Tensor:
+        return torch.take_along_dim(part, indices if part.ndim == 2 else indices.unsqueeze(-1), dim=1)
+
+    return _each(rope, pick)
 
 
 def slice_rope(rope: Rope, start: int, stop: int) -> Rope:
-    """The embeddings of tokens start..stop-1, as views."""
-    return rope[0][:, start:stop], rope[1][:, start:stop]
+    """Tokens start..stop-1, as views."""
+    return _each(rope, lambda part: part[:, start:stop])
+
+
+def expand_rope(rope: Rope, batch: int) -> Rope:
+    """One row's tokens for a batch of rows, as views."""
+    return _each(rope, lambda part: part.expand(batch, *part.shape[1:]))
+
+
+def row_rope(rope: Rope, row: int) -> Rope:
+    """One row of a batch, as views."""
+    return _each(rope, lambda part: part[row : row + 1])
+
+
+def _each(rope: Rope, change: Callable[[Tensor], Tensor]) -> Rope:
+    return Rope(
+        change(rope.cos),
+        change(rope.sin),
+        rope.kinds,
+        None if rope.places is None else change(rope.places),
+        None if rope.reach is None else change(rope.reach),
+        tuple(change(features) for features in rope.deepstack),
+    )
 
 
 def rotate(

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from twigvlm.base.cache import LayeredCache
-from twigvlm.base.families import family_of
-from twigvlm.base.layers import run
+from twigvlm.base.families import Visual, family_of, language_model_of
+from twigvlm.base.layers import run, window_of
 from twigvlm.base.masks import CausalMasks, Masks, PaddedMasks, check_attention
 from twigvlm.base.positions import Rope
 from twigvlm.errors import TwigVLMError
@@ -22,14 +22,18 @@ class Prompt:
 
     hidden: Float[Tensor, "batch tokens width"]
     """Merged embeddings."""
-    position_ids: Int[Tensor, "batch tokens"]
-    """Position of each token."""
+    position_ids: Int[Tensor, "*axes batch tokens"]
+    """Position of each token; with M-RoPE of each token on 3 axes, or 4 of which the first is its place."""
     visual_mask: Bool[Tensor, "batch tokens"]
     """True at visual tokens."""
     attention_mask: Shaped[Tensor, "batch tokens"] | None
     """0 at padding; None if there is none."""
     input_ids: Int[Tensor, "batch tokens"]
     """The ids, placeholders included."""
+    reach: Int[Tensor, "batch tokens"] | None = None
+    """Index of the last token that each token sees, where some see beyond themselves."""
+    deepstack: tuple[Tensor, ...] = ()
+    """Entry i is added to the states after layer i, [batch, tokens, width]: 0 at text tokens."""
 
 
 class _Captured(Exception):
@@ -50,15 +54,17 @@ class BaseVLM:
         self.model = model
         self.family = family_of(model)
         self.decoder: Any = _at(model, self.family.decoder)
-        self.layers: list[nn.Module] = list(_at(self.decoder, self.family.layers))
-        self.norm: Any = _at(self.decoder, self.family.norm)
-        self.head: Any = _at(model, self.family.head)
         self.config: Any = self.decoder.config
+        self.language_model = language_model_of(self.config)
+        self.layers: list[nn.Module] = list(self.decoder.layers)
+        self.norm: Any = self.decoder.norm
+        self.head: Any = _at(model, self.family.head)
         self.embed: Any = model.get_input_embeddings()
-        check_attention(self.attention)
+        self.windowed = any(window_of(layer) is not None for layer in self.layers)
+        check_attention(self.attention, self.windowed)
         # These change their frequencies while a sequence grows; tables made ahead would not follow them.
-        rope_type = (getattr(self.config, "rope_parameters", None) or {}).get("rope_type", "default")
-        if rope_type in ("dynamic", "longrope"):
+        rope_type = next((kind for kind in _rope_types(self.config) if kind in ("dynamic", "longrope")), None)
+        if rope_type is not None:
             raise TwigVLMError(f"rope_type={rope_type!r} is not supported: use a base with fixed rotary frequencies")
 
     @property
@@ -78,27 +84,26 @@ class BaseVLM:
 
     def visual_mask(self, input_ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
         """True where a placeholder stands for a visual token."""
-        ids = [getattr(self.model.config, name) for name in self.family.visual_token_ids]
-        return reduce(torch.logical_or, [input_ids == i for i in ids])
+        return reduce(torch.logical_or, [input_ids == token for token, _ in self._visuals()])
 
     def check_images(self, input_ids: Int[Tensor, "batch tokens"], inputs: dict[str, Any]) -> None:
-        """Raise TwigVLMError unless placeholders and pixels come together, in a number that the family takes."""
-        images = sum(len(inputs[name]) for name in self.family.pixel_inputs if inputs.get(name) is not None)
-        placeholders = int(self.visual_mask(input_ids).sum())
-        if not placeholders:
-            raise TwigVLMError(
-                "No image placeholder in the prompt: put an image into the chat messages, or the processor's image token "
-                "into the text, and pass both through the processor"
-            )
-        if not images:
-            raise TwigVLMError(
-                f"{placeholders} image placeholders but no image: pass {self.family.pixel_inputs[0]} from the processor"
-            )
-        most = self.family.images_per_prompt
-        if most is not None and images > most * len(input_ids):
-            raise TwigVLMError(
-                f"{images} images in the prompt: {self.family.model_type} takes {most} per prompt; pass one and ask again"
-            )
+        """Raise TwigVLMError unless placeholders and pixels come together. A prompt of text alone is fine."""
+        for token, visual in self._visuals():
+            placeholders = int((input_ids == token).sum())
+            given = any(inputs.get(name) is not None for name in visual.pixels)
+            if given and not placeholders:
+                raise TwigVLMError(
+                    f"No {visual.kind} placeholder in the prompt: put {visual.article} {visual.kind} into the chat messages, "
+                    f"or the processor's {visual.kind} token into the text, and pass both through the processor"
+                )
+            if placeholders and not given:
+                raise TwigVLMError(
+                    f"{placeholders} {visual.kind} placeholders but no {visual.kind}: "
+                    f"pass {visual.pixels[0]} from the processor"
+                )
+
+    def _visuals(self) -> list[tuple[int, Visual]]:
+        return [(getattr(self.model.config, visual.placeholder), visual) for visual in self.family.visuals]
 
     def prompt(self, input_ids: Int[Tensor, "batch tokens"], **inputs: Any) -> Prompt:
         """Run the base's own forward up to its language model, and take what it passes in.
@@ -107,7 +112,7 @@ class BaseVLM:
         records the arguments, ends the forward and is removed.
 
         Args:
-            input_ids: prompt ids with image placeholders.
+            input_ids: prompt ids with placeholders of visual tokens.
             inputs: whatever else the base's forward takes (pixel_values, attention_mask, position_ids, …).
 
         Raises:
@@ -132,7 +137,7 @@ class BaseVLM:
         finally:
             hook.remove()
         hidden = cast(Tensor, kwargs["inputs_embeds"])
-        mask = kwargs.get("attention_mask")
+        mask = inputs.get("attention_mask")
         if mask is not None and bool(mask.all()):
             mask = None
         positions = kwargs.get("position_ids")
@@ -140,7 +145,10 @@ class BaseVLM:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         elif positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-        return Prompt(hidden, positions, self.visual_mask(input_ids), mask, input_ids)
+        visual = self.visual_mask(input_ids)
+        return Prompt(
+            hidden, positions, visual, mask, input_ids, _reach(kwargs.get("attention_mask")), _deepstack(hidden, kwargs)
+        )
 
     def masks(self, prompt: Prompt, rows: int = 1, new_tokens: int = 0) -> Masks:
         """The masks of a request: `rows` tokens at most in a step, `new_tokens` at most in all."""
@@ -152,9 +160,33 @@ class BaseVLM:
         single = self.attention == "sdpa" and grouped and device.type == "cpu" and dtype != torch.float32
         return CausalMasks(self.attention, rows, columns, dtype, device, single)
 
-    def rotary(self, hidden: Float[Tensor, "batch tokens width"], position_ids: Int[Tensor, "batch any"]) -> Rope:
-        """(cos, sin) of positions, in the dtype and on the device of `hidden`."""
-        return cast(Rope, _at(self.decoder, self.family.rotary)(hidden, position_ids))
+    def rope(self, prompt: Prompt) -> Rope:
+        """What goes with the tokens of a prompt through the layers."""
+        rope, (batch, tokens) = self.rotary(prompt.hidden, prompt.position_ids), prompt.input_ids.shape
+        places = None
+        if self.windowed or prompt.reach is not None:
+            places = torch.arange(tokens, device=prompt.hidden.device).expand(batch, -1)
+        return rope._replace(places=places, reach=prompt.reach, deepstack=prompt.deepstack)
+
+    def rope_after(self, prompt: Prompt, new_tokens: int) -> Rope:
+        """What goes with the tokens that follow a prompt, which count on from its last one on every axis."""
+        steps = torch.arange(new_tokens, device=prompt.hidden.device)
+        rope = self.rotary(prompt.hidden[:, -1:], prompt.position_ids[..., -1:] + 1 + steps)
+        if not self.windowed:
+            return rope
+        batch, tokens = prompt.input_ids.shape
+        return rope._replace(places=(tokens + steps).expand(batch, -1))
+
+    def rotary(self, hidden: Float[Tensor, "batch tokens width"], position_ids: Int[Tensor, "*axes batch any"]) -> Rope:
+        """Rotary embeddings of positions alone, in the dtype and on the device of `hidden`; of a prompt, use `rope`."""
+        embedding = self.decoder.rotary_emb
+        if position_ids.ndim == 3:
+            position_ids = position_ids[-3:]
+        if not self.language_model.rotary_per_layer_type:
+            return Rope(*embedding(hidden, position_ids))
+        kinds = tuple(sorted(set(self.config.layer_types)))
+        cos, sin = zip(*(embedding(hidden, position_ids, kind) for kind in kinds), strict=True)
+        return Rope(torch.cat(cos, dim=-1), torch.cat(sin, dim=-1), kinds)
 
     def run_layers(
         self,
@@ -171,6 +203,39 @@ class BaseVLM:
     def logits(self, hidden: Float[Tensor, "*positions width"]) -> Float[Tensor, "*positions vocabulary"]:
         """Final norm and head, on the given positions only."""
         return cast(Tensor, self.head(self.norm(hidden)))
+
+
+def _rope_types(config: Any) -> list[str]:
+    """The types of a model's rotary embeddings: one, or one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return [str(one.get("rope_type", "default")) for one in nested or [parameters]]
+
+
+def _reach(masks: Any) -> Tensor | None:
+    """Index of the last token that each token sees, by the masks that a base makes itself; None if all are causal."""
+    mask = masks.get("full_attention") if isinstance(masks, dict) else None
+    if mask is None:
+        return None
+    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    index = torch.arange(allowed.shape[-1], device=allowed.device)
+    reach = torch.where(allowed, index, -1).amax(dim=-1).maximum(index)
+    return None if bool((reach == index).all()) else reach
+
+
+def _deepstack(hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Features that the base hands to its language model for the states after its first layers."""
+    features = kwargs.get("deepstack_visual_embeds")
+    if features is None:
+        return ()
+    where = kwargs["visual_pos_masks"].to(hidden.device)
+    return tuple(_spread(hidden, where, feature) for feature in features)
+
+
+def _spread(hidden: Tensor, where: Tensor, feature: Tensor) -> Tensor:
+    everywhere = torch.zeros_like(hidden)
+    everywhere[where] = feature.to(hidden)
+    return everywhere
 
 
 def _at(root: Any, path: str) -> Any:

@@ -8,8 +8,10 @@ from typing import Annotated
 
 import tyro
 
+from twigvlm.cli.convert import Convert
 from twigvlm.cli.demo import Demo
 from twigvlm.cli.evaluate import Evaluate
+from twigvlm.cli.families import Families
 from twigvlm.cli.generate import Generate
 from twigvlm.cli.inspect import Inspect
 from twigvlm.cli.train import Train
@@ -21,6 +23,8 @@ Command = (
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Families, tyro.conf.subcommand("families")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
 DESCRIPTION = (
     "Make vision-language models answer faster: prune visual tokens and draft answer tokens with one small twig."
@@ -37,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(args: Sequence[str] | None) -> Generate | Demo | Inspect | Train | Evaluate:
+def _parse(args: Sequence[str] | None) -> Generate | Demo | Inspect | Train | Evaluate | Families | Convert:
     """Options from the command line; exits with 2 on a usage error, and raises the TwigVLMError of a bad value.
 
     tyro shows the ValueErrors of nested dataclasses in a box of its own; what it prints is held back until it is known
@@ -46,7 +50,7 @@ def _parse(args: Sequence[str] | None) -> Generate | Demo | Inspect | Train | Ev
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            command: Generate | Demo | Inspect | Train | Evaluate = tyro.cli(
+            command: Generate | Demo | Inspect | Train | Evaluate | Families | Convert = tyro.cli(
                 Command,
                 prog="twigvlm",
                 description=DESCRIPTION,

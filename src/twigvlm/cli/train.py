@@ -50,23 +50,21 @@ class Common:
         except ImportError:
             raise TwigVLMError("training needs more packages; run: pip install 'twigvlm[train]'") from None
 
-        from twigvlm.base.families import family_of
         from twigvlm.cli.session import load_base
         from twigvlm.training.reading import load_samples
 
         with busy(f"Loading {self.model}"):
             base, processor = load_base(self.model, self.dtype, self.device)
         with busy("Reading samples"):
-            samples = load_samples(self.data, self.images, family_of(base).images_per_prompt, self.strict)
+            samples = load_samples(self.data, self.images, self.strict)
         return samples, base, processor
 
     def dataset(self, samples: Any, base: Any, processor: Any) -> Any:
         """The samples as the training reads them."""
-        from twigvlm.base.families import family_of
         from twigvlm.training.data import ConversationDataset
 
         limit = self.max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
-        return ConversationDataset(samples, processor, limit, family_of(base).images_per_prompt, self.strict)
+        return ConversationDataset(samples, processor, limit, self.strict)
 
 
 @dataclass(frozen=True)

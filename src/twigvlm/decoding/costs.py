@@ -51,7 +51,7 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
     prompt = base.prompt(input_ids=ids)
     cache = LayeredCache(twig.last_slot + 1, reserve=NODES[-1])
     masks = base.masks(prompt, rows=NODES[-1], new_tokens=0)
-    rope = base.rotary(prompt.hidden, prompt.position_ids)
+    rope = base.rope(prompt)
     hidden = base.run_layers(prompt.hidden, 0, trunk, rope, masks, cache)
     base.run_layers(hidden, trunk, layers, rope, masks, cache)
     twig.fill(hidden, rope, masks, cache)

@@ -74,8 +74,7 @@ def decode(
     cache = LayeredCache(twig.last_slot + 1, reserve=min(limit, 512) + speculation.step_tokens)
     masks = base.masks(prompt, rows=speculation.step_tokens + 1, new_tokens=limit)
     first = prefill(base, twig, prompt, plan_of(int(prompt.visual_mask.sum())), masks, cache)
-    after = prompt.position_ids.amax(dim=-1, keepdim=True) + 1
-    rope = base.rotary(prompt.hidden[:, -1:], after + torch.arange(limit, device=after.device))
+    rope = base.rope_after(prompt, limit)
     policy: Policy = Published(speculation)
     if costs is not None:
         policy = CostAware(costs, fill=0.0 if first.unseen is None else costs.fill * prompt.hidden.shape[1])

@@ -66,7 +66,7 @@ def prefill(base: BaseVLM, twig: Twig, prompt: Prompt, plan: Plan, masks: Masks,
     The twig's own part, which holds everything too, is filled by a ranking that uses the twig, or else by the first draft.
     """
     trunk_layers = twig.config.trunk_layers
-    rope = base.rotary(prompt.hidden, prompt.position_ids)
+    rope = base.rope(prompt)
     hidden = base.run_layers(prompt.hidden, 0, trunk_layers, rope, masks, cache)
     trunk = Trunk(base, twig, prompt, hidden, rope, masks, cache)
     kept: Tensor | None = None
@@ -100,7 +100,7 @@ def run_kept(
         hidden: states of all tokens after layer K.
         indices: prompt positions of the kept tokens, text included, ascending.
         visual: which of the kept tokens are visual.
-        rope: (cos, sin) of all tokens.
+        rope: of all tokens.
         trunk_layers: K.
         final_wipe: K_f.
         masks: the request's.

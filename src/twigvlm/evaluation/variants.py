@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from twigvlm.base.cache import LayeredCache
-from twigvlm.base.positions import slice_rope
+from twigvlm.base.positions import expand_rope, slice_rope
 from twigvlm.decoding.prefill import Scorer, Trunk, run_kept
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
@@ -177,10 +177,8 @@ class _Shared:
         self.base.check_images(inputs["input_ids"], inputs)
         self.prompt = self.base.prompt(**inputs)
         self.visual = int(self.prompt.visual_mask.sum())
-        self.rope = self.base.rotary(self.prompt.hidden, self.prompt.position_ids)
-        after = self.prompt.position_ids.amax(dim=-1, keepdim=True) + 1
-        new = after + torch.arange(max_new_tokens, device=after.device)
-        self.new_rope = self.base.rotary(self.prompt.hidden[:, -1:], new)
+        self.rope = self.base.rope(self.prompt)
+        self.new_rope = self.base.rope_after(self.prompt, max_new_tokens)
         self.masks = self.base.masks(self.prompt, rows=1, new_tokens=max_new_tokens)
         self.cache = LayeredCache(self.twig.last_slot + 1, reserve=max_new_tokens)
         self.rows: dict[int, Tensor] = {}
@@ -237,14 +235,13 @@ class _Shared:
         indices = top_visual(scores, mask, keep)
         cache = LayeredCache(self.layers, reserve=self.limit)
         for layer in range(self.trunk_layers):
-            keys, values = self.cache.held(layer)
-            cache.update(keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1), layer)
+            cache.borrow(self.cache, layer, count)
         hidden = run_kept(
             self.base,
             self.after_trunk.expand(count, -1, -1),
             indices,
             torch.gather(mask, 1, indices),
-            (self.rope[0].expand(count, -1, -1), self.rope[1].expand(count, -1, -1)),
+            expand_rope(self.rope, count),
             self.trunk_layers,
             final_wipe,
             self.masks,
@@ -262,7 +259,7 @@ class _Shared:
                     answer.append(token)
             if index + 1 == self.limit or all(answer[-1] in self.ends for answer in answers):
                 break
-            rope = slice_rope(self.new_rope, index, index + 1)
+            rope = expand_rope(slice_rope(self.new_rope, index, index + 1), len(last))
             hidden = self.base.embed(choices[:, None])
             last = self.base.run_layers(hidden, 0, self.layers, rope, self.masks, cache)[:, -1]
         return answers

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from twigvlm.base.layers import project_keys, project_queries
+from twigvlm.base.layers import project_keys, project_queries, window_of
 from twigvlm.base.positions import Rope, select_rope
 from twigvlm.pruning.scores import visual_attention
 from twigvlm.pruning.select import gather_tokens
@@ -52,7 +52,7 @@ def look_at_images(
     Args:
         layer: base or twig layer.
         hidden: its input.
-        rope: (cos, sin) of all tokens.
+        rope: of all tokens.
         look: who looks at what.
         head: P-Head; None: the layer's own attention.
         keys: the layer's rotated keys of all tokens, where they are known.
@@ -63,10 +63,13 @@ def look_at_images(
         keys = project_keys(layer, seen, select_rope(rope, look.visual))
     else:
         keys = torch.take_along_dim(keys, look.visual[:, None, :, None], dim=2)
+    visible, window = look.visible, window_of(layer)
+    if window is not None:
+        visible = visible & (look.visual[:, None, :] > look.queries[:, :, None] - window)
     if head is not None:
         normed = cast(Any, layer).input_layernorm
         queries, keys = head(normed(asking), normed(seen), queries, keys)
-    return visual_attention(queries, keys, cast(Any, layer).self_attn.scaling, look.visible)
+    return visual_attention(queries, keys, cast(Any, layer).self_attn.scaling, visible)
 
 
 @dataclass(frozen=True)

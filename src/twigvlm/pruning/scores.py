@@ -13,6 +13,7 @@ def attention_scores(
     scaling: float,
     query_positions: Int[Tensor, " queries"],
     visual_mask: Bool[Tensor, "batch tokens"],
+    window: int | None = None,
     chunk: int = 32,
 ) -> Float[Tensor, "batch tokens"]:
     """Attention that visual tokens get: softmax over *all* keys, mean over heads, sum over the queries (Eq. 3).
@@ -26,6 +27,7 @@ def attention_scores(
         scaling: factor of the dot product (1/sqrt(head_dim) as a rule).
         query_positions: index of each query among the tokens; a query sees keys up to itself.
         visual_mask: True at visual tokens.
+        window: how many tokens a query looks back, itself included; None: all.
         chunk: queries per matrix product, so that many queries need little memory.
 
     Returns:
@@ -34,12 +36,15 @@ def attention_scores(
     batch, heads, _, _ = queries.shape
     groups, tokens = keys.shape[1], keys.shape[2]
     scores = torch.zeros(batch, tokens, dtype=torch.float32, device=keys.device)
-    later = torch.arange(tokens, device=keys.device)
+    keys_at = torch.arange(tokens, device=keys.device)
     for part, positions in zip(queries.split(chunk, dim=2), query_positions.split(chunk), strict=True):
         grouped = part.reshape(batch, groups, -1, part.shape[-1])  # heads of a group share its keys
         logits = (grouped @ keys.transpose(-1, -2)).float() * scaling
         logits = logits.view(batch, heads, len(positions), tokens)
-        logits = logits.masked_fill(later > positions[:, None], float("-inf"))
+        unseen = keys_at > positions[:, None]
+        if window is not None:
+            unseen |= keys_at <= positions[:, None] - window
+        logits = logits.masked_fill(unseen, float("-inf"))
         scores += logits.softmax(dim=-1).mean(dim=1).sum(dim=1)
     return scores.masked_fill(~visual_mask, 0.0)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from twigvlm.base.layers import project_queries
+from twigvlm.base.layers import project_queries, window_of
 from twigvlm.base.positions import Rope, select_rope
 from twigvlm.pruning.scores import attention_scores
 
@@ -38,7 +38,7 @@ def layer_scores(
     Args:
         layer: the decoder layer.
         hidden: its input, [batch, tokens, width].
-        rope: (cos, sin) of all tokens.
+        rope: of all tokens.
         keys: its rotated keys of all tokens, [batch, kv_heads, tokens, head_dim].
         visual_mask: True at visual tokens, [batch, tokens].
         queries: whose attention is summed.
@@ -47,4 +47,5 @@ def layer_scores(
     rows = rows[-1:] if queries == "last" else rows[~visual_mask[0]]
     index = rows.expand(len(hidden), -1)
     row_queries = project_queries(layer, hidden[:, rows], select_rope(rope, index))
-    return attention_scores(row_queries, keys, cast(Any, layer).self_attn.scaling, rows, visual_mask)
+    scaling = cast(Any, layer).self_attn.scaling
+    return attention_scores(row_queries, keys, scaling, rows, visual_mask, window_of(layer))

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from twigvlm.errors import TwigVLMError
 from twigvlm.images import load_image
 from twigvlm.training.reading import report, summarise
-from twigvlm.training.samples import BrokenSample, Samples, check_count, fetch, one_line, to_messages
+from twigvlm.training.samples import BrokenSample, Samples, fetch, one_line, to_messages
 
 IGNORE = -100
 """Label of a token that is no part of an answer."""
@@ -34,7 +34,6 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         samples: of any kind that `twigvlm.training.samples` describes.
         processor: the base's processor, with a chat template and a fast tokenizer.
         max_length: longer samples are cut at the end. None: no limit.
-        images_per_prompt: most pictures that a sample may hold. None: any number.
         strict: a broken sample is an error.
     """
 
@@ -43,13 +42,11 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         samples: Samples,
         processor: Any,
         max_length: int | None = None,
-        images_per_prompt: int | None = None,
         strict: bool = False,
     ) -> None:
         self.samples = samples
         self.processor = processor
         self.max_length = max_length
-        self.images_per_prompt = images_per_prompt
         self.strict = strict
         # Shared, so that processes that read beside the training report a broken sample once in all epochs.
         self.broken = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
@@ -88,7 +85,6 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     def _encode(self, sample: Any, identity: Any) -> dict[str, Tensor]:
         sample = to_messages(sample, identity)
         name = f"sample {identity!r}"
-        check_count(sample, self.images_per_prompt)
         text, spans = render(sample, self.processor)
         images = [self._open(image, name) for image in sample["images"]]
         try:

@@ -55,7 +55,7 @@ class Student(nn.Module):
         with torch.no_grad():
             prompt = base.prompt(**inputs)
             masks = base.masks(prompt)
-            rope = base.rotary(prompt.hidden, prompt.position_ids)
+            rope = base.rope(prompt)
             hidden = base.run_layers(prompt.hidden, 0, trunk, rope, masks)
             if config.gamma:
                 look = Look.at(last_prompt_tokens(labels), prompt.visual_mask)

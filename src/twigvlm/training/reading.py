@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.training.samples import BrokenSample, Samples, check_count, fetch, one_line, to_messages
+from twigvlm.training.samples import BrokenSample, Samples, fetch, one_line, to_messages
 
 SHOWN = 10
 """Broken samples that are named by a line each; further ones are only counted."""
@@ -16,16 +16,13 @@ SHOWN = 10
 _log = logging.getLogger(__name__)
 
 
-def load_samples(
-    path: Path, images: Path | None = None, images_per_prompt: int | None = None, strict: bool = False
-) -> Samples:
+def load_samples(path: Path, images: Path | None = None, strict: bool = False) -> Samples:
     """Read samples and leave out, and report, those that are seen to be broken without opening their pictures.
 
     Args:
         path: a `.json` (a list), `.jsonl` or `.parquet` file, a directory with any of them, or a directory made by
             `datasets.Dataset.save_to_disk`.
         images: folder that image paths start from. None: the directory of the samples.
-        images_per_prompt: most pictures that a sample may hold. None: any number.
         strict: the first broken sample is an error.
 
     Returns:
@@ -44,7 +41,6 @@ def load_samples(
         for index in range(len(part)):
             try:
                 sample = to_messages(*fetch(part, index), folder)
-                check_count(sample, images_per_prompt)
                 _check_files(sample)
                 good.append((part, index))
             except BrokenSample as error:

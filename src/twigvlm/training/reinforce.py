@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from twigvlm.base.masks import Masks
-from twigvlm.base.positions import Rope, slice_rope
+from twigvlm.base.positions import Rope, expand_rope, row_rope, slice_rope
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.decoding.prefill import run_kept
 from twigvlm.errors import TwigVLMError
@@ -50,7 +50,7 @@ class Case:
     visual_mask: Bool[Tensor, "1 tokens"]
     """True at visual tokens."""
     rope: Rope
-    """(cos, sin) of all tokens."""
+    """Of all tokens."""
     answer: Int[Tensor, " answer"]
     """Ids of the answer."""
 
@@ -72,7 +72,7 @@ class Case:
         group = len(kept)
         mask = self.visual_mask.expand(group, -1)
         indices = (~mask).scatter(1, kept, True).nonzero()[:, 1].view(group, -1)
-        rope = (self.rope[0].expand(group, -1, -1), self.rope[1].expand(group, -1, -1))
+        rope = expand_rope(self.rope, group)
         hidden = self.hidden.expand(group, -1, -1)
         visual = torch.gather(mask, 1, indices)
         hidden = run_kept(base, hidden, indices, visual, rope, trunk, final_wipe, masks, cache=None)
@@ -116,7 +116,7 @@ class Policy(nn.Module):
         with torch.no_grad():
             prompt = base.prompt(**inputs)
             masks = base.masks(prompt)
-            rope = base.rotary(prompt.hidden, prompt.position_ids)
+            rope = base.rope(prompt)
             hidden = base.run_layers(prompt.hidden, 0, self.trunk, rope, masks)
             look = Look.at(draw_turns(labels, prompt.visual_mask, generator), prompt.visual_mask)
         with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
@@ -130,11 +130,10 @@ class Policy(nn.Module):
             visible, query = look.visible[row, 0], int(look.queries[row, 0])
             log_scores, positions = scores[row, 0][visible], look.visual[row][visible]
             end = query + answer_length(labels[row], query)
-            cut = (rope[0][row : row + 1], rope[1][row : row + 1])
             case = Case(
                 hidden[row : row + 1, :end],
                 prompt.visual_mask[row : row + 1, :end],
-                slice_rope(cut, 0, end),
+                slice_rope(row_rope(rope, row), 0, end),
                 labels[row, query + 1 : end + 1],
             )
             keep = self.keep(retain, len(positions))

@@ -148,12 +148,3 @@ def _image(image: Any, place: str, folder: Path | None) -> str | bytes | Image.I
     if isinstance(image, bytes | Image.Image):
         return image
     raise BrokenSample(f"{place} has an image that is {type(image).__name__}; give a path or a PIL image")
-
-
-def check_count(sample: Mapping[str, Any], most: int | None) -> None:
-    """Raise BrokenSample if a sample in the form of `to_messages` holds more pictures than the base takes."""
-    count = len(sample["images"])
-    if most is not None and count > most:
-        raise BrokenSample(
-            f"sample {sample['id']!r}: holds {count} images, and this base takes {most} per prompt; drop it"
-        )

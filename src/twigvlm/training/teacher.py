@@ -55,7 +55,7 @@ def teach(
         base: the base.
         hidden: states after layer K.
         trunk: K.
-        rope: (cos, sin) of all tokens.
+        rope: of all tokens.
         masks: of the batch.
         look: whose attention to which visual tokens is asked for; None: nobody's.
         layer: of that attention, from 1, above K.

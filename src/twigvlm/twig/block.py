@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from twigvlm.base.cache import LayeredCache
-from twigvlm.base.layers import project_keys_values, run
+from twigvlm.base.layers import fill, run
 from twigvlm.base.masks import Masks
 from twigvlm.base.positions import Rope
 from twigvlm.base.vlm import BaseVLM
@@ -87,9 +87,10 @@ class Twig(nn.Module):
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        neutral = type(self.norm)(1).weight.item()  # 1, or 0 in families whose norms scale by 1 + weight
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1 and name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, neutral)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=std)
 
@@ -113,7 +114,7 @@ class Twig(nn.Module):
         length = min(tokens, getattr(base.config, "max_position_embeddings", None) or tokens)
         picked = torch.randint(len(ids), (1, length), generator=torch.Generator().manual_seed(0))
         prompt = base.prompt(input_ids=ids[picked].to(base.head.weight.device))
-        rope, masks = base.rotary(prompt.hidden, prompt.position_ids), base.masks(prompt)
+        rope, masks = base.rope(prompt), base.masks(prompt)
         hidden = base.run_layers(prompt.hidden, 0, self.config.trunk_layers, rope, masks)
         hidden = self.last_input(hidden, rope, masks)
         self.pruning_head.open(cast(Any, self.layers[-1]).input_layernorm(hidden)[0])
@@ -143,8 +144,7 @@ class Twig(nn.Module):
         attention and MLP are saved.
         """
         hidden = self.last_input(hidden, rope, masks, cache)
-        keys, values = project_keys_values(self.layers[-1], hidden, rope)
-        cache.update(keys, values, self.last_slot)
+        fill(self.layers[-1], hidden, rope, cache, self.last_slot)
         return hidden
 
     @property

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 _OPEN = 1.2785  # g(1.2785) = 1
-_SPREAD = 0.25  # of the random part: little beside that, yet gates are open where the common direction fails
+_SPREAD = 1.0  # of the random part: so much that some gates are open to tokens that lack the common direction
 
 
 class PruningHead(nn.Module):
@@ -29,7 +29,7 @@ class PruningHead(nn.Module):
 
     @torch.no_grad()
     def open(self, inputs: Float[Tensor, "tokens width"]) -> None:
-        """Open all gates to tokens like these, so that a fresh head ranks nearly as the attention that it stands on.
+        """Open most gates to tokens like these, so that a fresh head ranks much as the attention that it stands on.
 
         Normed inputs of a language model share a strong common direction: a map that reads it off, scaled to g = 1, is the same
         for nearly all tokens.

@@ -1,0 +1,41 @@
+"""`twigvlm convert`: a published twig as one of ours."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn a twig that the method's authors published into one that this library loads."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Directory of the published weights."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Directory for the twig."""
+    model: str
+    """The base it was trained on: a Hugging Face id or a directory."""
+    layout: Annotated[Literal["milvlg"], tyro.conf.arg(name="from")] = "milvlg"
+    """Whose layout the weights have."""
+    trunk_layers: int = 2
+    """K: base layers below the twig."""
+    final_wipe: int | None = None
+    """K_f that pruning uses unless told otherwise. None: no FinalWipe."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the base, and of the twig that is written. auto: as the base's files say."""
+
+    def run(self) -> None:
+        """Convert, and write the twig to `out`."""
+        from twigvlm.cli.output import busy
+        from twigvlm.cli.session import load_base
+        from twigvlm.errors import TwigVLMError
+        from twigvlm.published import import_milvlg
+
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise TwigVLMError(f"out {str(self.out)!r}: exists already; choose another directory")
+        with busy(f"Loading {self.model}"):
+            base, _ = load_base(self.model, self.dtype, "cpu")
+        import_milvlg(base, self.source, self.trunk_layers, self.final_wipe).save_pretrained(self.out)
+        print(f"Twig: {self.out}")

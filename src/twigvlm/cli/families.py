@@ -1,0 +1,26 @@
+"""`twigvlm families`: which models a twig can grow on."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Families:
+    """List the model families that a twig can grow on, and what is to be known of each."""
+
+    def run(self) -> None:
+        """Print the tables on stdout."""
+        from rich.console import Console
+        from rich.table import Table
+
+        from twigvlm.base.families import FAMILIES, LANGUAGE_MODELS
+
+        families = Table("family", "model_type", "takes", "notes")
+        for family in FAMILIES:
+            takes = ", ".join(f"{visual.kind}s" for visual in family.visuals)
+            families.add_row(family.name, family.model_type, takes, family.notes)
+        inside = Table("language model inside", "notes")
+        for language_model in LANGUAGE_MODELS:
+            inside.add_row(language_model.model_type, language_model.notes)
+        console = Console()
+        console.print(families)
+        console.print(inside)

@@ -1,0 +1,254 @@
+"""Every family: no pruning changes nothing, speculation changes nothing, and pruning hides tokens and nothing else."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from tests.decoding.test_policy import costs
+from tests.families import IMAGE, LAYERS, TINY, TRUNK, TWIG, VIDEO, prompt, prompts, tiny
+from twigvlm import TwigConfig, TwigVLM
+from twigvlm.base.families import FAMILIES, LANGUAGE_MODELS
+from twigvlm.pruning.baselines.base_layer import BaseLayerAttention
+from twigvlm.pruning.baselines.random import RandomScores
+from twigvlm.training.data import IGNORE
+from twigvlm.training.distill import Student
+from twigvlm.training.options import Stage1Config, Stage2Config
+from twigvlm.training.reinforce import Policy
+
+CASES = [(name, kind) for name in TINY for kind in prompts(name)]
+CHAIN = {"speculate": "chain", "draft_threshold": 0.0, "draft_length": 4}
+TREE = {"speculate": "tree", "tree_depth": 3, "tree_width": 4, "tree_expand": 3, "tree_nodes": 12}
+
+
+@cache
+def grown(name, attention="sdpa"):
+    return TwigVLM.grow(tiny(name, attention), TwigConfig(TRUNK, TWIG))
+
+
+@cache
+def inputs_of(name, kind, seed=0):
+    return prompt(grown(name).model, name, kind, seed)
+
+
+def visual_tokens(name, kind):
+    return int(grown(name).base.visual_mask(inputs_of(name, kind)["input_ids"]).sum())
+
+
+def answer(output, inputs):
+    return getattr(output, "sequences", output)[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+class Scores:
+    """A logits processor that keeps the scores that the base chose by, and may forbid some tokens."""
+
+    def __init__(self, *forbidden):
+        self.rows, self.forbidden = [], forbidden
+
+    def __call__(self, ids, scores):
+        self.rows.append(scores[0].clone())
+        scores[:, self.forbidden] = float("-inf")
+        return scores
+
+
+def test_every_entry_has_a_tiny_model():
+    models = [grown(name).base for name in TINY]
+    assert {family.model_type for family in FAMILIES} == {base.family.model_type for base in models}
+    known = {one.model_type for one in LANGUAGE_MODELS}
+    assert known == {base.language_model.model_type for base in models}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_twig_follows_the_base_s_config(name):
+    model = grown(name)
+    for layer in (*model.base.layers, *model.twig.layers):
+        assert layer.self_attn.config is model.base.config
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_random_twig_starts_with_neutral_norms(name):
+    base = tiny(name)
+    norm = TwigVLM.grow(base, TwigConfig(TRUNK, TWIG, init="random")).twig.norm
+    states = torch.randn(3, 32)
+    torch.testing.assert_close(
+        norm(states), states * states.square().mean(-1, keepdim=True).rsqrt(), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_keeping_everything_is_plain_generate(name, kind, attention):
+    model, inputs = grown(name, attention), inputs_of(name, kind)
+    budget = {"keep": visual_tokens(name, kind) or 5, "final_wipe": LAYERS}
+    recorded = Scores()
+    got = model.generate(**inputs, **budget, **CHAIN, max_new_tokens=10, logits_processor=[recorded])
+    with model.disabled():
+        expected = model.generate(
+            **inputs, max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    assert answer(got, inputs) == answer(expected, inputs)
+    for ours, theirs in zip(recorded.rows, expected.logits, strict=True):
+        torch.testing.assert_close(ours, theirs[0], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def hidden_by_definition(model, inputs, kept, final_wipe, tokens):
+    """Logits at the last prompt token and at each of `tokens`: the base's own forward in one pass and without a cache.
+
+    Its own masks, with the columns of pruned tokens closed from the layer on that no longer has them.
+    """
+    ids = torch.cat((inputs["input_ids"], torch.tensor([tokens])), dim=1)
+    extended = {**inputs, "input_ids": ids}
+    for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            new = torch.full((1, len(tokens)), int(name == "attention_mask"))
+            extended[name] = torch.cat((inputs[name], new), dim=1)
+    visual = model.base.visual_mask(inputs["input_ids"])[0].nonzero()[:, 0]
+    pruned = visual[~torch.isin(visual, kept)]
+
+    def closing(columns):
+        def hook(_module, args, kwargs):
+            mask = kwargs["attention_mask"].expand(1, -1, -1, -1).clone()
+            mask[..., columns] = torch.finfo(mask.dtype).min
+            mask[..., columns, columns] = 0  # no row may be empty; nobody looks at these
+            return args, {**kwargs, "attention_mask": mask}
+
+        return hook
+
+    hooks = []
+    for index, layer in enumerate(model.base.layers):
+        columns = visual if index >= final_wipe else pruned if index >= TRUNK else visual[:0]
+        hooks.append(layer.register_forward_pre_hook(closing(columns), with_kwargs=True))
+    try:
+        return model.model(**extended, use_cache=False).logits[0, inputs["input_ids"].shape[1] - 1 :]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("keep", [1, 5])
+@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[1] != "text"])
+def test_pruning_hides_tokens_and_nothing_else(name, kind, keep):
+    """The strongest check of positions, masks, caches and features for later layers, prefill and decoding alike."""
+    # an answer of placeholders would be a prompt of placeholders to the reference
+    model, inputs, recorded = grown(name), inputs_of(name, kind), Scores(IMAGE, VIDEO)
+    keep = min(keep, visual_tokens(name, kind) - 1)
+    output = model.generate(
+        **inputs,
+        keep=keep,
+        final_wipe=5,
+        scorer=RandomScores(keep),
+        max_new_tokens=8,
+        logits_processor=[recorded],
+        return_dict_in_generate=True,
+    )
+    tokens = answer(output, inputs)
+    expected = hidden_by_definition(grown(name, "eager"), inputs, output.kept_indices[0], 5, tokens[:-1])
+    torch.testing.assert_close(torch.stack(recorded.rows), expected, rtol=1e-3, atol=1e-3)
+    everything = hidden_by_definition(
+        grown(name, "eager"), inputs, torch.arange(inputs["input_ids"].shape[1]), LAYERS, tokens[:-1]
+    )
+    assert (expected - everything).abs().max() > 0.02  # hiding them matters in this model
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_speculation_changes_nothing(name, kind, monkeypatch):
+    model, inputs = grown(name), inputs_of(name, kind)
+    monkeypatch.setattr(TwigVLM, "costs", lambda self: costs(draft=0.1))
+    pruning = {"keep": max(1, visual_tokens(name, kind) // 3), "final_wipe": 5, "max_new_tokens": 12}
+    plain = model.generate(**inputs, **pruning)
+    for way, first in ((CHAIN, 4), (TREE, 12), ({"speculate": "auto"}, 1)):
+        output = model.generate(**inputs, **pruning, **way, return_dict_in_generate=True)
+        assert output.sequences.tolist() == plain.tolist()
+        assert output.drafted_lengths[0] >= first
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", TINY)
+def test_scores_are_the_base_s_own_attention(name, attention):
+    inputs, maps = (
+        inputs_of(name, "images"),
+        grown(name, "eager").model(**inputs_of(name, "images"), output_attentions=True),
+    )
+    for layer in range(1, LAYERS + 1):
+        model, seen = grown(name, attention), []
+
+        def scorer(trunk, layer=layer, seen=seen):
+            seen.append(BaseLayerAttention(layer)(trunk))
+            return seen[0]
+
+        model.generate(**inputs, keep=1, scorer=scorer, max_new_tokens=1)
+        expected = maps.attentions[layer - 1][0, :, -1].mean(dim=0)
+        visual = model.base.visual_mask(inputs["input_ids"])[0]
+        torch.testing.assert_close(seen[0][0], torch.where(visual, expected, 0.0), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_eager_and_sdpa_agree(name):
+    inputs, answers = inputs_of(name, "images"), []
+    for attention in ("eager", "sdpa"):
+        output = grown(name, attention).generate(
+            **inputs, **CHAIN, keep=4, final_wipe=5, max_new_tokens=8, return_dict_in_generate=True
+        )
+        answers.append((output.sequences.tolist(), output.kept_indices.tolist(), output.accepted_lengths))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_disabled_is_the_base(name):
+    model, inputs = grown(name), inputs_of(name, "images")
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = tiny(name).generate(**inputs, **options)
+    model.generate(**inputs, keep=3, max_new_tokens=4)
+    with model.disabled():
+        got = model.generate(**inputs, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, expected.logits, strict=True))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_saved_and_loaded_answers_alike(name, tmp_path):
+    model, inputs = grown(name), inputs_of(name, "images")
+    model.save_pretrained(tmp_path)
+    loaded = TwigVLM.from_pretrained(tiny(name), tmp_path)
+    options = {**CHAIN, "keep": 4, "max_new_tokens": 8, "return_dict_in_generate": True}
+    outputs = [one.generate(**inputs, **options) for one in (model, loaded)]
+    assert outputs[0].sequences.tolist() == outputs[1].sequences.tolist()
+    assert outputs[0].accepted_lengths == outputs[1].accepted_lengths
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_bfloat16_runs(name):
+    model = TwigVLM.grow(tiny(name).to(torch.bfloat16), TwigConfig(TRUNK, TWIG))
+    inputs = {
+        key: value.to(torch.bfloat16) if value.is_floating_point() else value
+        for key, value in inputs_of(name, "images").items()
+    }
+    output = model.generate(**inputs, **CHAIN, keep=4, final_wipe=5, max_new_tokens=6)
+    assert len(answer(output, inputs)) == 6
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_step_of_each_stage_changes_the_twig_and_nothing_else(name):
+    model = TwigVLM.grow(tiny(name, "sdpa"), TwigConfig(TRUNK, TWIG, pruning_head=True))
+    inputs = {key: value for key, value in inputs_of(name, "images").items() if key != "attention_mask"}
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = IGNORE
+    base = {key: value.clone() for key, value in model.model.state_dict().items()}
+    learners = (
+        (Student(model, Stage1Config()), {"twig"}),
+        (Policy(model, Stage2Config(group=4, budgets=(visual_tokens(name, "images") * 0.6,)), 10), {"head"}),
+    )
+    for learner, parts in learners:
+        before = {key: value.clone() for key, value in model.twig.state_dict().items()}
+        model.twig.requires_grad_("twig" in parts)
+        model.twig.pruning_head.requires_grad_(True)
+        place = {} if "twig" in parts else {"step": 0, "part": 0}
+        learner(labels=labels, **inputs, **place)["loss"].backward()
+        optimiser = torch.optim.SGD([p for p in model.twig.parameters() if p.grad is not None], lr=0.1)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        changed = {key for key, value in model.twig.state_dict().items() if not torch.equal(value, before[key])}
+        assert any(key.startswith("pruning_head") for key in changed)
+        assert any(not key.startswith("pruning_head") for key in changed) == ("twig" in parts)
+    assert all(torch.equal(value, base[key]) for key, value in model.model.state_dict().items())
