@@ -72,7 +72,7 @@ def test_without_gates_it_is_the_layers_attention():
         .self_attn.q_proj(model.twig.layers[-1].input_layernorm(hidden))
         .view(1, 25, 4, 8)
         .transpose(1, 2),
-        *rope,
+        *rope.of(None),
     )[0, :, 24]
     expected = torch.stack([(keys[0, h // 2, 3:19] @ queries[h] / sqrt(8)).softmax(dim=0) for h in range(4)]).mean(
         dim=0
