@@ -4,7 +4,7 @@ Every patch predicts what it shows, and the projector's output is pulled to the 
 crops first: they are ten times cheaper than whole scenes, and the place comes from a random window of the position embeddings.
 
     python -m recipes.sapling.vision --output runs/crops --steps 3000
-    python -m recipes.sapling.vision --output runs/vision --size 336 --start runs/crops --sharpen 1.5 --batch 8 --rate 2e-4
+    python -m recipes.sapling.vision --output runs/vision --start runs/crops --size 336 --sharpen 1.5 --coordinates --rate 2e-4 …
 """
 
 from dataclasses import asdict, dataclass
@@ -75,6 +75,29 @@ class DenseVision(nn.Module):
             for layer in self.vision_tower.encoder.layers:
                 layer.self_attn.q_proj.weight *= factor
                 layer.self_attn.q_proj.bias *= factor
+
+    @torch.inference_mode()
+    def lay_coordinates(self, pictures: Dataset, count: int = 12, size: float = 1.5) -> None:
+        """Add each patch's coordinates to its position embedding, along the directions that the tower uses least.
+
+        What a patch shows hardly depends on where it is, so position embeddings stay at the noise they start from, and features
+        tell no place. Tents over three rows and three columns are linear in a coordinate and its absolute value.
+        """
+        embeddings = self.vision_tower.embeddings
+        entering, leaving = [], []
+        for index in range(count):
+            item = pictures[index]
+            pixel_values, place = item["pixel_values"][None], item["place"][None]
+            entering.append(embeddings.patch_embedding(pixel_values).flatten(2)[0].T)
+            leaving.append(self.features(pixel_values, place)[0])
+        used = sum(
+            torch.cov(torch.cat(states).T) / torch.cat(states).var(dim=0).sum() for states in (entering, leaving)
+        )
+        directions = torch.linalg.eigh(used).eigenvectors[:, :4]
+        along = torch.linspace(-1, 1, GRID)
+        rows, columns = (axis.flatten() for axis in torch.meshgrid(along, along, indexing="ij"))
+        coordinates = torch.stack((rows, rows.abs() - 0.5, columns, columns.abs() - 0.5), dim=1)
+        embeddings.position_embedding.weight[1:] += size * coordinates @ directions.T
 
     def features(self, pixel_values: Tensor, place: Tensor) -> Tensor:
         """Patch features (batch, patches, width) of crops whose patches sit at `place` of the whole picture."""
@@ -147,6 +170,8 @@ class Options:
     """Folder of an earlier run to start from."""
     sharpen: float = 1.0
     """Factor on the queries of the earlier run; from 112 to 336 pixels 1.5, log(577) / log(65)."""
+    coordinates: bool = False
+    """Start with the patches' coordinates in the position embeddings."""
     threads: int = 1
 
 
@@ -162,6 +187,8 @@ def main(options: Options) -> None:
         model.load_state_dict(load_file(Path(options.start) / "final.safetensors"))
         model.sharpen(options.sharpen)
     data = Crops("train", options.size, options.first, options.steps * options.batch, options.random_text)
+    if options.coordinates:
+        model.lay_coordinates(data)
     train(model, data, options.output, options.steps, options.batch, options.rate, warmup=100, weight_decay=0.02)
     print("validation:", report(model.eval(), Crops("validation", options.size, 0, 400, options.random_text)))
 

@@ -79,7 +79,7 @@ def test_a_batch_borrows_what_one_row_holds():
         if layer:
             one.place(layer, torch.arange(5)[None])
         one.update(keys, -keys, layer)
-    one.drop(0, 2, 2)
+    one.keep(0, 2, 2, [])
     for layer in range(2):
         many.borrow(one, layer, 3)
         assert torch.equal(many.held(layer)[1], one.held(layer)[1].expand(3, -1, -1, -1))

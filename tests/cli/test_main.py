@@ -11,13 +11,14 @@ def python(code):
     return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["demo"], ["train"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["demo"], ["train", "stage1"], ["train", "stage2"]])
 def test_help_comes_from_the_dataclasses(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    expected = {"": "subcommands", "generate": "--retain", "demo": "--runs", "train": "--trunk-layers"}
+    expected = {"": "subcommands", "generate": "--retain", "demo": "--runs", "trainstage1": "--trunk-layers"}
+    expected["trainstage2"] = "--group"
     assert expected["".join(command)] in out
 
 
@@ -54,4 +55,4 @@ def test_public_names():
     [("--twig-layers=0", "twig_layers=0: must be 1 or more"), ("--batch-size=0", "batch_size=0: must be 1 or more")],
 )
 def test_bad_values_are_one_line_too(option, words, refused):
-    refused("train", "--data", "x", "--out", "y", option, words=[words])
+    refused("train", "stage1", "--data", "x", "--out", "y", option, words=[words])

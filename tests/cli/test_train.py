@@ -100,11 +100,10 @@ def test_broken_samples_are_reported_and_skipped(caplog, arguments, tmp_path):
     (tmp_path / "green.png").write_bytes(b"nothing")
     assert main(arguments(**{"batch-size": 4})) == 0
     assert [line.split(":")[0] for line in caplog.messages] == [
-        "skipped sample 'pair'",
         "skipped sample 'empty'",
-        "skipped 2 of 6 samples",
+        "skipped 1 of 6 samples",
         "skipped sample 1",
-        "skipped 1 of 4 samples",
+        "skipped 1 of 5 samples",
     ]
 
 
