@@ -51,6 +51,20 @@ class Crops(Dataset):
         return {"pixel_values": pixels(render(scene)), "place": place, **labels}
 
 
+def _weights(kind: Tensor, centre: Tensor, character: Tensor) -> Tensor:
+    """How much the targets of patches count."""
+    return 1 + 3 * (kind > 0) + 12 * centre + 12 * (character > 0)
+
+
+def _ridge(inputs: Tensor, outputs: Tensor, weights: Tensor, strength: float = 1e-3) -> Tensor:
+    """Weights and, last, biases of the linear map from inputs to outputs with the least weighted square error."""
+    extended = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1).double()
+    weighted = extended * weights[:, None]
+    gram = weighted.T @ extended
+    gram += strength * gram.diagonal().mean() * torch.eye(len(gram))
+    return torch.linalg.solve(gram, weighted.T @ outputs.double()).T.float()
+
+
 class DenseVision(nn.Module):
     """Tower, projector, and the heads that are thrown away after training."""
 
@@ -76,28 +90,44 @@ class DenseVision(nn.Module):
                 layer.self_attn.q_proj.weight *= factor
                 layer.self_attn.q_proj.bias *= factor
 
-    @torch.inference_mode()
-    def lay_coordinates(self, pictures: Dataset, count: int = 12, size: float = 1.5) -> None:
-        """Add each patch's coordinates to its position embedding, along the directions that the tower uses least.
+    @torch.no_grad()
+    def lay_coordinates(self, pictures: Dataset, count: int = 120, size: float = 1.5) -> None:
+        """Add each patch's coordinates to its position embedding, and teach the projector to read them, in closed form.
 
-        What a patch shows hardly depends on where it is, so position embeddings stay at the noise they start from, and features
-        tell no place. Tents over three rows and three columns are linear in a coordinate and its absolute value.
+        What a patch shows hardly depends on where it is: position embeddings stay at the noise that they start from, and the
+        tower's layers rather cancel a place than pass it on to a projector that does not read it yet. So coordinates go along
+        the directions that the tower uses least, four units of the projector pass on what is left of them after the tower,
+        and the projector's readout is a ridge regression to the targets. Tents over three rows and three columns are linear
+        in a coordinate and its absolute value.
         """
-        embeddings = self.vision_tower.embeddings
-        entering, leaving = [], []
-        for index in range(count):
-            item = pictures[index]
-            pixel_values, place = item["pixel_values"][None], item["place"][None]
-            entering.append(embeddings.patch_embedding(pixel_values).flatten(2)[0].T)
-            leaving.append(self.features(pixel_values, place)[0])
-        used = sum(
-            torch.cov(torch.cat(states).T) / torch.cat(states).var(dim=0).sum() for states in (entering, leaving)
-        )
+        items = [pictures[index] for index in range(count)]
+        embeddings, projector = self.vision_tower.embeddings, self.multi_modal_projector
+
+        def leaving() -> Tensor:
+            return torch.cat([self.features(item["pixel_values"][None], item["place"][None])[0] for item in items])
+
+        entering = [embeddings.patch_embedding(item["pixel_values"][None]).flatten(2)[0].T for item in items]
+        used = sum(torch.cov(states.T) / states.var(dim=0).sum() for states in (torch.cat(entering), leaving()))
         directions = torch.linalg.eigh(used).eigenvectors[:, :4]
         along = torch.linspace(-1, 1, GRID)
         rows, columns = (axis.flatten() for axis in torch.meshgrid(along, along, indexing="ij"))
         coordinates = torch.stack((rows, rows.abs() - 0.5, columns, columns.abs() - 0.5), dim=1)
         embeddings.position_embedding.weight[1:] += size * coordinates @ directions.T
+
+        features = leaving()
+        reading = _ridge(features, coordinates[torch.cat([item["place"] for item in items])], torch.ones(len(features)))
+        quiet = projector.linear_2.weight.norm(dim=0).argsort()[:4]
+        projector.linear_1.weight[quiet] = reading[:, :-1]
+        projector.linear_1.bias[quiet] = reading[:, -1] + 3  # where GELU is as good as linear
+        wanted, weights = [], []
+        for item in items:
+            labels = {name: item[name] for name in ("kind", "centre", "colour", "character", "place")}
+            wanted.append(self.targets(**labels))
+            weights.append(_weights(item["kind"], item["centre"], item["character"]))
+        hidden = projector.act(projector.linear_1(features))
+        readout = _ridge(hidden, torch.cat(wanted), torch.cat(weights))
+        projector.linear_2.weight.copy_(readout[:, :-1])
+        projector.linear_2.bias.copy_(readout[:, -1])
 
     def features(self, pixel_values: Tensor, place: Tensor) -> Tensor:
         """Patch features (batch, patches, width) of crops whose patches sit at `place` of the whole picture."""
@@ -123,7 +153,7 @@ class DenseVision(nn.Module):
         no_character = torch.ones(len(CHARACTERS) + 1)
         no_character[0] = 0.05
         wanted = self.targets(kind, centre, colour, character, place)
-        weight = 1 + 3 * (kind > 0) + 12 * centre + 12 * (character > 0)
+        weight = _weights(kind, centre, character)
         errors = (projected - wanted).square().mean(-1) / (self.targets.norm**2 / wanted.shape[-1])
         return {
             "loss": cross_entropy(logits["kind"].transpose(1, 2), kind, weight=background)
