@@ -18,12 +18,11 @@ def shipped(joint: Path, vision: Path) -> dict[str, torch.Tensor]:
     """Names as `assemble.assemble` reads them, in float16."""
     learned = load_file(joint / "final.safetensors")
     weights = {
-        key: value for key, value in load_file(vision / "final.safetensors").items() if key.startswith("vision_tower.")
+        key: value
+        for key, value in load_file(vision / "final.safetensors").items()
+        if key.startswith(("vision_tower.", "multi_modal_projector."))
     }
     for key, value in learned.items():
-        if key.startswith("vision."):
-            weights[key.removeprefix("vision.")] = value
-            continue
         name = key.removeprefix("language.base_model.model.model.").removesuffix(".default.weight")
         module, part = name.rsplit(".", 1)
         weights[f"{module}.{'down' if part == 'lora_A' else 'up'}"] = value if part == "lora_A" else value * SCALING

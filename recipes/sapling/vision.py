@@ -1,10 +1,12 @@
-"""Steps a and c: grow the vision tower and the projector by dense supervision.
+r"""Steps a and c: grow the vision tower and the projector by dense supervision.
 
 Every patch predicts what it shows, and the projector's output is pulled to the embedding that `targets.py` gives it. Small
 crops first: they are ten times cheaper than whole scenes, and the place comes from a random window of the position embeddings.
 
     python -m recipes.sapling.vision --output runs/crops --steps 3000
-    python -m recipes.sapling.vision --output runs/vision --start runs/crops --size 336 --sharpen 1.5 --coordinates --rate 2e-4 …
+    python -m recipes.sapling.vision --output runs/whole --size 336 --start runs/crops --sharpen 1.5 --batch 8 --rate 2.5e-4
+    python -m recipes.sapling.vision --output runs/vision --size 336 --start runs/whole --batch 8 --rate 7e-4 --coordinates \
+        --freeze-tower
 """
 
 from dataclasses import asdict, dataclass
@@ -91,7 +93,7 @@ class DenseVision(nn.Module):
                 layer.self_attn.q_proj.bias *= factor
 
     @torch.no_grad()
-    def lay_coordinates(self, pictures: Dataset, count: int = 120, size: float = 1.5) -> None:
+    def lay_coordinates(self, pictures: Dataset, count: int = 120, size: float = 5.0) -> None:
         """Add each patch's coordinates to its position embedding, and teach the projector to read them, in closed form.
 
         What a patch shows hardly depends on where it is: position embeddings stay at the noise that they start from, and the
@@ -202,6 +204,8 @@ class Options:
     """Factor on the queries of the earlier run; from 112 to 336 pixels 1.5, log(577) / log(65)."""
     coordinates: bool = False
     """Start with the patches' coordinates in the position embeddings."""
+    freeze_tower: bool = False
+    """Train the projector and the heads only."""
     threads: int = 1
 
 
@@ -219,6 +223,7 @@ def main(options: Options) -> None:
     data = Crops("train", options.size, options.first, options.steps * options.batch, options.random_text)
     if options.coordinates:
         model.lay_coordinates(data)
+    model.vision_tower.requires_grad_(not options.freeze_tower)
     train(model, data, options.output, options.steps, options.batch, options.rate, warmup=100, weight_decay=0.02)
     print("validation:", report(model.eval(), Crops("validation", options.size, 0, 400, options.random_text)))
 

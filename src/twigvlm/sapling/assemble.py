@@ -139,9 +139,17 @@ def assemble(
     full = {f"model.language_model.{key}": value for key, value in state.items()}
     full |= {f"model.{key}": value for key, value in own.items()}
     full["lm_head.weight"] = full["model.language_model.embed_tokens.weight"]
-    model = LlavaForConditionalGeneration.from_pretrained(
-        None, config=config(language, image_token_id), state_dict=full, dtype=torch.float32
+    model, loaded = LlavaForConditionalGeneration.from_pretrained(
+        None,
+        config=config(language, image_token_id),
+        state_dict=full,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
+    # transformers would fill a gap with random numbers
+    if loaded["missing_keys"] or loaded["unexpected_keys"]:
+        names = ", ".join(sorted({*loaded["missing_keys"], *loaded["unexpected_keys"]})[:3])
+        raise TwigVLMError(f"Sapling's weights do not fit its architecture ({names}, …); install twigvlm again")
     model.generation_config = language.generation_config
     return model
 
