@@ -228,6 +228,18 @@ def test_bfloat16_runs(name):
     assert len(answer(output, inputs)) == 6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", TINY)
+def test_the_twig_in_two_parts_is_the_twig(name):
+    """As stage 1 runs it; features that enter the base's first layers enter no twig layer again."""
+    base, twig = grown(name).base, grown(name).twig
+    captured = base.prompt(**inputs_of(name, "images"))
+    rope, masks = base.rope(captured), base.masks(captured)
+    hidden = base.run_layers(captured.hidden, 0, TRUNK, rope, masks)
+    parts = twig.last(twig.last_input(hidden, rope, masks), rope, masks)
+    torch.testing.assert_close(parts, twig(hidden, rope, masks))
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_a_step_of_each_stage_changes_the_twig_and_nothing_else(name):
     model = TwigVLM.grow(tiny(name, "sdpa"), TwigConfig(TRUNK, TWIG, pruning_head=True))

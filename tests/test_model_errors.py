@@ -29,6 +29,7 @@ def model():
         ({"final_wipe": 4}, "final_wipe=4: needs a budget"),
         ({"scorer": RandomScores()}, "scorer: needs a budget"),
         ({"speculate": "beam"}, "speculate='beam': must be one of none, chain, tree"),
+        ({"attention_mask": torch.tensor([[0, 0] + [1] * 23])}, "attention_mask: hides 2 tokens"),
         ({"draft_length": 0}, "draft_length=0: must be 1 or more"),
         ({"tree_depth": 0}, "tree_depth=0: must be 1 or more"),
         ({"tree_width": 0}, "tree_width=0: must be 1 or more"),
@@ -54,7 +55,7 @@ def model():
 )
 def test_options(model, options, message):
     with pytest.raises(TwigVLMError, match=message) as caught:
-        model.generate(**prompt(), **{"max_new_tokens": 5, **options} if "max_length" not in options else options)
+        model.generate(**{**prompt(), **({} if "max_length" in options else {"max_new_tokens": 5}), **options})
     assert "\n" not in str(caught.value)
 
 

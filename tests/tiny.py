@@ -10,6 +10,12 @@ IMAGE_TOKEN = 99
 VOCABULARY = 100
 
 
+def tiny_text(**options: Any) -> LlamaConfig:
+    """A language model of two small layers, with grouped-query attention."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return LlamaConfig(**{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, **options})
+
+
 def tiny_llava(
     seed: int = 0,
     layers: int = 6,
@@ -31,13 +37,8 @@ def tiny_llava(
             image_size=16,
             patch_size=4,
         ),
-        text_config=LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
+        text_config=tiny_text(
             num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             max_position_embeddings=context,
             bos_token_id=1,
             eos_token_id=None,

@@ -5,6 +5,9 @@ from typing import Literal, get_args
 
 from twigvlm.errors import TwigVLMError
 
+MOST_NODES = 64
+"""Most nodes of a pass that `auto` chooses, the root included."""
+
 Speculate = Literal["none", "chain", "tree", "auto"]
 """Ways to draft; see `SpeculationConfig`."""
 
@@ -99,7 +102,7 @@ class SpeculationConfig:
     def step_tokens(self) -> int:
         """Tokens that a layer gets in one step at most (with auto: hardly ever more), before all but the accepted ones go."""
         if self.speculate == "auto":
-            return 2 * 64
+            return 2 * MOST_NODES
         if self.speculate == "tree":
             return 1 + self.tree_expand * (self.tree_depth - 1) + self.tree_nodes
         return 1 + (self.draft_length if self.speculate == "chain" else 0)

@@ -188,10 +188,10 @@ class TwigVLM(nn.Module):
             return self.model.generate(**kwargs)
         if speculation.speculate in ("tree", "auto"):
             check_tree_attention(self.base.attention)
-        costs = self.costs() if speculation.speculate == "auto" else None
-        began = clock_of(self.model.device)()
         _check_arguments(kwargs, self.model.generation_config)
         self.base.check_images(kwargs["input_ids"], kwargs)
+        costs = self.costs() if speculation.speculate == "auto" else None
+        began = clock_of(self.model.device)()
 
         entered = False
         streamer = kwargs.get("streamer")
@@ -263,6 +263,11 @@ def _check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None
     if len(kwargs["input_ids"]) != 1:
         raise TwigVLMError(
             f"batch of {len(kwargs['input_ids'])} prompts: only one prompt at a time is supported yet; loop over them"
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not bool(mask.all()):
+        raise TwigVLMError(
+            f"attention_mask: hides {int((mask == 0).sum())} tokens; one prompt needs no padding, pass it without"
         )
     given = kwargs.get("generation_config")
     for config in (kwargs, vars(given) if given is not None else {}, vars(defaults)):

@@ -42,7 +42,7 @@ def drafted(policy, probabilities, room=50):
                     able.append(len(tree))
                 tree.add(token, node, math.log(probability))
         able = [node for node in able if tree.depths[node] < room]
-    return tree, policy.select(tree, ran)
+    return tree, policy.select(tree)
 
 
 def test_sure_drafts_are_long_and_unsure_ones_short():

@@ -3,22 +3,16 @@
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from recipes.sapling.language import IGNORE, Conversations, Reader, collate
 from recipes.sapling.scenes import GRID, KINDS
 from recipes.sapling.targets import VisualTargets
 from recipes.sapling.vision import Crops, DenseVision
+from tests.tiny import tiny_text
 from twigvlm.sapling import assemble
 
-TEXT = LlamaConfig(
-    vocab_size=256,
-    hidden_size=48,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
+TEXT = tiny_text(vocab_size=256, hidden_size=48)
 
 
 class Letters:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
+from tests.tiny import tiny_text
 from twigvlm.errors import TwigVLMError
 from twigvlm.sapling import assemble
 
@@ -18,16 +19,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def language():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(tiny_text(vocab_size=64, tie_word_embeddings=True))
 
 
 def own_weights(language, rank=3):

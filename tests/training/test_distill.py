@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
+from tests.training.stop import StopAt
 from twigvlm.base.cache import LayeredCache
 from twigvlm.decoding.prefill import Trunk
 from twigvlm.errors import TwigVLMError
@@ -118,15 +119,6 @@ def test_optimiser_is_the_published_one(make_model, dataset, tmp_path):
     assert seen["kind"] == "AdamW"
     assert seen["betas"] == (0.9, 0.98)
     assert seen["weight_decay"] == 0
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_training_stop = True
 
 
 def test_resumed_equals_uninterrupted(make_model, dataset, tmp_path):

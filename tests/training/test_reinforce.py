@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
+from tests.training.stop import StopAt
 from twigvlm.base.cache import LayeredCache
 from twigvlm.decoding.prefill import Plan, prefill
 from twigvlm.errors import TwigVLMError
@@ -169,15 +169,6 @@ def test_a_sample_without_an_image_teaches_nothing(make_policy, dataset):
     terms["loss"].backward()
     assert terms["loss"].item() == 0
     assert not model.twig.pruning_head.key_gate.weight.grad.any()
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_training_stop = True
 
 
 def test_resumed_equals_uninterrupted(make_policy, dataset, tmp_path):

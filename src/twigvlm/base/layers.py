@@ -49,9 +49,8 @@ def run(
 
 def window_of(layer: nn.Module) -> int | None:
     """How many tokens a decoder layer looks back, itself included; None: all."""
-    own = vars(
-        cast(Any, layer).self_attn
-    )  # a module's getattr of what is not there is slow, and this is asked at each step
+    # a module's getattr of what is not there is slow, and this is asked at each step
+    own = vars(cast(Any, layer).self_attn)
     if "sliding_window" in own:
         return cast("int | None", own["sliding_window"])
     return cast("int | None", vars(own["config"]).get("sliding_window"))  # of all its layers, as in Mistral

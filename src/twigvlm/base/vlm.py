@@ -150,6 +150,14 @@ class BaseVLM:
             hidden, positions, visual, mask, input_ids, _reach(kwargs.get("attention_mask")), _deepstack(hidden, kwargs)
         )
 
+    def text_prompt(self, tokens: int) -> Prompt:
+        """A prompt of random text, always the same, no longer than the context: to see how layers treat it, or to time them."""
+        ids = torch.arange(self.head.weight.shape[0])
+        ids = ids[~self.visual_mask(ids[None])[0]]
+        length = min(tokens, getattr(self.config, "max_position_embeddings", None) or tokens)
+        picked = torch.randint(len(ids), (1, length), generator=torch.Generator().manual_seed(0))
+        return self.prompt(ids[picked].to(self.head.weight.device))
+
     def masks(self, prompt: Prompt, rows: int = 1, new_tokens: int = 0) -> Masks:
         """The masks of a request: `rows` tokens at most in a step, `new_tokens` at most in all."""
         if prompt.attention_mask is not None:

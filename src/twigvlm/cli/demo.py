@@ -2,35 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from twigvlm.config import Speculate
+from twigvlm.cli.asking import Asking
 
-QUESTION = "Describe this image in detail."
 ATTENTIONS = ("sdpa", "eager")
 """Implementations that plain runs may use; the faster one here is what the twig is compared with."""
 
 
 @dataclass(frozen=True)
-class Demo:
+class Demo(Asking):
     """Ask a question about a picture twice, plainly and through a twig, and compare answers and speed."""
 
-    image: Path | None = None
-    """Image file. None: the scene that ships with the package."""
-    prompt: str = QUESTION
-    """Question about the image."""
-    model: str = "sapling"
-    """The base: `sapling` (embedded), a Hugging Face id or a directory."""
-    twig: str | None = None
-    """Twig that was grown on the base: a directory. On Sapling its own twig is the default."""
-    retain: float | None = 64
-    """Average number of visual tokens over all layers to prune down to. None: no pruning."""
-    speculate: Speculate = "chain"
-    """Draft answer tokens with the twig."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights. auto: as the base's files say; bfloat16 for Sapling."""
-    device: str = "auto"
-    """Where to run: auto (a GPU if there is one), cpu, cuda, cuda:1, mps, …"""
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
     runs: int = 5

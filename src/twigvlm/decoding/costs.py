@@ -9,10 +9,11 @@ import torch
 from twigvlm.base.cache import LayeredCache
 from twigvlm.base.positions import slice_rope
 from twigvlm.base.vlm import BaseVLM
+from twigvlm.config import MOST_NODES
 from twigvlm.decoding.timing import clock_of
 from twigvlm.twig.block import Twig
 
-NODES = (1, 2, 4, 8, 16, 32, 64)
+NODES = (1, 2, 4, 8, 16, 32, MOST_NODES)
 """Sizes of a pass that are timed."""
 
 
@@ -46,9 +47,7 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
     """
     clock = clock_of(base.head.weight.device)
     trunk, layers = twig.config.trunk_layers, base.num_layers
-    ids = torch.arange(NODES[-1], device=base.head.weight.device)[None] % int(base.head.weight.shape[0])
-    ids = torch.where(base.visual_mask(ids), ids.roll(1), ids)
-    prompt = base.prompt(input_ids=ids)
+    prompt = base.text_prompt(NODES[-1])
     cache = LayeredCache(twig.last_slot + 1, reserve=NODES[-1])
     masks = base.masks(prompt, rows=NODES[-1], new_tokens=0)
     rope = base.rope(prompt)

@@ -33,7 +33,7 @@ class Context:
     masks: Masks
     cache: LayeredCache
     rope: Rope
-    """(cos, sin) of all new tokens, computed once: entry i is the i-th generated token's."""
+    """Of all new tokens, computed once: entry i is the i-th generated token's."""
     unseen: Trunk | None = None
     """The prompt, until the twig has seen it."""
     pending: list[Tensor] = field(default_factory=list)
@@ -78,7 +78,7 @@ def draft_chain(context: Context, token: int, index: int, room: int) -> Draft:
     while True:
         at = index + len(states)
         rope = slice_rope(context.rope, at, at + 1)
-        states.append(_trunk(context, torch.tensor([tree.tokens[-1:]], device=rope[0].device), rope, context.masks))
+        states.append(_trunk(context, torch.tensor([tree.tokens[-1:]], device=rope.cos.device), rope, context.masks))
         if not more:
             break
         logits = _twig_logits(context, states[-1], rope, context.masks, index)[0]
@@ -119,7 +119,7 @@ def draft_tree(context: Context, token: int, index: int, room: int) -> Draft:
         fresh = (node for node in children if tree.depths[node] < room and tree.tokens[node] not in context.ends)
         able = [*(node for node in able if node not in level), *fresh]
     in_twig = list(ran)
-    kept = policy.select(tree, ran)
+    kept = policy.select(tree)
     leaves = [node for node in kept if node not in ran]
     if leaves:
         ran += leaves
@@ -140,7 +140,7 @@ def draft_tree(context: Context, token: int, index: int, room: int) -> Draft:
 
 def _run_nodes(context: Context, tree: Tree, ran: Sequence[int], new: int, index: int) -> tuple[Tensor, Rope, Masks]:
     """Run the last `new` of the nodes `ran` through the trunk, whose caches hold those before: states, rope and masks."""
-    device = context.rope[0].device
+    device = context.rope.cos.device
     nodes = ran[-new:]
     tokens, places = torch.tensor(
         [[tree.tokens[node] for node in nodes], [index + tree.depths[node] for node in nodes]], device=device
@@ -148,7 +148,7 @@ def _run_nodes(context: Context, tree: Tree, ran: Sequence[int], new: int, index
     masks = context.masks
     if len(ran) > 1:
         ancestors = ancestor_mask(tree.take(ran), device)[-new:]
-        masks = TreeMasks(context.base.attention, ancestors, context.rope[0].dtype)
+        masks = TreeMasks(context.base.attention, ancestors, context.rope.cos.dtype)
     rope = select_rope(context.rope, places[None])
     return _trunk(context, tokens[None], rope, masks), rope, masks
 

@@ -22,8 +22,8 @@ class Policy(Protocol):
             ran: nodes that have run, in that order.
         """
 
-    def select(self, tree: Tree, ran: Sequence[int]) -> list[int]:
-        """Nodes to have verified, ascending: the root, and each with its parent."""
+    def select(self, tree: Tree) -> list[int]:
+        """Nodes to have verified, ascending: the root, and each with its parent. Asked when `expand` chose no more."""
 
     def learn(self, tree: Tree, accepted: int) -> None:
         """A tree was verified, and that many of its nodes were accepted."""
@@ -42,7 +42,7 @@ class Published:
             return []
         return most_probable(tree, (node for node in able if tree.depths[node] == depth), self.options.tree_expand)
 
-    def select(self, tree: Tree, ran: Sequence[int]) -> list[int]:
+    def select(self, tree: Tree) -> list[int]:
         """The best leaves with their ancestors."""
         return best_leaves(tree, self.options.tree_nodes)
 
@@ -71,6 +71,7 @@ class CostAware:
         self.expected = self.accepted = 0.0
         self.likely, self.seen = 0.8, 1.0  # sum of the best children's probabilities, and of how many
         self.spent = 0.0  # seconds of the passes of the draft at hand
+        self.kept = [0]  # of the draft at hand, the nodes to verify if it ends here
 
     @property
     def trust(self) -> float:
@@ -81,15 +82,15 @@ class CostAware:
         """The most probable nodes, as many as promise the best rate, if that is better than to stop here."""
         if not ran:
             self.spent = 0.0
-        stop, kept = self._best(tree, ran)
-        mass = sum(math.exp(tree.scores[node]) for node in kept[1:])
+        stop, self.kept = self._best(tree, ran)
+        mass = sum(math.exp(tree.scores[node]) for node in self.kept[1:])
         best, chosen = stop, 0
         ranked = sorted(able, key=lambda node: -tree.scores[node])
         promised = mass
-        for count, node in enumerate(ranked[: self.costs.most - len(kept)], start=1):
+        for count, node in enumerate(ranked[: self.costs.most - len(self.kept)], start=1):
             promised += math.exp(tree.scores[node]) * self.likely / self.seen
             more = self.costs.draft[count] + self.costs.trunk[count]  # to run them, and of each the best child
-            seconds = self.spent + more + self.costs.verify[len(kept) + count]
+            seconds = self.spent + more + self.costs.verify[len(self.kept) + count]
             rate = (1 + self.trust * promised) / seconds
             if rate <= best:
                 break
@@ -102,9 +103,9 @@ class CostAware:
             self.spent += self.costs.draft[chosen]
         return sorted(ranked[:chosen])
 
-    def select(self, tree: Tree, ran: Sequence[int]) -> list[int]:
-        """The most probable nodes, as many as promise the best rate."""
-        return sorted(self._best(tree, ran)[1])
+    def select(self, tree: Tree) -> list[int]:
+        """The most probable nodes, as many as promise the best rate: `expand` found them when it chose to stop."""
+        return sorted(self.kept)
 
     def learn(self, tree: Tree, accepted: int) -> None:
         """Compare what was accepted with what was expected."""

@@ -109,11 +109,7 @@ class Twig(nn.Module):
         """Open the P-Head's gates to tokens like the base's own, seen in random text; without a P-Head nothing happens."""
         if self.pruning_head is None:
             return
-        ids = torch.arange(base.head.weight.shape[0])
-        ids = ids[~base.visual_mask(ids[None])[0]]
-        length = min(tokens, getattr(base.config, "max_position_embeddings", None) or tokens)
-        picked = torch.randint(len(ids), (1, length), generator=torch.Generator().manual_seed(0))
-        prompt = base.prompt(input_ids=ids[picked].to(base.head.weight.device))
+        prompt = base.text_prompt(tokens)
         rope, masks = base.rope(prompt), base.masks(prompt)
         hidden = base.run_layers(prompt.hidden, 0, self.config.trunk_layers, rope, masks)
         hidden = self.last_input(hidden, rope, masks)
@@ -133,7 +129,7 @@ class Twig(nn.Module):
         self, hidden: Float[Tensor, "batch tokens width"], rope: Rope, masks: Masks
     ) -> Float[Tensor, "batch tokens width"]:
         """Run the last twig layer on its input; the result goes to `logits`."""
-        return run(self.layers[-1:], hidden, rope, masks)
+        return run(self.layers[-1:], hidden, rope, masks, slot=self.last_slot)
 
     def fill(
         self, hidden: Float[Tensor, "batch tokens width"], rope: Rope, masks: Masks, cache: LayeredCache

@@ -1,0 +1,29 @@
+"""Options of the commands that ask Sapling's own question unless told otherwise."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from twigvlm.config import Speculate
+
+
+@dataclass(frozen=True)
+class Asking:
+    """One question about one picture, through a twig."""
+
+    image: Path | None = None
+    """Image file. None: the scene that ships with the package."""
+    prompt: str = "Describe this image in detail."
+    """Question about the image."""
+    model: str = "sapling"
+    """The base: `sapling` (embedded), a Hugging Face id or a directory."""
+    twig: str | None = None
+    """Twig that was grown on the base: a directory. On Sapling its own twig is the default."""
+    retain: float | None = 64
+    """Average number of visual tokens over all layers to prune down to for the answer. None: no pruning."""
+    speculate: Speculate = "chain"
+    """Draft answer tokens with the twig."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights. auto: as the base's files say; bfloat16 for Sapling."""
+    device: str = "auto"
+    """Where to run: auto (a GPU if there is one), cpu, cuda, cuda:1, mps, …"""
