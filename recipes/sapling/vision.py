@@ -224,6 +224,8 @@ def main(options: Options) -> None:
     if options.coordinates:
         model.lay_coordinates(data)
     model.vision_tower.requires_grad_(not options.freeze_tower)
+    # What a patch shows hardly depends on where it is, so that training would wear its coordinates down to noise.
+    model.vision_tower.embeddings.position_embedding.requires_grad_(False)
     train(model, data, options.output, options.steps, options.batch, options.rate, warmup=100, weight_decay=0.02)
     print("validation:", report(model.eval(), Crops("validation", options.size, 0, 400, options.random_text)))
 
