@@ -97,10 +97,10 @@ class LayeredCache:
                 if moved is None:
                     moved = torch.tensor(kept[in_place:], device=buffer.device)
                 tail = buffer[:, :, first : first + added]
-                tail[:, :, in_place : len(kept)] = tail.index_select(2, moved)
+                tail[:, :, in_place : len(kept)] = tail.index_select(2, moved.to(buffer.device))
             places = self.places[layer]
             if places is not None and moved is not None:
-                tail = places[:, first : first + added].index_select(1, moved)
+                tail = places[:, first : first + added].index_select(1, moved.to(places.device))
                 self.places[layer] = torch.cat((places[:, : first + in_place], tail), dim=1)
             self.lengths[layer] = first + len(kept)
 

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
 from twigvlm.training.data import Collator
 from twigvlm.training.options import TrainingConfig
+
+NO_LOSSES = ("grad_norm", "learning_rate", "epoch", "step")
+"""Of what a Trainer logs."""
 
 
 class TermTrainer(Trainer):
@@ -109,7 +112,20 @@ def fit(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.twig.to(base.dtype)
     model.train(False)
+    model.twig.record.append(_entry(config, samples, trainer.state))
     return trainer.state.log_history
+
+
+def _entry(config: TrainingConfig, samples: int, state: TrainerState) -> dict[str, Any]:
+    """What the twig's record says of a stage: its last losses are means over the passes since the log entry before."""
+    last = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+    return {
+        "stage": type(config).__name__.removesuffix("Config").lower(),
+        "samples": samples,
+        "steps": state.global_step,
+        "final": {name: value for name, value in last.items() if name not in NO_LOSSES},
+        "settings": dataclasses.asdict(config),
+    }
 
 
 def _latest(directory: Path) -> Path | None:
