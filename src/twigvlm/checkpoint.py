@@ -96,7 +96,9 @@ def fingerprint(base: BaseVLM, names: list[str] | None = None) -> dict[str, Any]
     """
     dimensions = {name: getattr(base.config, name, None) for name in _DIMENSIONS}
     dimensions["vocab_size"] = base.vocabulary
-    whole = sorted(name for name, tensor in base.model.named_parameters() if tensor.ndim >= 2 and not is_quantised(tensor))
+    whole = sorted(
+        name for name, tensor in base.model.named_parameters() if tensor.ndim >= 2 and not is_quantised(tensor)
+    )
     if names is None:
         names = [whole[i] for i in _spread(len(whole), 24)]
     samples = {}

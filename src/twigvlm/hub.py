@@ -46,9 +46,7 @@ def push(folder: Path, name: str, private: bool | None, token: str | None, messa
     """
     try:
         page = huggingface_hub.create_repo(name, private=private, token=token, exist_ok=True)
-        huggingface_hub.upload_folder(
-            repo_id=page.repo_id, folder_path=folder, commit_message=message, token=token, ignore_patterns=[".*"]
-        )
+        huggingface_hub.upload_folder(repo_id=page.repo_id, folder_path=folder, commit_message=message, token=token)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise TwigVLMError(f"{name}: not pushed ({reason}); log in with 'hf auth login', or pass a token") from error

@@ -55,7 +55,9 @@ class BaseVLM:
 
     def __init__(self, model: Any) -> None:
         if any(hasattr(module, "base_layer") for module in model.modules()):
-            raise TwigVLMError("the base has adapters beside its layers: call merge_and_unload() and pass what it returns")
+            raise TwigVLMError(
+                "the base has adapters beside its layers: call merge_and_unload() and pass what it returns"
+            )
         self.model = model
         self.family = family_of(model)
         self.decoder: Any = _at(model, self.family.decoder)

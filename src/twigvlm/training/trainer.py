@@ -118,7 +118,7 @@ def fit(
 
 def _entry(config: TrainingConfig, samples: int, state: TrainerState) -> dict[str, Any]:
     """What the twig's record says of a stage: its last losses are means over the passes since the log entry before."""
-    last = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+    last: dict[str, float] = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
     return {
         "stage": type(config).__name__.removesuffix("Config").lower(),
         "samples": samples,

@@ -176,10 +176,9 @@ def _copy(base: BaseVLM, source: nn.Module, target: nn.Module) -> None:
     try:
         target.load_state_dict(plain_weights(source, base.dtype, base.device))
     except RuntimeError:
-        method = getattr(getattr(base.model.config, "quantization_config", None), "quant_method", "unknown")
         raise TwigVLMError(
-            f"quantization method {str(getattr(method, 'value', method))!r}: a twig's layers cannot be copied from this base; grow it "
-            "on the base without quantization or quantized by bitsandbytes or torchao, then load it on this one"
+            "this base's layers cannot be copied, because of how they are quantized: grow the twig on the base without "
+            "quantization or quantized by bitsandbytes or torchao, then load it on this one"
         ) from None
 
 
