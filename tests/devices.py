@@ -65,7 +65,7 @@ class _Lists(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if function is torch.tensor:
             place = kwargs.pop("device", None)
-            return function(_map(torch.Tensor.tolist, args[0]), *args[1:], **kwargs).to(place)
+            return function(_map(lambda tensor: tensor.tolist(), args[0]), *args[1:], **kwargs).to(place)
         if function is torch.Tensor.new_tensor:
             return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to(args[0].device)
         return function(*args, **kwargs)
@@ -85,7 +85,9 @@ def _compute(operation: Any, args: Any, kwargs: Any) -> Any:
         return 0  # the kernel in plain operations
     args, kwargs = _map(lambda tensor: getattr(tensor, "_real", tensor), (args, kwargs))
     result = operation(*args, **{**kwargs, "device": CPU} if kwargs.get("device") is not None else kwargs)
-    same = {id(getattr(tensor, "_real", tensor)): tensor for tensor in tensors}  # operations in place return an argument
+    same = {
+        id(getattr(tensor, "_real", tensor)): tensor for tensor in tensors
+    }  # operations in place return an argument
 
     def placed(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) in same:
