@@ -7,6 +7,7 @@ slow as the one it takes with a mask.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,3 +173,14 @@ class PaddedMasks:
     def __call__(self, queries: int, keys: int) -> Tensor | None:
         """The one mask of the batch, [batch, 1, tokens, tokens] ([batch, tokens] for flash kernels)."""
         return self.mask
+
+
+def reach_of(masks: Any) -> Tensor | None:
+    """Index of the last token that each token sees, by the masks that a base makes itself; None if all are causal."""
+    mask = masks.get("full_attention") if isinstance(masks, dict) else None
+    if mask is None:
+        return None
+    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    index = torch.arange(allowed.shape[-1], device=allowed.device)
+    reach = torch.where(allowed, index, -1).amax(dim=-1).maximum(index)
+    return None if bool((reach == index).all()) else reach

@@ -1,7 +1,7 @@
 """What goes with each token through the layers: its rotary embedding, its place, and features that enter later layers."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -81,3 +81,18 @@ def rotate(
     swapped = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
     turned = turned * cos.unsqueeze(1) + swapped * sin.unsqueeze(1)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def deepstack_of(hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Features that the base hands to its language model for the states after its first layers."""
+    features = kwargs.get("deepstack_visual_embeds")
+    if features is None:
+        return ()
+    where = kwargs["visual_pos_masks"].to(hidden.device)
+    return tuple(_spread(hidden, where, feature) for feature in features)
+
+
+def _spread(hidden: Tensor, where: Tensor, feature: Tensor) -> Tensor:
+    everywhere = torch.zeros_like(hidden)
+    everywhere[where] = feature.to(hidden)
+    return everywhere

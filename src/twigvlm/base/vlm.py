@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from twigvlm.base.cache import LayeredCache
 from twigvlm.base.families import Visual, family_of, language_model_of
 from twigvlm.base.layers import run, window_of
-from twigvlm.base.masks import CausalMasks, Masks, PaddedMasks, check_attention
-from twigvlm.base.positions import Rope
+from twigvlm.base.masks import CausalMasks, Masks, PaddedMasks, check_attention, reach_of
+from twigvlm.base.positions import Rope, deepstack_of
 from twigvlm.errors import TwigVLMError
 
 
@@ -164,7 +164,7 @@ class BaseVLM:
         elif positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
         visual = self.visual_mask(input_ids)
-        reach = _reach(kwargs.get("attention_mask"))
+        reach = reach_of(kwargs.get("attention_mask"))
         return Prompt(
             hidden,
             positions.to(self.device),
@@ -172,7 +172,7 @@ class BaseVLM:
             mask,
             input_ids,
             None if reach is None else reach.to(self.device),
-            _deepstack(hidden, kwargs),
+            deepstack_of(hidden, kwargs),
         )
 
     def text_prompt(self, tokens: int) -> Prompt:
@@ -246,32 +246,6 @@ def _rope_types(config: Any) -> list[str]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return [str(one.get("rope_type", "default")) for one in nested or [parameters]]
-
-
-def _reach(masks: Any) -> Tensor | None:
-    """Index of the last token that each token sees, by the masks that a base makes itself; None if all are causal."""
-    mask = masks.get("full_attention") if isinstance(masks, dict) else None
-    if mask is None:
-        return None
-    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-    index = torch.arange(allowed.shape[-1], device=allowed.device)
-    reach = torch.where(allowed, index, -1).amax(dim=-1).maximum(index)
-    return None if bool((reach == index).all()) else reach
-
-
-def _deepstack(hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Features that the base hands to its language model for the states after its first layers."""
-    features = kwargs.get("deepstack_visual_embeds")
-    if features is None:
-        return ()
-    where = kwargs["visual_pos_masks"].to(hidden.device)
-    return tuple(_spread(hidden, where, feature) for feature in features)
-
-
-def _spread(hidden: Tensor, where: Tensor, feature: Tensor) -> Tensor:
-    everywhere = torch.zeros_like(hidden)
-    everywhere[where] = feature.to(hidden)
-    return everywhere
 
 
 def _at(root: Any, path: str) -> Any:
