@@ -63,7 +63,7 @@ def test_a_twig_has_its_base_s_dtype(tmp_path, dtype):
         assert model.generate(**inputs, **CHAIN, keep=4, max_new_tokens=4).shape == (1, 29)
 
 
-@pytest.mark.filterwarnings("ignore:The following device_map keys:UserWarning")  # of parameters; they are not moved
+@pytest.mark.filterwarnings("ignore:The following device_map keys:UserWarning")  # of parameters
 @pytest.mark.parametrize("name", families.TINY)
 def test_layers_on_two_devices(tmp_path, name):
     """Layer K is on the second device, so that the trunk is on both; nothing may be mixed, and nothing changes."""
@@ -73,6 +73,8 @@ def test_layers_on_two_devices(tmp_path, name):
     with devices():
         base = families.tiny(name)
         places = [FIRST, *[SECOND] * (families.LAYERS - 1)]
+        for key, parameter in list(base.model.named_parameters(recurse=False)):  # accelerate moves modules only
+            setattr(base.model, key, nn.Parameter(parameter.detach().to(FIRST)))
         keys = base._skip_keys_device_placement
         dispatch_model(base, place_of_parts(base, places, FIRST, SECOND), main_device=FIRST, skip_keys=keys)
         here = {key: value.to(FIRST) for key, value in inputs.items()}
