@@ -1,6 +1,6 @@
 """What goes with each token through the layers: its rotary embedding, its place, and features that enter later layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,9 +50,9 @@ def expand_rope(rope: Rope, batch: int) -> Rope:
     return _each(rope, lambda part: part.expand(batch, *part.shape[1:]))
 
 
-def row_rope(rope: Rope, row: int) -> Rope:
-    """One row of a batch, as views."""
-    return _each(rope, lambda part: part[row : row + 1])
+def select_rows(rope: Rope, rows: Sequence[int]) -> Rope:
+    """Some rows of a batch."""
+    return _each(rope, lambda part: part[list(rows)])
 
 
 def _each(rope: Rope, change: Callable[[Tensor], Tensor]) -> Rope:

@@ -5,14 +5,15 @@ from functools import reduce
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from twigvlm.base.cache import LayeredCache
 from twigvlm.base.families import Visual, family_of, language_model_of
 from twigvlm.base.layers import run, window_of
-from twigvlm.base.masks import CausalMasks, Masks, PaddedMasks, check_attention
+from twigvlm.base.masks import CausalMasks, Masks, check_attention
 from twigvlm.base.positions import Rope
+from twigvlm.base.ragged import Lengths, pack
 from twigvlm.errors import TwigVLMError
 
 
@@ -26,10 +27,10 @@ class Prompt:
     """Position of each token; with M-RoPE of each token on 3 axes, or 4 of which the first is its place."""
     visual_mask: Bool[Tensor, "batch tokens"]
     """True at visual tokens."""
-    attention_mask: Shaped[Tensor, "batch tokens"] | None
-    """0 at padding; None if there is none."""
     input_ids: Int[Tensor, "batch tokens"]
     """The ids, placeholders included."""
+    lengths: Lengths
+    """Tokens of each row. They come first; what stands behind them in shorter rows is padding, which no token sees."""
     reach: Int[Tensor, "batch tokens"] | None = None
     """Index of the last token that each token sees, where some see beyond themselves."""
     deepstack: tuple[Tensor, ...] = ()
@@ -141,14 +142,20 @@ class BaseVLM:
         if mask is not None and bool(mask.all()):
             mask = None
         positions = kwargs.get("position_ids")
-        if positions is None and mask is not None:
+        if mask is not None and (positions is None or (positions.ndim == 2 and "position_ids" not in inputs)):
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         elif positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-        visual = self.visual_mask(input_ids)
-        return Prompt(
-            hidden, positions, visual, mask, input_ids, _reach(kwargs.get("attention_mask")), _deepstack(hidden, kwargs)
+        prompt = Prompt(
+            hidden,
+            positions.expand(*positions.shape[:-2], len(hidden), -1),
+            self.visual_mask(input_ids),
+            input_ids,
+            (hidden.shape[1],) * len(hidden),
+            _reach(kwargs.get("attention_mask")),
+            _deepstack(hidden, kwargs),
         )
+        return prompt if mask is None else _packed(prompt, mask.bool())
 
     def text_prompt(self, tokens: int) -> Prompt:
         """A prompt of random text, always the same, no longer than the context: to see how layers treat it, or to time them."""
@@ -160,8 +167,6 @@ class BaseVLM:
 
     def masks(self, prompt: Prompt, rows: int = 1, new_tokens: int = 0) -> Masks:
         """The masks of a request: `rows` tokens at most in a step, `new_tokens` at most in all."""
-        if prompt.attention_mask is not None:
-            return PaddedMasks(self.attention, prompt.attention_mask, prompt.hidden.dtype)
         columns = prompt.hidden.shape[1] + new_tokens + rows
         dtype, device = prompt.hidden.dtype, prompt.hidden.device
         grouped = self.config.num_key_value_heads < self.config.num_attention_heads
@@ -179,11 +184,10 @@ class BaseVLM:
     def rope_after(self, prompt: Prompt, new_tokens: int) -> Rope:
         """What goes with the tokens that follow a prompt, which count on from its last one on every axis."""
         steps = torch.arange(new_tokens, device=prompt.hidden.device)
-        rope = self.rotary(prompt.hidden[:, -1:], prompt.position_ids[..., -1:] + 1 + steps)
-        if not self.windowed:
-            return rope
-        batch, tokens = prompt.input_ids.shape
-        return rope._replace(places=(tokens + steps).expand(batch, -1))
+        lengths = torch.tensor(prompt.lengths, device=steps.device)[:, None]
+        last = (lengths - 1).expand(*prompt.position_ids.shape[:-1], 1)
+        rope = self.rotary(prompt.hidden[:, -1:], prompt.position_ids.gather(-1, last) + 1 + steps)
+        return rope._replace(places=lengths + steps) if self.windowed else rope
 
     def rotary(self, hidden: Float[Tensor, "batch tokens width"], position_ids: Int[Tensor, "*axes batch any"]) -> Rope:
         """Rotary embeddings of positions alone, in the dtype and on the device of `hidden`; of a prompt, use `rope`."""
@@ -238,6 +242,29 @@ def _deepstack(hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         return ()
     where = kwargs["visual_pos_masks"].to(hidden.device)
     return tuple(_spread(hidden, where, feature) for feature in features)
+
+
+def _packed(prompt: Prompt, real: Bool[Tensor, "batch tokens"]) -> Prompt:
+    """A padded prompt with each row's own tokens first, so that causal attention alone hides the padding."""
+    order, lengths = pack(real)
+
+    def move(values: Tensor) -> Tensor:
+        return torch.take_along_dim(values, order.view(*order.shape, *[1] * (values.ndim - 2)), dim=1)
+
+    positions = prompt.position_ids
+    axes = order.expand(*positions.shape[:-1], -1)
+    reach = prompt.reach
+    if reach is not None:  # an index among all tokens -> among the real ones
+        reach = torch.gather(real.long().cumsum(-1) - 1, 1, move(reach))
+    return Prompt(
+        move(prompt.hidden),
+        torch.gather(positions, -1, axes),
+        move(prompt.visual_mask & real),
+        move(prompt.input_ids),
+        lengths,
+        reach,
+        tuple(move(features) for features in prompt.deepstack),
+    )
 
 
 def _spread(hidden: Tensor, where: Tensor, feature: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from twigvlm.base.masks import Masks
-from twigvlm.base.positions import Rope, expand_rope, row_rope, slice_rope
+from twigvlm.base.positions import Rope, expand_rope, select_rows, slice_rope
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.decoding.prefill import run_kept
 from twigvlm.errors import TwigVLMError
@@ -70,12 +70,11 @@ class Case:
             masks: of an unpadded batch.
         """
         group = len(kept)
-        mask = self.visual_mask.expand(group, -1)
-        indices = (~mask).scatter(1, kept, True).nonzero()[:, 1].view(group, -1)
+        visual = self.visual_mask.expand(group, -1)
+        stays = (~visual).scatter(1, kept, True)
         rope = expand_rope(self.rope, group)
         hidden = self.hidden.expand(group, -1, -1)
-        visual = torch.gather(mask, 1, indices)
-        hidden = run_kept(base, hidden, indices, visual, rope, trunk, final_wipe, masks, cache=None)
+        hidden, _ = run_kept(base, hidden, stays, visual, rope, trunk, final_wipe, masks, cache=None)
         logits = base.logits(hidden[:, -len(self.answer) :]).float()
         losses = F.cross_entropy(logits.flatten(0, 1), self.answer.repeat(group), reduction="none")
         return -losses.view(group, -1).mean(dim=1)
@@ -133,7 +132,7 @@ class Policy(nn.Module):
             case = Case(
                 hidden[row : row + 1, :end],
                 prompt.visual_mask[row : row + 1, :end],
-                slice_rope(row_rope(rope, row), 0, end),
+                slice_rope(select_rows(rope, [row]), 0, end),
                 labels[row, query + 1 : end + 1],
             )
             keep = self.keep(retain, len(positions))
