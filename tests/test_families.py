@@ -160,7 +160,7 @@ def test_speculation_changes_nothing(name, kind, monkeypatch):
     for way, first in ((CHAIN, 4), (TREE, 12), ({"speculate": "auto"}, 1)):
         output = model.generate(**inputs, **pruning, **way, return_dict_in_generate=True)
         assert output.sequences.tolist() == plain.tolist()
-        assert output.drafted_lengths[0] >= first
+        assert output.drafted_lengths[0][0] >= first
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -190,7 +190,7 @@ def test_eager_and_sdpa_agree(name):
         output = grown(name, attention).generate(
             **inputs, **CHAIN, keep=4, final_wipe=5, max_new_tokens=8, return_dict_in_generate=True
         )
-        answers.append((output.sequences.tolist(), output.kept_indices.tolist(), output.accepted_lengths))
+        answers.append((output.sequences.tolist(), output.kept_indices[0].tolist(), output.accepted_lengths))
     assert answers[0] == answers[1]
 
 

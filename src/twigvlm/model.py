@@ -40,7 +40,7 @@ class TwigOutput:
 
     sequences: Int[Tensor, "batch length"]
     """Prompt ids and new ids; behind the end of a shorter answer the padding token."""
-    kept_indices: list[Int[Tensor, " kept"]] | None
+    kept_indices: list[Int[Tensor, " _"]] | None
     """For each prompt, positions of the visual tokens kept after layer K, ascending; None without pruning."""
     drafted_lengths: list[list[int]]
     """For each prompt, tokens drafted for each step; of a tree, its nodes that were verified."""

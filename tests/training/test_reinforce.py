@@ -101,8 +101,8 @@ def one_by_one(model, item, kept, query):
     prompt = base.prompt(input_ids=ids[:, : query + 1], pixel_values=item["pixel_values"])
     masks, cache = base.masks(prompt, new_tokens=len(answer)), LayeredCache(8, len(answer))
     chosen = torch.zeros(1, query + 1).index_fill(1, kept, 1.0)
-    first = prefill(base, model.twig, prompt, Plan(len(kept), 5, lambda trunk: chosen), masks, cache)
-    assert first.kept[0].tolist() == sorted(kept.tolist())
+    first = prefill(base, model.twig, prompt, Plan((len(kept),), 5, lambda trunk: chosen), masks, cache)
+    assert first.kept[0].nonzero()[:, 0].tolist() == sorted(kept.tolist())
     logits, total = first.logits[0], 0.0
     for index, token in enumerate(answer):
         total += float(logits.log_softmax(-1)[token])

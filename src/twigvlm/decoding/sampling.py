@@ -107,5 +107,6 @@ def draft_scores(
     """
     if noise is not None:
         drawn = torch.stack([noise.at(place) for place in places])
-        logits = logits / noise.temperature - (drawn if token_ids is None else drawn[:, token_ids]).log()
+        drawn = drawn if token_ids is None else drawn[:, token_ids]
+        logits = logits / noise.temperature - drawn.clamp(min=torch.finfo(drawn.dtype).tiny).log()
     return logits.log_softmax(dim=-1)
