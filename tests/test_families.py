@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 
+from tests.batches import batched
 from tests.decoding.test_policy import costs
 from tests.families import IMAGE, LAYERS, TINY, TRUNK, TWIG, VIDEO, prompt, prompts, tiny
 from twigvlm import TwigConfig, TwigVLM
@@ -181,6 +182,31 @@ def test_scores_are_the_base_s_own_attention(name, attention):
         expected = maps.attentions[layer - 1][0, :, -1].mean(dim=0)
         visual = model.base.visual_mask(inputs["input_ids"])[0]
         torch.testing.assert_close(seen[0][0], torch.where(visual, expected, 0.0), rtol=1e-3, atol=1e-5)
+
+
+def preceded(inputs, count):
+    """A prompt with more text before it."""
+    per_token = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    filling = {"input_ids": 7, "attention_mask": 1}
+    pad = torch.nn.functional.pad
+    return {
+        name: pad(value, (count, 0), value=filling.get(name, 0)) if name in per_token else value
+        for name, value in inputs.items()
+    }
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", TINY)
+def test_rows_of_a_batch_are_as_if_alone(name, attention):
+    model = grown(name, attention)
+    rows = [inputs_of(name, "images"), preceded(inputs_of(name, "images", 1), 5)]
+    batch = batched(rows)
+    for pruning in ({}, {"keep": 4, "final_wipe": 5}):
+        alone = [model.generate(**row, **pruning, max_new_tokens=8)[0, row["input_ids"].shape[1] :] for row in rows]
+        expected = torch.stack(alone).tolist()
+        for speculation in ({}, CHAIN, TREE):
+            got = model.generate(**batch, **pruning, **speculation, max_new_tokens=8)
+            assert got[:, batch["input_ids"].shape[1] :].tolist() == expected
 
 
 @pytest.mark.parametrize("name", TINY)
