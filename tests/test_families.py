@@ -195,6 +195,19 @@ def preceded(inputs, count):
     }
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_a_budget_is_split_among_images(name):
+    model, inputs = grown(name), inputs_of(name, "images")
+    ids = inputs["input_ids"][0]
+    output = model.generate(**inputs, keep=4, retain_per_image=True, max_new_tokens=1, return_dict_in_generate=True)
+    text = (~model.base.visual_mask(ids[None])[0]).cumsum(0)
+    assert sorted(text[output.kept_indices[0]].unique(return_counts=True)[1].tolist()) in (
+        [2, 2],
+        [1, 1, 1, 1],
+        [1, 1, 2],
+    )
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", TINY)
 def test_rows_of_a_batch_are_as_if_alone(name, attention):

@@ -27,6 +27,7 @@ def model():
         ({"keep": 4, "final_wipe": 2}, "final_wipe=2: must be 3 to 6"),
         ({"keep": 4, "final_wipe": 7}, "final_wipe=7: must be 3 to 6"),
         ({"final_wipe": 4}, "final_wipe=4: needs a budget"),
+        ({"retain_per_image": True}, "retain_per_image=True: needs a budget"),
         ({"scorer": RandomScores()}, "scorer: needs a budget"),
         ({"speculate": "beam"}, "speculate='beam': must be one of none, chain, tree"),
         (

@@ -134,6 +134,7 @@ class TwigVLM(nn.Module):
         retain: float | None = None,
         keep: int | None = None,
         final_wipe: int | None = None,
+        retain_per_image: bool = False,
         scorer: Scorer | None = None,
         speculate: str = "none",
         draft_length: int = 5,
@@ -155,6 +156,7 @@ class TwigVLM(nn.Module):
             retain: R̄, average number of visual tokens over all layers (Eq. 6).
             keep: R, visual tokens kept in layers K+1..K_f, instead of `retain`. Neither: no pruning.
             final_wipe: K_f; None: the twig's; the base's number of layers: off.
+            retain_per_image: split the budget evenly among a prompt's images, or the frames that text parts.
             scorer: ranks the visual tokens; None: the twig's P-Head, or without one its last layer's attention.
             speculate: "none", "chain", "tree", or "auto": drafts of what size it pays on this machine, none where none does; the
                 first time it measures that for a second or so. The output is the same.
@@ -174,7 +176,7 @@ class TwigVLM(nn.Module):
         Raises:
             TwigVLMError: an argument is out of range, does not apply or is not supported.
         """
-        pruning = PruningConfig(retain, keep, final_wipe)
+        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image)
         speculation = SpeculationConfig(
             speculate,  # type: ignore[arg-type]
             draft_length,
@@ -279,7 +281,7 @@ class TwigVLM(nn.Module):
             average_kept(pruning.keep, count, layers, trunk, final_wipe)  # for its errors
             return pruning.keep
 
-        return Plan(tuple(kept(count) for count in visual), final_wipe, scorer)
+        return Plan(tuple(kept(count) for count in visual), final_wipe, scorer, pruning.retain_per_image)
 
     def _samplings(
         self,

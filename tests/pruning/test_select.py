@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twigvlm.base.ragged import pack
-from twigvlm.pruning.select import gather_tokens, top_visual
+from twigvlm.pruning.select import evenly, gather_tokens, top_visual
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=1, max_size=30), st.data())
@@ -50,3 +50,29 @@ def test_packing_puts_each_rows_own_first_and_in_order(rows):
     for row, indices, length in zip(rows, order.tolist(), lengths, strict=True):
         assert indices[:length] == [place for place, stays in enumerate(row) if stays]
         assert len(set(indices)) == len(indices)
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=12, max_size=12), min_size=1, max_size=3),
+    st.data(),
+)
+def test_an_even_split_goes_round_the_images(rows, data):
+    visual = torch.tensor([[is_visual for is_visual, _ in row] for row in rows])
+    scores = torch.tensor([[float(score) for _, score in row] for row in rows])
+    keep = [data.draw(st.integers(0, int(row.sum()))) for row in visual]
+    chosen = top_visual(evenly(scores, visual), visual, keep)
+    for row, (marks, count) in enumerate(zip(visual.tolist(), keep, strict=True)):
+        images, before = [], False
+        for place, is_visual in enumerate(marks):
+            if is_visual and not before:
+                images.append([])
+            if is_visual:
+                images[-1].append(place)
+            before = is_visual
+        for image in images:
+            image.sort(key=lambda place: (-scores[row, place].item(), place))
+        taken = [sum(chosen[row, place].item() for place in image) for image in images]
+        assert sum(taken) == count
+        for image, number in zip(images, taken, strict=True):
+            assert all(chosen[row, place] for place in image[:number])  # of each image its best
+            assert number == len(image) or number >= max(taken) - 1  # and of none two fewer than of another

@@ -12,7 +12,7 @@ from twigvlm.base.masks import Masks
 from twigvlm.base.positions import Rope, select_rope
 from twigvlm.base.ragged import Lengths, last, pack, real
 from twigvlm.base.vlm import BaseVLM, Prompt
-from twigvlm.pruning.select import gather_tokens, top_visual
+from twigvlm.pruning.select import evenly, gather_tokens, top_visual
 from twigvlm.twig.block import Twig
 
 
@@ -49,6 +49,8 @@ class Plan:
     final_wipe: int
     """K_f."""
     scorer: Scorer
+    per_image: bool = False
+    """Whether R is split evenly among a prompt's images."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def prefill(base: BaseVLM, twig: Twig, prompt: Prompt, plan: Plan, masks: Masks,
         newest = last(hidden, prompt.lengths)
     else:
         visual = prompt.visual_mask
-        kept = top_visual(plan.scorer(trunk), visual, plan.keep)
+        scores = plan.scorer(trunk)
+        kept = top_visual(evenly(scores, visual) if plan.per_image else scores, visual, plan.keep)
         stays = kept | (real(prompt.lengths, hidden.shape[1], hidden.device) & ~visual)
         hidden, lengths = run_kept(base, hidden, stays, visual, rope, trunk_layers, plan.final_wipe, masks, cache)
         newest = last(hidden, lengths)

@@ -24,6 +24,25 @@ def top_visual(
     return torch.zeros_like(visual_mask).scatter(1, order, chosen)
 
 
+def evenly(
+    scores: Float[Tensor, "batch tokens"], visual_mask: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens"]:
+    """Scores that rank every image's best token before any image's second best: a budget is split evenly among images.
+
+    An image, or a frame of a video, is a run of visual tokens with text before and after it.
+    """
+    tokens = scores.shape[1]
+    starts = visual_mask & ~torch.nn.functional.pad(visual_mask[:, :-1], (1, 0))
+    images = starts.cumsum(dim=1)
+    order = scores.masked_fill(~visual_mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    grouped = order.gather(1, images.gather(1, order).argsort(dim=1, stable=True))  # image by image, its best first
+    image = images.gather(1, grouped)
+    place = torch.arange(tokens, device=scores.device).expand_as(order)
+    within = torch.zeros_like(order).scatter(1, grouped, place - torch.searchsorted(image, image))
+    among_all = torch.zeros_like(order).scatter(1, order, place)
+    return -(within * tokens + among_all).to(scores.dtype)
+
+
 def gather_tokens(
     hidden: Float[Tensor, "batch tokens width"], indices: Int[Tensor, "batch kept"]
 ) -> Float[Tensor, "batch kept width"]:
