@@ -22,9 +22,11 @@ from transformers.generation import (
 from twigvlm import checkpoint
 from twigvlm.base.masks import check_mask_attention
 from twigvlm.base.vlm import BaseVLM
+from twigvlm.chat import Chat
 from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
 from twigvlm.decoding.costs import StepCosts, calibrate
 from twigvlm.decoding.loop import Stops, decode
+from twigvlm.decoding.memory import Memory
 from twigvlm.decoding.prefill import Plan, Scorer
 from twigvlm.decoding.sampling import Noise, Sampling
 from twigvlm.decoding.timing import Timings, clock_of
@@ -144,6 +146,7 @@ class TwigVLM(nn.Module):
         tree_expand: int = 10,
         tree_nodes: int = 60,
         generator: torch.Generator | None = None,
+        memory: Memory | None = None,
         **kwargs: Any,
     ) -> Tensor | TwigOutput | Any:
         """Generate as the base's `generate` does, greedily or by sampling, with pruning and speculation.
@@ -167,6 +170,7 @@ class TwigVLM(nn.Module):
             tree_expand: K_sel, nodes of a level that are expanded.
             tree_nodes: N_max, most drafted tokens of a tree that are verified.
             generator: what sampling draws from; None: torch's own, which `torch.manual_seed` seeds.
+            memory: of a conversation, whose next prompt this is; `chat` keeps one.
             kwargs: what the base's `generate` takes: processor outputs, max_new_tokens, generation_config,
                 eos_token_id, logits_processor, stopping_criteria, streamer, return_dict_in_generate, …
 
@@ -202,6 +206,8 @@ class TwigVLM(nn.Module):
         if len(kwargs["input_ids"]) > 1:
             check_mask_attention(self.base.attention, f"batch of {len(kwargs['input_ids'])} prompts")
         self.base.check_images(kwargs["input_ids"], kwargs)
+        if memory is not None and not memory.needs_vision(self.base, kwargs["input_ids"]):
+            kwargs = self.base.without_pixels(kwargs)
         costs = self.costs() if speculation.speculate == "auto" else None
         began = clock_of(self.model.device)()
 
@@ -235,6 +241,7 @@ class TwigVLM(nn.Module):
                     _emitter(streamer),
                     began,
                     costs,
+                    memory,
                 )
             if streamer is not None:
                 streamer.end()
@@ -257,6 +264,15 @@ class TwigVLM(nn.Module):
             if entered or isinstance(error, TwigVLMError):
                 raise
             raise TwigVLMError(" ".join(str(error).split())) from error
+
+    def chat(self, processor: Any, **options: Any) -> Chat:
+        """A conversation of several turns, in which trunk and twig run only once on each token.
+
+        Args:
+            processor: the base's.
+            options: of `generate`, for every question.
+        """
+        return Chat(self, processor, options)
 
     def costs(self) -> StepCosts:
         """What the passes of a step cost here, measured the first time that it is asked for this way of running the base."""

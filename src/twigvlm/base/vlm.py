@@ -103,6 +103,11 @@ class BaseVLM:
                     f"pass {visual.pixels[0]} from the processor"
                 )
 
+    def without_pixels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the base's forward, less those that vision would run on."""
+        pixels = {name for visual in self.family.visuals for name in visual.pixels}
+        return {name: value for name, value in inputs.items() if name not in pixels}
+
     def _visuals(self) -> list[tuple[int, Visual]]:
         return [(getattr(self.model.config, visual.placeholder), visual) for visual in self.family.visuals]
 

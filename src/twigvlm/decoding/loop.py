@@ -14,6 +14,7 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import SpeculationConfig
 from twigvlm.decoding.costs import StepCosts
 from twigvlm.decoding.draft import Context, draft_chain, draft_tree
+from twigvlm.decoding.memory import Memory
 from twigvlm.decoding.policy import CostAware, Policy, Published
 from twigvlm.decoding.prefill import Plan, prefill
 from twigvlm.decoding.sampling import Sampling
@@ -56,6 +57,7 @@ def decode(
     emit: Callable[[int], None],
     began: float,
     costs: StepCosts | None = None,
+    memory: Memory | None = None,
 ) -> Answers:
     """Answer a batch of prompts. A row of it gets the answer that it would get alone.
 
@@ -66,17 +68,20 @@ def decode(
         emit: called with each token as it is accepted.
         began: when the request began, by the clock of `clock_of`; vision may have run since.
         costs: of this machine, which `auto` needs.
+        memory: of a conversation, whose next question this is (batch 1).
     """
     clock = clock_of(inputs["input_ids"].device)
     timings = Timings()
     draft_after = draft_tree if speculation.speculate in ("tree", "auto") else draft_chain
     limit, trunk = stops.max_new_tokens, twig.config.trunk_layers
 
-    prompt = base.prompt(**inputs)
+    prompt = base.prompt(**inputs) if memory is None else memory.open(base, inputs)
     batch = len(prompt.hidden)
-    cache = LayeredCache(twig.last_slot + 1, reserve=min(limit, 512) + speculation.step_tokens)
+    cache = None if memory is None else memory.cache
+    if cache is None:
+        cache = LayeredCache(twig.last_slot + 1, reserve=min(limit, 512) + speculation.step_tokens)
     masks = base.masks(prompt, rows=speculation.step_tokens + 1, new_tokens=limit)
-    first = prefill(base, twig, prompt, plan_of(prompt.visual_mask.sum(dim=1).tolist()), masks, cache)
+    first = prefill(base, twig, prompt, plan_of(prompt.visual_mask.sum(dim=1).tolist()), masks, cache, memory)
     unseen = first.unseen
     if unseen is not None and batch > 1 and speculation.active:
         unseen.grow()  # at once: rows that finish leave the batch

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from twigvlm.base.cache import LayeredCache
 from twigvlm.base.masks import Masks
-from twigvlm.base.positions import Rope, select_rope
+from twigvlm.base.positions import Rope, select_rope, slice_rope
 from twigvlm.base.ragged import Lengths, last, pack, real
 from twigvlm.base.vlm import BaseVLM, Prompt
+from twigvlm.decoding.memory import Memory
 from twigvlm.pruning.select import evenly, gather_tokens, top_visual
 from twigvlm.twig.block import Twig
 
@@ -28,11 +29,21 @@ class Trunk:
     rope: Rope
     masks: Masks
     cache: LayeredCache
+    memory: Memory | None = None
+    """Of the conversation; what it knows of the prompt is in the twig's cache already."""
 
     def grow(self) -> Tensor:
         """Run the twig once on the prompt, filling its cache; the input of its last layer, [batch, tokens, width]."""
-        hidden = self.twig.fill(self.hidden, self.rope, self.masks, self.cache)
+        known, tokens = self.cache.get_seq_length(self.twig.first_slot), self.hidden.shape[1]
+        before = None if self.memory is None else self.memory.last_input
+        if before is not None and known == tokens:
+            return before
+        hidden = self.twig.fill(self.hidden[:, known:], slice_rope(self.rope, known, tokens), self.masks, self.cache)
         self.cache.truncate(self.twig.first_slot, self.twig.last_slot + 1, self.prompt.lengths)
+        if before is not None:
+            hidden = torch.cat((before[:, :known], hidden), dim=1)
+        if self.memory is not None:
+            self.memory.last_input = hidden
         return hidden
 
 
@@ -65,16 +76,38 @@ class Prefilled:
     """The prompt, if the twig's cache does not hold it yet: no ranking needed the twig, and maybe no draft will."""
 
 
-def prefill(base: BaseVLM, twig: Twig, prompt: Prompt, plan: Plan, masks: Masks, cache: LayeredCache) -> Prefilled:
+def prefill(
+    base: BaseVLM,
+    twig: Twig,
+    prompt: Prompt,
+    plan: Plan,
+    masks: Masks,
+    cache: LayeredCache,
+    memory: Memory | None = None,
+) -> Prefilled:
     """Fill the caches: trunk with everything, middle layers with text + R, late layers with text only.
 
     The twig's own part, which holds everything too, is filled by a ranking that uses the twig, or else by the first draft.
+
+    Args:
+        memory: of a conversation, whose cache this is: trunk and twig run on what it does not know, and it knows it then.
     """
     trunk_layers = twig.config.trunk_layers
     rope = base.rope(prompt)
-    hidden = base.run_layers(prompt.hidden, 0, trunk_layers, rope, masks, cache)
+    known = 0
+    if memory is not None:
+        known = memory.known(prompt.input_ids)
+        cache.truncate(0, trunk_layers, (known,))
+        cache.truncate(trunk_layers, base.num_layers, (0,))
+        cache.truncate(twig.first_slot, twig.last_slot + 1, (known,))
+    rest = slice_rope(rope, known, prompt.hidden.shape[1])
+    hidden = base.run_layers(prompt.hidden[:, known:], 0, trunk_layers, rest, masks, cache)
     cache.truncate(0, trunk_layers, prompt.lengths)
-    trunk = Trunk(base, twig, prompt, hidden, rope, masks, cache)
+    if memory is not None:
+        if memory.hidden is not None:
+            hidden = torch.cat((memory.hidden[:, :known], hidden), dim=1)
+        memory.prompt, memory.cache, memory.hidden = prompt, cache, hidden
+    trunk = Trunk(base, twig, prompt, hidden, rope, masks, cache, memory)
     kept: Tensor | None = None
     if plan.keep is None:
         hidden = base.run_layers(hidden, trunk_layers, base.num_layers, rope, masks, cache)
@@ -87,7 +120,8 @@ def prefill(base: BaseVLM, twig: Twig, prompt: Prompt, plan: Plan, masks: Masks,
         stays = kept | (real(prompt.lengths, hidden.shape[1], hidden.device) & ~visual)
         hidden, lengths = run_kept(base, hidden, stays, visual, rope, trunk_layers, plan.final_wipe, masks, cache)
         newest = last(hidden, lengths)
-    return Prefilled(base.logits(newest), kept, None if cache.lengths[twig.first_slot] else trunk)
+    grown = cache.get_seq_length(twig.first_slot) == prompt.hidden.shape[1]
+    return Prefilled(base.logits(newest), kept, None if grown else trunk)
 
 
 def run_kept(
