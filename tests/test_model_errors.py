@@ -79,7 +79,7 @@ def test_prompts(model):
         model.generate(ids, max_new_tokens=5)
     with pytest.raises(TwigVLMError, match="do not match"):
         model.generate(ids, pixel_values=inputs["pixel_values"].repeat(2, 1, 1, 1), max_new_tokens=5)
-    with pytest.raises(TwigVLMError, match="batch of 2 prompts"):
+    with pytest.raises(TwigVLMError, match="do not match"):
         model.generate(ids.repeat(2, 1), pixel_values=inputs["pixel_values"], max_new_tokens=5)
     with pytest.raises(TwigVLMError, match="input_ids is missing"):
         model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=5)
