@@ -1,16 +1,22 @@
 """Small trainings, in this process or in others: `python -m tests.training.runs WHAT DIRECTORY`."""
 
+import itertools
 import json
 import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from PIL import Image
+from transformers import TrainerState
 
 from tests.tiny import tiny_llava
 from tests.tiny_processor import tiny_processor
 from tests.training.stop import StopAt
+from twigvlm.cli.main import main
 from twigvlm.config import TwigConfig
 from twigvlm.model import TwigVLM
 from twigvlm.training.data import ConversationDataset
@@ -53,10 +59,9 @@ def stage2(model, directory, **options):
 
 
 def together(directory):
-    """Both stages, the first once whole and once in two parts; each process keeps what it ends with."""
+    """Both stages, the first once whole and once in two parts; each process keeps what it ends with. Then the command."""
     rank = int(os.environ["RANK"])
-    # what the main process draws counts
-    model = grow(seed=rank)
+    model = grow(seed=rank)  # what the main process drew counts
     logs = {"stage1": stage1(model, directory / "whole")}
     twigs = {"stage1": {name: tensor.clone() for name, tensor in model.twig.state_dict().items()}}
     stage1(grow(), directory / "parts", callbacks=[StopAt(2)])
@@ -67,14 +72,50 @@ def together(directory):
     twigs["stage2"] = model.twig.state_dict()
     torch.save(twigs, directory / f"twigs-{rank}.pt")
     (directory / f"logs-{rank}.json").write_text(json.dumps(logs))
-    torch.distributed.destroy_process_group()
+    words = ["train", "stage1", "--data", "data.json", "--out", "twig", "--model", "base", "--twig-layers", "2"]
+    os.chdir(directory)
+    sys.exit(main([*words, "--batch-size", "2", "--max-steps", "2", "--log-steps", "1"]))
 
 
-def endless(directory):
-    """Stage 1 for so many steps that it must be killed."""
-    stage1(grow(), directory, max_steps=100_000, save_steps=2)
+def killed(directory):
+    """Stage 1, killed at the first thing it writes or removes, resumed and killed at the second, and so on to its end."""
+    for moment in itertools.count(1):
+        child = os.fork()
+        if child == 0:
+            be_killed_at(moment)
+            model = grow()
+            stage1(model, directory / "run", resume=True, accumulate=1, save_steps=1)
+            torch.save(model.twig.state_dict(), directory / "twig.pt")
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        if status == 0:
+            return
+        assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def be_killed_at(moment):
+    """Have this process killed at that write or removal, counted from 1; a file is then half written."""
+    moments = itertools.count(1)
+
+    def mortal(function, path=None):
+        def run(*args, **kwargs):
+            last = next(moments) == moment
+            if path is not None or not last:
+                function(*args, **kwargs)
+            if last:
+                if path is not None:
+                    os.truncate(args[path], os.path.getsize(args[path]) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return run
+
+    for owner, name, path in (
+        (torch, "save", 1), (safetensors.torch, "save_file", 1), (TrainerState, "save_to_json", 1),
+        (os, "replace", None), (shutil, "rmtree", None),
+    ):  # fmt: skip
+        setattr(owner, name, mortal(getattr(owner, name), path))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"together": together, "endless": endless}[sys.argv[1]](Path(sys.argv[2]))
+    {"together": together, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))

@@ -102,7 +102,9 @@ class Stage1(Common):
         size = self.twig.draft_vocabulary
         with busy("Counting answer tokens"):
             tokens = None if size is None else frequent_answer_tokens(samples, processor, size)
-        torch.manual_seed(self.stage1.seed)  # started again before its first checkpoint, a run begins with the same twig
+        torch.manual_seed(
+            self.stage1.seed
+        )  # started again before its first checkpoint, a run begins with the same twig
         model = TwigVLM.grow(base, self.twig, tokens)
         data = self.dataset(samples, base, processor)
         train_stage1(model, data, self.stage1, self.out / "checkpoints", self.resume, [TrainingProgress()])

@@ -37,7 +37,9 @@ def set_up(accelerator: Any) -> None:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is None:
-        raise TwigVLMError("FSDP: there is one process alone; start more with accelerate launch --num_processes or torchrun")
+        raise TwigVLMError(
+            "FSDP: there is one process alone; start more with accelerate launch --num_processes or torchrun"
+        )
     needed = {
         "fsdp_version: 2": plugin.fsdp_version == 2,
         "fsdp_auto_wrap_policy: NO_WRAP": plugin.auto_wrap_policy is None,

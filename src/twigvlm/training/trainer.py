@@ -21,7 +21,6 @@ from twigvlm.training import processes, sharding
 from twigvlm.training.data import Collator
 from twigvlm.training.options import TrainingConfig
 
-
 UNFINISHED = "unfinished"
 """Folder in which a checkpoint is written before it takes its place."""
 KEPT = 2
