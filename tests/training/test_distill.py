@@ -364,7 +364,7 @@ def test_gradient_checkpointing_runs_layers_twice_for_the_same_gradients(make_mo
         student = Student(model, Stage1Config(gradient_checkpointing=on)).train()
         runs = []
         for layer in model.twig.layers:
-            layer.mlp.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+            layer.mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         pixels = dataset[1]["pixel_values"].to(model.base.dtype)
         student(**{**dataset[1], "pixel_values": pixels})["loss"].backward()
         gradients.append({name: parameter.grad for name, parameter in model.twig.named_parameters()})
