@@ -31,9 +31,9 @@ def save(base: BaseVLM, twig: Twig, path: str | PathLike[str]) -> None:
         raise TwigVLMError(f"{folder}: is a file; name a directory for the twig")
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in twig.state_dict().items()}
-    _replace(folder / WEIGHTS, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
+    replace(folder / WEIGHTS, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
     text = json.dumps({"twig": dataclasses.asdict(twig.config), "base": fingerprint(base)}, indent=2) + "\n"
-    _replace(folder / CONFIG, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    replace(folder / CONFIG, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def load(base: BaseVLM, path: str | PathLike[str]) -> Twig:
@@ -144,7 +144,8 @@ def _check_keys(file: Path, state: dict[str, Tensor], expected: dict[str, Any]) 
         raise TwigVLMError(f"{file}: {'; '.join(problems)}; get the file again")
 
 
-def _replace(file: Path, write: Callable[[str], Any]) -> None:
+def replace(file: Path, write: Callable[[str], Any]) -> None:
+    """Have a file written beside its place, then put there: it is never seen half."""
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     os.close(handle)
     try:

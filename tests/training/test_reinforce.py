@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.training.events import logged
 from tests.training.stop import StopAt
 from twigvlm.base.cache import LayeredCache
 from twigvlm.decoding.prefill import Plan, prefill
@@ -55,7 +56,7 @@ def test_the_p_head_learns_and_nothing_else(make_policy, dataset, tmp_path):
     changed = {name for name, tensor in model.twig.state_dict().items() if not torch.equal(tensor, twig[name])}
     assert changed == {"pruning_head.query_gate.weight", "pruning_head.key_gate.weight"}
     assert all(parameter.requires_grad for parameter in model.twig.parameters())
-    assert log[0].keys() >= {"loss", "reward", "reward_spread", "entropy", "retain"}
+    assert log[0].keys() >= {"loss", "reward", "reward_spread", "advantage_spread", "entropy", "retain"}
     assert {entry["retain"] for entry in log[:2]} <= set(BUDGETS)
 
 
@@ -244,3 +245,9 @@ def test_settings_are_checked(option):
     ((name, _),) = option.items()
     with pytest.raises(TwigVLMError, match=f"{name}="):
         Stage2Config(**option)
+
+
+def test_tensorboard_has_every_figure(make_policy, dataset, tmp_path):
+    run(make_policy(), dataset, tmp_path, max_steps=1, tensorboard=True)
+    names = ("loss", "reward", "reward_spread", "advantage_spread", "entropy", "retain", "attention_kl")
+    assert logged(tmp_path) >= {f"train/{name}" for name in names}

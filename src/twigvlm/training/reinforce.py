@@ -1,5 +1,6 @@
 """Stage 2: the P-Head learns by reinforcement which visual tokens the base answers best with (Eq. 12-16)."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,8 @@ class Policy(nn.Module):
         Args:
             labels: ids at answers, -100 elsewhere. Of each sample's turns one is drawn; the turns before it are context.
             step: optimiser steps done.
-            part: passes done within this step. Seed, step and part decide all that is drawn.
+            part: passes done within this step, those of other processes counted before in turn. Seed, step and part decide all
+                that is drawn.
             inputs: what the base's forward takes.
         """
         inputs.pop("attention_mask", None)
@@ -124,7 +126,7 @@ class Policy(nn.Module):
             scores = look_at_images(twig.layers[-1], before, rope, look, twig.pruning_head)
         loss = scores[look.visible].sum() * 0.0  # a batch without an image has a gradient too
         samples = look.visible.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
-        reward, spread, entropy = [], [], []
+        figures: dict[str, list[Tensor]] = defaultdict(list)
         for row in samples:
             visible, query = look.visible[row, 0], int(look.queries[row, 0])
             log_scores, positions = scores[row, 0][visible], look.visual[row][visible]
@@ -140,14 +142,14 @@ class Policy(nn.Module):
             parts = positions[actions].split(config.chunk or config.group)
             rewards = torch.cat([case.rewards(base, kept, self.trunk, self.final_wipe, masks) for kept in parts])
             log_probabilities = plackett_luce.log_probability(log_scores, actions)
-            loss = loss + policy_loss(log_probabilities, advantages(rewards)) / len(samples)
-            reward.append(rewards.mean())
-            spread.append(rewards.std())
-            entropy.append(plackett_luce.entropy(log_scores.detach()))
+            better = advantages(rewards)
+            loss = loss + policy_loss(log_probabilities, better) / len(samples)
+            figures["reward"].append(rewards.mean())
+            figures["reward_spread"].append(rewards.std())
+            figures["advantage_spread"].append(better.std())
+            figures["entropy"].append(plackett_luce.entropy(log_scores.detach()))
         terms = {"retain": torch.tensor(float(retain))}
-        if samples:
-            figures = {"reward": reward, "reward_spread": spread, "entropy": entropy}
-            terms.update((name, torch.stack(values).mean()) for name, values in figures.items())
+        terms.update((name, torch.stack(values).mean()) for name, values in figures.items())
         weight = float(np.interp(choice, (0, max(1, len(config.budgets) - 1)), config.gamma))
         if weight:
             lesson = teach(base, hidden, self.trunk, rope, masks, look, self.teacher_layer)
@@ -179,7 +181,9 @@ class PolicyTrainer(TermTrainer):
         step, part = self._spot
         self._spot = (step, part + 1) if step == self.state.global_step else (self.state.global_step, 0)
         step, part = self._spot
-        return super().compute_loss(model, {**inputs, "step": step, "part": part}, return_outputs, num_items_in_batch)
+        # Processes take the batches in turn, so that they draw together what one process would draw alone.
+        place = {"step": step, "part": part * self.args.world_size + self.args.process_index}
+        return super().compute_loss(model, {**inputs, **place}, return_outputs, num_items_in_batch)
 
 
 def train_stage2(
@@ -201,7 +205,8 @@ def train_stage2(
         callbacks: of the Trainer, for example to show progress.
 
     Returns:
-        The Trainer's log: rewards, their spread within a group, entropy of s, R̄ and L_AttnKL included.
+        The Trainer's log: rewards, their spread within a group and that of the advantages (1, or 0 where all rewards are equal),
+        entropy of s, R̄ and L_AttnKL included.
 
     Raises:
         TwigVLMError: the twig has no P-Head, the first sample cannot have a budget, or as in stage 1.
