@@ -1,4 +1,4 @@
-"""A twig on disk: its own weights (safetensors) and config, with a fingerprint of the base that it grew on."""
+"""A twig on disk: its weights (safetensors), its config with a fingerprint of its base, its training record, a model card."""
 
 import dataclasses
 import json
@@ -15,63 +15,100 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twigvlm.base.vlm import BaseVLM
+from twigvlm.base.weights import is_quantised, present
+from twigvlm.card import MARK, model_card
 from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
+from twigvlm.hub import fetch, is_hub_id
 from twigvlm.twig.block import Twig
 
 WEIGHTS = "twig_model.safetensors"
 CONFIG = "twig_config.json"
+RECORD = "training.json"
+CARD = "README.md"
 _DIMENSIONS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
-def save(base: BaseVLM, twig: Twig, path: str | PathLike[str]) -> None:
-    """Write a twig to a directory; each file is replaced whole or not at all."""
+def save(base: BaseVLM, twig: Twig, path: str | PathLike[str], name: str | None = None) -> None:
+    """Write a twig to a directory; each file is replaced whole or not at all. A model card that is not ours stays.
+
+    Args:
+        base: its base.
+        twig: the twig.
+        path: the directory.
+        name: of the twig, for its card; None: the directory's.
+    """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise TwigVLMError(f"{folder}: is a file; name a directory for the twig")
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in twig.state_dict().items()}
     replace(folder / WEIGHTS, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
-    text = json.dumps({"twig": dataclasses.asdict(twig.config), "base": fingerprint(base)}, indent=2) + "\n"
-    replace(folder / CONFIG, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    origin = str(base.model.name_or_path)
+    source = origin if is_hub_id(origin) else None  # a directory's name tells nothing elsewhere
+    record = {"twig": dataclasses.asdict(twig.config), "base": {"name": source, **fingerprint(base)}}
+    _write(folder / CONFIG, _json(record))
+    if twig.record:
+        _write(folder / RECORD, _json(twig.record))
+    else:
+        (folder / RECORD).unlink(missing_ok=True)  # of another twig that was here
+    card = folder / CARD
+    if not card.is_file() or MARK in card.read_text(encoding="utf-8"):
+        _write(card, model_card(twig, name or folder.absolute().name, source))
 
 
-def load(base: BaseVLM, path: str | PathLike[str]) -> Twig:
+def load(base: BaseVLM, path: str | PathLike[str], revision: str | None = None, token: str | None = None) -> Twig:
     """Read a twig onto its base, in the base's dtype and on its device.
 
+    Args:
+        base: the base.
+        path: a directory, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        token: for the hub.
+
     Raises:
-        TwigVLMError: a file is missing or broken, keys or shapes differ from the config's, or the base is another one.
+        TwigVLMError: a file is missing or broken, keys or shapes differ from the config's, the base is another one, or
+            the hub does not have it.
     """
-    folder = Path(path)
+    folder = fetch(path, [WEIGHTS, CONFIG, RECORD], revision, token)
     config, expected = _read_config(folder / CONFIG)
-    difference = compare(expected, fingerprint(base))
+    difference = compare(expected, fingerprint(base, list(expected["samples"])))
     if difference:
         raise TwigVLMError(f"{folder}: this twig grew on another base ({difference}); load the base it was trained on")
     state = _read_weights(folder / WEIGHTS)
     ids = state.get("draft_token_ids")
     if config.draft_vocabulary is not None and ids is None:
         raise TwigVLMError(f"{folder / WEIGHTS}: missing keys draft_token_ids; get the file again")
-    twig = Twig(base, config, None if config.draft_vocabulary is None else ids)
+    twig = Twig(base, config, None if config.draft_vocabulary is None else ids, fresh=False)
     _check_keys(folder / WEIGHTS, state, twig.state_dict())
     twig.load_state_dict(state)
+    if (folder / RECORD).is_file():
+        twig.record = _read_json(folder / RECORD)
     return twig
 
 
-def fingerprint(base: BaseVLM) -> dict[str, Any]:
-    """Dimensions of a base, and a few weights of tensors from all over it: cheap, and the same in every dtype."""
+def fingerprint(base: BaseVLM, names: list[str] | None = None) -> dict[str, Any]:
+    """Dimensions of a base, and a few weights of tensors from all over it: cheap, and the same in every dtype.
+
+    Args:
+        base: the base. What is quantised of it tells nothing and is left out.
+        names: of the tensors, where the base has them; None: 24 of all.
+    """
     dimensions = {name: getattr(base.config, name, None) for name in _DIMENSIONS}
-    dimensions["vocab_size"] = int(base.head.weight.shape[0])
-    named = sorted(
-        (name, tensor)
-        for name, tensor in base.model.named_parameters()
-        if tensor.ndim >= 2 and tensor.is_floating_point()
+    dimensions["vocab_size"] = base.vocabulary
+    whole = sorted(
+        name for name, tensor in base.model.named_parameters() if tensor.ndim >= 2 and not is_quantised(tensor)
     )
-    picked = [named[i] for i in _spread(len(named), 24)]
+    if names is None:
+        names = [whole[i] for i in _spread(len(whole), 24)]
     samples = {}
-    for name, tensor in picked:
-        flat = tensor.detach().reshape(-1)
-        index = torch.tensor(_spread(flat.numel(), 12), device=flat.device)
-        samples[name] = [float(f"{value:.6g}") for value in flat[index].float().tolist()]
+    for name in sorted(set(names) & set(whole)):
+        path, _, own = name.rpartition(".")
+        part = base.model.get_submodule(path)
+        with present(part):
+            flat = getattr(part, own).detach().reshape(-1)
+            index = torch.tensor(_spread(flat.numel(), 12), device=flat.device)
+            samples[name] = [float(f"{value:.6g}") for value in flat[index].float().tolist()]
     return {"model_type": base.model.config.model_type, "dimensions": dimensions, "samples": samples}
 
 
@@ -102,14 +139,11 @@ def _spread(count: int, picks: int) -> list[int]:
 
 
 def _read_config(file: Path) -> tuple[TwigConfig, dict[str, Any]]:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.is_file():
         raise TwigVLMError(
-            f"{file.parent}: no twig here ({CONFIG} is missing); name a directory made by save_pretrained"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TwigVLMError(f"{file}: cannot be read ({error}); get the file again") from None
+            f"{file.parent}: no twig here ({CONFIG} is missing); name a directory made by save_pretrained, or a hub id"
+        )
+    record = _read_json(file)
     try:
         config = TwigConfig(**record["twig"])
         base = record["base"]
@@ -119,6 +153,13 @@ def _read_config(file: Path) -> tuple[TwigConfig, dict[str, Any]]:
     except (KeyError, TypeError, AttributeError) as error:
         raise TwigVLMError(f"{file}: not a twig's config ({error}); get the file again or update twigvlm") from None
     return config, base
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TwigVLMError(f"{file}: cannot be read ({error}); get the file again") from None
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
@@ -142,6 +183,14 @@ def _check_keys(file: Path, state: dict[str, Tensor], expected: dict[str, Any]) 
             problems.append(f"{name} has shape {list(state[name].shape)}, not {list(expected[name].shape)}")
     if problems:
         raise TwigVLMError(f"{file}: {'; '.join(problems)}; get the file again")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _write(file: Path, text: str) -> None:
+    replace(file, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def replace(file: Path, write: Callable[[str], Any]) -> None:

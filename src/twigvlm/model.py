@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from twigvlm.decoding.prefill import Plan, Scorer
 from twigvlm.decoding.sampling import Noise, Sampling
 from twigvlm.decoding.timing import Timings, clock_of
 from twigvlm.errors import TwigVLMError
+from twigvlm.hub import push
 from twigvlm.pruning.budget import average_kept, solve_keep
 from twigvlm.pruning.head_scores import default_scorer
 from twigvlm.twig.block import Twig
@@ -95,18 +98,49 @@ class TwigVLM(nn.Module):
         return cls(base, twig)
 
     @classmethod
-    def from_pretrained(cls, model: Any, path: str | PathLike[str]) -> "TwigVLM":
-        """Load a twig onto the base that it grew on.
+    def from_pretrained(
+        cls, model: Any, path: str | PathLike[str], *, revision: str | None = None, token: str | None = None
+    ) -> "TwigVLM":
+        """Load a twig onto the base that it grew on, in the base's dtype.
+
+        Args:
+            model: the base.
+            path: directory of the twig, or its hub id.
+            revision: branch, tag or commit of a hub id; None: the main branch.
+            token: for a private repository; None: the one that you are logged in with.
 
         Raises:
-            TwigVLMError: no twig at `path`, a twig of another base, or a broken weight file.
+            TwigVLMError: no twig at `path`, a twig of another base, a broken weight file, or the hub refuses.
         """
         base = BaseVLM(model)
-        return cls(base, checkpoint.load(base, path))
+        return cls(base, checkpoint.load(base, path, revision, token))
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
-        """Save the twig alone (weights and config) to a directory; each file is replaced whole or not at all."""
+        """Save the twig alone to a directory, with a model card; each file is replaced whole or not at all."""
         checkpoint.save(self.base, self.twig, path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload twig",
+    ) -> str:
+        """Save the twig to a repository of the hub, which is made if need be; returns its address.
+
+        Args:
+            repo_id: `user/name`.
+            private: whether a new repository is private; None: as your account says.
+            token: with the right to write; None: the one that you are logged in with.
+            commit_message: of the upload.
+
+        Raises:
+            TwigVLMError: the hub refuses, or cannot be reached.
+        """
+        with TemporaryDirectory() as folder:
+            checkpoint.save(self.base, self.twig, folder, name=repo_id)
+            return push(Path(folder), repo_id, private, token, commit_message)
 
     @property
     def config(self) -> TwigConfig:

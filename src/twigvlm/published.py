@@ -61,7 +61,7 @@ def import_milvlg(model: Any, folder: Path, trunk_layers: int, final_wipe: int |
         else:
             raise TwigVLMError(f"{folder}: {name} is no part of a twig that is known here; update twigvlm")
     base = BaseVLM(model)
-    rows = int(base.head.weight.shape[0])
+    rows = base.vocabulary
     if len(head) > rows:
         raise TwigVLMError(
             f"{folder}: its head has {len(head)} rows, this base's {rows}; name the base it was trained on"
@@ -74,7 +74,7 @@ def import_milvlg(model: Any, folder: Path, trunk_layers: int, final_wipe: int |
         final_wipe=final_wipe,
         pruning_head=any(name.startswith(_GATES) for name in weights),
     )
-    twig = Twig(base, config, known)
+    twig = Twig(base, config, known, fresh=False)
     if known is not None:
         state["draft_token_ids"] = known
     try:

@@ -29,7 +29,7 @@ class LayeredCache:
         self.places: list[Tensor | None] = [None] * slots
         self.lengths: list[Lengths] = [()] * slots
         """Of each slot: tokens that each row holds; () as long as nothing was put there."""
-        self._spots: tuple[tuple[Lengths, int], tuple[Tensor, Tensor]] | None = None
+        self._spots: tuple[tuple[Lengths, int, torch.device], tuple[Tensor, Tensor]] | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of a layer's longest row, by the name that transformers' modules use."""
@@ -87,7 +87,7 @@ class LayeredCache:
         most = max(map(len, kept))
         order = [[*row, *range(len(row), most)] for row in kept]
         in_place = all(row == list(range(most)) for row in order)
-        moves: dict[Lengths, tuple[Tensor, Tensor, Tensor]] = {}
+        moves: dict[tuple[Lengths, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
         for layer in range(start, stop):
             lengths = self.lengths[layer]
             if not lengths:
@@ -95,11 +95,15 @@ class LayeredCache:
             for buffer in () if in_place else (self.keys[layer], self.values[layer], self.places[layer]):
                 if buffer is None:
                     continue
-                if lengths not in moves:
+                if (lengths, buffer.device) not in moves:
                     first = [length - added for length in lengths]
                     rows, old = _rows_and(order, first, buffer.device)
-                    moves[lengths] = rows, old, _rows_and([list(range(most))] * len(order), first, buffer.device)[1]
-                rows, old, new = moves[lengths]
+                    moves[lengths, buffer.device] = (
+                        rows,
+                        old,
+                        _rows_and([list(range(most))] * len(order), first, buffer.device)[1],
+                    )
+                rows, old, new = moves[lengths, buffer.device]
                 buffer[rows, :, new] = buffer[rows, :, old]
             self.lengths[layer] = tuple(length - added + len(row) for length, row in zip(lengths, kept, strict=True))
 
@@ -120,8 +124,9 @@ class LayeredCache:
         if min(held) == longest:
             buffer[:, :, longest : longest + count] = new
         else:
-            if self._spots is None or self._spots[0] != (held, count):
-                self._spots = (held, count), _rows_and([list(range(count))] * len(held), held, buffer.device)
+            key = held, count, buffer.device
+            if self._spots is None or self._spots[0] != key:
+                self._spots = key, _rows_and([list(range(count))] * len(held), held, buffer.device)
             rows, spots = self._spots[1]
             buffer[rows, :, spots] = new.transpose(1, 2)
         return buffer

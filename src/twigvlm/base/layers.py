@@ -20,8 +20,11 @@ def run(
     cache: LayeredCache | None = None,
     slot: int = 0,
 ) -> Float[Tensor, "batch tokens width"]:
-    """Run decoder layers in order; layer i reads and extends slot `slot + i` of the cache."""
-    batch, tokens = hidden.shape[:2]
+    """Run decoder layers in order; layer i reads and extends slot `slot + i` of the cache.
+
+    Layers may lie on several devices, each of which moves its input to its own; the result returns to where `hidden` was.
+    """
+    (batch, tokens), device = hidden.shape[:2], hidden.device
     made: dict[tuple[Lengths, int | None], Tensor | None] = {}
     for index, layer in enumerate(layers, start=slot):
         attention = cast(Any, layer).self_attn
@@ -44,8 +47,8 @@ def run(
             past_key_values=cache,
         )
         if index < len(rope.deepstack):
-            hidden = hidden + rope.deepstack[index].to(hidden.dtype)
-    return hidden
+            hidden = hidden + rope.deepstack[index].to(hidden)
+    return hidden.to(device)
 
 
 def window_of(layer: nn.Module) -> int | None:
@@ -79,7 +82,7 @@ def project_keys_values(
     """The rotated keys, and the values, that a decoder layer would make of its input."""
     attention = cast(Any, layer).self_attn
     normed = cast(Any, layer).input_layernorm(hidden)
-    values = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    values = attention.v_proj(normed).to(hidden.device).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     return _heads(attention, "k", normed, rope), values
 
 
@@ -96,7 +99,8 @@ def fill(
 def _heads(attention: Any, which: str, normed: Tensor, rope: Rope) -> Tensor:
     states = getattr(attention, f"{which}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{which}_norm", None)  # families that normalise queries and keys per head
-    return rotate((states if norm is None else norm(states)).transpose(1, 2), *rope.of(_kind(attention)))
+    states = (states if norm is None else norm(states)).to(rope.cos.device)
+    return rotate(states.transpose(1, 2), *rope.of(_kind(attention)))
 
 
 def _kind(attention: Any) -> str | None:

@@ -47,11 +47,18 @@ class _Captured(Exception):
 class BaseVLM:
     """The base's parts by the names that the method uses; layers are counted from 0, ranges exclude their end.
 
+    The base may lie on several devices, and some of it on the disk: accelerate's hooks bring inputs and weights together
+    when a module is called. What comes out of the methods here is always on `device`.
+
     Raises:
-        TwigVLMError: the model's family, attention implementation or position embedding is not supported.
+        TwigVLMError: the model has adapters, or its family, attention implementation or position embedding is not supported.
     """
 
     def __init__(self, model: Any) -> None:
+        if any(hasattr(module, "base_layer") for module in model.modules()):
+            raise TwigVLMError(
+                "the base has adapters beside its layers: call merge_and_unload() and pass what it returns"
+            )
         self.model = model
         self.family = family_of(model)
         self.decoder: Any = _at(model, self.family.decoder)
@@ -82,6 +89,18 @@ class BaseVLM:
     def dtype(self) -> torch.dtype:
         """Of the decoder's weights."""
         return next(self.decoder.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompts enter the layers, and where the twig lives."""
+        hook = getattr(self.embed, "_hf_hook", None)  # on the disk, weights have no device
+        place = None if hook is None else hook.execution_device
+        return self.embed.weight.device if place is None else torch.device(place)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head."""
+        return int(self.head.out_features)
 
     def visual_mask(self, input_ids: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
         """True where a placeholder stands for a visual token."""
@@ -142,33 +161,33 @@ class BaseVLM:
             raise TwigVLMError(f"the base refuses this prompt: {' '.join(str(error).split())}") from error
         finally:
             hook.remove()
-        hidden = cast(Tensor, kwargs["inputs_embeds"])
+        hidden, input_ids = cast(Tensor, kwargs["inputs_embeds"]).to(self.device), input_ids.to(self.device)
         mask = inputs.get("attention_mask")
-        if mask is not None and bool(mask.all()):
-            mask = None
+        mask = None if mask is None or bool(mask.all()) else mask.to(self.device)
         positions = kwargs.get("position_ids")
         if mask is not None and (positions is None or (positions.ndim == 2 and "position_ids" not in inputs)):
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         elif positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+        positions, reach = positions.to(self.device), _reach(kwargs.get("attention_mask"))
         prompt = Prompt(
             hidden,
             positions.expand(*positions.shape[:-2], len(hidden), -1),
             self.visual_mask(input_ids),
             input_ids,
             (hidden.shape[1],) * len(hidden),
-            _reach(kwargs.get("attention_mask")),
+            None if reach is None else reach.to(self.device),
             _deepstack(hidden, kwargs),
         )
         return prompt if mask is None else _packed(prompt, mask.bool())
 
     def text_prompt(self, tokens: int) -> Prompt:
         """A prompt of random text, always the same, no longer than the context: to see how layers treat it, or to time them."""
-        ids = torch.arange(self.head.weight.shape[0])
+        ids = torch.arange(self.vocabulary)
         ids = ids[~self.visual_mask(ids[None])[0]]
         length = min(tokens, getattr(self.config, "max_position_embeddings", None) or tokens)
         picked = torch.randint(len(ids), (1, length), generator=torch.Generator().manual_seed(0))
-        return self.prompt(ids[picked].to(self.head.weight.device))
+        return self.prompt(ids[picked].to(self.device))
 
     def masks(self, prompt: Prompt, rows: int = 1, new_tokens: int = 0) -> Masks:
         """The masks of a request: `rows` tokens at most in a step, `new_tokens` at most in all."""
@@ -199,11 +218,14 @@ class BaseVLM:
         embedding = self.decoder.rotary_emb
         if position_ids.ndim == 3:
             position_ids = position_ids[-3:]
-        if not self.language_model.rotary_per_layer_type:
-            return Rope(*embedding(hidden, position_ids))
-        kinds = tuple(sorted(set(self.config.layer_types)))
-        cos, sin = zip(*(embedding(hidden, position_ids, kind) for kind in kinds), strict=True)
-        return Rope(torch.cat(cos, dim=-1), torch.cat(sin, dim=-1), kinds)
+        kinds: tuple[str, ...] = ()
+        if self.language_model.rotary_per_layer_type:
+            kinds = tuple(sorted(set(self.config.layer_types)))
+            parts = zip(*(embedding(hidden, position_ids, kind) for kind in kinds), strict=True)
+            cos, sin = (torch.cat(part, dim=-1) for part in parts)
+        else:
+            cos, sin = embedding(hidden, position_ids)
+        return Rope(cos.to(hidden.device), sin.to(hidden.device), kinds)
 
     def run_layers(
         self,
@@ -219,7 +241,7 @@ class BaseVLM:
 
     def logits(self, hidden: Float[Tensor, "*positions width"]) -> Float[Tensor, "*positions vocabulary"]:
         """Final norm and head, on the given positions only."""
-        return cast(Tensor, self.head(self.norm(hidden)))
+        return cast(Tensor, self.head(self.norm(hidden)).to(hidden.device))
 
 
 def _rope_types(config: Any) -> list[str]:

@@ -6,8 +6,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from twigvlm.cli.output import progress
-
-_OTHERS = ("grad_norm", "learning_rate", "epoch", "step")  # of what a Trainer logs
+from twigvlm.training.trainer import NO_LOSSES
 
 
 class TrainingProgress(TrainerCallback):
@@ -35,7 +34,7 @@ class TrainingProgress(TrainerCallback):
             return
         self._bar.update(self._task, description=f"Training the twig, loss {entry['loss']:.3f}")
         if self._bar.disable:
-            terms = [f"{name} {value:.4f}" for name, value in entry.items() if name not in _OTHERS]
+            terms = [f"{name} {value:.4f}" for name, value in entry.items() if name not in NO_LOSSES]
             print(f"step {state.global_step}/{state.max_steps} {' '.join(terms)}", file=sys.stderr)
 
     def on_train_end(

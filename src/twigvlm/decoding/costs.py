@@ -54,7 +54,7 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
     Args:
         repeats: timed passes of each size, after one to warm up; the median counts.
     """
-    clock = clock_of(base.head.weight.device)
+    clock = clock_of(base.device)
     trunk, layers = twig.config.trunk_layers, base.num_layers
     prompt = base.text_prompt(NODES[-1])
     cache = LayeredCache(twig.last_slot + 1, reserve=NODES[-1])

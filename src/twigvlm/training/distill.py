@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Student(nn.Module):
             before = twig.last_input(hidden.float(), rope, masks)
             logits = twig.logits(twig.last(before, rope, masks)[:, :-1][answers])
             scores = None if look is None else look_at_images(twig.layers[-1], before, rope, look, twig.pruning_head)
-        vocabulary = int(cast(Any, base.head).weight.shape[0])
+        vocabulary = base.vocabulary
         targets = draft_targets(labels[:, 1:][answers], twig.draft_token_ids, vocabulary)
         # A batch of an accumulated step weighs as much as its answer tokens.
         share = 1.0 if num_items_in_batch is None else answers.sum() / num_items_in_batch

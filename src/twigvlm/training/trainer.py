@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from twigvlm.checkpoint import replace
 from twigvlm.errors import TwigVLMError
@@ -25,6 +25,8 @@ UNFINISHED = "unfinished"
 """Folder in which a checkpoint is written before it takes its place."""
 KEPT = 2
 """Checkpoints that are kept, the latest ones."""
+NO_LOSSES = ("grad_norm", "learning_rate", "epoch", "step")
+"""Of what a Trainer logs."""
 
 
 class TermTrainer(Trainer):
@@ -160,6 +162,7 @@ def fit(
     sharding.merge(module)
     model.twig.to(base.dtype)
     model.train(False)
+    model.twig.record.append(_entry(config, samples, trainer.state))
     return trainer.state.log_history
 
 
@@ -188,6 +191,18 @@ def _whole(directory: Path) -> list[Path]:
     """Checkpoints, the latest last."""
     found = [file.parent for file in directory.glob("checkpoint-*/trainer_state.json")]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def _entry(config: TrainingConfig, samples: int, state: TrainerState) -> dict[str, Any]:
+    """What the twig's record says of a stage: its last losses are means over the passes since the log entry before."""
+    last: dict[str, float] = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+    return {
+        "stage": type(config).__name__.removesuffix("Config").lower(),
+        "samples": samples,
+        "steps": state.global_step,
+        "final": {name: value for name, value in last.items() if name not in NO_LOSSES},
+        "settings": dataclasses.asdict(config),
+    }
 
 
 def _latest(directory: Path) -> Path | None:

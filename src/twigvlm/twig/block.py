@@ -1,6 +1,5 @@
 """The twig: T decoder layers on the output of base layer K, a norm, a head that drafts tokens (§3.1), maybe a P-Head."""
 
-import copy
 from functools import partial
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from twigvlm.base.layers import fill, run
 from twigvlm.base.masks import Masks
 from twigvlm.base.positions import Rope
 from twigvlm.base.vlm import BaseVLM
+from twigvlm.base.weights import plain_weights
 from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.twig.pruning_head import PruningHead
@@ -26,38 +26,55 @@ class Twig(nn.Module):
     All parameters are trainable; nothing of the base is inside.
 
     Args:
-        base: the base it grows on; its layers, norm and head are copied, never changed.
+        base: the base it grows on; its layers, norm and head are copied, never changed. The twig has its dtype, and lives
+            where its prompts enter the layers.
         config: shape and initialisation.
         draft_token_ids: ids of the tokens it can draft (at most those of the base's head, each once); None: all.
+        fresh: False: its parameters are left without values, for `load_state_dict`.
 
     Raises:
-        TwigVLMError: the base has too few layers, or the ids are out of range or of another number than the config's.
+        TwigVLMError: the base has too few layers, the ids are out of range or of another number than the config's, or the
+            base is quantised so that its layers cannot be copied.
     """
+
+    record: list[dict[str, Any]]
+    """How it was trained: an entry for each stage."""
 
     draft_token_ids: Tensor | None
     head_rows: Tensor | None
     head_bias: Tensor | None
 
     def __init__(
-        self, base: BaseVLM, config: TwigConfig, draft_token_ids: Int[Tensor, " draft_vocabulary"] | None = None
+        self,
+        base: BaseVLM,
+        config: TwigConfig,
+        draft_token_ids: Int[Tensor, " draft_vocabulary"] | None = None,
+        fresh: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
+        self.record = []
         self.first_slot = base.num_layers
-        # The copies keep the base's config object, so that they follow it to another attention implementation.
-        self.layers = nn.ModuleList(
-            copy.deepcopy(layer, {id(base.config): base.config}) for layer in _sources(base, config)
-        )
+        sources = _sources(base, config)
+        ids = _checked_ids(config, draft_token_ids, base.vocabulary)
+        with torch.device("meta"):
+            # They share the base's config object, so that they follow it to another attention implementation.
+            self.layers = nn.ModuleList(cast(Any, type(base.layers[index]))(base.config, index) for index in sources)
+            self.norm = type(base.norm)(base.config.hidden_size, eps=base.config.rms_norm_eps)
+            rows, biased = base.vocabulary if ids is None else len(ids), base.head.bias is not None
+            self.head = nn.Linear(base.config.hidden_size, rows, biased) if config.head == "own" else None
+        self.to(base.dtype).to_empty(device=base.device)
         for slot, layer in enumerate(self.layers, start=self.first_slot):
             cast(Any, layer).self_attn.layer_idx = slot
             if hasattr(layer, "layer_idx"):
                 cast(Any, layer).layer_idx = slot
-        self.norm = copy.deepcopy(base.norm)
-        vocabulary = base.head.weight.shape[0]
-        ids = _checked_ids(config, draft_token_ids, vocabulary)
-        self.register_buffer("draft_token_ids", None if ids is None else ids.to(base.head.weight.device))
-        self._make_head(base)
-        if config.init == "random":
+        self.register_buffer("draft_token_ids", None if ids is None else ids.to(base.device))
+        self._keep_head(base, fresh)
+        if fresh:
+            for layer, index in zip(self.layers, sources, strict=True):
+                _copy(base, base.layers[index], layer)
+            _copy(base, base.norm, self.norm)
+        if fresh and config.init == "random":
             self._randomise(float(getattr(base.config, "initializer_range", 0.02)))
         self.pruning_head: PruningHead | None = None
         if config.pruning_head:
@@ -65,23 +82,20 @@ class Twig(nn.Module):
             self.pruning_head = PruningHead(base.config.hidden_size, gates).to(self.norm.weight)
         self.requires_grad_(True)
 
-    def _make_head(self, base: BaseVLM) -> None:
-        source = cast(nn.Linear, base.head)
-        rows, bias = source.weight.detach(), None if source.bias is None else source.bias.detach()
-        if self.draft_token_ids is not None:
-            rows = rows[self.draft_token_ids]
-            bias = None if bias is None else bias[self.draft_token_ids]
-        self.head: nn.Linear | None = None
+    def _keep_head(self, base: BaseVLM, fresh: bool) -> None:
+        """What of the base's head the twig uses."""
         # A base's head that is used whole stays the base's: no copy, no place in the twig's state.
-        object.__setattr__(self, "base_head", source)
-        own_rows = self.config.head == "shared" and self.draft_token_ids is not None
-        self.register_buffer("head_rows", rows.clone() if own_rows else None, persistent=False)
-        self.register_buffer("head_bias", bias.clone() if own_rows and bias is not None else None, persistent=False)
-        if self.config.head == "own":
-            self.head = nn.Linear(rows.shape[1], rows.shape[0], bias=bias is not None, device="meta")
-            self.head.weight = nn.Parameter(rows.clone())
-            if bias is not None:
-                self.head.bias = nn.Parameter(bias.clone())
+        object.__setattr__(self, "base_head", base.head)
+        shared = self.head is None and self.draft_token_ids is not None
+        weights: dict[str, Tensor] = {}
+        if shared or (fresh and self.head is not None):
+            weights = plain_weights(base.head, base.dtype, base.device)
+            if self.draft_token_ids is not None:
+                weights = {name: tensor[self.draft_token_ids] for name, tensor in weights.items()}
+        if self.head is not None and weights:
+            self.head.load_state_dict(weights)
+        self.register_buffer("head_rows", weights.get("weight") if shared else None, persistent=False)
+        self.register_buffer("head_bias", weights.get("bias") if shared else None, persistent=False)
 
     def _randomise(self, std: float) -> None:
         for module in self.layers.modules():
@@ -163,10 +177,21 @@ class Twig(nn.Module):
             return cast(Tensor, self.head(normed))
         if self.head_rows is not None:
             return F.linear(normed, self.head_rows, self.head_bias)
-        return cast(Tensor, cast(Any, self).base_head(normed))
+        return cast(Tensor, cast(Any, self).base_head(normed).to(hidden.device))
 
 
-def _sources(base: BaseVLM, config: TwigConfig) -> list[nn.Module]:
+def _copy(base: BaseVLM, source: nn.Module, target: nn.Module) -> None:
+    try:
+        target.load_state_dict(plain_weights(source, base.dtype, base.device))
+    except RuntimeError:
+        raise TwigVLMError(
+            "this base's layers cannot be copied, because of how they are quantized: grow the twig on the base without "
+            "quantization or quantized by bitsandbytes or torchao, then load it on this one"
+        ) from None
+
+
+def _sources(base: BaseVLM, config: TwigConfig) -> range:
+    """Indices of the base layers that the twig's are copies of."""
     trunk, twig, total = config.trunk_layers, config.twig_layers, base.num_layers
     if trunk + twig > total:
         raise TwigVLMError(
@@ -175,7 +200,7 @@ def _sources(base: BaseVLM, config: TwigConfig) -> list[nn.Module]:
     if config.final_wipe is not None and config.final_wipe > total:
         raise TwigVLMError(f"final_wipe={config.final_wipe}: at most {total}, the layers of this base")
     start = total - twig if config.init == "last" else trunk
-    return base.layers[start : start + twig]
+    return range(start, start + twig)
 
 
 def _checked_ids(config: TwigConfig, ids: Tensor | None, vocabulary: int) -> Tensor | None:

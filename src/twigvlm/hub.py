@@ -1,0 +1,65 @@
+"""Twigs on the Hugging Face hub."""
+
+import re
+from os import PathLike, fspath
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from twigvlm.errors import TwigVLMError
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only mean a repository of the hub, `user/name`: nothing here is called so."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
+
+
+def fetch(path: str | PathLike[str], files: list[str], revision: str | None, token: str | None) -> Path:
+    """The directory of a twig: a local one as it is, a hub id's files downloaded once.
+
+    Raises:
+        TwigVLMError: the hub does not have it, keeps it from you, or cannot be reached.
+    """
+    name = fspath(path)
+    if not is_hub_id(name):
+        if revision is not None:
+            raise TwigVLMError(f"revision={revision!r}: {name} is no hub id; leave revision out")
+        return Path(name)
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, token=token, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise TwigVLMError(f"{name}: {_reason(error, revision)}") from error
+
+
+def push(folder: Path, name: str, private: bool | None, token: str | None, message: str) -> str:
+    """Upload a directory to a repository, which is made if need be; the page of the repository.
+
+    Raises:
+        TwigVLMError: the hub refuses, or cannot be reached.
+    """
+    try:
+        page = huggingface_hub.create_repo(name, private=private, token=token, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=page.repo_id, folder_path=folder, commit_message=message, token=token)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise TwigVLMError(f"{name}: not pushed ({reason}); log in with 'hf auth login', or pass a token") from error
+    return str(page)
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    if isinstance(error, GatedRepoError):
+        return "is gated; ask for access on its page, and log in with 'hf auth login' or pass a token"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such directory, and no such repository on the hub; mend the name, or log in if the repository is private"
+    if isinstance(error, RevisionNotFoundError):
+        return f"has no revision={revision!r}; name one of its branches, tags or commits"
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        return "no such directory, not in the cache, and the hub cannot be reached; go online, or name a directory"
+    return f"cannot be downloaded ({' '.join(str(error).split())}); try again, or name a directory"

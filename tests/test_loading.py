@@ -1,0 +1,129 @@
+"""Bases in every way that they are loaded: number formats, several devices, partly on the disk, with merged updates."""
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+
+from tests import families
+from tests.devices import FIRST, SECOND, devices
+from tests.test_published import published
+from tests.tiny import prompt, tiny_llava
+from twigvlm import TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.base.layers import project_keys_values, project_queries
+from twigvlm.published import import_milvlg
+
+CONFIG = TwigConfig(2, 2, pruning_head=True, final_wipe=5)
+TREE = {"speculate": "tree", "tree_depth": 3, "tree_width": 4, "tree_expand": 3, "tree_nodes": 12}
+CHAIN = {"speculate": "chain", "draft_threshold": 0.0}
+LANGUAGE = "model.language_model"
+
+
+def place_of_parts(model, layer_places, near, far):
+    """A device map: the embeddings and all before them `near`, the last norm and a head that is not tied to them `far`."""
+    head = near if model.lm_head.weight is model.get_input_embeddings().weight else far
+    parts = {f"{LANGUAGE}.{name}": near for name, _ in model.model.language_model.named_children()}
+    del parts[f"{LANGUAGE}.layers"]
+    others = {f"model.{name}": near for name, _ in model.model.named_children() if f"model.{name}" != LANGUAGE}
+    layers = {f"{LANGUAGE}.layers.{index}": place for index, place in enumerate(layer_places)}
+    return {**others, **parts, **layers, f"{LANGUAGE}.norm": far, "lm_head": head}
+
+
+def answers(model, inputs, ways=(CHAIN, TREE)):
+    """Tokens, kept tokens and accepted lengths of each way, and of an answer without any."""
+    output = []
+    for way in ({}, *ways):
+        one = model.generate(**inputs, **way, keep=5, max_new_tokens=6, return_dict_in_generate=True)
+        output.append((one.sequences.tolist(), one.kept_indices[0].tolist(), one.accepted_lengths))
+    return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_twig_has_its_base_s_dtype(tmp_path, dtype):
+    grown = TwigVLM.grow(tiny_llava().to(dtype), CONFIG)
+    grown.save_pretrained(tmp_path / "twig")
+    whole = TwigVLM.grow(tiny_llava(), CONFIG)
+    whole.save_pretrained(tmp_path / "float32")
+    (tmp_path / "published").mkdir()
+    save_file(published(whole.twig), tmp_path / "published" / "model.safetensors")
+    models = [
+        grown,
+        TwigVLM.from_pretrained(tiny_llava().to(dtype), tmp_path / "twig"),
+        TwigVLM.from_pretrained(tiny_llava().to(dtype), tmp_path / "float32"),
+        import_milvlg(tiny_llava().to(dtype), tmp_path / "published", trunk_layers=2),
+    ]
+    for model in models:
+        assert {parameter.dtype for parameter in model.twig.parameters()} == {dtype}
+        inputs = prompt()
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+        assert model.generate(**inputs, **CHAIN, keep=4, max_new_tokens=4).shape == (1, 29)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])
+def test_layers_on_two_devices(tmp_path, name):
+    """Layer K is on the second device, so that the trunk is on both; nothing may be mixed, and nothing changes."""
+    whole = TwigVLM.grow(families.tiny(name), CONFIG)
+    whole.save_pretrained(tmp_path)
+    inputs = families.prompt(whole.model, name, "images")
+    with devices():
+        base = families.tiny(name)
+        places = [FIRST, *[SECOND] * (families.LAYERS - 1)]
+        keys = base._skip_keys_device_placement
+        dispatch_model(base, place_of_parts(base, places, FIRST, SECOND), main_device=FIRST, skip_keys=keys)
+        here = {key: value.to(FIRST) for key, value in inputs.items()}
+        model = TwigVLM.from_pretrained(base, tmp_path)
+        assert {str(parameter.device) for parameter in model.twig.parameters()} == {FIRST}
+        assert answers(model, here) == answers(whole, inputs)
+        fresh = TwigVLM.grow(base, TwigConfig(2, 2, head="shared")).twig
+        assert torch.equal(fresh.layers[0].mlp.up_proj.weight.cpu(), whole.twig.layers[0].mlp.up_proj.weight)
+        captured = model.base.prompt(**here)
+        rope, deep = model.base.rope(captured), model.base.layers[4]
+        states = [project_queries(deep, captured.hidden, rope), *project_keys_values(deep, captured.hidden, rope)]
+        states += [fresh.logits(captured.hidden), model.base.logits(captured.hidden)]
+        assert {str(one.device) for one in states} == {FIRST}
+
+
+@pytest.mark.parametrize("head", ["own", "shared"])
+def test_layers_on_the_disk(tmp_path, head):
+    """Their weights are there only while accelerate runs them; growing, saving, loading and answering get at them."""
+    config = TwigConfig(2, 2, head=head, final_wipe=5)
+    whole = TwigVLM.grow(tiny_llava(), config)
+    expected = answers(whole, prompt())
+    base = tiny_llava()
+    dispatch_model(base, place_of_parts(base, ["disk"] * 6, "cpu", "disk"), offload_dir=tmp_path / "disk")
+    assert base.model.language_model.layers[2].mlp.up_proj.weight.is_meta
+    assert base.lm_head.weight.is_meta
+    grown = TwigVLM.grow(base, config)
+    grown.save_pretrained(tmp_path / "twig")
+    whole.save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "twig" / "twig_config.json").read_text() == (tmp_path / "whole" / "twig_config.json").read_text()
+    for model in (grown, TwigVLM.from_pretrained(base, tmp_path / "whole")):
+        assert answers(model, prompt()) == expected
+        with model.disabled(), whole.disabled():
+            options = {**prompt(), "max_new_tokens": 4, "do_sample": False}
+            assert torch.equal(model.generate(**options), whole.generate(**options))
+
+
+def with_lora(base):
+    """A base with low-rank updates that are not zero."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|up_proj)", init_lora_weights=False)
+    return get_peft_model(base, config)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_updates_must_be_merged(tmp_path):
+    adapted = with_lora(tiny_llava())
+    for model in (adapted, adapted.get_base_model()):
+        with pytest.raises(TwigVLMError, match=r"has adapters .* merge_and_unload\(\)"):
+            TwigVLM.grow(model, CONFIG)
+    merged = TwigVLM.grow(adapted.merge_and_unload(), CONFIG)
+    merged.save_pretrained(tmp_path)
+    other = TwigVLM.from_pretrained(with_lora(tiny_llava()).merge_and_unload(), tmp_path)
+    assert answers(other, prompt()) == answers(merged, prompt())
+    source = merged.base.layers[2].self_attn.q_proj.weight
+    assert torch.equal(merged.twig.layers[0].self_attn.q_proj.weight, source)
+    assert not torch.equal(source, tiny_llava().model.language_model.layers[2].self_attn.q_proj.weight)
+    with pytest.raises(TwigVLMError, match="grew on another base"):
+        TwigVLM.from_pretrained(tiny_llava(), tmp_path)
