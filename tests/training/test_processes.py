@@ -19,6 +19,7 @@ from tests.training import runs
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
 from twigvlm.training import processes, sharding
+from twigvlm.training.trainer import _check_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +118,25 @@ def test_a_number_format_is_the_bases_own(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(TwigVLMError, match=r"mixed_precision=bf16: .* launch with 'no' and choose a dtype"):
         runs.stage1(runs.grow(), tmp_path)
+
+
+def test_a_run_goes_on_with_as_many_processes_and_settings_it_knew(monkeypatch, tmp_path):
+    runs.stage1(runs.grow(), tmp_path, max_steps=1)
+    file = tmp_path / "settings.json"
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({name: known[name] for name in known if name != "gradient_checkpointing"}))
+    runs.stage1(runs.grow(), tmp_path, resume=True, max_steps=1, gradient_checkpointing=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TwigVLMError, match=r"processes=2: the checkpoint in .* was trained with 1"):
+        runs.stage1(runs.grow(), tmp_path, resume=True, max_steps=1)
+
+
+def test_the_base_is_where_the_twig_is_trained():
+    _check_device(torch.device("cuda:0"), torch.device("cuda"))
+    with pytest.raises(
+        TwigVLMError, match=r"device 'cuda:1': this process trains on 'cuda:0'; .* CUDA_VISIBLE_DEVICES"
+    ):
+        _check_device(torch.device("cuda:0"), torch.device("cuda:1"))
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):

@@ -26,7 +26,7 @@ class Common:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the base. auto: as the base's files say; bfloat16 for Sapling."""
     device: str = "auto"
-    """Where to train: auto (a GPU if there is one, its own for each process), cpu, cuda, cuda:1, …"""
+    """Where to train: auto (a GPU if there is one, its own for each process), cpu or cuda; CUDA_VISIBLE_DEVICES chooses GPUs."""
     max_length: int | None = None
     """Samples are cut after this many tokens. None: the base's context."""
     strict: bool = False
@@ -102,9 +102,8 @@ class Stage1(Common):
         size = self.twig.draft_vocabulary
         with busy("Counting answer tokens"):
             tokens = None if size is None else frequent_answer_tokens(samples, processor, size)
-        torch.manual_seed(
-            self.stage1.seed
-        )  # started again before its first checkpoint, a run begins with the same twig
+        # A run that is started again before its first checkpoint begins with the same twig.
+        torch.manual_seed(self.stage1.seed)
         model = TwigVLM.grow(base, self.twig, tokens)
         data = self.dataset(samples, base, processor)
         train_stage1(model, data, self.stage1, self.out / "checkpoints", self.resume, [TrainingProgress()])

@@ -147,7 +147,9 @@ def fit(
         ddp_find_unused_parameters=False,  # both stages use all that they train, in every pass
         disable_tqdm=True,
     )
-    _check_device(arguments, model.model.device)
+    _check_device(arguments.device, model.model.device)
+    # Of several GPUs one process uses one: the Trainer would copy the twig, but not the base, to all of them.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     model.twig.float()
     processes.agree(module)
     trainer = trainer_class(
@@ -166,16 +168,13 @@ def fit(
     return trainer.state.log_history
 
 
-def _check_device(arguments: TrainingArguments, device: torch.device) -> None:
+def _check_device(chosen: torch.device, device: torch.device) -> None:
     """The Trainer chooses its device by itself; the base must be there."""
-    chosen = arguments.device
     if (chosen.type, chosen.index or 0) != (device.type, device.index or 0):
         raise TwigVLMError(
             f"device {str(device)!r}: this process trains on {str(chosen)!r}; load the base there, "
             "or choose GPUs by CUDA_VISIBLE_DEVICES"
         )
-    # Of several GPUs one process uses one: the Trainer would copy the twig, but not the base, to all of them.
-    arguments._n_gpu = min(1, arguments.n_gpu)
 
 
 def _publish(directory: Path, name: str) -> None:
