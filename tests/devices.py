@@ -65,7 +65,7 @@ class _Lists(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if function is torch.tensor:
             place = kwargs.pop("device", None)
-            return function(_map(torch.Tensor.tolist, args[0]), *args[1:], **kwargs).to(place)
+            return function(_map(lambda tensor: tensor.tolist(), args[0]), *args[1:], **kwargs).to(place)
         if function is torch.Tensor.new_tensor:
             return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to(args[0].device)
         return function(*args, **kwargs)

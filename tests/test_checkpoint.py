@@ -68,7 +68,7 @@ def test_a_config_from_before_p_heads_loads(tmp_path):
 def test_the_twig_alone_is_saved(tmp_path):
     grown = _trained(TwigConfig(2, 2, head="shared"))
     grown.save_pretrained(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == sorted([WEIGHTS, CONFIG])
+    assert sorted(os.listdir(tmp_path)) == sorted([WEIGHTS, CONFIG, checkpoint.CARD])
     names = load_file(tmp_path / WEIGHTS).keys()
     assert all(name.startswith(("layers.0.", "layers.1.", "norm.")) for name in names)
     assert len(names) == 2 * 9 + 1

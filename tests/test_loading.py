@@ -1,10 +1,11 @@
-"""Bases in every way that they are loaded: number formats, several devices, partly on the disk, with merged updates."""
+"""Bases as they are loaded: in number formats, on several devices, partly on the disk, quantised, with merged updates."""
 
 import pytest
 import torch
 from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from torch import nn
 
 from tests import families
 from tests.devices import FIRST, SECOND, devices
@@ -103,6 +104,66 @@ def test_layers_on_the_disk(tmp_path, head):
         with model.disabled(), whole.disabled():
             options = {**prompt(), "max_new_tokens": 4, "do_sample": False}
             assert torch.equal(model.generate(**options), whole.generate(**options))
+
+
+class Codes(nn.Module):
+    """A linear layer that holds codes of 8 bits, as quantisation backends put in place of `nn.Linear`."""
+
+    def __init__(self, linear, name):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("scale", linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127)
+        codes = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        setattr(self, name, nn.Parameter(codes, requires_grad=False))
+        self.bias, self.name = linear.bias, name
+
+    def plain(self):
+        return getattr(self, self.name) * self.scale
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs, self.plain(), self.bias)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"], ids=["without bias", "with bias"])
+@pytest.mark.parametrize("name", ["weight", "qweight"])
+def test_a_quantised_base(tmp_path, name, family):
+    """A stand-in for bitsandbytes, torchao, GPTQ and the like: of their layers we use only that they act as linear ones."""
+    whole = TwigVLM.grow(families.tiny(family), CONFIG)
+    inputs = families.prompt(whole.model, family, "images")
+    base = families.tiny(family)
+    for layer in base.model.language_model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for projection, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(part, projection, Codes(linear, name))
+    model = TwigVLM.grow(base, CONFIG)
+    for ours, theirs in zip(model.twig.layers, base.model.language_model.layers[2:4], strict=True):
+        for part in ("self_attn.q_proj", "mlp.down_proj"):
+            linear, codes = ours.get_submodule(part), theirs.get_submodule(part)
+            assert isinstance(linear, nn.Linear)
+            torch.testing.assert_close(linear.weight, codes.plain(), rtol=1e-4, atol=1e-5)
+            assert codes.bias is None or torch.equal(linear.bias, codes.bias)
+    model.save_pretrained(tmp_path / "quantised")
+    whole.save_pretrained(tmp_path / "whole")
+    back = TwigVLM.from_pretrained(families.tiny(family), tmp_path / "quantised")
+    assert torch.equal(back.twig.norm.weight, model.twig.norm.weight)
+    loaded = TwigVLM.from_pretrained(base, tmp_path / "whole")
+    sequences = {str(sequence) for sequence, _, _ in answers(loaded, inputs)}
+    assert len(sequences) == 1
+    with pytest.raises(TwigVLMError, match="grew on another base"):
+        TwigVLM.from_pretrained(families.tiny(family, seed=1), tmp_path / "quantised")
+
+
+def test_a_base_with_strange_layers_takes_a_grown_twig_only(tmp_path):
+    TwigVLM.grow(tiny_llava(), CONFIG).save_pretrained(tmp_path)
+    base = tiny_llava()
+    attention = base.model.language_model.layers[2].self_attn
+    attention.qkv, attention.q_proj = attention.q_proj, nn.Identity()
+    with pytest.raises(
+        TwigVLMError, match="LlamaDecoderLayer cannot be copied: load the base as transformers makes it"
+    ):
+        TwigVLM.grow(base, CONFIG)
+    TwigVLM.from_pretrained(base, tmp_path)
 
 
 def with_lora(base):

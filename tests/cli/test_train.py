@@ -48,6 +48,11 @@ def test_trains_a_twig_that_loads(capsys, arguments, tmp_path):
     assert model.config.draft_vocabulary == 20
     assert model.config.final_wipe == 5
     assert model.config.pruning_head
+    (stage,) = model.twig.record
+    assert (stage["stage"], stage["samples"], stage["steps"]) == ("stage1", 3, 2)
+    assert stage["final"].keys() == {"loss", "next_token", "prediction_kl", "attention_kl"}
+    assert stage["settings"]["batch_size"] == 2
+    assert "### stage1" in (tmp_path / "twig" / "README.md").read_text()
 
 
 def test_stage_2_goes_on_from_a_twig_of_stage_1(refused, capsys, arguments, tmp_path):
@@ -62,7 +67,9 @@ def test_stage_2_goes_on_from_a_twig_of_stage_1(refused, capsys, arguments, tmp_
     out, err = capsys.readouterr()
     assert out == f"Twig: {tmp_path / 'tuned'}\n"
     assert "reward " in err.splitlines()[1]
-    second = TwigVLM.from_pretrained(tiny_llava(), tmp_path / "tuned").twig.state_dict()
+    tuned = TwigVLM.from_pretrained(tiny_llava(), tmp_path / "tuned").twig
+    assert [entry["stage"] for entry in tuned.record] == ["stage1", "stage2"]
+    second = tuned.state_dict()
     changed = {name for name in first if not torch.equal(first[name], second[name])}
     assert changed == {"pruning_head.query_gate.weight", "pruning_head.key_gate.weight"}
 

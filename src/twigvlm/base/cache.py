@@ -113,7 +113,8 @@ class LayeredCache:
             if lengths:
                 for buffers in (self.keys, self.values, self.places):
                     buffer = buffers[layer]
-                    buffers[layer] = None if buffer is None else buffer[list(rows)]
+                    if buffer is not None:
+                        buffers[layer] = buffer.index_select(0, torch.tensor(rows, device=buffer.device))
                 self.lengths[layer] = tuple(lengths[row] for row in rows)
 
     def _written(self, buffer: Tensor | None, new: Tensor, held: Lengths) -> Tensor:

@@ -52,7 +52,7 @@ def expand_rope(rope: Rope, batch: int) -> Rope:
 
 def select_rows(rope: Rope, rows: Sequence[int]) -> Rope:
     """Some rows of a batch."""
-    return _each(rope, lambda part: part[list(rows)])
+    return _each(rope, lambda part: part.index_select(0, torch.tensor(rows, device=part.device)))
 
 
 def _each(rope: Rope, change: Callable[[Tensor], Tensor]) -> Rope:

@@ -22,4 +22,5 @@ def real(lengths: Lengths, tokens: int, device: torch.device | None = None) -> B
 
 def last(states: Float[Tensor, "batch tokens width"], lengths: Lengths) -> Float[Tensor, "batch width"]:
     """States of the last token of each row."""
-    return states[torch.arange(len(lengths), device=states.device), [length - 1 for length in lengths]]
+    ends = torch.tensor(lengths, device=states.device)[:, None, None] - 1
+    return torch.take_along_dim(states, ends, dim=1)[:, 0]

@@ -2,23 +2,35 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+@torch.no_grad()
 def plain_weights(module: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """The weights of a module and of all below it, by name, dequantised.
+    """The weights of a module and of all below it, by name. They may share the module's memory.
 
-    They may share the module's memory. What is quantised otherwise than by bitsandbytes or torchao comes as it is.
+    Whatever a quantised linear layer holds, its weights are what it makes of the unit vectors.
     """
     weights: dict[str, Tensor] = {}
     for path, part in module.named_modules():
-        with present(part):
-            for name, parameter in part.named_parameters(prefix=path, recurse=False):
-                weights[name] = _dequantised(part, parameter).detach().to(device, dtype)
+        if hasattr(part, "in_features") and is_quantised(getattr(part, "weight", None)):
+            found = _measured(part, dtype, device)
+        else:
+            with present(part):
+                found = {name: parameter.detach() for name, parameter in part.named_parameters(recurse=False)}
+        weights.update((f"{path}.{name}".lstrip("."), tensor.to(device, dtype)) for name, tensor in found.items())
     return weights
+
+
+def _measured(linear: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    made = linear(torch.eye(linear.in_features, dtype=dtype, device=device)).T
+    bias = getattr(linear, "bias", None)
+    if bias is None:
+        return {"weight": made}
+    return {"weight": made - bias.to(made)[:, None], "bias": bias}
 
 
 @contextmanager
@@ -33,15 +45,8 @@ def present(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def is_quantised(parameter: Tensor) -> bool:
-    """Whether it holds codes, or numbers rounded more coarsely than its dtype says."""
-    return not parameter.is_floating_point() or type(parameter).__module__.startswith("torchao.")
-
-
-def _dequantised(module: nn.Module, parameter: nn.Parameter) -> Tensor:
-    backend = type(parameter).__module__.split(".")[0]
-    if backend == "bitsandbytes":
-        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-        return cast(Tensor, dequantize_bnb_weight(parameter, getattr(module, "state", None)))
-    return parameter.dequantize() if backend == "torchao" else parameter
+def is_quantised(weight: Tensor | None) -> bool:
+    """Whether a weight is hidden, holds codes, or is rounded more coarsely than its dtype says."""
+    if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return True
+    return type(weight).__module__.startswith("torchao.")

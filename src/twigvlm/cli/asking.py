@@ -18,7 +18,7 @@ class Asking:
     model: str = "sapling"
     """The base: `sapling` (embedded), a Hugging Face id or a directory."""
     twig: str | None = None
-    """Twig that was grown on the base: a directory. On Sapling its own twig is the default."""
+    """Twig that was grown on the base: a directory or a hub id. On Sapling its own twig is the default."""
     retain: float | None = 64
     """Average number of visual tokens over all layers to prune down to for the answer. None: no pruning."""
     speculate: Speculate = "chain"

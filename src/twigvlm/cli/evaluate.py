@@ -18,7 +18,7 @@ class Common:
     model: str = "sapling"
     """The base: `sapling` (embedded), a Hugging Face id or a directory."""
     twig: str | None = None
-    """Twig that was grown on the base: a directory. On Sapling its own twig is the default."""
+    """Twig that was grown on the base: a directory or a hub id. On Sapling its own twig is the default."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights. auto: as the base's files say; bfloat16 for Sapling."""
     device: str = "auto"

@@ -115,7 +115,7 @@ class Stage2(Common):
     """Train the P-Head of a twig from stage 1 by reinforcement; nothing else of the twig changes."""
 
     twig: Path = field(kw_only=True)
-    """Directory of the twig from stage 1; it stays as it is."""
+    """Twig from stage 1, a directory or a hub id; it stays as it is."""
     stage2: Stage2Config = field(default_factory=Stage2Config)
     """Settings of the training."""
 

@@ -263,7 +263,7 @@ def _catch_up(context: Context, roots: Tensor, indices: Sequence[int]) -> Tensor
     seen = [list(range(count + 1)) for count in late]
     context.cache.keep(context.twig.first_slot, context.twig.last_slot + 1, most, seen)
     context.pending = [[] for _ in late]
-    return hidden[torch.arange(len(late), device=hidden.device), late][:, None]
+    return gather_tokens(hidden, torch.tensor(late, device=hidden.device)[:, None])
 
 
 def _scores(context: Context, logits: Tensor, places: Sequence[Sequence[int]]) -> Tensor:

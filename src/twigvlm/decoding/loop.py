@@ -9,7 +9,6 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from twigvlm.base.cache import LayeredCache
-from twigvlm.base.ragged import real
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import SpeculationConfig
 from twigvlm.decoding.costs import StepCosts
@@ -100,8 +99,10 @@ def decode(
         [[] for _ in range(batch)],
     )
 
-    mine = real(prompt.lengths, prompt.hidden.shape[1], prompt.input_ids.device)
-    answers = [_Answer(prompt.input_ids[row : row + 1, mine[row]], stops, samplings[row], emit) for row in range(batch)]
+    answers = [
+        _Answer(prompt.input_ids[row : row + 1, :length], stops, samplings[row], emit)
+        for row, length in enumerate(prompt.lengths)
+    ]
     for answer, logits in zip(answers, first.logits, strict=True):
         answer.commit([answer.choices(logits[None])(0, [])])
     timings.prefill = clock() - began

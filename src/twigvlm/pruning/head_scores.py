@@ -83,8 +83,8 @@ class HeadScores:
         twig, mask = trunk.twig, trunk.prompt.visual_mask
         hidden = trunk.grow()
         keys, _ = trunk.cache.held(twig.last_slot)
-        last = torch.zeros_like(mask)
-        last[range(len(mask)), [length - 1 for length in trunk.prompt.lengths]] = True
+        ends = torch.tensor(trunk.prompt.lengths, device=mask.device)[:, None] - 1
+        last = torch.zeros_like(mask).scatter(1, ends, True)
         look = Look.at(last, mask)
         shares = look_at_images(twig.layers[-1], hidden, trunk.rope, look, twig.pruning_head, keys)[:, 0].exp()
         return torch.zeros(mask.shape, device=mask.device).scatter_add(1, look.visual, shares)

@@ -185,8 +185,8 @@ def _copy(base: BaseVLM, source: nn.Module, target: nn.Module) -> None:
         target.load_state_dict(plain_weights(source, base.dtype, base.device))
     except RuntimeError:
         raise TwigVLMError(
-            "this base's layers cannot be copied, because of how they are quantized: grow the twig on the base without "
-            "quantization or quantized by bitsandbytes or torchao, then load it on this one"
+            f"this base's {type(source).__name__} cannot be copied: load the base as transformers makes it, without fused "
+            "or replaced modules, to grow a twig; a grown one loads on this base too"
         ) from None
 
 
