@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 
+from tests.batches import batched
 from tests.decoding.test_policy import costs
 from tests.families import IMAGE, LAYERS, TINY, TRUNK, TWIG, VIDEO, prompt, prompts, tiny
 from twigvlm import TwigConfig, TwigVLM
@@ -160,7 +161,7 @@ def test_speculation_changes_nothing(name, kind, monkeypatch):
     for way, first in ((CHAIN, 4), (TREE, 12), ({"speculate": "auto"}, 1)):
         output = model.generate(**inputs, **pruning, **way, return_dict_in_generate=True)
         assert output.sequences.tolist() == plain.tolist()
-        assert output.drafted_lengths[0] >= first
+        assert output.drafted_lengths[0][0] >= first
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -183,6 +184,44 @@ def test_scores_are_the_base_s_own_attention(name, attention):
         torch.testing.assert_close(seen[0][0], torch.where(visual, expected, 0.0), rtol=1e-3, atol=1e-5)
 
 
+def preceded(inputs, count):
+    """A prompt with more text before it."""
+    per_token = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    filling = {"input_ids": 7, "attention_mask": 1}
+    pad = torch.nn.functional.pad
+    return {
+        name: pad(value, (count, 0), value=filling.get(name, 0)) if name in per_token else value
+        for name, value in inputs.items()
+    }
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_budget_is_split_among_images(name):
+    model, inputs = grown(name), inputs_of(name, "images")
+    ids = inputs["input_ids"][0]
+    output = model.generate(**inputs, keep=4, retain_per_image=True, max_new_tokens=1, return_dict_in_generate=True)
+    text = (~model.base.visual_mask(ids[None])[0]).cumsum(0)
+    assert sorted(text[output.kept_indices[0]].unique(return_counts=True)[1].tolist()) in (
+        [2, 2],
+        [1, 1, 1, 1],
+        [1, 1, 2],
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", TINY)
+def test_rows_of_a_batch_are_as_if_alone(name, attention):
+    model = grown(name, attention)
+    rows = [inputs_of(name, "images"), preceded(inputs_of(name, "images", 1), 5)]
+    batch = batched(rows)
+    for pruning in ({}, {"keep": 4, "final_wipe": 5}):
+        alone = [model.generate(**row, **pruning, max_new_tokens=8)[0, row["input_ids"].shape[1] :] for row in rows]
+        expected = torch.stack(alone).tolist()
+        for speculation in ({}, CHAIN, TREE):
+            got = model.generate(**batch, **pruning, **speculation, max_new_tokens=8)
+            assert got[:, batch["input_ids"].shape[1] :].tolist() == expected
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_eager_and_sdpa_agree(name):
     inputs, answers = inputs_of(name, "images"), []
@@ -190,7 +229,7 @@ def test_eager_and_sdpa_agree(name):
         output = grown(name, attention).generate(
             **inputs, **CHAIN, keep=4, final_wipe=5, max_new_tokens=8, return_dict_in_generate=True
         )
-        answers.append((output.sequences.tolist(), output.kept_indices.tolist(), output.accepted_lengths))
+        answers.append((output.sequences.tolist(), output.kept_indices[0].tolist(), output.accepted_lengths))
     assert answers[0] == answers[1]
 
 

@@ -38,7 +38,7 @@ def answers(model, inputs, ways=(CHAIN, TREE)):
     output = []
     for way in ({}, *ways):
         one = model.generate(**inputs, **way, keep=3, max_new_tokens=6, return_dict_in_generate=True)
-        output.append((one.sequences.tolist(), one.kept_indices.tolist(), one.accepted_lengths))
+        output.append((one.sequences.tolist(), one.kept_indices[0].tolist(), one.accepted_lengths))
     return output
 
 

@@ -27,19 +27,24 @@ def model():
         ({"keep": 4, "final_wipe": 2}, "final_wipe=2: must be 3 to 6"),
         ({"keep": 4, "final_wipe": 7}, "final_wipe=7: must be 3 to 6"),
         ({"final_wipe": 4}, "final_wipe=4: needs a budget"),
+        ({"retain_per_image": True}, "retain_per_image=True: needs a budget"),
         ({"scorer": RandomScores()}, "scorer: needs a budget"),
         ({"speculate": "beam"}, "speculate='beam': must be one of none, chain, tree"),
-        ({"attention_mask": torch.tensor([[0, 0] + [1] * 23])}, "attention_mask: hides 2 tokens"),
+        (
+            {"attention_mask": torch.tensor([[1] * 23 + [0, 0]])},
+            "attention_mask: hides tokens behind others; pad on the left",
+        ),
+        ({"attention_mask": torch.zeros(1, 25)}, "attention_mask: hides all of a prompt"),
         ({"draft_length": 0}, "draft_length=0: must be 1 or more"),
         ({"tree_depth": 0}, "tree_depth=0: must be 1 or more"),
         ({"tree_width": 0}, "tree_width=0: must be 1 or more"),
         ({"tree_expand": 0}, "tree_expand=0: must be 1 or more"),
         ({"tree_nodes": 0}, "tree_nodes=0: must be 1 or more"),
         ({"draft_threshold": 1.5}, r"draft_threshold=1\.5: must be 0 to 1"),
-        ({"do_sample": True}, "do_sample=True: only greedy"),
-        ({"num_beams": 3}, "num_beams=3: only greedy"),
-        ({"prompt_lookup_num_tokens": 3}, "only greedy|assisted"),
-        ({"penalty_alpha": 0.5, "top_k": 4}, "only greedy|contrastive"),
+        ({"generator": torch.Generator()}, "generator: needs do_sample=True"),
+        ({"num_beams": 3}, "num_beams=3: beams are not supported"),
+        ({"prompt_lookup_num_tokens": 3}, "greedy decoding and sampling|assisted"),
+        ({"penalty_alpha": 0.5, "top_k": 4}, "greedy decoding and sampling|contrastive"),
         ({"num_return_sequences": 2}, "num_return_sequences"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores=True is not supported"),
         ({"output_attentions": True}, "output_attentions=True is not supported"),
@@ -74,7 +79,7 @@ def test_prompts(model):
         model.generate(ids, max_new_tokens=5)
     with pytest.raises(TwigVLMError, match="do not match"):
         model.generate(ids, pixel_values=inputs["pixel_values"].repeat(2, 1, 1, 1), max_new_tokens=5)
-    with pytest.raises(TwigVLMError, match="batch of 2 prompts"):
+    with pytest.raises(TwigVLMError, match="do not match"):
         model.generate(ids.repeat(2, 1), pixel_values=inputs["pixel_values"], max_new_tokens=5)
     with pytest.raises(TwigVLMError, match="input_ids is missing"):
         model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=5)

@@ -43,7 +43,7 @@ def save(base: BaseVLM, twig: Twig, path: str | PathLike[str], name: str | None 
         raise TwigVLMError(f"{folder}: is a file; name a directory for the twig")
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in twig.state_dict().items()}
-    _replace(folder / WEIGHTS, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
+    replace(folder / WEIGHTS, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
     origin = str(base.model.name_or_path)
     source = origin if is_hub_id(origin) else None  # a directory's name tells nothing elsewhere
     record = {"twig": dataclasses.asdict(twig.config), "base": {"name": source, **fingerprint(base)}}
@@ -190,10 +190,11 @@ def _json(value: Any) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    _replace(file, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    replace(file, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
-def _replace(file: Path, write: Callable[[str], Any]) -> None:
+def replace(file: Path, write: Callable[[str], Any]) -> None:
+    """Have a file written beside its place, then put there: it is never seen half."""
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     os.close(handle)
     try:

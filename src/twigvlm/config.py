@@ -52,12 +52,16 @@ class PruningConfig:
     """R: visual tokens kept in layers K+1..K_f, instead of an average."""
     final_wipe: int | None = None
     """K_f: no visual token enters later layers. None: as the twig was tuned; the number of base layers: off."""
+    retain_per_image: bool = False
+    """Split the budget evenly among the images, or the frames that text parts, instead of by their scores alone."""
 
     def __post_init__(self) -> None:
         if self.retain is not None and self.keep is not None:
             raise TwigVLMError(f"retain={self.retain:g} and keep={self.keep}: give one of them")
         if self.final_wipe is not None and not self.active:
             raise TwigVLMError(f"final_wipe={self.final_wipe}: needs a budget, give retain or keep too")
+        if self.retain_per_image and not self.active:
+            raise TwigVLMError("retain_per_image=True: needs a budget, give retain or keep too")
 
     @property
     def active(self) -> bool:

@@ -1,6 +1,6 @@
 """TwigVLM: a frozen base and its twig, as one model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -17,16 +17,20 @@ from transformers.generation import (
     GenerationMode,
     LogitsProcessorList,
     MaxLengthCriteria,
+    PrefixConstrainedLogitsProcessor,
     StoppingCriteriaList,
 )
 
 from twigvlm import checkpoint
-from twigvlm.base.masks import check_tree_attention
+from twigvlm.base.masks import check_mask_attention
 from twigvlm.base.vlm import BaseVLM
+from twigvlm.chat import Chat
 from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
 from twigvlm.decoding.costs import StepCosts, calibrate
-from twigvlm.decoding.loop import Answer, Stops, decode
+from twigvlm.decoding.loop import Stops, decode
+from twigvlm.decoding.memory import Memory
 from twigvlm.decoding.prefill import Plan, Scorer
+from twigvlm.decoding.sampling import Noise, Sampling
 from twigvlm.decoding.timing import Timings, clock_of
 from twigvlm.errors import TwigVLMError
 from twigvlm.hub import push
@@ -40,15 +44,16 @@ class TwigOutput:
     """What `generate(return_dict_in_generate=True)` returns."""
 
     sequences: Int[Tensor, "batch length"]
-    """Prompt ids and new ids."""
-    kept_indices: Int[Tensor, "batch kept"] | None
-    """Prompt positions of the visual tokens kept after layer K, ascending; None without pruning."""
-    drafted_lengths: list[int]
-    """Tokens drafted for each step; of a tree, its nodes that were verified."""
-    accepted_lengths: list[int]
-    """Drafted tokens accepted in each step; each step adds one token of the base's own unless it ends the answer."""
+    """Prompt ids and new ids; behind the end of a shorter answer the padding token."""
+    kept_indices: list[Int[Tensor, " _"]] | None
+    """For each prompt, positions of the visual tokens kept after layer K, ascending; None without pruning."""
+    drafted_lengths: list[list[int]]
+    """For each prompt, tokens drafted for each step; of a tree, its nodes that were verified."""
+    accepted_lengths: list[list[int]]
+    """For each prompt, drafted tokens accepted in each step; each step adds one token of the base's own unless it ends the
+    answer."""
     timings: Timings
-    """Seconds of prefill, draft, verify and the whole."""
+    """Seconds of prefill, draft, verify and the whole, of all prompts together."""
     costs: StepCosts | None
     """What `auto` reckoned with; None for other ways of speculation."""
 
@@ -165,6 +170,7 @@ class TwigVLM(nn.Module):
         retain: float | None = None,
         keep: int | None = None,
         final_wipe: int | None = None,
+        retain_per_image: bool = False,
         scorer: Scorer | None = None,
         speculate: str = "none",
         draft_length: int = 5,
@@ -173,15 +179,21 @@ class TwigVLM(nn.Module):
         tree_width: int = 10,
         tree_expand: int = 10,
         tree_nodes: int = 60,
+        generator: torch.Generator | None = None,
+        memory: Memory | None = None,
         **kwargs: Any,
     ) -> Tensor | TwigOutput | Any:
-        """Generate as the base's `generate` does, with pruning and speculation (greedy, one prompt).
+        """Generate as the base's `generate` does, greedily or by sampling, with pruning and speculation.
+
+        Each prompt of a batch (padded on the left) gets the answer that it would get alone. Sampling draws as the base's
+        `generate` would: the same seed gives the same answer, however it is speculated.
 
         Args:
             inputs: prompt ids, or pass them as `input_ids`.
             retain: R̄, average number of visual tokens over all layers (Eq. 6).
             keep: R, visual tokens kept in layers K+1..K_f, instead of `retain`. Neither: no pruning.
             final_wipe: K_f; None: the twig's; the base's number of layers: off.
+            retain_per_image: split the budget evenly among a prompt's images, or the frames that text parts.
             scorer: ranks the visual tokens; None: the twig's P-Head, or without one its last layer's attention.
             speculate: "none", "chain", "tree", or "auto": drafts of what size it pays on this machine, none where none does; the
                 first time it measures that for a second or so. The output is the same.
@@ -191,16 +203,18 @@ class TwigVLM(nn.Module):
             tree_width: E, children of each node that is expanded.
             tree_expand: K_sel, nodes of a level that are expanded.
             tree_nodes: N_max, most drafted tokens of a tree that are verified.
+            generator: what sampling draws from; None: torch's own, which `torch.manual_seed` seeds.
+            memory: of a conversation, whose next prompt this is; `chat` keeps one.
             kwargs: what the base's `generate` takes: processor outputs, max_new_tokens, generation_config,
                 eos_token_id, logits_processor, stopping_criteria, streamer, return_dict_in_generate, …
 
         Returns:
-            Prompt ids and new ids, [1, length]; with `return_dict_in_generate=True` a TwigOutput.
+            Prompt ids and new ids, [batch, length]; with `return_dict_in_generate=True` a TwigOutput.
 
         Raises:
             TwigVLMError: an argument is out of range, does not apply or is not supported.
         """
-        pruning = PruningConfig(retain, keep, final_wipe)
+        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image)
         speculation = SpeculationConfig(
             speculate,  # type: ignore[arg-type]
             draft_length,
@@ -220,10 +234,14 @@ class TwigVLM(nn.Module):
             if pruning.active or speculation.active:
                 raise TwigVLMError("retain, keep and speculate do not apply while the twig is disabled: leave them out")
             return self.model.generate(**kwargs)
-        if speculation.speculate in ("tree", "auto"):
-            check_tree_attention(self.base.attention)
         _check_arguments(kwargs, self.model.generation_config)
+        if speculation.speculate in ("tree", "auto"):
+            check_mask_attention(self.base.attention, f"speculate={speculation.speculate!r}")
+        if len(kwargs["input_ids"]) > 1:
+            check_mask_attention(self.base.attention, f"batch of {len(kwargs['input_ids'])} prompts")
         self.base.check_images(kwargs["input_ids"], kwargs)
+        if memory is not None and not memory.needs_vision(self.base, kwargs["input_ids"]):
+            kwargs = self.base.without_pixels(kwargs)
         costs = self.costs() if speculation.speculate == "auto" else None
         began = clock_of(self.model.device)()
 
@@ -246,21 +264,32 @@ class TwigVLM(nn.Module):
                 model_kwargs.pop(name, None)
             model_kwargs = {name: value for name, value in model_kwargs.items() if value is not None}
             with torch.inference_mode():
-                answer = decode(
+                answers = decode(
                     self.base,
                     self.twig,
                     {"input_ids": input_ids, **model_kwargs},
                     lambda visual: self._plan(visual, pruning, scorer),
                     speculation,
                     _stops(stopping_criteria, input_ids.shape[1]),
-                    logits_processor if len(logits_processor) else None,
+                    self._samplings(len(input_ids), logits_processor, generation_config, generator),
                     _emitter(streamer),
                     began,
                     costs,
+                    memory,
                 )
             if streamer is not None:
                 streamer.end()
-            return _output(input_ids, answer, costs, bool(generation_config.return_dict_in_generate))
+            sequences = _sequences(input_ids, answers.tokens, generation_config.pad_token_id)
+            if not generation_config.return_dict_in_generate:
+                return sequences
+            return TwigOutput(
+                sequences,
+                _positions(answers.kept, model_kwargs.get("attention_mask")),
+                answers.drafted_lengths,
+                answers.accepted_lengths,
+                answers.timings,
+                costs,
+            )
 
         try:
             # The base's own `generate` merges configurations and builds processors and criteria; only its loop is ours.
@@ -270,6 +299,15 @@ class TwigVLM(nn.Module):
                 raise
             raise TwigVLMError(" ".join(str(error).split())) from error
 
+    def chat(self, processor: Any, **options: Any) -> Chat:
+        """A conversation of several turns, in which trunk and twig run only once on each token.
+
+        Args:
+            processor: the base's.
+            options: of `generate`, for every question.
+        """
+        return Chat(self, processor, options)
+
     def costs(self) -> StepCosts:
         """What the passes of a step cost here, measured the first time that it is asked for this way of running the base."""
         key = (self.base.dtype, self.model.device, self.base.attention, torch.get_num_threads())
@@ -277,32 +315,73 @@ class TwigVLM(nn.Module):
             self._costs[key] = calibrate(self.base, self.twig)
         return self._costs[key]
 
-    def _plan(self, visual: int, pruning: PruningConfig, scorer: Scorer | None) -> Plan:
+    def _plan(self, visual: Sequence[int], pruning: PruningConfig, scorer: Scorer | None) -> Plan:
         layers, trunk = self.base.num_layers, self.config.trunk_layers
-        keep, final_wipe = None, layers
-        if pruning.active and visual:  # of a prompt of text alone there is nothing to prune
-            final_wipe = next((k for k in (pruning.final_wipe, self.config.final_wipe) if k is not None), layers)
-            if pruning.keep is not None:
-                keep = pruning.keep
-                average_kept(keep, visual, layers, trunk, final_wipe)  # for its errors
-            elif pruning.retain is not None:
-                keep = solve_keep(pruning.retain, visual, layers, trunk, final_wipe)
-        return Plan(keep, final_wipe, scorer or default_scorer(self.twig))
+        scorer = scorer or default_scorer(self.twig)
+        if not pruning.active or not any(visual):  # of a prompt of text alone there is nothing to prune
+            return Plan(None, layers, scorer)
+        final_wipe = next((k for k in (pruning.final_wipe, self.config.final_wipe) if k is not None), layers)
+
+        def kept(count: int) -> int:
+            if not count:
+                return 0
+            if pruning.retain is not None:
+                return solve_keep(pruning.retain, count, layers, trunk, final_wipe)
+            assert pruning.keep is not None, "one of them is given"
+            average_kept(pruning.keep, count, layers, trunk, final_wipe)  # for its errors
+            return pruning.keep
+
+        return Plan(tuple(kept(count) for count in visual), final_wipe, scorer, pruning.retain_per_image)
+
+    def _samplings(
+        self,
+        rows: int,
+        processors: LogitsProcessorList,
+        config: GenerationConfig,
+        generator: torch.Generator | None,
+    ) -> list[Sampling]:
+        if generator is not None and not config.do_sample:
+            raise TwigVLMError("generator: needs do_sample=True, greedy decoding draws nothing")
+        noises: list[Noise | None] = [None] * rows
+        if config.do_sample:
+            weight = self.base.head.weight
+            streams = [generator] if rows == 1 else _streams(rows, weight.device, generator)
+            temperature = 1.0 if config.temperature is None else config.temperature
+            noises = [Noise(temperature, len(weight), weight.device, stream) for stream in streams]
+        of_rows = (_of_row(processors, row) for row in range(rows))
+        return [Sampling(one if len(one) else None, noise) for one, noise in zip(of_rows, noises, strict=True)]
+
+
+def _streams(rows: int, device: torch.device, generator: torch.Generator | None) -> list[torch.Generator | None]:
+    """A random stream for each row, so that none depends on how far the others are."""
+    where = device if generator is None else generator.device
+    seeds = torch.randint(2**62, (rows,), generator=generator, device=where).tolist()
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """Processors that get one row of a batch at a time: one of them asks which."""
+
+    def of_row(processor: Any) -> Any:
+        if not isinstance(processor, PrefixConstrainedLogitsProcessor):
+            return processor
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
+
+    return LogitsProcessorList(map(of_row, processors))
 
 
 def _check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
     """Refuse, before any work, what this loop would otherwise have to drop."""
     if kwargs.get("input_ids") is None:
         raise TwigVLMError("input_ids is missing: pass the processor's outputs")
-    if len(kwargs["input_ids"]) != 1:
-        raise TwigVLMError(
-            f"batch of {len(kwargs['input_ids'])} prompts: only one prompt at a time is supported yet; loop over them"
-        )
     mask = kwargs.get("attention_mask")
-    if mask is not None and not bool(mask.all()):
+    if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
         raise TwigVLMError(
-            f"attention_mask: hides {int((mask == 0).sum())} tokens; one prompt needs no padding, pass it without"
+            "attention_mask: hides tokens behind others; pad on the left, with processor.tokenizer.padding_side = 'left'"
         )
+    if mask is not None and not bool(mask[:, -1].all()):
+        raise TwigVLMError("attention_mask: hides all of a prompt; leave that prompt out")
     given = kwargs.get("generation_config")
     for config in (kwargs, vars(given) if given is not None else {}, vars(defaults)):
         if config.get("max_new_tokens") is not None:
@@ -315,13 +394,14 @@ def _check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None
 
 
 def _check_generation(config: GenerationConfig) -> None:
-    if config.do_sample:
-        raise TwigVLMError("do_sample=True: only greedy decoding is supported yet; pass do_sample=False")
     if config.num_beams is not None and config.num_beams > 1:
-        raise TwigVLMError(f"num_beams={config.num_beams}: only greedy decoding is supported yet; pass num_beams=1")
-    if config.get_generation_mode() != GenerationMode.GREEDY_SEARCH:
         raise TwigVLMError(
-            f"{config.get_generation_mode().value}: only greedy decoding is supported; leave its options out"
+            f"num_beams={config.num_beams}: beams are not supported with a twig; pass num_beams=1, or sample several answers "
+            "with do_sample=True and num_return_sequences"
+        )
+    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise TwigVLMError(
+            f"{config.get_generation_mode().value}: greedy decoding and sampling are supported; leave its options out"
         )
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
@@ -372,9 +452,16 @@ def _emitter(streamer: Any) -> Callable[[int], None]:
     return lambda token: streamer.put(torch.tensor([token]))
 
 
-def _output(input_ids: Tensor, answer: Answer, costs: StepCosts | None, as_dict: bool) -> Tensor | TwigOutput:
-    sequences = torch.cat((input_ids, input_ids.new_tensor([answer.tokens])), dim=1)
-    if not as_dict:
-        return sequences
-    kept = None if answer.kept is None else answer.kept.clone()
-    return TwigOutput(sequences, kept, answer.drafted_lengths, answer.accepted_lengths, answer.timings, costs)
+def _sequences(input_ids: Tensor, tokens: Sequence[Sequence[int]], pad_token_id: int | None) -> Tensor:
+    """Prompts and answers, [batch, length]."""
+    longest = max(map(len, tokens))
+    filled = [[*row, *[pad_token_id or 0] * (longest - len(row))] for row in tokens]
+    return torch.cat((input_ids, input_ids.new_tensor(filled)), dim=1)
+
+
+def _positions(kept: Tensor | None, attention_mask: Tensor | None) -> list[Tensor] | None:
+    """Where the kept visual tokens stand in the prompts as they were given, padding included."""
+    if kept is None:
+        return None
+    padding = [0] * len(kept) if attention_mask is None else (attention_mask == 0).sum(dim=1).tolist()
+    return [row.nonzero()[:, 0].clone() + count for row, count in zip(kept, padding, strict=True)]

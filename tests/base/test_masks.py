@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twigvlm.base.masks import CausalMasks, PaddedMasks, TreeMasks, additive, causal_mask, padded_causal_mask, placed
+from twigvlm.base.masks import CausalMasks, TreeMasks, additive, causal_mask, placed
 from twigvlm.errors import TwigVLMError
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def test_causal_mask_by_definition(prefix, queries):
     single=st.booleans(),
 )
 def test_the_table_gives_the_same_masks(prefix, queries, rows, columns, attention, single):
-    mask = CausalMasks(attention, rows, columns, torch.float32, CPU, single)(queries, prefix + queries)
+    mask = CausalMasks(attention, rows, columns, torch.float32, CPU, single)(queries, (prefix,))
     if (queries == 1 and not single) or (attention == "sdpa" and prefix == 0):
         assert mask is None
         return
@@ -39,23 +39,25 @@ def test_the_table_gives_the_same_masks(prefix, queries, rows, columns, attentio
 
 
 def test_flash_attention_needs_no_mask():
-    assert CausalMasks("flash_attention_2", 4, 9, torch.float32, CPU)(3, 9) is None
+    assert CausalMasks("flash_attention_2", 4, 9, torch.float32, CPU)(3, (6, 6)) is None
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_nodes_see_the_whole_prefix_of_any_length_and_their_ancestors(attention):
-    ancestors = torch.tensor([[True, True, False, False], [True, False, False, True]])
+    ancestors = torch.tensor([[[True, True, False, False], [True, False, False, True]]])
     masks = TreeMasks(attention, ancestors, torch.bfloat16)
     for prefix in (0, 1, 7):
-        expected = torch.cat((torch.ones(2, prefix, dtype=torch.bool), ancestors), dim=1)
+        expected = torch.cat((torch.ones(1, 2, prefix, dtype=torch.bool), ancestors), dim=2)
         if attention == "eager":
             expected = additive(expected, torch.bfloat16)
-        assert torch.equal(masks(2, prefix + 4), expected[None, None])
+        assert torch.equal(masks(2, (prefix + 2,)), expected[:, None])  # two of the nodes are in the cache already
 
 
 def test_flash_attention_takes_no_tree():
-    with pytest.raises(TwigVLMError, match="load the base with 'sdpa' or 'eager', or use speculate='chain'"):
-        TreeMasks("flash_attention_2", torch.ones(1, 1, dtype=torch.bool), torch.float32)
+    with pytest.raises(
+        TwigVLMError, match="token trees: 'flash_attention_2' takes no mask; load the base with 'sdpa' or 'eager'"
+    ):
+        TreeMasks("flash_attention_2", torch.ones(1, 1, 1, dtype=torch.bool), torch.float32)
 
 
 @pytest.mark.parametrize("attention", ["flex_attention", "paged|sdpa"])
@@ -64,21 +66,40 @@ def test_unknown_attention_is_refused(attention):
         CausalMasks(attention, 1, 1, torch.float32, CPU)
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=3))
-def test_padding_is_hidden_from_all_but_itself(rows):
-    mask = padded_causal_mask(torch.tensor(rows))
-    for row, allowed in enumerate(rows):
-        for query in range(5):
-            for key in range(5):
-                assert mask[row, 0, query, key] == (key == query or (key < query and allowed[key]))
+def _allowed(mask, attention):
+    return mask if attention == "sdpa" else mask == 0
 
 
-def test_padded_masks_by_attention():
-    padding = torch.tensor([[0, 1, 1]])
-    assert PaddedMasks("flash_attention_2", padding, torch.float32)(3, 3) is padding
-    assert torch.equal(PaddedMasks("sdpa", padding, torch.float32)(3, 3), padded_causal_mask(padding))
-    expected = additive(padded_causal_mask(padding), torch.float32)
-    assert torch.equal(PaddedMasks("eager", padding, torch.float32)(3, 3), expected)
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=4), st.integers(1, 5), st.sampled_from(["eager", "sdpa"]))
+def test_rows_of_different_lengths_see_their_own_tokens_and_no_others(held, queries, attention):
+    mask = CausalMasks(attention, 5, 20, torch.float32, CPU)(queries, tuple(held))
+    if mask is None:
+        assert len(set(held)) == 1
+        return
+    for row, length in enumerate(held):
+        for query in range(queries):
+            for key in range(max(held) + queries):
+                seen = _allowed(mask[row % len(mask), 0, query, key], attention)
+                assert seen == (key <= length + query)
+
+
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=4), st.integers(1, 3), st.integers(0, 3), st.integers(0, 2**16))
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_trees_stand_behind_what_each_row_held_before(attention, before, queries, older, seed):
+    nodes = older + queries
+    ancestors = torch.rand(len(before), queries, nodes, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask = TreeMasks(attention, ancestors, torch.float32)(queries, tuple(length + older for length in before))
+    assert mask.shape == (len(before), 1, queries, max(before) + nodes)
+    for row, length in enumerate(before):
+        got = _allowed(mask[row, 0], attention)
+        assert got[:, :length].all()
+        assert torch.equal(got[:, length : length + nodes], ancestors[row])
+        assert not got[:, length + nodes :].any()
+
+
+def test_flash_attention_takes_no_rows_of_different_lengths():
+    with pytest.raises(TwigVLMError, match="a batch of prompts: 'flash_attention_2' takes no mask"):
+        CausalMasks("flash_attention_2", 4, 9, torch.float32, CPU)(1, (2, 3))
 
 
 @st.composite

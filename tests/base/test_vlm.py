@@ -44,13 +44,15 @@ def test_in_chunks_with_a_cache_as_in_one_pass(attention):
 
 
 @torch.no_grad()
-def test_a_padded_row_is_as_if_alone():
+@pytest.mark.parametrize("left", [True, False])
+def test_a_padded_row_is_as_if_alone(left):
     base = BaseVLM(tiny_llava())
     alone, other = prompt(1, after=4), prompt(2, after=9)
     width = other["input_ids"].shape[1]
     missing = width - alone["input_ids"].shape[1]
-    ids = torch.nn.functional.pad(alone["input_ids"], (0, missing))
-    mask = torch.nn.functional.pad(alone["attention_mask"], (0, missing))
+    padding = (missing, 0) if left else (0, missing)
+    ids = torch.nn.functional.pad(alone["input_ids"], padding)
+    mask = torch.nn.functional.pad(alone["attention_mask"], padding)
     pair = {
         "input_ids": torch.cat((ids, other["input_ids"])),
         "attention_mask": torch.cat((mask, other["attention_mask"])),
@@ -59,7 +61,9 @@ def test_a_padded_row_is_as_if_alone():
     results = []
     for inputs in (pair, alone):
         captured = base.prompt(**inputs)
+        assert captured.lengths[0] == width - missing
         rope, masks = base.rope(captured), base.masks(captured)
+        torch.testing.assert_close(base.rope_after(captured, 2).cos[0], base.rope_after(base.prompt(**alone), 2).cos[0])
         results.append(base.run_layers(captured.hidden, 0, 6, rope, masks))
     torch.testing.assert_close(results[0][0, : width - missing], results[1][0])
 

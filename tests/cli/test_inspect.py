@@ -83,13 +83,13 @@ def test_picture_and_page(capsys, arguments, picture, base_directory, twig_direc
     answer = output.sequences[0, inputs["input_ids"].shape[1] :]
     tokens = [span for span in page.spans if span[1] is not None]
     assert "".join(span[2] for span in tokens) == tiny_processor().tokenizer.decode(answer)
-    assert [span[0] for span in tokens].count("draft") == sum(output.accepted_lengths)
+    assert [span[0] for span in tokens].count("draft") == sum(output.accepted_lengths[0])
     assert tokens[0][:2] == ["base", "prefill: chosen by the base"]
     assert [span[0] for span in page.spans if span[1] is None] == ["draft", "base"]  # the legend
     cells = dict(zip(page.cells[::2], page.cells[1::2], strict=True))
     assert cells["tokens"] == "12"
-    assert cells["drafted tokens"] == str(sum(output.drafted_lengths))
-    assert cells["accepted tokens"] == str(sum(output.accepted_lengths))
+    assert cells["drafted tokens"] == str(sum(output.drafted_lengths[0]))
+    assert cells["accepted tokens"] == str(sum(output.accepted_lengths[0]))
     assert cells["visual tokens kept"] == "5 of 16"
 
 

@@ -80,13 +80,14 @@ def test_speculation_changes_nothing(case, end_places):
     new_tokens = output.sequences.shape[1] - length
     assert new_tokens <= new
     assert all(token not in ends for token in output.sequences[0, length:-1].tolist())
-    assert len(output.drafted_lengths) == len(output.accepted_lengths)
+    (drafts,), (accepts,) = output.drafted_lengths, output.accepted_lengths
+    assert len(drafts) == len(accepts)
     length, size = (speculation.get(one) for one in ("tree_depth", "tree_nodes"))
-    for drafted, accepted in zip(output.drafted_lengths, output.accepted_lengths, strict=True):
+    for drafted, accepted in zip(drafts, accepts, strict=True):
         assert 0 <= accepted <= drafted <= (size or speculation["draft_length"])
         assert accepted <= (length or drafted)
-    own = len(output.accepted_lengths)  # each step adds one of the base's tokens, unless a drafted one ended the answer
-    assert 1 + sum(output.accepted_lengths) <= new_tokens <= 1 + sum(output.accepted_lengths) + own
+    own = len(accepts)  # each step adds one of the base's tokens, unless a drafted one ended the answer
+    assert 1 + sum(accepts) <= new_tokens <= 1 + sum(accepts) + own
 
 
 @settings(max_examples=20)
@@ -100,8 +101,8 @@ def test_an_agreeing_twig_has_long_drafts_accepted(seed):
         draft_threshold=0.0,
         return_dict_in_generate=True,
     )
-    assert max(output.accepted_lengths) >= 2
-    assert len(output.accepted_lengths) < 23  # fewer steps than tokens
+    assert max(output.accepted_lengths[0]) >= 2
+    assert len(output.accepted_lengths[0]) < 23  # fewer steps than tokens
 
 
 def test_with_a_perfect_twig_every_step_adds_a_whole_draft():
@@ -109,15 +110,15 @@ def test_with_a_perfect_twig_every_step_adds_a_whole_draft():
     model = TwigVLM.grow(base, TwigConfig(2, 2))
     options = {"draft_length": 4, "draft_threshold": 0.0, "tree_nodes": 20, "return_dict_in_generate": True}
     chain = model.generate(**prompt(), max_new_tokens=21, speculate="chain", **options)
-    assert chain.accepted_lengths == chain.drafted_lengths == [4, 4, 4, 4]
+    assert chain.accepted_lengths == chain.drafted_lengths == [[4, 4, 4, 4]]
 
 
 def test_a_draft_ends_after_an_unlikely_token():
     model, inputs = grown(agreeing=False), prompt()
     options = {"speculate": "chain", "max_new_tokens": 12, "draft_length": 4, "return_dict_in_generate": True}
     surest = model.generate(**inputs, draft_threshold=1.0, **options)
-    assert set(surest.drafted_lengths) <= {0, 1}
-    assert 4 in model.generate(**inputs, draft_threshold=0.0, **options).drafted_lengths
+    assert set(surest.drafted_lengths[0]) <= {0, 1}
+    assert 4 in model.generate(**inputs, draft_threshold=0.0, **options).drafted_lengths[0]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -215,7 +216,7 @@ def test_drafts_by_their_definition(seed, threshold):
     options = {"speculate": "chain", "draft_length": 4, "draft_threshold": threshold, "return_dict_in_generate": True}
     output = model.generate(**inputs, **pruning, **options, max_new_tokens=20)
     answer = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    assert (output.drafted_lengths, output.accepted_lengths) == _drafts_by_definition(
+    assert (output.drafted_lengths[0], output.accepted_lengths[0]) == _drafts_by_definition(
         model, inputs, answer, 4, threshold
     )
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.decoding.test_tree import branches, planted
-from twigvlm.decoding.sampling import greedy
+from twigvlm.decoding.sampling import Sampling
 from twigvlm.decoding.tree import walk
 
 
@@ -13,7 +13,7 @@ from twigvlm.decoding.tree import walk
 def test_processors_see_each_accepted_position_once_and_no_other(branches, seed):
     tree = planted(branches)
     logits = torch.randn(len(tree), 5, generator=torch.Generator().manual_seed(seed))
-    path, choices = walk(tree, greedy(logits))
+    path, choices = walk(tree, Sampling().choices(logits, None, 0))
     assert choices == [int(logits[node].argmax()) for node in path]
     prompt_ids, seen = torch.tensor([[7, 8]]), []
 
@@ -22,14 +22,17 @@ def test_processors_see_each_accepted_position_once_and_no_other(branches, seed)
         assert scores.dtype == torch.float32
         return scores
 
-    assert walk(tree, greedy(logits.half(), processor, prompt_ids)) == walk(tree, greedy(logits.half()))
+    half = logits.half()
+    processed = walk(tree, Sampling(processor).choices(half, prompt_ids, 0))
+    assert processed == walk(tree, Sampling().choices(half, None, 0))
     seen.clear()
-    assert walk(tree, greedy(logits, processor, prompt_ids)) == (path, choices)
+    assert walk(tree, Sampling(processor).choices(logits, prompt_ids, 0)) == (path, choices)
     assert seen == [[7, 8, *(tree.tokens[node] for node in path[1 : length + 1])] for length in range(len(path))]
 
 
 def test_processors_work_on_a_copy():
     logits = torch.zeros(1, 3)
-    choose = greedy(logits, lambda ids, scores: scores.add_(torch.tensor([0, 0, 1])), torch.tensor([[1]]))
+    processor = lambda ids, scores: scores.add_(torch.tensor([0, 0, 1]))  # noqa: E731
+    choose = Sampling(processor).choices(logits, torch.tensor([[1]]), 0)
     assert choose(0, []) == 2
     assert torch.equal(logits, torch.zeros(1, 3))

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twigvlm.decoding.tree import Tree, ancestor_mask, best_leaves, most_probable, walk
+from twigvlm.decoding.tree import Tree, ancestors, best_leaves, most_probable, walk
 
 branches = st.lists(st.tuples(st.integers(0, 13), st.integers(0, 4), st.integers(0, 3)), max_size=14)
 """(parent, token, minus the log-probability) of each node, with ties; parents count modulo the nodes before."""
@@ -35,13 +35,17 @@ def test_depth_and_score_are_those_of_the_path(branches):
         assert tree.scores[node] == sum(steps[one] for one in path)
 
 
-@given(branches)
-def test_a_node_sees_itself_and_its_ancestors_exactly(branches):
+@given(branches, st.data())
+def test_a_node_sees_itself_and_its_ancestors_exactly(branches, data):
     tree = planted(branches)
-    mask = ancestor_mask(tree)
-    assert mask.shape == (len(tree), len(tree))
+    order = [*range(len(tree)), -1]
+    seen = ancestors(tree, order)
     for node in range(len(tree)):
-        assert mask[node].nonzero()[:, 0].tolist() == path_to(tree, node)
+        assert sorted(seen[node]) == path_to(tree, node)
+    assert seen[-1] == []  # what stands for no node
+    shuffled = data.draw(st.permutations(order))
+    for node, places in zip(shuffled, ancestors(tree, shuffled), strict=True):
+        assert sorted(shuffled[place] for place in places) == (path_to(tree, node) if node >= 0 else [])
 
 
 @given(branches, st.integers(1, 16))

@@ -13,13 +13,14 @@ from twigvlm.decoding import loop
 
 @pytest.fixture
 def drafts(monkeypatch):
-    """(index of the last accepted token, tokens that are left, draft) of every step."""
+    """(index of the last accepted token, tokens that are left, tree) of every step of a single answer."""
     seen = []
     real = loop.draft_tree
 
-    def recording(context, token, index, room):
-        seen.append((index, room, real(context, token, index, room)))
-        return seen[-1][-1]
+    def recording(context, tokens, indices, rooms):
+        draft = real(context, tokens, indices, rooms)
+        seen.append((*indices, *rooms, *draft.trees))
+        return draft
 
     monkeypatch.setattr(loop, "draft_tree", recording)
     return seen
@@ -94,8 +95,7 @@ def test_trees_by_their_definition(drafts, shape, pruning, sizes):
     )[0, length:].tolist()
     assert answer == plain
     assert len(drafts) > 1
-    for index, room, draft in drafts:
-        tree = draft.tree
+    for index, room, tree in drafts:
         assert room == new - index - 2
         assert tree.tokens[0] == answer[index]
         assert not any(tree.tokens[parent] in ends for parent in tree.parents[1:])
@@ -115,7 +115,7 @@ def test_caches_hold_what_plain_decoding_holds(caches, pruning):
         plain = model.generate(**inputs, **pruning, max_new_tokens=new)
         output = model.generate(**inputs, **pruning, **options, speculate="tree", max_new_tokens=new)
         assert output.sequences.tolist() == plain.tolist()
-        moved |= max(output.accepted_lengths, default=0) > 1
+        moved |= max(output.accepted_lengths[0], default=0) > 1
         expected, got = caches
         for layer in range(LAYERS):
             for before, after in zip(expected.held(layer), got.held(layer), strict=True):
@@ -125,7 +125,7 @@ def test_caches_hold_what_plain_decoding_holds(caches, pruning):
         _shallow(model, inputs, answer[:-1] or [2], whole)
         prompt_length = inputs["input_ids"].shape[1]
         for layer in range(LAYERS, model.twig.last_slot + 1):
-            held = got.length(layer)
+            held = got.get_seq_length(layer)
             if not held:  # neither a ranking nor a draft needed the twig
                 assert new <= 2
                 assert not pruning
@@ -134,7 +134,7 @@ def test_caches_hold_what_plain_decoding_holds(caches, pruning):
             assert prompt_length + max(new - 3, 0) <= held <= prompt_length + new - 1
             for before, after in zip(whole.held(layer), got.held(layer), strict=True):
                 torch.testing.assert_close(after, before[:, :, :held])
-        assert got.lengths[:trunk] == [prompt_length + new - 1] * trunk
+        assert got.lengths[:trunk] == [(prompt_length + new - 1,)] * trunk
     assert moved
 
 
@@ -151,8 +151,8 @@ def test_with_a_perfect_twig_every_step_accepts_a_whole_path(perfect, width, dra
     options = {"tree_width": width, "speculate": "tree", "return_dict_in_generate": True}
     output = perfect.generate(**prompt(), max_new_tokens=21, **options)
     assert output.sequences.tolist() == perfect.model.generate(**prompt(), max_new_tokens=21).tolist()
-    assert output.accepted_lengths == [4, 4, 4, 4]
-    assert output.drafted_lengths == [drafted] * 4
+    assert output.accepted_lengths == [[4, 4, 4, 4]]
+    assert output.drafted_lengths == [[drafted] * 4]
 
 
 @pytest.mark.parametrize("place", range(6))
@@ -165,12 +165,12 @@ def test_an_answer_ends_inside_an_accepted_path(perfect, place):
     )
     assert output.sequences.tolist() == perfect.model.generate(**inputs, **end).tolist()
     assert output.sequences.shape[1] - inputs["input_ids"].shape[1] == whole.index(whole[place]) + 1
-    assert len(output.accepted_lengths) <= 2  # of five tokens each, after the first one
+    assert len(output.accepted_lengths[0]) <= 2  # of five tokens each, after the first one
 
 
 @pytest.mark.parametrize("new", [1, 2, 3, 4])
 def test_never_more_than_asked_for(perfect, drafts, new):
     output = perfect.generate(**prompt(), max_new_tokens=new, speculate="tree", return_dict_in_generate=True)
     assert output.sequences.shape[1] == prompt()["input_ids"].shape[1] + new
-    assert all(max(draft.tree.depths) <= room for _, room, draft in drafts)
-    assert (sum(output.drafted_lengths) == 0) == (new < 3)
+    assert all(max(tree.depths) <= room for _, room, tree in drafts)
+    assert (sum(output.drafted_lengths[0]) == 0) == (new < 3)

@@ -39,7 +39,7 @@ def test_answers_of_a_model_add_up(end):
     def answer(**more):
         output = model.generate(**inputs, **options, **more)
         tokens = output.sequences[0, length:].tolist()
-        return tokens, origins(output.accepted_lengths, len(tokens))
+        return tokens, origins(output.accepted_lengths[0], len(tokens))
 
     tokens, found = answer()
     assert len(tokens) == 30

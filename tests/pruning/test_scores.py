@@ -46,14 +46,14 @@ def test_rows_of_base_layers(layer, attention, queries):
 def test_row_of_the_last_twig_layer(attention, queries):
     eager, trunk = _trunk("eager"), _trunk(attention)
     first, last = eager.twig.layers
-    mask = eager.masks(25, 25)
+    mask = eager.masks(25, (0,))
     middle = first(eager.hidden, attention_mask=mask, position_embeddings=eager.rope.of(None))
     _, attention_map = last.self_attn(
         last.input_layernorm(middle), attention_mask=mask, position_embeddings=eager.rope.of(None)
     )
     scores = TwigAttention(queries)(trunk)
     torch.testing.assert_close(scores, _expected(attention_map, trunk.prompt.visual_mask, queries))
-    assert trunk.cache.lengths == [25, 25, 0, 0, 0, 0, 25, 25]
+    assert [trunk.cache.get_seq_length(slot) for slot in range(8)] == [25, 25, 0, 0, 0, 0, 25, 25]
 
 
 @torch.no_grad()
@@ -69,14 +69,16 @@ def test_filling_the_cache_is_running_the_twig():
 def test_chunks_make_no_difference():
     queries, keys = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 12, 8)
     visual = torch.rand(2, 12) < 0.5
-    positions = torch.arange(3, 12)
-    whole = attention_scores(queries, keys, 0.35, positions, visual, chunk=100)
-    torch.testing.assert_close(attention_scores(queries, keys, 0.35, positions, visual, chunk=2), whole)
+    positions, counts = torch.arange(3, 12).expand(2, -1), (9, 4)
+    whole = attention_scores(queries, keys, 0.35, positions, counts, visual, chunk=100)
+    torch.testing.assert_close(attention_scores(queries, keys, 0.35, positions, counts, visual, chunk=2), whole)
+    fewer = attention_scores(queries[1:, :, :4], keys[1:], 0.35, positions[1:, :4], (4,), visual[1:])
+    torch.testing.assert_close(whole[1:], fewer)  # a row sums its own queries only
 
 
 def test_scores_of_all_visual_keys_sum_to_one_query():
     queries, keys = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 12, 8)
-    scores = attention_scores(queries, keys, 0.35, torch.tensor([11]), torch.ones(1, 12, dtype=torch.bool))
+    scores = attention_scores(queries, keys, 0.35, torch.tensor([[11]]), (1,), torch.ones(1, 12, dtype=torch.bool))
     torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
 
 

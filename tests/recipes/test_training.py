@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from recipes.sapling.language import IGNORE, Conversations, Reader, collate
 from recipes.sapling.scenes import GRID, KINDS
+from recipes.sapling.ship import shipped
 from recipes.sapling.targets import VisualTargets
+from recipes.sapling.unship import low_rank_updates
 from recipes.sapling.vision import Crops, DenseVision
 from tests.tiny import tiny_text
 from twigvlm.sapling import assemble
@@ -78,6 +81,26 @@ def test_coordinates_pass_the_tower_and_the_projector_tells_them(targets):
     assert nearer_to_its_own_place() < 0.7
     model.lay_coordinates(Crops("train", 336, 0, 6, random_text=0.5), count=6)
     assert nearer_to_its_own_place() > 0.9
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT 0.21 asks for it
+def test_what_is_shipped_can_be_trained_on(targets, monkeypatch, tmp_path):
+    monkeypatch.setattr(assemble, "language_model", lambda: LlamaForCausalLM(TEXT))
+    reader = Reader(targets, Letters(), None)
+    learned = {name: torch.randn_like(value).half().float() for name, value in reader.state_dict().items()}
+    tower = {
+        "vision_tower.a": torch.ones(2),
+        "multi_modal_projector.b": torch.ones(2),
+        "heads.kind.bias": torch.ones(2),
+    }
+    for name, state in (("joint", learned), ("vision", tower)):
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "final.safetensors")
+    weights = shipped(tmp_path / "joint", tmp_path / "vision")
+    assert "heads.kind.bias" not in weights
+    again = low_rank_updates(reader, {name: value.float() for name, value in weights.items()})
+    assert again.keys() == learned.keys()
+    assert all(torch.equal(again[name], learned[name]) for name in learned)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT 0.21 asks for it

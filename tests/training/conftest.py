@@ -1,8 +1,8 @@
 import pytest
-from PIL import Image
 
 from tests.tiny import tiny_llava
 from tests.tiny_processor import tiny_processor
+from tests.training.runs import make_samples
 from twigvlm.config import TwigConfig
 from twigvlm.model import TwigVLM
 from twigvlm.training.data import ConversationDataset
@@ -15,15 +15,7 @@ def processor():
 
 @pytest.fixture
 def samples():
-    """Eight samples of one or two turns; the answers follow from the pictures' colours."""
-    made = []
-    for number, colour in enumerate(["red", "green", "blue", "white"] * 2):
-        turns = [("human", "<image>\nWhat colour?"), ("gpt", f"It is {colour}.")]
-        if number % 2:
-            turns += [("human", "Sure?"), ("gpt", "Yes.")]
-        conversations = [{"from": speaker, "value": value} for speaker, value in turns]
-        made.append({"id": f"s{number}", "image": Image.new("RGB", (20, 20), colour), "conversations": conversations})
-    return made
+    return make_samples()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
+from tests.training.events import logged
 from tests.training.stop import StopAt
 from twigvlm.base.cache import LayeredCache
 from twigvlm.decoding.prefill import Trunk
@@ -351,3 +352,33 @@ def test_a_bfloat16_base_distils_into_a_float32_twig(make_model, dataset, tmp_pa
     log = run(model, dataset, tmp_path, max_steps=8, batch_size=4, learning_rate=1e-2, alpha=0.1, gamma=1.0)
     assert log[-2]["attention_kl"] < 0.7 * log[0]["attention_kl"]
     assert model.twig.pruning_head.key_gate.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_gradient_checkpointing_runs_layers_twice_for_the_same_gradients(make_model, dataset, dtype):
+    gradients, calls = [], []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = make_model(dtype, pruning_head=True)
+        model.twig.float()
+        student = Student(model, Stage1Config(gradient_checkpointing=on)).train()
+        runs = []
+        for layer in model.twig.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        pixels = dataset[1]["pixel_values"].to(model.base.dtype)
+        student(**{**dataset[1], "pixel_values": pixels})["loss"].backward()
+        gradients.append({name: parameter.grad for name, parameter in model.twig.named_parameters()})
+        calls.append(len(runs))
+    assert calls == [2, 4]
+    assert same(*gradients)
+
+
+def test_tensorboard_has_every_term(make_model, dataset, tmp_path):
+    run(make_model(pruning_head=True), dataset, tmp_path, max_steps=1, alpha=0.1, gamma=1.0, tensorboard=True)
+    assert logged(tmp_path) >= {f"train/{name}" for name in ("loss", "next_token", "prediction_kl", "attention_kl")}
+
+
+def test_a_directory_with_checkpoints_is_not_begun_anew(make_model, dataset, tmp_path):
+    run(make_model(), dataset, tmp_path, max_steps=1)
+    with pytest.raises(TwigVLMError, match="holds checkpoints; resume, or choose another directory"):
+        run(make_model(), dataset, tmp_path, max_steps=1)

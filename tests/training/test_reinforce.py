@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.training.events import logged
 from tests.training.stop import StopAt
 from twigvlm.base.cache import LayeredCache
 from twigvlm.decoding.prefill import Plan, prefill
@@ -55,7 +56,7 @@ def test_the_p_head_learns_and_nothing_else(make_policy, dataset, tmp_path):
     changed = {name for name, tensor in model.twig.state_dict().items() if not torch.equal(tensor, twig[name])}
     assert changed == {"pruning_head.query_gate.weight", "pruning_head.key_gate.weight"}
     assert all(parameter.requires_grad for parameter in model.twig.parameters())
-    assert log[0].keys() >= {"loss", "reward", "reward_spread", "entropy", "retain"}
+    assert log[0].keys() >= {"loss", "reward", "reward_spread", "advantage_spread", "entropy", "retain"}
     assert {entry["retain"] for entry in log[:2]} <= set(BUDGETS)
 
 
@@ -101,8 +102,8 @@ def one_by_one(model, item, kept, query):
     prompt = base.prompt(input_ids=ids[:, : query + 1], pixel_values=item["pixel_values"])
     masks, cache = base.masks(prompt, new_tokens=len(answer)), LayeredCache(8, len(answer))
     chosen = torch.zeros(1, query + 1).index_fill(1, kept, 1.0)
-    first = prefill(base, model.twig, prompt, Plan(len(kept), 5, lambda trunk: chosen), masks, cache)
-    assert first.kept[0].tolist() == sorted(kept.tolist())
+    first = prefill(base, model.twig, prompt, Plan((len(kept),), 5, lambda trunk: chosen), masks, cache)
+    assert first.kept[0].nonzero()[:, 0].tolist() == sorted(kept.tolist())
     logits, total = first.logits[0], 0.0
     for index, token in enumerate(answer):
         total += float(logits.log_softmax(-1)[token])
@@ -244,3 +245,9 @@ def test_settings_are_checked(option):
     ((name, _),) = option.items()
     with pytest.raises(TwigVLMError, match=f"{name}="):
         Stage2Config(**option)
+
+
+def test_tensorboard_has_every_figure(make_policy, dataset, tmp_path):
+    run(make_policy(), dataset, tmp_path, max_steps=1, tensorboard=True)
+    names = ("loss", "reward", "reward_spread", "advantage_spread", "entropy", "retain", "attention_kl")
+    assert logged(tmp_path) >= {f"train/{name}" for name in names}

@@ -84,12 +84,12 @@ def test_without_gates_it_is_the_layers_attention():
 def test_it_ranks_by_default():
     model = grown()
     options = {"max_new_tokens": 1, "keep": 5, "return_dict_in_generate": True}
-    own = model.generate(**prompt(), **options).kept_indices
+    own = model.generate(**prompt(), **options).kept_indices[0]
     hidden, rope, _ = states(model, prompt())
     best = reference(model, hidden, rope, range(3, 19), 24).topk(5).indices + 3
-    assert own[0].tolist() == sorted(best.tolist())
-    assert torch.equal(own, model.generate(**prompt(), **options, scorer=HeadScores()).kept_indices)
-    assert not torch.equal(own, model.generate(**prompt(), **options, scorer=TwigAttention()).kept_indices)
+    assert own.tolist() == sorted(best.tolist())
+    assert torch.equal(own, model.generate(**prompt(), **options, scorer=HeadScores()).kept_indices[0])
+    assert not torch.equal(own, model.generate(**prompt(), **options, scorer=TwigAttention()).kept_indices[0])
 
 
 def test_speculation_goes_on_with_it():

@@ -1,4 +1,4 @@
-"""A key-value cache with one length per layer, because pruning leaves three of them."""
+"""A key-value cache with one length per layer and row: pruning makes layers differ, and speculation makes rows differ."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,12 +7,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from twigvlm.base.ragged import Lengths
+
 
 class LayeredCache:
     """Keys and values of L base layers and T twig layers (slots L..L+T-1), each in a buffer that grows in place.
 
     Decoder layers call `update` as they would call a transformers `Cache`. Buffers are longer than what they hold, so
-    that a decoding step writes its tokens and copies nothing else; what the layers get are views.
+    that a decoding step writes its tokens and copies nothing else; what the layers get are views. A row's tokens are the
+    first ones of its buffer; what stands behind them, where other rows hold more, is for the masks to hide.
 
     Args:
         slots: number of layers, L + T.
@@ -23,16 +26,14 @@ class LayeredCache:
         self.reserve = max(reserve, 1)
         self.keys: list[Tensor | None] = [None] * slots
         self.values: list[Tensor | None] = [None] * slots
-        self.lengths: list[int] = [0] * slots
         self.places: list[Tensor | None] = [None] * slots
-
-    def length(self, layer: int) -> int:
-        """Tokens that a layer holds."""
-        return self.lengths[layer]
+        self.lengths: list[Lengths] = [()] * slots
+        """Of each slot: tokens that each row holds; () as long as nothing was put there."""
+        self._spots: tuple[tuple[Lengths, int, torch.device], tuple[Tensor, Tensor]] | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """`length`, by the name that transformers' modules use."""
-        return self.lengths[layer_idx]
+        """Tokens of a layer's longest row, by the name that transformers' modules use."""
+        return max(self.lengths[layer_idx], default=0)
 
     def update(
         self,
@@ -42,74 +43,110 @@ class LayeredCache:
         *_: Any,
         **__: Any,
     ) -> tuple[Float[Tensor, "batch kv_heads total head_dim"], Float[Tensor, "batch kv_heads total value_dim"]]:
-        """Append new tokens to a layer and return all that it holds."""
-        start = self.lengths[layer_idx]
-        stop = start + key_states.shape[-2]
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        if keys is None or values is None or stop > keys.shape[-2]:
-            keys = self.keys[layer_idx] = _grown(keys, key_states, start, stop + self.reserve)
-            values = self.values[layer_idx] = _grown(values, value_states, start, stop + self.reserve)
-        keys[:, :, start:stop] = key_states
-        values[:, :, start:stop] = value_states
-        self.lengths[layer_idx] = stop
-        return keys[:, :, :stop], values[:, :, :stop]
+        """Append new tokens to each row of a layer and return all that it holds."""
+        batch, _heads, new, _width = key_states.shape
+        held = self.lengths[layer_idx] or (0,) * batch
+        keys = self.keys[layer_idx] = self._written(self.keys[layer_idx], key_states, held)
+        values = self.values[layer_idx] = self._written(self.values[layer_idx], value_states, held)
+        self.lengths[layer_idx] = tuple(length + new for length in held)
+        total = max(held) + new
+        return keys[:, :, :total], values[:, :, :total]
 
     def place(self, layer: int, places: Int[Tensor, "batch new"]) -> Int[Tensor, "batch total"]:
         """Note where in the unpruned sequence the tokens of the next update stand; the places of all, those included."""
-        known = self.places[layer]
-        if known is not None:
-            places = torch.cat((known[:, : self.lengths[layer]], places), dim=1)
-        self.places[layer] = places
-        return places
+        held = self.lengths[layer] or (0,) * len(places)
+        known = self.places[layer] = self._written(self.places[layer], places[:, None, :, None], held)
+        return known[:, 0, : max(held) + places.shape[1], 0]
 
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, [batch, kv_heads, length, head_dim], as views."""
+        """Keys and values of a layer, [batch, kv_heads, most of any row, head_dim], as views."""
         keys, values = self.keys[layer], self.values[layer]
         if keys is None or values is None:
             raise IndexError(f"layer {layer} of the cache is empty")
-        return keys[:, :, : self.lengths[layer]], values[:, :, : self.lengths[layer]]
+        most = max(self.lengths[layer])
+        return keys[:, :, :most], values[:, :, :most]
 
     def borrow(self, other: "LayeredCache", layer: int, batch: int) -> None:
         """Fill an empty layer with what another cache's one row holds of it, for a batch of rows."""
         keys, values = other.held(layer)
         places = other.places[layer]
         if places is not None:
-            self.place(layer, places[:, : other.lengths[layer]].expand(batch, -1))
+            self.place(layer, places[:, 0, : keys.shape[2], 0].expand(batch, -1))
         self.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), layer)
 
-    def truncate(self, start: int, stop: int, length: int) -> None:
-        """Layers start..stop-1 forget all but their first `length` tokens."""
+    def truncate(self, start: int, stop: int, lengths: Sequence[int]) -> None:
+        """Layers start..stop-1 forget all but the first so many tokens of each row."""
         for layer in range(start, stop):
-            self.lengths[layer] = min(self.lengths[layer], length)
+            self.lengths[layer] = tuple(min(pair) for pair in zip(self.lengths[layer], lengths, strict=False))
 
-    def keep(self, start: int, stop: int, added: int, kept: Sequence[int]) -> None:
-        """Of their last `added` tokens, layers start..stop-1 keep those at `kept` (from 0, ascending), in that order.
+    def keep(self, start: int, stop: int, added: int, kept: Sequence[Sequence[int]]) -> None:
+        """Of each row's last `added` tokens, layers start..stop-1 keep those at `kept[row]` (from 0), in that order.
 
-        Tokens that are in their place already are not touched: keeping the first few copies nothing.
+        Where each row keeps its first few, nothing is copied.
         """
-        in_place = next((place for place, token in enumerate(kept) if place != token), len(kept))
-        moved: Tensor | None = None
+        most = max(map(len, kept))
+        order = [[*row, *range(len(row), most)] for row in kept]
+        in_place = all(row == list(range(most)) for row in order)
+        moves: dict[tuple[Lengths, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
         for layer in range(start, stop):
-            first = self.lengths[layer] - added
-            for buffer in (self.keys[layer], self.values[layer]):
-                if buffer is None or in_place == len(kept):
+            lengths = self.lengths[layer]
+            if not lengths:
+                continue
+            for buffer in () if in_place else (self.keys[layer], self.values[layer], self.places[layer]):
+                if buffer is None:
                     continue
-                if moved is None:
-                    moved = torch.tensor(kept[in_place:], device=buffer.device)
-                tail = buffer[:, :, first : first + added]
-                tail[:, :, in_place : len(kept)] = tail.index_select(2, moved.to(buffer.device))
-            places = self.places[layer]
-            if places is not None and moved is not None:
-                tail = places[:, first : first + added].index_select(1, moved.to(places.device))
-                self.places[layer] = torch.cat((places[:, : first + in_place], tail), dim=1)
-            self.lengths[layer] = first + len(kept)
+                if (lengths, buffer.device) not in moves:
+                    first = [length - added for length in lengths]
+                    rows, old = _rows_and(order, first, buffer.device)
+                    moves[lengths, buffer.device] = (
+                        rows,
+                        old,
+                        _rows_and([list(range(most))] * len(order), first, buffer.device)[1],
+                    )
+                rows, old, new = moves[lengths, buffer.device]
+                buffer[rows, :, new] = buffer[rows, :, old]
+            self.lengths[layer] = tuple(length - added + len(row) for length, row in zip(lengths, kept, strict=True))
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these."""
+        for layer, lengths in enumerate(self.lengths):
+            if lengths:
+                for buffers in (self.keys, self.values, self.places):
+                    buffer = buffers[layer]
+                    if buffer is not None:
+                        buffers[layer] = buffer.index_select(0, torch.tensor(rows, device=buffer.device))
+                self.lengths[layer] = tuple(lengths[row] for row in rows)
+
+    def _written(self, buffer: Tensor | None, new: Tensor, held: Lengths) -> Tensor:
+        """The buffer, or a larger one, with new tokens behind those that its rows hold."""
+        longest, count = max(held), new.shape[2]
+        if buffer is None or longest + count > buffer.shape[2]:
+            buffer = _grown(buffer, new, longest, longest + count + self.reserve)
+        if min(held) == longest:
+            buffer[:, :, longest : longest + count] = new
+        else:
+            key = held, count, buffer.device
+            if self._spots is None or self._spots[0] != key:
+                self._spots = key, _rows_and([list(range(count))] * len(held), held, buffer.device)
+            rows, spots = self._spots[1]
+            buffer[rows, :, spots] = new.transpose(1, 2)
+        return buffer
+
+
+def _rows_and(
+    order: list[list[int]], first: Sequence[int], device: torch.device
+) -> tuple[Int[Tensor, "batch 1"], Int[Tensor, "batch tokens"]]:
+    """Indices of rows and of tokens counted from each row's first one, as they go into one indexing operation."""
+    spots = [[start + place for place in row] for start, row in zip(first, order, strict=True)]
+    return torch.arange(len(order), device=device)[:, None], torch.tensor(spots, device=device)
 
 
 def _grown(old: Tensor | None, like: Tensor, held: int, capacity: int) -> Tensor:
     batch, heads, _, width = like.shape
     if old is not None:
-        capacity = max(capacity, old.shape[-2] * 3 // 2)
-    new = like.new_empty(batch, heads, capacity, width)
+        capacity = max(capacity, old.shape[2] * 3 // 2)
+    # of what no row has written yet, masked or not, a NaN would go through
+    new = like.new_zeros(batch, heads, capacity, width)
     if old is not None:
         new[:, :, :held] = old[:, :, :held]
     return new

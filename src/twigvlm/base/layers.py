@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from twigvlm.base.cache import LayeredCache
 from twigvlm.base.masks import Masks, placed
 from twigvlm.base.positions import Rope, rotate
+from twigvlm.base.ragged import Lengths
 
 
 def run(
@@ -23,25 +24,25 @@ def run(
 
     Layers may lie on several devices, each of which moves its input to its own; the result returns to where `hidden` was.
     """
-    tokens, device = hidden.shape[1], hidden.device
-    made: dict[tuple[int, int | None], Tensor | None] = {}
+    (batch, tokens), device = hidden.shape[:2], hidden.device
+    made: dict[tuple[Lengths, int | None], Tensor | None] = {}
     for index, layer in enumerate(layers, start=slot):
         attention = cast(Any, layer).self_attn
-        total = tokens + (0 if cache is None else cache.lengths[index])
+        held = (0,) * batch if cache is None else cache.lengths[index] or (0,) * batch
         window = window_of(layer)
         keys = rope.places
         if window is not None and cache is not None:
             keys = cache.place(index, _known(keys))
-        if (total, window) not in made:
-            mask = masks(tokens, total)
+        if (held, window) not in made:
+            mask = masks(tokens, held)
             if window is not None or rope.reach is not None:
                 implementation = attention.config._attn_implementation
                 places = _known(rope.places)
                 mask = placed(mask, implementation, hidden.dtype, places, _known(keys), rope.reach, window)
-            made[total, window] = mask
+            made[held, window] = mask
         hidden = layer(
             hidden,
-            attention_mask=made[total, window],
+            attention_mask=made[held, window],
             position_embeddings=rope.of(_kind(attention)),
             past_key_values=cache,
         )

@@ -6,18 +6,18 @@ of one query without a mask takes torch's grouped-query path, which on CPUs in h
 slow as the one it takes with a mask.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from twigvlm.base.ragged import Lengths
 from twigvlm.errors import TwigVLMError
 
-Masks = Callable[[int, int], Tensor | None]
-"""(queries, keys) -> the mask of new tokens that attend to `keys` tokens, themselves the last of them."""
+Masks = Callable[[int, Lengths], Tensor | None]
+"""(queries, held) -> the mask of new tokens that attend to those that each row of a cache holds, and to themselves."""
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, "queries keys"]:
@@ -26,12 +26,15 @@ def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> 
     return torch.arange(keys, device=device) <= row[:, None]
 
 
-def padded_causal_mask(attention_mask: Shaped[Tensor, "batch tokens"]) -> Bool[Tensor, "batch 1 tokens tokens"]:
-    """Causal mask that hides padding (attention_mask 0). Each token sees itself, so that no row is empty."""
-    tokens = attention_mask.shape[1]
-    causal = causal_mask(tokens, tokens, attention_mask.device)
-    itself = torch.eye(tokens, dtype=torch.bool, device=attention_mask.device)
-    return ((causal & attention_mask.bool()[:, None, :]) | itself)[:, None]
+def ragged_mask(
+    queries: int, held: Sequence[int], device: torch.device | None = None
+) -> Bool[Tensor, "batch queries keys"]:
+    """Causal mask of a batch whose rows hold differently many tokens: query i of a row sees its first held + i + 1 keys.
+
+    The new tokens of a row stand right behind those it holds; there are max(held) + queries keys.
+    """
+    last = torch.tensor(held, device=device)[:, None] + torch.arange(queries, device=device)
+    return torch.arange(max(held) + queries, device=device) <= last[..., None]
 
 
 def additive(mask: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
@@ -88,7 +91,7 @@ def check_attention(attention: str, windowed: bool = False) -> None:
 
 
 class CausalMasks:
-    """Masks of one unpadded request. A step's mask is a view of one table, so that a step builds nothing.
+    """Masks of one request. A step's mask is a view of one table where its rows are equally long: a step builds nothing.
 
     Args:
         attention: the base's attention implementation (`eager`, `sdpa`, `flash_attention_*`).
@@ -115,8 +118,12 @@ class CausalMasks:
     def _finish(self, mask: Tensor) -> Tensor:
         return additive(mask, self.dtype) if self.attention == "eager" else mask
 
-    def __call__(self, queries: int, keys: int) -> Tensor | None:
-        """Mask [1, 1, queries, keys], bool for SDPA and additive for eager; None where the kernel needs none."""
+    def __call__(self, queries: int, held: Lengths) -> Tensor | None:
+        """Mask [batch or 1, 1, queries, keys], bool for SDPA and additive for eager; None where the kernel needs none."""
+        keys = max(held) + queries
+        if min(held) + queries < keys:
+            check_mask_attention(self.attention, "a batch of prompts")
+            return self._finish(ragged_mask(queries, held, self.device))[:, None]
         if self.attention.startswith("flash_attention") or (queries == 1 and not self.single):
             return None
         if self.attention == "sdpa" and queries == keys:
@@ -127,16 +134,14 @@ class CausalMasks:
         return self.table[rows - queries :, columns - keys :][None, None]
 
 
-def check_tree_attention(attention: str) -> None:
-    """Raise TwigVLMError if this attention implementation cannot take the mask of a token tree."""
+def check_mask_attention(attention: str, what: str) -> None:
+    """Raise TwigVLMError if this attention implementation cannot take a mask, which `what` needs."""
     if attention.startswith("flash_attention"):
-        raise TwigVLMError(
-            f"speculate='tree': {attention!r} takes no mask; load the base with 'sdpa' or 'eager', or use speculate='chain'"
-        )
+        raise TwigVLMError(f"{what}: {attention!r} takes no mask; load the base with 'sdpa' or 'eager'")
 
 
 class TreeMasks:
-    """Masks of nodes of a token tree: all that a cache held before the tree is seen by each of them.
+    """Masks of nodes of token trees, one tree a row: all that a cache held before the tree is seen by each node.
 
     Args:
         attention: the base's attention implementation (`eager`, `sdpa`).
@@ -147,40 +152,20 @@ class TreeMasks:
         TwigVLMError: the attention implementation takes no mask.
     """
 
-    def __init__(self, attention: str, ancestors: Bool[Tensor, "queries nodes"], dtype: torch.dtype) -> None:
-        check_tree_attention(attention)
-        self.ancestors = additive(ancestors, dtype) if attention == "eager" else ancestors
+    def __init__(self, attention: str, ancestors: Bool[Tensor, "batch queries nodes"], dtype: torch.dtype) -> None:
+        check_mask_attention(attention, "token trees")
+        self.attention, self.ancestors, self.dtype = attention, ancestors, dtype
 
-    def __call__(self, queries: int, keys: int) -> Tensor:
-        """Mask [1, 1, queries, keys]; `keys` differs between layers, whose caches hold prefixes of different lengths."""
-        before = keys - self.ancestors.shape[1]
-        seen = True if self.ancestors.dtype == torch.bool else 0.0
-        return F.pad(self.ancestors, (before, 0), value=seen)[None, None]
-
-
-class PaddedMasks:
-    """Masks of a padded batch that is run in one pass, without a cache (training)."""
-
-    def __init__(self, attention: str, attention_mask: Tensor, dtype: torch.dtype) -> None:
-        check_attention(attention)
-        mask = padded_causal_mask(attention_mask)
-        self.mask: Tensor | None
-        if attention.startswith("flash_attention"):
-            self.mask = attention_mask  # the flash kernels of transformers unpad by the 2-D mask
+    def __call__(self, queries: int, held: Lengths) -> Tensor:
+        """Mask [batch, 1, queries, keys]; layers and rows have held different numbers of tokens before the tree."""
+        nodes = self.ancestors.shape[2]
+        before = [length + queries - nodes for length in held]
+        if min(before) == max(before):
+            mask = F.pad(self.ancestors, (before[0], 0), value=True)
         else:
-            self.mask = additive(mask, dtype) if attention == "eager" else mask
-
-    def __call__(self, queries: int, keys: int) -> Tensor | None:
-        """The one mask of the batch, [batch, 1, tokens, tokens] ([batch, tokens] for flash kernels)."""
-        return self.mask
-
-
-def reach_of(masks: Any) -> Tensor | None:
-    """Index of the last token that each token sees, by the masks that a base makes itself; None if all are causal."""
-    mask = masks.get("full_attention") if isinstance(masks, dict) else None
-    if mask is None:
-        return None
-    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-    index = torch.arange(allowed.shape[-1], device=allowed.device)
-    reach = torch.where(allowed, index, -1).amax(dim=-1).maximum(index)
-    return None if bool((reach == index).all()) else reach
+            keys = torch.arange(max(held) + queries, device=self.ancestors.device)
+            node = keys - torch.tensor(before, device=keys.device)[:, None]
+            which = node.clamp(0, nodes - 1)[:, None].expand(-1, queries, -1)
+            inside = (node < nodes)[:, None] & self.ancestors.gather(2, which)
+            mask = (node < 0)[:, None] | inside
+        return (additive(mask, self.dtype) if self.attention == "eager" else mask)[:, None]

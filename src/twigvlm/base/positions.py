@@ -1,7 +1,7 @@
 """What goes with each token through the layers: its rotary embedding, its place, and features that enter later layers."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -50,9 +50,9 @@ def expand_rope(rope: Rope, batch: int) -> Rope:
     return _each(rope, lambda part: part.expand(batch, *part.shape[1:]))
 
 
-def row_rope(rope: Rope, row: int) -> Rope:
-    """One row of a batch, as views."""
-    return _each(rope, lambda part: part[row : row + 1])
+def select_rows(rope: Rope, rows: Sequence[int]) -> Rope:
+    """Some rows of a batch."""
+    return _each(rope, lambda part: part.index_select(0, torch.tensor(rows, device=part.device)))
 
 
 def _each(rope: Rope, change: Callable[[Tensor], Tensor]) -> Rope:
@@ -81,18 +81,3 @@ def rotate(
     swapped = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
     turned = turned * cos.unsqueeze(1) + swapped * sin.unsqueeze(1)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
-
-
-def deepstack_of(hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Features that the base hands to its language model for the states after its first layers."""
-    features = kwargs.get("deepstack_visual_embeds")
-    if features is None:
-        return ()
-    where = kwargs["visual_pos_masks"].to(hidden.device)
-    return tuple(_spread(hidden, where, feature) for feature in features)
-
-
-def _spread(hidden: Tensor, where: Tensor, feature: Tensor) -> Tensor:
-    everywhere = torch.zeros_like(hidden)
-    everywhere[where] = feature.to(hidden)
-    return everywhere

@@ -5,14 +5,15 @@ from functools import reduce
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from twigvlm.base.cache import LayeredCache
 from twigvlm.base.families import Visual, family_of, language_model_of
 from twigvlm.base.layers import run, window_of
-from twigvlm.base.masks import CausalMasks, Masks, PaddedMasks, check_attention, reach_of
-from twigvlm.base.positions import Rope, deepstack_of
+from twigvlm.base.masks import CausalMasks, Masks, check_attention
+from twigvlm.base.positions import Rope
+from twigvlm.base.ragged import Lengths, pack
 from twigvlm.errors import TwigVLMError
 
 
@@ -26,10 +27,10 @@ class Prompt:
     """Position of each token; with M-RoPE of each token on 3 axes, or 4 of which the first is its place."""
     visual_mask: Bool[Tensor, "batch tokens"]
     """True at visual tokens."""
-    attention_mask: Shaped[Tensor, "batch tokens"] | None
-    """0 at padding; None if there is none."""
     input_ids: Int[Tensor, "batch tokens"]
     """The ids, placeholders included."""
+    lengths: Lengths
+    """Tokens of each row. They come first; what stands behind them in shorter rows is padding, which no token sees."""
     reach: Int[Tensor, "batch tokens"] | None = None
     """Index of the last token that each token sees, where some see beyond themselves."""
     deepstack: tuple[Tensor, ...] = ()
@@ -121,6 +122,11 @@ class BaseVLM:
                     f"pass {visual.pixels[0]} from the processor"
                 )
 
+    def without_pixels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the base's forward, less those that vision would run on."""
+        pixels = {name for visual in self.family.visuals for name in visual.pixels}
+        return {name: value for name, value in inputs.items() if name not in pixels}
+
     def _visuals(self) -> list[tuple[int, Visual]]:
         return [(getattr(self.model.config, visual.placeholder), visual) for visual in self.family.visuals]
 
@@ -159,21 +165,21 @@ class BaseVLM:
         mask = inputs.get("attention_mask")
         mask = None if mask is None or bool(mask.all()) else mask.to(self.device)
         positions = kwargs.get("position_ids")
-        if positions is None and mask is not None:
+        if mask is not None and (positions is None or (positions.ndim == 2 and "position_ids" not in inputs)):
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         elif positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-        visual = self.visual_mask(input_ids)
-        reach = reach_of(kwargs.get("attention_mask"))
-        return Prompt(
+        positions, reach = positions.to(self.device), _reach(kwargs.get("attention_mask"))
+        prompt = Prompt(
             hidden,
-            positions.to(self.device),
-            visual,
-            mask,
+            positions.expand(*positions.shape[:-2], len(hidden), -1),
+            self.visual_mask(input_ids),
             input_ids,
+            (hidden.shape[1],) * len(hidden),
             None if reach is None else reach.to(self.device),
-            deepstack_of(hidden, kwargs),
+            _deepstack(hidden, kwargs),
         )
+        return prompt if mask is None else _packed(prompt, mask.bool())
 
     def text_prompt(self, tokens: int) -> Prompt:
         """A prompt of random text, always the same, no longer than the context: to see how layers treat it, or to time them."""
@@ -185,8 +191,6 @@ class BaseVLM:
 
     def masks(self, prompt: Prompt, rows: int = 1, new_tokens: int = 0) -> Masks:
         """The masks of a request: `rows` tokens at most in a step, `new_tokens` at most in all."""
-        if prompt.attention_mask is not None:
-            return PaddedMasks(self.attention, prompt.attention_mask, prompt.hidden.dtype)
         columns = prompt.hidden.shape[1] + new_tokens + rows
         dtype, device = prompt.hidden.dtype, prompt.hidden.device
         grouped = self.config.num_key_value_heads < self.config.num_attention_heads
@@ -204,11 +208,10 @@ class BaseVLM:
     def rope_after(self, prompt: Prompt, new_tokens: int) -> Rope:
         """What goes with the tokens that follow a prompt, which count on from its last one on every axis."""
         steps = torch.arange(new_tokens, device=prompt.hidden.device)
-        rope = self.rotary(prompt.hidden[:, -1:], prompt.position_ids[..., -1:] + 1 + steps)
-        if not self.windowed:
-            return rope
-        batch, tokens = prompt.input_ids.shape
-        return rope._replace(places=(tokens + steps).expand(batch, -1))
+        lengths = torch.tensor(prompt.lengths, device=steps.device)[:, None]
+        last = (lengths - 1).expand(*prompt.position_ids.shape[:-1], 1)
+        rope = self.rotary(prompt.hidden[:, -1:], prompt.position_ids.gather(-1, last) + 1 + steps)
+        return rope._replace(places=lengths + steps) if self.windowed else rope
 
     def rotary(self, hidden: Float[Tensor, "batch tokens width"], position_ids: Int[Tensor, "*axes batch any"]) -> Rope:
         """Rotary embeddings of positions alone, in the dtype and on the device of `hidden`; of a prompt, use `rope`."""
@@ -246,6 +249,55 @@ def _rope_types(config: Any) -> list[str]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return [str(one.get("rope_type", "default")) for one in nested or [parameters]]
+
+
+def _reach(masks: Any) -> Tensor | None:
+    """Index of the last token that each token sees, by the masks that a base makes itself; None if all are causal."""
+    mask = masks.get("full_attention") if isinstance(masks, dict) else None
+    if mask is None:
+        return None
+    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    index = torch.arange(allowed.shape[-1], device=allowed.device)
+    reach = torch.where(allowed, index, -1).amax(dim=-1).maximum(index)
+    return None if bool((reach == index).all()) else reach
+
+
+def _deepstack(hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Features that the base hands to its language model for the states after its first layers."""
+    features = kwargs.get("deepstack_visual_embeds")
+    if features is None:
+        return ()
+    where = kwargs["visual_pos_masks"].to(hidden.device)
+    return tuple(_spread(hidden, where, feature) for feature in features)
+
+
+def _packed(prompt: Prompt, real: Bool[Tensor, "batch tokens"]) -> Prompt:
+    """A padded prompt with each row's own tokens first, so that causal attention alone hides the padding."""
+    order, lengths = pack(real)
+
+    def move(values: Tensor) -> Tensor:
+        return torch.take_along_dim(values, order.view(*order.shape, *[1] * (values.ndim - 2)), dim=1)
+
+    positions = prompt.position_ids
+    axes = order.expand(*positions.shape[:-1], -1)
+    reach = prompt.reach
+    if reach is not None:  # an index among all tokens -> among the real ones
+        reach = torch.gather(real.long().cumsum(-1) - 1, 1, move(reach))
+    return Prompt(
+        move(prompt.hidden),
+        torch.gather(positions, -1, axes),
+        move(prompt.visual_mask & real),
+        move(prompt.input_ids),
+        lengths,
+        reach,
+        tuple(move(features) for features in prompt.deepstack),
+    )
+
+
+def _spread(hidden: Tensor, where: Tensor, feature: Tensor) -> Tensor:
+    everywhere = torch.zeros_like(hidden)
+    everywhere[where] = feature.to(hidden)
+    return everywhere
 
 
 def _at(root: Any, path: str) -> Any:

@@ -97,7 +97,7 @@ def _keep(model: TwigVLM, budget: float, visual: int) -> int:
 
 
 def _best(scores: Tensor, keep: int) -> list[int]:
-    return top_visual(scores[None], torch.ones_like(scores[None], dtype=torch.bool), keep)[0].tolist()
+    return top_visual(scores[None], torch.ones_like(scores[None], dtype=torch.bool), [keep])[0].nonzero()[:, 0].tolist()
 
 
 def settings(options: Inspect, session: Session, answer: Answer) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from twigvlm.errors import TwigVLMError
+from twigvlm.training.processes import is_main
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -26,7 +27,7 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and is_main()),
     )
 
 
@@ -34,7 +35,7 @@ def progress() -> Progress:
 def busy(what: str) -> Iterator[None]:
     """A spinner on stderr while the block runs; nothing where stderr is no terminal."""
     console = Console(file=sys.stderr)
-    if not console.is_terminal:
+    if not (console.is_terminal and is_main()):
         yield
         return
     with console.status(what):

@@ -222,8 +222,8 @@ def ask(
         visual_tokens=len(positions),
         kept_tokens=len(positions if kept is None else kept),
         kept_indices=None if kept is None else [positions.index(position) for position in kept],
-        drafted_lengths=output.drafted_lengths if accelerated else None,
-        accepted_lengths=output.accepted_lengths if accelerated else None,
+        drafted_lengths=output.drafted_lengths[0] if accelerated else None,
+        accepted_lengths=output.accepted_lengths[0] if accelerated else None,
     )
 
 

@@ -26,7 +26,7 @@ class Common:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the base. auto: as the base's files say; bfloat16 for Sapling."""
     device: str = "auto"
-    """Where to train: auto (a GPU if there is one), cpu, cuda, cuda:1, …"""
+    """Where to train: auto (a GPU if there is one, its own for each process), cpu or cuda; CUDA_VISIBLE_DEVICES chooses GPUs."""
     max_length: int | None = None
     """Samples are cut after this many tokens. None: the base's context."""
     strict: bool = False
@@ -38,10 +38,12 @@ class Common:
         """Check the options; the samples, the base and its processor."""
         from twigvlm.cli.output import busy
         from twigvlm.errors import TwigVLMError
+        from twigvlm.training import processes
 
         if self.out.exists() and not self.out.is_dir():
             raise TwigVLMError(f"out {str(self.out)!r}: is a file; name a directory")
-        if self.out.is_dir() and any(self.out.iterdir()) and not self.resume:
+        # Others may come when the main process has begun to write.
+        if processes.is_main() and self.out.is_dir() and any(self.out.iterdir()) and not self.resume:
             raise TwigVLMError(f"out {str(self.out)!r}: is not empty; add --resume, or choose another directory")
         if self.max_length is not None and self.max_length < 2:
             raise TwigVLMError(f"max_length={self.max_length}: must be 2 or more")
@@ -54,7 +56,7 @@ class Common:
         from twigvlm.training.reading import load_samples
 
         with busy(f"Loading {self.model}"):
-            base, processor = load_base(self.model, self.dtype, self.device)
+            base, processor = load_base(self.model, self.dtype, processes.device(self.device))
         with busy("Reading samples"):
             samples = load_samples(self.data, self.images, self.strict)
         return samples, base, processor
@@ -65,6 +67,16 @@ class Common:
 
         limit = self.max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
         return ConversationDataset(samples, processor, limit, self.strict)
+
+    def finish(self, model: Any, data: Any) -> None:
+        """Report broken samples and write the twig."""
+        from twigvlm.training import processes
+
+        data.summarise()
+        if processes.is_main():
+            model.save_pretrained(self.out)
+            print(f"Twig: {self.out}")
+        processes.leave()
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,8 @@ class Stage1(Common):
     def run(self) -> None:
         """Train, and write the twig to `out`."""
         samples, base, processor = self.load()
+        import torch
+
         from twigvlm.cli.output import busy
         from twigvlm.cli.training_progress import TrainingProgress
         from twigvlm.model import TwigVLM
@@ -88,12 +102,12 @@ class Stage1(Common):
         size = self.twig.draft_vocabulary
         with busy("Counting answer tokens"):
             tokens = None if size is None else frequent_answer_tokens(samples, processor, size)
+        # A run that is started again before its first checkpoint begins with the same twig.
+        torch.manual_seed(self.stage1.seed)
         model = TwigVLM.grow(base, self.twig, tokens)
         data = self.dataset(samples, base, processor)
         train_stage1(model, data, self.stage1, self.out / "checkpoints", self.resume, [TrainingProgress()])
-        data.summarise()
-        model.save_pretrained(self.out)
-        print(f"Twig: {self.out}")
+        self.finish(model, data)
 
 
 @dataclass(frozen=True)
@@ -115,9 +129,7 @@ class Stage2(Common):
         model = TwigVLM.from_pretrained(base, self.twig)
         data = self.dataset(samples, base, processor)
         train_stage2(model, data, self.stage2, self.out / "checkpoints", self.resume, [TrainingProgress()])
-        data.summarise()
-        model.save_pretrained(self.out)
-        print(f"Twig: {self.out}")
+        self.finish(model, data)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class TrainingProgress(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the loss and its terms."""
         entry = state.log_history[-1]
-        if "loss" not in entry:
+        if "loss" not in entry or not state.is_world_process_zero:
             return
         self._bar.update(self._task, description=f"Training the twig, loss {entry['loss']:.3f}")
         if self._bar.disable:

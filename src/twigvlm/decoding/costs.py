@@ -35,6 +35,15 @@ class StepCosts:
         """Most nodes of a pass."""
         return len(self.verify) - 1
 
+    def of_rows(self, rows: int) -> "StepCosts":
+        """Of passes of n nodes in each of several rows, beyond the measured sizes in proportion to the largest."""
+
+        def table(measured: tuple[float, ...]) -> tuple[float, ...]:
+            sizes = (nodes * rows for nodes in range(self.most + 1))
+            return tuple(measured[min(size, self.most)] * max(1.0, size / self.most) for size in sizes)
+
+        return StepCosts(table(self.trunk), table(self.draft), table(self.verify), self.fill)
+
 
 @torch.inference_mode()
 def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
@@ -65,7 +74,7 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
         late = clock()
         base.logits(base.run_layers(states, trunk, layers, part, masks, cache)).argmax(dim=-1).tolist()
         ended = clock()
-        cache.keep(0, twig.last_slot + 1, nodes, [])
+        cache.keep(0, twig.last_slot + 1, nodes, [[]])
         return middle - began, late - began, ended - late
 
     tables: list[list[tuple[int, float]]] = [[(0, 0.0)], [(0, 0.0)], [(0, 0.0)]]

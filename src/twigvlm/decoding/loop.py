@@ -1,11 +1,11 @@
-"""One request from prompt to answer: prefill -> (draft -> verify -> accept -> commit)* -> stop (Algorithms 1 and 2)."""
+"""A request from prompts to answers: prefill -> (draft -> verify -> accept -> commit)* -> stop (Algorithms 1 and 2)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from twigvlm.base.cache import LayeredCache
@@ -13,9 +13,10 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import SpeculationConfig
 from twigvlm.decoding.costs import StepCosts
 from twigvlm.decoding.draft import Context, draft_chain, draft_tree
+from twigvlm.decoding.memory import Memory
 from twigvlm.decoding.policy import CostAware, Policy, Published
 from twigvlm.decoding.prefill import Plan, prefill
-from twigvlm.decoding.sampling import Processors, greedy
+from twigvlm.decoding.sampling import Sampling
 from twigvlm.decoding.timing import Timings, clock_of
 from twigvlm.decoding.tree import walk
 from twigvlm.twig.block import Twig
@@ -33,13 +34,14 @@ class Stops:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one request produced."""
+class Answers:
+    """What a request produced, one entry for each prompt."""
 
-    tokens: list[int]
-    kept: Int[Tensor, "batch kept"] | None
-    drafted_lengths: list[int]
-    accepted_lengths: list[int]
+    tokens: list[list[int]]
+    kept: Bool[Tensor, "batch tokens"] | None
+    """True at the kept visual tokens of the prompts as `Prompt` has them, own tokens first."""
+    drafted_lengths: list[list[int]]
+    accepted_lengths: list[list[int]]
     timings: Timings
 
 
@@ -47,81 +49,137 @@ def decode(
     base: BaseVLM,
     twig: Twig,
     inputs: dict[str, Any],
-    plan_of: Callable[[int], Plan],
+    plan_of: Callable[[Sequence[int]], Plan],
     speculation: SpeculationConfig,
     stops: Stops,
-    processors: Processors | None,
+    samplings: Sequence[Sampling],
     emit: Callable[[int], None],
     began: float,
     costs: StepCosts | None = None,
-) -> Answer:
-    """Answer one prompt (batch 1).
+    memory: Memory | None = None,
+) -> Answers:
+    """Answer a batch of prompts. A row of it gets the answer that it would get alone.
 
     Args:
-        inputs: arguments of the base's forward, `input_ids` [1, tokens] among them.
-        plan_of: makes the plan of pruning from the prompt's number of visual tokens.
-        processors: act on the base's scores at every position.
+        inputs: arguments of the base's forward, `input_ids` [batch, tokens] among them.
+        plan_of: makes the plan of pruning from the prompts' numbers of visual tokens.
+        samplings: how the base chooses the tokens of each answer.
         emit: called with each token as it is accepted.
         began: when the request began, by the clock of `clock_of`; vision may have run since.
         costs: of this machine, which `auto` needs.
+        memory: of a conversation, whose next question this is (batch 1).
     """
     clock = clock_of(inputs["input_ids"].device)
     timings = Timings()
     draft_after = draft_tree if speculation.speculate in ("tree", "auto") else draft_chain
-    limit = stops.max_new_tokens
+    limit, trunk = stops.max_new_tokens, twig.config.trunk_layers
 
-    prompt = base.prompt(**inputs)
-    cache = LayeredCache(twig.last_slot + 1, reserve=min(limit, 512) + speculation.step_tokens)
+    prompt = base.prompt(**inputs) if memory is None else memory.open(base, inputs)
+    batch = len(prompt.hidden)
+    cache = None if memory is None else memory.cache
+    if cache is None:
+        cache = LayeredCache(twig.last_slot + 1, reserve=min(limit, 512) + speculation.step_tokens)
     masks = base.masks(prompt, rows=speculation.step_tokens + 1, new_tokens=limit)
-    first = prefill(base, twig, prompt, plan_of(int(prompt.visual_mask.sum())), masks, cache)
-    rope = base.rope_after(prompt, limit)
-    policy: Policy = Published(speculation)
-    if costs is not None:
-        policy = CostAware(costs, fill=0.0 if first.unseen is None else costs.fill * prompt.hidden.shape[1])
-    context = Context(base, twig, speculation, policy, stops.ends, masks, cache, rope, first.unseen)
+    first = prefill(base, twig, prompt, plan_of(prompt.visual_mask.sum(dim=1).tolist()), masks, cache, memory)
+    unseen = first.unseen
+    if unseen is not None and batch > 1 and speculation.active:
+        unseen.grow()  # at once: rows that finish leave the batch
+        unseen = None
+    context = Context(
+        base,
+        twig,
+        speculation,
+        [_policy(speculation, costs, batch, 0 if unseen is None else prompt.lengths[0]) for _ in range(batch)],
+        stops.ends,
+        masks,
+        cache,
+        base.rope_after(prompt, limit),
+        [sampling.noise for sampling in samplings],
+        unseen,
+        [[] for _ in range(batch)],
+    )
 
-    tokens = _Tokens(prompt.input_ids, stops, processors is not None, emit)
-    tokens.commit([greedy(first.logits, processors, tokens.ids())(0, [])])
+    answers = [
+        _Answer(prompt.input_ids[row : row + 1, :length], stops, samplings[row], emit)
+        for row, length in enumerate(prompt.lengths)
+    ]
+    for answer, logits in zip(answers, first.logits, strict=True):
+        answer.commit([answer.choices(logits[None])(0, [])])
     timings.prefill = clock() - began
-    drafted_lengths: list[int] = []
-    accepted_lengths: list[int] = []
-    while not tokens.finished:
+
+    going = list(answers)
+    while True:
+        rows = [row for row, answer in enumerate(going) if not answer.finished]
+        if len(rows) < len(going):
+            going = [going[row] for row in rows]
+            if not going:
+                break
+            context.select(rows)
         start = clock()
-        index = len(tokens.new) - 1
-        room = limit - len(tokens.new) - 1 if speculation.active else 0
-        draft = draft_after(context, tokens.new[-1], index, room)
+        indices = [len(answer.new) - 1 for answer in going]
+        rooms = [limit - len(answer.new) - 1 if speculation.active else 0 for answer in going]
+        draft = draft_after(context, [answer.new[-1] for answer in going], indices, rooms)
         middle = clock()
-        hidden = base.run_layers(
-            draft.hidden, twig.config.trunk_layers, base.num_layers, draft.rope, draft.masks, cache
-        )
-        path, choices = walk(draft.tree, greedy(base.logits(hidden)[0], processors, tokens.ids()))
-        committed = tokens.commit(choices)
-        draft.keep(context, path)
-        policy.learn(draft.tree, len(path) - 1)
+        hidden = base.run_layers(draft.hidden, trunk, base.num_layers, draft.rope, draft.masks, cache)
+        paths = [
+            answer.accept(walk(tree, answer.choices(logits)), len(tree))
+            for answer, tree, logits in zip(going, draft.trees, base.logits(hidden), strict=True)
+        ]
+        draft.keep(context, paths)
+        for policy, tree, path in zip(context.policies, draft.trees, paths, strict=True):
+            policy.learn(tree, len(path) - 1)
         stop = clock()
         timings.draft += middle - start
         timings.verify += stop - middle
-        drafted_lengths.append(len(draft.tree) - 1)
-        accepted_lengths.append(min(len(path) - 1, committed))
     timings.total = clock() - began
-    return Answer(tokens.new, first.kept, drafted_lengths, accepted_lengths, timings)
+    return Answers(
+        [answer.new for answer in answers],
+        first.kept,
+        [answer.drafted for answer in answers],
+        [answer.accepted for answer in answers],
+        timings,
+    )
 
 
-class _Tokens:
-    """Generated tokens, and whether the answer has ended."""
+def _policy(speculation: SpeculationConfig, costs: StepCosts | None, rows: int, unseen: int) -> Policy:
+    if costs is None:
+        return Published(speculation)
+    policy = CostAware(costs, fill=costs.fill * unseen)
+    policy.share(rows)
+    return policy
 
-    def __init__(self, prompt_ids: Tensor, stops: Stops, processed: bool, emit: Callable[[int], None]) -> None:
+
+class _Answer:
+    """One answer as it grows, and whether it has ended."""
+
+    def __init__(self, prompt_ids: Tensor, stops: Stops, sampling: Sampling, emit: Callable[[int], None]) -> None:
         self.new: list[int] = []
+        self.drafted: list[int] = []
+        self.accepted: list[int] = []
         self.finished = False
-        self.stops, self.emit = stops, emit
+        self.stops, self.sampling, self.emit = stops, sampling, emit
         self.prompt_length = prompt_ids.shape[1]
         self.buffer: Tensor | None = None
-        if processed or stops.criteria is not None:  # only those need the ids as a tensor at each step
+        if sampling.processors is not None or stops.criteria is not None:  # only those need the ids at each step
             self.buffer = torch.cat((prompt_ids, prompt_ids.new_zeros(1, stops.max_new_tokens)), dim=1)
 
     def ids(self) -> Tensor | None:
         """Prompt and generated ids, [1, n]."""
         return None if self.buffer is None else self.buffer[:, : self.prompt_length + len(self.new)]
+
+    def choices(self, logits: Tensor) -> Callable[[int, Sequence[int]], int]:
+        """The base's choices after the nodes of a draft that begins with the newest token."""
+        return self.sampling.choices(logits, self.ids(), len(self.new))
+
+    def accept(self, walked: tuple[list[int], list[int]], nodes: int) -> list[int]:
+        """Take up what a walk through a draft of so many nodes found; its path."""
+        path, choices = walked
+        committed = self.commit(choices)
+        self.drafted.append(nodes - 1)
+        self.accepted.append(min(len(path) - 1, committed))
+        if self.sampling.noise is not None:
+            self.sampling.noise.forget(len(self.new))
+        return path
 
     def commit(self, tokens: Sequence[int]) -> int:
         """Append tokens up to and including the one that ends the answer; how many were appended."""

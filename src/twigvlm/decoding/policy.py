@@ -28,6 +28,9 @@ class Policy(Protocol):
     def learn(self, tree: Tree, accepted: int) -> None:
         """A tree was verified, and that many of its nodes were accepted."""
 
+    def share(self, rows: int) -> None:
+        """From now on so many answers are decoded together."""
+
 
 class Published:
     """Algorithm 2: D levels, of each the K_sel most probable nodes are expanded; N_max nodes are verified."""
@@ -49,6 +52,9 @@ class Published:
     def learn(self, tree: Tree, accepted: int) -> None:
         """Settings are settings."""
 
+    def share(self, rows: int) -> None:
+        """Settings are settings."""
+
 
 class CostAware:
     """Drafts as long as it raises the expected tokens per second of the step, and not at all where plain steps are faster.
@@ -66,7 +72,7 @@ class CostAware:
     FADE = 0.8
 
     def __init__(self, costs: StepCosts, fill: float) -> None:
-        self.costs = costs
+        self.alone = self.costs = costs
         self.fill, self.lost = fill, 0.0
         self.expected = self.accepted = 0.0
         self.likely, self.seen = 0.8, 1.0  # sum of the best children's probabilities, and of how many
@@ -117,6 +123,10 @@ class CostAware:
             best[parent] = max(best.get(parent, 0.0), math.exp(tree.scores[node] - tree.scores[parent]))
         self.likely = self.FADE * self.likely + sum(best.values())
         self.seen = self.FADE * self.seen + len(best)
+
+    def share(self, rows: int) -> None:
+        """A pass costs what all rows together cost, if the others draft as much."""
+        self.costs = self.alone.of_rows(rows)
 
     def _best(self, tree: Tree, ran: Sequence[int]) -> tuple[float, list[int]]:
         """The best rate, in tokens per second, that stopping here promises, and the nodes to verify for it."""

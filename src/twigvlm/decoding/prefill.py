@@ -4,14 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from twigvlm.base.cache import LayeredCache
 from twigvlm.base.masks import Masks
-from twigvlm.base.positions import Rope, select_rope
+from twigvlm.base.positions import Rope, select_rope, slice_rope
+from twigvlm.base.ragged import Lengths, last, pack, real
 from twigvlm.base.vlm import BaseVLM, Prompt
-from twigvlm.pruning.select import gather_tokens, text_only, top_visual
+from twigvlm.decoding.memory import Memory
+from twigvlm.pruning.select import evenly, gather_tokens, top_visual
 from twigvlm.twig.block import Twig
 
 
@@ -27,10 +29,22 @@ class Trunk:
     rope: Rope
     masks: Masks
     cache: LayeredCache
+    memory: Memory | None = None
+    """Of the conversation; what it knows of the prompt is in the twig's cache already."""
 
     def grow(self) -> Tensor:
         """Run the twig once on the prompt, filling its cache; the input of its last layer, [batch, tokens, width]."""
-        return self.twig.fill(self.hidden, self.rope, self.masks, self.cache)
+        known, tokens = self.cache.get_seq_length(self.twig.first_slot), self.hidden.shape[1]
+        before = None if self.memory is None else self.memory.last_input
+        if before is not None and known == tokens:
+            return before
+        hidden = self.twig.fill(self.hidden[:, known:], slice_rope(self.rope, known, tokens), self.masks, self.cache)
+        self.cache.truncate(self.twig.first_slot, self.twig.last_slot + 1, self.prompt.lengths)
+        if before is not None:
+            hidden = torch.cat((before[:, :known], hidden), dim=1)
+        if self.memory is not None:
+            self.memory.last_input = hidden
+        return hidden
 
 
 Scorer = Callable[[Trunk], Tensor]
@@ -41,11 +55,13 @@ Scorer = Callable[[Trunk], Tensor]
 class Plan:
     """What a prefill keeps."""
 
-    keep: int | None
-    """R; None: prune nothing."""
+    keep: Lengths | None
+    """R of each prompt; None: prune nothing."""
     final_wipe: int
     """K_f."""
     scorer: Scorer
+    per_image: bool = False
+    """Whether R is split evenly among a prompt's images."""
 
 
 @dataclass(frozen=True)
@@ -54,52 +70,77 @@ class Prefilled:
 
     logits: Float[Tensor, "batch vocabulary"]
     """The base's, at the last prompt token."""
-    kept: Int[Tensor, "batch kept"] | None
-    """Prompt positions of the kept visual tokens, ascending; None without pruning."""
+    kept: Bool[Tensor, "batch tokens"] | None
+    """True at the kept visual tokens; None without pruning."""
     unseen: Trunk | None
     """The prompt, if the twig's cache does not hold it yet: no ranking needed the twig, and maybe no draft will."""
 
 
-def prefill(base: BaseVLM, twig: Twig, prompt: Prompt, plan: Plan, masks: Masks, cache: LayeredCache) -> Prefilled:
+def prefill(
+    base: BaseVLM,
+    twig: Twig,
+    prompt: Prompt,
+    plan: Plan,
+    masks: Masks,
+    cache: LayeredCache,
+    memory: Memory | None = None,
+) -> Prefilled:
     """Fill the caches: trunk with everything, middle layers with text + R, late layers with text only.
 
     The twig's own part, which holds everything too, is filled by a ranking that uses the twig, or else by the first draft.
+
+    Args:
+        memory: of a conversation, whose cache this is: trunk and twig run on what it does not know, and it knows it then.
     """
     trunk_layers = twig.config.trunk_layers
     rope = base.rope(prompt)
-    hidden = base.run_layers(prompt.hidden, 0, trunk_layers, rope, masks, cache)
-    trunk = Trunk(base, twig, prompt, hidden, rope, masks, cache)
+    known = 0
+    if memory is not None:
+        known = memory.known(prompt.input_ids)
+        cache.truncate(0, trunk_layers, (known,))
+        cache.truncate(trunk_layers, base.num_layers, (0,))
+        cache.truncate(twig.first_slot, twig.last_slot + 1, (known,))
+    rest = slice_rope(rope, known, prompt.hidden.shape[1])
+    hidden = base.run_layers(prompt.hidden[:, known:], 0, trunk_layers, rest, masks, cache)
+    cache.truncate(0, trunk_layers, prompt.lengths)
+    if memory is not None:
+        if memory.hidden is not None:
+            hidden = torch.cat((memory.hidden[:, :known], hidden), dim=1)
+        memory.prompt, memory.cache, memory.hidden = prompt, cache, hidden
+    trunk = Trunk(base, twig, prompt, hidden, rope, masks, cache, memory)
     kept: Tensor | None = None
-    visual = prompt.visual_mask
-    if plan.keep is not None:
-        scores = plan.scorer(trunk)
-        indices = top_visual(scores, visual, plan.keep)
-        visual = torch.gather(visual, 1, indices)
-        kept = indices[visual].view(len(indices), -1)
     if plan.keep is None:
         hidden = base.run_layers(hidden, trunk_layers, base.num_layers, rope, masks, cache)
+        cache.truncate(trunk_layers, base.num_layers, prompt.lengths)
+        newest = last(hidden, prompt.lengths)
     else:
-        hidden = run_kept(base, hidden, indices, visual, rope, trunk_layers, plan.final_wipe, masks, cache)
-    return Prefilled(base.logits(hidden[:, -1]), kept, None if cache.length(twig.first_slot) else trunk)
+        visual = prompt.visual_mask
+        scores = plan.scorer(trunk)
+        kept = top_visual(evenly(scores, visual) if plan.per_image else scores, visual, plan.keep)
+        stays = kept | (real(prompt.lengths, hidden.shape[1], hidden.device) & ~visual)
+        hidden, lengths = run_kept(base, hidden, stays, visual, rope, trunk_layers, plan.final_wipe, masks, cache)
+        newest = last(hidden, lengths)
+    grown = cache.get_seq_length(twig.first_slot) == prompt.hidden.shape[1]
+    return Prefilled(base.logits(newest), kept, None if grown else trunk)
 
 
 def run_kept(
     base: BaseVLM,
     hidden: Float[Tensor, "batch tokens width"],
-    indices: Int[Tensor, "batch kept"],
-    visual: Bool[Tensor, "batch kept"],
+    stays: Bool[Tensor, "batch tokens"],
+    visual: Bool[Tensor, "batch tokens"],
     rope: Rope,
     trunk_layers: int,
     final_wipe: int,
     masks: Masks,
     cache: LayeredCache | None,
-) -> Float[Tensor, "batch remaining width"]:
+) -> tuple[Float[Tensor, "batch remaining width"], Lengths]:
     """Layers K+1..K_f on the kept tokens, FinalWipe, layers K_f+1..L on text.
 
     Args:
         hidden: states of all tokens after layer K.
-        indices: prompt positions of the kept tokens, text included, ascending.
-        visual: which of the kept tokens are visual.
+        stays: which tokens are kept, text included.
+        visual: which tokens are visual.
         rope: of all tokens.
         trunk_layers: K.
         final_wipe: K_f.
@@ -107,12 +148,17 @@ def run_kept(
         cache: layers K+1..L of it are filled; None: nothing is kept.
 
     Returns:
-        States after layer L of the tokens that are left; the last one is the last prompt token's.
+        States after layer L of the tokens that are left, and how many each row has; its last one is the last prompt token's.
     """
+    indices, lengths = pack(stays)
     hidden, rope = gather_tokens(hidden, indices), select_rope(rope, indices)
     hidden = base.run_layers(hidden, trunk_layers, final_wipe, rope, masks, cache)
+    if cache is not None:
+        cache.truncate(trunk_layers, final_wipe, lengths)
     if final_wipe < base.num_layers:
-        text = text_only(visual)
+        text, lengths = pack(torch.gather(stays & ~visual, 1, indices))
         hidden, rope = gather_tokens(hidden, text), select_rope(rope, text)
         hidden = base.run_layers(hidden, final_wipe, base.num_layers, rope, masks, cache)
-    return hidden
+        if cache is not None:
+            cache.truncate(final_wipe, base.num_layers, lengths)
+    return hidden, lengths

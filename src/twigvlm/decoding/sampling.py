@@ -1,6 +1,14 @@
-"""The base's choice of a token: greedy, after whatever logits processors the caller asked for."""
+"""The base's choice of a token, greedy or sampled, after whatever logits processors the caller asked for.
+
+Sampling is greedy too, on scores that carry noise: the largest p(x) / e(x), where each e(x) is an exponential variable,
+is a draw from p (the Gumbel-max trick; torch.multinomial and so Hugging Face's `generate` draw in this very way). The
+noise belongs to a place in the answer, not to a draft: the base chooses with it whatever was drafted, so speculation
+changes no token of a seed, let alone their distribution. The twig drafts with the same noise, and so draws what the base
+is about to draw wherever their distributions agree; siblings in a tree are a draw without replacement.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -13,28 +21,92 @@ Choose = Callable[[int, Sequence[int]], int]
 """(node, tokens on the path from the root to it, without the root's) -> the base's choice after it."""
 
 
-def greedy(
-    logits: Float[Tensor, "nodes vocabulary"],
-    processors: Processors | None = None,
-    ids: Int[Tensor, "1 so_far"] | None = None,
-) -> Choose:
-    """The base's greedy choice after each node of a verified draft.
-
-    Without processors all choices are made at once. Processors are called when a choice is asked for, on the ids up to
-    there: along the accepted path they see what plain generation would show them, so those with a memory work too.
+class Noise:
+    """Exponential noise for each place of one answer, drawn once, in the order of places.
 
     Args:
-        logits: of each node; node 0 is the last accepted token.
-        processors: applied to a row before the choice; None: none.
-        ids: prompt and accepted tokens; needed with processors.
+        temperature: of the sampling; the twig drafts by it.
+        vocabulary: size of the base's.
+        device: of its logits.
+        generator: None: torch's own.
     """
-    if processors is None:
-        choices = logits.argmax(dim=-1).tolist()
-        return lambda node, _: int(choices[node])
-    assert ids is not None, "processors need the ids"
 
-    def choose(node: int, drafted: Sequence[int]) -> int:
-        so_far = torch.cat((ids, ids.new_tensor([drafted])), dim=1)
-        return int(processors(so_far, logits[node, None].to(torch.float32, copy=True)).argmax(dim=-1))
+    def __init__(
+        self, temperature: float, vocabulary: int, device: torch.device, generator: torch.Generator | None
+    ) -> None:
+        self.temperature = temperature
+        self._like = torch.empty(vocabulary, device=device)
+        self._generator = generator
+        self._drawn: dict[int, Tensor] = {}
+        self._next = 0
 
-    return choose
+    def at(self, place: int) -> Float[Tensor, " vocabulary"]:
+        """Of the `place`-th new token (from 0). Ask for none before one that `forget` was told of."""
+        while self._next <= place:
+            self._drawn[self._next] = torch.empty_like(self._like).exponential_(1, generator=self._generator)
+            self._next += 1
+        return self._drawn[place]
+
+    def forget(self, place: int) -> None:
+        """The tokens before this one are chosen."""
+        for old in [one for one in self._drawn if one < place]:
+            del self._drawn[old]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the base chooses; the same for all tokens of one answer."""
+
+    processors: Processors | None = None
+    """Applied to the scores before the choice; None: none."""
+    noise: Noise | None = None
+    """None: greedy."""
+
+    def choices(
+        self, logits: Float[Tensor, "nodes vocabulary"], ids: Int[Tensor, "1 so_far"] | None, place: int
+    ) -> Choose:
+        """The base's choice after each node of a verified draft.
+
+        Plain greedy choices are made all at once. Otherwise one is made when it is asked for: along the accepted path
+        processors see the ids that plain generation would show them, so those with a memory work too.
+
+        Args:
+            logits: of each node; node 0 is the last accepted token.
+            ids: prompt and accepted tokens; needed with processors.
+            place: of the token after node 0 in the answer (from 0).
+        """
+        if self.processors is None and self.noise is None:
+            greedy = logits.argmax(dim=-1).tolist()
+            return lambda node, _: int(greedy[node])
+
+        def choose(node: int, drafted: Sequence[int]) -> int:
+            scores = logits[node, None].to(torch.float32, copy=True)
+            if self.processors is not None:
+                assert ids is not None, "processors need the ids"
+                scores = self.processors(torch.cat((ids, ids.new_tensor([drafted])), dim=1), scores)
+            if self.noise is not None:
+                scores = scores.softmax(dim=-1) / self.noise.at(place + len(drafted))
+            return int(scores.argmax(dim=-1))
+
+        return choose
+
+
+def draft_scores(
+    logits: Float[Tensor, "nodes draft_vocabulary"],
+    places: Sequence[int],
+    noise: Noise | None,
+    token_ids: Int[Tensor, " draft_vocabulary"] | None,
+) -> Float[Tensor, "nodes draft_vocabulary"]:
+    """Log-probabilities of the token after each node, of which the best are drafted.
+
+    Args:
+        logits: the twig's.
+        places: of the token after each node in the answer.
+        noise: that the base will choose with; None: greedy.
+        token_ids: of the draft vocabulary; None: the whole.
+    """
+    if noise is not None:
+        drawn = torch.stack([noise.at(place) for place in places])
+        drawn = drawn if token_ids is None else drawn[:, token_ids]
+        logits = logits / noise.temperature - drawn.clamp(min=torch.finfo(drawn.dtype).tiny).log()
+    return logits.log_softmax(dim=-1)

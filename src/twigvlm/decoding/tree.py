@@ -6,10 +6,6 @@ A chain is a tree with one branch, so that chains and trees are verified by the 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Bool
-from torch import Tensor
-
 
 @dataclass(frozen=True)
 class Tree:
@@ -70,15 +66,22 @@ def best_leaves(tree: Tree, most: int) -> list[int]:
     return [0, *sorted(ranked[:most])]
 
 
-def ancestor_mask(tree: Tree, device: torch.device | None = None) -> Bool[Tensor, "nodes nodes"]:
-    """True where node i may see node j: itself and its ancestors, the root included."""
-    parents = torch.tensor(tree.parents, device=device)
-    seen = torch.arange(len(tree), device=device)
-    mask = torch.zeros(len(tree), len(tree), dtype=torch.bool, device=device)
-    for _ in range(max(tree.depths) + 1):
-        mask.scatter_(1, seen[:, None], True)
-        seen = parents[seen]
-    return mask
+def ancestors(tree: Tree, order: Sequence[int]) -> list[list[int]]:
+    """For each of these nodes, the places in `order` of those that it may see: its ancestors and itself, the root included.
+
+    A place of -1 stands for no node: it sees nothing and is seen by none.
+    """
+    places: dict[int, int] = {}
+    for place, node in enumerate(order):
+        places.setdefault(node, place)
+    seen: list[list[int]] = []
+    for node in order:
+        row: list[int] = []
+        while node >= 0:
+            row.append(places[node])
+            node = tree.parents[node] if node else -1
+        seen.append(row)
+    return seen
 
 
 def walk(tree: Tree, choose: Callable[[int, Sequence[int]], int]) -> tuple[list[int], list[int]]:

@@ -145,8 +145,8 @@ def measure(model: TwigVLM, inputs: dict[str, Any], contender: Contender, max_ne
         total=ended - began,
         draft=output.timings.draft if own else None,
         verify=output.timings.verify if own else None,
-        drafted=output.drafted_lengths if own else [],
-        accepted=output.accepted_lengths if own else [],
+        drafted=output.drafted_lengths[0] if own else [],
+        accepted=output.accepted_lengths[0] if own else [],
     )
 
 

@@ -199,14 +199,15 @@ class _Shared:
             hidden = self.base.run_layers(hidden, layer, layer + 1, self.rope, self.masks, self.cache)
             if layer + 1 in watched:
                 keys, _ = self.cache.held(layer)
-                module, mask = self.base.layers[layer], self.prompt.visual_mask
-                self.rows[layer + 1] = layer_scores(module, before, self.rope, keys, mask, "last")
+                self.rows[layer + 1] = layer_scores(
+                    self.base.layers[layer], before, self.rope, keys, self.prompt, "last"
+                )
         self.last = hidden[:, -1]
 
     def unpruned(self) -> Outcome:
         """The base's own answer."""
         ids = self._decode(self.cache, self.last)[0]
-        self.cache.truncate(0, self.layers, self.prompt.hidden.shape[1])
+        self.cache.truncate(0, self.layers, self.prompt.lengths)
         return Outcome(ids, self.visual)
 
     def scores(
@@ -225,22 +226,22 @@ class _Shared:
         """Scores by anything that looks at the prompt after the trunk."""
         trunk = Trunk(self.base, self.twig, self.prompt, self.after_trunk, self.rope, self.masks, self.cache)
         scores = scorer(trunk)
-        self.cache.truncate(self.twig.first_slot, self.twig.last_slot + 1, 0)  # the next scorer fills it anew
+        self.cache.truncate(self.twig.first_slot, self.twig.last_slot + 1, (0,))  # the next scorer fills it anew
         return scores
 
     def pruned(self, scores: Float[Tensor, "variants tokens"], keep: int, final_wipe: int) -> list[Outcome]:
         """The answers of variants that keep equally many tokens, each by its own scores."""
         count = len(scores)
-        mask = self.prompt.visual_mask.expand(count, -1)
-        indices = top_visual(scores, mask, keep)
+        visual = self.prompt.visual_mask.expand(count, -1)
+        stays = top_visual(scores, visual, [keep] * count) | ~visual
         cache = LayeredCache(self.layers, reserve=self.limit)
         for layer in range(self.trunk_layers):
             cache.borrow(self.cache, layer, count)
-        hidden = run_kept(
+        hidden, _ = run_kept(
             self.base,
             self.after_trunk.expand(count, -1, -1),
-            indices,
-            torch.gather(mask, 1, indices),
+            stays,
+            visual,
             expand_rope(self.rope, count),
             self.trunk_layers,
             final_wipe,

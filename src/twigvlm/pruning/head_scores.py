@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from twigvlm.base.layers import project_keys, project_queries, window_of
 from twigvlm.base.positions import Rope, select_rope
+from twigvlm.base.ragged import pack, real
 from twigvlm.pruning.scores import visual_attention
 from twigvlm.pruning.select import gather_tokens
 from twigvlm.pruning.twig_attention import TwigAttention
@@ -33,10 +34,11 @@ class Look:
     @classmethod
     def at(cls, asking: Bool[Tensor, "batch tokens"], visual_mask: Bool[Tensor, "batch tokens"]) -> "Look":
         """From the tokens that ask, and the visual tokens."""
-        queries, real = _packed(asking)
-        visual, shown = _packed(visual_mask)
+        (queries, asks), (visual, shown) = pack(asking), pack(visual_mask)
         before = visual[:, None, :] < queries[:, :, None]
-        return cls(queries, visual, real[:, :, None] & shown[:, None, :] & before)
+        device = asking.device
+        both = real(asks, queries.shape[1], device)[:, :, None] & real(shown, visual.shape[1], device)[:, None, :]
+        return cls(queries, visual, both & before)
 
 
 def look_at_images(
@@ -81,8 +83,8 @@ class HeadScores:
         twig, mask = trunk.twig, trunk.prompt.visual_mask
         hidden = trunk.grow()
         keys, _ = trunk.cache.held(twig.last_slot)
-        last = torch.zeros_like(mask)
-        last[:, -1] = True
+        ends = torch.tensor(trunk.prompt.lengths, device=mask.device)[:, None] - 1
+        last = torch.zeros_like(mask).scatter(1, ends, True)
         look = Look.at(last, mask)
         shares = look_at_images(twig.layers[-1], hidden, trunk.rope, look, twig.pruning_head, keys)[:, 0].exp()
         return torch.zeros(mask.shape, device=mask.device).scatter_add(1, look.visual, shares)
@@ -91,10 +93,3 @@ class HeadScores:
 def default_scorer(twig: Twig) -> "Scorer":
     """The twig's own ranking: its P-Head's, or without one its last layer's attention."""
     return TwigAttention() if twig.pruning_head is None else HeadScores()
-
-
-def _packed(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions where the mask is true, in order, and whether each is one (rows of fewer are filled up)."""
-    most = int(mask.sum(dim=1).amax())
-    positions = mask.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    return positions, torch.gather(mask, 1, positions)

@@ -6,12 +6,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from twigvlm.base.ragged import Lengths, real
+
 
 def attention_scores(
     queries: Float[Tensor, "batch heads queries head_dim"],
     keys: Float[Tensor, "batch kv_heads tokens head_dim"],
     scaling: float,
-    query_positions: Int[Tensor, " queries"],
+    query_positions: Int[Tensor, "batch queries"],
+    counts: Lengths,
     visual_mask: Bool[Tensor, "batch tokens"],
     window: int | None = None,
     chunk: int = 32,
@@ -26,6 +29,7 @@ def attention_scores(
         keys: rotated keys of all tokens.
         scaling: factor of the dot product (1/sqrt(head_dim) as a rule).
         query_positions: index of each query among the tokens; a query sees keys up to itself.
+        counts: how many of the queries of each row are summed, the first ones.
         visual_mask: True at visual tokens.
         window: how many tokens a query looks back, itself included; None: all.
         chunk: queries per matrix product, so that many queries need little memory.
@@ -37,15 +41,17 @@ def attention_scores(
     groups, tokens = keys.shape[1], keys.shape[2]
     scores = torch.zeros(batch, tokens, dtype=torch.float32, device=keys.device)
     keys_at = torch.arange(tokens, device=keys.device)
-    for part, positions in zip(queries.split(chunk, dim=2), query_positions.split(chunk), strict=True):
+    asks = real(counts, query_positions.shape[1], keys.device)
+    parts = zip(*(each.split(chunk, dim=-1) for each in (query_positions, asks)), strict=True)
+    for part, (positions, asking) in zip(queries.split(chunk, dim=2), parts, strict=True):
         grouped = part.reshape(batch, groups, -1, part.shape[-1])  # heads of a group share its keys
         logits = (grouped @ keys.transpose(-1, -2)).float() * scaling
-        logits = logits.view(batch, heads, len(positions), tokens)
-        unseen = keys_at > positions[:, None]
+        logits = logits.view(batch, heads, -1, tokens)
+        unseen = keys_at > positions[..., None]
         if window is not None:
-            unseen |= keys_at <= positions[:, None] - window
-        logits = logits.masked_fill(unseen, float("-inf"))
-        scores += logits.softmax(dim=-1).mean(dim=1).sum(dim=1)
+            unseen |= keys_at <= positions[..., None] - window
+        logits = logits.masked_fill(unseen[:, None], float("-inf"))
+        scores += (logits.softmax(dim=-1).mean(dim=1) * asking[..., None]).sum(dim=1)
     return scores.masked_fill(~visual_mask, 0.0)
 
 

@@ -1,31 +1,46 @@
 """Which tokens stay: the visual tokens with the highest scores, and all text."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
 def top_visual(
-    scores: Float[Tensor, "batch tokens"], visual_mask: Bool[Tensor, "batch tokens"], keep: int
-) -> Int[Tensor, "batch kept"]:
-    """Indices of all text tokens and of the `keep` visual tokens with the highest scores, ascending.
-
-    Of equal scores the earlier token stays. Rows must have equally many text tokens.
+    scores: Float[Tensor, "batch tokens"], visual_mask: Bool[Tensor, "batch tokens"], keep: Sequence[int]
+) -> Bool[Tensor, "batch tokens"]:
+    """True at the visual tokens with the highest scores, `keep` of each row. Of equal scores the earlier token stays.
 
     Raises:
-        ValueError: a row has fewer than `keep` visual tokens, or rows differ in their number of text tokens.
+        ValueError: a row has fewer visual tokens than it is to keep.
     """
-    text = (~visual_mask).sum(dim=1)
-    if bool((text != text[0]).any()) or int(visual_mask.sum(dim=1).min()) < keep:
-        raise ValueError(f"rows need {keep} visual tokens and equally many text tokens")
-    ranked = scores.masked_fill(~visual_mask, float("inf")).nan_to_num(nan=float("-inf"), posinf=float("inf"))
+    wanted = torch.tensor(keep, device=scores.device)
+    if bool((visual_mask.sum(dim=1) < wanted).any()):
+        raise ValueError(f"rows of {visual_mask.sum(dim=1).tolist()} visual tokens cannot keep {list(keep)}")
+    ranked = scores.nan_to_num(nan=torch.finfo(scores.dtype).min).masked_fill(~visual_mask, float("-inf"))
     order = torch.sort(ranked, dim=1, descending=True, stable=True).indices
-    return order[:, : int(text[0]) + keep].sort(dim=1).values
+    chosen = torch.arange(scores.shape[1], device=scores.device) < wanted[:, None]
+    return torch.zeros_like(visual_mask).scatter(1, order, chosen)
 
 
-def text_only(visual_mask: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch text"]:
-    """Indices of all text tokens, ascending (FinalWipe). Rows must have equally many of them."""
-    return (~visual_mask).nonzero()[:, 1].reshape(visual_mask.shape[0], -1)
+def evenly(
+    scores: Float[Tensor, "batch tokens"], visual_mask: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens"]:
+    """Scores that rank every image's best token before any image's second best: a budget is split evenly among images.
+
+    An image, or a frame of a video, is a run of visual tokens with text before and after it.
+    """
+    tokens = scores.shape[1]
+    starts = visual_mask & ~torch.nn.functional.pad(visual_mask[:, :-1], (1, 0))
+    images = starts.cumsum(dim=1)
+    order = scores.masked_fill(~visual_mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    grouped = order.gather(1, images.gather(1, order).argsort(dim=1, stable=True))  # image by image, its best first
+    image = images.gather(1, grouped)
+    place = torch.arange(tokens, device=scores.device).expand_as(order)
+    within = torch.zeros_like(order).scatter(1, grouped, place - torch.searchsorted(image, image))
+    among_all = torch.zeros_like(order).scatter(1, order, place)
+    return -(within * tokens + among_all).to(scores.dtype)
 
 
 def gather_tokens(

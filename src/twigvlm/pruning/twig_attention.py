@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from twigvlm.base.layers import project_queries, window_of
 from twigvlm.base.positions import Rope, select_rope
+from twigvlm.base.ragged import Lengths, pack, real
+from twigvlm.base.vlm import Prompt
 from twigvlm.pruning.scores import attention_scores
+from twigvlm.pruning.select import gather_tokens
 
 if TYPE_CHECKING:
     from twigvlm.decoding.prefill import Trunk
@@ -27,11 +30,11 @@ class TwigAttention:
         """Scores [batch, tokens]."""
         hidden = trunk.grow()
         keys, _ = trunk.cache.held(trunk.twig.last_slot)
-        return layer_scores(trunk.twig.layers[-1], hidden, trunk.rope, keys, trunk.prompt.visual_mask, self.queries)
+        return layer_scores(trunk.twig.layers[-1], hidden, trunk.rope, keys, trunk.prompt, self.queries)
 
 
 def layer_scores(
-    layer: nn.Module, hidden: Tensor, rope: Rope, keys: Tensor, visual_mask: Tensor, queries: Queries
+    layer: nn.Module, hidden: Tensor, rope: Rope, keys: Tensor, prompt: Prompt, queries: Queries
 ) -> Tensor:
     """Scores [batch, tokens] by the attention of any decoder layer, base or twig.
 
@@ -40,12 +43,14 @@ def layer_scores(
         hidden: its input, [batch, tokens, width].
         rope: of all tokens.
         keys: its rotated keys of all tokens, [batch, kv_heads, tokens, head_dim].
-        visual_mask: True at visual tokens, [batch, tokens].
+        prompt: what it is scored for.
         queries: whose attention is summed.
     """
-    rows = torch.arange(hidden.shape[1], device=hidden.device)
-    rows = rows[-1:] if queries == "last" else rows[~visual_mask[0]]
-    index = rows.expand(len(hidden), -1)
-    row_queries = project_queries(layer, hidden[:, rows], select_rope(rope, index))
+    if queries == "last":
+        counts: Lengths = (1,) * len(hidden)
+        rows = torch.tensor(prompt.lengths, device=hidden.device)[:, None] - 1
+    else:
+        rows, counts = pack(real(prompt.lengths, hidden.shape[1], hidden.device) & ~prompt.visual_mask)
+    row_queries = project_queries(layer, gather_tokens(hidden, rows), select_rope(rope, rows))
     scaling = cast(Any, layer).self_attn.scaling
-    return attention_scores(row_queries, keys, scaling, rows, visual_mask, window_of(layer))
+    return attention_scores(row_queries, keys, scaling, rows, counts, prompt.visual_mask, window_of(layer))

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.images import load_image
+from twigvlm.training import processes
 from twigvlm.training.reading import report, summarise
 from twigvlm.training.samples import BrokenSample, Samples, fetch, one_line, to_messages
 
@@ -79,8 +80,10 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         raise TwigVLMError(f"all {count} samples are broken; {reason}")
 
     def summarise(self) -> None:
-        """Report how many samples were found broken so far, if any."""
-        summarise(int(self.broken.sum()), len(self))
+        """Report how many samples were found broken so far, if any, by whichever process; all must call it."""
+        found = set().union(*processes.gather(set(self.broken.nonzero()[:, 0].tolist())))
+        if processes.is_main():
+            summarise(len(found), len(self))
 
     def _encode(self, sample: Any, identity: Any) -> dict[str, Tensor]:
         sample = to_messages(sample, identity)

@@ -38,6 +38,7 @@ class Student(nn.Module):
                 f"gamma={config.gamma:g}: teaches the P-Head, and this twig has none; "
                 "grow it with pruning_head=True or set gamma=0"
             )
+        model.twig.checkpoint_gradients(config.gradient_checkpointing)
         trunk = model.config.trunk_layers
         self.teacher_layer = resolve_teacher_layer(config.teacher_layer, model.base.num_layers, trunk)
 
@@ -105,4 +106,9 @@ def train_stage1(
     Raises:
         TwigVLMError: the settings do not fit the model, or the data or the checkpoint are unfit.
     """
-    return fit(model, lambda steps: Student(model, config), TermTrainer, data, config, directory, resume, callbacks)
+    if model.twig.pruning_head is not None:
+        model.twig.pruning_head.requires_grad_(config.gamma > 0)
+    try:
+        return fit(model, lambda steps: Student(model, config), TermTrainer, data, config, directory, resume, callbacks)
+    finally:
+        model.twig.requires_grad_(True)

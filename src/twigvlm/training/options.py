@@ -15,9 +15,9 @@ class TrainingConfig:
     warmup: float = 0.03
     """Part of all steps that the learning rate rises linearly."""
     batch_size: int = 8
-    """Samples in one forward pass."""
+    """Samples in one forward pass of one process."""
     accumulate: int = 1
-    """Forward passes per optimiser step; batch_size x accumulate was 128 in the paper."""
+    """Forward passes per optimiser step; batch_size x accumulate x processes was 128 in the paper."""
     epochs: float = 1.0
     """Passes over the data."""
     max_steps: int | None = None
@@ -29,7 +29,7 @@ class TrainingConfig:
     workers: int = 0
     """Processes that read and prepare images beside the training."""
     seed: int = 0
-    """Seed of the sample order, and of what a stage draws."""
+    """Seed of a fresh twig, of the sample order, and of what a stage draws."""
     tensorboard: bool = False
     """Log to TensorBoard as well."""
     teacher_layer: int | None = None
@@ -73,6 +73,8 @@ class Stage1Config(TrainingConfig):
     """Both predictions are softened by it; L_PredKL is multiplied by its square."""
     clip: float = 4.0
     """A token's L_PredKL counts at most this much, and is divided by it."""
+    gradient_checkpointing: bool = False
+    """Run each twig layer once more in the backward pass instead of keeping what it computed: less memory, more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twigvlm.errors import TwigVLMError
+from twigvlm.training import processes
 from twigvlm.training.samples import BrokenSample, Samples, fetch, one_line, to_messages
 
 SHOWN = 10
@@ -46,13 +47,15 @@ def load_samples(path: Path, images: Path | None = None, strict: bool = False) -
             except BrokenSample as error:
                 if strict:
                     raise
-                report(error, len(broken))
+                if processes.is_main():  # all read the same
+                    report(error, len(broken))
                 broken.append(str(error))
     if not good and not broken:
         raise TwigVLMError(f"data {str(path)!r}: holds no samples; give at least one conversation")
     if not good:
         raise TwigVLMError(f"data {str(path)!r}: all {len(broken)} samples are broken; {broken[-1]}")
-    summarise(len(broken), len(broken) + len(good))
+    if processes.is_main():
+        summarise(len(broken), len(broken) + len(good))
     return _Good(good, folder)
 
 

@@ -1,5 +1,6 @@
 """Stage 2: the P-Head learns by reinforcement which visual tokens the base answers best with (Eq. 12-16)."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from twigvlm.base.masks import Masks
-from twigvlm.base.positions import Rope, expand_rope, row_rope, slice_rope
+from twigvlm.base.positions import Rope, expand_rope, select_rows, slice_rope
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.decoding.prefill import run_kept
 from twigvlm.errors import TwigVLMError
@@ -70,12 +71,11 @@ class Case:
             masks: of an unpadded batch.
         """
         group = len(kept)
-        mask = self.visual_mask.expand(group, -1)
-        indices = (~mask).scatter(1, kept, True).nonzero()[:, 1].view(group, -1)
+        visual = self.visual_mask.expand(group, -1)
+        stays = (~visual).scatter(1, kept, True)
         rope = expand_rope(self.rope, group)
         hidden = self.hidden.expand(group, -1, -1)
-        visual = torch.gather(mask, 1, indices)
-        hidden = run_kept(base, hidden, indices, visual, rope, trunk, final_wipe, masks, cache=None)
+        hidden, _ = run_kept(base, hidden, stays, visual, rope, trunk, final_wipe, masks, cache=None)
         logits = base.logits(hidden[:, -len(self.answer) :]).float()
         losses = F.cross_entropy(logits.flatten(0, 1), self.answer.repeat(group), reduction="none")
         return -losses.view(group, -1).mean(dim=1)
@@ -106,7 +106,8 @@ class Policy(nn.Module):
         Args:
             labels: ids at answers, -100 elsewhere. Of each sample's turns one is drawn; the turns before it are context.
             step: optimiser steps done.
-            part: passes done within this step. Seed, step and part decide all that is drawn.
+            part: passes done within this step, those of other processes counted before in turn. Seed, step and part decide all
+                that is drawn.
             inputs: what the base's forward takes.
         """
         inputs.pop("attention_mask", None)
@@ -125,7 +126,7 @@ class Policy(nn.Module):
             scores = look_at_images(twig.layers[-1], before, rope, look, twig.pruning_head)
         loss = scores[look.visible].sum() * 0.0  # a batch without an image has a gradient too
         samples = look.visible.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
-        reward, spread, entropy = [], [], []
+        figures: dict[str, list[Tensor]] = defaultdict(list)
         for row in samples:
             visible, query = look.visible[row, 0], int(look.queries[row, 0])
             log_scores, positions = scores[row, 0][visible], look.visual[row][visible]
@@ -133,7 +134,7 @@ class Policy(nn.Module):
             case = Case(
                 hidden[row : row + 1, :end],
                 prompt.visual_mask[row : row + 1, :end],
-                slice_rope(row_rope(rope, row), 0, end),
+                slice_rope(select_rows(rope, [row]), 0, end),
                 labels[row, query + 1 : end + 1],
             )
             keep = self.keep(retain, len(positions))
@@ -141,14 +142,14 @@ class Policy(nn.Module):
             parts = positions[actions].split(config.chunk or config.group)
             rewards = torch.cat([case.rewards(base, kept, self.trunk, self.final_wipe, masks) for kept in parts])
             log_probabilities = plackett_luce.log_probability(log_scores, actions)
-            loss = loss + policy_loss(log_probabilities, advantages(rewards)) / len(samples)
-            reward.append(rewards.mean())
-            spread.append(rewards.std())
-            entropy.append(plackett_luce.entropy(log_scores.detach()))
+            better = advantages(rewards)
+            loss = loss + policy_loss(log_probabilities, better) / len(samples)
+            figures["reward"].append(rewards.mean())
+            figures["reward_spread"].append(rewards.std())
+            figures["advantage_spread"].append(better.std())
+            figures["entropy"].append(plackett_luce.entropy(log_scores.detach()))
         terms = {"retain": torch.tensor(float(retain))}
-        if samples:
-            figures = {"reward": reward, "reward_spread": spread, "entropy": entropy}
-            terms.update((name, torch.stack(values).mean()) for name, values in figures.items())
+        terms.update((name, torch.stack(values).mean()) for name, values in figures.items())
         weight = float(np.interp(choice, (0, max(1, len(config.budgets) - 1)), config.gamma))
         if weight:
             lesson = teach(base, hidden, self.trunk, rope, masks, look, self.teacher_layer)
@@ -180,7 +181,9 @@ class PolicyTrainer(TermTrainer):
         step, part = self._spot
         self._spot = (step, part + 1) if step == self.state.global_step else (self.state.global_step, 0)
         step, part = self._spot
-        return super().compute_loss(model, {**inputs, "step": step, "part": part}, return_outputs, num_items_in_batch)
+        # Processes take the batches in turn, so that they draw together what one process would draw alone.
+        place = {"step": step, "part": part * self.args.world_size + self.args.process_index}
+        return super().compute_loss(model, {**inputs, **place}, return_outputs, num_items_in_batch)
 
 
 def train_stage2(
@@ -202,7 +205,8 @@ def train_stage2(
         callbacks: of the Trainer, for example to show progress.
 
     Returns:
-        The Trainer's log: rewards, their spread within a group, entropy of s, R̄ and L_AttnKL included.
+        The Trainer's log: rewards, their spread within a group and that of the advantages (1, or 0 where all rewards are equal),
+        entropy of s, R̄ and L_AttnKL included.
 
     Raises:
         TwigVLMError: the twig has no P-Head, the first sample cannot have a budget, or as in stage 1.

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,27 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from twigvlm.checkpoint import replace
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
+from twigvlm.training import processes, sharding
 from twigvlm.training.data import Collator
 from twigvlm.training.options import TrainingConfig
 
+UNFINISHED = "unfinished"
+"""Folder in which a checkpoint is written before it takes its place."""
+KEPT = 2
+"""Checkpoints that are kept, the latest ones."""
 NO_LOSSES = ("grad_norm", "learning_rate", "epoch", "step")
 """Of what a Trainer logs."""
 
 
 class TermTrainer(Trainer):
-    """A Trainer that logs, beside the loss, all that the model returns with it: means over the passes since the last log."""
+    """A Trainer that logs, beside the loss, all that the model returns with it: means over the passes of all processes since
+    the last log. Its checkpoints are whole or not there.
+    """
+
+    _aside = False  # whether a checkpoint is being written
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,9 +56,40 @@ class TermTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms to the log."""
-        logs.update((name, float(torch.stack(values).mean())) for name, values in self._terms.items())
+        values: dict[str, list[float]] = {}
+        for own in processes.gather({name: torch.stack(terms).tolist() for name, terms in self._terms.items()}):
+            for name, terms in own.items():
+                values.setdefault(name, []).extend(terms)
+        logs.update((name, math.fsum(terms) / len(terms)) for name, terms in values.items())
         self._terms = {}
         super().log(logs, start_time)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Refuse what a launch asked for and would not get."""
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.mixed_precision != "no":
+            raise TwigVLMError(
+                f"mixed_precision={self.accelerator.mixed_precision}: the twig computes in the base's number format; "
+                "launch with 'no' and choose a dtype for the base"
+            )
+        sharding.set_up(self.accelerator)
+        self.is_fsdp_enabled = sharding.wanted()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        directory = super()._get_output_dir(trial)
+        return os.path.join(directory, UNFINISHED) if self._aside else directory
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The Trainer's own is not whole when trainer_state.json is there: that file may be cut off, and other processes may
+        # still be writing the state of their random streams.
+        self._aside = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._aside = False
+        self.accelerator.wait_for_everyone()
+        if processes.is_main():
+            _publish(Path(self.args.output_dir), f"checkpoint-{self.state.global_step}")
 
 
 def fit(
@@ -69,13 +112,17 @@ def fit(
     if base.dtype == torch.float16:
         raise TwigVLMError("dtype=float16: gradients underflow in it; train with bfloat16 or float32")
     samples = len(data)  # type: ignore[arg-type]
-    steps = config.max_steps or math.ceil(config.epochs * math.ceil(samples / (config.batch_size * config.accumulate)))
+    together = config.batch_size * config.accumulate * processes.count()
+    steps = config.max_steps or math.ceil(config.epochs * math.ceil(samples / together))
     module = pupil(steps)
     data[0]  # what is wrong with every sample shows before anything is written
-    checkpoint = _latest(directory) if resume else None
-    _remember(
-        directory, {**dataclasses.asdict(model.config), **dataclasses.asdict(config), "samples": samples}, checkpoint
-    )
+    checkpoint = _latest(directory)
+    if checkpoint is not None and not resume:
+        raise TwigVLMError(f"directory {str(directory)!r}: holds checkpoints; resume, or choose another directory")
+    launch = {"samples": samples, "processes": processes.count(), "sharded": sharding.wanted()}
+    _remember(directory, {**dataclasses.asdict(model.config), **dataclasses.asdict(config), **launch}, checkpoint)
+    if processes.is_main():
+        shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
     cpu = model.model.device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(directory),
@@ -89,7 +136,6 @@ def fit(
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(config.warmup * steps),
         save_steps=config.save_steps,
-        save_total_limit=2,
         logging_steps=config.log_steps,
         report_to=["tensorboard"] if config.tensorboard else "none",
         dataloader_num_workers=config.workers,
@@ -98,9 +144,14 @@ def fit(
         label_names=["labels"],
         seed=config.seed,
         use_cpu=cpu,
+        ddp_find_unused_parameters=False,  # both stages use all that they train, in every pass
         disable_tqdm=True,
     )
+    _check_device(arguments.device, model.model.device)
+    # Of several GPUs one process uses one: the Trainer would copy the twig, but not the base, to all of them.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     model.twig.float()
+    processes.agree(module)
     trainer = trainer_class(
         model=module,
         args=arguments,
@@ -110,10 +161,35 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    sharding.merge(module)
     model.twig.to(base.dtype)
     model.train(False)
     model.twig.record.append(_entry(config, samples, trainer.state))
     return trainer.state.log_history
+
+
+def _check_device(chosen: torch.device, device: torch.device) -> None:
+    """The Trainer chooses its device by itself; the base must be there."""
+    if (chosen.type, chosen.index or 0) != (device.type, device.index or 0):
+        raise TwigVLMError(
+            f"device {str(device)!r}: this process trains on {str(chosen)!r}; load the base there, "
+            "or choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _publish(directory: Path, name: str) -> None:
+    """Put a checkpoint in its place, and remove old ones."""
+    shutil.rmtree(directory / name, ignore_errors=True)
+    os.replace(directory / UNFINISHED / name, directory / name)
+    (directory / UNFINISHED).rmdir()
+    for old in _whole(directory)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def _whole(directory: Path) -> list[Path]:
+    """Checkpoints, the latest last."""
+    found = [file.parent for file in directory.glob("checkpoint-*/trainer_state.json")]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def _entry(config: TrainingConfig, samples: int, state: TrainerState) -> dict[str, Any]:
@@ -129,22 +205,21 @@ def _entry(config: TrainingConfig, samples: int, state: TrainerState) -> dict[st
 
 
 def _latest(directory: Path) -> Path | None:
-    """The last checkpoint that was written to its end: the Trainer writes `trainer_state.json` last."""
-    whole = [file.parent for file in directory.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return next(reversed(_whole(directory)), None)
 
 
 def _remember(directory: Path, settings: dict[str, Any], checkpoint: Path | None) -> None:
-    """Keep the settings beside the checkpoints; a run goes on only with the ones it began with."""
+    """Keep the settings beside the checkpoints; a run goes on only with the ones it began with, as far as it knew them."""
     file = directory / "settings.json"
     text = json.dumps(settings, indent=1) + "\n"
     if checkpoint is not None and file.is_file():
         before = json.loads(file.read_text())
         for name, value in json.loads(text).items():
-            if before.get(name) != value:
+            if before.get(name, value) != value:
                 raise TwigVLMError(
-                    f"{name}={value}: the checkpoint in {str(directory)!r} was trained with {before.get(name)}; "
+                    f"{name}={value}: the checkpoint in {str(directory)!r} was trained with {before[name]}; "
                     "resume with the same settings or choose another directory"
                 )
-    directory.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    elif processes.is_main():
+        directory.mkdir(parents=True, exist_ok=True)
+        replace(file, lambda temporary: Path(temporary).write_text(text))

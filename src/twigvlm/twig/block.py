@@ -1,11 +1,13 @@
 """The twig: T decoder layers on the output of base layer K, a norm, a head that drafts tokens (§3.1), maybe a P-Head."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from twigvlm.base.cache import LayeredCache
 from twigvlm.base.layers import fill, run
@@ -117,6 +119,12 @@ class Twig(nn.Module):
     ) -> Float[Tensor, "batch tokens width"]:
         """Run the twig on states after base layer K; the result goes to `logits`."""
         return run(self.layers, hidden, rope, masks, cache, self.first_slot)
+
+    def checkpoint_gradients(self, on: bool) -> None:
+        """In training, keep of each layer its input alone, and run it again for its gradients."""
+        for layer in self.layers:
+            cast(Any, layer).gradient_checkpointing = on
+            cast(Any, layer)._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     @torch.no_grad()
     def open_gates(self, base: BaseVLM, tokens: int = 256) -> None:

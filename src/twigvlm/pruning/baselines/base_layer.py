@@ -33,4 +33,4 @@ class BaseLayerAttention:
         start, hidden = (done, trunk.hidden) if index >= done else (0, trunk.prompt.hidden)
         hidden = base.run_layers(hidden, start, index, trunk.rope, trunk.masks)
         keys, _ = project_keys_values(base.layers[index], hidden, trunk.rope)
-        return layer_scores(base.layers[index], hidden, trunk.rope, keys, trunk.prompt.visual_mask, self.queries)
+        return layer_scores(base.layers[index], hidden, trunk.rope, keys, trunk.prompt, self.queries)

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RandomScores:
-    """Scores drawn uniformly; the same seed and prompt length give the same choice."""
+    """Scores drawn uniformly; a prompt's own length and the seed decide the choice."""
 
     seed: int = 0
 
     def __call__(self, trunk: "Trunk") -> Tensor:
         """Scores [batch, tokens]."""
-        generator = torch.Generator().manual_seed(self.seed)
         mask = trunk.prompt.visual_mask
-        return torch.rand(mask.shape, generator=generator).to(mask.device)
+        scores = torch.zeros(mask.shape)
+        for row, length in enumerate(trunk.prompt.lengths):
+            scores[row, :length] = torch.rand(length, generator=torch.Generator().manual_seed(self.seed))
+        return scores.to(mask.device)

@@ -1,0 +1,183 @@
+"""Sampling draws what the base's `generate` draws, token for token of a seed, however it is speculated."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.batches import batched
+from tests.decoding.test_exactness import grown
+from tests.decoding.test_tree import branches, planted
+from tests.tiny import prompt
+from twigvlm.decoding.sampling import Noise, Sampling, draft_scores
+from twigvlm.decoding.tree import walk
+
+WAYS = {
+    "none": {},
+    "chain": {"speculate": "chain", "draft_threshold": 0.1},
+    "tree": {"speculate": "tree", "tree_nodes": 20, "tree_expand": 3},
+}
+OPTIONS = [
+    {},
+    {"temperature": 0.6, "top_k": 12},
+    {"temperature": 1.5, "top_p": 0.8},
+    {"min_p": 0.05, "repetition_penalty": 1.4},
+    {"bad_words_ids": [[7], [8, 9]], "typical_p": 0.9},
+    {"eos_token_id": list(range(0, 100, 7)), "pad_token_id": 0},
+    {"prefix_allowed_tokens_fn": lambda row, ids: [int(ids[-1] * 7 + 3) % 97, int(ids[-1] + 1) % 97, 5]},
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**31), options=st.sampled_from(OPTIONS), reduced=st.booleans())
+def test_a_seed_gives_what_the_bases_generate_gives(way, seed, options, reduced):
+    model, inputs = grown(reduced=reduced), prompt(seed % 40)
+    options = {"top_k": 0, **options, "do_sample": True, "max_new_tokens": 14}
+    torch.manual_seed(seed)
+    expected = model.model.generate(**inputs, **options)
+    torch.manual_seed(seed)
+    assert model.generate(**inputs, **options, **WAYS[way]).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pruned_samples_do_not_depend_on_speculation(way):
+    model, options = grown(), {"keep": 4, "final_wipe": 4, "do_sample": True, "top_k": 0, "max_new_tokens": 16}
+    for seed in range(8):
+        plain, drafted = (
+            model.generate(**prompt(seed), **options, **speculation, generator=torch.Generator().manual_seed(seed))
+            for speculation in ({}, WAYS[way])
+        )
+        assert plain.tolist() == drafted.tolist()
+
+
+def test_different_seeds_differ():
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 8, "speculate": "chain"}
+    drawn = {
+        tuple(grown().generate(**prompt(), **options, generator=torch.Generator().manual_seed(seed))[0].tolist())
+        for seed in range(6)
+    }
+    assert len(drawn) > 3
+
+
+def test_the_twig_draws_what_the_base_will_draw():
+    """Drafting with the base's noise: a twig that agrees is accepted as often as when greedy, however flat the scores."""
+    options = {"speculate": "chain", "draft_threshold": 0.0, "max_new_tokens": 24, "return_dict_in_generate": True}
+    accepted = drafted = 0
+    for seed in range(8):
+        output = grown().generate(**prompt(seed), **options, do_sample=True, temperature=1.3, top_k=0)
+        accepted, drafted = accepted + sum(output.accepted_lengths[0]), drafted + sum(output.drafted_lengths[0])
+    assert accepted > 0.5 * drafted
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_several_answers_to_one_prompt(way):
+    model = grown()
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 10, "num_return_sequences": 3}
+    drawn = [
+        model.generate(**prompt(), **options, **speculation, generator=torch.Generator().manual_seed(5))
+        for speculation in ({}, WAYS[way])
+    ]
+    assert torch.equal(*drawn)
+    assert len({tuple(row) for row in drawn[0].tolist()}) == 3
+
+
+def test_rows_of_a_batch_draw_for_themselves():
+    """What a row draws does not depend on how long the others' answers are."""
+    model, options = grown(), {"do_sample": True, "top_k": 0, "max_new_tokens": 12, "pad_token_id": 0}
+    batch = batched([prompt(1), prompt(2, 5, 3)])
+    free, cut = (
+        model.generate(**batch, **options, **ends, speculate="chain", generator=torch.Generator().manual_seed(3))
+        for ends in ({}, {"eos_token_id": list(range(50))})
+    )
+    width = batch["input_ids"].shape[1]
+    for row in range(2):
+        answer = cut[row, width:].tolist()
+        length = next((place + 1 for place, token in enumerate(answer) if token < 50), len(answer))
+        assert answer[:length] == free[row, width : width + length].tolist()
+
+
+def _chi_square(counts, expected):
+    """p-value of counts under expected counts, cells of fewer than five put together."""
+    rare = expected < 5
+    counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
+    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, statistic / 2))
+
+
+@pytest.mark.parametrize("way", ["chain", "tree"])
+def test_two_tokens_have_the_bases_distribution(way):
+    """Not by way of the base's own draws: exact probabilities of all pairs of tokens, from the base's logits."""
+    model, inputs, draws = grown(), prompt(4), 2000
+    allowed = torch.tensor([3, 11, 27, 64])
+    options = {"suppress_tokens": [token for token in range(100) if token not in allowed], "temperature": 1.2}
+    length = inputs["input_ids"].shape[1]
+
+    def probabilities(ids):
+        prompts = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with torch.no_grad():
+            logits = model.model(**prompts).logits[0, -1, allowed].double()
+        return (logits / 1.2).softmax(dim=-1)
+
+    first = probabilities(inputs["input_ids"])
+    second = [probabilities(torch.cat((inputs["input_ids"], token[None, None]), dim=1)) for token in allowed]
+    expected = (first[:, None] * torch.stack(second)).flatten() * draws
+    counts = torch.zeros(len(allowed), len(allowed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    many = {"do_sample": True, "top_k": 0, "max_new_tokens": 3, "num_return_sequences": 250, "generator": generator}
+    for _ in range(draws // 250):
+        answers = model.generate(**inputs, **options, **many, **WAYS[way])[:, length:]
+        for token, other in answers[:, :2].tolist():
+            counts[(allowed == token).nonzero(), (allowed == other).nonzero()] += 1
+    assert _chi_square(counts.flatten(), expected) > 1e-3
+
+
+@given(branches, st.integers(0, 2**16))
+def test_a_choice_does_not_depend_on_the_draft(branches, seed):
+    """Whatever was drafted, the token after the root is the one that its noise picks from its scores alone."""
+    tree = planted(branches)
+    logits = torch.randn(len(tree), 5, generator=torch.Generator().manual_seed(seed))
+    noise = Noise(1.0, 5, torch.device("cpu"), torch.Generator().manual_seed(seed))
+    path, choices = walk(tree, Sampling(noise=noise).choices(logits, None, place=2))
+    for depth, (node, choice) in enumerate(zip(path, choices, strict=True)):
+        drawn = noise.at(2 + depth)
+        assert choice == int((logits[node].softmax(-1) / drawn).argmax())
+
+
+def test_the_rule_draws_from_the_target_exactly():
+    """In float64 and without sampling: over a fine grid of exponential noise, each of three tokens is chosen in the share
+    that its probability says."""
+    target = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    steps = 60
+    grid = -torch.log1p(-(torch.arange(steps, dtype=torch.float64) + 0.5) / steps)
+    noise = torch.tensor(list(itertools.product(grid.tolist(), repeat=3)), dtype=torch.float64)
+    share = torch.bincount((target / noise).argmax(dim=-1), minlength=3) / len(noise)
+    torch.testing.assert_close(share.double(), target, atol=0.01, rtol=0)
+
+
+def test_drafts_rank_by_the_same_noise():
+    noise = Noise(0.7, 6, torch.device("cpu"), torch.Generator().manual_seed(0))
+    logits, ids = torch.randn(2, 4), torch.tensor([5, 0, 3, 2])
+    scores = draft_scores(logits, [3, 4], noise, ids)
+    for row, place in enumerate([3, 4]):
+        expected = (logits[row] / 0.7).softmax(-1) / noise.at(place)[ids]
+        assert scores[row].argsort().tolist() == expected.argsort().tolist()
+    torch.testing.assert_close(scores.exp().sum(-1), torch.ones(2))
+    assert torch.equal(draft_scores(logits, [3, 4], None, ids), logits.log_softmax(-1))
+
+
+def test_noise_is_drawn_in_order_and_kept_until_it_is_of_no_use():
+    one, other = (Noise(1.0, 4, torch.device("cpu"), torch.Generator().manual_seed(2)) for _ in range(2))
+    ahead = one.at(3)
+    drawn = [other.at(place) for place in range(4)]
+    assert torch.equal(ahead, drawn[3])
+    assert torch.equal(one.at(1), drawn[1])
+    one.forget(2)
+    assert torch.equal(one.at(2), drawn[2])
+    with pytest.raises(KeyError):
+        one.at(1)

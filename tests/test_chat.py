@@ -1,0 +1,84 @@
+"""A conversation gives the answers that its turns as one prompt give, and computes what is new alone."""
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny import tiny_llava
+from tests.tiny_processor import tiny_processor
+from twigvlm import TwigConfig, TwigVLM
+from twigvlm.errors import TwigVLMError
+
+WAYS = {
+    "none": {},
+    "chain": {"speculate": "chain", "draft_threshold": 0.1},
+    "tree": {"speculate": "tree", "tree_nodes": 12, "tree_expand": 3},
+}
+TURNS = [("what is it?", 1), ("and where?", 0), ("what else, here?", 1), ("sure?", 0)]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+def picture(seed):
+    pixels = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def grown(pruning_head=False):
+    return TwigVLM.grow(
+        tiny_llava(2, deep_scale=0.05, from_layer=4, context=600), TwigConfig(2, 2, pruning_head=pruning_head)
+    )
+
+
+@pytest.mark.parametrize("pruning", [{}, {"keep": 4}, {"keep": 3, "final_wipe": 4}], ids=str)
+@pytest.mark.parametrize("pruning_head", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_each_answer_is_that_of_the_whole_prompt(way, pruning_head, pruning, processor):
+    model = grown(pruning_head)
+    options = {**WAYS[way], **pruning, "max_new_tokens": 12}
+    chat, pictures = model.chat(processor, **options), []
+    for question, count in TURNS:
+        new = [picture(len(pictures) + number) for number in range(count)]
+        pictures += new
+        answer = chat.ask(question, images=new)
+        whole = chat.messages[:-1]
+        text = processor.apply_chat_template(whole, add_generation_prompt=True)
+        inputs = processor(images=pictures, text=text, return_tensors="pt")
+        expected = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        assert answer == processor.tokenizer.decode(expected, skip_special_tokens=True).strip()
+        assert chat.messages[-1]["content"][0]["text"] == answer
+    assert len(chat.messages) == 2 * len(TURNS)
+
+
+def test_trunk_and_vision_run_on_what_is_new(processor, monkeypatch):
+    model = grown()
+    chat = model.chat(processor, keep=4, max_new_tokens=4)
+    chat.ask("what?", images=[picture(0)])
+    seen, seeing = [], []
+    model.base.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    model.model.model.vision_tower.register_forward_pre_hook(lambda *_: seeing.append(1))
+    chat.ask("why?")
+    text = processor.apply_chat_template(chat.messages[:1], add_generation_prompt=True)
+    first = processor(images=[picture(0)], text=text, return_tensors="pt")["input_ids"].shape[1]
+    text = processor.apply_chat_template(chat.messages[:3], add_generation_prompt=True)
+    whole = processor(images=[picture(0)], text=text, return_tensors="pt")["input_ids"].shape[1]
+    assert seen[0] == whole - first
+    assert not seeing
+    chat.ask("this?", images=[picture(1)])
+    assert seeing
+
+
+def test_a_failed_question_leaves_the_conversation_as_it_was(processor):
+    chat = grown().chat(processor, max_new_tokens=4)
+    first = chat.ask("what?", images=[picture(0)])
+    before = list(chat.messages)
+    for options, message in (({"keep": 99}, "keep=99"), ({"num_return_sequences": 2}, "goes on with one answer")):
+        with pytest.raises(TwigVLMError, match=message):
+            chat.ask("why?", **options)
+        assert chat.messages == before
+    again = grown().chat(processor, max_new_tokens=4)
+    assert again.ask("what?", images=[picture(0)]) == first
+    assert chat.ask("why?") == again.ask("why?")
