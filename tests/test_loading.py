@@ -90,6 +90,30 @@ def test_layers_on_two_devices(tmp_path, name):
         assert {str(one.device) for one in states} == {FIRST}
 
 
+def test_sampling_and_batches_on_two_devices(tmp_path):
+    whole = TwigVLM.grow(tiny_llava(), CONFIG)
+    whole.save_pretrained(tmp_path)
+    two = {
+        key: torch.cat((value, other)) for (key, value), other in zip(prompt().items(), prompt(1).values(), strict=True)
+    }
+    with devices():
+        base = tiny_llava()
+        keys = base._skip_keys_device_placement
+        places = place_of_parts(base, [FIRST, *[SECOND] * 5], FIRST, SECOND)
+        model = TwigVLM.from_pretrained(dispatch_model(base, places, main_device=FIRST, skip_keys=keys), tmp_path)
+        for inputs in (prompt(), two):
+            for way in ({}, CHAIN, TREE):
+                options = {**way, "keep": 3, "max_new_tokens": 6}
+                here = {key: value.to(FIRST) for key, value in inputs.items()}
+                assert model.generate(**here, **options).tolist() == whole.generate(**inputs, **options).tolist()
+                if inputs is two:
+                    continue  # a batch draws from generators of the device, which these devices do not have
+                torch.manual_seed(0)
+                drawn = model.generate(**here, **options, do_sample=True)
+                torch.manual_seed(0)
+                assert drawn.tolist() == whole.generate(**inputs, **options, do_sample=True).tolist()
+
+
 @pytest.mark.parametrize("head", ["own", "shared"])
 def test_layers_on_the_disk(tmp_path, head):
     """Their weights are there only while accelerate runs them; growing, saving, loading and answering get at them."""
@@ -106,6 +130,10 @@ def test_layers_on_the_disk(tmp_path, head):
     assert (tmp_path / "twig" / "twig_config.json").read_text() == (tmp_path / "whole" / "twig_config.json").read_text()
     for model in (grown, TwigVLM.from_pretrained(base, tmp_path / "whole")):
         assert answers(model, prompt()) == expected
+        torch.manual_seed(0)
+        drawn = model.generate(**prompt(), keep=3, max_new_tokens=4, do_sample=True)
+        torch.manual_seed(0)
+        assert torch.equal(drawn, whole.generate(**prompt(), keep=3, max_new_tokens=4, do_sample=True))
         with model.disabled(), whole.disabled():
             options = {**prompt(), "max_new_tokens": 4, "do_sample": False}
             assert torch.equal(model.generate(**options), whole.generate(**options))

@@ -344,10 +344,10 @@ class TwigVLM(nn.Module):
             raise TwigVLMError("generator: needs do_sample=True, greedy decoding draws nothing")
         noises: list[Noise | None] = [None] * rows
         if config.do_sample:
-            weight = self.base.head.weight
-            streams = [generator] if rows == 1 else _streams(rows, weight.device, generator)
+            device = self.base.device
+            streams = [generator] if rows == 1 else _streams(rows, device, generator)
             temperature = 1.0 if config.temperature is None else config.temperature
-            noises = [Noise(temperature, len(weight), weight.device, stream) for stream in streams]
+            noises = [Noise(temperature, self.base.vocabulary, device, stream) for stream in streams]
         of_rows = (_of_row(processors, row) for row in range(rows))
         return [Sampling(one if len(one) else None, noise) for one, noise in zip(of_rows, noises, strict=True)]
 
