@@ -1,6 +1,7 @@
 """The processes of one training, as torchrun or `accelerate launch` started them; a process without others is the main one."""
 
 import os
+import sys
 from typing import TypeVar
 
 import torch
@@ -52,6 +53,12 @@ def agree(module: nn.Module) -> None:
 
 
 def leave() -> None:
-    """End the work together, if there was any."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    """End this process, if it trained with others: together with them, and with success. Nothing may be left to do."""
+    if not torch.distributed.is_initialized():
+        return
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # As the interpreter goes down after FSDP over gloo, torch (as of 2.13) aborts now and then: a thread is still joinable.
+    os._exit(0)
