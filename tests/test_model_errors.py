@@ -96,6 +96,11 @@ def test_pixels_that_do_not_fit_the_placeholders(model):
         model.generate(ids, pixel_values=inputs["pixel_values"], max_new_tokens=5)
 
 
+def test_a_generator_does_not_apply_while_disabled(model):
+    with model.disabled(), pytest.raises(TwigVLMError, match="generator: the base's own generate takes none"):
+        model.generate(**prompt(), do_sample=True, generator=torch.Generator(), max_new_tokens=5)
+
+
 def test_pruning_does_not_apply_while_disabled(model):
     for options in ({"retain": 8.0}, {"keep": 3}, {"speculate": "chain"}, {"speculate": "tree"}):
         with model.disabled(), pytest.raises(TwigVLMError, match="do not apply while the twig is disabled"):

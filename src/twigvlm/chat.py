@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from twigvlm.decoding.memory import Memory
-from twigvlm.errors import TwigVLMError
 
 if TYPE_CHECKING:
     from twigvlm.model import TwigVLM
@@ -38,7 +37,7 @@ class Chat:
             options: of `TwigVLM.generate`, for this question, beside or instead of the conversation's.
 
         Raises:
-            TwigVLMError: as `generate`, or an option that makes several answers; the conversation stays as it was.
+            TwigVLMError: as `generate`; the conversation stays as it was.
         """
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
         messages, pictures = [*self.messages, {"role": "user", "content": content}], [*self._images, *images]
@@ -46,10 +45,6 @@ class Chat:
         inputs = self._processor(images=pictures or None, text=text, return_tensors="pt")
         inputs = inputs.to(self._model.model.device, self._model.base.dtype)
         options = {**self._options, **options, "return_dict_in_generate": True}
-        if (options.get("num_return_sequences") or 1) > 1:
-            raise TwigVLMError(
-                f"num_return_sequences={options['num_return_sequences']}: a conversation goes on with one answer"
-            )
         output: Any = self._model.generate(**inputs, **options, memory=self._memory)
         new = output.sequences[0, inputs["input_ids"].shape[1] :]
         answer = str(self._processor.tokenizer.decode(new, skip_special_tokens=True)).strip()

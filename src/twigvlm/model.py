@@ -204,7 +204,7 @@ class TwigVLM(nn.Module):
             tree_expand: K_sel, nodes of a level that are expanded.
             tree_nodes: N_max, most drafted tokens of a tree that are verified.
             generator: what sampling draws from; None: torch's own, which `torch.manual_seed` seeds.
-            memory: of a conversation, whose next prompt this is; `chat` keeps one.
+            memory: of a conversation, whose next prompt this is (one prompt, one answer); `chat` keeps one.
             kwargs: what the base's `generate` takes: processor outputs, max_new_tokens, generation_config,
                 eos_token_id, logits_processor, stopping_criteria, streamer, return_dict_in_generate, …
 
@@ -233,6 +233,10 @@ class TwigVLM(nn.Module):
         if self._disabled:
             if pruning.active or speculation.active:
                 raise TwigVLMError("retain, keep and speculate do not apply while the twig is disabled: leave them out")
+            if generator is not None:
+                raise TwigVLMError(
+                    "generator: the base's own generate takes none; leave it out, and seed by torch.manual_seed"
+                )
             return self.model.generate(**kwargs)
         _check_arguments(kwargs, self.model.generation_config)
         if speculation.speculate in ("tree", "auto"):
@@ -260,6 +264,8 @@ class TwigVLM(nn.Module):
             nonlocal entered
             entered = True
             _check_generation(generation_config)
+            if memory is not None and len(input_ids) > 1:
+                raise TwigVLMError(f"{len(input_ids)} answers: a conversation goes on with one; ask for one")
             for name in ("past_key_values", "use_cache"):
                 model_kwargs.pop(name, None)
             model_kwargs = {name: value for name, value in model_kwargs.items() if value is not None}

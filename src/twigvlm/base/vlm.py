@@ -1,6 +1,5 @@
 """BaseVLM: an unmodified Hugging Face vision-language model, opened at its layers."""
 
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any, cast
 
@@ -13,28 +12,8 @@ from twigvlm.base.families import Visual, family_of, language_model_of
 from twigvlm.base.layers import run, window_of
 from twigvlm.base.masks import CausalMasks, Masks, check_attention
 from twigvlm.base.positions import Rope
-from twigvlm.base.ragged import Lengths, pack
+from twigvlm.base.prompt import Prompt, deepstack_of, packed, reach_of
 from twigvlm.errors import TwigVLMError
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the base hands to its language model: text and visual tokens merged, nothing decoded yet."""
-
-    hidden: Float[Tensor, "batch tokens width"]
-    """Merged embeddings."""
-    position_ids: Int[Tensor, "*axes batch tokens"]
-    """Position of each token; with M-RoPE of each token on 3 axes, or 4 of which the first is its place."""
-    visual_mask: Bool[Tensor, "batch tokens"]
-    """True at visual tokens."""
-    input_ids: Int[Tensor, "batch tokens"]
-    """The ids, placeholders included."""
-    lengths: Lengths
-    """Tokens of each row. They come first; what stands behind them in shorter rows is padding, which no token sees."""
-    reach: Int[Tensor, "batch tokens"] | None = None
-    """Index of the last token that each token sees, where some see beyond themselves."""
-    deepstack: tuple[Tensor, ...] = ()
-    """Entry i is added to the states after layer i, [batch, tokens, width]: 0 at text tokens."""
 
 
 class _Captured(Exception):
@@ -169,7 +148,7 @@ class BaseVLM:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         elif positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-        positions, reach = positions.to(self.device), _reach(kwargs.get("attention_mask"))
+        positions, reach = positions.to(self.device), reach_of(kwargs.get("attention_mask"))
         prompt = Prompt(
             hidden,
             positions.expand(*positions.shape[:-2], len(hidden), -1),
@@ -177,9 +156,9 @@ class BaseVLM:
             input_ids,
             (hidden.shape[1],) * len(hidden),
             None if reach is None else reach.to(self.device),
-            _deepstack(hidden, kwargs),
+            deepstack_of(hidden, kwargs),
         )
-        return prompt if mask is None else _packed(prompt, mask.bool())
+        return prompt if mask is None else packed(prompt, mask.bool())
 
     def text_prompt(self, tokens: int) -> Prompt:
         """A prompt of random text, always the same, no longer than the context: to see how layers treat it, or to time them."""
@@ -249,55 +228,6 @@ def _rope_types(config: Any) -> list[str]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return [str(one.get("rope_type", "default")) for one in nested or [parameters]]
-
-
-def _reach(masks: Any) -> Tensor | None:
-    """Index of the last token that each token sees, by the masks that a base makes itself; None if all are causal."""
-    mask = masks.get("full_attention") if isinstance(masks, dict) else None
-    if mask is None:
-        return None
-    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-    index = torch.arange(allowed.shape[-1], device=allowed.device)
-    reach = torch.where(allowed, index, -1).amax(dim=-1).maximum(index)
-    return None if bool((reach == index).all()) else reach
-
-
-def _deepstack(hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Features that the base hands to its language model for the states after its first layers."""
-    features = kwargs.get("deepstack_visual_embeds")
-    if features is None:
-        return ()
-    where = kwargs["visual_pos_masks"].to(hidden.device)
-    return tuple(_spread(hidden, where, feature) for feature in features)
-
-
-def _packed(prompt: Prompt, real: Bool[Tensor, "batch tokens"]) -> Prompt:
-    """A padded prompt with each row's own tokens first, so that causal attention alone hides the padding."""
-    order, lengths = pack(real)
-
-    def move(values: Tensor) -> Tensor:
-        return torch.take_along_dim(values, order.view(*order.shape, *[1] * (values.ndim - 2)), dim=1)
-
-    positions = prompt.position_ids
-    axes = order.expand(*positions.shape[:-1], -1)
-    reach = prompt.reach
-    if reach is not None:  # an index among all tokens -> among the real ones
-        reach = torch.gather(real.long().cumsum(-1) - 1, 1, move(reach))
-    return Prompt(
-        move(prompt.hidden),
-        torch.gather(positions, -1, axes),
-        move(prompt.visual_mask & real),
-        move(prompt.input_ids),
-        lengths,
-        reach,
-        tuple(move(features) for features in prompt.deepstack),
-    )
-
-
-def _spread(hidden: Tensor, where: Tensor, feature: Tensor) -> Tensor:
-    everywhere = torch.zeros_like(hidden)
-    everywhere[where] = feature.to(hidden)
-    return everywhere
 
 
 def _at(root: Any, path: str) -> Any:

@@ -172,6 +172,18 @@ def draft_tree(context: Context, tokens: Sequence[int], indices: Sequence[int], 
                 if tree.depths[node] < rooms[row] and tree.tokens[node] not in context.ends
             )
             able[row] = [*(node for node in able[row] if node not in levels[row]), *fresh]
+    return _selected(context, trees, ran, states, indices)
+
+
+def _selected(
+    context: Context,
+    trees: Sequence[Tree],
+    ran: list[list[int]],
+    states: list[Tensor],
+    indices: Sequence[int],
+) -> Draft:
+    """What the policies keep of drafted trees, whose nodes `ran` have these layer-K states; the others run through the trunk."""
+    policies, rows = context.policies, range(len(trees))
     in_twig = [list(nodes) for nodes in ran]
     kept = [policies[row].select(trees[row]) for row in rows]
     leaves = [[node for node in kept[row] if node not in ran[row]] for row in rows]

@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twigvlm.base.cache import LayeredCache
-from twigvlm.base.vlm import BaseVLM, Prompt
+from twigvlm.base.prompt import Prompt
+from twigvlm.base.vlm import BaseVLM
 
 
 @dataclass

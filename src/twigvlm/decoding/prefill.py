@@ -10,8 +10,9 @@ from torch import Tensor
 from twigvlm.base.cache import LayeredCache
 from twigvlm.base.masks import Masks
 from twigvlm.base.positions import Rope, select_rope, slice_rope
+from twigvlm.base.prompt import Prompt
 from twigvlm.base.ragged import Lengths, last, pack, real
-from twigvlm.base.vlm import BaseVLM, Prompt
+from twigvlm.base.vlm import BaseVLM
 from twigvlm.decoding.memory import Memory
 from twigvlm.pruning.select import evenly, gather_tokens, top_visual
 from twigvlm.twig.block import Twig

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from twigvlm.base.layers import project_queries, window_of
 from twigvlm.base.positions import Rope, select_rope
+from twigvlm.base.prompt import Prompt
 from twigvlm.base.ragged import Lengths, pack, real
-from twigvlm.base.vlm import Prompt
 from twigvlm.pruning.scores import attention_scores
 from twigvlm.pruning.select import gather_tokens
 

@@ -1,0 +1,79 @@
+"""What a base hands to its language model, batches of different lengths included."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from twigvlm.base.ragged import Lengths, pack
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the base hands to its language model: text and visual tokens merged, nothing decoded yet."""
+
+    hidden: Float[Tensor, "batch tokens width"]
+    """Merged embeddings."""
+    position_ids: Int[Tensor, "*axes batch tokens"]
+    """Position of each token; with M-RoPE of each token on 3 axes, or 4 of which the first is its place."""
+    visual_mask: Bool[Tensor, "batch tokens"]
+    """True at visual tokens."""
+    input_ids: Int[Tensor, "batch tokens"]
+    """The ids, placeholders included."""
+    lengths: Lengths
+    """Tokens of each row. They come first; what stands behind them in shorter rows is padding, which no token sees."""
+    reach: Int[Tensor, "batch tokens"] | None = None
+    """Index of the last token that each token sees, where some see beyond themselves."""
+    deepstack: tuple[Tensor, ...] = ()
+    """Entry i is added to the states after layer i, [batch, tokens, width]: 0 at text tokens."""
+
+
+def reach_of(masks: Any) -> Tensor | None:
+    """Index of the last token that each token sees, by the masks that a base makes itself; None if all are causal."""
+    mask = masks.get("full_attention") if isinstance(masks, dict) else None
+    if mask is None:
+        return None
+    allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    index = torch.arange(allowed.shape[-1], device=allowed.device)
+    reach = torch.where(allowed, index, -1).amax(dim=-1).maximum(index)
+    return None if bool((reach == index).all()) else reach
+
+
+def deepstack_of(hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Features that the base hands to its language model for the states after its first layers."""
+    features = kwargs.get("deepstack_visual_embeds")
+    if features is None:
+        return ()
+    where = kwargs["visual_pos_masks"].to(hidden.device)
+    return tuple(_spread(hidden, where, feature) for feature in features)
+
+
+def packed(prompt: Prompt, real: Bool[Tensor, "batch tokens"]) -> Prompt:
+    """A padded prompt with each row's own tokens first, so that causal attention alone hides the padding."""
+    order, lengths = pack(real)
+
+    def move(values: Tensor) -> Tensor:
+        return torch.take_along_dim(values, order.view(*order.shape, *[1] * (values.ndim - 2)), dim=1)
+
+    positions = prompt.position_ids
+    axes = order.expand(*positions.shape[:-1], -1)
+    reach = prompt.reach
+    if reach is not None:  # an index among all tokens -> among the real ones
+        reach = torch.gather(real.long().cumsum(-1) - 1, 1, move(reach))
+    return Prompt(
+        move(prompt.hidden),
+        torch.gather(positions, -1, axes),
+        move(prompt.visual_mask & real),
+        move(prompt.input_ids),
+        lengths,
+        reach,
+        tuple(move(features) for features in prompt.deepstack),
+    )
+
+
+def _spread(hidden: Tensor, where: Tensor, feature: Tensor) -> Tensor:
+    everywhere = torch.zeros_like(hidden)
+    everywhere[where] = feature.to(hidden)
+    return everywhere
