@@ -74,6 +74,21 @@ def test_stage_2_goes_on_from_a_twig_of_stage_1(refused, capsys, arguments, tmp_
     assert changed == {"pruning_head.query_gate.weight", "pruning_head.key_gate.weight"}
 
 
+def test_stage_1_goes_on_from_a_twig(refused, arguments, tmp_path):
+    assert main(arguments(**{"head": "shared", "draft-vocabulary": 20})) == 0
+    refused(*arguments(out=tmp_path / "more", start=tmp_path / "twig"), words=["start", "keeps its shape"])
+    words = arguments(out=tmp_path / "more", start=tmp_path / "twig")
+    place = words.index("--twig-layers")
+    del words[place : place + 2]
+    assert main(words) == 0
+    first, second = (TwigVLM.from_pretrained(tiny_llava(), tmp_path / name).twig for name in ("twig", "more"))
+    assert second.config == first.config and second.config.draft_vocabulary == 20
+    assert [entry["stage"] for entry in second.record] == ["stage1", "stage1"]
+    assert second.record[0] == first.record[0]
+    torch.testing.assert_close(second.norm.weight, first.norm.weight, rtol=0.02, atol=0.001)
+    assert not torch.equal(second.norm.weight, first.norm.weight)
+
+
 def test_never_writes_over_what_is_there(refused, capsys, arguments, tmp_path):
     assert main(arguments()) == 0
     refused(*arguments(), words=["is not empty", "--resume"])

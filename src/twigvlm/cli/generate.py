@@ -27,7 +27,7 @@ class Generate:
     """Draft answer tokens with the twig; the answer stays the same. None: chain where there is a
     twig. auto measures this machine first, which takes a few seconds."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights. auto: as the base's files say; bfloat16 for Sapling."""
+    """Number format of the weights. auto: as the base's files say; Sapling's is bfloat16, on a CPU without it float32."""
     device: str = "auto"
     """Where to run: auto (a GPU if there is one), cpu, cuda, cuda:1, mps, …"""
     max_new_tokens: int = 256

@@ -10,6 +10,9 @@ from twigvlm.config import TwigConfig
 from twigvlm.training.options import Stage1Config, Stage2Config
 
 
+FRESH = TwigConfig(pruning_head=True)
+
+
 @dataclass(frozen=True)
 class Common:
     """What both stages need."""
@@ -24,7 +27,7 @@ class Common:
     model: str = "sapling"
     """The base: `sapling` (embedded), a Hugging Face id or a directory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the base. auto: as the base's files say; bfloat16 for Sapling."""
+    """Number format of the base. auto: as the base's files say; Sapling's is bfloat16, on a CPU without it float32."""
     device: str = "auto"
     """Where to train: auto (a GPU if there is one, its own for each process), cpu or cuda; CUDA_VISIBLE_DEVICES chooses GPUs."""
     max_length: int | None = None
@@ -83,31 +86,43 @@ class Common:
 class Stage1(Common):
     """Grow a twig and distil the base into it: next tokens, the base's predictions, its attention into the P-Head."""
 
-    twig: TwigConfig = field(default_factory=lambda: TwigConfig(pruning_head=True))
-    """Shape of the twig."""
+    start: str | None = None
+    """Twig to go on with, a directory or a hub id; it keeps its shape. None: a fresh one."""
+    twig: TwigConfig = field(default_factory=lambda: FRESH)
+    """Shape of a fresh twig."""
     stage1: Stage1Config = field(default_factory=Stage1Config)
     """Settings of the training."""
 
     def run(self) -> None:
         """Train, and write the twig to `out`."""
+        from twigvlm.errors import TwigVLMError
+
+        if self.start is not None and self.twig != FRESH:
+            raise TwigVLMError(f"start {self.start!r}: this twig keeps its shape; leave the options of a fresh one out")
         samples, base, processor = self.load()
+        from twigvlm.cli.training_progress import TrainingProgress
+        from twigvlm.training.distill import train_stage1
+
+        model = self._twig(samples, base, processor)
+        data = self.dataset(samples, base, processor)
+        train_stage1(model, data, self.stage1, self.out / "checkpoints", self.resume, [TrainingProgress()])
+        self.finish(model, data)
+
+    def _twig(self, samples: Any, base: Any, processor: Any) -> Any:
         import torch
 
         from twigvlm.cli.output import busy
-        from twigvlm.cli.training_progress import TrainingProgress
         from twigvlm.model import TwigVLM
         from twigvlm.training.data import frequent_answer_tokens
-        from twigvlm.training.distill import train_stage1
 
+        if self.start is not None:
+            return TwigVLM.from_pretrained(base, self.start)
         size = self.twig.draft_vocabulary
         with busy("Counting answer tokens"):
             tokens = None if size is None else frequent_answer_tokens(samples, processor, size)
         # A run that is started again before its first checkpoint begins with the same twig.
         torch.manual_seed(self.stage1.seed)
-        model = TwigVLM.grow(base, self.twig, tokens)
-        data = self.dataset(samples, base, processor)
-        train_stage1(model, data, self.stage1, self.out / "checkpoints", self.resume, [TrainingProgress()])
-        self.finish(model, data)
+        return TwigVLM.grow(base, self.twig, tokens)
 
 
 @dataclass(frozen=True)
