@@ -10,6 +10,7 @@ COMMANDS = {
     "sweep": {"budgets": "10", "final-wipes": "5"},
     "speed": {"retain": 10, "repeats": 1, "kinds": "place"},
     "drafts": {"retain": 10, "repeats": 1, "kinds": "place", "lengths": 2, "thresholds": 0.3},
+    "batches": {"retain": 10, "repeats": 1, "kinds": "place", "sizes": 1},
     "exactness": {"retain": 10},
 }
 
@@ -47,7 +48,7 @@ def test_writes_raw_results_and_a_report(capsys, arguments, tmp_path, command):
     assert err.splitlines()[-1].startswith(("2/2 ", "4/4 "))
     head, *records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert head["settings"]["dtype"] == "float32"
-    assert [record["id"] for record in records] == ["0", "1"]
+    assert [record["id"].removeprefix("1-") for record in records] == ["0", "1"]
     report = (tmp_path / "out" / "report.md").read_text()
     written = report.split("```")[1].split()
     assert written[:3] == ["twigvlm", "evaluate", command]
@@ -66,6 +67,7 @@ def test_bad_options_are_refused(refused, arguments, tmp_path):
     refused(*arguments("accuracy", output=tmp_path / "one.png"), words=("is a file",))
     refused(*arguments("accuracy", questions=tmp_path / "no.json"), words=("no such file",))
     refused(*arguments("speed", repeats=0), words=("repeats=0",))
+    refused(*arguments("batches", sizes=3), words=("sizes: 3", "2, the number of prompts"))
     refused(*arguments("drafts", lengths=0), words=("draft_length=0",))
     questions = tmp_path / "questions.json"
     questions.write_text(questions.read_text().replace("validation", "test"))

@@ -76,7 +76,7 @@ def test_picture_and_page(capsys, arguments, picture, base_directory, twig_direc
 
     model = TwigVLM.from_pretrained(tiny_llava(), twig_directory)
     with Image.open(picture) as shown:
-        inputs = build_inputs(model.model, tiny_processor(), shown.convert("RGB"), "Is it <b>?")
+        inputs = build_inputs(model.model, tiny_processor(), [shown.convert("RGB")], ["Is it <b>?"])
     output = model.generate(
         **inputs, max_new_tokens=12, retain=8, speculate="chain", return_dict_in_generate=True, do_sample=False
     )
@@ -110,7 +110,7 @@ def test_maps_and_kept_patches_are_those_of_generation(arguments, base_directory
     assert list(drawn["maps"])[2] == "attention of base layer 6 of 6"
     model = TwigVLM.from_pretrained(tiny_llava(), twig_directory)
     with Image.open(picture) as shown:
-        inputs = build_inputs(model.model, tiny_processor(), shown.convert("RGB"), "Is it <b>?")
+        inputs = build_inputs(model.model, tiny_processor(), [shown.convert("RGB")], ["Is it <b>?"])
     first = int(model.base.visual_mask(inputs["input_ids"]).int().argmax())
     for budget, indices in zip((10, 8), drawn["kept"].values(), strict=True):
         output = model.generate(**inputs, max_new_tokens=1, retain=budget, return_dict_in_generate=True)

@@ -82,7 +82,8 @@ def test_stage_1_goes_on_from_a_twig(refused, arguments, tmp_path):
     del words[place : place + 2]
     assert main(words) == 0
     first, second = (TwigVLM.from_pretrained(tiny_llava(), tmp_path / name).twig for name in ("twig", "more"))
-    assert second.config == first.config and second.config.draft_vocabulary == 20
+    assert second.config == first.config
+    assert second.config.draft_vocabulary == 20
     assert [entry["stage"] for entry in second.record] == ["stage1", "stage1"]
     assert second.record[0] == first.record[0]
     torch.testing.assert_close(second.norm.weight, first.norm.weight, rtol=0.02, atol=0.001)

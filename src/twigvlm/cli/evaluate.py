@@ -1,4 +1,4 @@
-"""`twigvlm evaluate`: accuracy, speed and exactness of a twig, as raw results and a report."""
+"""`twigvlm evaluate`: accuracy, speed, memory and exactness of a twig, as raw results and a report."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +149,28 @@ class Drafts(Common):
 
 
 @dataclass(frozen=True)
+class Batches(Common):
+    """Tokens per second and peak memory of batches of several sizes, against the base's own `generate`."""
+
+    kinds: tuple[str, ...] = ("description",)
+    """Kinds of questions to ask."""
+    sizes: tuple[int, ...] = (1, 2, 4, 8)
+    """Prompts in a batch; each must divide the number of prompts."""
+    retain: float = 64
+    """R̄ of the pruned contenders."""
+    baselines: tuple[str, ...] = ("sdpa", "eager")
+    """Attention implementations of the base's own `generate`; at each size the faster one is the baseline."""
+    repeats: int = 3
+    """Times that every batch is answered by everyone, alternating."""
+
+    def run(self) -> None:
+        """Measure, and write results.jsonl and report.md."""
+        from twigvlm.cli.evaluation import run_sizes
+
+        run_sizes(self)
+
+
+@dataclass(frozen=True)
 class Exactness(Common):
     """Count the prompts where speculation, no pruning, or a disabled twig changes the answer; best in float32."""
 
@@ -173,6 +195,7 @@ class Evaluate:
         | Annotated[Sweep, tyro.conf.subcommand("sweep")]
         | Annotated[Speed, tyro.conf.subcommand("speed")]
         | Annotated[Drafts, tyro.conf.subcommand("drafts")]
+        | Annotated[Batches, tyro.conf.subcommand("batches")]
         | Annotated[Exactness, tyro.conf.subcommand("exactness")],
         tyro.conf.OmitSubcommandPrefixes,
     ]

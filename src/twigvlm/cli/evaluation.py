@@ -15,15 +15,16 @@ import transformers
 
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.checkpoint import WEIGHTS, fingerprint
-from twigvlm.cli.evaluate import Accuracy, Common, Drafts, Exactness, Speed, Sweep
+from twigvlm.cli.evaluate import Accuracy, Batches, Common, Drafts, Exactness, Speed, Sweep
 from twigvlm.cli.output import busy, progress, replacing
 from twigvlm.cli.session import SAPLING, build_inputs, load_base
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.accuracy import InputsOf, run_accuracy
+from twigvlm.evaluation.batches import batch_contenders, run_batches, split
 from twigvlm.evaluation.exactness import run_exactness
 from twigvlm.evaluation.figure import draw_accuracy
 from twigvlm.evaluation.journal import Journal, Record
-from twigvlm.evaluation.report import accuracy_sections, exactness_sections, page, speed_sections
+from twigvlm.evaluation.report import accuracy_sections, batch_sections, exactness_sections, page, speed_sections
 from twigvlm.evaluation.running import Running
 from twigvlm.evaluation.speed import Contender, run_speed
 from twigvlm.evaluation.tasks import Question, Questions, load_questions
@@ -50,9 +51,10 @@ class Bench:
         """The base with its twig."""
         return TwigVLM.from_pretrained(self.base, self.twig)
 
-    def inputs_of(self, question: Question) -> dict[str, Any]:
-        """A question as the base's inputs."""
-        return build_inputs(self.base, self.processor, load_image(question.image), question.prompt)
+    def inputs_of(self, *questions: Question) -> dict[str, Any]:
+        """A question, or several as a batch, as the base's inputs."""
+        images = [load_image(question.image) for question in questions]
+        return build_inputs(self.base, self.processor, images, [question.prompt for question in questions])
 
 
 def open_bench(options: Common, validation: str = "") -> Bench:
@@ -145,8 +147,7 @@ def run_contenders(
     options: Speed | Drafts, title: str, contenders: Sequence[Contender], repeats: int, validation: bool = False
 ) -> None:
     """Time every contender on every prompt."""
-    if repeats < 1:
-        raise TwigVLMError(f"repeats={repeats}: must be 1 or more")
+    _check_repeats(repeats)
     bench = open_bench(options, validation="choosing δ and θ" if validation else "")
     model = bench.grow()
     plan = [dataclasses.asdict(contender) for contender in contenders]
@@ -165,6 +166,37 @@ def run_contenders(
             advance,
         )
     _write(options, title, bench, more, speed_sections(records, contenders))
+
+
+def run_sizes(options: Batches) -> None:
+    """Time every contender on batches of every size."""
+    _check_repeats(options.repeats)
+    bench = open_bench(options)
+    questions = bench.questions.items
+    batches = sum(len(split(questions, size)) for size in options.sizes)
+    contenders = batch_contenders(options.retain, options.baselines)
+    plan = [dataclasses.asdict(contender) for contender in contenders]
+    more = {"repeats": options.repeats, "threads": torch.get_num_threads()}
+    journal = Journal(options.output / RAW, {**bench.settings, **more, "sizes": options.sizes, "contenders": plan})
+    model = bench.grow()
+    with _advancing("Batches", batches) as advance:
+        records = run_batches(
+            model,
+            questions,
+            options.sizes,
+            contenders,
+            lambda batch: bench.inputs_of(*batch),
+            journal,
+            options.max_description_tokens,
+            options.repeats,
+            advance,
+        )
+    _write(options, "Batches", bench, more, batch_sections(records, contenders))
+
+
+def _check_repeats(repeats: int) -> None:
+    if repeats < 1:
+        raise TwigVLMError(f"repeats={repeats}: must be 1 or more")
 
 
 def run_checks(options: Exactness) -> None:

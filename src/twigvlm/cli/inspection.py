@@ -52,7 +52,7 @@ def run_inspection(options: Inspect) -> None:
     model = session.model
     assert model is not None
     titles = rankings(model, options.deep_layer)
-    inputs = build_inputs(session.base, session.processor, image, options.prompt)
+    inputs = build_inputs(session.base, session.processor, [image], [options.prompt])
     mask = model.base.visual_mask(inputs["input_ids"])
     visual = int(mask.sum())
     grid = patch_grid(visual)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,21 +160,25 @@ def _device(name: str) -> torch.device:
     return place
 
 
-def build_inputs(base: Any, processor: Any, image: Image.Image, prompt: str) -> dict[str, Any]:
-    """One user turn with one image, through the processor's chat template."""
+def build_inputs(base: Any, processor: Any, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
+    """One user turn with one image for each row, through the processor's chat template; padded on the left."""
     placeholder = getattr(processor, "image_token", None)
-    if placeholder and placeholder in prompt:
-        raise TwigVLMError(
-            f"prompt: holds the image placeholder {placeholder!r}, which is added by itself; leave it out"
-        )
-    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-    try:
-        text = processor.apply_chat_template([turn], add_generation_prompt=True)
-    except ValueError as error:
-        raise TwigVLMError(
-            f"model {base.name_or_path!r}: its processor has no chat template; choose an instruction-tuned model"
-        ) from error
-    return dict(processor(images=image, text=text, return_tensors="pt").to(base.device, base.dtype))
+    texts = []
+    for prompt in prompts:
+        if placeholder and placeholder in prompt:
+            raise TwigVLMError(
+                f"prompt: holds the image placeholder {placeholder!r}, which is added by itself; leave it out"
+            )
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+        try:
+            texts.append(processor.apply_chat_template([turn], add_generation_prompt=True))
+        except ValueError as error:
+            raise TwigVLMError(
+                f"model {base.name_or_path!r}: its processor has no chat template; choose an instruction-tuned model"
+            ) from error
+    padding = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
+    inputs = processor(images=[[image] for image in images], text=texts, return_tensors="pt", **padding)
+    return dict(inputs.to(base.device, base.dtype))
 
 
 def ask(
@@ -191,7 +195,7 @@ def ask(
 
     `attention` is the implementation that the base attends by; None: as it was loaded.
     """
-    inputs = build_inputs(session.base, session.processor, image, prompt)
+    inputs = build_inputs(session.base, session.processor, [image], [prompt])
     length = inputs["input_ids"].shape[1]
     _check_context(session.base, length, max_new_tokens)
     tokenizer = session.processor.tokenizer

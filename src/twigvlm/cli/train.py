@@ -9,7 +9,6 @@ import tyro
 from twigvlm.config import TwigConfig
 from twigvlm.training.options import Stage1Config, Stage2Config
 
-
 FRESH = TwigConfig(pruning_head=True)
 
 

@@ -7,7 +7,15 @@ from typing import Any
 from twigvlm.evaluation.exactness import CHECKS
 from twigvlm.evaluation.journal import Record
 from twigvlm.evaluation.speed import Contender
-from twigvlm.evaluation.summary import Accuracy, Interval, accuracies, compare_speeds, exactness_counts, faster
+from twigvlm.evaluation.summary import (
+    Accuracy,
+    Interval,
+    accuracies,
+    compare_batches,
+    compare_speeds,
+    exactness_counts,
+    faster,
+)
 from twigvlm.evaluation.variants import NONE, Variant
 
 
@@ -116,6 +124,30 @@ def speed_sections(records: Sequence[Record], contenders: Sequence[Contender]) -
         "prompt, with its paired 95 % bootstrap interval; draft and verify are parts of decode. Different outputs: prompts "
         "where speculation did not repeat what the same pruning gives without it.",
         table(head, rows),
+    ]
+
+
+def batch_sections(records: Sequence[Record], contenders: Sequence[Contender]) -> list[str]:
+    """Tokens per second and peak memory by contender and batch size."""
+    figures = compare_batches(records, [one.name for one in contenders if one.attention is not None])
+    sizes = list(dict.fromkeys(one.size for one in figures))
+    rows = []
+    for contender in contenders:
+        cells = []
+        for one in figures:
+            if one.name == contender.name:
+                ratio = "**1.00**" if one.is_baseline else f"{one.relative:.2f}"
+                held = "–" if isnan(one.peak) else f"{one.peak / 2**20:.0f} MiB"
+                cells.append(f"{one.speed:.1f} · {ratio} · {held}")
+        rows.append([contender.name, *cells])
+    first = next(iter(records[0]["runs"].values()))
+    prompts = sum(record["size"] for record in records if record["size"] == sizes[0])
+    return [
+        "## Batches",
+        f"{prompts} prompts, the same at every size; {len(first['total'])} alternating repeats after a warm-up. New tokens per "
+        "second of all rows together (median over repeats), their ratio to the faster baseline of the same size (bold), and "
+        "the most memory held at once, weights included.",
+        table(["contender", *(f"batch {size}: tokens/s · ratio · peak" for size in sizes)], rows),
     ]
 
 

@@ -140,6 +140,43 @@ def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, 
     return result
 
 
+@dataclass(frozen=True)
+class BatchSpeed:
+    """One contender at one batch size."""
+
+    name: str
+    size: int
+    speed: float
+    """New tokens per second of all rows together: all tokens over the sum of the batches' median times."""
+    relative: float
+    """Speed over that of the fastest baseline at the same size."""
+    peak: float
+    """Most bytes held at once by any batch; nan where the system does not say."""
+    is_baseline: bool
+
+
+def compare_batches(records: Sequence[Record], baselines: Sequence[str]) -> list[BatchSpeed]:
+    """Every contender at every size, in the order of the records.
+
+    Args:
+        records: of `run_batches`.
+        baselines: contenders, of which at each size the faster one is the baseline.
+    """
+    result = []
+    for size in dict.fromkeys(record["size"] for record in records):
+        runs = [record["runs"] for record in records if record["size"] == size]
+        speed = {
+            name: sum(sum(run[name]["tokens"]) for run in runs) / sum(median(run[name]["total"]) for run in runs)
+            for name in runs[0]
+        }
+        baseline = max(baselines, key=speed.__getitem__)
+        for name in runs[0]:
+            peaks = [held for run in runs for held in run[name]["peak"]]
+            most = float("nan") if None in peaks else float(max(peaks))
+            result.append(BatchSpeed(name, size, speed[name], speed[name] / speed[baseline], most, name == baseline))
+    return result
+
+
 def _times(records: Sequence[Record], name: str, part: str) -> list[float]:
     """Median over repeats, per prompt; nan where a contender has no such part."""
 

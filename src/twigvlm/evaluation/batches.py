@@ -1,0 +1,120 @@
+"""Speed and peak memory of batches of several sizes, alternating in one run, on the same prompts for every size."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from twigvlm.decoding.timing import clock_of
+from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation import memory
+from twigvlm.evaluation.journal import Journal, Record
+from twigvlm.evaluation.speed import Contender, attention_of
+from twigvlm.evaluation.tasks import Question
+from twigvlm.model import TwigVLM
+
+BatchOf = Callable[[Sequence[Question]], dict[str, Any]]
+"""Questions as the base's inputs, padded on the left."""
+
+
+def batch_contenders(retain: float, attentions: Sequence[str]) -> list[Contender]:
+    """The base's `generate` per attention implementation, and the twig's parts together.
+
+    Args:
+        retain: R̄.
+        attentions: implementations that the base's `generate` is measured with.
+    """
+    return [
+        *(Contender(f"HF generate, {attention}", attention) for attention in attentions),
+        Contender("pruning", options={"retain": retain}),
+        Contender("pruning + chain", options={"retain": retain, "speculate": "chain"}),
+        Contender("pruning + auto", options={"retain": retain, "speculate": "auto"}),
+    ]
+
+
+def split(questions: Sequence[Question], size: int) -> list[Sequence[Question]]:
+    """Batches of equal size.
+
+    Raises:
+        TwigVLMError: they do not come out even.
+    """
+    if size < 1 or len(questions) % size:
+        raise TwigVLMError(
+            f"sizes: {size} does not divide {len(questions)}, the number of prompts; choose --limit and --sizes that fit"
+        )
+    return [questions[start : start + size] for start in range(0, len(questions), size)]
+
+
+def run_batches(
+    model: TwigVLM,
+    questions: Sequence[Question],
+    sizes: Sequence[int],
+    contenders: Sequence[Contender],
+    batch_of: BatchOf,
+    journal: Journal,
+    max_new_tokens: int,
+    repeats: int,
+    advance: Callable[[Record], None] = lambda record: None,
+) -> list[Record]:
+    """Answer all prompts in batches of every size by every contender; who begins changes from turn to turn.
+
+    Batches that the journal holds already are not measured again. The first batch of a run is answered once by everyone
+    before any time counts.
+
+    Returns:
+        The records: `id`, `size`, and by contender `runs`: new `tokens` of each row, up to its end token, and lists of
+        `total` seconds and `peak` bytes, one per repeat.
+
+    Raises:
+        TwigVLMError: a size that does not divide the number of prompts.
+    """
+    plan = [(size, number, batch) for size in sizes for number, batch in enumerate(split(questions, size))]
+    records = []
+    warm = False
+    for size, number, batch in plan:
+        key = f"{size}-{number}"
+        if key not in journal.records:
+            inputs = batch_of(batch)
+            if not warm:
+                for contender in contenders:
+                    _measure(model, inputs, contender, max_new_tokens)
+                warm = True
+            runs: dict[str, Any] = {contender.name: {"tokens": [], "total": [], "peak": []} for contender in contenders}
+            for turn in range(repeats):
+                first = (number + turn) % len(contenders)
+                for contender in (*contenders[first:], *contenders[:first]):
+                    tokens, seconds, held = _measure(model, inputs, contender, max_new_tokens)
+                    run = runs[contender.name]
+                    run["tokens"] = tokens
+                    run["total"].append(seconds)
+                    run["peak"].append(held)
+            journal.append({"id": key, "size": size, "runs": runs})
+        records.append(journal.records[key])
+        advance(records[-1])
+    return records
+
+
+def _measure(
+    model: TwigVLM, inputs: dict[str, Any], contender: Contender, max_new_tokens: int
+) -> tuple[list[int], float, int | None]:
+    """New tokens of each row, seconds, and peak bytes of one greedy answer to a batch."""
+    device = model.model.device
+    clock = clock_of(device)
+    generate: Callable[..., Any] = model.generate if contender.attention is None else model.model.generate
+    with attention_of(model.model, contender.attention):
+        memory.reset_peak(device)
+        began = clock()
+        ids = generate(**inputs, **contender.options, max_new_tokens=max_new_tokens, do_sample=False)
+        ended = clock()
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    return _lengths(new, model.model.generation_config.eos_token_id), ended - began, memory.peak(device)
+
+
+def _lengths(new: Int[Tensor, "rows tokens"], ends: int | list[int] | None) -> list[int]:
+    """Tokens of each row up to its first end token; what follows is padding."""
+    if ends is None:
+        return [new.shape[1]] * len(new)
+    ended = torch.isin(new, torch.tensor(ends, device=new.device))
+    return torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, new.shape[1]).tolist()

@@ -1,0 +1,33 @@
+"""Peak memory of one piece of work: a GPU's tensors, or on Linux all that the process holds."""
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+
+import torch
+
+_PROCESS = Path("/proc/self")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to watch; what is free is handed back first, so that earlier work does not count."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries than GNU's have none
+        if trim is not None:
+            trim(0)
+        (_PROCESS / "clear_refs").write_text("5")
+
+
+def peak(device: torch.device) -> int | None:
+    """Most bytes held at once since `reset_peak`, weights included; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform != "linux":
+        return None
+    lines = (_PROCESS / "status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
