@@ -18,3 +18,8 @@ torch.set_num_threads(1)
 slow = [HealthCheck.too_slow]
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=30, suppress_health_check=slow)
 settings.load_profile("default")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--draws", type=int, default=1000, help="sampled answers per seed in tests of a distribution")
+    parser.addoption("--seeds", type=int, default=1, help="seeds in tests of a distribution")

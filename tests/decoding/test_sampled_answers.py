@@ -110,31 +110,46 @@ def _chi_square(counts, expected):
     return float(torch.special.gammaincc(freedom, statistic / 2))
 
 
-@pytest.mark.parametrize("way", ["chain", "tree"])
-def test_two_tokens_have_the_bases_distribution(way):
-    """Not by way of the base's own draws: exact probabilities of all pairs of tokens, from the base's logits."""
-    model, inputs, draws = grown(), prompt(4), 2000
-    allowed = torch.tensor([3, 11, 27, 64])
-    options = {"suppress_tokens": [token for token in range(100) if token not in allowed], "temperature": 1.2}
-    length = inputs["input_ids"].shape[1]
+ALLOWED = (3, 11, 27, 64)
 
-    def probabilities(ids):
-        prompts = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+def _distribution(model, inputs, temperature):
+    """Exact probabilities of all answers of three of the allowed tokens, from the base's logits."""
+
+    def after(tokens):
+        ids = torch.cat((inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)), dim=1)
         with torch.no_grad():
-            logits = model.model(**prompts).logits[0, -1, allowed].double()
-        return (logits / 1.2).softmax(dim=-1)
+            logits = model.model(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
+        return (logits[0, -1, list(ALLOWED)].double() / temperature).softmax(dim=-1)
 
-    first = probabilities(inputs["input_ids"])
-    second = [probabilities(torch.cat((inputs["input_ids"], token[None, None]), dim=1)) for token in allowed]
-    expected = (first[:, None] * torch.stack(second)).flatten() * draws
-    counts = torch.zeros(len(allowed), len(allowed), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(1)
-    many = {"do_sample": True, "top_k": 0, "max_new_tokens": 3, "num_return_sequences": 250, "generator": generator}
-    for _ in range(draws // 250):
-        answers = model.generate(**inputs, **options, **many, **WAYS[way])[:, length:]
-        for token, other in answers[:, :2].tolist():
-            counts[(allowed == token).nonzero(), (allowed == other).nonzero()] += 1
-    assert _chi_square(counts.flatten(), expected) > 1e-3
+    first = after([])
+    second = torch.stack([after([one]) for one in ALLOWED])
+    third = torch.stack([torch.stack([after([one, other]) for other in ALLOWED]) for one in ALLOWED])
+    return first[:, None, None] * second[:, :, None] * third
+
+
+@pytest.mark.parametrize("way", ["chain", "tree"])
+def test_three_tokens_have_the_bases_distribution(way, pytestconfig):
+    """Not by way of the base's own draws."""
+    draws, seeds = pytestconfig.getoption("draws"), pytestconfig.getoption("seeds")
+    model, inputs, rows = grown(), prompt(4), 250
+    options = {"suppress_tokens": [token for token in range(100) if token not in ALLOWED], "temperature": 1.2}
+    options |= {"do_sample": True, "top_k": 0, "max_new_tokens": 3, "num_return_sequences": rows, **WAYS[way]}
+    share = _distribution(model, inputs, options["temperature"])
+    place = torch.zeros(100, dtype=torch.long).index_copy(0, torch.tensor(ALLOWED), torch.arange(4))
+    together = torch.zeros(share.numel(), dtype=torch.float64)
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.zeros_like(together)
+        for _ in range(draws // rows):
+            answers = model.generate(**inputs, **options, generator=generator)[:, inputs["input_ids"].shape[1] :]
+            cells = (place[answers] * torch.tensor([16, 4, 1])).sum(dim=1)
+            counts += torch.bincount(cells, minlength=len(counts))
+        print(f"{way}, seed {seed}, {draws} draws: p = {_chi_square(counts, share.flatten() * draws):.4f}")
+        together += counts
+    p = _chi_square(together, share.flatten() * together.sum())
+    print(f"{way}, all {int(together.sum())} draws: p = {p:.4f}")
+    assert p > 1e-3
 
 
 @given(branches, st.integers(0, 2**16))
