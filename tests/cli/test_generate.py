@@ -74,6 +74,16 @@ def test_pruning(capsys, arguments, twig_directory):
     assert plain["text"] == drafted["text"] == tree["text"]
 
 
+def test_samples_of_a_seed(refused, capsys, arguments, twig_directory):
+    drawn = {"temperature": 1.3, "top-p": 0.95, "seed": 4}
+    plain = ask(capsys, arguments(**drawn))
+    assert ask(capsys, arguments(**drawn, twig=twig_directory, speculate="tree"))["token_ids"] == plain["token_ids"]
+    assert ask(capsys, arguments(**{**drawn, "seed": 5}))["token_ids"] != plain["token_ids"]
+    refused(*arguments(temperature=0), words=["temperature=0"])
+    refused(*arguments(**{"temperature": 1, "top-p": 1.5}), words=["top_p=1.5"])
+    refused(*arguments(**{"top-p": 0.5}), words=["top_p=0.5", "--temperature"])
+
+
 def test_bare_answer_on_stdout_and_figures_on_stderr(capsys, arguments):
     answer = ask(capsys, arguments())
     assert main(arguments()) == 0

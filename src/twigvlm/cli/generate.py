@@ -32,22 +32,36 @@ class Generate:
     """Where to run: auto (a GPU if there is one), cpu, cuda, cuda:1, mps, …"""
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
+    temperature: float | None = None
+    """Draw the answer's tokens at this temperature. None: always the most probable one."""
+    top_p: float | None = None
+    """Draw from the most probable tokens only, which together have this probability. None: from all."""
+    seed: int = 0
+    """Of the draws. Speculation changes none of them, and the base alone draws the same."""
     json: bool = False
     """Print one JSON object instead of the bare answer."""
 
     def run(self) -> None:
         """Answer, and print the answer or the JSON object on stdout."""
         from twigvlm.cli.output import busy
-        from twigvlm.cli.session import Plan, ask, check_request, open_session
+        from twigvlm.cli.session import Plan, ask, check_request, open_session, sampling_options
         from twigvlm.images import load_image
 
         plan = Plan.resolve(self.model, self.twig, self.retain, self.speculate)
         check_request(self.prompt, self.max_new_tokens)
+        sampling = sampling_options(self.temperature, self.top_p)
         image = load_image(self.image)
         with busy(f"Loading {self.model}"):
             session = open_session(plan, self.dtype, self.device)
         answer = ask(
-            session, image, self.prompt, self.max_new_tokens, accelerated=plan.accelerated, stream=not self.json
+            session,
+            image,
+            self.prompt,
+            self.max_new_tokens,
+            accelerated=plan.accelerated,
+            stream=not self.json,
+            sampling=sampling,
+            seed=self.seed,
         )
         if self.json:
             print(

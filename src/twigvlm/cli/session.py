@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from twigvlm.evaluation.speed import FirstToken, attention_of
 from twigvlm.model import TwigVLM
 
 SAPLING = "sapling"
+GREEDY = {"do_sample": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,21 @@ def check_request(prompt: str, max_new_tokens: int) -> None:
         raise TwigVLMError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
 
 
+def sampling_options(temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    """Of `generate`; greedy without a temperature."""
+    if temperature is None:
+        if top_p is not None:
+            raise TwigVLMError(f"top_p={top_p:g}: needs a temperature to draw at; add --temperature 1, or leave it out")
+        return GREEDY
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise TwigVLMError(
+            f"temperature={temperature:g}: must be more than 0; leave it out for the most probable tokens"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise TwigVLMError(f"top_p={top_p:g}: must be more than 0, and at most 1")
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0 if top_p is None else top_p}
+
+
 def open_session(plan: Plan, dtype: str, device: str) -> Session:
     """Load what the plan names."""
     base, processor = load_base(plan.model, dtype, device)
@@ -190,10 +206,12 @@ def ask(
     accelerated: bool,
     stream: bool = False,
     attention: str | None = None,
+    sampling: Mapping[str, Any] = GREEDY,
+    seed: int = 0,
 ) -> Answer:
-    """Answer greedily: through the twig as the plan says, or with the base's own `generate`.
+    """Answer through the twig as the plan says, or with the base's own `generate`.
 
-    `attention` is the implementation that the base attends by; None: as it was loaded.
+    `attention` is the implementation that the base attends by (None: as it was loaded), `sampling` from `sampling_options`.
     """
     inputs = build_inputs(session.base, session.processor, [image], [prompt])
     length = inputs["input_ids"].shape[1]
@@ -203,7 +221,7 @@ def ask(
     watch = FirstToken(clock, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
-        "do_sample": False,
+        **sampling,
         "streamer": watch,
         "return_dict_in_generate": True,
     }
@@ -212,7 +230,9 @@ def ask(
         assert session.model is not None
         generate = session.model.generate
         options |= {"retain": session.plan.retain, "speculate": session.plan.speculate}
-    with attention_of(session.base, attention):
+    place = session.base.device
+    with attention_of(session.base, attention), torch.random.fork_rng([place] if place.type == "cuda" else []):
+        torch.manual_seed(seed)
         began = clock()
         output: Any = generate(**inputs, **options)
         ended = clock()
