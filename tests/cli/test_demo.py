@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 from PIL import Image
 
-from twigvlm.cli import session
+from twigvlm.cli import answer
 from twigvlm.cli.main import main
 
 
@@ -49,15 +49,15 @@ def test_without_pruning_every_patch_is_kept_and_the_answer_is_the_same(capsys, 
 
 @pytest.mark.parametrize("faster", ["eager", "sdpa"])
 def test_plain_runs_attend_by_what_is_faster_here(capsys, arguments, monkeypatch, faster):
-    real, plain, twig = session.ask, [], []
+    real, plain, twig = answer.ask, [], []
 
     def ask(opened, *rest, accelerated, attention=None):
-        answer = real(opened, *rest, accelerated=accelerated, attention=attention)
+        given = real(opened, *rest, accelerated=accelerated, attention=attention)
         (twig if accelerated else plain).append(attention)
         assert opened.model.base.attention == "sdpa"  # as it was loaded
-        return dataclasses.replace(answer, prefill_ms=1.0, decode_ms=1.0 if attention == faster else 2.0)
+        return dataclasses.replace(given, prefill_ms=1.0, decode_ms=1.0 if attention == faster else 2.0)
 
-    monkeypatch.setattr(session, "ask", ask)
+    monkeypatch.setattr(answer, "ask", ask)
     assert main(arguments(runs=2)) == 0
     assert plain == ["sdpa", "eager", faster, faster]
     assert twig == [None] * 3

@@ -25,17 +25,9 @@ class Demo(Asking):
         """Ask, print the table on stdout and write the picture."""
         from rich.console import Console
 
+        from twigvlm.cli.answer import Answer, ask, check_request
         from twigvlm.cli.output import busy, check_picture_path, progress, write_picture
-        from twigvlm.cli.session import (
-            Answer,
-            Plan,
-            ask,
-            check_request,
-            default_picture,
-            open_session,
-            patch_grid,
-            seen_box,
-        )
+        from twigvlm.cli.session import Plan, default_picture, open_session, patch_grid, seen_box
         from twigvlm.cli.table import compare
         from twigvlm.errors import TwigVLMError
         from twigvlm.images import load_image

@@ -43,8 +43,9 @@ class Generate:
 
     def run(self) -> None:
         """Answer, and print the answer or the JSON object on stdout."""
+        from twigvlm.cli.answer import ask, check_request, sampling_options
         from twigvlm.cli.output import busy
-        from twigvlm.cli.session import Plan, ask, check_request, open_session, sampling_options
+        from twigvlm.cli.session import Plan, open_session
         from twigvlm.images import load_image
 
         plan = Plan.resolve(self.model, self.twig, self.retain, self.speculate)

@@ -6,7 +6,7 @@ from html import escape
 from math import isnan
 from typing import Any
 
-from twigvlm.cli.session import Answer
+from twigvlm.cli.answer import Answer
 from twigvlm.evaluation.metrics import acceptance_rate
 from twigvlm.evaluation.provenance import Origin, origins, pieces
 

@@ -5,7 +5,7 @@ from statistics import median
 from rich.table import Table
 from rich.text import Text
 
-from twigvlm.cli.session import Answer
+from twigvlm.cli.answer import Answer
 
 
 def compare(question: str, plain: list[Answer], twig: list[Answer], attentions: tuple[str, str]) -> Table:
