@@ -11,8 +11,10 @@ from torch import Tensor
 from twigvlm.base.cache import LayeredCache
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import SpeculationConfig
+from twigvlm.decoding.context import Context
 from twigvlm.decoding.costs import StepCosts
-from twigvlm.decoding.draft import Context, draft_chain, draft_tree
+from twigvlm.decoding.draft import draft_chain
+from twigvlm.decoding.draft_tree import draft_tree
 from twigvlm.decoding.memory import Memory
 from twigvlm.decoding.policy import CostAware, Policy, Published
 from twigvlm.decoding.prefill import Plan, prefill
