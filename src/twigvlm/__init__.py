@@ -6,7 +6,8 @@ from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
 from twigvlm.errors import TwigVLMError
 
 if TYPE_CHECKING:
-    from twigvlm.model import TwigOutput, TwigVLM
+    from twigvlm.decoding.generation import TwigOutput
+    from twigvlm.model import TwigVLM
 
 __all__ = ["PruningConfig", "SpeculationConfig", "TwigConfig", "TwigOutput", "TwigVLM", "TwigVLMError"]
 

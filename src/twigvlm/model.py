@@ -1,8 +1,7 @@
 """TwigVLM: a frozen base and its twig, as one model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,14 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.generation import (
-    EosTokenCriteria,
-    GenerationMode,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    PrefixConstrainedLogitsProcessor,
-    StoppingCriteriaList,
-)
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from twigvlm import checkpoint
 from twigvlm.base.masks import check_mask_attention
@@ -27,35 +19,26 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.chat import Chat
 from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
 from twigvlm.decoding.costs import StepCosts, calibrate
-from twigvlm.decoding.loop import Stops, decode
+from twigvlm.decoding.generation import (
+    TwigOutput,
+    check_arguments,
+    check_generation,
+    emitter,
+    positions,
+    samplings,
+    sequences,
+    stop_strings,
+    stops,
+)
+from twigvlm.decoding.loop import decode
 from twigvlm.decoding.memory import Memory
 from twigvlm.decoding.prefill import Plan, Scorer
-from twigvlm.decoding.sampling import Noise, Sampling
-from twigvlm.decoding.timing import Timings, clock_of
+from twigvlm.decoding.timing import clock_of
 from twigvlm.errors import TwigVLMError
 from twigvlm.hub import push
 from twigvlm.pruning.budget import average_kept, solve_keep
 from twigvlm.pruning.head_scores import default_scorer
 from twigvlm.twig.block import Twig
-
-
-@dataclass(frozen=True)
-class TwigOutput:
-    """What `generate(return_dict_in_generate=True)` returns."""
-
-    sequences: Int[Tensor, "batch length"]
-    """Prompt ids and new ids; behind the end of a shorter answer the padding token."""
-    kept_indices: list[Int[Tensor, " _"]] | None
-    """For each prompt, positions of the visual tokens kept after layer K, ascending; None without pruning."""
-    drafted_lengths: list[list[int]]
-    """For each prompt, tokens drafted for each step; of a tree, its nodes that were verified."""
-    accepted_lengths: list[list[int]]
-    """For each prompt, drafted tokens accepted in each step; each step adds one token of the base's own unless it ends the
-    answer."""
-    timings: Timings
-    """Seconds of prefill, draft, verify and the whole, of all prompts together."""
-    costs: StepCosts | None
-    """What `auto` reckoned with; None for other ways of speculation."""
 
 
 class TwigVLM(nn.Module):
@@ -238,7 +221,7 @@ class TwigVLM(nn.Module):
                     "generator: the base's own generate takes none; leave it out, and seed by torch.manual_seed"
                 )
             return self.model.generate(**kwargs)
-        _check_arguments(kwargs, self.model.generation_config)
+        check_arguments(kwargs, self.model.generation_config)
         if speculation.speculate in ("tree", "auto"):
             check_mask_attention(self.base.attention, f"speculate={speculation.speculate!r}")
         if len(kwargs["input_ids"]) > 1:
@@ -251,7 +234,7 @@ class TwigVLM(nn.Module):
 
         entered = False
         streamer = kwargs.get("streamer")
-        tokenizer_stops = _stop_strings(kwargs)
+        tokenizer_stops = stop_strings(kwargs)
 
         def run(
             model: Any,
@@ -263,7 +246,7 @@ class TwigVLM(nn.Module):
         ) -> Tensor | TwigOutput:
             nonlocal entered
             entered = True
-            _check_generation(generation_config)
+            check_generation(generation_config)
             if memory is not None and len(input_ids) > 1:
                 raise TwigVLMError(f"{len(input_ids)} answers: a conversation goes on with one; ask for one")
             for name in ("past_key_values", "use_cache"):
@@ -276,21 +259,21 @@ class TwigVLM(nn.Module):
                     {"input_ids": input_ids, **model_kwargs},
                     lambda visual: self._plan(visual, pruning, scorer),
                     speculation,
-                    _stops(stopping_criteria, input_ids.shape[1]),
-                    self._samplings(len(input_ids), logits_processor, generation_config, generator),
-                    _emitter(streamer),
+                    stops(stopping_criteria, input_ids.shape[1]),
+                    samplings(self.base, len(input_ids), logits_processor, generation_config, generator),
+                    emitter(streamer),
                     began,
                     costs,
                     memory,
                 )
             if streamer is not None:
                 streamer.end()
-            sequences = _sequences(input_ids, answers.tokens, generation_config.pad_token_id)
+            ids = sequences(input_ids, answers.tokens, generation_config.pad_token_id)
             if not generation_config.return_dict_in_generate:
-                return sequences
+                return ids
             return TwigOutput(
-                sequences,
-                _positions(answers.kept, model_kwargs.get("attention_mask")),
+                ids,
+                positions(answers.kept, model_kwargs.get("attention_mask")),
                 answers.drafted_lengths,
                 answers.accepted_lengths,
                 answers.timings,
@@ -338,136 +321,3 @@ class TwigVLM(nn.Module):
             return pruning.keep
 
         return Plan(tuple(kept(count) for count in visual), final_wipe, scorer, pruning.retain_per_image)
-
-    def _samplings(
-        self,
-        rows: int,
-        processors: LogitsProcessorList,
-        config: GenerationConfig,
-        generator: torch.Generator | None,
-    ) -> list[Sampling]:
-        if generator is not None and not config.do_sample:
-            raise TwigVLMError("generator: needs do_sample=True, greedy decoding draws nothing")
-        noises: list[Noise | None] = [None] * rows
-        if config.do_sample:
-            device = self.base.device
-            streams = [generator] if rows == 1 else _streams(rows, device, generator)
-            temperature = 1.0 if config.temperature is None else config.temperature
-            noises = [Noise(temperature, self.base.vocabulary, device, stream) for stream in streams]
-        of_rows = (_of_row(processors, row) for row in range(rows))
-        return [Sampling(one if len(one) else None, noise) for one, noise in zip(of_rows, noises, strict=True)]
-
-
-def _streams(rows: int, device: torch.device, generator: torch.Generator | None) -> list[torch.Generator | None]:
-    """A random stream for each row, so that none depends on how far the others are."""
-    where = device if generator is None else generator.device
-    seeds = torch.randint(2**62, (rows,), generator=generator, device=where).tolist()
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-
-def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
-    """Processors that get one row of a batch at a time: one of them asks which."""
-
-    def of_row(processor: Any) -> Any:
-        if not isinstance(processor, PrefixConstrainedLogitsProcessor):
-            return processor
-        allowed = processor._prefix_allowed_tokens_fn
-        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
-
-    return LogitsProcessorList(map(of_row, processors))
-
-
-def _check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
-    """Refuse, before any work, what this loop would otherwise have to drop."""
-    if kwargs.get("input_ids") is None:
-        raise TwigVLMError("input_ids is missing: pass the processor's outputs")
-    mask = kwargs.get("attention_mask")
-    if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise TwigVLMError(
-            "attention_mask: hides tokens behind others; pad on the left, with processor.tokenizer.padding_side = 'left'"
-        )
-    if mask is not None and not bool(mask[:, -1].all()):
-        raise TwigVLMError("attention_mask: hides all of a prompt; leave that prompt out")
-    given = kwargs.get("generation_config")
-    for config in (kwargs, vars(given) if given is not None else {}, vars(defaults)):
-        if config.get("max_new_tokens") is not None:
-            if config["max_new_tokens"] < 1:
-                raise TwigVLMError(f"max_new_tokens={config['max_new_tokens']}: must be 1 or more")
-            break
-    for name in ("assistant_model", "custom_generate", "past_key_values", "inputs_embeds", "synced_gpus"):
-        if kwargs.get(name) is not None:
-            raise TwigVLMError(f"{name} is not supported with a twig: leave it out, or use model.disabled()")
-
-
-def _check_generation(config: GenerationConfig) -> None:
-    if config.num_beams is not None and config.num_beams > 1:
-        raise TwigVLMError(
-            f"num_beams={config.num_beams}: beams are not supported with a twig; pass num_beams=1, or sample several answers "
-            "with do_sample=True and num_return_sequences"
-        )
-    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise TwigVLMError(
-            f"{config.get_generation_mode().value}: greedy decoding and sampling are supported; leave its options out"
-        )
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if getattr(config, name, None):
-            raise TwigVLMError(f"{name}=True is not supported with a twig: leave it out, or use model.disabled()")
-    if config.use_cache is False:
-        raise TwigVLMError("use_cache=False: a twig needs the cache; leave it out")
-    if config.cache_implementation is not None:
-        raise TwigVLMError(
-            f"cache_implementation={config.cache_implementation!r}: pruning needs its own cache; leave it out"
-        )
-
-
-def _stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Stop strings as a criterion: `generate` with a custom loop does not pass its tokenizer on."""
-    tokenizer = kwargs.pop("tokenizer", None)
-    strings = kwargs.pop("stop_strings", None)
-    if strings is None:
-        return {}
-    if tokenizer is None:
-        raise TwigVLMError("stop_strings: needs the tokenizer too, pass tokenizer=processor.tokenizer")
-    from transformers.generation import StopStringCriteria
-
-    criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
-    criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
-    return {"stopping_criteria": criteria}
-
-
-def _stops(criteria: StoppingCriteriaList, prompt_length: int) -> Stops:
-    """Split criteria into those that plain integers decide and those that must be asked."""
-    length: int | None = None
-    ends: set[int] = set()
-    others = StoppingCriteriaList()
-    for criterion in criteria:
-        if type(criterion) is MaxLengthCriteria:
-            length = criterion.max_length if length is None else min(length, criterion.max_length)
-        elif type(criterion) is EosTokenCriteria:
-            ends.update(int(token) for token in criterion.eos_token_id.flatten().tolist())
-        else:
-            others.append(criterion)
-    if length is None:
-        raise TwigVLMError("max_new_tokens is not set: pass max_new_tokens")
-    return Stops(length - prompt_length, frozenset(ends), others if len(others) else None)
-
-
-def _emitter(streamer: Any) -> Callable[[int], None]:
-    if streamer is None:
-        return lambda token: None
-    return lambda token: streamer.put(torch.tensor([token]))
-
-
-def _sequences(input_ids: Tensor, tokens: Sequence[Sequence[int]], pad_token_id: int | None) -> Tensor:
-    """Prompts and answers, [batch, length]."""
-    longest = max(map(len, tokens))
-    filled = [[*row, *[pad_token_id or 0] * (longest - len(row))] for row in tokens]
-    return torch.cat((input_ids, input_ids.new_tensor(filled)), dim=1)
-
-
-def _positions(kept: Tensor | None, attention_mask: Tensor | None) -> list[Tensor] | None:
-    """Where the kept visual tokens stand in the prompts as they were given, padding included."""
-    if kept is None:
-        return None
-    padding = [0] * len(kept) if attention_mask is None else (attention_mask == 0).sum(dim=1).tolist()
-    return [row.nonzero()[:, 0].clone() + count for row, count in zip(kept, padding, strict=True)]
