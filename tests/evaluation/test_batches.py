@@ -18,16 +18,16 @@ def batch_of(questions):
 def test_every_size_answers_the_same_prompts(model, questions, tmp_path):
     model.model.generation_config.eos_token_id = list(range(0, 100, 3))
     model.model.generation_config.pad_token_id = 0
-    contenders = batch_contenders(10, ["sdpa", "eager"])
+    contenders = batch_contenders(10, ["sdpa"])
     journal = Journal(tmp_path / "results.jsonl", {})
-    records = run_batches(model, questions.items, (1, 2, 4), contenders, batch_of, journal, 12, 2)
-    assert [record["id"] for record in records] == ["1-0", "1-1", "1-2", "1-3", "2-0", "2-1", "4-0"]
-    assert [record["size"] for record in records] == [1, 1, 1, 1, 2, 2, 4]
+    records = run_batches(model, questions.items, (1, 4), contenders, batch_of, journal, 12, 1)
+    assert [record["id"] for record in records] == ["1-0", "1-1", "1-2", "1-3", "4-0"]
+    assert [record["size"] for record in records] == [1, 1, 1, 1, 4]
     alone = [record["runs"] for record in records[:4]]
     for name, run in records[-1]["runs"].items():
         assert run["tokens"] == [one[name]["tokens"][0] for one in alone]
         assert all(seconds > 0 for seconds in run["total"])
-        assert len(run["total"]) == len(run["peak"]) == 2
+        assert len(run["total"]) == len(run["peak"]) == 1
     lengths = {count for one in alone for run in one.values() for count in run["tokens"]}
     assert len(lengths) > 1
     assert max(lengths) <= 12
