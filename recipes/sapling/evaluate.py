@@ -141,7 +141,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    model, processor = sapling.load(torch.bfloat16)
+    model, processor = sapling.load(sapling.fast_dtype(torch.device("cpu")))
     model.set_attn_implementation("eager")  # much the faster one here: single queries, grouped heads, bf16, a CPU
     lines: list[str] = []
     tally = evaluate(

@@ -287,10 +287,10 @@ def conversation(scene: Scene, count: int = 12) -> list[Turn]:
     return chosen
 
 
-def llava_sample(scene: Scene, image: str, count: int = 12) -> dict[str, object]:
-    """The scene's conversation, of up to `count` short turns and a description, in LLaVA's JSON format."""
+def llava_sample(scene: Scene, image: str) -> dict[str, object]:
+    """The scene's conversation in LLaVA's JSON format."""
     messages: list[dict[str, str]] = []
-    for turn in conversation(scene, count):
+    for turn in conversation(scene):
         start = "" if messages else "<image>\n"
         messages += [{"from": "human", "value": start + turn.question}, {"from": "gpt", "value": turn.answer}]
     return {"id": f"{scene.split}-{scene.index:06d}", "image": image, "conversations": messages}
@@ -326,8 +326,6 @@ class Options:
     split: str = "train"
     count: int = 1000
     """Scenes; with `evaluation` short questions."""
-    turns: int = 12
-    """Most short questions of a conversation; few of them suit stage 2, which asks one at a time."""
     evaluation: bool = False
     """Write questions with answers for `twigvlm evaluate` instead of conversations to train on."""
     descriptions: int = 100
@@ -346,7 +344,7 @@ def main(options: Options) -> None:
         scene = make_scene(options.split, index)
         name = f"{options.split}-{index:06d}.jpg"
         render(scene).save(options.output / name, quality=92)
-        samples.append(llava_sample(scene, name, options.turns))
+        samples.append(llava_sample(scene, name))
     (options.output / "conversations.json").write_text(json.dumps(samples, indent=1))
 
 

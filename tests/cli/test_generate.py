@@ -82,6 +82,8 @@ def test_samples_of_a_seed(refused, capsys, arguments, twig_directory):
     refused(*arguments(temperature=0), words=["temperature=0"])
     refused(*arguments(**{"temperature": 1, "top-p": 1.5}), words=["top_p=1.5"])
     refused(*arguments(**{"top-p": 0.5}), words=["top_p=0.5", "--temperature"])
+    refused(*arguments(seed=1), words=["seed=1", "--temperature"])
+    refused(*arguments(temperature=1, seed=2**63), words=[f"seed={2**63}"])
 
 
 def test_bare_answer_on_stdout_and_figures_on_stderr(capsys, arguments):

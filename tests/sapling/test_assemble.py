@@ -57,6 +57,13 @@ def test_assembling_merges_updates_and_keeps_the_rest(language):
     assert torch.equal(model.model.vision_tower.state_dict()[name], weights[f"vision_tower.{name}"])
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_bfloat16_only_where_the_device_computes_in_it(monkeypatch, native):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    assert assemble.fast_dtype(torch.device("cpu")) == (torch.bfloat16 if native else torch.float32)
+    assert assemble.fast_dtype(torch.device("cuda")) == torch.bfloat16
+
+
 def test_load_assembles_once_and_answers(language, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(assemble, "tokenizer", lambda: tokenizer)
     file = tmp_path / "sapling.safetensors"

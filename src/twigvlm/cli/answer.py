@@ -55,12 +55,15 @@ def check_request(prompt: str, max_new_tokens: int) -> None:
         raise TwigVLMError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
 
 
-def sampling_options(temperature: float | None, top_p: float | None) -> dict[str, Any]:
-    """Of `generate`; greedy without a temperature."""
+def sampling_options(temperature: float | None, top_p: float | None, seed: int | None) -> dict[str, Any]:
+    """Of `generate`; greedy without a temperature. The seed is checked only: `ask` sets it."""
     if temperature is None:
-        if top_p is not None:
-            raise TwigVLMError(f"top_p={top_p:g}: needs a temperature to draw at; add --temperature 1, or leave it out")
+        for name, value in (("top_p", top_p), ("seed", seed)):
+            if value is not None:
+                raise TwigVLMError(f"{name}={value:g}: needs a temperature; add --temperature 1, or leave it out")
         return GREEDY
+    if seed is not None and not 0 <= seed < 2**63:
+        raise TwigVLMError(f"seed={seed}: must be 0 or more, and less than 2^63")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise TwigVLMError(
             f"temperature={temperature:g}: must be more than 0; leave it out for the most probable tokens"

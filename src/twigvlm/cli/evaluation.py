@@ -177,7 +177,7 @@ def run_sizes(options: Batches) -> None:
     contenders = batch_contenders(options.retain, options.baselines)
     plan = [dataclasses.asdict(contender) for contender in contenders]
     more = {"repeats": options.repeats, "threads": torch.get_num_threads()}
-    journal = Journal(options.output / RAW, {**bench.settings, **more, "sizes": options.sizes, "contenders": plan})
+    journal = Journal(options.output / RAW, {**bench.settings, **more, "contenders": plan})
     model = bench.grow()
     with _advancing("Batches", batches) as advance:
         records = run_batches(

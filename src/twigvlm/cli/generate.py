@@ -36,8 +36,8 @@ class Generate:
     """Draw the answer's tokens at this temperature. None: always the most probable one."""
     top_p: float | None = None
     """Draw from the most probable tokens only, which together have this probability. None: from all."""
-    seed: int = 0
-    """Of the draws. Speculation changes none of them, and the base alone draws the same."""
+    seed: int | None = None
+    """Of the draws. Speculation changes none of them, and the base alone draws the same. None: 0."""
     json: bool = False
     """Print one JSON object instead of the bare answer."""
 
@@ -50,7 +50,7 @@ class Generate:
 
         plan = Plan.resolve(self.model, self.twig, self.retain, self.speculate)
         check_request(self.prompt, self.max_new_tokens)
-        sampling = sampling_options(self.temperature, self.top_p)
+        sampling = sampling_options(self.temperature, self.top_p, self.seed)
         image = load_image(self.image)
         with busy(f"Loading {self.model}"):
             session = open_session(plan, self.dtype, self.device)
@@ -62,7 +62,7 @@ class Generate:
             accelerated=plan.accelerated,
             stream=not self.json,
             sampling=sampling,
-            seed=self.seed,
+            seed=self.seed or 0,
         )
         if self.json:
             print(

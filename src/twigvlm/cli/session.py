@@ -89,7 +89,7 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any
     if name == SAPLING:
         from twigvlm import sapling
 
-        base, processor = sapling.load(dtype=_fast_dtype(place) if dtype == "auto" else getattr(torch, dtype))
+        base, processor = sapling.load(dtype=sapling.fast_dtype(place) if dtype == "auto" else getattr(torch, dtype))
     else:
         try:
             base = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
@@ -101,12 +101,6 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any
                 "vision-language model with its processor"
             ) from error
     return base.to(place).eval(), processor
-
-
-def _fast_dtype(place: torch.device) -> torch.dtype:
-    """Without instructions for it, a CPU multiplies matrices several times slower in bfloat16 than in float32."""
-    native = place.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
 
 
 def _device(name: str) -> torch.device:

@@ -87,7 +87,7 @@ class Stage1(Common):
 
     start: str | None = None
     """Twig to go on with, a directory or a hub id; it keeps its shape. None: a fresh one."""
-    twig: TwigConfig = field(default_factory=lambda: FRESH)
+    twig: TwigConfig = FRESH
     """Shape of a fresh twig."""
     stage1: Stage1Config = field(default_factory=Stage1Config)
     """Settings of the training."""

@@ -11,7 +11,7 @@ from twigvlm.decoding.timing import clock_of
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation import memory
 from twigvlm.evaluation.journal import Journal, Record
-from twigvlm.evaluation.speed import Contender, attention_of
+from twigvlm.evaluation.speed import Contender, attention_of, in_turn
 from twigvlm.evaluation.tasks import Question
 from twigvlm.model import TwigVLM
 
@@ -83,8 +83,7 @@ def run_batches(
                 warm = True
             runs: dict[str, Any] = {contender.name: {"tokens": [], "total": [], "peak": []} for contender in contenders}
             for turn in range(repeats):
-                first = (number + turn) % len(contenders)
-                for contender in (*contenders[first:], *contenders[:first]):
+                for contender in in_turn(contenders, number + turn):
                     tokens, seconds, held = _measure(model, inputs, contender, max_new_tokens)
                     run = runs[contender.name]
                     run["tokens"] = tokens

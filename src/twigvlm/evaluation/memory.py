@@ -2,12 +2,12 @@
 
 import ctypes
 import gc
-import sys
 from pathlib import Path
 
 import torch
 
 _PROCESS = Path("/proc/self")
+_WATCHED = (_PROCESS / "clear_refs").exists()  # Linux, but not every sandbox on it
 
 
 def reset_peak(device: torch.device) -> None:
@@ -16,7 +16,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
+    elif _WATCHED:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries than GNU's have none
         if trim is not None:
             trim(0)
@@ -27,7 +27,7 @@ def peak(device: torch.device) -> int | None:
     """Most bytes held at once since `reset_peak`, weights included; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform != "linux":
+    if not _WATCHED:
         return None
     lines = (_PROCESS / "status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -58,6 +58,12 @@ def standard_contenders(
     ]
 
 
+def in_turn(contenders: Sequence[Contender], turn: int) -> list[Contender]:
+    """All of them; another one begins in each turn."""
+    first = turn % len(contenders)
+    return [*contenders[first:], *contenders[:first]]
+
+
 def draft_contenders(retain: float, lengths: Sequence[int], thresholds: Sequence[float]) -> list[Contender]:
     """Pruning without drafts, and with chains of every length δ and threshold θ."""
     pruning = {"retain": retain}
@@ -182,8 +188,7 @@ def run_speed(
                 warm = True
             taken: dict[str, list[Measurement]] = {contender.name: [] for contender in contenders}
             for turn in range(repeats):
-                first = (number + turn) % len(contenders)
-                for contender in (*contenders[first:], *contenders[:first]):
+                for contender in in_turn(contenders, number + turn):
                     taken[contender.name].append(measure(model, inputs, contender, max_new_tokens))
             runs = {name: _run(measurements, tokenizer) for name, measurements in taken.items()}
             journal.append({"id": question.id, "kind": question.group, "runs": runs})

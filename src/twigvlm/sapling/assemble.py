@@ -176,6 +176,12 @@ def _store(folder: Path, weights: Path) -> None:
             os.mkdir(unfinished)  # for TemporaryDirectory to remove
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, or float32 on a CPU without instructions for it, which would be several times slower."""
+    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
 def load(dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Sapling as a plain Hugging Face model and processor, on the CPU, in `dtype`.
 
