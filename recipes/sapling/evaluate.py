@@ -3,16 +3,18 @@
 python -m recipes.sapling.evaluate --questions 2000 --descriptions 200
 """
 
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import tyro
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -114,21 +116,26 @@ def evaluate(
     per_scene: int = 4,
 ) -> Tally:
     tally = Tally()
-    scenes = max(-(-count // per_scene), descriptions)
-    for index in track(range(scenes), description="scenes"):
-        scene = make_scene(split, index)
-        picture = SharedPicture(model, processor, scene)
-        if index * per_scene < count:
-            for turn in questions(scene, per_scene):
+    with Progress() as progress:
+        task = progress.add_task("answers", total=count + descriptions)
+        for index in itertools.count():
+            left = count - tally.asked.total()
+            if not left and index >= descriptions:
+                return tally
+            scene = make_scene(split, index)
+            picture = SharedPicture(model, processor, scene)
+            for turn in questions(scene, min(per_scene, left)):
                 answer = picture.ask(turn.question, SHORT_ANSWER)
                 tally.short(turn, answer)
                 log({"scene": index, **vars(turn), "given": answer})
-        if index < descriptions:
-            turn = next(turn for turn in conversation(scene) if turn.kind == "description")
-            answer = picture.ask(turn.question, DESCRIPTION)
-            tally.description(scene, answer)
-            log({"scene": index, **vars(turn), "given": answer})
-    return tally
+                progress.advance(task)
+            if index < descriptions:
+                turn = next(turn for turn in conversation(scene) if turn.kind == "description")
+                answer = picture.ask(turn.question, DESCRIPTION)
+                tally.description(scene, answer)
+                log({"scene": index, **vars(turn), "given": answer})
+                progress.advance(task)
+    raise AssertionError("the scenes of a split do not end")
 
 
 @dataclass
@@ -143,17 +150,15 @@ class Options:
 def main(options: Options) -> None:
     model, processor = sapling.load(sapling.fast_dtype(torch.device("cpu")))
     model.set_attn_implementation("eager")  # much the faster one here: single queries, grouped heads, bf16, a CPU
-    lines: list[str] = []
-    tally = evaluate(
-        model,
-        processor,
-        options.split,
-        options.questions,
-        options.descriptions,
-        lambda entry: lines.append(json.dumps(entry)),
-    )
-    if options.log:
-        options.log.write_text("\n".join(lines))
+    with options.log.open("w") if options.log else nullcontext() as log:
+        tally = evaluate(
+            model,
+            processor,
+            options.split,
+            options.questions,
+            options.descriptions,
+            lambda entry: print(json.dumps(entry), file=log, flush=True) if log else None,
+        )
     print(tally.table())
 
 

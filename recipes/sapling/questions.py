@@ -9,6 +9,7 @@ writes LLaVA's JSON and the pictures beside it;
 writes short questions and descriptions with their answers for `twigvlm evaluate`.
 """
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -297,13 +298,15 @@ def llava_sample(scene: Scene, image: str) -> dict[str, object]:
 
 
 def evaluation_file(folder: Path, split: str, count: int, descriptions: int, per_scene: int) -> None:
-    """Questions with answers for `twigvlm evaluate`: `count` short ones, `per_scene` to a scene, and some descriptions."""
+    """Questions with answers for `twigvlm evaluate`: `count` short ones, most `per_scene` to a scene, and some descriptions."""
     rows: list[dict[str, object]] = []
     asked = 0
-    for index in range(max(-(-count // per_scene), descriptions)):
+    for index in itertools.count():
+        if asked == count and index >= descriptions:
+            break
         scene = make_scene(split, index)
         turns = conversation(scene)
-        short = [turn for turn in turns if turn.kind != "description"][: min(per_scene, max(count - asked, 0))]
+        short = [turn for turn in turns if turn.kind != "description"][: min(per_scene, count - asked)]
         asked += len(short)
         chosen = short + [turn for turn in turns if turn.kind == "description" and index < descriptions]
         picture = f"{split}-{index:06d}.png"
@@ -335,6 +338,8 @@ class Options:
 
 
 def main(options: Options) -> None:
+    if options.per_scene < 1:
+        raise SystemExit(f"per_scene={options.per_scene}: must be 1 or more")
     options.output.mkdir(parents=True, exist_ok=True)
     if options.evaluation:
         evaluation_file(options.output, options.split, options.count, options.descriptions, options.per_scene)

@@ -55,6 +55,14 @@ def test_what_costs_more_than_it_promises_is_not_drafted():
     assert len(drafted(CostAware(costs(draft=1.0), 0.0), [0.9])[1]) > 1
 
 
+def test_a_second_node_too_dear_for_one_token_may_pay_for_several():
+    alone_dear = StepCosts(
+        trunk=(0.0, *[0.1] * MOST), draft=(0.0, *[1.0] * MOST), verify=(0.0, 10.0, *[20.0] * (MOST - 1)), fill=0.0
+    )
+    assert len(drafted(CostAware(alone_dear, 0.0), [0.9], room=1)[1]) == 1, "two tokens in 21 are no gain on one in 10"
+    assert len(drafted(CostAware(alone_dear, 0.0), [0.9])[1]) > 3
+
+
 def test_dear_nodes_make_a_chain_and_cheap_ones_a_tree():
     def widest(per_node):
         tree, kept = drafted(CostAware(costs(per_node=per_node), 0.0), [0.5, 0.3, 0.1])

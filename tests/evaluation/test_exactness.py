@@ -2,7 +2,8 @@ import pytest
 
 from tests.evaluation.conftest import inputs_of
 from twigvlm.config import TwigConfig
-from twigvlm.evaluation.exactness import CHECKS, run_exactness
+from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.exactness import CHECKS, choose_checks, run_exactness
 from twigvlm.evaluation.journal import Journal
 from twigvlm.evaluation.summary import exactness_counts
 from twigvlm.model import TwigVLM
@@ -10,7 +11,7 @@ from twigvlm.model import TwigVLM
 
 @pytest.fixture
 def check(base, questions, tmp_path):
-    def run(change=lambda model: None, limit=None):
+    def run(change=lambda model: None, limit=None, checks=()):
         def grow():
             model = TwigVLM.grow(base, TwigConfig(2, 2, final_wipe=5))
             change(model)
@@ -19,7 +20,7 @@ def check(base, questions, tmp_path):
         steps = []
         journal = Journal(tmp_path / "results.jsonl", {})
         chosen = questions.chosen(limit=limit).items
-        records = run_exactness(base, grow, chosen, inputs_of, journal, 10, 6, 9, steps.append)
+        records = run_exactness(base, grow, chosen, inputs_of, journal, 10, choose_checks(checks), 6, 9, steps.append)
         return records, len(steps)
 
     return run
@@ -60,3 +61,10 @@ def test_a_wrong_speculation_is_noticed(check, way):
     records, _ = check(break_speculation, limit=1)
     assert [name for name, same in records[0]["same"].items() if not same] == [f"pruned {way}", way]
     assert exactness_counts(records)[way] == (0, ["0"])
+
+
+def test_checks_can_be_chosen(check):
+    records, _ = check(limit=1, checks=("disabled", "pruned chain"))
+    assert list(records[0]["same"].items()) == [("pruned chain", True), ("disabled", True)]
+    with pytest.raises(TwigVLMError, match="check 'chian': must be one of pruned chain"):
+        choose_checks(["chian"])

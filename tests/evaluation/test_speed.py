@@ -2,6 +2,7 @@ import pytest
 
 from tests.evaluation.conftest import inputs_of
 from tests.tiny import prompt
+from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation import speed
 from twigvlm.evaluation.journal import Journal
 from twigvlm.evaluation.speed import Contender, draft_contenders, measure, run_speed, standard_contenders
@@ -78,3 +79,10 @@ def test_drafts_are_compared_on_the_same_pruning():
     assert {one.options["retain"] for one in contenders} == {10}
     assert {one.same_as for one in contenders[1:]} == {"pruning"}
     assert contenders[3].options == {"retain": 10, "speculate": "chain", "draft_length": 5, "draft_threshold": 0.3}
+
+
+def test_contenders_can_be_chosen_and_bring_what_they_are_compared_to():
+    contenders = standard_contenders(10, CHAIN, TREE, ["sdpa"], ["pruning + chain"])
+    assert [contender.name for contender in contenders] == ["HF generate, sdpa", "pruning", "pruning + chain"]
+    with pytest.raises(TwigVLMError, match="contender 'prunning': must be one of own loop, pruning"):
+        standard_contenders(10, CHAIN, TREE, ["sdpa"], ["prunning"])

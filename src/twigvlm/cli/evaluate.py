@@ -103,21 +103,17 @@ class Speed(Common):
     """N_max: most drafted tokens of a tree that are verified."""
     baselines: tuple[str, ...] = ("sdpa", "eager")
     """Attention implementations of the base's own `generate`; the faster one is the baseline."""
+    contenders: tuple[str, ...] = ()
+    """What to time beside them: "own loop", pruning, chain, tree, auto, "pruning + chain", "pruning + tree", "pruning +
+    auto". None given: all."""
     repeats: int = 3
     """Times that every prompt is answered by everyone, alternating."""
 
     def run(self) -> None:
         """Measure, and write results.jsonl and report.md."""
-        from twigvlm.cli.evaluation import run_contenders
-        from twigvlm.config import SpeculationConfig
-        from twigvlm.evaluation.speed import standard_contenders
+        from twigvlm.cli.evaluation import run_speeds
 
-        chain: dict[str, Any] = {"draft_length": self.draft_length, "draft_threshold": self.draft_threshold}
-        tree: dict[str, Any] = {
-            name: getattr(self, name) for name in ("tree_depth", "tree_width", "tree_expand", "tree_nodes")
-        }
-        SpeculationConfig(**chain, **tree)  # for its errors
-        run_contenders(self, "Speed", standard_contenders(self.retain, chain, tree, self.baselines), self.repeats)
+        run_speeds(self)
 
 
 @dataclass(frozen=True)
@@ -137,15 +133,9 @@ class Drafts(Common):
 
     def run(self) -> None:
         """Measure, and write results.jsonl and report.md."""
-        from twigvlm.cli.evaluation import run_contenders
-        from twigvlm.config import SpeculationConfig
-        from twigvlm.evaluation.speed import draft_contenders
+        from twigvlm.cli.evaluation import run_drafts
 
-        for length in self.lengths:
-            for threshold in self.thresholds:
-                SpeculationConfig("chain", length, threshold)  # for its errors
-        contenders = draft_contenders(self.retain, self.lengths, self.thresholds)
-        run_contenders(self, "Drafts", contenders, self.repeats, validation=True)
+        run_drafts(self)
 
 
 @dataclass(frozen=True)
@@ -177,7 +167,10 @@ class Exactness(Common):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights: in half precision, ties may flip."""
     retain: float = 64
-    """R̄ of the pruned check."""
+    """R̄ of the pruned checks."""
+    checks: tuple[str, ...] = ()
+    """What to compare: chain, tree, auto, "pruned chain", "pruned tree", "pruned auto", "no pruning", disabled. None given:
+    all."""
 
     def run(self) -> None:
         """Compare, and write results.jsonl and report.md."""

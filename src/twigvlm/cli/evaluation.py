@@ -18,15 +18,16 @@ from twigvlm.checkpoint import WEIGHTS, fingerprint
 from twigvlm.cli.evaluate import Accuracy, Batches, Common, Drafts, Exactness, Speed, Sweep
 from twigvlm.cli.output import busy, progress, replacing
 from twigvlm.cli.session import SAPLING, build_inputs, load_base
+from twigvlm.config import SpeculationConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.accuracy import InputsOf, run_accuracy
 from twigvlm.evaluation.batches import batch_contenders, run_batches, split
-from twigvlm.evaluation.exactness import run_exactness
+from twigvlm.evaluation.exactness import choose_checks, run_exactness
 from twigvlm.evaluation.figure import draw_accuracy
 from twigvlm.evaluation.journal import Journal, Record
 from twigvlm.evaluation.report import accuracy_sections, batch_sections, exactness_sections, page, speed_sections
 from twigvlm.evaluation.running import Running
-from twigvlm.evaluation.speed import Contender, run_speed
+from twigvlm.evaluation.speed import Contender, draft_contenders, run_speed, standard_contenders
 from twigvlm.evaluation.tasks import Question, Questions, load_questions
 from twigvlm.evaluation.variants import make_variants
 from twigvlm.images import load_image
@@ -143,12 +144,30 @@ def run_sweep(options: Sweep) -> None:
     run_pruning(options, "Sweep of K_f", (options.method,), wipes, options.seed, options.figure, bench)
 
 
-def run_contenders(
-    options: Speed | Drafts, title: str, contenders: Sequence[Contender], repeats: int, validation: bool = False
-) -> None:
-    """Time every contender on every prompt."""
+def run_speeds(options: Speed) -> None:
+    """Time the base's own `generate`, and the twig's parts that the options name."""
+    chain: dict[str, Any] = {"draft_length": options.draft_length, "draft_threshold": options.draft_threshold}
+    tree: dict[str, Any] = {
+        name: getattr(options, name) for name in ("tree_depth", "tree_width", "tree_expand", "tree_nodes")
+    }
+    SpeculationConfig(**chain, **tree)  # for its errors
+    contenders = standard_contenders(options.retain, chain, tree, options.baselines, options.contenders)
+    _run_contenders(options, "Speed", contenders)
+
+
+def run_drafts(options: Drafts) -> None:
+    """Time chains of every length and threshold."""
+    for length in options.lengths:
+        for threshold in options.thresholds:
+            SpeculationConfig("chain", length, threshold)  # for its errors
+    contenders = draft_contenders(options.retain, options.lengths, options.thresholds)
+    _run_contenders(options, "Drafts", contenders, validation="choosing δ and θ")
+
+
+def _run_contenders(options: Speed | Drafts, title: str, contenders: Sequence[Contender], validation: str = "") -> None:
+    repeats = options.repeats
     _check_repeats(repeats)
-    bench = open_bench(options, validation="choosing δ and θ" if validation else "")
+    bench = open_bench(options, validation)
     model = bench.grow()
     plan = [dataclasses.asdict(contender) for contender in contenders]
     more = {"repeats": repeats, "threads": torch.get_num_threads()}
@@ -201,8 +220,9 @@ def _check_repeats(repeats: int) -> None:
 
 def run_checks(options: Exactness) -> None:
     """Compare answers that must be the same."""
+    checks = choose_checks(options.checks)
     bench = open_bench(options)
-    journal = Journal(options.output / RAW, {**bench.settings, "retain": options.retain})
+    journal = Journal(options.output / RAW, {**bench.settings, "retain": options.retain, "checks": checks})
     todo = sum(question.id not in journal.records for question in bench.questions.items)
     inputs_of: InputsOf = bench.inputs_of
     with _advancing("Exactness", 2 * todo) as advance:
@@ -213,6 +233,7 @@ def run_checks(options: Exactness) -> None:
             inputs_of,
             journal,
             options.retain,
+            checks,
             options.max_new_tokens,
             options.max_description_tokens,
             advance,

@@ -85,22 +85,32 @@ class CostAware:
         return (1 + self.accepted) / (1 + self.expected)
 
     def expand(self, tree: Tree, able: Sequence[int], ran: Sequence[int]) -> list[int]:
-        """The most probable nodes, as many as promise the best rate, if that is better than to stop here."""
+        """As many of the most probable nodes as promise the best rate, if that is better than to stop here.
+
+        Of a node that is run the best child is reckoned, of that one the best child, and so on for as many levels as pay.
+        """
         if not ran:
             self.spent = 0.0
         stop, self.kept = self._best(tree, ran)
         mass = sum(math.exp(tree.scores[node]) for node in self.kept[1:])
         best, chosen = stop, 0
         ranked = sorted(able, key=lambda node: -tree.scores[node])
-        promised = mass
+        likely = self.likely / self.seen
+        running = 0.0
         for count, node in enumerate(ranked[: self.costs.most - len(self.kept)], start=1):
-            promised += math.exp(tree.scores[node]) * self.likely / self.seen
-            more = self.costs.draft[count] + self.costs.trunk[count]  # to run them, and of each the best child
-            seconds = self.spent + more + self.costs.verify[len(self.kept) + count]
-            rate = (1 + self.trust * promised) / seconds
-            if rate <= best:
+            running += math.exp(tree.scores[node])
+            promised = mass
+            better = False
+            # A pass of two nodes may cost nearly what one of eight does: look further than the next level.
+            for levels in range(1, (self.costs.most - len(self.kept)) // count + 1):
+                promised += running * likely**levels
+                drafting = levels * self.costs.draft[count] + self.costs.trunk[count]
+                seconds = self.spent + drafting + self.costs.verify[len(self.kept) + levels * count]
+                rate = (1 + self.trust * promised) / seconds
+                if rate > best:
+                    best, chosen, better = rate, count, True
+            if not better:
                 break
-            best, chosen = rate, count
         if not ran and chosen and self.lost < self.fill:
             self.lost += 1 / stop - 1 / best
             return []

@@ -2,11 +2,13 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.accuracy import InputsOf
 from twigvlm.evaluation.journal import Journal, Record
 from twigvlm.evaluation.tasks import Question
@@ -22,7 +24,19 @@ CHECKS = {
     "no pruning": "R = M and K_f = L = the base's own generate",
     "disabled": "disabled() = the base before it had a twig, ids and logits bit for bit",
 }
-"""Checks and what each one says."""
+"""Checks and what each one says, in the order they are made: the last one after the twig has been used."""
+
+
+def choose_checks(names: Sequence[str]) -> list[str]:
+    """The named checks in their order; all if none is named.
+
+    Raises:
+        TwigVLMError: there is no such check.
+    """
+    for name in names:
+        if name not in CHECKS:
+            raise TwigVLMError(f"check {name!r}: must be one of {', '.join(CHECKS)}")
+    return [check for check in CHECKS if check in (names or CHECKS)]
 
 
 def run_exactness(
@@ -32,6 +46,7 @@ def run_exactness(
     inputs_of: InputsOf,
     journal: Journal,
     retain: float,
+    checks: Sequence[str],
     max_new_tokens: int = 16,
     max_description_tokens: int = 192,
     advance: Callable[[Record], None] = lambda record: None,
@@ -41,7 +56,8 @@ def run_exactness(
     Args:
         base: the base, before anything is grown on it.
         grow: puts the twig on it.
-        retain: R̄ of the pruned check.
+        retain: R̄ of the pruned checks.
+        checks: from `choose_checks`.
         max_new_tokens: longest short answer.
         max_description_tokens: longest description.
         advance: called twice for each prompt that is asked: after the base alone, and with its record.
@@ -60,40 +76,40 @@ def run_exactness(
         advance({})
     model = grow()
     for question in todo:
-        journal.append(_check(model, question, inputs_of(question), before[question.id], retain, limit(question)))
+        same = _check(model, inputs_of(question), before[question.id], retain, checks, limit(question))
+        tokens = len(before[question.id][0])
+        journal.append({"id": question.id, "kind": question.group, "tokens": tokens, "same": same})
         advance(journal.records[question.id])
     return [journal.records[question.id] for question in questions]
 
 
 def _check(
     model: TwigVLM,
-    question: Question,
     inputs: dict[str, Any],
     before: tuple[list[int], str],
     retain: float,
+    checks: Sequence[str],
     max_new_tokens: int,
-) -> Record:
+) -> dict[str, bool]:
     options = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": False}
-
-    def ids(**more: Any) -> list[int]:
-        output: Any = model.generate(**options, **more)
-        new: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
-        return new
-
     visual = int(model.base.visual_mask(inputs["input_ids"]).sum())
-    pruned, plain = ids(retain=retain), ids()
-    same = {
-        "pruned chain": ids(retain=retain, speculate="chain") == pruned,
-        "pruned tree": ids(retain=retain, speculate="tree") == pruned,
-        "chain": ids(speculate="chain") == plain,
-        "tree": ids(speculate="tree") == plain,
-        "pruned auto": ids(retain=retain, speculate="auto") == pruned,
-        "auto": ids(speculate="auto") == plain,
-        "no pruning": ids(keep=visual, final_wipe=model.base.num_layers) == before[0],
-    }
-    with model.disabled():  # last: after the twig has been used
-        same["disabled"] = _reference(model.generate, inputs, max_new_tokens) == before
-    return {"id": question.id, "kind": question.group, "tokens": len(before[0]), "same": same}
+
+    @cache
+    def ids(pruned: bool, speculate: str) -> list[int]:
+        output: Any = model.generate(**options, retain=retain if pruned else None, speculate=speculate)
+        return _new(output, inputs)
+
+    def same(check: str) -> bool:
+        if check == "disabled":
+            with model.disabled():
+                return _reference(model.generate, inputs, max_new_tokens) == before
+        if check == "no pruning":
+            output: Any = model.generate(**options, keep=visual, final_wipe=model.base.num_layers)
+            return _new(output, inputs) == before[0]
+        pruned = check.startswith("pruned ")
+        return ids(pruned, check.removeprefix("pruned ")) == ids(pruned, "none")
+
+    return {check: same(check) for check in checks}
 
 
 def _reference(generate: Callable[..., Any], inputs: dict[str, Any], max_new_tokens: int) -> tuple[list[int], str]:
@@ -104,7 +120,12 @@ def _reference(generate: Callable[..., Any], inputs: dict[str, Any], max_new_tok
     digest = hashlib.sha256()
     for logits in output.logits:
         digest.update(_bits(logits))
-    return output.sequences[0, inputs["input_ids"].shape[1] :].tolist(), digest.hexdigest()
+    return _new(output.sequences, inputs), digest.hexdigest()
+
+
+def _new(sequences: Tensor, inputs: dict[str, Any]) -> list[int]:
+    ids: list[int] = sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    return ids
 
 
 def _bits(tensor: Tensor) -> bytes:

@@ -13,6 +13,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from twigvlm.decoding.timing import clock_of
+from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.accuracy import InputsOf
 from twigvlm.evaluation.journal import Journal, Record
 from twigvlm.evaluation.tasks import Question
@@ -33,7 +34,7 @@ class Contender:
 
 
 def standard_contenders(
-    retain: float, chain: dict[str, Any], tree: dict[str, Any], attentions: Sequence[str]
+    retain: float, chain: dict[str, Any], tree: dict[str, Any], attentions: Sequence[str], names: Sequence[str] = ()
 ) -> list[Contender]:
     """The base's `generate` per attention implementation, and the twig's parts alone and together.
 
@@ -42,11 +43,14 @@ def standard_contenders(
         chain: options of chain speculation (`draft_length`, `draft_threshold`).
         tree: options of tree speculation (`tree_depth`, `tree_width`, `tree_expand`, `tree_nodes`).
         attentions: implementations that the base's `generate` is measured with.
+        names: of those among the others that are wanted, together with what their output is compared to; none: all.
+
+    Raises:
+        TwigVLMError: there is no contender of a name.
     """
     chain = {"speculate": "chain", **chain}
     tree = {"speculate": "tree", **tree}
-    return [
-        *(Contender(f"HF generate, {attention}", attention) for attention in attentions),
+    twigs = [
         Contender("own loop"),
         Contender("pruning", options={"retain": retain}),
         Contender("chain", options=chain, same_as="own loop"),
@@ -55,6 +59,15 @@ def standard_contenders(
         Contender("pruning + chain", options={"retain": retain, **chain}, same_as="pruning"),
         Contender("pruning + tree", options={"retain": retain, **tree}, same_as="pruning"),
         Contender("pruning + auto", options={"retain": retain, "speculate": "auto"}, same_as="pruning"),
+    ]
+    known = {contender.name: contender for contender in twigs}
+    for name in names:
+        if name not in known:
+            raise TwigVLMError(f"contender {name!r}: must be one of {', '.join(known)}")
+    wanted = {*names, *(known[name].same_as for name in names)} if names else known.keys()
+    return [
+        *(Contender(f"HF generate, {attention}", attention) for attention in attentions),
+        *(contender for contender in twigs if contender.name in wanted),
     ]
 
 
