@@ -12,8 +12,8 @@ DEMO_FLAGS ?=
 demo: $(STAMP)  ## Ask a question about a picture twice, plainly and through the twig, and compare
 	$(BIN)/twigvlm demo $(DEMO_FLAGS)
 
-test: $(STAMP)  ## All tests, warnings as errors
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+test: $(STAMP)  ## All tests, warnings as errors, on all cores
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_FLAGS)
 
 lint: $(STAMP)  ## Style and types
 	$(BIN)/ruff check .

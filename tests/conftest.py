@@ -3,8 +3,10 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # of the processes that tests start too: one core each is the fastest for tiny models
+)
 
-import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
@@ -13,7 +15,6 @@ import tests.typecheck  # the hook below names it and expects it to be there
 # Not config.py: it checks values itself, and its messages are under test.
 checked = ("base", "checkpoint", "decoding", "evaluation", "model", "pruning", "training", "twig")
 install_import_hook([f"twigvlm.{name}" for name in checked], f"{tests.typecheck.__name__}.check")
-torch.set_num_threads(1)
 # Building a tiny model takes a moment on a busy machine: no deadline, and no complaint about slow examples.
 slow = [HealthCheck.too_slow]
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=30, suppress_health_check=slow)
