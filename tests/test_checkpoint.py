@@ -118,6 +118,15 @@ def test_a_truncated_file(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_save_that_was_cut_off_between_its_files(tmp_path):
+    _trained().save_pretrained(tmp_path)
+    before = (tmp_path / CONFIG).read_text()
+    _trained(TwigConfig(3, 2)).save_pretrained(tmp_path)  # of the same shapes
+    (tmp_path / CONFIG).write_text(before)
+    with pytest.raises(TwigVLMError, match=f"weights and {CONFIG} are of two twigs"):
+        TwigVLM.from_pretrained(tiny_llava(), tmp_path)
+
+
 def test_keys_and_shapes_are_strict(tmp_path):
     _trained().save_pretrained(tmp_path)
     state = load_file(tmp_path / WEIGHTS)

@@ -295,10 +295,13 @@ def test_a_step_of_each_stage_changes_the_twig_and_nothing_else(name):
         model.twig.requires_grad_("twig" in parts)
         model.twig.pruning_head.requires_grad_(True)
         place = {} if "twig" in parts else {"step": 0, "part": 0}
-        learner(labels=labels, **inputs, **place)["loss"].backward()
+        loss = learner(labels=labels, **inputs, **place)["loss"]
+        assert torch.isfinite(loss)
+        loss.backward()
         optimiser = torch.optim.SGD([p for p in model.twig.parameters() if p.grad is not None], lr=0.1)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        assert all(torch.isfinite(value).all() for value in model.twig.state_dict().values())
         changed = {key for key, value in model.twig.state_dict().items() if not torch.equal(value, before[key])}
         assert any(key.startswith("pruning_head") for key in changed)
         assert any(not key.startswith("pruning_head") for key in changed) == ("twig" in parts)

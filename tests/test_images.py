@@ -166,3 +166,10 @@ def test_camera_mpo_is_one_photograph(tmp_path):
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_formats_without_a_range_are_refused(tmp_path, mode):
     refused(save(tmp_path / "a.tiff", Image.new(mode, (4, 4))), f"pixel format {mode}", "8-bit")
+
+
+def test_a_16_bit_png_in_the_mode_of_older_pillows():
+    image = Image.fromarray(np.array([[0, 65535, 32768, 257 * 7]], dtype=np.int32))
+    assert image.mode == "I"
+    image.format = "PNG"
+    assert np.asarray(load_image(image))[0, :, 0].tolist() == [0, 255, 128, 7]

@@ -43,6 +43,7 @@ def test_weights_arrive(tmp_path, pickled, first, pruning_head):
     state = published(original.twig, first=first)
     if pickled:
         torch.save(state, tmp_path / "pytorch_model.bin")
+        torch.save({"learning_rate": 1e-4}, tmp_path / "training_args.bin")
     else:  # in two files
         names = sorted(state)
         save_file({name: state[name] for name in names[:5]}, tmp_path / "model-1.safetensors")
@@ -89,6 +90,9 @@ def test_other_weights_are_refused(tmp_path, change, message):
 
 def test_missing_and_broken_files_are_refused(tmp_path):
     with pytest.raises(TwigVLMError, match=r"no \.safetensors or \.bin file"):
+        import_milvlg(tiny_llava(), tmp_path, trunk_layers=2)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"nothing")
+    with pytest.raises(TwigVLMError, match=r"pytorch_model\.bin: cannot be read"):
         import_milvlg(tiny_llava(), tmp_path, trunk_layers=2)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(TwigVLMError, match=r"model\.safetensors: cannot be read"):

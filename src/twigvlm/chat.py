@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from twigvlm.decoding.memory import Memory
+from twigvlm.template import special_tokens
 
 if TYPE_CHECKING:
     from twigvlm.model import TwigVLM
@@ -41,13 +42,16 @@ class Chat:
         """
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
         messages, pictures = [*self.messages, {"role": "user", "content": content}], [*self._images, *images]
+        tokenizer = self._processor.tokenizer
         text = self._processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = self._processor(images=pictures or None, text=text, return_tensors="pt")
+        inputs = self._processor(
+            images=pictures or None, text=text, return_tensors="pt", **special_tokens(text, tokenizer)
+        )
         inputs = inputs.to(self._model.model.device, self._model.base.dtype)
         options = {**self._options, **options, "return_dict_in_generate": True}
         output: Any = self._model.generate(**inputs, **options, memory=self._memory)
         new = output.sequences[0, inputs["input_ids"].shape[1] :]
-        answer = str(self._processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
+        answer = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         self._images = pictures
         return answer

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from twigvlm.base.weights import is_quantised, present
 from twigvlm.card import MARK, model_card
 from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
+from twigvlm.files import replacing
 from twigvlm.hub import fetch, is_hub_id
 from twigvlm.twig.block import Twig
 
@@ -43,10 +41,12 @@ def save(base: BaseVLM, twig: Twig, path: str | PathLike[str], name: str | None 
         raise TwigVLMError(f"{folder}: is a file; name a directory for the twig")
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in twig.state_dict().items()}
-    replace(folder / WEIGHTS, lambda temporary: save_file(state, temporary, metadata={"format": "pt"}))
+    shape = dataclasses.asdict(twig.config)
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(state, temporary, metadata={"format": "pt", "twig": json.dumps(shape)})
     origin = str(base.model.name_or_path)
     source = origin if is_hub_id(origin) else None  # a directory's name tells nothing elsewhere
-    record = {"twig": dataclasses.asdict(twig.config), "base": {"name": source, **fingerprint(base)}}
+    record = {"twig": shape, "base": {"name": source, **fingerprint(base)}}
     _write(folder / CONFIG, _json(record))
     if twig.record:
         _write(folder / RECORD, _json(twig.record))
@@ -75,7 +75,7 @@ def load(base: BaseVLM, path: str | PathLike[str], revision: str | None = None, 
     difference = compare(expected, fingerprint(base, list(expected["samples"])))
     if difference:
         raise TwigVLMError(f"{folder}: this twig grew on another base ({difference}); load the base it was trained on")
-    state = _read_weights(folder / WEIGHTS)
+    state = _read_weights(folder / WEIGHTS, config)
     ids = state.get("draft_token_ids")
     if config.draft_vocabulary is not None and ids is None:
         raise TwigVLMError(f"{folder / WEIGHTS}: missing keys draft_token_ids; get the file again")
@@ -162,14 +162,19 @@ def _read_json(file: Path) -> Any:
         raise TwigVLMError(f"{file}: cannot be read ({error}); get the file again") from None
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
+def _read_weights(file: Path, config: TwigConfig) -> dict[str, Tensor]:
     if not file.is_file():
         raise TwigVLMError(f"{file.parent}: {WEIGHTS} is missing; get the file again")
     try:
         with safe_open(file, framework="pt") as reader:
-            return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
+            metadata = reader.metadata() or {}
+            state = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise TwigVLMError(f"{file}: truncated or not a safetensors file ({error}); get the file again") from None
+    # Two files cannot be replaced as one: a save that was cut off between them must not pass for a twig.
+    if "twig" in metadata and TwigConfig(**json.loads(metadata["twig"])) != config:
+        raise TwigVLMError(f"{file.parent}: weights and {CONFIG} are of two twigs, a save was cut off; save it again")
+    return state
 
 
 def _check_keys(file: Path, state: dict[str, Tensor], expected: dict[str, Any]) -> None:
@@ -190,22 +195,5 @@ def _json(value: Any) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    replace(file, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
-def replace(file: Path, write: Callable[[str], Any]) -> None:
-    """Have a file written beside its place, then put there: it is never seen half."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, file)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")

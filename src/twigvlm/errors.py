@@ -3,3 +3,8 @@
 
 class TwigVLMError(ValueError):
     """Bad input, configuration or weight file. The command line prints it without a traceback and exits with 2."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 
 
 def is_hub_id(name: str) -> bool:
@@ -48,8 +48,9 @@ def push(folder: Path, name: str, private: bool | None, token: str | None, messa
         page = huggingface_hub.create_repo(name, private=private, token=token, exist_ok=True)
         huggingface_hub.upload_folder(repo_id=page.repo_id, folder_path=folder, commit_message=message, token=token)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise TwigVLMError(f"{name}: not pushed ({reason}); log in with 'hf auth login', or pass a token") from error
+        raise TwigVLMError(
+            f"{name}: not pushed ({one_line(error)}); log in with 'hf auth login', or pass a token"
+        ) from error
     return str(page)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 
 MAX_PIXELS = 64_000_000
 """Largest image that is read (width x height): the models see at most a few hundred thousand pixels of it."""
@@ -45,7 +45,8 @@ def load_image(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Im
             with _opened(source) as image:
                 _refuse_unless_one_picture(name, image)
                 image.load()
-                return _to_rgb(name, _upright(image))
+                deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+                return _to_rgb(name, _upright(image), deep)
         except TwigVLMError:
             raise
         except UnidentifiedImageError:
@@ -55,8 +56,7 @@ def load_image(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Im
         except PermissionError:
             raise TwigVLMError(f"{name}: may not be read; check the file's permissions") from None
         except Exception as error:  # decoders raise whatever a broken file leads them to
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise TwigVLMError(f"{name}: corrupt or truncated ({reason}); save or copy it anew") from None
+            raise TwigVLMError(f"{name}: corrupt or truncated ({one_line(error)}); save or copy it anew") from None
 
 
 def _opened(source: str | os.PathLike[str] | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
@@ -85,8 +85,9 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(name: str, image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+def _to_rgb(name: str, image: Image.Image, deep: bool) -> Image.Image:
+    """`deep`: its grey has 16 bits; older Pillows open such a PNG in a mode that does not tell."""
+    if deep:
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode not in _PLAIN_MODES:
         raise TwigVLMError(f"{name}: pixel format {image.mode} has no fixed range of values; save it as 8-bit PNG")

@@ -34,7 +34,7 @@ from twigvlm.decoding.loop import decode
 from twigvlm.decoding.memory import Memory
 from twigvlm.decoding.prefill import Plan, Scorer
 from twigvlm.decoding.timing import clock_of
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.hub import push
 from twigvlm.pruning.budget import average_kept, solve_keep
 from twigvlm.pruning.head_scores import default_scorer
@@ -286,7 +286,7 @@ class TwigVLM(nn.Module):
         except ValueError as error:
             if entered or isinstance(error, TwigVLMError):
                 raise
-            raise TwigVLMError(" ".join(str(error).split())) from error
+            raise TwigVLMError(one_line(error)) from error
 
     def chat(self, processor: Any, **options: Any) -> Chat:
         """A conversation of several turns, in which trunk and twig run only once on each token.

@@ -4,6 +4,7 @@ Their checkpoints hold a twig as the language model that it was trained as: its 
 head, and the gates of a P-Head where it has one, in safetensors or pickled files.
 """
 
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import TwigConfig
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.model import TwigVLM
 from twigvlm.twig.block import Twig
 
@@ -80,13 +81,17 @@ def import_milvlg(model: Any, folder: Path, trunk_layers: int, final_wipe: int |
     try:
         twig.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise TwigVLMError(f"{folder}: does not fit on this base ({reason}); name the base it was trained on") from None
+        raise TwigVLMError(
+            f"{folder}: does not fit on this base ({one_line(error)}); name the base it was trained on"
+        ) from None
     return TwigVLM(base, twig)
 
 
 def _read(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    pickled = (
+        file for file in folder.glob("*.bin") if file.name != "training_args.bin"
+    )  # a Trainer's, beside its weights
+    files = sorted(folder.glob("*.safetensors")) or sorted(pickled)
     if not files:
         raise TwigVLMError(f"{folder}: no .safetensors or .bin file here; name the directory of a published twig")
     for file in files:
@@ -95,5 +100,13 @@ def _read(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield from load_file(file).items()
             else:
                 yield from torch.load(file, map_location="cpu", weights_only=True).items()
-        except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError, ValueError) as error:
-            raise TwigVLMError(f"{file}: cannot be read ({' '.join(str(error).split())}); get the file again") from None
+        except (
+            SafetensorError,
+            OSError,
+            RuntimeError,
+            EOFError,
+            AttributeError,
+            pickle.UnpicklingError,
+            ValueError,
+        ) as error:
+            raise TwigVLMError(f"{file}: cannot be read ({one_line(error)}); get the file again") from None

@@ -58,7 +58,7 @@ def test_trains_a_twig_that_loads(capsys, arguments, tmp_path):
 def test_stage_2_goes_on_from_a_twig_of_stage_1(refused, capsys, arguments, tmp_path):
     assert main(arguments(**{"final-wipe": 5})) == 0
     first = TwigVLM.from_pretrained(tiny_llava(), tmp_path / "twig").twig.state_dict()
-    words = arguments(out=tmp_path / "tuned", twig=tmp_path / "twig", group=2, budgets=8)
+    words = arguments(out=tmp_path / "tuned", start=tmp_path / "twig", group=2, budgets=8)
     words = ["train", "stage2", *words[2:]]
     place = words.index("--twig-layers")
     del words[place : place + 2]

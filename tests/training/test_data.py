@@ -4,9 +4,13 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
-from tests.tiny import IMAGE_TOKEN, VISUAL
-from tests.tiny_processor import CHAT_TEMPLATE, END, tiny_processor
+from tests.tiny import IMAGE_TOKEN, VISUAL, tiny_llava
+from tests.tiny_processor import CHAT_TEMPLATE, END, START, tiny_processor
+from twigvlm import TwigVLM
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.cli.session import build_inputs
 from twigvlm.errors import TwigVLMError
 from twigvlm.training.data import IGNORE, Collator, ConversationDataset, frequent_answer_tokens
 from twigvlm.training.samples import BrokenSample
@@ -46,10 +50,38 @@ def test_prompt_part_is_what_generation_sees(dataset, samples, processor):
     assert item["labels"][0, length] != IGNORE
 
 
+def test_a_template_that_begins_with_the_first_token_gets_no_second(samples):
+    processor = tiny_processor()
+    tokenizer = processor.tokenizer
+    tokenizer.bos_token = START
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{START} $A", special_tokens=[(START, tokenizer.bos_token_id)]
+    )
+    content = [{"type": "image", "image": samples[0]["image"]}, {"type": "text", "text": "What colour?"}]
+    wanted = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )["input_ids"]
+    assert wanted[0, :2].tolist() != [tokenizer.bos_token_id] * 2
+    trained = ConversationDataset(samples, processor, strict=True)[0]["input_ids"]
+    assert torch.equal(trained[:, : wanted.shape[1]], wanted)
+    base = tiny_llava()
+    asked = build_inputs(base, processor, [samples[0]["image"]], ["What colour?"])["input_ids"]
+    assert torch.equal(asked, wanted)
+    model, seen = TwigVLM.grow(base), []
+    model.base.prompt = lambda **inputs: seen.append(inputs["input_ids"]) or BaseVLM.prompt(model.base, **inputs)
+    model.chat(processor, max_new_tokens=1).ask("What colour?", images=[samples[0]["image"]])
+    assert torch.equal(seen[0], wanted)
+
+
 def test_an_end_token_is_added_where_the_template_has_none(samples):
     bare = tiny_processor(CHAT_TEMPLATE.replace("<|im_end|>", ""))
     item = ConversationDataset(samples, bare)[0]
     assert answers(item, bare) == [f"It is red.{END}"]
+    assert answers(ConversationDataset(samples, bare)[1], bare) == ["It is green.", f"Yes.{END}"]
 
 
 def test_a_template_that_rewrites_history_is_refused(samples):
@@ -78,6 +110,19 @@ def test_collator_pads_on_the_right(dataset):
     assert batch["attention_mask"].sum(1).tolist() == [short, long]
     assert (batch["input_ids"][0, short:] == 0).all()
     assert (batch["labels"][0, short:] == IGNORE).all()
+
+
+def test_collator_fills_up_pictures_of_other_sizes():
+    """As the processors do where they are given several at once: zeros at the end of each dimension."""
+    ids = torch.tensor([[1, 2]])
+    one = {"input_ids": ids, "labels": ids, "pixel_values": torch.ones(1, 3, 3, 4, 4), "image_sizes": torch.ones(1, 2)}
+    other = {**one, "pixel_values": 2 * torch.ones(2, 5, 3, 2, 6)}
+    batch = Collator(pad_token_id=0)([one, other])
+    assert batch["pixel_values"].shape == (3, 5, 3, 4, 6)
+    assert torch.equal(batch["pixel_values"][:1, :3, :, :, :4], one["pixel_values"])
+    assert torch.equal(batch["pixel_values"][1:, :, :, :2], other["pixel_values"])
+    assert batch["pixel_values"].sum() == one["pixel_values"].sum() + other["pixel_values"].sum()
+    assert batch["image_sizes"].shape == (2, 2)
 
 
 def test_hugging_face_datasets_are_taken(samples, dataset, processor):

@@ -82,13 +82,13 @@ def test_a_reduced_vocabulary_ignores_what_it_cannot_draft(make_model, dataset, 
     item = dataset[0]
     targets = item["labels"][0, 1:]
     inside = torch.isin(targets, tokens)
-    assert 0 < inside.sum() < (targets != -100).sum()
+    assert 0 < inside.sum() < (answers := (targets != -100).sum())
     with torch.no_grad():
         logits = shallow_logits(model, item)[:-1][inside]
         rows = torch.tensor([tokens.tolist().index(token) for token in targets[inside].tolist()])
         loss = Student(model, PLAIN)(**item)["loss"]
     assert logits.shape[-1] == 5
-    assert float(loss) == pytest.approx(float(F.cross_entropy(logits, rows)), rel=1e-5)
+    assert float(loss) == pytest.approx(float(F.cross_entropy(logits, rows, reduction="sum") / answers), rel=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -151,7 +151,10 @@ def test_resuming_with_other_settings_is_refused(make_model, dataset, tmp_path):
         run(make_model(twig_layers=1), dataset, tmp_path, resume=True, max_steps=2, save_steps=1)
     with pytest.raises(TwigVLMError, match=r"learning_rate=0\.5"):
         run(make_model(), dataset, tmp_path, resume=True, max_steps=2, save_steps=1, learning_rate=0.5)
+    with pytest.raises(TwigVLMError, match=r"dtype=torch.bfloat16: .* with torch.float32"):
+        run(make_model(torch.bfloat16), dataset, tmp_path, resume=True, max_steps=2, save_steps=1)
     assert (tmp_path / "settings.json").read_text() == before
+    run(make_model(), dataset, tmp_path, resume=True, max_steps=2, save_steps=5, gradient_checkpointing=True)
 
 
 def test_a_bfloat16_base_trains_a_float32_twig_that_generates_afterwards(make_model, dataset, tmp_path):
@@ -182,7 +185,7 @@ def test_float16_is_refused(make_model, dataset, tmp_path):
     [
         {"batch_size": 0}, {"accumulate": 0}, {"epochs": 0.0}, {"learning_rate": -1.0}, {"warmup": 1.0},
         {"max_steps": 0}, {"save_steps": 0}, {"workers": -1}, {"learning_rate": float("nan")}, {"alpha": -0.1},
-        {"gamma": float("inf")}, {"temperature": 0.0}, {"clip": -1.0}, {"teacher_layer": 0},
+        {"gamma": float("inf")}, {"seed": -1}, {"temperature": 0.0}, {"clip": -1.0}, {"teacher_layer": 0},
     ],
 )  # fmt: skip
 def test_settings_are_checked(option):
@@ -218,12 +221,7 @@ def test_a_broken_picture_is_replaced_while_training_and_when_it_goes_on(make_mo
     whole = make_model()
     run(whole, ConversationDataset(samples, processor), tmp_path / "whole", **options)
     begun, resumed = make_model(), make_model()
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 2
-
-    run(begun, ConversationDataset(samples, processor), tmp_path / "parts", callbacks=[Stop()], **options)
+    run(begun, ConversationDataset(samples, processor), tmp_path / "parts", callbacks=[StopAt(2)], **options)
     run(resumed, ConversationDataset(samples, processor), tmp_path / "parts", resume=True, **options)
     assert same(copy(whole.twig), copy(resumed.twig))
 
@@ -275,6 +273,33 @@ def test_terms_are_what_the_paper_says(make_model, dataset):
         assert float(terms["attention_kl"]) == pytest.approx(float(expected), rel=1e-3)
         loss = terms["next_token"] + 0.1 * terms["prediction_kl"] + terms["attention_kl"]
         assert float(terms["loss"]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_passes_of_a_step_add_up_to_one_pass_of_all_its_samples(make_model, dataset):
+    """Every answer token weighs the same, and every sample's turn, however long its answer is."""
+    model, items = make_model(pruning_head=True), [dataset[0], dataset[4]]  # of one turn each
+    items[1] = {key: value[:, :-4] if value.ndim == 2 else value for key, value in items[1].items()}
+    counts = [int((item["labels"] != -100).sum()) for item in items]
+    assert counts[0] > counts[1] > 0
+    gradients = []
+    for batch_size, passes in ((2, [items]), (1, [[item] for item in items])):
+        student = Student(model, Stage1Config(batch_size=batch_size, accumulate=2 // batch_size))
+        model.twig.zero_grad()
+        for batch in passes:
+            student(**Collator(0)(batch), num_items_in_batch=torch.tensor(sum(counts)))["loss"].backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.twig.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(make_model, dataset, tmp_path):
+    model = make_model(dtype=torch.bfloat16)
+    with pytest.raises(
+        TwigVLMError, match=r"loss=.* by step .*: the training diverged; .*lower learning rate than 1e\+30"
+    ):
+        run(model, dataset, tmp_path, max_steps=8, learning_rate=1e30, warmup=0.0)
+    assert not model.training
+    assert model.twig.norm.weight.dtype == torch.bfloat16
 
 
 def test_two_turns_teach_what_each_teaches_alone(make_model, dataset):

@@ -52,9 +52,22 @@ def test_attention_is_the_mean_over_real_queries():
     visible[1, 1] = False
     hidden = [row.masked_fill(~visible, float("-inf")) for row in (teacher, student)]
     rows = divergence(teacher, student)
-    torch.testing.assert_close(attention_loss(*hidden, visible), (rows[0].sum() + rows[1, 0]) / 3)
-    nothing = torch.zeros_like(visible)
-    assert attention_loss(*hidden, nothing) == 0
+    torch.testing.assert_close(attention_loss(*hidden), (rows[0].sum() + rows[1, 0]) / 3)
+    nothing = torch.full_like(teacher, float("-inf"))
+    assert attention_loss(nothing, nothing) == 0
+
+
+def test_a_teacher_who_sees_less_than_the_student_has_a_finite_gradient():
+    """A sliding window of the base is not the P-Head's."""
+    torch.manual_seed(0)
+    teacher = torch.randn(1, 2, 4)
+    teacher[0, 0, :2] = float("-inf")
+    teacher[0, 1] = float("-inf")
+    scores = torch.randn(1, 2, 4, requires_grad=True)
+    attention_loss(teacher.log_softmax(-1).nan_to_num(float("-inf")), scores.log_softmax(-1)).backward()
+    assert torch.isfinite(scores.grad).all()
+    assert scores.grad[0, 0].any()
+    assert not scores.grad[0, 1].any()
 
 
 @given(st.lists(st.floats(-20, 0), min_size=2, max_size=8).map(torch.tensor))

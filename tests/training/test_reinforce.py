@@ -172,6 +172,31 @@ def test_a_sample_without_an_image_teaches_nothing(make_policy, dataset):
     assert not model.twig.pruning_head.key_gate.weight.grad.any()
 
 
+def test_samples_weigh_the_same_beside_those_that_teach_nothing(make_policy, dataset):
+    model, text = make_policy(), {"input_ids": torch.arange(3, 13)[None], "labels": torch.full((1, 10), -100)}
+    text["labels"][0, 6:] = text["input_ids"][0, 6:]
+    text["attention_mask"] = torch.ones_like(text["input_ids"])
+    policy = Policy(model, settings(budgets=(5.0,)), 10)
+    gradients = []
+    for items in ([dataset[0]], [dataset[0], text, text, text]):
+        model.twig.zero_grad()
+        terms = policy(**Collator(pad_token_id=0)(items), step=0, part=0)
+        assert float(terms["taught"]) == 1 / len(items)
+        terms["loss"].backward()
+        gradients.append(model.twig.pruning_head.key_gate.weight.grad.clone())
+    torch.testing.assert_close(4 * gradients[1], gradients[0], rtol=1e-3, atol=1e-7)
+
+
+def test_a_sample_that_cannot_have_the_budget_teaches_nothing(make_policy, dataset):
+    model = make_policy()
+    policy = Policy(model, settings(budgets=(2.0,), gamma=(0.0, 0.0)), 10)
+    assert policy.keep(2.0, 16) is None
+    terms = policy(**dataset[0], step=0, part=0)
+    terms["loss"].backward()
+    assert float(terms["taught"]) == 0
+    assert not model.twig.pruning_head.key_gate.weight.grad.any()
+
+
 def test_resumed_equals_uninterrupted(make_policy, dataset, tmp_path):
     options = {"max_steps": 3, "batch_size": 2, "accumulate": 2, "save_steps": 1}
     whole = make_policy()
@@ -229,8 +254,8 @@ def test_drawn_turns():
 def test_what_cannot_be_trained_is_refused(make_model, make_policy, dataset, tmp_path):
     with pytest.raises(TwigVLMError, match="no P-Head to train"):
         run(make_model(), dataset, tmp_path / "out")
-    with pytest.raises(TwigVLMError, match="retain=2: must be"):
-        run(make_policy(), dataset, tmp_path / "out", budgets=(2.0, 5.0))
+    with pytest.raises(TwigVLMError, match="budgets=1 2: the first sample, of 16 visual tokens, can have none"):
+        run(make_policy(), dataset, tmp_path / "out", budgets=(1.0, 2.0))
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,7 @@ from twigvlm.base.layers import run, window_of
 from twigvlm.base.masks import CausalMasks, Masks, check_attention
 from twigvlm.base.positions import Rope
 from twigvlm.base.prompt import Prompt, deepstack_of, packed, reach_of
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 
 
 class _Captured(Exception):
@@ -137,7 +137,7 @@ class BaseVLM:
         except _Captured as captured:
             kwargs = captured.kwargs
         except ValueError as error:  # for example more pixels than placeholders
-            raise TwigVLMError(f"the base refuses this prompt: {' '.join(str(error).split())}") from error
+            raise TwigVLMError(f"the base refuses this prompt: {one_line(error)}") from error
         finally:
             hook.remove()
         hidden, input_ids = cast(Tensor, kwargs["inputs_embeds"]).to(self.device), input_ids.to(self.device)

@@ -16,7 +16,7 @@ import transformers
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.checkpoint import WEIGHTS, fingerprint
 from twigvlm.cli.evaluate import Accuracy, Batches, Common, Drafts, Exactness, Speed, Sweep
-from twigvlm.cli.output import busy, progress, replacing
+from twigvlm.cli.output import busy, progress
 from twigvlm.cli.session import SAPLING, build_inputs, load_base
 from twigvlm.config import SpeculationConfig
 from twigvlm.errors import TwigVLMError
@@ -30,6 +30,7 @@ from twigvlm.evaluation.running import Running
 from twigvlm.evaluation.speed import Contender, draft_contenders, run_speed, standard_contenders
 from twigvlm.evaluation.tasks import Question, Questions, load_questions
 from twigvlm.evaluation.variants import make_variants
+from twigvlm.files import replacing
 from twigvlm.images import load_image
 from twigvlm.model import TwigVLM
 

@@ -15,7 +15,7 @@ from twigvlm.cli.families import Families
 from twigvlm.cli.generate import Generate
 from twigvlm.cli.inspect import Inspect
 from twigvlm.cli.train import Train
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
@@ -36,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         _parse(args).run()
     except TwigVLMError as error:
-        print(f"twigvlm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"twigvlm: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

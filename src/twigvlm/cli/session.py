@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from twigvlm.config import Speculate
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
+from twigvlm.template import special_tokens
 
 SAPLING = "sapling"
 
@@ -130,8 +131,9 @@ def build_inputs(base: Any, processor: Any, images: Sequence[Image.Image], promp
             raise TwigVLMError(
                 f"model {base.name_or_path!r}: its processor has no chat template; choose an instruction-tuned model"
             ) from error
-    padding = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
-    inputs = processor(images=[[image] for image in images], text=texts, return_tensors="pt", **padding)
+    options: dict[str, Any] = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
+    options |= special_tokens(texts[0], processor.tokenizer)
+    inputs = processor(images=[[image] for image in images], text=texts, return_tensors="pt", **options)
     return dict(inputs.to(base.device, base.dtype))
 
 

@@ -104,7 +104,8 @@ class Stage1(Common):
 
         model = self._twig(samples, base, processor)
         data = self.dataset(samples, base, processor)
-        train_stage1(model, data, self.stage1, self.out / "checkpoints", self.resume, [TrainingProgress()])
+        with TrainingProgress() as shown:
+            train_stage1(model, data, self.stage1, self.out / "checkpoints", self.resume, [shown])
         self.finish(model, data)
 
     def _twig(self, samples: Any, base: Any, processor: Any) -> Any:
@@ -128,7 +129,7 @@ class Stage1(Common):
 class Stage2(Common):
     """Train the P-Head of a twig from stage 1 by reinforcement; nothing else of the twig changes."""
 
-    twig: Path = field(kw_only=True)
+    start: str = field(kw_only=True)
     """Twig from stage 1, a directory or a hub id; it stays as it is."""
     stage2: Stage2Config = field(default_factory=Stage2Config)
     """Settings of the training."""
@@ -140,9 +141,10 @@ class Stage2(Common):
         from twigvlm.model import TwigVLM
         from twigvlm.training.reinforce import train_stage2
 
-        model = TwigVLM.from_pretrained(base, self.twig)
+        model = TwigVLM.from_pretrained(base, self.start)
         data = self.dataset(samples, base, processor)
-        train_stage2(model, data, self.stage2, self.out / "checkpoints", self.resume, [TrainingProgress()])
+        with TrainingProgress() as shown:
+            train_stage2(model, data, self.stage2, self.out / "checkpoints", self.resume, [shown])
         self.finish(model, data)
 
 

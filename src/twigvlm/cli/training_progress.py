@@ -10,11 +10,17 @@ from twigvlm.training.trainer import NO_LOSSES
 
 
 class TrainingProgress(TrainerCallback):
-    """A rich progress bar where stderr is a terminal, and one line per log elsewhere."""
+    """A rich progress bar where stderr is a terminal, and one line per log elsewhere; as a context, which takes the bar away."""
 
     def __init__(self) -> None:
         self._bar = progress()
         self._task = self._bar.add_task("Training the twig")
+
+    def __enter__(self) -> "TrainingProgress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -36,9 +42,3 @@ class TrainingProgress(TrainerCallback):
         if self._bar.disable:
             terms = [f"{name} {value:.4f}" for name, value in entry.items() if name not in NO_LOSSES]
             print(f"step {state.global_step}/{state.max_steps} {' '.join(terms)}", file=sys.stderr)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take the bar away."""
-        self._bar.stop()

@@ -66,7 +66,7 @@ def look_at_images(
     else:
         keys = torch.take_along_dim(keys, look.visual[:, None, :, None], dim=2)
     visible, window = look.visible, window_of(layer)
-    if window is not None:
+    if head is None and window is not None:  # a P-Head looks at all visual tokens
         visible = visible & (look.visual[:, None, :] > look.queries[:, :, None] - window)
     if head is not None:
         normed = cast(Any, layer).input_layernorm

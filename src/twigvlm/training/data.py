@@ -15,18 +15,21 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.images import load_image
+from twigvlm.template import special_tokens
 from twigvlm.training import processes
 from twigvlm.training.reading import report, summarise
-from twigvlm.training.samples import BrokenSample, Samples, fetch, one_line, to_messages
+from twigvlm.training.samples import BrokenSample, Samples, fetch, to_messages
 
 IGNORE = -100
 """Label of a token that is no part of an answer."""
 
 
 class ConversationDataset(Dataset[dict[str, Tensor]]):
-    """Samples as model inputs with labels: ids of the answers and of the token that ends each, `IGNORE` elsewhere.
+    """Samples as model inputs with labels: ids of the answers, `IGNORE` elsewhere.
+
+    An answer includes the token that ends it where the template writes one; the last answer always ends with one.
 
     In the place of a broken sample stands the next good one, wherever and however often it is asked for: resuming, the order
     of samples and their division among processes stay as they are.
@@ -90,8 +93,9 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         name = f"sample {identity!r}"
         text, spans = render(sample, self.processor)
         images = [self._open(image, name) for image in sample["images"]]
+        special = special_tokens(text, self.processor.tokenizer)
         try:
-            inputs = dict(self.processor(images=images or None, text=text, return_tensors="pt"))
+            inputs = dict(self.processor(images=images or None, text=text, return_tensors="pt", **special))
         except Exception as error:  # processors raise whatever an odd picture leads them to
             raise BrokenSample(f"{name}: refused by the processor ({one_line(error)}); drop it") from None
         ids = inputs["input_ids"][0]
@@ -99,7 +103,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         limit = self.max_length or len(ids)
         if (labels[:limit] == IGNORE).all():
             raise BrokenSample(f"{name}: no answer within the first {limit} tokens; shorten it or raise max_length")
-        if (ids[limit:] == _image_token(self.processor)).any():
+        if torch.isin(ids[limit:], torch.tensor(self.processor.image_token_ids)).any():
             raise BrokenSample(f"{name}: an image lies behind the first {limit} tokens; shorten it or raise max_length")
         cut = {key: value[:, :limit] if is_per_token(value, len(ids)) else value for key, value in inputs.items()}
         return {**cut, "labels": labels[None, :limit]}
@@ -152,7 +156,8 @@ def align(text: str, spans: list[tuple[int, int]], ids: Tensor, processor: Any, 
     Raises:
         BrokenSample: a stretch is not found.
     """
-    encoded = processor.tokenizer(text, return_offsets_mapping=True)
+    special = special_tokens(text, processor.tokenizer)
+    encoded = processor.tokenizer(text, return_offsets_mapping=True, **special)
     plain, found = encoded["input_ids"], ids.tolist()
     answered = [
         any(start < last and stop > first for first, last in spans) for start, stop in encoded["offset_mapping"]
@@ -180,7 +185,11 @@ def is_per_token(value: Any, length: int) -> bool:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads samples on the right to the longest of the batch, and joins the images of those that have some."""
+    """Pads samples on the right to the longest of the batch, and joins the images of those that have some.
+
+    Pictures of different sizes, or in different numbers of tiles, are filled up with zeros at their ends, as the processors
+    themselves do within a batch; the models cut that off again.
+    """
 
     pad_token_id: int
     """Id of padding; any valid id, since padding is masked."""
@@ -197,11 +206,21 @@ class Collator:
                 for sample, length in zip(samples, lengths, strict=True)
                 if key in sample
             ):
-                pad, none = torch.nn.functional.pad, rows[0].new_zeros(1, 0)
+                none = rows[0].new_zeros(1, 0)
                 rows = [sample.get(key, none) for sample in samples]
-                rows = [pad(row, (0, max(lengths) - row.shape[1]), value=fill.get(key, 0)) for row in rows]
-            batch[key] = torch.cat(rows)
+            batch[key] = torch.cat(_filled(rows, fill.get(key, 0)))
         return batch
+
+
+def _filled(rows: Sequence[Tensor], value: int) -> list[Tensor]:
+    """All of the same size but for their first dimension, by `value` behind the smaller ones."""
+    most = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True)]
+
+    def missing(row: Tensor) -> list[int]:
+        pairs = reversed(list(zip(row.shape[1:], most, strict=True)))  # the last dimension comes first
+        return [number for size, whole in pairs for number in (0, whole - size)]
+
+    return [torch.nn.functional.pad(row, missing(row), value=value) for row in rows]
 
 
 def frequent_answer_tokens(samples: Samples, processor: Any, size: int) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
 from twigvlm.pruning.head_scores import Look, look_at_images
+from twigvlm.training import processes
 from twigvlm.training.data import IGNORE
 from twigvlm.training.losses import attention_loss, draft_targets, next_token_loss, prediction_loss
 from twigvlm.training.options import Stage1Config
@@ -42,11 +44,19 @@ class Student(nn.Module):
         trunk = model.config.trunk_layers
         self.teacher_layer = resolve_teacher_layer(config.teacher_layer, model.base.num_layers, trunk)
 
-    def forward(self, labels: Tensor, num_items_in_batch: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
-        """Loss and its terms for a batch padded on the right: without a mask, causal attention hides padding from every
-        real token.
+    def forward(
+        self, labels: Int[Tensor, "batch tokens"], num_items_in_batch: Tensor | None = None, **inputs: Any
+    ) -> dict[str, Tensor]:
+        """Loss of a batch (Eq. 9) and its terms, padded on the right: without a mask, causal attention hides padding from
+        every real token.
 
-        The terms are means over the batch: of answer tokens, and of turns.
+        The terms are means over the batch: of answer tokens (Eq. 10), and of turns (Eq. 11). In the loss of an optimiser
+        step, of several passes or processes, every answer token weighs the same, and every sample's turns.
+
+        Args:
+            labels: ids at answers, -100 elsewhere.
+            num_items_in_batch: answer tokens of the optimiser step; None: it has this batch alone.
+            inputs: what the base's forward takes.
         """
         inputs.pop("attention_mask", None)
         base, twig, config = self._whole[0].base, self.twig, self.settings
@@ -68,17 +78,19 @@ class Student(nn.Module):
             scores = None if look is None else look_at_images(twig.layers[-1], before, rope, look, twig.pruning_head)
         vocabulary = base.vocabulary
         targets = draft_targets(labels[:, 1:][answers], twig.draft_token_ids, vocabulary)
-        # A batch of an accumulated step weighs as much as its answer tokens.
-        share = 1.0 if num_items_in_batch is None else answers.sum() / num_items_in_batch
-        loss = next_token_loss(logits, targets, num_items_in_batch)
-        terms = {"next_token": loss.detach() / share}
+        count = answers.sum() if num_items_in_batch is None else num_items_in_batch
+        of_tokens = answers.sum() / count
+        step = config.batch_size * config.accumulate * processes.count()
+        of_samples = 1.0 if num_items_in_batch is None else len(labels) / step
+        loss = next_token_loss(logits, targets, count)
+        terms = {"next_token": loss.detach() / of_tokens}
         if lesson.logits is not None:
             taught = lesson.logits if twig.draft_token_ids is None else lesson.logits[:, twig.draft_token_ids]
             terms["prediction_kl"] = prediction_loss(taught, logits, config.temperature, config.clip).mean()
-            loss = loss + share * config.alpha * terms["prediction_kl"]
+            loss = loss + of_tokens * config.alpha * terms["prediction_kl"]
         if lesson.attention is not None and scores is not None and look is not None:
-            terms["attention_kl"] = attention_loss(lesson.attention, scores, look.visible)
-            loss = loss + share * config.gamma * terms["attention_kl"]
+            terms["attention_kl"] = attention_loss(lesson.attention, scores)
+            loss = loss + of_samples * config.gamma * terms["attention_kl"]
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
 

@@ -2,14 +2,20 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
 def draft_targets(
     labels: Int[Tensor, " answers"], draft_token_ids: Int[Tensor, " draft_vocabulary"] | None, vocabulary: int
 ) -> Int[Tensor, " answers"]:
-    """Labels as rows of the twig's head; -100 where the twig cannot draft the token."""
+    """Labels as rows of the twig's head; -100 where the twig cannot draft the token.
+
+    Args:
+        labels: ids of answer tokens.
+        draft_token_ids: ids that the twig can draft, in the order of its head's rows; None: all.
+        vocabulary: number of the base's ids.
+    """
     if draft_token_ids is None:
         return labels
     rows = torch.full((vocabulary,), -100, dtype=torch.long, device=labels.device)
@@ -18,14 +24,16 @@ def draft_targets(
 
 
 def next_token_loss(
-    logits: Float[Tensor, "answers draft_vocabulary"], targets: Int[Tensor, " answers"], count: Tensor | None = None
+    logits: Float[Tensor, "answers draft_vocabulary"], targets: Int[Tensor, " answers"], count: Tensor
 ) -> Float[Tensor, ""]:
-    """L_NTP: cross-entropy over answer tokens, as the mean over those that can be drafted, or the sum over `count`.
+    """L_NTP: cross-entropy summed over the answer tokens that can be drafted, over `count`.
 
-    `count` is the number of answer tokens in all batches of one optimiser step, so that each token weighs the same.
+    Args:
+        logits: the shallow model's.
+        targets: from `draft_targets`.
+        count: of answer tokens in all batches of one optimiser step, so that each token weighs the same.
     """
-    total = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
-    return total / ((targets != -100).sum().clamp(min=1) if count is None else count)
+    return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum") / count
 
 
 def divergence(
@@ -58,16 +66,14 @@ def prediction_loss(
 def attention_loss(
     teacher: Float[Tensor, "batch queries visual"],
     student: Float[Tensor, "batch queries visual"],
-    visible: Bool[Tensor, "batch queries visual"],
 ) -> Float[Tensor, ""]:
-    """L_AttnKL (Eq. 11): KL(a_b ‖ s), as the mean over queries that see a visual token; 0 if there are none.
+    """L_AttnKL (Eq. 11): KL(a_b ‖ s), as the mean over queries of which the base sees a visual token; 0 if there are none.
 
     Args:
         teacher: logarithm of the base's attention.
         student: logarithm of the P-Head's scores.
-        visible: which visual tokens a query sees.
     """
-    real = visible.any(dim=-1)
+    real = (teacher > float("-inf")).any(dim=-1)
     return divergence(teacher, student)[real].sum() / real.sum().clamp(min=1)
 
 

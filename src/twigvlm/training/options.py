@@ -46,8 +46,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise TwigVLMError(f"{name}={value}: must be 1 or more")
-        if self.workers < 0:
-            raise TwigVLMError(f"workers={self.workers}: must be 0 or more")
+        self._not_negative("workers", "seed")
 
     def _more_than_0(self, *names: str) -> None:
         for name in names:

@@ -27,6 +27,10 @@ def log_probability(
 
     The mass that is left before a draw is summed up from its end, never as 1 minus what is gone: late in a long draw that
     difference cancels to 0 or below. In logarithms, so that no score is too small.
+
+    Args:
+        log_scores: logarithm of the scores s, which sum to 1.
+        actions: the tokens drawn, in order.
     """
     scores = log_scores.expand(len(actions), -1)
     drawn = scores.gather(1, actions)
@@ -38,6 +42,6 @@ def log_probability(
     return drawn.sum(dim=1) - left.sum(dim=1)
 
 
-def entropy(log_scores: Float[Tensor, " visual"]) -> Float[Tensor, ""]:
-    """Of the first draw, in nats."""
+def first_draw_entropy(log_scores: Float[Tensor, " visual"]) -> Float[Tensor, ""]:
+    """In nats."""
     return -(log_scores.exp() * log_scores).sum()

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.training import processes
-from twigvlm.training.samples import BrokenSample, Samples, fetch, one_line, to_messages
+from twigvlm.training.samples import BrokenSample, Samples, fetch, to_messages
 
 SHOWN = 10
 """Broken samples that are named by a line each; further ones are only counted."""

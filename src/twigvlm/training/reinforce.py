@@ -96,12 +96,17 @@ class Policy(nn.Module):
         self.final_wipe = layers if model.config.final_wipe is None else model.config.final_wipe
         self.teacher_layer = resolve_teacher_layer(config.teacher_layer, layers, self.trunk)
 
-    def keep(self, retain: float, visual: int) -> int:
-        """R of a sample with that many visual tokens."""
-        return solve_keep(retain, visual, self._whole[0].base.num_layers, self.trunk, self.final_wipe)
+    def keep(self, retain: float, visual: int) -> int | None:
+        """R of a sample with that many visual tokens; None if it cannot have this budget."""
+        try:
+            return solve_keep(retain, visual, self._whole[0].base.num_layers, self.trunk, self.final_wipe)
+        except TwigVLMError:
+            return None
 
-    def forward(self, labels: Tensor, step: int, part: int, **inputs: Any) -> dict[str, Tensor]:
-        """Loss of a batch padded on the right, and figures that show how the learning goes.
+    def forward(self, labels: Int[Tensor, "batch tokens"], step: int, part: int, **inputs: Any) -> dict[str, Tensor]:
+        """Loss of a batch padded on the right (Eq. 12-15), and figures that show how the learning goes.
+
+        A sample without an image, or one that cannot have the budget that was drawn, teaches nothing.
 
         Args:
             labels: ids at answers, -100 elsewhere. Of each sample's turns one is drawn; the turns before it are context.
@@ -138,25 +143,28 @@ class Policy(nn.Module):
                 labels[row, query + 1 : end + 1],
             )
             keep = self.keep(retain, len(positions))
+            if keep is None:
+                continue
             actions = plackett_luce.sample(log_scores.detach(), config.group, keep, generator)
             parts = positions[actions].split(config.chunk or config.group)
             rewards = torch.cat([case.rewards(base, kept, self.trunk, self.final_wipe, masks) for kept in parts])
             log_probabilities = plackett_luce.log_probability(log_scores, actions)
             better = advantages(rewards)
-            loss = loss + policy_loss(log_probabilities, better) / len(samples)
+            loss = loss + policy_loss(log_probabilities, better) / len(labels)
             figures["reward"].append(rewards.mean())
             figures["reward_spread"].append(rewards.std())
             figures["advantage_spread"].append(better.std())
-            figures["entropy"].append(plackett_luce.entropy(log_scores.detach()))
-        terms = {"retain": torch.tensor(float(retain))}
+            figures["entropy"].append(plackett_luce.first_draw_entropy(log_scores.detach()))
+        taught = len(figures.get("reward", ())) / len(labels)
+        terms = {"retain": torch.tensor(float(retain)), "taught": torch.tensor(taught)}
         terms.update((name, torch.stack(values).mean()) for name, values in figures.items())
         weight = float(np.interp(choice, (0, max(1, len(config.budgets) - 1)), config.gamma))
         if weight:
             lesson = teach(base, hidden, self.trunk, rope, masks, look, self.teacher_layer)
             assert lesson.attention is not None, "asked for"
-            divergence = attention_loss(lesson.attention, scores, look.visible)
+            divergence = attention_loss(lesson.attention, scores)
             terms["attention_kl"] = divergence.detach()
-            loss = loss + weight * divergence
+            loss = loss + weight * divergence * len(samples) / len(labels)
         return {"loss": loss, **terms}
 
     def _draw_budget(self, step: int) -> int:
@@ -209,15 +217,18 @@ def train_stage2(
         entropy of s, R̄ and L_AttnKL included.
 
     Raises:
-        TwigVLMError: the twig has no P-Head, the first sample cannot have a budget, or as in stage 1.
+        TwigVLMError: the twig has no P-Head, the first sample can have none of the budgets, or as in stage 1.
     """
     head = model.twig.pruning_head
     if head is None:
         raise TwigVLMError("this twig has no P-Head to train: train one in stage 1 with pruning_head=True first")
     visual = int(model.base.visual_mask(data[0]["input_ids"]).sum())
     policy = Policy(model, config, steps=1)
-    for retain in config.budgets if visual else ():
-        policy.keep(retain, visual)  # for its errors, before anything is written
+    if visual and all(policy.keep(retain, visual) is None for retain in config.budgets):
+        shown = " ".join(f"{retain:g}" for retain in config.budgets)
+        raise TwigVLMError(
+            f"budgets={shown}: the first sample, of {visual} visual tokens, can have none; choose others"
+        )
     model.twig.requires_grad_(False)
     head.requires_grad_(True)
     try:

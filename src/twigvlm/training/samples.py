@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 
 PLACEHOLDER = "<image>"
 """Where a picture belongs in a text."""
@@ -51,11 +51,6 @@ def fetch(samples: Samples, index: int) -> tuple[Any, Any]:
         raise BrokenSample(f"sample {index}: cannot be read ({one_line(error)}); mend or drop it") from None
     identity = sample.get("id") if isinstance(sample, Mapping) else None
     return sample, index if identity is None else identity
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def to_messages(sample: Any, identity: Any, folder: Path | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from twigvlm.checkpoint import replace
+from twigvlm.checkpoint import fingerprint
 from twigvlm.errors import TwigVLMError
+from twigvlm.files import replacing
 from twigvlm.model import TwigVLM
 from twigvlm.training import processes, sharding
 from twigvlm.training.data import Collator
 from twigvlm.training.options import TrainingConfig
+from twigvlm.training.samples import BrokenSample
 
 UNFINISHED = "unfinished"
 """Folder in which a checkpoint is written before it takes its place."""
@@ -27,6 +30,8 @@ KEPT = 2
 """Checkpoints that are kept, the latest ones."""
 NO_LOSSES = ("grad_norm", "learning_rate", "epoch", "step")
 """Of what a Trainer logs."""
+FREE = ("workers", "log_steps", "save_steps", "tensorboard", "gradient_checkpointing")
+"""Settings that may change when a run goes on, since the twig does not depend on them."""
 
 
 class TermTrainer(Trainer):
@@ -55,7 +60,16 @@ class TermTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the terms to the log."""
+        """Add the terms to the log.
+
+        Raises:
+            TwigVLMError: the loss is no number any more.
+        """
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise TwigVLMError(
+                f"loss={logs['loss']} by step {self.state.global_step}: the training diverged; begin anew with a lower "
+                f"learning rate than {self.args.learning_rate:g}"
+            )
         values: dict[str, list[float]] = {}
         for own in processes.gather({name: torch.stack(terms).tolist() for name, terms in self._terms.items()}):
             for name, terms in own.items():
@@ -107,6 +121,12 @@ def fit(
     Args:
         pupil: from the number of optimiser steps, the twig with the loss of a stage.
         trainer_class: the Trainer of the stage.
+
+    Returns:
+        The Trainer's log.
+
+    Raises:
+        TwigVLMError: the base, the data, the launch or the checkpoint are unfit, or the loss diverges.
     """
     base = model.base
     if base.dtype == torch.float16:
@@ -119,7 +139,14 @@ def fit(
     checkpoint = _latest(directory)
     if checkpoint is not None and not resume:
         raise TwigVLMError(f"directory {str(directory)!r}: holds checkpoints; resume, or choose another directory")
-    launch = {"samples": samples, "processes": processes.count(), "sharded": sharding.wanted()}
+    launch = {
+        "samples": samples,
+        "max_length": getattr(data, "max_length", None),
+        "dtype": str(base.dtype),
+        "base": zlib.crc32(json.dumps(fingerprint(base)).encode()),
+        "processes": processes.count(),
+        "sharded": sharding.wanted(),
+    }
     _remember(directory, {**dataclasses.asdict(model.config), **dataclasses.asdict(config), **launch}, checkpoint)
     if processes.is_main():
         shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
@@ -146,6 +173,7 @@ def fit(
         use_cpu=cpu,
         ddp_find_unused_parameters=False,  # both stages use all that they train, in every pass
         disable_tqdm=True,
+        logging_nan_inf_filter=False,
     )
     _check_device(arguments.device, model.model.device)
     # Of several GPUs one process uses one: the Trainer would copy the twig, but not the base, to all of them.
@@ -160,10 +188,15 @@ def fit(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    sharding.merge(module)
-    model.twig.to(base.dtype)
-    model.train(False)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        sharding.merge(module)
+    except BrokenSample as error:  # from a process beside the training it brings that process's traceback along
+        raise BrokenSample(str(error).rpartition("BrokenSample: ")[2].strip()) from None
+    finally:
+        model.twig.checkpoint_gradients(False)
+        model.twig.to(base.dtype)
+        model.train(False)
     model.twig.record.append(_entry(config, samples, trainer.state))
     return trainer.state.log_history
 
@@ -215,11 +248,12 @@ def _remember(directory: Path, settings: dict[str, Any], checkpoint: Path | None
     if checkpoint is not None and file.is_file():
         before = json.loads(file.read_text())
         for name, value in json.loads(text).items():
-            if before.get(name, value) != value:
+            if name not in FREE and before.get(name, value) != value:
                 raise TwigVLMError(
                     f"{name}={value}: the checkpoint in {str(directory)!r} was trained with {before[name]}; "
                     "resume with the same settings or choose another directory"
                 )
     elif processes.is_main():
         directory.mkdir(parents=True, exist_ok=True)
-        replace(file, lambda temporary: Path(temporary).write_text(text))
+        with replacing(file) as temporary:
+            temporary.write_text(text)
