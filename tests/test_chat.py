@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from transformers.generation.streamers import BaseStreamer
 
 from tests.tiny import tiny_llava
 from tests.tiny_processor import tiny_processor
@@ -85,3 +86,33 @@ def test_a_failed_question_leaves_the_conversation_as_it_was(processor):
     again = grown().chat(processor, max_new_tokens=4)
     assert again.ask("what?", images=[picture(0)]) == first
     assert chat.ask("why?") == again.ask("why?")
+
+
+class Breaking(BaseStreamer):
+    """Fails when the answer begins."""
+
+    def put(self, value):
+        if value.numel() == 1:
+            raise RuntimeError("the line is dead")
+
+    def end(self):
+        raise AssertionError
+
+
+def test_a_question_that_failed_on_its_way_is_forgotten(processor):
+    """The same words about another picture are another question."""
+    options = {"keep": 4, "max_new_tokens": 6}
+    chat = grown().chat(processor, **options)
+    with pytest.raises(RuntimeError, match="the line is dead"):
+        chat.ask("what?", images=[picture(0)], streamer=Breaking())
+    assert chat.messages == []
+    expected = grown().chat(processor, **options).ask("what?", images=[picture(1)])
+    assert expected != grown().chat(processor, **options).ask("what?", images=[picture(0)])
+    assert chat.ask("what?", images=[picture(1)]) == expected
+
+
+def test_a_conversation_ends_with_the_context(processor):
+    chat = grown().chat(processor, max_new_tokens=4)
+    chat.ask("what?", images=[picture(0)])
+    with pytest.raises(TwigVLMError, match="the base's context only 600"):
+        chat.ask("why " * 200)

@@ -10,6 +10,7 @@ from tests.decoding.test_policy import costs
 from tests.families import IMAGE, LAYERS, TINY, TRUNK, TWIG, VIDEO, prompt, prompts, tiny
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.base.families import FAMILIES, LANGUAGE_MODELS
+from twigvlm.decoding.memory import Memory
 from twigvlm.pruning.baselines.base_layer import BaseLayerAttention
 from twigvlm.pruning.baselines.random import RandomScores
 from twigvlm.training.data import IGNORE
@@ -208,6 +209,14 @@ def test_a_budget_is_split_among_images(name):
     )
 
 
+class ScoresById(dict):
+    """A logits processor that keeps the scores by the ids that they follow."""
+
+    def __call__(self, ids, scores):
+        self[tuple(ids[0].tolist())] = scores[0].clone()
+        return scores
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", TINY)
 def test_rows_of_a_batch_are_as_if_alone(name, attention):
@@ -215,11 +224,42 @@ def test_rows_of_a_batch_are_as_if_alone(name, attention):
     rows = [inputs_of(name, "images"), preceded(inputs_of(name, "images", 1), 5)]
     batch = batched(rows)
     for pruning in ({}, {"keep": 4, "final_wipe": 5}):
-        alone = [model.generate(**row, **pruning, max_new_tokens=8)[0, row["input_ids"].shape[1] :] for row in rows]
-        expected = torch.stack(alone).tolist()
+        options, alone = {**pruning, "max_new_tokens": 8}, ScoresById()
+        answers = [model.generate(**row, **options, logits_processor=[alone]) for row in rows]
+        expected = [ids[0, row["input_ids"].shape[1] :].tolist() for ids, row in zip(answers, rows, strict=True)]
         for speculation in ({}, CHAIN, TREE):
-            got = model.generate(**batch, **pruning, **speculation, max_new_tokens=8)
+            together = ScoresById()
+            got = model.generate(**batch, **options, **speculation, logits_processor=[together])
             assert got[:, batch["input_ids"].shape[1] :].tolist() == expected
+            assert together.keys() == alone.keys()
+            for ids, scores in alone.items():
+                torch.testing.assert_close(together[ids], scores, rtol=1e-3, atol=1e-3)
+
+
+def followed(inputs, tokens):
+    """A prompt with more text behind it."""
+    more = torch.tensor([tokens])
+    filling = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+    per_token = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    return {
+        name: torch.cat((value, filling.get(name, torch.zeros_like(more))), dim=1) if name in per_token else value
+        for name, value in inputs.items()
+    }
+
+
+@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[1] != "text"])
+def test_a_conversation_goes_on_as_one_prompt(name, kind):
+    """Trunk and twig keep what they know, with M-RoPE, windows, features for later layers and images seen both ways."""
+    model, inputs = grown(name), inputs_of(name, kind)
+    options = {"keep": 4, "final_wipe": 5, "max_new_tokens": 6, **CHAIN}
+    memory, alone, going_on = Memory(), ScoresById(), ScoresById()
+    first = model.generate(**inputs, **options, memory=memory)
+    longer = followed(inputs, [*answer(first, inputs), 5, 6, 7])
+    expected = model.generate(**longer, **options, logits_processor=[alone])
+    got = model.generate(**longer, **options, memory=memory, logits_processor=[going_on])
+    assert got.tolist() == expected.tolist()
+    for ids, scores in alone.items():
+        torch.testing.assert_close(going_on[ids], scores, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.visualize import highlight
+from twigvlm.visualize import MAX_SIDE, highlight
 
 
 @pytest.fixture
@@ -53,3 +53,8 @@ def test_box_places_the_grid(picture):
 def test_index_outside_the_grid(picture, index):
     with pytest.raises(TwigVLMError, match=r"kept index -?\d+: the grid of 3x4 patches has 0 to 11"):
         highlight(picture, [index], grid=(3, 4))
+
+
+def test_a_long_strip_is_not_enlarged_without_bounds():
+    strip = Image.new("RGB", (1, 3000))
+    assert highlight(strip, [0], (2, 2)).height == MAX_SIDE

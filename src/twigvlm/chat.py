@@ -47,7 +47,7 @@ class Chat:
         inputs = self._processor(
             images=pictures or None, text=text, return_tensors="pt", **special_tokens(text, tokenizer)
         )
-        inputs = inputs.to(self._model.model.device, self._model.base.dtype)
+        inputs = inputs.to(self._model.base.device, self._model.base.dtype)
         options = {**self._options, **options, "return_dict_in_generate": True}
         output: Any = self._model.generate(**inputs, **options, memory=self._memory)
         new = output.sequences[0, inputs["input_ids"].shape[1] :]

@@ -24,6 +24,8 @@ WEIGHTS = "twig_model.safetensors"
 CONFIG = "twig_config.json"
 RECORD = "training.json"
 CARD = "README.md"
+FILES = [WEIGHTS, CONFIG, RECORD]
+"""All that a twig needs."""
 _DIMENSIONS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
@@ -70,7 +72,7 @@ def load(base: BaseVLM, path: str | PathLike[str], revision: str | None = None, 
         TwigVLMError: a file is missing or broken, keys or shapes differ from the config's, the base is another one, or
             the hub does not have it.
     """
-    folder = fetch(path, [WEIGHTS, CONFIG, RECORD], revision, token)
+    folder = fetch(path, FILES, revision, token)
     config, expected = _read_config(folder / CONFIG)
     difference = compare(expected, fingerprint(base, list(expected["samples"])))
     if difference:
@@ -172,7 +174,9 @@ def _read_weights(file: Path, config: TwigConfig) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise TwigVLMError(f"{file}: truncated or not a safetensors file ({error}); get the file again") from None
     # Two files cannot be replaced as one: a save that was cut off between them must not pass for a twig.
-    if "twig" in metadata and TwigConfig(**json.loads(metadata["twig"])) != config:
+    # K_f may be tuned in the config: no weight depends on it.
+    saved = {**json.loads(metadata.get("twig", "{}")), "final_wipe": config.final_wipe}
+    if "twig" in metadata and TwigConfig(**saved) != config:
         raise TwigVLMError(f"{file.parent}: weights and {CONFIG} are of two twigs, a save was cut off; save it again")
     return state
 

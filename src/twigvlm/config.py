@@ -1,6 +1,6 @@
 """What a user can choose, as frozen dataclasses; the command line's options and help are made from them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from twigvlm.errors import TwigVLMError
@@ -10,6 +10,15 @@ MOST_NODES = 64
 
 Speculate = Literal["none", "chain", "tree", "auto"]
 """Ways to draft; see `SpeculationConfig`."""
+
+
+_APPLY: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "chain": ("draft_length", "draft_threshold"),
+    "tree": ("tree_depth", "tree_width", "tree_expand", "tree_nodes"),
+    "auto": ("tree_width",),
+}
+"""Which options a way to draft heeds."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,13 @@ class SpeculationConfig:
         _at_least(1, tree_expand=self.tree_expand, tree_nodes=self.tree_nodes)
         if not 0.0 <= self.draft_threshold <= 1.0:
             raise TwigVLMError(f"draft_threshold={self.draft_threshold:g}: must be 0 to 1")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name not in ("speculate", *_APPLY[self.speculate]) and value != option.default:
+                raise TwigVLMError(
+                    f"{option.name}={value:g}: does not apply to speculate={self.speculate!r}; leave it out, or speculate by "
+                    + " or ".join(repr(way) for way, names in _APPLY.items() if option.name in names)
+                )
 
     @property
     def active(self) -> bool:

@@ -45,7 +45,7 @@ def load_image(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Im
             with _opened(source) as image:
                 _refuse_unless_one_picture(name, image)
                 image.load()
-                deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+                deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
                 return _to_rgb(name, _upright(image), deep)
         except TwigVLMError:
             raise
@@ -55,6 +55,8 @@ def load_image(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Im
             raise TwigVLMError(_too_large(name, "far more")) from None
         except PermissionError:
             raise TwigVLMError(f"{name}: may not be read; check the file's permissions") from None
+        except MemoryError:
+            raise TwigVLMError(f"{name}: needs more memory than there is; scale it down") from None
         except Exception as error:  # decoders raise whatever a broken file leads them to
             raise TwigVLMError(f"{name}: corrupt or truncated ({one_line(error)}); save or copy it anew") from None
 

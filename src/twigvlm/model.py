@@ -24,11 +24,11 @@ from twigvlm.decoding.generation import (
     check_arguments,
     check_generation,
     emitter,
-    positions,
+    kept_positions,
     samplings,
     sequences,
-    stop_strings,
     stops,
+    with_stop_strings,
 )
 from twigvlm.decoding.loop import decode
 from twigvlm.decoding.memory import Memory
@@ -168,8 +168,9 @@ class TwigVLM(nn.Module):
     ) -> Tensor | TwigOutput | Any:
         """Generate as the base's `generate` does, greedily or by sampling, with pruning and speculation.
 
-        Each prompt of a batch (padded on the left) gets the answer that it would get alone. Sampling draws as the base's
-        `generate` would: the same seed gives the same answer, however it is speculated.
+        Each prompt of a batch (padded on the left) gets the answer that it would get alone; processors and criteria see it
+        without its padding. Sampling draws as the base's `generate` would: the same seed gives the same answer, however it is
+        speculated. In a batch each row draws from a stream of its own.
 
         Args:
             inputs: prompt ids, or pass them as `input_ids`.
@@ -234,7 +235,7 @@ class TwigVLM(nn.Module):
 
         entered = False
         streamer = kwargs.get("streamer")
-        tokenizer_stops = stop_strings(kwargs)
+        kwargs = with_stop_strings(kwargs)
 
         def run(
             model: Any,
@@ -247,11 +248,15 @@ class TwigVLM(nn.Module):
             nonlocal entered
             entered = True
             check_generation(generation_config)
+            if streamer is not None and len(input_ids) > 1:
+                raise TwigVLMError(f"streamer: takes one answer, not {len(input_ids)}; leave it out, or ask for one")
             if memory is not None and len(input_ids) > 1:
                 raise TwigVLMError(f"{len(input_ids)} answers: a conversation goes on with one; ask for one")
             for name in ("past_key_values", "use_cache"):
                 model_kwargs.pop(name, None)
             model_kwargs = {name: value for name, value in model_kwargs.items() if value is not None}
+            mask = model_kwargs.get("attention_mask")
+            padding = [0] * len(input_ids) if mask is None else (mask == 0).sum(dim=1).tolist()
             with torch.inference_mode():
                 answers = decode(
                     self.base,
@@ -260,7 +265,7 @@ class TwigVLM(nn.Module):
                     lambda visual: self._plan(visual, pruning, scorer),
                     speculation,
                     stops(stopping_criteria, input_ids.shape[1]),
-                    samplings(self.base, len(input_ids), logits_processor, generation_config, generator),
+                    samplings(self.base, padding, logits_processor, generation_config, generator),
                     emitter(streamer),
                     began,
                     costs,
@@ -273,7 +278,7 @@ class TwigVLM(nn.Module):
                 return ids
             return TwigOutput(
                 ids,
-                positions(answers.kept, model_kwargs.get("attention_mask")),
+                kept_positions(answers.kept, padding),
                 answers.drafted_lengths,
                 answers.accepted_lengths,
                 answers.timings,
@@ -282,11 +287,13 @@ class TwigVLM(nn.Module):
 
         try:
             # The base's own `generate` merges configurations and builds processors and criteria; only its loop is ours.
-            return self.model.generate(custom_generate=run, **tokenizer_stops, **kwargs)
-        except ValueError as error:
-            if entered or isinstance(error, TwigVLMError):
-                raise
-            raise TwigVLMError(one_line(error)) from error
+            return self.model.generate(custom_generate=run, **kwargs)
+        except BaseException as error:
+            if memory is not None:
+                memory.forget()  # it may have taken in what the conversation will not hold
+            if isinstance(error, ValueError) and not (entered or isinstance(error, TwigVLMError)):
+                raise TwigVLMError(one_line(error)) from error
+            raise
 
     def chat(self, processor: Any, **options: Any) -> Chat:
         """A conversation of several turns, in which trunk and twig run only once on each token.

@@ -11,6 +11,9 @@ from twigvlm.errors import TwigVLMError
 FRAME = (255, 140, 0)
 """Colour of the line around kept regions."""
 
+MAX_SIDE = 8192
+"""Pixels of the longer side beyond which no picture is enlarged: picture formats have limits."""
+
 
 def highlight(
     image: Image.Image,
@@ -26,7 +29,7 @@ def highlight(
         kept: indices of the kept visual tokens, counted row by row from the top left patch.
         grid: rows and columns of patches.
         box: the part of the picture (left, top, right, bottom) that the grid covers; None is all of it.
-        min_side: smaller pictures are enlarged until their shorter side has this many pixels.
+        min_side: smaller pictures are enlarged until their shorter side has this many pixels, or the longer one `MAX_SIDE`.
 
     Returns:
         A new RGB image; `image` is left as it was.
@@ -40,7 +43,7 @@ def highlight(
             )
         chosen[index] = True
     chosen = chosen.reshape(rows, columns)
-    scale = max(1.0, min_side / min(image.size))
+    scale = max(1.0, min(min_side / min(image.size), MAX_SIDE / max(image.size)))
     picture = image.convert("RGB").resize(
         (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
     )

@@ -1,5 +1,6 @@
 import json
 
+import huggingface_hub
 import pytest
 from PIL import Image
 
@@ -73,3 +74,15 @@ def test_bad_options_are_refused(refused, arguments, tmp_path):
     questions.write_text(questions.read_text().replace("validation", "test"))
     refused(*arguments("sweep"), words=("validation split",))
     refused(*arguments("drafts"), words=("validation split",))
+
+
+def test_a_twig_may_come_from_the_hub(arguments, twig_directory, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(twig_directory))
+    assert main(arguments("exactness", twig="user/twig", checks="chain")) == 0
+
+
+def test_batches_of_other_kinds_are_other_results(refused, arguments, tmp_path):
+    assert main(arguments("batches")) == 0
+    questions = tmp_path / "questions.json"
+    questions.write_text(questions.read_text().replace('"kind": "place"', '"kind": "count"', 1))
+    refused(*arguments("batches", kinds="count", limit=1), words=("other settings", "kinds"))

@@ -93,9 +93,9 @@ def test_selection_is_a_tree_that_beats_every_smaller_one(probabilities, draft, 
         mass = sum(math.exp(tree.scores[node]) for node in nodes[1:])
         return (1 + mass) / (policy.spent + 10 + per_node * (len(nodes) - 1))
 
-    # a leaf's trunk pass costs alike however many there are
     by_score = sorted(kept[1:], key=lambda node: -tree.scores[node])
-    assert all(rate([0, *by_score]) >= rate([0, *by_score[:size]]) - 0.01 for size in range(1, len(by_score)))
+    least = 0.99 * rate([0, *by_score])  # the trunk's pass for late nodes is a hundredth of a verification here
+    assert all(rate([0, *by_score]) >= least >= 0.98 * rate([0, *by_score[:size]]) for size in range(len(by_score)))
 
 
 def test_trust_is_lost_by_rejections_and_comes_back():

@@ -19,6 +19,7 @@ WAYS = {
     "chain": {"speculate": "chain", "draft_threshold": 0.1},
     "tree": {"speculate": "tree", "tree_nodes": 20, "tree_expand": 3},
 }
+SPECULATING = [way for way in WAYS if way != "none"]
 OPTIONS = [
     {},
     {"temperature": 0.6, "top_k": 12},
@@ -43,6 +44,20 @@ def test_a_seed_gives_what_the_bases_generate_gives(way, seed, options, reduced)
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("given", [True, False], ids=["a generator", "torch's own"])
+def test_what_is_drawn_after_an_answer_does_not_depend_on_drafts(way, given):
+    """A second answer goes on with the stream as if nobody had drafted for the first."""
+    ends = {"eos_token_id": list(range(0, 100, 7)), "pad_token_id": 0}
+    model, options = grown(), {"do_sample": True, "top_k": 0, "max_new_tokens": 12, **ends}
+    torch.manual_seed(3)
+    expected = [model.model.generate(**prompt(seed), **options).tolist() for seed in range(4)]
+    torch.manual_seed(3)
+    stream = {"generator": torch.Generator().manual_seed(3)} if given else {}
+    drawn = [model.generate(**prompt(seed), **options, **WAYS[way], **stream).tolist() for seed in range(4)]
+    assert drawn == expected
+
+
+@pytest.mark.parametrize("way", SPECULATING)
 def test_pruned_samples_do_not_depend_on_speculation(way):
     model, options = grown(), {"keep": 4, "final_wipe": 4, "do_sample": True, "top_k": 0, "max_new_tokens": 16}
     for seed in range(8):
@@ -72,7 +87,7 @@ def test_the_twig_draws_what_the_base_will_draw():
     assert accepted > 0.5 * drafted
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SPECULATING)
 def test_several_answers_to_one_prompt(way):
     model = grown()
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": 10, "num_return_sequences": 3}

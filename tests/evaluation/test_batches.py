@@ -20,7 +20,7 @@ def test_every_size_answers_the_same_prompts(model, questions, tmp_path):
     model.model.generation_config.pad_token_id = 0
     contenders = batch_contenders(10, ["sdpa"])
     journal = Journal(tmp_path / "results.jsonl", {})
-    records = run_batches(model, questions.items, (1, 4), contenders, batch_of, journal, 12, 1)
+    records = run_batches(model, questions.items, (1, 4), contenders, batch_of, journal, 12, 12, 1)
     assert [record["id"] for record in records] == ["1-0", "1-1", "1-2", "1-3", "4-0"]
     assert [record["size"] for record in records] == [1, 1, 1, 1, 4]
     alone = [record["runs"] for record in records[:4]]
@@ -42,7 +42,7 @@ def test_a_run_goes_on_where_it_was(model, questions, tmp_path, monkeypatch):
 
     def run(sizes):
         journal = Journal(tmp_path / "results.jsonl", {})
-        return run_batches(model, questions.items, sizes, contenders, batch_of, journal, 2, 1)
+        return run_batches(model, questions.items, sizes, contenders, batch_of, journal, 2, 2, 1)
 
     first = run((4,))
     assert order == [contender.name for contender in contenders] * 2  # warm-up, then the turn
@@ -105,5 +105,6 @@ def test_the_peak_is_that_of_the_work_alone():
         return memory.peak(device)
 
     large, small = held(400), held(1)
-    if large is not None:
-        assert 300 << 20 < large - small < 500 << 20
+    if large is None:
+        pytest.skip("this system does not say")
+    assert 300 << 20 < large - small < 500 << 20

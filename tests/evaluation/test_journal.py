@@ -11,8 +11,8 @@ SETTINGS = {"budgets": (1, 2), "name": "ä"}
 def test_a_run_goes_on_where_it_was(tmp_path):
     path = tmp_path / "new" / "results.jsonl"
     Journal(path, SETTINGS).append({"id": "a", "value": (1,)})
-    with path.open("a") as file:
-        file.write('{"id": "b", "val')  # stopped while it wrote
+    with path.open("ab") as file:
+        file.write('{"id": "b", "given": "δ'.encode()[:-1])  # stopped while it wrote, within a character
     journal = Journal(path, SETTINGS)
     assert journal.records == {"a": {"id": "a", "value": [1]}}
     journal.append({"id": "b\u2028", "value": 2})
@@ -32,6 +32,12 @@ def test_a_run_that_wrote_nothing_whole_begins_anew(tmp_path):
     assert json.loads(path.read_text())["settings"]["budgets"] == [1, 2]
 
 
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "results.jsonl").mkdir()
+    with pytest.raises(TwigVLMError, match=r"results.jsonl: Is a directory; choose another output directory"):
+        Journal(tmp_path / "results.jsonl", SETTINGS)
+
+
 def test_results_of_other_settings_are_kept(tmp_path):
     path = tmp_path / "results.jsonl"
     Journal(path, SETTINGS).append({"id": "a"})
@@ -41,10 +47,11 @@ def test_results_of_other_settings_are_kept(tmp_path):
     assert path.read_text() == before
 
 
-@pytest.mark.parametrize("text", ["hello\n", "[1]\n", '{"settings": {}}\n3\n'])
+@pytest.mark.parametrize("text", ["hello", "hello\n", "[1]\n", '{"settings": {}}\n3\n', "\udcff\n"])
 def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "results.jsonl"
-    path.write_text(text)
+    data = text.encode(errors="surrogateescape")
+    path.write_bytes(data)
     with pytest.raises(TwigVLMError, match="not a file of results"):
         Journal(path, {})
-    assert path.read_text() == text
+    assert path.read_bytes() == data

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twigvlm.evaluation.metrics import (
+    FEWEST,
     acceptance_rate,
     bootstrap_interval,
     mean_accepted_length,
@@ -17,6 +18,7 @@ from twigvlm.evaluation.metrics import (
 
 positive = st.floats(0.01, 100)
 rows = st.lists(st.tuples(positive, positive), min_size=1, max_size=30)
+many = st.lists(st.tuples(positive, positive), min_size=FEWEST, max_size=30)
 
 
 def test_relative_accuracy():
@@ -59,7 +61,7 @@ def test_overlap():
     assert (found, present, named) == (1, 3, 2)
 
 
-@given(rows, st.integers(0, 5))
+@given(many, st.integers(0, 5))
 def test_an_interval_is_seeded_and_lies_within_what_was_seen(pairs, seed):
     ours, base = map(list, zip(*pairs, strict=True))
     low, high = bootstrap_interval(relative_speed, ours, base, resamples=50, seed=seed)
@@ -86,7 +88,19 @@ def test_an_interval_covers_as_often_as_it_says():
     assert 86 <= covered <= 99
 
 
-def test_an_empty_sample_has_no_interval():
+def test_samples_that_belong_together_are_drawn_together():
+    """Four copies of each sample say no more than one."""
+    sample = np.random.default_rng(2).normal(3, 1, 60)
+    groups = [number for number in range(60) for _ in range(4)]
+    alone = bootstrap_interval(np.mean, sample)
+    assert bootstrap_interval(np.mean, sample.repeat(4), groups=groups) == pytest.approx(alone)
+    low, high = bootstrap_interval(np.mean, sample.repeat(4))
+    assert high - low < 0.6 * (alone[1] - alone[0])
+
+
+def test_a_small_sample_has_no_interval():
+    assert all(map(math.isnan, bootstrap_interval(relative_accuracy, [1.0] * (FEWEST - 1), [1.0] * (FEWEST - 1))))
+    assert not any(map(math.isnan, bootstrap_interval(relative_accuracy, [1.0] * FEWEST, [1.0] * FEWEST)))
     assert all(map(math.isnan, bootstrap_interval(relative_accuracy, [], [])))
     assert all(map(math.isnan, bootstrap_interval(relative_accuracy, [0, 1], [0, 0])))
     with pytest.raises(ValueError, match="same samples"):

@@ -14,7 +14,7 @@ TREE = {"tree_depth": 3, "tree_nodes": 12}
 def test_measures_every_contender(model, tokenizer, questions, tmp_path):
     contenders = standard_contenders(10, CHAIN, TREE, ["sdpa", "eager"])
     journal = Journal(tmp_path / "results.jsonl", {})
-    records = run_speed(model, tokenizer, questions.items[:2], contenders, inputs_of, journal, 8, 2)
+    records = run_speed(model, tokenizer, questions.items[:2], contenders, inputs_of, journal, 8, 8, 2)
     assert [record["id"] for record in records] == ["0", "1"]
     for record in records:
         runs = record["runs"]
@@ -49,7 +49,7 @@ def test_contenders_take_turns_after_a_warm_up(model, tokenizer, questions, tmp_
 
     def run(count):
         journal = Journal(tmp_path / "results.jsonl", {})
-        return run_speed(model, tokenizer, questions.items[:count], contenders, inputs_of, journal, 2, 2)
+        return run_speed(model, tokenizer, questions.items[:count], contenders, inputs_of, journal, 2, 2, 2)
 
     first = run(1)
     assert "".join(order) == "abc" + "abc" + "bca"

@@ -53,6 +53,16 @@ def test_every_variant_answers_as_generate_does(attention, seeds):
     assert different > 4 * seeds  # the prunings do differ
 
 
+def test_a_repetition_penalty_of_the_base_applies():
+    model, inputs = grown(), prompt()
+    before = answer_all(model, inputs, make_variants(model, ["twig"], [10]), 7)
+    model.model.generation_config.repetition_penalty = 5.0
+    outcomes = answer_all(model, inputs, make_variants(model, ["twig"], [10]), 7)
+    for name, options in (("none", {}), ("twig@10/5", {"retain": 10})):
+        expected = model.generate(**inputs, **options, max_new_tokens=7)[0, inputs["input_ids"].shape[1] :].tolist()
+        assert outcomes[name].ids == expected != before[name].ids
+
+
 def test_the_budget_is_the_same_for_every_method():
     model = grown()
     outcomes = answer_all(model, prompt(), make_variants(model, list(SCORERS), [10]), 1)

@@ -8,12 +8,11 @@ from twigvlm import TwigConfig, TwigVLM
 from twigvlm.base.cache import LayeredCache
 from twigvlm.decoding.prefill import Trunk
 from twigvlm.pruning.baselines.base_layer import BaseLayerAttention
-from twigvlm.pruning.baselines.random import RandomScores
 from twigvlm.pruning.scores import attention_scores
 from twigvlm.pruning.twig_attention import TwigAttention
 
 
-def _trunk(attention, trunk_layers=2, seed=0):
+def after_trunk(attention, trunk_layers=2, seed=0):
     grown = TwigVLM.grow(tiny_llava(seed, attention=attention), TwigConfig(trunk_layers, twig_layers=2))
     captured = grown.base.prompt(**prompt(seed))
     rope, masks = grown.base.rope(captured), grown.base.masks(captured)
@@ -34,7 +33,7 @@ def _expected(attention_map, visual, queries):
 @torch.no_grad()
 def test_rows_of_base_layers(layer, attention, queries):
     maps = tiny_llava(attention="eager")(**prompt(), output_attentions=True).attentions
-    trunk = _trunk(attention)
+    trunk = after_trunk(attention)
     scores = BaseLayerAttention(layer, queries)(trunk)
     torch.testing.assert_close(scores, _expected(maps[layer - 1], trunk.prompt.visual_mask, queries))
     assert scores[trunk.prompt.visual_mask].std() > 1e-3  # the test model's attention is not uniform
@@ -44,7 +43,7 @@ def test_rows_of_base_layers(layer, attention, queries):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
 def test_row_of_the_last_twig_layer(attention, queries):
-    eager, trunk = _trunk("eager"), _trunk(attention)
+    eager, trunk = after_trunk("eager"), after_trunk(attention)
     first, last = eager.twig.layers
     mask = eager.masks(25, (0,))
     middle = first(eager.hidden, attention_mask=mask, position_embeddings=eager.rope.of(None))
@@ -58,12 +57,19 @@ def test_row_of_the_last_twig_layer(attention, queries):
 
 @torch.no_grad()
 def test_filling_the_cache_is_running_the_twig():
-    trunk = _trunk("sdpa")
+    trunk = after_trunk("sdpa")
     trunk.grow()
     cache = LayeredCache(8, 1)
     trunk.twig(trunk.hidden, trunk.rope, trunk.masks, cache)
     for slot in (6, 7):
         torch.testing.assert_close(trunk.cache.held(slot), cache.held(slot))
+
+
+@torch.no_grad()
+def test_a_ranking_may_be_made_of_several():
+    alone, both = (after_trunk("sdpa") for _ in range(2))
+    expected = TwigAttention()(alone)
+    torch.testing.assert_close(TwigAttention()(both) + TwigAttention()(both), 2 * expected)
 
 
 def test_chunks_make_no_difference():
@@ -82,13 +88,7 @@ def test_scores_of_all_visual_keys_sum_to_one_query():
     torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
 
 
-def test_random_scores_follow_their_seed():
-    trunk = _trunk("sdpa")
-    assert torch.equal(RandomScores(1)(trunk), RandomScores(1)(trunk))
-    assert not torch.equal(RandomScores(1)(trunk), RandomScores(2)(trunk))
-
-
 @pytest.mark.parametrize("layer", [0, 7])
 def test_a_base_layer_must_exist(layer):
     with pytest.raises(ValueError, match=f"layer={layer}: must be 1 to 6"):
-        BaseLayerAttention(layer)(_trunk("sdpa"))
+        BaseLayerAttention(layer)(after_trunk("sdpa"))

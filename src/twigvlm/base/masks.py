@@ -47,10 +47,10 @@ def placed(
     attention: str,
     dtype: torch.dtype,
     queries: Int[Tensor, "#batch queries"],
-    keys: Int[Tensor, "#batch keys"],
+    keys: Int[Tensor, "#batch known"],
     reach: Int[Tensor, "#batch queries"] | None,
     window: int | None,
-) -> Shaped[Tensor, "batch 1 queries keys"]:
+) -> Shaped[Tensor, "batch 1 queries _"]:
     """A mask for layers whose tokens do not see all that came before them, and nothing else.
 
     Distances are those of the unpruned sequence: what a token sees does not depend on how many others were pruned.
@@ -60,7 +60,7 @@ def placed(
         attention: the base's attention implementation.
         dtype: of an additive mask.
         queries: places of the new tokens in the unpruned sequence.
-        keys: places of all tokens, the new ones last.
+        keys: places of all tokens, the new ones last; without a window those of the new ones will do.
         reach: place of the last token that each new token sees, where that is after itself (tokens of an image).
         window: how many places a token looks back, its own included; None: all.
     """
@@ -70,8 +70,10 @@ def placed(
     elif mask.dtype != torch.bool:
         mask = mask == 0
     query, key = queries[:, None, :, None], keys[:, None, None, :]
-    if reach is not None:
-        mask = mask | ((key > query) & (key <= reach[:, None, :, None]))
+    if reach is not None:  # what lies ahead of a token comes with it
+        new = key[..., -queries.shape[1] :]
+        ahead = (new > query) & (new <= reach[:, None, :, None])
+        mask = mask | F.pad(ahead, (mask.shape[-1] - ahead.shape[-1], 0), value=False)
     if window is not None:
         mask = mask & (key > query - window)
     return additive(mask, dtype) if attention == "eager" else mask

@@ -1,7 +1,7 @@
 """Batches whose rows are differently long: each row's own tokens first, then padding."""
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 Lengths = tuple[int, ...]
@@ -20,7 +20,7 @@ def real(lengths: Lengths, tokens: int, device: torch.device | None = None) -> B
     return torch.arange(tokens, device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
-def last(states: Float[Tensor, "batch tokens width"], lengths: Lengths) -> Float[Tensor, "batch width"]:
+def last(states: Shaped[Tensor, "batch tokens width"], lengths: Lengths) -> Shaped[Tensor, "batch width"]:
     """States of the last token of each row."""
     ends = torch.tensor(lengths, device=states.device)[:, None, None] - 1
     return torch.take_along_dim(states, ends, dim=1)[:, 0]

@@ -101,6 +101,14 @@ class BaseVLM:
                     f"pass {visual.pixels[0]} from the processor"
                 )
 
+    def check_context(self, input_ids: Int[Tensor, "batch tokens"]) -> None:
+        """Raise TwigVLMError if a prompt is longer than the base's context."""
+        context = getattr(self.config, "max_position_embeddings", None)
+        if context is not None and input_ids.shape[1] > context:
+            raise TwigVLMError(
+                f"The prompt has {input_ids.shape[1]} tokens, the base's context only {context}: shorten the text"
+            )
+
     def without_pixels(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the base's forward, less those that vision would run on."""
         pixels = {name for visual in self.family.visuals for name in visual.pixels}
@@ -122,11 +130,7 @@ class BaseVLM:
         Raises:
             TwigVLMError: the prompt is longer than the context, or the base refuses it.
         """
-        context = getattr(self.config, "max_position_embeddings", None)
-        if context is not None and input_ids.shape[1] > context:
-            raise TwigVLMError(
-                f"The prompt has {input_ids.shape[1]} tokens, the base's context only {context}: shorten the text"
-            )
+        self.check_context(input_ids)
 
         def capture(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Captured(kwargs)

@@ -51,6 +51,10 @@ def check_request(prompt: str, max_new_tokens: int) -> None:
     """Refuse what no model could answer, before any is loaded."""
     if not prompt.strip():
         raise TwigVLMError(f"prompt {prompt!r}: is empty; write a question about the image")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise TwigVLMError(f"prompt {prompt!r}: is no text in UTF-8; write it anew") from None
     if max_new_tokens < 1:
         raise TwigVLMError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
 
@@ -106,6 +110,8 @@ def ask(
         assert session.model is not None
         generate = session.model.generate
         options |= {"retain": session.plan.retain, "speculate": session.plan.speculate}
+        if session.plan.speculate == "auto":
+            session.model.costs()  # measured once for all answers, of which none is this one's time
     place = session.base.device
     with attention_of(session.base, attention), torch.random.fork_rng([place] if place.type == "cuda" else []):
         torch.manual_seed(seed)

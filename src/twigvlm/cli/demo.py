@@ -49,7 +49,7 @@ class Demo(Asking):
         assert session.model is not None
 
         with progress() as bar:
-            task = bar.add_task("Asking plainly and through the twig", total=1 + len(ATTENTIONS) + 2 * self.runs)
+            task = bar.add_task("Asking plainly and through the twig", total=1 + 2 * len(ATTENTIONS) + 2 * self.runs)
 
             def ask_once(attention: str | None) -> Answer:
                 """Plainly with an attention implementation; None: through the twig."""
@@ -61,6 +61,8 @@ class Demo(Asking):
                 return answer
 
             ask_once(None)
+            for attention in ATTENTIONS:
+                ask_once(attention)
             speeds = {attention: ask_once(attention).tokens_per_second for attention in ATTENTIONS}
             fastest = max(speeds, key=lambda attention: speeds[attention])
             plain, twig = [], []
@@ -70,7 +72,7 @@ class Demo(Asking):
         console = Console()
         console.print(compare(self.prompt, plain, twig, (fastest, session.model.base.attention)))
 
-        grid = patch_grid(twig[0].visual_tokens)
+        grid = patch_grid(session.base, twig[0].visual_tokens)
         if grid is None:
             console.print("No picture written: this model's visual tokens form no square grid.")
             return

@@ -64,7 +64,7 @@ class Sweep(Common):
     """Accuracy of the twig's pruning for several K_f under the same budgets, on the validation split."""
 
     final_wipes: tuple[int, ...] = ()
-    """K_f to try. None given: every fourth layer down from the last, while above K."""
+    """K_f to try. None given: every fourth layer down from the last, in the upper half."""
     budgets: tuple[float, ...] = (192, 128, 64)
     """R̄: average numbers of visual tokens over all layers."""
     method: str = "twig"

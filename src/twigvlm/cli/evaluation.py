@@ -7,30 +7,32 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import transformers
 
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.checkpoint import WEIGHTS, fingerprint
+from twigvlm.checkpoint import FILES, WEIGHTS, fingerprint
 from twigvlm.cli.evaluate import Accuracy, Batches, Common, Drafts, Exactness, Speed, Sweep
-from twigvlm.cli.output import busy, progress
+from twigvlm.cli.output import busy, check_directory, progress
 from twigvlm.cli.session import SAPLING, build_inputs, load_base
 from twigvlm.config import SpeculationConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.accuracy import InputsOf, run_accuracy
 from twigvlm.evaluation.batches import batch_contenders, run_batches, split
 from twigvlm.evaluation.exactness import choose_checks, run_exactness
-from twigvlm.evaluation.figure import draw_accuracy
+from twigvlm.evaluation.figure import draw_accuracy, figure_class
 from twigvlm.evaluation.journal import Journal, Record
 from twigvlm.evaluation.report import accuracy_sections, batch_sections, exactness_sections, page, speed_sections
 from twigvlm.evaluation.running import Running
 from twigvlm.evaluation.speed import Contender, draft_contenders, run_speed, standard_contenders
+from twigvlm.evaluation.summary import accuracies
 from twigvlm.evaluation.tasks import Question, Questions, load_questions
 from twigvlm.evaluation.variants import make_variants
 from twigvlm.files import replacing
+from twigvlm.hub import fetch
 from twigvlm.images import load_image
 from twigvlm.model import TwigVLM
 
@@ -61,8 +63,7 @@ class Bench:
 
 def open_bench(options: Common, validation: str = "") -> Bench:
     """Load what the options name; `validation`: what is chosen by it, so that the test split is refused."""
-    if options.output.exists() and not options.output.is_dir():
-        raise TwigVLMError(f"output {str(options.output)!r}: is a file; name a directory")
+    check_directory(options.output, "output")
     for name in ("max_new_tokens", "max_description_tokens"):
         if getattr(options, name) < 1:
             raise TwigVLMError(f"{name}={getattr(options, name)}: must be 1 or more")
@@ -77,7 +78,7 @@ def open_bench(options: Common, validation: str = "") -> Bench:
         from twigvlm import sapling
 
         twig = str(sapling.twig_path())
-    weights = Path(twig) / WEIGHTS
+    weights = fetch(twig, FILES, None, None) / WEIGHTS
     if not weights.is_file():
         raise TwigVLMError(f"twig {twig!r}: no twig here ({WEIGHTS} is missing); give a directory made by training")
     with busy(f"Loading {options.model}"):
@@ -86,9 +87,9 @@ def open_bench(options: Common, validation: str = "") -> Bench:
         base.set_attn_implementation(options.attention)  # before a twig grows: it takes its base's
     body = BaseVLM(base)
     settings = {
-        "model": f"{options.model} ({_digest(json.dumps(fingerprint(body), sort_keys=True).encode())})",
-        "twig": f"{twig} ({_digest(weights.read_bytes())})",
-        "questions": f"{options.questions} ({_digest(options.questions.read_bytes())})",
+        "model": _digest(json.dumps(fingerprint(body), sort_keys=True).encode()),
+        "twig": _digest(weights.read_bytes()),
+        "questions": _digest(options.questions.read_bytes()),
         "dtype": str(base.dtype).removeprefix("torch."),
         "attention": body.attention,
         "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type,
@@ -102,6 +103,15 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
+def _machine() -> dict[str, Any]:
+    """What times depend on beside the settings of a run."""
+    return {"threads": torch.get_num_threads(), "CPU": torch.backends.cpu.get_cpu_capability(), **_versions()}
+
+
+def _versions() -> dict[str, Any]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "twigvlm": version("twigvlm")}
+
+
 def run_pruning(
     options: Accuracy | Sweep,
     title: str,
@@ -112,6 +122,8 @@ def run_pruning(
     bench: Bench | None = None,
 ) -> None:
     """Ask every question under every variant."""
+    if figure:
+        figure_class()  # for its error, before hours of work
     bench = bench or open_bench(options)
     model = bench.grow()
     variants = make_variants(model, methods, options.budgets, final_wipes)
@@ -131,9 +143,10 @@ def run_pruning(
             seed,
             advance,
         )
-    _write(options, title, bench, {"seed": seed}, accuracy_sections(records, variants))
+    figures = accuracies(records, {question.id: question.image for question in bench.questions.items})
+    _write(options, title, bench, {"seed": seed}, accuracy_sections(figures, variants))
     if figure:
-        draw_accuracy(records, variants, options.output / FIGURE)
+        draw_accuracy(figures, variants, options.output / FIGURE)
         print(f"Figure: {options.output / FIGURE}")
 
 
@@ -151,7 +164,8 @@ def run_speeds(options: Speed) -> None:
     tree: dict[str, Any] = {
         name: getattr(options, name) for name in ("tree_depth", "tree_width", "tree_expand", "tree_nodes")
     }
-    SpeculationConfig(**chain, **tree)  # for its errors
+    SpeculationConfig("chain", **chain)  # for their errors
+    SpeculationConfig("tree", **tree)
     contenders = standard_contenders(options.retain, chain, tree, options.baselines, options.contenders)
     _run_contenders(options, "Speed", contenders)
 
@@ -171,7 +185,7 @@ def _run_contenders(options: Speed | Drafts, title: str, contenders: Sequence[Co
     bench = open_bench(options, validation)
     model = bench.grow()
     plan = [dataclasses.asdict(contender) for contender in contenders]
-    more = {"repeats": repeats, "threads": torch.get_num_threads()}
+    more = {"repeats": repeats, **_machine()}
     journal = Journal(options.output / RAW, {**bench.settings, **more, "contenders": plan})
     with _advancing(title, len(bench.questions.items)) as advance:
         records = run_speed(
@@ -181,6 +195,7 @@ def _run_contenders(options: Speed | Drafts, title: str, contenders: Sequence[Co
             contenders,
             bench.inputs_of,
             journal,
+            options.max_new_tokens,
             options.max_description_tokens,
             repeats,
             advance,
@@ -196,7 +211,8 @@ def run_sizes(options: Batches) -> None:
     batches = sum(len(split(questions, size)) for size in options.sizes)
     contenders = batch_contenders(options.retain, options.baselines)
     plan = [dataclasses.asdict(contender) for contender in contenders]
-    more = {"repeats": options.repeats, "threads": torch.get_num_threads()}
+    # Batches have no names of their own: which prompts they hold follows from the kinds.
+    more = {"repeats": options.repeats, **_machine(), "kinds": options.kinds}
     journal = Journal(options.output / RAW, {**bench.settings, **more, "contenders": plan})
     model = bench.grow()
     with _advancing("Batches", batches) as advance:
@@ -207,6 +223,7 @@ def run_sizes(options: Batches) -> None:
             contenders,
             lambda batch: bench.inputs_of(*batch),
             journal,
+            options.max_new_tokens,
             options.max_description_tokens,
             options.repeats,
             advance,
@@ -284,8 +301,7 @@ def _write(options: Common, title: str, bench: Bench, more: dict[str, Any], sect
         **bench.settings,
         **more,
         "number of questions": f"{len(bench.questions.items)}{f', {split} split' if split else ''}",
-        "torch, transformers": f"{torch.__version__}, {transformers.__version__}",
-        "threads": torch.get_num_threads(),
+        **_machine(),
     }
     path = options.output / REPORT
     with replacing(path) as temporary:

@@ -46,7 +46,7 @@ def run_inspection(options: Inspect) -> None:
     inputs = build_inputs(session.base, session.processor, [image], [options.prompt])
     mask = model.base.visual_mask(inputs["input_ids"])
     visual = int(mask.sum())
-    grid = patch_grid(visual)
+    grid = patch_grid(session.base, visual)
     if grid is None:
         raise TwigVLMError(
             f"model {options.model!r}: its {visual} visual tokens form no square grid that could be drawn"

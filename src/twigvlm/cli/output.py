@@ -62,10 +62,10 @@ def write_picture(picture: Image.Image, path: Path) -> None:
         picture.save(temporary)
 
 
-def check_directory(path: Path) -> None:
+def check_directory(path: Path, option: str = "out") -> None:
     """Refuse a place where no directory of files can be written, before any work is done for it."""
     if path.exists() and not path.is_dir():
-        raise TwigVLMError(f"out {str(path)!r}: is a file; name a directory")
+        raise TwigVLMError(f"{option} {str(path)!r}: is a file; name a directory")
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise TwigVLMError(f"out {str(path)!r}: {str(nearest)!r} is no writable directory; choose another")
+        raise TwigVLMError(f"{option} {str(path)!r}: {str(nearest)!r} is no writable directory; choose another")

@@ -137,10 +137,11 @@ def build_inputs(base: Any, processor: Any, images: Sequence[Image.Image], promp
     return dict(inputs.to(base.device, base.dtype))
 
 
-def patch_grid(visual_tokens: int) -> tuple[int, int] | None:
-    """Rows and columns of the visual tokens where they form a square, as with a ViT on a square image."""
+def patch_grid(base: Any, visual_tokens: int) -> tuple[int, int] | None:
+    """Rows and columns of the visual tokens where they are the square of one whole image; None for tiles and other shapes."""
     side = round(visual_tokens**0.5)
-    return (side, side) if side * side == visual_tokens else None
+    whole = getattr(base.config, "image_seq_length", None) == visual_tokens
+    return (side, side) if whole and side * side == visual_tokens else None
 
 
 def seen_box(processor: Any, image: Image.Image) -> tuple[int, int, int, int] | None:

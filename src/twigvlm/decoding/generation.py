@@ -1,21 +1,27 @@
 """Between Hugging Face's `generate`, which prepares and checks, and this library's decoding loop."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import (
     EosTokenCriteria,
+    ExponentialDecayLengthPenalty,
+    ForcedEOSTokenLogitsProcessor,
     GenerationMode,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
 )
 
 from twigvlm.base.vlm import BaseVLM
@@ -24,6 +30,14 @@ from twigvlm.decoding.loop import Stops
 from twigvlm.decoding.sampling import Noise, Sampling
 from twigvlm.decoding.timing import Timings
 from twigvlm.errors import TwigVLMError
+
+_LENGTHS: dict[type, str] = {
+    MinNewTokensLengthLogitsProcessor: "prompt_length_to_skip",
+    SuppressTokensAtBeginLogitsProcessor: "begin_index",
+    ForcedEOSTokenLogitsProcessor: "max_length",
+    ExponentialDecayLengthPenalty: "regulation_start",
+}
+"""Where processors keep a length that includes the padded prompt's; with `min_new_tokens` the least length of all does too."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +103,25 @@ def check_generation(config: GenerationConfig) -> None:
         )
 
 
-def stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Stop strings as a criterion: `generate` with a custom loop does not pass its tokenizer on."""
-    tokenizer = kwargs.pop("tokenizer", None)
-    strings = kwargs.pop("stop_strings", None)
+def with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with stop strings as a criterion: `generate` with a custom loop does not pass its tokenizer on."""
+    rest = dict(kwargs)
+    tokenizer, strings, config = (
+        rest.pop("tokenizer", None),
+        rest.pop("stop_strings", None),
+        rest.get("generation_config"),
+    )
+    if strings is None and config is not None and config.stop_strings is not None:
+        strings = config.stop_strings
+        rest["generation_config"] = copy.deepcopy(config)
+        rest["generation_config"].stop_strings = None
     if strings is None:
-        return {}
+        return rest
     if tokenizer is None:
         raise TwigVLMError("stop_strings: needs the tokenizer too, pass tokenizer=processor.tokenizer")
-    criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
+    criteria = StoppingCriteriaList(rest.pop("stopping_criteria", None) or [])
     criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
-    return {"stopping_criteria": criteria}
+    return {**rest, "stopping_criteria": criteria}
 
 
 def stops(criteria: StoppingCriteriaList, prompt_length: int) -> Stops:
@@ -133,17 +155,16 @@ def sequences(input_ids: Tensor, tokens: Sequence[Sequence[int]], pad_token_id: 
     return torch.cat((input_ids, input_ids.new_tensor(filled)), dim=1)
 
 
-def positions(kept: Tensor | None, attention_mask: Tensor | None) -> list[Tensor] | None:
-    """Where the kept visual tokens stand in the prompts as they were given, padding included."""
+def kept_positions(kept: Bool[Tensor, "batch tokens"] | None, padding: Sequence[int]) -> list[Tensor] | None:
+    """Where the kept visual tokens stand in the prompts as they were given, so much padding included."""
     if kept is None:
         return None
-    padding = [0] * len(kept) if attention_mask is None else (attention_mask == 0).sum(dim=1).tolist()
     return [row.nonzero()[:, 0].clone() + count for row, count in zip(kept, padding, strict=True)]
 
 
 def samplings(
     base: BaseVLM,
-    rows: int,
+    padding: Sequence[int],
     processors: LogitsProcessorList,
     config: GenerationConfig,
     generator: torch.Generator | None,
@@ -152,20 +173,26 @@ def samplings(
 
     Args:
         base: the base.
-        rows: their number.
+        padding: of each row, in tokens.
         processors: of `generate`.
         config: of `generate`; says whether to sample.
         generator: what sampling draws from; None: torch's own.
     """
     if generator is not None and not config.do_sample:
         raise TwigVLMError("generator: needs do_sample=True, greedy decoding draws nothing")
+    rows = len(padding)
     noises: list[Noise | None] = [None] * rows
     if config.do_sample:
         device = base.device
+        if generator is not None and generator.device.type != device.type and rows == 1:
+            raise TwigVLMError(
+                f"generator: is on {str(generator.device)!r}, the base on {str(device)!r}; make it by torch.Generator(device)"
+            )
         streams = [generator] if rows == 1 else _streams(rows, device, generator)
         temperature = 1.0 if config.temperature is None else config.temperature
         noises = [Noise(temperature, base.vocabulary, device, stream) for stream in streams]
-    of_rows = (_of_row(processors, row) for row in range(rows))
+    lengths = _LENGTHS if config.min_new_tokens is None else {**_LENGTHS, MinLengthLogitsProcessor: "min_length"}
+    of_rows = (_of_row(processors, row, count, lengths) for row, count in enumerate(padding))
     return [Sampling(one if len(one) else None, noise) for one, noise in zip(of_rows, noises, strict=True)]
 
 
@@ -176,13 +203,18 @@ def _streams(rows: int, device: torch.device, generator: torch.Generator | None)
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
-def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
-    """Processors that get one row of a batch at a time: one of them asks which."""
+def _of_row(processors: LogitsProcessorList, row: int, padding: int, lengths: dict[type, str]) -> LogitsProcessorList:
+    """Processors that get one row of a batch at a time, without its padding: one asks which row, some count its tokens."""
 
     def of_row(processor: Any) -> Any:
-        if not isinstance(processor, PrefixConstrainedLogitsProcessor):
+        if isinstance(processor, PrefixConstrainedLogitsProcessor):
+            allowed = processor._prefix_allowed_tokens_fn
+            return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
+        length = lengths.get(type(processor))
+        if length is None or not padding:
             return processor
-        allowed = processor._prefix_allowed_tokens_fn
-        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
+        own = copy.copy(processor)
+        setattr(own, length, getattr(own, length) - padding)
+        return own
 
     return LogitsProcessorList(map(of_row, processors))

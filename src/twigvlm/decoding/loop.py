@@ -133,6 +133,9 @@ def decode(
         stop = clock()
         timings.draft += middle - start
         timings.verify += stop - middle
+    for sampling, answer in zip(samplings, answers, strict=True):
+        if sampling.noise is not None:
+            sampling.noise.close(len(answer.new))
     timings.total = clock() - began
     return Answers(
         [answer.new for answer in answers],

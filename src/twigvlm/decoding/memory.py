@@ -24,8 +24,12 @@ class Memory:
     cache: LayeredCache | None = None
     hidden: Float[Tensor, "1 tokens width"] | None = None
     """After layer K."""
-    last_input: Float[Tensor, "1 tokens width"] | None = None
+    last_input: Float[Tensor, "batch tokens width"] | None = None
     """Input of the last twig layer."""
+
+    def forget(self) -> None:
+        """Know nothing any more, as after a question that failed on its way."""
+        self.prompt = self.cache = self.hidden = self.last_input = None
 
     def known(self, input_ids: Int[Tensor, "1 tokens"]) -> int:
         """Tokens that a prompt begins with as the last one did; at least one of its own is left."""
@@ -41,10 +45,12 @@ class Memory:
 
     def open(self, base: BaseVLM, inputs: dict[str, Any]) -> Prompt:
         """The next prompt, for which vision runs only if it is needed."""
-        ids = inputs["input_ids"]
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         known, before = self.known(ids), self.prompt
-        if before is None or self.needs_vision(base, ids):
+        padded = mask is not None and not bool(mask.all())
+        if before is None or not known or padded or self.needs_vision(base, ids):
             return base.prompt(**inputs)
+        base.check_context(ids)
         new = ids[:, known:]
         count = new.shape[1]
         last = before.position_ids[..., known - 1 : known]

@@ -1,7 +1,7 @@
 """Prefill: layers 1..K on everything, twig, scores, layers K+1..K_f on the kept tokens, FinalWipe, the rest (§3.3)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,6 +14,7 @@ from twigvlm.base.prompt import Prompt
 from twigvlm.base.ragged import Lengths, last, pack, real
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.decoding.memory import Memory
+from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.select import evenly, gather_tokens, top_visual
 from twigvlm.twig.block import Twig
 
@@ -30,21 +31,20 @@ class Trunk:
     rope: Rope
     masks: Masks
     cache: LayeredCache
-    memory: Memory | None = None
+    memory: Memory = field(default_factory=Memory)
     """Of the conversation; what it knows of the prompt is in the twig's cache already."""
 
     def grow(self) -> Tensor:
-        """Run the twig once on the prompt, filling its cache; the input of its last layer, [batch, tokens, width]."""
+        """Run the twig on what its cache does not hold of the prompt; the input of its last layer, [batch, tokens, width]."""
         known, tokens = self.cache.get_seq_length(self.twig.first_slot), self.hidden.shape[1]
-        before = None if self.memory is None else self.memory.last_input
+        before = self.memory.last_input
         if before is not None and known == tokens:
             return before
         hidden = self.twig.fill(self.hidden[:, known:], slice_rope(self.rope, known, tokens), self.masks, self.cache)
         self.cache.truncate(self.twig.first_slot, self.twig.last_slot + 1, self.prompt.lengths)
         if before is not None:
             hidden = torch.cat((before[:, :known], hidden), dim=1)
-        if self.memory is not None:
-            self.memory.last_input = hidden
+        self.memory.last_input = hidden
         return hidden
 
 
@@ -91,7 +91,16 @@ def prefill(
     The twig's own part, which holds everything too, is filled by a ranking that uses the twig, or else by the first draft.
 
     Args:
+        plan: what to keep.
+        masks: of the request.
+        cache: empty, or the conversation's.
         memory: of a conversation, whose cache this is: trunk and twig run on what it does not know, and it knows it then.
+
+    Returns:
+        The base's logits, and what was kept.
+
+    Raises:
+        TwigVLMError: the last token, from which the answer begins, is a visual one that pruning may drop.
     """
     trunk_layers = twig.config.trunk_layers
     rope = base.rope(prompt)
@@ -108,7 +117,7 @@ def prefill(
         if memory.hidden is not None:
             hidden = torch.cat((memory.hidden[:, :known], hidden), dim=1)
         memory.prompt, memory.cache, memory.hidden = prompt, cache, hidden
-    trunk = Trunk(base, twig, prompt, hidden, rope, masks, cache, memory)
+    trunk = Trunk(base, twig, prompt, hidden, rope, masks, cache, memory or Memory())
     kept: Tensor | None = None
     if plan.keep is None:
         hidden = base.run_layers(hidden, trunk_layers, base.num_layers, rope, masks, cache)
@@ -116,6 +125,8 @@ def prefill(
         newest = last(hidden, prompt.lengths)
     else:
         visual = prompt.visual_mask
+        if bool(last(visual[..., None], prompt.lengths).any()):
+            raise TwigVLMError("the prompt ends with a visual token: put text behind it, or leave pruning out")
         scores = plan.scorer(trunk)
         kept = top_visual(evenly(scores, visual) if plan.per_image else scores, visual, plan.keep)
         stays = kept | (real(prompt.lengths, hidden.shape[1], hidden.device) & ~visual)
@@ -152,7 +163,11 @@ def run_kept(
         States after layer L of the tokens that are left, and how many each row has; its last one is the last prompt token's.
     """
     indices, lengths = pack(stays)
+    tokens = hidden.shape[1]
     hidden, rope = gather_tokens(hidden, indices), select_rope(rope, indices)
+    if rope.places is not None:  # what fills a row up gets a place where no token of an image sees it ahead of itself
+        filling = ~real(lengths, indices.shape[1], indices.device)
+        rope = rope._replace(places=rope.places.masked_fill(filling, tokens))
     hidden = base.run_layers(hidden, trunk_layers, final_wipe, rope, masks, cache)
     if cache is not None:
         cache.truncate(trunk_layers, final_wipe, lengths)

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from twigvlm.errors import TwigVLMError
+
 Processors = Callable[[Tensor, Tensor], Tensor]
 """(ids so far [1, n], float32 scores [1, vocabulary]) -> scores: a LogitsProcessor or a list of them."""
 
@@ -36,13 +38,15 @@ class Noise:
     ) -> None:
         self.temperature = temperature
         self._like = torch.empty(vocabulary, device=device)
-        self._generator = generator
+        self._generator = _own(device) if generator is None else generator
         self._drawn: dict[int, Tensor] = {}
+        self._states: dict[int, Tensor] = {}
         self._next = 0
 
     def at(self, place: int) -> Float[Tensor, " vocabulary"]:
         """Of the `place`-th new token (from 0). Ask for none before one that `forget` was told of."""
         while self._next <= place:
+            self._states[self._next] = self._generator.get_state()
             self._drawn[self._next] = torch.empty_like(self._like).exponential_(1, generator=self._generator)
             self._next += 1
         return self._drawn[place]
@@ -50,7 +54,21 @@ class Noise:
     def forget(self, place: int) -> None:
         """The tokens before this one are chosen."""
         for old in [one for one in self._drawn if one < place]:
-            del self._drawn[old]
+            del self._drawn[old], self._states[old]
+
+    def close(self, places: int) -> None:
+        """The answer ended after that many tokens: what drafts drew for later ones goes back, as if nobody had drafted."""
+        if places < self._next:
+            self._generator.set_state(self._states[places])
+
+
+def _own(device: torch.device) -> torch.Generator:
+    """Torch's own generator for a device."""
+    if device.type == "cpu":
+        return torch.default_generator
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    raise TwigVLMError(f"do_sample=True on {device.type!r}: pass a torch.Generator of this device as generator")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def run_accuracy(
         advance: called with each record.
 
     Returns:
-        The records, in the order of the questions: `id`, `kind`, `answer`, `visual` (M), and by variant `kept` (R),
+        The records, in the order of the questions: `id`, `kind`, `answer`, and by variant `kept` (R),
         `given` (its answer) and `score` (1 or 0; of a description the numbers of objects found, present and named).
     """
     namer = Namer(questions.vocabulary)
@@ -47,7 +47,7 @@ def run_accuracy(
     for question in questions.items:
         record = journal.records.get(question.id)
         if record is None:
-            most = max_new_tokens if question.objects is None else max_description_tokens
+            most = question.limit(max_new_tokens, max_description_tokens)
             own_seed = zlib.crc32(f"{seed} {question.id}".encode())
             outcomes = answer_all(model, inputs_of(question), variants, most, own_seed)
             journal.append(_record(question, outcomes, tokenizer, namer))

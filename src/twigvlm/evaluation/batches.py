@@ -55,6 +55,7 @@ def run_batches(
     batch_of: BatchOf,
     journal: Journal,
     max_new_tokens: int,
+    max_description_tokens: int,
     repeats: int,
     advance: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
@@ -77,14 +78,15 @@ def run_batches(
         key = f"{size}-{number}"
         if key not in journal.records:
             inputs = batch_of(batch)
+            most = max(question.limit(max_new_tokens, max_description_tokens) for question in batch)
             if not warm:
                 for contender in contenders:
-                    _measure(model, inputs, contender, max_new_tokens)
+                    _measure(model, inputs, contender, most)
                 warm = True
             runs: dict[str, Any] = {contender.name: {"tokens": [], "total": [], "peak": []} for contender in contenders}
             for turn in range(repeats):
                 for contender in in_turn(contenders, number + turn):
-                    tokens, seconds, held = _measure(model, inputs, contender, max_new_tokens)
+                    tokens, seconds, held = _measure(model, inputs, contender, most)
                     run = runs[contender.name]
                     run["tokens"] = tokens
                     run["total"].append(seconds)

@@ -67,16 +67,14 @@ def run_exactness(
     """
     todo = [question for question in questions if question.id not in journal.records]
 
-    def limit(question: Question) -> int:
-        return max_new_tokens if question.objects is None else max_description_tokens
-
+    limits = max_new_tokens, max_description_tokens
     before = {}
     for question in todo:
-        before[question.id] = _reference(base.generate, inputs_of(question), limit(question))
+        before[question.id] = _reference(base.generate, inputs_of(question), question.limit(*limits))
         advance({})
     model = grow()
     for question in todo:
-        same = _check(model, inputs_of(question), before[question.id], retain, checks, limit(question))
+        same = _check(model, inputs_of(question), before[question.id], retain, checks, question.limit(*limits))
         tokens = len(before[question.id][0])
         journal.append({"id": question.id, "kind": question.group, "tokens": tokens, "same": same})
         advance(journal.records[question.id])

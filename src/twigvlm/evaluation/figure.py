@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation.journal import Record
-from twigvlm.evaluation.summary import accuracies
+from twigvlm.evaluation.summary import Accuracy
 from twigvlm.evaluation.variants import NONE, Variant
 from twigvlm.visualize import highlight
 
@@ -79,9 +78,9 @@ def draw_patches(
     return file.getvalue()
 
 
-def draw_accuracy(records: Sequence[Record], variants: Sequence[Variant], path: Path) -> None:
+def draw_accuracy(accuracies: Sequence[Accuracy], variants: Sequence[Variant], path: Path) -> None:
     """One line per method and K_f: RelAcc in percent over R̄, with its interval; PNG or SVG by the name's ending."""
-    figures = {one.name: one for one in accuracies(records)}
+    figures = {one.name: one for one in accuracies}
     figure = figure_class()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     lines: dict[tuple[str, int | None], list[Variant]] = {}

@@ -1,6 +1,7 @@
 """Raw results as JSON lines: a first line with the settings, then one record per question. A stopped run continues."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,23 +27,29 @@ class Journal:
         self.path = path
         self.settings = json.loads(json.dumps(settings))
         self.records: dict[str, Record] = {}
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        complete = text[: text.rfind("\n") + 1]
-        if complete:
-            self._load(complete)
-            if complete != text:  # a run was stopped while it wrote
-                path.write_text(complete, encoding="utf-8")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._write("w", {"settings": self.settings})
-
-    def _load(self, text: str) -> None:
-        head, *rows = text.split("\n")[:-1]
+        head = {"settings": self.settings}
         try:
+            data = path.read_bytes() if path.exists() else b""
+            complete = data.rfind(b"\n") + 1
+            if complete:
+                self._load(data[:complete])
+                if complete < len(data):  # a run was stopped while it wrote
+                    os.truncate(path, complete)
+            elif _line(head).startswith(data):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._write("wb", head)
+            else:
+                raise self._foreign()
+        except OSError as error:
+            raise TwigVLMError(f"{path}: {error.strerror}; choose another output directory") from None
+
+    def _load(self, data: bytes) -> None:
+        try:
+            head, *rows = data.decode("utf-8").split("\n")[:-1]
             settings = json.loads(head)["settings"]
             self.records = {str(record["id"]): record for record in map(json.loads, rows)}
         except (ValueError, KeyError, TypeError):
-            raise TwigVLMError(f"{self.path}: not a file of results; choose another output directory") from None
+            raise self._foreign() from None
         if settings != self.settings:
             names = sorted(settings.keys() | self.settings.keys())
             other = [name for name in names if settings.get(name) != self.settings.get(name)]
@@ -52,9 +59,18 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Add a record; it is on disk when this returns."""
-        self._write("a", record)
+        self._write("ab", record)
         self.records[str(record["id"])] = json.loads(json.dumps(record))
 
     def _write(self, mode: str, line: Mapping[str, Any]) -> None:
-        with self.path.open(mode, encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with self.path.open(mode) as file:
+            file.write(_line(line))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _foreign(self) -> TwigVLMError:
+        return TwigVLMError(f"{self.path}: not a file of results; choose another output directory")
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode()

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 Column = NDArray[np.float64]
 """One number per sample."""
+FEWEST = 10
+"""With fewer samples an interval of percentiles covers far less than it says."""
 
 
 def relative_accuracy(scores: Sequence[float] | Column, base: Sequence[float] | Column) -> float:
@@ -53,41 +55,50 @@ def overlap(present: set[str], named: set[str]) -> tuple[int, int, int]:
 def bootstrap_interval(
     statistic: Callable[..., float],
     *columns: Sequence[float] | Column,
+    groups: Sequence[object] | None = None,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile interval of a statistic of samples (Efron's bootstrap).
 
-    Each resample draws sample numbers and takes them from every column, so that what was measured on one sample stays
-    together: an interval of a ratio is a paired one.
+    Each resample draws samples and takes them from every column, so that what was measured on one sample stays together: an
+    interval of a ratio is a paired one. Samples that belong together, as questions about one picture do, are drawn together.
 
     Args:
         statistic: takes the columns.
         columns: of equal length, one entry per sample.
+        groups: of each sample, which group it belongs to; None: each is one of its own.
         level: probability that the interval covers.
         resamples: how many are drawn.
         seed: the same seed gives the same interval.
 
     Returns:
-        (low, high); nan for an empty sample.
+        (low, high); nan where there are fewer than `FEWEST` groups.
     """
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
     for array in arrays[1:]:
         _same_length(arrays[0], array)
-    count = len(arrays[0])
-    if not count:
+    if groups is None:
+        groups = range(len(arrays[0]))
+    _same_length(arrays[0], groups)
+    together: dict[object, list[int]] = {}
+    for row, group in enumerate(groups):
+        together.setdefault(group, []).append(row)
+    members = list(together.values())
+    if len(members) < FEWEST:
         return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(resamples):
-        rows = rng.integers(count, size=count)
+        drawn = rng.integers(len(members), size=len(members))
+        rows = [row for group in drawn.tolist() for row in members[group]]
         values.append(statistic(*(array[rows] for array in arrays)))
     tail = (1 - level) / 2
     low, high = np.nanquantile(values, (tail, 1 - tail)) if not np.isnan(values).all() else (np.nan, np.nan)
     return float(low), float(high)
 
 
-def _same_length(one: Sequence[float] | Column, other: Sequence[float] | Column) -> None:
+def _same_length(one: Sequence[object] | Column, other: Sequence[object] | Column) -> None:
     if len(one) != len(other):
         raise ValueError(f"columns of {len(one)} and {len(other)} samples: must be of the same samples")

@@ -10,7 +10,6 @@ from twigvlm.evaluation.speed import Contender
 from twigvlm.evaluation.summary import (
     Accuracy,
     Interval,
-    accuracies,
     compare_batches,
     compare_speeds,
     exactness_counts,
@@ -47,9 +46,9 @@ def _value(value: Any) -> str:
     return text.replace("|", "\\|")
 
 
-def accuracy_sections(records: Sequence[Record], variants: Sequence[Variant]) -> list[str]:
+def accuracy_sections(accuracies: Sequence[Accuracy], variants: Sequence[Variant]) -> list[str]:
     """Accuracy per method and budget, per kind, and of descriptions."""
-    figures = {one.name: one for one in accuracies(records)}
+    figures = {one.name: one for one in accuracies}
     base = figures[NONE.name]
     sections = []
     if base.kinds:
@@ -57,7 +56,8 @@ def accuracy_sections(records: Sequence[Record], variants: Sequence[Variant]) ->
         sections += [
             "## Accuracy",
             f"Exact match of {asked} short answers in percent, and RelAcc (the base without pruning: 100) with its paired "
-            f"95 % bootstrap interval. Without pruning: **{percent(base.exact)} %** at {base.kept:g} visual tokens.",
+            "95 % bootstrap interval, over pictures. Without pruning: "
+            f"**{percent(base.exact)} %** at {base.kept:g} visual tokens.",
             _by_budget(figures, variants),
             "## Accuracy by kind of question",
             _by_kind(list(figures.values()), base),
@@ -121,8 +121,9 @@ def speed_sections(records: Sequence[Record], contenders: Sequence[Contender]) -
         "## Speed",
         f"{len(records)} prompts, {repeats} alternating repeats after a warm-up; per prompt the median over repeats, then the "
         "mean over prompts. RelSpd is the ratio of tokens per second (prefill and decoding) to the baseline's on the same "
-        "prompt, with its paired 95 % bootstrap interval; draft and verify are parts of decode. Different outputs: prompts "
-        "where speculation did not repeat what the same pruning gives without it.",
+        "prompt, with its paired 95 % bootstrap interval (from 10 prompts on). The prefill ratio is the baseline's mean prefill "
+        "time over a contender's; draft and verify are parts of decode. Different outputs: prompts where speculation did not "
+        "repeat what the same pruning gives without it.",
         table(head, rows),
     ]
 
@@ -146,7 +147,7 @@ def batch_sections(records: Sequence[Record], contenders: Sequence[Contender]) -
         "## Batches",
         f"{prompts} prompts, the same at every size; {len(first['total'])} alternating repeats after a warm-up. New tokens per "
         "second of all rows together (median over repeats), their ratio to the faster baseline of the same size (bold), and "
-        "the most memory held at once, weights included.",
+        "the most memory held at once, weights included, those of the twig in all.",
         table(["contender", *(f"batch {size}: tokens/s · ratio · peak" for size in sizes)], rows),
     ]
 

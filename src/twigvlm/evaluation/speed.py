@@ -177,6 +177,7 @@ def run_speed(
     inputs_of: InputsOf,
     journal: Journal,
     max_new_tokens: int,
+    max_description_tokens: int,
     repeats: int,
     advance: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
@@ -194,15 +195,15 @@ def run_speed(
     for number, question in enumerate(questions):
         record = journal.records.get(question.id)
         if record is None:
-            inputs = inputs_of(question)
+            inputs, most = inputs_of(question), question.limit(max_new_tokens, max_description_tokens)
             if not warm:
                 for contender in contenders:
-                    measure(model, inputs, contender, max_new_tokens)
+                    measure(model, inputs, contender, most)
                 warm = True
             taken: dict[str, list[Measurement]] = {contender.name: [] for contender in contenders}
             for turn in range(repeats):
                 for contender in in_turn(contenders, number + turn):
-                    taken[contender.name].append(measure(model, inputs, contender, max_new_tokens))
+                    taken[contender.name].append(measure(model, inputs, contender, most))
             runs = {name: _run(measurements, tokenizer) for name, measurements in taken.items()}
             journal.append({"id": question.id, "kind": question.group, "runs": runs})
             record = journal.records[question.id]

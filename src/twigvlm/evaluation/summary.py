@@ -1,6 +1,6 @@
 """From raw records to figures. Pure functions; tables are made of these by `report`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -32,7 +32,7 @@ class Accuracy:
     relative: float
     """RelAcc."""
     interval: Interval
-    """Of RelAcc, 95 %, paired."""
+    """Of RelAcc, 95 %, paired, over pictures."""
     kinds: dict[str, tuple[int, float]]
     """Number of questions and exact match per kind."""
     recall: float
@@ -41,11 +41,18 @@ class Accuracy:
     """Objects named in descriptions that are there."""
 
 
-def accuracies(records: Sequence[Record], base: str = "none") -> list[Accuracy]:
-    """Every variant's figures, in the order of the first record."""
+def accuracies(records: Sequence[Record], pictures: Mapping[str, object], base: str = "none") -> list[Accuracy]:
+    """Every variant's figures, in the order of the first record.
+
+    Args:
+        records: of `run_accuracy`.
+        pictures: by question id, which picture it is about.
+        base: the variant without pruning.
+    """
     short = [record for record in records if not isinstance(record["score"][base], list)]
     long = [record["score"] for record in records if isinstance(record["score"][base], list)]
     reference = [record["score"][base] for record in short]
+    groups = [pictures[record["id"]] for record in short]
     result = []
     for name in records[0]["score"]:
         column = [record["score"][name] for record in short]
@@ -59,7 +66,7 @@ def accuracies(records: Sequence[Record], base: str = "none") -> list[Accuracy]:
                 kept=float(np.mean([record["kept"][name] for record in records])),
                 exact=_mean(column),
                 relative=relative_accuracy(column, reference) if short else float("nan"),
-                interval=bootstrap_interval(relative_accuracy, column, reference),
+                interval=bootstrap_interval(relative_accuracy, column, reference, groups=groups),
                 kinds={kind: (len(rights), _mean(rights)) for kind, rights in sorted(kinds.items())},
                 recall=found / present if present else float("nan"),
                 precision=found / named if named else float("nan"),

@@ -30,6 +30,10 @@ class Question:
         """The kind, with what is held out apart."""
         return f"{self.kind}, held out" if self.held_out else self.kind
 
+    def limit(self, short: int, description: int) -> int:
+        """Most tokens of an answer, by what it is."""
+        return short if self.objects is None else description
+
 
 @dataclass(frozen=True)
 class Questions:

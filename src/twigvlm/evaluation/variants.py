@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers.generation import LogitsProcessorList
 
 from twigvlm.base.cache import LayeredCache
 from twigvlm.base.positions import expand_rope, slice_rope
@@ -102,6 +103,8 @@ def answer_all(
 ) -> dict[str, Outcome]:
     """Answer one prompt greedily under every variant: the answers that one `generate` for each would give.
 
+    What the base's generation config puts between logits and choice, such as a repetition penalty, is applied.
+
     Args:
         inputs: the processor's outputs for one prompt.
         variants: without repetitions.
@@ -165,6 +168,18 @@ def _scorer(method: str, twig: Twig, seed: int) -> Scorer:
     return TwigAttention("text" if method == "twig-text" else "last")
 
 
+def _processors(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> LogitsProcessorList:
+    """What the base's own greedy `generate` applies to its logits."""
+    found: list[LogitsProcessorList] = []
+
+    def run(_: Any, input_ids: Tensor, logits_processor: LogitsProcessorList, **__: Any) -> Tensor:
+        found.append(logits_processor)
+        return input_ids
+
+    model.generate(**inputs, custom_generate=run, max_new_tokens=max_new_tokens, do_sample=False)
+    return found[0]
+
+
 class _Shared:
     """One prompt after the trunk, and what variants compute from there."""
 
@@ -172,6 +187,7 @@ class _Shared:
         self.base, self.twig = model.base, model.twig
         self.trunk_layers, self.layers = model.config.trunk_layers, model.base.num_layers
         self.limit = max_new_tokens
+        self.ids, self.processors = inputs["input_ids"], _processors(model.model, inputs, max_new_tokens)
         ends = model.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
         self.base.check_images(inputs["input_ids"], inputs)
@@ -253,8 +269,10 @@ class _Shared:
     def _decode(self, cache: LayeredCache, last: Float[Tensor, "rows width"]) -> list[list[int]]:
         """Greedy answers from the states of the last prompt token after layer L; a row that has ended is run on idly."""
         answers: list[list[int]] = [[] for _ in last]
+        ids = self.ids.expand(len(last), -1)
         for index in range(self.limit):
-            choices = self.base.logits(last).argmax(dim=-1)
+            choices = self.processors(ids, self.base.logits(last).float()).argmax(dim=-1)
+            ids = torch.cat((ids, choices[:, None]), dim=1)
             for answer, token in zip(answers, choices.tolist(), strict=True):
                 if not answer or answer[-1] not in self.ends:
                     answer.append(token)

