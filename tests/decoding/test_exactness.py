@@ -108,7 +108,7 @@ def test_an_agreeing_twig_has_long_drafts_accepted(seed):
 def test_with_a_perfect_twig_every_step_adds_a_whole_draft():
     base = tiny_llava(layers=LAYERS, deep_scale=0.0, from_layer=4)  # the last two layers do nothing
     model = TwigVLM.grow(base, TwigConfig(2, 2))
-    options = {"draft_length": 4, "draft_threshold": 0.0, "tree_nodes": 20, "return_dict_in_generate": True}
+    options = {"draft_length": 4, "draft_threshold": 0.0, "return_dict_in_generate": True}
     chain = model.generate(**prompt(), max_new_tokens=21, speculate="chain", **options)
     assert chain.accepted_lengths == chain.drafted_lengths == [[4, 4, 4, 4]]
 
@@ -124,12 +124,16 @@ def test_a_draft_ends_after_an_unlikely_token():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("pruning", [{}, {"keep": VISUAL}, {"retain": VISUAL, "final_wipe": LAYERS}])
 @settings(max_examples=12)
-@given(st.integers(0, 1000), st.sampled_from(["none", "chain", "tree"]), st.booleans())
-def test_keeping_everything_is_plain_generate(attention, pruning, seed, speculate, agreeing):
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([{}, {"speculate": "chain", "draft_threshold": 0.1}, {"speculate": "tree"}]),
+    st.booleans(),
+)
+def test_keeping_everything_is_plain_generate(attention, pruning, seed, speculation, agreeing):
     model = grown(attention=attention, agreeing=agreeing)
     inputs = prompt(seed)
     expected = model.model.generate(**inputs, max_new_tokens=16, do_sample=False)
-    got = model.generate(**inputs, **pruning, max_new_tokens=16, speculate=speculate, draft_threshold=0.1)
+    got = model.generate(**inputs, **pruning, max_new_tokens=16, **speculation)
     assert got.tolist() == expected.tolist()
 
 

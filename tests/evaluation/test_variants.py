@@ -53,10 +53,10 @@ def test_every_variant_answers_as_generate_does(attention, seeds):
     assert different > 4 * seeds  # the prunings do differ
 
 
-def test_a_repetition_penalty_of_the_base_applies():
+def test_what_the_base_s_generation_config_forbids_is_forbidden():
     model, inputs = grown(), prompt()
     before = answer_all(model, inputs, make_variants(model, ["twig"], [10]), 7)
-    model.model.generation_config.repetition_penalty = 5.0
+    model.model.generation_config.suppress_tokens = [outcome.ids[0] for outcome in before.values()]
     outcomes = answer_all(model, inputs, make_variants(model, ["twig"], [10]), 7)
     for name, options in (("none", {}), ("twig@10/5", {"retain": 10})):
         expected = model.generate(**inputs, **options, max_new_tokens=7)[0, inputs["input_ids"].shape[1] :].tolist()

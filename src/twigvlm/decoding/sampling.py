@@ -14,8 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from twigvlm.errors import TwigVLMError
-
 Processors = Callable[[Tensor, Tensor], Tensor]
 """(ids so far [1, n], float32 scores [1, vocabulary]) -> scores: a LogitsProcessor or a list of them."""
 
@@ -46,7 +44,8 @@ class Noise:
     def at(self, place: int) -> Float[Tensor, " vocabulary"]:
         """Of the `place`-th new token (from 0). Ask for none before one that `forget` was told of."""
         while self._next <= place:
-            self._states[self._next] = self._generator.get_state()
+            if self._generator is not None:
+                self._states[self._next] = self._generator.get_state()
             self._drawn[self._next] = torch.empty_like(self._like).exponential_(1, generator=self._generator)
             self._next += 1
         return self._drawn[place]
@@ -54,21 +53,22 @@ class Noise:
     def forget(self, place: int) -> None:
         """The tokens before this one are chosen."""
         for old in [one for one in self._drawn if one < place]:
-            del self._drawn[old], self._states[old]
+            del self._drawn[old]
+            self._states.pop(old, None)
 
     def close(self, places: int) -> None:
         """The answer ended after that many tokens: what drafts drew for later ones goes back, as if nobody had drafted."""
-        if places < self._next:
+        if self._generator is not None and places < self._next:
             self._generator.set_state(self._states[places])
 
 
-def _own(device: torch.device) -> torch.Generator:
-    """Torch's own generator for a device."""
+def _own(device: torch.device) -> torch.Generator | None:
+    """Torch's own generator for a device; None for kinds of devices that keep theirs to themselves."""
     if device.type == "cpu":
         return torch.default_generator
     if device.type == "cuda":
         return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-    raise TwigVLMError(f"do_sample=True on {device.type!r}: pass a torch.Generator of this device as generator")
+    return None
 
 
 @dataclass(frozen=True)
