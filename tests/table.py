@@ -21,6 +21,7 @@ PROPERTIES: dict[str, tuple[str, dict[str, Any]]] = {
     "scores are the attention": ("test_scores_are_the_base_s_own_attention", {}),
     "budget per image": ("test_a_budget_is_split_among_images", {}),
     "batch": ("test_rows_of_a_batch_are_as_if_alone", {}),
+    "conversation": ("test_a_conversation_goes_on_as_one_prompt", {}),
     "`disabled()` is the base": ("test_disabled_is_the_base", {}),
     "save, load": ("test_saved_and_loaded_answers_alike", {}),
     "bfloat16": ("test_bfloat16_runs", {}),
