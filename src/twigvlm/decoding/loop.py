@@ -9,16 +9,17 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from twigvlm.base.cache import LayeredCache
+from twigvlm.base.prompt import Prompt
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import SpeculationConfig
 from twigvlm.decoding.context import Context
 from twigvlm.decoding.costs import StepCosts
-from twigvlm.decoding.draft import draft_chain
+from twigvlm.decoding.draft import Draft, draft_chain
 from twigvlm.decoding.draft_tree import draft_tree
 from twigvlm.decoding.memory import Memory
 from twigvlm.decoding.policy import CostAware, Policy, Published
-from twigvlm.decoding.prefill import Plan, prefill
-from twigvlm.decoding.sampling import Sampling
+from twigvlm.decoding.prefill import Plan, Prefilled, prefill
+from twigvlm.decoding.sampling import Noise, Sampling
 from twigvlm.decoding.timing import Timings, clock_of
 from twigvlm.decoding.tree import walk
 from twigvlm.twig.block import Twig
@@ -63,44 +64,27 @@ def decode(
     """Answer a batch of prompts. A row of it gets the answer that it would get alone.
 
     Args:
+        base: the base.
+        twig: its twig.
         inputs: arguments of the base's forward, `input_ids` [batch, tokens] among them.
         plan_of: makes the plan of pruning from the prompts' numbers of visual tokens.
+        speculation: how to draft.
+        stops: when answers end.
         samplings: how the base chooses the tokens of each answer.
         emit: called with each token as it is accepted.
         began: when the request began, by the clock of `clock_of`; vision may have run since.
         costs: of this machine, which `auto` needs.
         memory: of a conversation, whose next question this is (batch 1).
+
+    Raises:
+        TwigVLMError: the base refuses the prompt, or a prompt cannot have its budget.
     """
     clock = clock_of(inputs["input_ids"].device)
     timings = Timings()
-    draft_after = draft_tree if speculation.speculate in ("tree", "auto") else draft_chain
-    limit, trunk = stops.max_new_tokens, twig.config.trunk_layers
-
     prompt = base.prompt(**inputs) if memory is None else memory.open(base, inputs)
-    batch = len(prompt.hidden)
-    cache = None if memory is None else memory.cache
-    if cache is None:
-        cache = LayeredCache(twig.last_slot + 1, reserve=min(limit, 512) + speculation.step_tokens)
-    masks = base.masks(prompt, rows=speculation.step_tokens + 1, new_tokens=limit)
-    first = prefill(base, twig, prompt, plan_of(prompt.visual_mask.sum(dim=1).tolist()), masks, cache, memory)
-    unseen = first.unseen
-    if unseen is not None and batch > 1 and speculation.active:
-        unseen.grow()  # at once: rows that finish leave the batch
-        unseen = None
-    context = Context(
-        base,
-        twig,
-        speculation,
-        [_policy(speculation, costs, batch, 0 if unseen is None else prompt.lengths[0]) for _ in range(batch)],
-        stops.ends,
-        masks,
-        cache,
-        base.rope_after(prompt, limit),
-        [sampling.noise for sampling in samplings],
-        unseen,
-        [[] for _ in range(batch)],
-    )
-
+    plan = plan_of(prompt.visual_mask.sum(dim=1).tolist())
+    noises = [sampling.noise for sampling in samplings]
+    context, first = _begin(base, twig, prompt, plan, speculation, stops, noises, costs, memory)
     answers = [
         _Answer(prompt.input_ids[row : row + 1, :length], stops, samplings[row], emit)
         for row, length in enumerate(prompt.lengths)
@@ -109,33 +93,19 @@ def decode(
         answer.commit([answer.choices(logits[None])(0, [])])
     timings.prefill = clock() - began
 
-    going = list(answers)
-    while True:
-        rows = [row for row, answer in enumerate(going) if not answer.finished]
-        if len(rows) < len(going):
-            going = [going[row] for row in rows]
-            if not going:
-                break
-            context.select(rows)
+    going = _going_on(answers, context)
+    while going:
         start = clock()
-        indices = [len(answer.new) - 1 for answer in going]
-        rooms = [limit - len(answer.new) - 1 if speculation.active else 0 for answer in going]
-        draft = draft_after(context, [answer.new[-1] for answer in going], indices, rooms)
+        draft = _draft(context, going, stops.max_new_tokens)
         middle = clock()
-        hidden = base.run_layers(draft.hidden, trunk, base.num_layers, draft.rope, draft.masks, cache)
-        paths = [
-            answer.accept(walk(tree, answer.choices(logits)), len(tree))
-            for answer, tree, logits in zip(going, draft.trees, base.logits(hidden), strict=True)
-        ]
-        draft.keep(context, paths)
-        for policy, tree, path in zip(context.policies, draft.trees, paths, strict=True):
-            policy.learn(tree, len(path) - 1)
+        verify(context, going, draft)
         stop = clock()
         timings.draft += middle - start
         timings.verify += stop - middle
-    for sampling, answer in zip(samplings, answers, strict=True):
-        if sampling.noise is not None:
-            sampling.noise.close(len(answer.new))
+        going = _going_on(going, context)
+    for noise, answer in zip(noises, answers, strict=True):
+        if noise is not None:
+            noise.close(len(answer.new))
     timings.total = clock() - began
     return Answers(
         [answer.new for answer in answers],
@@ -144,6 +114,67 @@ def decode(
         [answer.accepted for answer in answers],
         timings,
     )
+
+
+def _begin(
+    base: BaseVLM,
+    twig: Twig,
+    prompt: Prompt,
+    plan: Plan,
+    speculation: SpeculationConfig,
+    stops: Stops,
+    noises: Sequence[Noise | None],
+    costs: StepCosts | None,
+    memory: Memory | None,
+) -> tuple[Context, Prefilled]:
+    """The prompts in the caches, and what their steps share."""
+    batch, limit = len(prompt.hidden), stops.max_new_tokens
+    cache = None if memory is None else memory.cache
+    if cache is None:
+        cache = LayeredCache(twig.last_slot + 1, reserve=min(limit, 512) + speculation.step_tokens)
+    masks = base.masks(prompt, rows=speculation.step_tokens + 1, new_tokens=limit)
+    first = prefill(base, twig, prompt, plan, masks, cache, memory)
+    unseen = first.unseen
+    if unseen is not None and batch > 1 and speculation.active:
+        unseen.grow()  # at once: rows that finish leave the batch
+        unseen = None
+    policies = [_policy(speculation, costs, batch, 0 if unseen is None else prompt.lengths[0]) for _ in range(batch)]
+    rope = base.rope_after(prompt, limit)
+    pending: list[list[Tensor]] = [[] for _ in range(batch)]
+    return (
+        Context(base, twig, speculation, policies, stops.ends, masks, cache, rope, list(noises), unseen, pending),
+        first,
+    )
+
+
+def _going_on(answers: Sequence["_Answer"], context: Context) -> list["_Answer"]:
+    """The answers that have not ended; the rows of the others leave the batch."""
+    rows = [row for row, answer in enumerate(answers) if not answer.finished]
+    if rows and len(rows) < len(answers):
+        context.select(rows)
+    return [answers[row] for row in rows]
+
+
+def _draft(context: Context, going: Sequence["_Answer"], limit: int) -> Draft:
+    """What trunk and twig expect after the newest token of each answer; that token alone where nothing is drafted."""
+    speculation = context.speculation
+    draft_after = draft_tree if speculation.speculate in ("tree", "auto") else draft_chain
+    indices = [len(answer.new) - 1 for answer in going]
+    rooms = [limit - len(answer.new) - 1 if speculation.active else 0 for answer in going]
+    return draft_after(context, [answer.new[-1] for answer in going], indices, rooms)
+
+
+def verify(context: Context, going: Sequence["_Answer"], draft: Draft) -> None:
+    """Layers K+1..L on a draft in one pass; of each row the longest path that the base agrees with stays in the caches."""
+    base, trunk = context.base, context.twig.config.trunk_layers
+    hidden = base.run_layers(draft.hidden, trunk, base.num_layers, draft.rope, draft.masks, context.cache)
+    paths = [
+        answer.accept(walk(tree, answer.choices(logits)), len(tree))
+        for answer, tree, logits in zip(going, draft.trees, base.logits(hidden), strict=True)
+    ]
+    draft.keep(context, paths)
+    for policy, tree, path in zip(context.policies, draft.trees, paths, strict=True):
+        policy.learn(tree, len(path) - 1)
 
 
 def _policy(speculation: SpeculationConfig, costs: StepCosts | None, rows: int, unseen: int) -> Policy:
