@@ -5,9 +5,10 @@ import torch
 from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
-from tests.tiny import tiny_llava
+from tests.tiny import prompt, tiny_llava
 from tests.tiny_processor import tiny_processor
 from twigvlm import TwigConfig, TwigVLM
+from twigvlm.decoding.memory import Memory
 from twigvlm.errors import TwigVLMError
 
 WAYS = {
@@ -116,3 +117,10 @@ def test_a_conversation_ends_with_the_context(processor):
     chat.ask("what?", images=[picture(0)])
     with pytest.raises(TwigVLMError, match="the base's context only 600"):
         chat.ask("why " * 200)
+
+
+def test_a_conversation_has_no_padding():
+    inputs = {**prompt(), "max_new_tokens": 2, "memory": Memory()}
+    inputs["attention_mask"][:, :2] = 0
+    with pytest.raises(TwigVLMError, match="attention_mask: hides 2 tokens"):
+        grown().generate(**inputs)

@@ -257,6 +257,8 @@ class TwigVLM(nn.Module):
             model_kwargs = {name: value for name, value in model_kwargs.items() if value is not None}
             mask = model_kwargs.get("attention_mask")
             padding = [0] * len(input_ids) if mask is None else (mask == 0).sum(dim=1).tolist()
+            if memory is not None and any(padding):
+                raise TwigVLMError(f"attention_mask: hides {padding[0]} tokens; a conversation's prompt has no padding")
             with torch.inference_mode():
                 answers = decode(
                     self.base,

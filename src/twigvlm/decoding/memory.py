@@ -45,10 +45,9 @@ class Memory:
 
     def open(self, base: BaseVLM, inputs: dict[str, Any]) -> Prompt:
         """The next prompt, for which vision runs only if it is needed."""
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        ids = inputs["input_ids"]
         known, before = self.known(ids), self.prompt
-        padded = mask is not None and not bool(mask.all())
-        if before is None or not known or padded or self.needs_vision(base, ids):
+        if before is None or not known or self.needs_vision(base, ids):
             return base.prompt(**inputs)
         base.check_context(ids)
         new = ids[:, known:]
