@@ -13,7 +13,9 @@ import itertools
 import json
 import math
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -297,6 +299,14 @@ def llava_sample(scene: Scene, image: str) -> dict[str, object]:
     return {"id": f"{scene.split}-{scene.index:06d}", "image": image, "conversations": messages}
 
 
+def write_sample(folder: Path, split: str, index: int) -> dict[str, object]:
+    """Write a scene's picture; its conversation."""
+    scene = make_scene(split, index)
+    name = f"{split}-{index:06d}.jpg"
+    render(scene).save(folder / name, quality=92)
+    return llava_sample(scene, name)
+
+
 def evaluation_file(folder: Path, split: str, count: int, descriptions: int, per_scene: int) -> None:
     """Questions with answers for `twigvlm evaluate`: `count` short ones, most `per_scene` to a scene, and some descriptions."""
     rows: list[dict[str, object]] = []
@@ -344,12 +354,9 @@ def main(options: Options) -> None:
     if options.evaluation:
         evaluation_file(options.output, options.split, options.count, options.descriptions, options.per_scene)
         return
-    samples = []
-    for index in range(options.count):
-        scene = make_scene(options.split, index)
-        name = f"{options.split}-{index:06d}.jpg"
-        render(scene).save(options.output / name, quality=92)
-        samples.append(llava_sample(scene, name))
+    with ProcessPoolExecutor() as pool:
+        write = partial(write_sample, options.output, options.split)
+        samples = list(pool.map(write, range(options.count), chunksize=16))
     (options.output / "conversations.json").write_text(json.dumps(samples, indent=1))
 
 

@@ -1,0 +1,281 @@
+"""The twigs that docs/results/plusplus.md compares: trained, asked in batches, and put into a table.
+
+    python -m recipes.sapling.questions --split train --count 12000 --output runs/twig-data
+    python -m recipes.sapling.questions --split test --count 1000 --evaluation --output runs/eval-test
+    python -m recipes.sapling.ablations --data runs/twig-data --questions runs/eval-test --output runs/ablations
+
+What is finished is not repeated. Several processes may share a GPU, each with `--runs` of its own; a run of stage 2 needs the one
+that it starts from.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from twigvlm.checkpoint import WEIGHTS
+from twigvlm.cli.session import build_inputs, load_base
+from twigvlm.config import TwigConfig
+from twigvlm.evaluation.metrics import acceptance_rate, bootstrap_interval, mean_accepted_length, relative_accuracy
+from twigvlm.evaluation.report import table
+from twigvlm.evaluation.tasks import Question, exact_match, load_questions
+from twigvlm.evaluation.variants import Variant
+from twigvlm.files import replacing
+from twigvlm.images import load_image
+from twigvlm.model import TwigVLM
+from twigvlm.training.data import ConversationDataset, frequent_answer_tokens
+from twigvlm.training.distill import train_stage1
+from twigvlm.training.options import Stage1Config, Stage2Config
+from twigvlm.training.reinforce import train_stage2
+
+TEACHER, WIPE = 21, 24
+BUDGETS = (192.0, 128.0, 64.0, 48.0)
+TWIG = TwigConfig(head="shared", draft_vocabulary=1024, final_wipe=WIPE, pruning_head=True)
+PLAIN = "no pruning"  # the base alone
+COUNTED = 1000  # conversations whose answers decide which tokens can be drafted
+TURNS = 2  # of a conversation in stage 2, which runs each of them once for each of 32 prunings
+
+
+@dataclass(frozen=True)
+class Run:
+    """A twig: trained in one stage, then asked under every budget and K_f."""
+
+    stage: Stage1Config | Stage2Config
+    samples: int
+    """Conversations, each seen once."""
+    start: str | None = None
+    """The run that stage 2 starts from."""
+    twig: TwigConfig = TWIG
+    """Grown in stage 1."""
+    budgets: tuple[float, ...] = BUDGETS
+    wipes: tuple[int, ...] = (WIPE,)
+
+
+def _stage1(**losses: float) -> Run:
+    return Run(Stage1Config(batch_size=16, learning_rate=5e-4, teacher_layer=TEACHER, **losses), 12000)  # type: ignore[arg-type]
+
+
+def _stage2(start: str, samples: int = 1000, **options: Any) -> Run:
+    return Run(Stage2Config(batch_size=8, learning_rate=1e-4, teacher_layer=TEACHER, **options), samples, start)
+
+
+def _first(**shape: Any) -> Run:
+    """Like the first TwigVLM: next tokens alone are learnt, and the last layer's attention ranks."""
+    twig = dataclasses.replace(TWIG, pruning_head=False, **shape)
+    return dataclasses.replace(_stage1(alpha=0.0, gamma=0.0), twig=twig, samples=4000, budgets=(64.0,))
+
+
+RUNS = {
+    "first": dataclasses.replace(_first(), samples=12000, budgets=BUDGETS),
+    "attention": _stage1(alpha=0.0),
+    "published": _stage1(),
+    "distilled": dataclasses.replace(_stage1(alpha=1.0, temperature=1.0), wipes=(22, WIPE, 26, 28, 30)),
+    "distilled-rl": _stage2("distilled", 4000),
+    "distilled-rl-2000": _stage2("distilled", 2000),
+    "distilled-rl-1000": _stage2("distilled"),
+    "distilled-rl-static-192": _stage2("distilled", budgets=(192,), gamma=(2.0, 2.0)),
+    "distilled-rl-static-64": _stage2("distilled", budgets=(64,)),
+    "distilled-rl-free": _stage2("distilled", gamma=(0.0, 0.0)),
+    "attention-rl": _stage2("attention"),
+    "published-rl": _stage2("published"),
+    **{f"T{layers}": _first(twig_layers=layers) for layers in (1, 2, 3, 4)},
+    **{f"K{layers}": _first(trunk_layers=layers) for layers in (0, 1, 3)},
+    "init-last": _first(init="last"),
+    "init-random": _first(init="random"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    data: Path
+    """Folder of `conversations.json`."""
+    questions: tuple[Path, ...]
+    """Folders of `questions.json`: short questions are answered under every budget, descriptions drafted as chains."""
+    output: Path
+    runs: tuple[str, ...] = (PLAIN, *RUNS)
+    batch: int = 100
+    """Questions asked together."""
+    device: str = "auto"
+    workers: int = 2
+    """Processes that prepare pictures beside a training."""
+
+
+def conversations(folder: Path, count: int, turns: int | None = None) -> list[dict[str, Any]]:
+    """The first samples, with their first turns."""
+    samples = json.loads((folder / "conversations.json").read_text())
+    if len(samples) < count:
+        raise SystemExit(f"{folder}: holds {len(samples)} conversations, {count} are needed; export more")
+    end = None if turns is None else 2 * turns
+    return [
+        {**sample, "image": str(folder / sample["image"]), "conversations": sample["conversations"][:end]}
+        for sample in samples[:count]
+    ]
+
+
+def train(name: str, options: Options) -> None:
+    """Train a run's twig into its folder, from its newest checkpoint if there is one."""
+    run, folder = RUNS[name], options.output / name
+    base, processor = load_base("sapling", "bfloat16", options.device)
+    stage = dataclasses.replace(run.stage, workers=options.workers)
+    if isinstance(stage, Stage1Config):
+        counted = conversations(options.data, min(run.samples, COUNTED))
+        tokens = frequent_answer_tokens(counted, processor, run.twig.draft_vocabulary or len(processor.tokenizer))
+        torch.manual_seed(stage.seed)
+        model = TwigVLM.grow(base, run.twig, tokens)
+        data = ConversationDataset(conversations(options.data, run.samples), processor)
+        log = train_stage1(model, data, stage, folder / "checkpoints", resume=True)
+    else:
+        model = TwigVLM.from_pretrained(base, options.output / str(run.start))
+        data = ConversationDataset(conversations(options.data, run.samples, TURNS), processor)
+        log = train_stage2(model, data, stage, folder / "checkpoints", resume=True)
+    (folder / "log.json").write_text(json.dumps(log))
+    model.save_pretrained(folder)
+    newest = folder / "checkpoints" / f"checkpoint-{model.twig.record[-1]['steps']}"
+    round_once(newest / "model.safetensors", folder / WEIGHTS)
+
+
+def round_once(trained: Path, saved: Path) -> None:
+    """Put the trained float32 weights, in float16, in the place of the saved ones, which went through bfloat16."""
+    with safe_open(saved, "pt") as file:
+        names, metadata = set(file.keys()), file.metadata()
+    state = {name.removeprefix("twig."): value for name, value in load_file(trained).items()}
+    state = {name: state[name].half() if state[name].is_floating_point() else state[name] for name in names}
+    with replacing(saved) as temporary:
+        save_file(state, temporary, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions, and the base's inputs of them."""
+
+    questions: Sequence[Question]
+    inputs: dict[str, Any]
+
+
+class Asker:
+    """Asks in float32, where a batch gives each question the answer that it gets alone."""
+
+    def __init__(self, options: Options) -> None:
+        self.base, self.processor = load_base("sapling", "float32", options.device)
+        self.short: dict[str, list[Batch]] = {}
+        self.descriptions: dict[str, list[Batch]] = {}
+        for folder in options.questions:
+            file = load_questions(folder / "questions.json")
+            self.short[file.split] = self._batches([one for one in file.items if one.objects is None], options.batch)
+            long = [one for one in file.items if one.objects is not None]
+            self.descriptions[file.split] = self._batches(long, options.batch)
+
+    def _batches(self, questions: Sequence[Question], size: int) -> list[Batch]:
+        groups = [questions[start : start + size] for start in range(0, len(questions), size)]
+        return [Batch(group, self._inputs(group)) for group in groups]
+
+    def _inputs(self, questions: Sequence[Question]) -> dict[str, Any]:
+        images = [load_image(question.image) for question in questions]
+        return build_inputs(self.base, self.processor, images, [question.prompt for question in questions])
+
+    def ask(self, name: str, folder: Path) -> None:
+        """Write what a run's twig answers, by split: `answers` under each budget, `drafts` of descriptions at R̄ = 64."""
+        model = self.base if name == PLAIN else TwigVLM.from_pretrained(self.base, folder)
+        variants = [Variant(PLAIN)]
+        if name != PLAIN:
+            run = RUNS[name]
+            variants = [Variant("twig", budget, wipe) for budget in run.budgets for wipe in run.wipes]
+        result = {}
+        for split in self.short:
+            result[split] = {
+                "answers": {variant.name: self._answers(model, variant, split) for variant in variants},
+                "drafts": None if name == PLAIN else self._drafts(model, split),
+            }
+        with replacing(folder / "asked.json") as temporary:
+            temporary.write_text(json.dumps(result, indent=1))
+
+    def _answers(self, model: Any, variant: Variant, split: str) -> dict[str, str]:
+        pruning = {} if variant.retain is None else {"retain": variant.retain, "final_wipe": variant.final_wipe}
+        texts: dict[str, str] = {}
+        for batch in self.short[split]:
+            ids = model.generate(**batch.inputs, **pruning, max_new_tokens=16, do_sample=False)
+            new = ids[:, batch.inputs["input_ids"].shape[1] :]
+            answers = self.processor.batch_decode(new, skip_special_tokens=True)
+            texts |= {question.id: text.strip() for question, text in zip(batch.questions, answers, strict=True)}
+        return texts
+
+    def _drafts(self, model: TwigVLM, split: str) -> dict[str, list[int]]:
+        drafted: list[int] = []
+        accepted: list[int] = []
+        for batch in self.descriptions[split]:
+            options = {"max_new_tokens": 192, "do_sample": False, "return_dict_in_generate": True}
+            out = model.generate(**batch.inputs, retain=64, speculate="chain", **options)
+            drafted += [count for row in out.drafted_lengths for count in row]
+            accepted += [count for row in out.accepted_lengths for count in row]
+        return {"drafted": drafted, "accepted": accepted}
+
+
+class Reporter:
+    """Figures of one split, from what all runs answered."""
+
+    def __init__(self, folder: Path, found: dict[str, Any]) -> None:
+        file = load_questions(folder / "questions.json")
+        self.split, self.found = file.split, found
+        self.questions = [one for one in file.items if one.objects is None]
+        self.pictures = [one.image for one in self.questions]
+        self.plain = self._right(PLAIN, PLAIN)
+
+    def _right(self, name: str, variant: str) -> list[float]:
+        answers = self.found[name][self.split]["answers"][variant]
+        return [float(exact_match(answers[one.id], one.answer)) for one in self.questions]
+
+    def table(self) -> str:
+        """One line for each run and budget."""
+        head = ["run", "R̄ / K_f", "exact, %", "RelAcc", "RelAcc - its start's", "TokAR, %", "accepted per step"]
+        names = [(name, variant) for name in self.found for variant in self.found[name][self.split]["answers"]]
+        return table(head, [self._row(name, variant.removeprefix("twig@")) for name, variant in names])
+
+    def _row(self, name: str, variant: str) -> list[str]:
+        key = variant if variant == PLAIN else f"twig@{variant}"
+        scores, start = self._right(name, key), None if name == PLAIN else RUNS[name].start
+        row = [name, variant, f"{100 * np.mean(scores):.1f}", self._percent(relative_accuracy, scores)]
+        row.append("–" if start is None else self._percent(_gain, scores, self._right(start, key)))
+        drafts = self.found[name][self.split]["drafts"]
+        if drafts is None:
+            return [*row, "–", "–"]
+        return [*row, f"{100 * acceptance_rate(**drafts):.1f}", f"{mean_accepted_length(drafts['accepted']):.2f}"]
+
+    def _percent(self, statistic: Any, *columns: Sequence[float]) -> str:
+        columns = (*columns, self.plain)
+        low, high = bootstrap_interval(statistic, *columns, groups=self.pictures)
+        return f"{100 * statistic(*columns):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _gain(scores: Any, start: Any, plain: Any) -> float:
+    return relative_accuracy(scores, plain) - relative_accuracy(start, plain)
+
+
+def main(options: Options) -> None:
+    for name in options.runs:
+        if name not in (PLAIN, *RUNS):
+            raise SystemExit(f"run {name!r}: must be one of {', '.join((PLAIN, *RUNS))}")
+    asker = Asker(options)
+    for name in options.runs:
+        folder = options.output / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if name != PLAIN and not (folder / "twig_config.json").is_file():
+            train(name, options)
+        if not (folder / "asked.json").is_file():
+            asker.ask(name, folder)
+    files = {name: options.output / name / "asked.json" for name in (PLAIN, *RUNS)}
+    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    for folder in options.questions:
+        reporter = Reporter(folder, found)
+        print(f"\n{len(reporter.questions)} short questions of the {reporter.split} split\n\n{reporter.table()}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,108 @@
+"""The recipe that trains and compares twigs, on a tiny model."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from recipes.sapling import ablations
+from tests.tiny import tiny_llava
+from tests.tiny_processor import tiny_processor
+from tests.training.runs import make_samples
+from twigvlm.checkpoint import WEIGHTS
+from twigvlm.config import TwigConfig
+from twigvlm.model import TwigVLM
+from twigvlm.training.options import Stage1Config, Stage2Config
+
+SHAPE = TwigConfig(trunk_layers=1, twig_layers=2, head="shared", draft_vocabulary=40, final_wipe=5, pruning_head=True)
+RUNS = {
+    "taught": ablations.Run(Stage1Config(batch_size=4, learning_rate=1e-3), 8, twig=SHAPE, budgets=(8.0,), wipes=(5,)),
+    "rewarded": ablations.Run(
+        Stage2Config(batch_size=2, learning_rate=1e-2, group=4, budgets=(8,)), 4, "taught", budgets=(8.0,), wipes=(5,)
+    ),
+}
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    data, asked = tmp_path / "data", tmp_path / "asked"
+    samples, rows = make_samples(), []
+    for folder in (data, asked):
+        folder.mkdir()
+    for sample in samples:
+        image = f"{sample['id']}.png"
+        for folder in (data, asked):
+            sample["image"].save(folder / image)
+        sample["image"] = image
+        rows.append({"id": sample["id"], "image": image, "question": "What?", "answer": "a", "kind": "short"})
+    rows[-1]["objects"] = []
+    (data / "conversations.json").write_text(json.dumps(samples))
+    (asked / "questions.json").write_text(json.dumps({"split": "test", "questions": rows}))
+    processor = tiny_processor()
+    monkeypatch.setattr(ablations, "load_base", lambda *_: (tiny_llava(), processor))
+    monkeypatch.setattr(ablations, "RUNS", RUNS)
+    output = tmp_path / "runs"
+    return ablations.Options(data, (asked,), output, (ablations.PLAIN, *RUNS), batch=3, device="cpu", workers=0)
+
+
+def test_each_run_is_trained_asked_and_reported_once(options, monkeypatch, capsys):
+    monkeypatch.setattr(ablations.Asker, "_drafts", _few_drafts)
+    ablations.main(options)
+    table = capsys.readouterr().out
+    assert "7 short questions of the test split" in table
+    assert [line.split(" | ")[0] for line in table.splitlines()][-3:] == ["| no pruning", "| taught", "| rewarded"]
+    asked = json.loads((options.output / "taught" / "asked.json").read_text())["test"]
+    model = TwigVLM.from_pretrained(tiny_llava(), options.output / "taught")
+    asker = ablations.Asker(dataclasses.replace(options, batch=1))
+    batch = asker.short["test"][0]
+    ids = model.generate(**batch.inputs, retain=8, final_wipe=5, max_new_tokens=16)[
+        0, batch.inputs["input_ids"].shape[1] :
+    ]
+    alone = asker.processor.decode(ids, skip_special_tokens=True).strip()
+    assert asked["answers"]["twig@8/5"][batch.questions[0].id] == alone
+
+    monkeypatch.setattr(ablations, "train", None)  # nothing is trained again
+    ablations.main(options)
+    assert capsys.readouterr().out == table
+
+
+def _few_drafts(self, model, split):
+    batch = self.descriptions[split][0]
+    out = model.generate(**batch.inputs, retain=8, speculate="chain", max_new_tokens=8, return_dict_in_generate=True)
+    return {"drafted": out.drafted_lengths[0], "accepted": out.accepted_lengths[0]}
+
+
+def test_stage_2_changes_the_p_head_alone(options):
+    ablations.train("taught", options)
+    ablations.train("rewarded", options)
+    taught, rewarded = (
+        TwigVLM.from_pretrained(tiny_llava(), options.output / name).twig.state_dict()
+        for name in ("taught", "rewarded")
+    )
+    changed = {name for name in taught if not torch.equal(taught[name], rewarded[name])}
+    assert changed == {name for name in taught if name.startswith("pruning_head.")}
+
+
+def test_weights_are_the_trained_ones_rounded_once(tmp_path):
+    trained = {"twig.a": torch.tensor([1 + 2**-9]), "twig.ids": torch.tensor([70000])}
+    save_file(trained, tmp_path / "trained")
+    save_file(
+        {"a": trained["twig.a"].bfloat16(), "ids": trained["twig.ids"]}, tmp_path / WEIGHTS, metadata={"format": "pt"}
+    )
+    ablations.round_once(tmp_path / "trained", tmp_path / WEIGHTS)
+    state = load_file(tmp_path / WEIGHTS)
+    assert state["a"].dtype == torch.float16
+    assert torch.equal(state["a"].float(), trained["twig.a"])
+    assert torch.equal(state["ids"], trained["twig.ids"])
+
+
+def test_too_few_conversations_are_refused(options):
+    with pytest.raises(SystemExit, match="8 conversations, 9 are needed"):
+        ablations.conversations(options.data, 9)
+
+
+def test_an_unknown_run_is_refused(options):
+    with pytest.raises(SystemExit, match="run 'other': must be one of"):
+        ablations.main(dataclasses.replace(options, runs=("other",)))
