@@ -4,7 +4,10 @@ import huggingface_hub
 import pytest
 from PIL import Image
 
+from tests.tiny import tiny_llava
+from tests.tiny_processor import tiny_processor
 from twigvlm.cli.main import main
+from twigvlm.cli.session import build_inputs
 
 COMMANDS = {
     "accuracy": {"budgets": "10", "methods": "fastv"},
@@ -86,3 +89,12 @@ def test_batches_of_other_kinds_are_other_results(refused, arguments, tmp_path):
     questions = tmp_path / "questions.json"
     questions.write_text(questions.read_text().replace('"kind": "place"', '"kind": "count"', 1))
     refused(*arguments("batches", kinds="count", limit=1), words=("other settings", "kinds"))
+
+
+def test_a_batch_needs_no_padding_token(picture):
+    processor = tiny_processor()
+    processor.tokenizer.pad_token = None
+    image = Image.open(picture)
+    inputs = build_inputs(tiny_llava(), processor, [image, image], ["What?", "What is it?"])
+    assert inputs["attention_mask"].sum(dim=1).diff().item() == len(" is it")
+    assert inputs["attention_mask"][:, -1].all()

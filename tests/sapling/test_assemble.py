@@ -39,6 +39,11 @@ def test_capitals_and_digits_are_single_tokens_and_text_survives(tokenizer):
     assert tokenizer.decode(ids) == text
 
 
+def test_prompts_of_a_batch_can_be_padded(tokenizer):
+    longer = tokenizer(["a", "a b c"], padding=True).input_ids
+    assert len(longer[0]) == len(longer[1])
+
+
 def test_the_placeholder_takes_an_unused_id_of_the_same_vocabulary(tokenizer):
     assert len(tokenizer) == 49152
     assert tokenizer("<image>").input_ids == [tokenizer.convert_tokens_to_ids(assemble.IMAGE_TOKEN)]

@@ -131,7 +131,11 @@ def build_inputs(base: Any, processor: Any, images: Sequence[Image.Image], promp
             raise TwigVLMError(
                 f"model {base.name_or_path!r}: its processor has no chat template; choose an instruction-tuned model"
             ) from error
-    options: dict[str, Any] = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
+    options: dict[str, Any] = {}
+    if len(texts) > 1:
+        options = {"padding": True, "padding_side": "left"}
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token  # any will do: padding is masked
     options |= special_tokens(texts[0], processor.tokenizer)
     inputs = processor(images=[[image] for image in images], text=texts, return_tensors="pt", **options)
     return dict(inputs.to(base.device, base.dtype))

@@ -65,6 +65,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     renamed.pre_tokenizer = pre_tokenizers.Sequence([capitals, backend.pre_tokenizer])
     tokenizer._tokenizer = renamed
     tokenizer.image_token = IMAGE_TOKEN
+    tokenizer.pad_token = tokenizer.eos_token  # which not every version of transformers reads from the file
     return tokenizer
 
 
