@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import GenerationConfig
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from twigvlm import checkpoint
 from twigvlm.base.masks import check_mask_attention
@@ -19,18 +17,7 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.chat import Chat
 from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
 from twigvlm.decoding.costs import StepCosts, calibrate
-from twigvlm.decoding.generation import (
-    TwigOutput,
-    check_arguments,
-    check_generation,
-    emitter,
-    kept_positions,
-    samplings,
-    sequences,
-    stops,
-    with_stop_strings,
-)
-from twigvlm.decoding.loop import decode
+from twigvlm.decoding.generation import Request, TwigOutput, check_arguments, with_stop_strings
 from twigvlm.decoding.memory import Memory
 from twigvlm.decoding.prefill import Plan, Scorer
 from twigvlm.decoding.timing import clock_of
@@ -232,68 +219,25 @@ class TwigVLM(nn.Module):
             kwargs = self.base.without_pixels(kwargs)
         costs = self.costs() if speculation.speculate == "auto" else None
         began = clock_of(self.model.device)()
-
-        entered = False
-        streamer = kwargs.get("streamer")
         kwargs = with_stop_strings(kwargs)
-
-        def run(
-            model: Any,
-            input_ids: Tensor,
-            logits_processor: LogitsProcessorList,
-            stopping_criteria: StoppingCriteriaList,
-            generation_config: GenerationConfig,
-            **model_kwargs: Any,
-        ) -> Tensor | TwigOutput:
-            nonlocal entered
-            entered = True
-            check_generation(generation_config)
-            if streamer is not None and len(input_ids) > 1:
-                raise TwigVLMError(f"streamer: takes one answer, not {len(input_ids)}; leave it out, or ask for one")
-            if memory is not None and len(input_ids) > 1:
-                raise TwigVLMError(f"{len(input_ids)} answers: a conversation goes on with one; ask for one")
-            for name in ("past_key_values", "use_cache"):
-                model_kwargs.pop(name, None)
-            model_kwargs = {name: value for name, value in model_kwargs.items() if value is not None}
-            mask = model_kwargs.get("attention_mask")
-            padding = [0] * len(input_ids) if mask is None else (mask == 0).sum(dim=1).tolist()
-            if memory is not None and any(padding):
-                raise TwigVLMError(f"attention_mask: hides {padding[0]} tokens; a conversation's prompt has no padding")
-            with torch.inference_mode():
-                answers = decode(
-                    self.base,
-                    self.twig,
-                    {"input_ids": input_ids, **model_kwargs},
-                    lambda visual: self._plan(visual, pruning, scorer),
-                    speculation,
-                    stops(stopping_criteria, input_ids.shape[1]),
-                    samplings(self.base, padding, logits_processor, generation_config, generator),
-                    emitter(streamer),
-                    began,
-                    costs,
-                    memory,
-                )
-            if streamer is not None:
-                streamer.end()
-            ids = sequences(input_ids, answers.tokens, generation_config.pad_token_id)
-            if not generation_config.return_dict_in_generate:
-                return ids
-            return TwigOutput(
-                ids,
-                kept_positions(answers.kept, padding),
-                answers.drafted_lengths,
-                answers.accepted_lengths,
-                answers.timings,
-                costs,
-            )
-
+        request = Request(
+            base=self.base,
+            twig=self.twig,
+            plan=lambda visual: self._plan(visual, pruning, scorer),
+            speculation=speculation,
+            began=began,
+            streamer=kwargs.get("streamer"),
+            generator=generator,
+            costs=costs,
+            memory=memory,
+        )
         try:
             # The base's own `generate` merges configurations and builds processors and criteria; only its loop is ours.
-            return self.model.generate(custom_generate=run, **kwargs)
+            return self.model.generate(custom_generate=request, **kwargs)
         except BaseException as error:
             if memory is not None:
                 memory.forget()  # it may have taken in what the conversation will not hold
-            if isinstance(error, ValueError) and not (entered or isinstance(error, TwigVLMError)):
+            if isinstance(error, ValueError) and not (request.entered or isinstance(error, TwigVLMError)):
                 raise TwigVLMError(one_line(error)) from error
             raise
 

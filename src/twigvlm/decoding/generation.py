@@ -25,11 +25,15 @@ from transformers.generation import (
 )
 
 from twigvlm.base.vlm import BaseVLM
+from twigvlm.config import SpeculationConfig
 from twigvlm.decoding.costs import StepCosts
-from twigvlm.decoding.loop import Stops
+from twigvlm.decoding.loop import Stops, decode
+from twigvlm.decoding.memory import Memory
+from twigvlm.decoding.prefill import Plan
 from twigvlm.decoding.sampling import Noise, Sampling
 from twigvlm.decoding.timing import Timings
 from twigvlm.errors import TwigVLMError
+from twigvlm.twig.block import Twig
 
 _LENGTHS: dict[type, str] = {
     MinNewTokensLengthLogitsProcessor: "prompt_length_to_skip",
@@ -57,6 +61,87 @@ class TwigOutput:
     """Seconds of prefill, draft, verify and the whole, of all prompts together."""
     costs: StepCosts | None
     """What `auto` reckoned with; None for other ways of speculation."""
+
+
+@dataclass
+class Request:
+    """One call of `generate`, as Hugging Face's `generate` runs it in place of a loop of its own.
+
+    Args:
+        base: the base.
+        twig: its twig.
+        plan: what to keep of prompts with so many visual tokens.
+        speculation: how to draft.
+        began: when the call began, by the device's clock.
+        streamer: of `generate`.
+        generator: what sampling draws from; None: torch's own.
+        costs: what `auto` reckons with.
+        memory: of a conversation.
+    """
+
+    base: BaseVLM
+    twig: Twig
+    plan: Callable[[Sequence[int]], Plan]
+    speculation: SpeculationConfig
+    began: float
+    streamer: Any
+    generator: torch.Generator | None
+    costs: StepCosts | None
+    memory: Memory | None
+    entered: bool = False
+    """Whether Hugging Face's `generate` accepted the arguments."""
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Int[Tensor, "batch tokens"],
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor | TwigOutput:
+        """The answers.
+
+        Raises:
+            TwigVLMError: a way to generate that the loop does not know.
+        """
+        self.entered = True
+        check_generation(generation_config)
+        self._check_rows(len(input_ids))
+        for name in ("past_key_values", "use_cache"):
+            model_kwargs.pop(name, None)
+        model_kwargs = {name: value for name, value in model_kwargs.items() if value is not None}
+        mask = model_kwargs.get("attention_mask")
+        padding = [0] * len(input_ids) if mask is None else (mask == 0).sum(dim=1).tolist()
+        if self.memory is not None and any(padding):
+            raise TwigVLMError(f"attention_mask: hides {padding[0]} tokens; a conversation's prompt has no padding")
+        with torch.inference_mode():
+            answers = decode(
+                self.base,
+                self.twig,
+                {"input_ids": input_ids, **model_kwargs},
+                self.plan,
+                self.speculation,
+                stops(stopping_criteria, input_ids.shape[1]),
+                samplings(self.base, padding, logits_processor, generation_config, self.generator),
+                emitter(self.streamer),
+                self.began,
+                self.costs,
+                self.memory,
+            )
+        if self.streamer is not None:
+            self.streamer.end()
+        ids = sequences(input_ids, answers.tokens, generation_config.pad_token_id)
+        if not generation_config.return_dict_in_generate:
+            return ids
+        kept = kept_positions(answers.kept, padding)
+        return TwigOutput(ids, kept, answers.drafted_lengths, answers.accepted_lengths, answers.timings, self.costs)
+
+    def _check_rows(self, rows: int) -> None:
+        if rows > 1 and self.streamer is not None:
+            raise TwigVLMError(f"streamer: takes one answer, not {rows}; leave it out, or ask for one")
+        if rows > 1 and self.memory is not None:
+            raise TwigVLMError(f"{rows} answers: a conversation goes on with one; ask for one")
 
 
 def check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
