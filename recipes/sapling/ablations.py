@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 from safetensors import safe_open
@@ -25,7 +24,7 @@ from twigvlm.checkpoint import WEIGHTS
 from twigvlm.cli.session import build_inputs, load_base
 from twigvlm.config import TwigConfig
 from twigvlm.evaluation.metrics import acceptance_rate, bootstrap_interval, mean_accepted_length, relative_accuracy
-from twigvlm.evaluation.report import table
+from twigvlm.evaluation.report import percent, span, table
 from twigvlm.evaluation.tasks import Question, exact_match, load_questions
 from twigvlm.evaluation.variants import Variant
 from twigvlm.files import replacing
@@ -39,8 +38,10 @@ from twigvlm.training.reinforce import train_stage2
 TEACHER, WIPE = 21, 24
 BUDGETS = (192.0, 128.0, 64.0, 48.0)
 TWIG = TwigConfig(head="shared", draft_vocabulary=1024, final_wipe=WIPE, pruning_head=True)
+LOG = "log.json"  # the Trainer's; written last, so that a run that has one is finished
 PLAIN = "no pruning"  # the base alone
 COUNTED = 1000  # conversations whose answers decide which tokens can be drafted
+DRAFTED, LONGEST = 64.0, 192  # R̄, and tokens, of the descriptions that drafts are counted in
 TURNS = 2  # of a conversation in stage 2, which runs each of them once for each of 32 prunings
 
 
@@ -59,8 +60,8 @@ class Run:
     wipes: tuple[int, ...] = (WIPE,)
 
 
-def _stage1(**losses: float) -> Run:
-    return Run(Stage1Config(batch_size=16, learning_rate=5e-4, teacher_layer=TEACHER, **losses), 12000)  # type: ignore[arg-type]
+def _stage1(**losses: Any) -> Run:
+    return Run(Stage1Config(batch_size=16, learning_rate=5e-4, teacher_layer=TEACHER, **losses), 12000)
 
 
 def _stage2(start: str, samples: int = 1000, **options: Any) -> Run:
@@ -81,7 +82,9 @@ RUNS = {
     "distilled-rl": _stage2("distilled", 4000),
     "distilled-rl-2000": _stage2("distilled", 2000),
     "distilled-rl-1000": _stage2("distilled"),
-    "distilled-rl-static-192": _stage2("distilled", budgets=(192,), gamma=(2.0, 2.0)),
+    "distilled-rl-static-192": _stage2(
+        "distilled", budgets=(192,), gamma=(2.0, 2.0)
+    ),  # the weight this budget has otherwise
     "distilled-rl-static-64": _stage2("distilled", budgets=(64,)),
     "distilled-rl-free": _stage2("distilled", gamma=(0.0, 0.0)),
     "attention-rl": _stage2("attention"),
@@ -100,7 +103,8 @@ class Options:
     questions: tuple[Path, ...]
     """Folders of `questions.json`: short questions are answered under every budget, descriptions drafted as chains."""
     output: Path
-    runs: tuple[str, ...] = (PLAIN, *RUNS)
+    runs: tuple[str, ...] = tuple(RUNS)
+    """Trained and asked, in this order; the table shows them and all that were asked before."""
     batch: int = 100
     """Questions asked together."""
     device: str = "auto"
@@ -136,10 +140,11 @@ def train(name: str, options: Options) -> None:
         model = TwigVLM.from_pretrained(base, options.output / str(run.start))
         data = ConversationDataset(conversations(options.data, run.samples, TURNS), processor)
         log = train_stage2(model, data, stage, folder / "checkpoints", resume=True)
-    (folder / "log.json").write_text(json.dumps(log))
     model.save_pretrained(folder)
     newest = folder / "checkpoints" / f"checkpoint-{model.twig.record[-1]['steps']}"
     round_once(newest / "model.safetensors", folder / WEIGHTS)
+    with replacing(folder / LOG) as temporary:
+        temporary.write_text(json.dumps(log))
 
 
 def round_once(trained: Path, saved: Path) -> None:
@@ -182,20 +187,23 @@ class Asker:
         return build_inputs(self.base, self.processor, images, [question.prompt for question in questions])
 
     def ask(self, name: str, folder: Path) -> None:
-        """Write what a run's twig answers, by split: `answers` under each budget, `drafts` of descriptions at R̄ = 64."""
+        """Write what a run's twig answers, a file for each split: `answers` under each budget, and `drafts` of descriptions."""
+        todo = [split for split in self.short if not asked_file(folder, split).is_file()]
+        if not todo:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         model = self.base if name == PLAIN else TwigVLM.from_pretrained(self.base, folder)
         variants = [Variant(PLAIN)]
         if name != PLAIN:
             run = RUNS[name]
             variants = [Variant("twig", budget, wipe) for budget in run.budgets for wipe in run.wipes]
-        result = {}
-        for split in self.short:
-            result[split] = {
+        for split in todo:
+            result = {
                 "answers": {variant.name: self._answers(model, variant, split) for variant in variants},
                 "drafts": None if name == PLAIN else self._drafts(model, split),
             }
-        with replacing(folder / "asked.json") as temporary:
-            temporary.write_text(json.dumps(result, indent=1))
+            with replacing(asked_file(folder, split)) as temporary:
+                temporary.write_text(json.dumps(result, indent=1))
 
     def _answers(self, model: Any, variant: Variant, split: str) -> dict[str, str]:
         pruning = {} if variant.retain is None else {"retain": variant.retain, "final_wipe": variant.final_wipe}
@@ -211,47 +219,57 @@ class Asker:
         drafted: list[int] = []
         accepted: list[int] = []
         for batch in self.descriptions[split]:
-            options = {"max_new_tokens": 192, "do_sample": False, "return_dict_in_generate": True}
-            out = model.generate(**batch.inputs, retain=64, speculate="chain", **options)
+            options = {"max_new_tokens": LONGEST, "do_sample": False, "return_dict_in_generate": True}
+            out = model.generate(**batch.inputs, retain=DRAFTED, speculate="chain", **options)
             drafted += [count for row in out.drafted_lengths for count in row]
             accepted += [count for row in out.accepted_lengths for count in row]
         return {"drafted": drafted, "accepted": accepted}
 
 
-class Reporter:
-    """Figures of one split, from what all runs answered."""
+def asked_file(folder: Path, split: str) -> Path:
+    """Where the answers of the run in `folder` are."""
+    return folder / f"asked-{split}.json"
 
-    def __init__(self, folder: Path, found: dict[str, Any]) -> None:
+
+class Reporter:
+    """Figures of one split, from what the runs in `output` answered."""
+
+    def __init__(self, folder: Path, output: Path) -> None:
         file = load_questions(folder / "questions.json")
-        self.split, self.found = file.split, found
+        self.split = file.split
         self.questions = [one for one in file.items if one.objects is None]
         self.pictures = [one.image for one in self.questions]
+        files = {name: asked_file(output / name, file.split) for name in (PLAIN, *RUNS)}
+        self.found = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}
         self.plain = self._right(PLAIN, PLAIN)
 
     def _right(self, name: str, variant: str) -> list[float]:
-        answers = self.found[name][self.split]["answers"][variant]
+        answers = self.found[name]["answers"][variant]
         return [float(exact_match(answers[one.id], one.answer)) for one in self.questions]
 
     def table(self) -> str:
-        """One line for each run and budget."""
+        """One line for each run, budget and K_f."""
         head = ["run", "R̄ / K_f", "exact, %", "RelAcc", "RelAcc - its start's", "TokAR, %", "accepted per step"]
-        names = [(name, variant) for name in self.found for variant in self.found[name][self.split]["answers"]]
-        return table(head, [self._row(name, variant.removeprefix("twig@")) for name, variant in names])
+        return table(head, [self._row(name, variant) for name in self.found for variant in self.found[name]["answers"]])
 
     def _row(self, name: str, variant: str) -> list[str]:
-        key = variant if variant == PLAIN else f"twig@{variant}"
-        scores, start = self._right(name, key), None if name == PLAIN else RUNS[name].start
-        row = [name, variant, f"{100 * np.mean(scores):.1f}", self._percent(relative_accuracy, scores)]
-        row.append("–" if start is None else self._percent(_gain, scores, self._right(start, key)))
-        drafts = self.found[name][self.split]["drafts"]
-        if drafts is None:
-            return [*row, "–", "–"]
-        return [*row, f"{100 * acceptance_rate(**drafts):.1f}", f"{mean_accepted_length(drafts['accepted']):.2f}"]
+        scores, start = self._right(name, variant), None if name == PLAIN else RUNS[name].start
+        # K_f may have been swept for one of both only.
+        gains = start in self.found and variant in self.found[start]["answers"]
+        drafts = self.found[name]["drafts"] or {"drafted": (), "accepted": ()}
+        return [
+            name,
+            variant.removeprefix("twig@"),
+            percent(sum(scores) / len(scores)),
+            self._percent(relative_accuracy, scores),
+            self._percent(_gain, scores, self._right(start, variant)) if gains else "–",
+            percent(acceptance_rate(**drafts)),
+            f"{mean_accepted_length(drafts['accepted']):.2f}" if drafts["accepted"] else "–",
+        ]
 
     def _percent(self, statistic: Any, *columns: Sequence[float]) -> str:
         columns = (*columns, self.plain)
-        low, high = bootstrap_interval(statistic, *columns, groups=self.pictures)
-        return f"{100 * statistic(*columns):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        return percent(statistic(*columns)) + span(bootstrap_interval(statistic, *columns, groups=self.pictures))
 
 
 def _gain(scores: Any, start: Any, plain: Any) -> float:
@@ -260,20 +278,19 @@ def _gain(scores: Any, start: Any, plain: Any) -> float:
 
 def main(options: Options) -> None:
     for name in options.runs:
-        if name not in (PLAIN, *RUNS):
-            raise SystemExit(f"run {name!r}: must be one of {', '.join((PLAIN, *RUNS))}")
+        if name not in RUNS:
+            raise SystemExit(f"run {name!r}: must be one of {', '.join(RUNS)}")
     asker = Asker(options)
+    asker.ask(PLAIN, options.output / PLAIN)
     for name in options.runs:
-        folder = options.output / name
-        folder.mkdir(parents=True, exist_ok=True)
-        if name != PLAIN and not (folder / "twig_config.json").is_file():
+        folder, start = options.output / name, RUNS[name].start
+        if start is not None and not (options.output / start / LOG).is_file():
+            raise SystemExit(f"run {name!r}: starts from {start!r}; name that one before it")
+        if not (folder / LOG).is_file():
             train(name, options)
-        if not (folder / "asked.json").is_file():
-            asker.ask(name, folder)
-    files = {name: options.output / name / "asked.json" for name in (PLAIN, *RUNS)}
-    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+        asker.ask(name, folder)
     for folder in options.questions:
-        reporter = Reporter(folder, found)
+        reporter = Reporter(folder, options.output)
         print(f"\n{len(reporter.questions)} short questions of the {reporter.split} split\n\n{reporter.table()}")
 
 

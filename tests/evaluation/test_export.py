@@ -1,4 +1,8 @@
-from recipes.sapling.questions import conversation, evaluation_file
+import json
+
+from PIL import Image
+
+from recipes.sapling.questions import Options, conversation, evaluation_file, llava_sample, main
 from recipes.sapling.scenes import make_scene
 from twigvlm.evaluation.tasks import Namer, exact_match, load_questions
 
@@ -19,3 +23,13 @@ def test_the_recipe_exports_questions_that_can_be_read(tmp_path):
         assert (item.prompt, item.answer) in turns
         assert exact_match(item.answer, item.answer)
     assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_conversations_are_exported_in_the_order_of_their_scenes(tmp_path):
+    main(Options(tmp_path, split="train", count=3))
+    names = [f"train-{index:06d}.jpg" for index in range(3)]
+    wanted = [llava_sample(make_scene("train", index), name) for index, name in enumerate(names)]
+    assert json.loads((tmp_path / "conversations.json").read_text()) == wanted
+    for name in names:
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size == (336, 336)

@@ -43,17 +43,19 @@ def options(tmp_path, monkeypatch):
     processor = tiny_processor()
     monkeypatch.setattr(ablations, "load_base", lambda *_: (tiny_llava(), processor))
     monkeypatch.setattr(ablations, "RUNS", RUNS)
+    monkeypatch.setattr(ablations, "DRAFTED", 8.0)
+    monkeypatch.setattr(ablations, "LONGEST", 8)
     output = tmp_path / "runs"
-    return ablations.Options(data, (asked,), output, (ablations.PLAIN, *RUNS), batch=3, device="cpu", workers=0)
+    return ablations.Options(data, (asked,), output, tuple(RUNS), batch=3, device="cpu", workers=0)
 
 
 def test_each_run_is_trained_asked_and_reported_once(options, monkeypatch, capsys):
-    monkeypatch.setattr(ablations.Asker, "_drafts", _few_drafts)
     ablations.main(options)
     table = capsys.readouterr().out
     assert "7 short questions of the test split" in table
     assert [line.split(" | ")[0] for line in table.splitlines()][-3:] == ["| no pruning", "| taught", "| rewarded"]
-    asked = json.loads((options.output / "taught" / "asked.json").read_text())["test"]
+    asked = json.loads(ablations.asked_file(options.output / "taught", "test").read_text())
+    assert len(asked["drafts"]["drafted"]) == len(asked["drafts"]["accepted"]) > 0
     model = TwigVLM.from_pretrained(tiny_llava(), options.output / "taught")
     asker = ablations.Asker(dataclasses.replace(options, batch=1))
     batch = asker.short["test"][0]
@@ -66,12 +68,6 @@ def test_each_run_is_trained_asked_and_reported_once(options, monkeypatch, capsy
     monkeypatch.setattr(ablations, "train", None)  # nothing is trained again
     ablations.main(options)
     assert capsys.readouterr().out == table
-
-
-def _few_drafts(self, model, split):
-    batch = self.descriptions[split][0]
-    out = model.generate(**batch.inputs, retain=8, speculate="chain", max_new_tokens=8, return_dict_in_generate=True)
-    return {"drafted": out.drafted_lengths[0], "accepted": out.accepted_lengths[0]}
 
 
 def test_stage_2_changes_the_p_head_alone(options):
@@ -96,6 +92,13 @@ def test_weights_are_the_trained_ones_rounded_once(tmp_path):
     assert state["a"].dtype == torch.float16
     assert torch.equal(state["a"].float(), trained["twig.a"])
     assert torch.equal(state["ids"], trained["twig.ids"])
+
+
+def test_a_run_alone_is_reported_and_one_without_its_start_is_refused(options, capsys):
+    with pytest.raises(SystemExit, match="'rewarded': starts from 'taught'"):
+        ablations.main(dataclasses.replace(options, runs=("rewarded",)))
+    ablations.main(dataclasses.replace(options, runs=("taught",)))
+    assert "| taught | 8/5 |" in capsys.readouterr().out
 
 
 def test_too_few_conversations_are_refused(options):

@@ -103,10 +103,11 @@ class Request:
         """The answers.
 
         Raises:
-            TwigVLMError: a way to generate that the loop does not know.
+            TwigVLMError: a way to generate that the loop does not know, several answers for a streamer or a conversation, or a
+                conversation's prompt with padding.
         """
         self.entered = True
-        check_generation(generation_config)
+        _check_generation(generation_config)
         self._check_rows(len(input_ids))
         for name in ("past_key_values", "use_cache"):
             model_kwargs.pop(name, None)
@@ -122,19 +123,19 @@ class Request:
                 {"input_ids": input_ids, **model_kwargs},
                 self.plan,
                 self.speculation,
-                stops(stopping_criteria, input_ids.shape[1]),
-                samplings(self.base, padding, logits_processor, generation_config, self.generator),
-                emitter(self.streamer),
+                _stops(stopping_criteria, input_ids.shape[1]),
+                _samplings(self.base, padding, logits_processor, generation_config, self.generator),
+                _emitter(self.streamer),
                 self.began,
                 self.costs,
                 self.memory,
             )
         if self.streamer is not None:
             self.streamer.end()
-        ids = sequences(input_ids, answers.tokens, generation_config.pad_token_id)
+        ids = _sequences(input_ids, answers.tokens, generation_config.pad_token_id)
         if not generation_config.return_dict_in_generate:
             return ids
-        kept = kept_positions(answers.kept, padding)
+        kept = _kept_positions(answers.kept, padding)
         return TwigOutput(ids, kept, answers.drafted_lengths, answers.accepted_lengths, answers.timings, self.costs)
 
     def _check_rows(self, rows: int) -> None:
@@ -166,7 +167,7 @@ def check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
             raise TwigVLMError(f"{name} is not supported with a twig: leave it out, or use model.disabled()")
 
 
-def check_generation(config: GenerationConfig) -> None:
+def _check_generation(config: GenerationConfig) -> None:
     """Refuse ways to generate that the loop does not know."""
     if config.num_beams is not None and config.num_beams > 1:
         raise TwigVLMError(
@@ -209,7 +210,7 @@ def with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "stopping_criteria": criteria}
 
 
-def stops(criteria: StoppingCriteriaList, prompt_length: int) -> Stops:
+def _stops(criteria: StoppingCriteriaList, prompt_length: int) -> Stops:
     """Split criteria into those that plain integers decide and those that must be asked."""
     length: int | None = None
     ends: set[int] = set()
@@ -226,28 +227,28 @@ def stops(criteria: StoppingCriteriaList, prompt_length: int) -> Stops:
     return Stops(length - prompt_length, frozenset(ends), others if len(others) else None)
 
 
-def emitter(streamer: Any) -> Callable[[int], None]:
+def _emitter(streamer: Any) -> Callable[[int], None]:
     """Takes each new token of the answer."""
     if streamer is None:
         return lambda token: None
     return lambda token: streamer.put(torch.tensor([token]))
 
 
-def sequences(input_ids: Tensor, tokens: Sequence[Sequence[int]], pad_token_id: int | None) -> Tensor:
+def _sequences(input_ids: Tensor, tokens: Sequence[Sequence[int]], pad_token_id: int | None) -> Tensor:
     """Prompts and answers, [batch, length]."""
     longest = max(map(len, tokens))
     filled = [[*row, *[pad_token_id or 0] * (longest - len(row))] for row in tokens]
     return torch.cat((input_ids, input_ids.new_tensor(filled)), dim=1)
 
 
-def kept_positions(kept: Bool[Tensor, "batch tokens"] | None, padding: Sequence[int]) -> list[Tensor] | None:
+def _kept_positions(kept: Bool[Tensor, "batch tokens"] | None, padding: Sequence[int]) -> list[Tensor] | None:
     """Where the kept visual tokens stand in the prompts as they were given, so much padding included."""
     if kept is None:
         return None
     return [row.nonzero()[:, 0].clone() + count for row, count in zip(kept, padding, strict=True)]
 
 
-def samplings(
+def _samplings(
     base: BaseVLM,
     padding: Sequence[int],
     processors: LogitsProcessorList,

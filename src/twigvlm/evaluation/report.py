@@ -29,7 +29,8 @@ def percent(share: float) -> str:
     return "–" if isnan(share) else f"{100 * share:.1f}"
 
 
-def _range(interval: Interval, scale: float = 100.0, digits: int = 1) -> str:
+def span(interval: Interval, scale: float = 100.0, digits: int = 1) -> str:
+    """An interval behind its figure; nothing for nan."""
     if isnan(interval[0]):
         return ""
     return f" [{scale * interval[0]:.{digits}f}, {scale * interval[1]:.{digits}f}]"
@@ -81,7 +82,7 @@ def _by_budget(figures: Mapping[str, Accuracy], variants: Sequence[Variant]) -> 
         cells = []
         for budget in budgets:
             one = by_place[method, final_wipe, budget]
-            cells.append(f"{percent(one.exact)} · {percent(one.relative)}{_range(one.interval)} · R {one.kept:g}")
+            cells.append(f"{percent(one.exact)} · {percent(one.relative)}{span(one.interval)} · R {one.kept:g}")
         rows.append([method, str(final_wipe), *cells])
     return table(["method", "K_f", *(f"R̄ {budget:g}: exact · RelAcc · R" for budget in budgets)], rows)
 
@@ -105,7 +106,7 @@ def speed_sections(records: Sequence[Record], contenders: Sequence[Contender]) -
             f"**{one.name}** (baseline)" if one.name == baseline else one.name,
             f"{one.tokens:.1f}",
             f"{one.speed:.1f}",
-            f"{one.relative:.2f}{_range(one.interval, 1, 2)}",
+            f"{one.relative:.2f}{span(one.interval, 1, 2)}",
             f"{one.relative_prefill:.2f}",
             *(ms(part) for part in (one.prefill, one.decode, one.draft, one.verify)),
             percent(one.acceptance),
