@@ -42,7 +42,7 @@ LOG = "log.json"  # the Trainer's; written last, so that a run that has one is f
 PLAIN = "no pruning"  # the base alone
 COUNTED = 1000  # conversations whose answers decide which tokens can be drafted
 DRAFTED, LONGEST = 64.0, 192  # R̄, and tokens, of the descriptions that drafts are counted in
-TURNS = 2  # of a conversation in stage 2, which runs each of them once for each of 32 prunings
+SHORT = 15  # words of an answer; a description has more
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Run:
 
     stage: Stage1Config | Stage2Config
     samples: int
-    """Conversations, each seen once."""
+    """Conversations, each seen at most once; stage 2 takes of each the first question, where its answer is short."""
     start: str | None = None
     """The run that stage 2 starts from."""
     twig: TwigConfig = TWIG
@@ -64,8 +64,20 @@ def _stage1(**losses: Any) -> Run:
     return Run(Stage1Config(batch_size=16, learning_rate=5e-4, teacher_layer=TEACHER, **losses), 12000)
 
 
-def _stage2(start: str, samples: int = 1000, **options: Any) -> Run:
-    return Run(Stage2Config(batch_size=8, learning_rate=1e-4, teacher_layer=TEACHER, **options), samples, start)
+REWARDS = Stage2Config(
+    batch_size=8,
+    max_steps=150,
+    learning_rate=3e-3,
+    teacher_layer=TEACHER,
+    group=16,
+    budgets=(48, 64),
+    beta=1.0,
+    gamma=(0.0, 0.0),
+)
+
+
+def _stage2(start: str, **options: Any) -> Run:
+    return Run(dataclasses.replace(REWARDS, **options), 2200, start)
 
 
 def _first(**shape: Any) -> Run:
@@ -79,14 +91,11 @@ RUNS = {
     "attention": _stage1(alpha=0.0),
     "published": _stage1(),
     "distilled": dataclasses.replace(_stage1(alpha=1.0, temperature=1.0), wipes=(22, WIPE, 26, 28, 30)),
-    "distilled-rl": _stage2("distilled", 4000),
-    "distilled-rl-2000": _stage2("distilled", 2000),
-    "distilled-rl-1000": _stage2("distilled"),
-    "distilled-rl-static-192": _stage2(
-        "distilled", budgets=(192,), gamma=(2.0, 2.0)
-    ),  # the weight this budget has otherwise
+    "distilled-rl": _stage2("distilled"),
+    "distilled-rl-slow": _stage2("distilled", learning_rate=1e-3),
+    "distilled-rl-75": _stage2("distilled", max_steps=75),
     "distilled-rl-static-64": _stage2("distilled", budgets=(64,)),
-    "distilled-rl-free": _stage2("distilled", gamma=(0.0, 0.0)),
+    "distilled-rl-regularised": _stage2("distilled", gamma=(1.0, 2.0)),
     "attention-rl": _stage2("attention"),
     "published-rl": _stage2("published"),
     **{f"T{layers}": _first(twig_layers=layers) for layers in (1, 2, 3, 4)},
@@ -112,22 +121,21 @@ class Options:
     """Processes that prepare pictures beside a training."""
 
 
-def conversations(folder: Path, count: int, turns: int | None = None) -> list[dict[str, Any]]:
-    """The first samples, with their first turns."""
+def conversations(folder: Path, count: int, short: bool = False) -> list[dict[str, Any]]:
+    """The first samples; `short`: the first that begin with a short question, with that one alone."""
     samples = json.loads((folder / "conversations.json").read_text())
+    if short:
+        samples = [{**sample, "conversations": sample["conversations"][:2]} for sample in samples]
+        samples = [sample for sample in samples if len(sample["conversations"][1]["value"].split()) <= SHORT]
     if len(samples) < count:
         raise SystemExit(f"{folder}: holds {len(samples)} conversations, {count} are needed; export more")
-    end = None if turns is None else 2 * turns
-    return [
-        {**sample, "image": str(folder / sample["image"]), "conversations": sample["conversations"][:end]}
-        for sample in samples[:count]
-    ]
+    return [{**sample, "image": str(folder / sample["image"])} for sample in samples[:count]]
 
 
 def train(name: str, options: Options) -> None:
     """Train a run's twig into its folder, from its newest checkpoint if there is one."""
     run, folder = RUNS[name], options.output / name
-    base, processor = load_base("sapling", "bfloat16", options.device)
+    base, processor = load_base("sapling", "auto", options.device)
     stage = dataclasses.replace(run.stage, workers=options.workers)
     if isinstance(stage, Stage1Config):
         counted = conversations(options.data, min(run.samples, COUNTED))
@@ -138,7 +146,7 @@ def train(name: str, options: Options) -> None:
         log = train_stage1(model, data, stage, folder / "checkpoints", resume=True)
     else:
         model = TwigVLM.from_pretrained(base, options.output / str(run.start))
-        data = ConversationDataset(conversations(options.data, run.samples, TURNS), processor)
+        data = ConversationDataset(conversations(options.data, run.samples, short=True), processor)
         log = train_stage2(model, data, stage, folder / "checkpoints", resume=True)
     model.save_pretrained(folder)
     newest = folder / "checkpoints" / f"checkpoint-{model.twig.record[-1]['steps']}"
@@ -148,7 +156,7 @@ def train(name: str, options: Options) -> None:
 
 
 def round_once(trained: Path, saved: Path) -> None:
-    """Put the trained float32 weights, in float16, in the place of the saved ones, which went through bfloat16."""
+    """Put the trained float32 weights, in float16, in the place of the saved ones, which may have gone through bfloat16."""
     with safe_open(saved, "pt") as file:
         names, metadata = set(file.keys()), file.metadata()
     state = {name.removeprefix("twig."): value for name, value in load_file(trained).items()}
