@@ -51,7 +51,7 @@ class Run:
 
     stage: Stage1Config | Stage2Config
     samples: int
-    """Conversations, each seen once; of stage 2 those whose short questions it draws from, each asked alone."""
+    """Conversations, each seen at most once; stage 2 takes of each the first question, where its answer is short."""
     start: str | None = None
     """The run that stage 2 starts from."""
     twig: TwigConfig = TWIG
@@ -66,18 +66,18 @@ def _stage1(**losses: Any) -> Run:
 
 REWARDS = Stage2Config(
     batch_size=8,
-    max_steps=300,
+    max_steps=150,
     learning_rate=1e-3,
     teacher_layer=TEACHER,
     group=16,
-    budgets=(48, 64, 96),
-    beta=0.0,
+    budgets=(48, 64),
+    beta=1.0,
     gamma=(0.0, 0.0),
 )
 
 
 def _stage2(start: str, **options: Any) -> Run:
-    return Run(dataclasses.replace(REWARDS, **options), 2600, start)
+    return Run(dataclasses.replace(REWARDS, **options), 2200, start)
 
 
 def _first(**shape: Any) -> Run:
@@ -92,8 +92,8 @@ RUNS = {
     "published": _stage1(),
     "distilled": dataclasses.replace(_stage1(alpha=1.0, temperature=1.0), wipes=(22, WIPE, 26, 28, 30)),
     "distilled-rl": _stage2("distilled"),
+    "distilled-rl-fast": _stage2("distilled", learning_rate=3e-3),
     "distilled-rl-75": _stage2("distilled", max_steps=75),
-    "distilled-rl-150": _stage2("distilled", max_steps=150),
     "distilled-rl-static-64": _stage2("distilled", budgets=(64,)),
     "distilled-rl-regularised": _stage2("distilled", gamma=(1.0, 2.0)),
     "attention-rl": _stage2("attention"),
@@ -121,24 +121,15 @@ class Options:
     """Processes that prepare pictures beside a training."""
 
 
-def conversations(folder: Path, count: int) -> list[dict[str, Any]]:
-    """The first samples."""
+def conversations(folder: Path, count: int, short: bool = False) -> list[dict[str, Any]]:
+    """The first samples; `short`: the first that begin with a short question, with that one alone."""
     samples = json.loads((folder / "conversations.json").read_text())
+    if short:
+        samples = [{**sample, "conversations": sample["conversations"][:2]} for sample in samples]
+        samples = [sample for sample in samples if len(sample["conversations"][1]["value"].split()) <= SHORT]
     if len(samples) < count:
         raise SystemExit(f"{folder}: holds {len(samples)} conversations, {count} are needed; export more")
     return [{**sample, "image": str(folder / sample["image"])} for sample in samples[:count]]
-
-
-def short_questions(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each turn whose answer is short, as a conversation of its own."""
-    alone = []
-    for sample in samples:
-        turns = sample["conversations"]
-        for place, (question, answer) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
-            if len(answer["value"].split()) <= SHORT:
-                asked = {**question, "value": "<image>\n" + question["value"].removeprefix("<image>\n")}
-                alone.append({**sample, "id": f"{sample['id']}-{place}", "conversations": [asked, answer]})
-    return alone
 
 
 def train(name: str, options: Options) -> None:
@@ -155,7 +146,7 @@ def train(name: str, options: Options) -> None:
         log = train_stage1(model, data, stage, folder / "checkpoints", resume=True)
     else:
         model = TwigVLM.from_pretrained(base, options.output / str(run.start))
-        data = ConversationDataset(short_questions(conversations(options.data, run.samples)), processor)
+        data = ConversationDataset(conversations(options.data, run.samples, short=True), processor)
         log = train_stage2(model, data, stage, folder / "checkpoints", resume=True)
     model.save_pretrained(folder)
     newest = folder / "checkpoints" / f"checkpoint-{model.twig.record[-1]['steps']}"

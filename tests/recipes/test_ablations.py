@@ -101,15 +101,26 @@ def test_a_run_alone_is_reported_and_one_without_its_start_is_refused(options, c
     assert "| taught | 8/5 |" in capsys.readouterr().out
 
 
-def test_stage_2_asks_each_short_question_alone():
+def test_stage_2_asks_one_short_question_about_each_picture(options):
     def turn(question, answer):
         return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
-    first, long, last = turn("<image>\nWhat?", "a cat"), turn("Describe it.", "a " * 40), turn("Where?", "left")
-    alone = ablations.short_questions([{"id": "x", "image": "x.png", "conversations": first + long + last}])
-    assert [sample["id"] for sample in alone] == ["x-0", "x-2"]
-    assert all(sample["image"] == "x.png" for sample in alone)
-    assert [sample["conversations"] for sample in alone] == [first, turn("<image>\nWhere?", "left")]
+    short, long, later = (
+        turn("<image>\nWhat?", "a cat"),
+        turn("<image>\nDescribe it.", "a " * 40),
+        turn("Where?", "left"),
+    )
+    samples = [
+        {"id": str(place), "image": f"{place}.png", "conversations": turns + later}
+        for place, turns in enumerate((short, long, short))
+    ]
+    (options.data / "conversations.json").write_text(json.dumps(samples))
+    chosen = ablations.conversations(options.data, 2, short=True)
+    assert [sample["id"] for sample in chosen] == ["0", "2"]
+    assert all(sample["conversations"] == short for sample in chosen)
+    assert len(ablations.conversations(options.data, 3)[1]["conversations"]) == 4
+    with pytest.raises(SystemExit, match="2 conversations, 3 are needed"):
+        ablations.conversations(options.data, 3, short=True)
 
 
 def test_too_few_conversations_are_refused(options):
