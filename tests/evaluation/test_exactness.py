@@ -68,3 +68,15 @@ def test_checks_can_be_chosen(check):
     assert list(records[0]["same"].items()) == [("pruned chain", True), ("disabled", True)]
     with pytest.raises(TwigVLMError, match="check 'chian': must be one of pruned chain"):
         choose_checks(["chian"])
+
+
+def test_the_base_is_asked_only_by_checks_that_compare_with_it(check, base, monkeypatch):
+    generate = base.generate
+    # it needs the twig's loop each time, never a loop of its own
+    monkeypatch.setattr(
+        base, "generate", lambda *, custom_generate, **options: generate(custom_generate=custom_generate, **options)
+    )
+    records, steps = check(limit=1, checks=("pruned chain",))
+    assert steps == 2
+    assert records[0]["tokens"] == 6
+    assert records[0]["same"] == {"pruned chain": True}

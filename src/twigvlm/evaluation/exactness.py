@@ -26,6 +26,9 @@ CHECKS = {
 }
 """Checks and what each one says, in the order they are made: the last one after the twig has been used."""
 
+OF_THE_BASE = {"no pruning", "disabled"}
+"""Checks that compare with the base before it had a twig."""
+
 
 def choose_checks(names: Sequence[str]) -> list[str]:
     """The named checks in their order; all if none is named.
@@ -60,22 +63,24 @@ def run_exactness(
         checks: from `choose_checks`.
         max_new_tokens: longest short answer.
         max_description_tokens: longest description.
-        advance: called twice for each prompt that is asked: after the base alone, and with its record.
+        advance: called twice for each prompt that is asked: after the base alone, if a check asks for it, and with its record.
 
     Returns:
-        The records, in the order of the questions: `id`, `kind`, `tokens` (length of the base's answer), `same` by check.
+        The records, in the order of the questions: `id`, `kind`, `tokens` (length of the base's answer, or if no check asks for
+        that, of the answer without speculation), `same` by check.
     """
     todo = [question for question in questions if question.id not in journal.records]
 
     limits = max_new_tokens, max_description_tokens
     before = {}
     for question in todo:
-        before[question.id] = _reference(base.generate, inputs_of(question), question.limit(*limits))
+        if OF_THE_BASE & set(checks):
+            before[question.id] = _reference(base.generate, inputs_of(question), question.limit(*limits))
         advance({})
     model = grow()
     for question in todo:
-        same = _check(model, inputs_of(question), before[question.id], retain, checks, question.limit(*limits))
-        tokens = len(before[question.id][0])
+        reference = before.get(question.id)
+        tokens, same = _check(model, inputs_of(question), reference, retain, checks, question.limit(*limits))
         journal.append({"id": question.id, "kind": question.group, "tokens": tokens, "same": same})
         advance(journal.records[question.id])
     return [journal.records[question.id] for question in questions]
@@ -84,11 +89,11 @@ def run_exactness(
 def _check(
     model: TwigVLM,
     inputs: dict[str, Any],
-    before: tuple[list[int], str],
+    before: tuple[list[int], str] | None,
     retain: float,
     checks: Sequence[str],
     max_new_tokens: int,
-) -> dict[str, bool]:
+) -> tuple[int, dict[str, bool]]:
     options = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": False}
     visual = int(model.base.visual_mask(inputs["input_ids"]).sum())
 
@@ -103,11 +108,12 @@ def _check(
                 return _reference(model.generate, inputs, max_new_tokens) == before
         if check == "no pruning":
             output: Any = model.generate(**options, keep=visual, final_wipe=model.base.num_layers)
-            return _new(output, inputs) == before[0]
+            return before is not None and _new(output, inputs) == before[0]
         pruned = check.startswith("pruned ")
         return ids(pruned, check.removeprefix("pruned ")) == ids(pruned, "none")
 
-    return {check: same(check) for check in checks}
+    answer = before[0] if before else ids(checks[0].startswith("pruned "), "none")
+    return len(answer), {check: same(check) for check in checks}
 
 
 def _reference(generate: Callable[..., Any], inputs: dict[str, Any], max_new_tokens: int) -> tuple[list[int], str]:
