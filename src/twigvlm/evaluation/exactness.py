@@ -108,7 +108,8 @@ def _check(
                 return _reference(model.generate, inputs, max_new_tokens) == before
         if check == "no pruning":
             output: Any = model.generate(**options, keep=visual, final_wipe=model.base.num_layers)
-            return before is not None and _new(output, inputs) == before[0]
+            assert before is not None, "a check of OF_THE_BASE"
+            return _new(output, inputs) == before[0]
         pruned = check.startswith("pruned ")
         return ids(pruned, check.removeprefix("pruned ")) == ids(pruned, "none")
 
