@@ -37,7 +37,7 @@ from twigvlm.training.reinforce import train_stage2
 
 TEACHER, WIPE = 21, 24
 BUDGETS = (192.0, 128.0, 64.0, 48.0)
-TWIG = TwigConfig(head="shared", draft_vocabulary=1024, final_wipe=WIPE, pruning_head=True)
+TWIG = TwigConfig(init="last", head="shared", draft_vocabulary=1024, final_wipe=WIPE, pruning_head=True)
 LOG = "log.json"  # the Trainer's; written last, so that a run that has one is finished
 PLAIN = "no pruning"  # the base alone
 COUNTED = 1000  # conversations whose answers decide which tokens can be drafted
@@ -60,48 +60,65 @@ class Run:
     wipes: tuple[int, ...] = (WIPE,)
 
 
-def _stage1(**losses: Any) -> Run:
-    return Run(Stage1Config(batch_size=16, learning_rate=5e-4, teacher_layer=TEACHER, **losses), 12000)
+DISTILLED = {"alpha": 1.0, "temperature": 1.0}  # as published L_PredKL stands at its clip here, and teaches nothing
+MANY, FEW = 20000, 4000  # conversations
 
 
-REWARDS = Stage2Config(
-    batch_size=8,
-    max_steps=150,
-    learning_rate=1e-3,
-    teacher_layer=TEACHER,
-    group=16,
-    budgets=(48, 64),
-    beta=1.0,
-    gamma=(0.0, 0.0),
-)
+def _stage1(samples: int = FEW, rate: float = 1e-3, budgets: tuple[float, ...] = (64.0,), **losses: Any) -> Run:
+    stage = Stage1Config(batch_size=16, learning_rate=rate, teacher_layer=TEACHER, **losses)
+    return Run(stage, samples, budgets=budgets)
 
 
-def _stage2(start: str, **options: Any) -> Run:
-    return Run(dataclasses.replace(REWARDS, **options), 2200, start)
+def _shaped(**shape: Any) -> Run:
+    """A twig of another shape."""
+    return dataclasses.replace(_stage1(**DISTILLED), twig=dataclasses.replace(TWIG, **shape))
 
 
-def _first(**shape: Any) -> Run:
-    """Like the first TwigVLM: next tokens alone are learnt, and the last layer's attention ranks."""
-    twig = dataclasses.replace(TWIG, pruning_head=False, **shape)
-    return dataclasses.replace(_stage1(alpha=0.0, gamma=0.0), twig=twig, samples=4000, budgets=(64.0,))
+def _first(run: Run) -> Run:
+    """As the first TwigVLM: it learns next tokens alone, and its last layer's attention ranks."""
+    return dataclasses.replace(run, twig=dataclasses.replace(TWIG, pruning_head=False))
+
+
+def _stage2(start: str, samples: int = 1200, **options: Any) -> Run:
+    rewards = {
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "group": 16,
+        "budgets": (48, 64, 96),
+        "beta": 0.0,
+        "gamma": (0.0, 0.0),
+    }
+    stage = Stage2Config(teacher_layer=TEACHER, **{**rewards, **options})
+    run = RUNS[start]
+    return Run(stage, samples, start, run.twig, run.budgets)
 
 
 RUNS = {
-    "first": dataclasses.replace(_first(), samples=12000, budgets=BUDGETS),
-    "attention": _stage1(alpha=0.0),
-    "published": _stage1(),
-    "distilled": dataclasses.replace(_stage1(alpha=1.0, temperature=1.0), wipes=(22, WIPE, 26, 28, 30)),
-    "distilled-rl": _stage2("distilled"),
-    "distilled-rl-fast": _stage2("distilled", learning_rate=3e-3),
-    "distilled-rl-75": _stage2("distilled", max_steps=75),
-    "distilled-rl-static-64": _stage2("distilled", budgets=(64,)),
-    "distilled-rl-regularised": _stage2("distilled", gamma=(1.0, 2.0)),
-    "attention-rl": _stage2("attention"),
-    "published-rl": _stage2("published"),
-    **{f"T{layers}": _first(twig_layers=layers) for layers in (1, 2, 3, 4)},
-    **{f"K{layers}": _first(trunk_layers=layers) for layers in (0, 1, 3)},
-    "init-last": _first(init="last"),
-    "init-random": _first(init="random"),
+    "first": _first(_stage1(MANY, budgets=BUDGETS, alpha=0.0, gamma=0.0)),
+    "distilled": _stage1(MANY, budgets=BUDGETS, **DISTILLED),
+    "distilled-slow": _stage1(MANY, rate=5e-4, budgets=BUDGETS, **DISTILLED),
+    "distilled-K1": dataclasses.replace(_shaped(trunk_layers=1), samples=MANY, budgets=BUDGETS),
+    "few": dataclasses.replace(_stage1(**DISTILLED), wipes=(20, 22, WIPE, 26, 28, 30)),
+    "few-first": _first(_stage1(alpha=0.0, gamma=0.0)),
+    "few-attention": _stage1(alpha=0.0),
+    "few-published": _stage1(),
+    **{f"T{layers}": _shaped(twig_layers=layers) for layers in (1, 2, 4)},
+    **{f"K{layers}": _shaped(trunk_layers=layers) for layers in (0, 1, 3)},
+    "init-next": _shaped(init="next"),
+    "init-random": _shaped(init="random"),
+}
+RUNS |= {
+    "distilled-rl": _stage2("distilled", 4800, group=32),
+    "distilled-K1-rl": _stage2("distilled-K1", 4800, group=32),
+    "static-64-long": _stage2("distilled", 4800, group=32, budgets=(64,)),
+    "dynamic-400": _stage2("distilled", 400),
+    "dynamic-1200": _stage2("distilled"),
+    "static-64": _stage2("distilled", budgets=(64,)),
+    "static-192": _stage2("distilled", budgets=(192,)),
+    "published-budgets": _stage2("distilled", budgets=(64, 85, 107, 128, 149, 171, 192), beta=8.0),
+    "few-rl": _stage2("few"),
+    "few-attention-rl": _stage2("few-attention"),
+    "few-published-rl": _stage2("few-published"),
 }
 
 

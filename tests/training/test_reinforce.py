@@ -1,5 +1,7 @@
 """Stage 2: rewards, what learns and what does not, and the stream of random draws."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -75,21 +77,21 @@ def recorded(monkeypatch):
     from twigvlm.training import reinforce
 
     seen = []
-    draw, pay = reinforce.plackett_luce.sample, reinforce.Case.rewards
+    draw, pay = reinforce.plackett_luce.sample, reinforce.answer_likelihoods
 
     def sample(*arguments):
         actions = draw(*arguments)
-        seen.append({"actions": actions, "kept": [], "rewards": []})
+        seen.append({"actions": actions})
         return actions
 
-    def rewards(case, base, kept, *arguments):
-        paid = pay(case, base, kept, *arguments)
-        seen[-1]["kept"].append(kept)
-        seen[-1]["rewards"].append(paid)
+    def rewards(base, hidden, visual, rope, masks, cases, *arguments):
+        paid = pay(base, hidden, visual, rope, masks, cases, *arguments)
+        for group, case, rewards in zip(seen[-len(cases) :], cases, paid, strict=True):
+            group |= {"kept": case.kept, "rewards": rewards}
         return paid
 
     monkeypatch.setattr(reinforce.plackett_luce, "sample", sample)
-    monkeypatch.setattr(reinforce.Case, "rewards", rewards)
+    monkeypatch.setattr(reinforce, "answer_likelihoods", rewards)
     return seen
 
 
@@ -113,22 +115,26 @@ def one_by_one(model, item, kept, query):
     return total / len(answer)
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_rewards_are_the_pruned_bases_own(make_policy, dataset, monkeypatch, chunk):
+@pytest.mark.parametrize(("chunk", "passes"), [(None, 1), (3, 3)])
+def test_rewards_are_the_pruned_bases_own(make_policy, dataset, monkeypatch, chunk, passes):
+    from twigvlm.training import reinforce
+
     model, seen = make_policy(), recorded(monkeypatch)
+    run_kept = Mock(wraps=reinforce.run_kept)
+    monkeypatch.setattr(reinforce, "run_kept", run_kept)
     items = [dataset[0], dataset[2]]
     policy = Policy(model, settings(budgets=(5.0,), chunk=chunk), 10)
     terms = policy(**Collator(pad_token_id=0)(items), step=3, part=0)
     assert len(seen) == 2
+    assert run_kept.call_count == passes
     for item, group in zip(items, seen, strict=True):
         query = int((item["labels"][0] != -100).nonzero().min()) - 1
-        kept, rewards = torch.cat(group["kept"]), torch.cat(group["rewards"])
-        assert len(group["kept"]) == (1 if chunk is None else 2)
+        kept, rewards = group["kept"], group["rewards"]
         assert kept.shape == (4, 4)
         for row, reward in zip(kept, rewards, strict=True):
             assert float(reward) == pytest.approx(one_by_one(model, item, row, query), abs=2e-5)
         assert rewards.std() > 1e-3
-    assert float(terms["reward"]) == pytest.approx(float(torch.cat([torch.cat(g["rewards"]) for g in seen]).mean()))
+    assert float(terms["reward"]) == pytest.approx(float(torch.cat([g["rewards"] for g in seen]).mean()))
 
 
 def test_earlier_turns_are_context_and_later_ones_unseen(make_policy, dataset, monkeypatch):
@@ -139,7 +145,7 @@ def test_earlier_turns_are_context_and_later_ones_unseen(make_policy, dataset, m
     found = set()
     for step in range(8):
         policy(**item, step=step, part=0)
-        reward, kept = float(seen[-1]["rewards"][0][0]), seen[-1]["kept"][0][0]
+        reward, kept = float(seen[-1]["rewards"][0]), seen[-1]["kept"][0]
         for turn, query in enumerate(asked):
             end = query + 1 + answer_length(item["labels"][0], query)
             cut = {**item, "input_ids": item["input_ids"][:, :end]}

@@ -90,7 +90,7 @@ class Stage2Config(TrainingConfig):
     group: int = 32
     """G: prunings that are drawn for each sample."""
     chunk: int | None = None
-    """Prunings of a sample that the base runs at once. None: all G; fewer need less memory."""
+    """Prunings that the base runs at once. None: those of a whole batch, batch_size x G; fewer need less memory."""
     budgets: tuple[float, ...] = (64, 85, 107, 128, 149, 171, 192)
     """R̄, ascending: each step draws one of them (dynamic pruning ratio); a single one is static."""
     beta: float = 8.0

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from twigvlm.base.masks import Masks
-from twigvlm.base.positions import Rope, expand_rope, select_rows, slice_rope
+from twigvlm.base.positions import Rope, select_rows
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.decoding.prefill import run_kept
 from twigvlm.errors import TwigVLMError
@@ -44,41 +44,73 @@ def budget_probabilities(count: int, progress: float, beta: float, power: float)
 
 @dataclass(frozen=True)
 class Case:
-    """One question with its reference answer, after the trunk: what prunings are rewarded by."""
+    """One question of a batch with its reference answer, and the prunings to reward."""
 
-    hidden: Float[Tensor, "1 tokens width"]
-    """States after layer K of the prompt and of all but the last answer token."""
-    visual_mask: Bool[Tensor, "1 tokens"]
-    """True at visual tokens."""
-    rope: Rope
-    """Of all tokens."""
+    row: int
+    """Of the batch."""
+    end: int
+    """Tokens of the prompt and of all but the last answer token."""
     answer: Int[Tensor, " answer"]
     """Ids of the answer."""
+    kept: Int[Tensor, "group keep"]
+    """Positions of the visual tokens that each pruning keeps."""
 
-    @torch.no_grad()
-    def rewards(
-        self, base: BaseVLM, kept: Int[Tensor, "group keep"], trunk: int, final_wipe: int, masks: Masks
-    ) -> Float[Tensor, " group"]:
-        """Mean log-probability of the answer under the base, for each pruning (Eq. 14).
 
-        The answer's tokens are text: never pruned, and they follow the prompt causally, so one pass scores all of them.
+@torch.no_grad()
+def answer_likelihoods(
+    base: BaseVLM,
+    hidden: Float[Tensor, "batch tokens width"],
+    visual_mask: Bool[Tensor, "batch tokens"],
+    rope: Rope,
+    masks: Masks,
+    cases: Sequence[Case],
+    trunk: int,
+    final_wipe: int,
+    chunk: int | None = None,
+) -> list[Float[Tensor, " group"]]:
+    """Rewards: for each case, the mean log-probability of its answer under the base, for each pruning (Eq. 14).
 
-        Args:
-            base: the base.
-            kept: positions of the visual tokens that each pruning keeps.
-            trunk: K.
-            final_wipe: K_f.
-            masks: of an unpadded batch.
-        """
-        group = len(kept)
-        visual = self.visual_mask.expand(group, -1)
-        stays = (~visual).scatter(1, kept, True)
-        rope = expand_rope(self.rope, group)
-        hidden = self.hidden.expand(group, -1, -1)
-        hidden, _ = run_kept(base, hidden, stays, visual, rope, trunk, final_wipe, masks, cache=None)
-        logits = base.logits(hidden[:, -len(self.answer) :]).float()
-        losses = F.cross_entropy(logits.flatten(0, 1), self.answer.repeat(group), reduction="none")
-        return -losses.view(group, -1).mean(dim=1)
+    The answer's tokens are text: never pruned, and they follow the prompt causally, so one pass scores all of them.
+
+    Args:
+        base: the base.
+        hidden: states after layer K of a batch padded on the right.
+        visual_mask: True at visual tokens.
+        rope: of all tokens.
+        masks: of the batch.
+        cases: what to reward.
+        trunk: K.
+        final_wipe: K_f.
+        chunk: prunings, of all cases together, that the base runs at once; None: all.
+    """
+    place = torch.arange(hidden.shape[1], device=hidden.device)
+    stays = torch.cat(
+        [
+            (~visual_mask[case.row] & (place < case.end)).expand(len(case.kept), -1).scatter(1, case.kept, True)
+            for case in cases
+        ]
+    )
+    each = [case for case in cases for _ in case.kept]
+    rewards: list[Tensor] = []
+    for part in range(0, len(each), chunk or len(each)):
+        some = each[part : part + (chunk or len(each))]
+        rows = [case.row for case in some]
+        states, lengths = run_kept(
+            base,
+            hidden[rows],
+            stays[part : part + len(some)],
+            visual_mask[rows],
+            select_rows(rope, rows),
+            trunk,
+            final_wipe,
+            masks,
+            cache=None,
+        )
+        spans = [own[end - len(case.answer) : end] for own, end, case in zip(states, lengths, some, strict=True)]
+        logits = base.logits(torch.cat(spans)).float()
+        losses = F.cross_entropy(logits, torch.cat([case.answer for case in some]), reduction="none")
+        rewards += [-one.mean() for one in losses.split([len(case.answer) for case in some])]
+    return list(torch.stack(rewards).split([len(case.kept) for case in cases]))
 
 
 class Policy(nn.Module):
@@ -131,26 +163,28 @@ class Policy(nn.Module):
             scores = look_at_images(twig.layers[-1], before, rope, look, twig.pruning_head)
         loss = scores[look.visible].sum() * 0.0  # a batch without an image has a gradient too
         samples = look.visible.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
-        figures: dict[str, list[Tensor]] = defaultdict(list)
+        cases, drawn = [], []
         for row in samples:
             visible, query = look.visible[row, 0], int(look.queries[row, 0])
             log_scores, positions = scores[row, 0][visible], look.visual[row][visible]
-            end = query + answer_length(labels[row], query)
-            case = Case(
-                hidden[row : row + 1, :end],
-                prompt.visual_mask[row : row + 1, :end],
-                slice_rope(select_rows(rope, [row]), 0, end),
-                labels[row, query + 1 : end + 1],
-            )
             keep = self.keep(retain, len(positions))
             if keep is None:
                 continue
             actions = plackett_luce.sample(log_scores.detach(), config.group, keep, generator)
-            parts = positions[actions].split(config.chunk or config.group)
-            rewards = torch.cat([case.rewards(base, kept, self.trunk, self.final_wipe, masks) for kept in parts])
-            log_probabilities = plackett_luce.log_probability(log_scores, actions)
+            drawn.append((log_scores, actions))
+            end = query + answer_length(labels[row], query)
+            cases.append(Case(row, end, labels[row, query + 1 : end + 1], positions[actions]))
+        figures: dict[str, list[Tensor]] = defaultdict(list)
+        paid = (
+            answer_likelihoods(
+                base, hidden, prompt.visual_mask, rope, masks, cases, self.trunk, self.final_wipe, config.chunk
+            )
+            if cases
+            else []
+        )
+        for (log_scores, actions), rewards in zip(drawn, paid, strict=True):
             better = advantages(rewards)
-            loss = loss + policy_loss(log_probabilities, better) / len(labels)
+            loss = loss + policy_loss(plackett_luce.log_probability(log_scores, actions), better) / len(labels)
             figures["reward"].append(rewards.mean())
             figures["reward_spread"].append(rewards.std())
             figures["advantage_spread"].append(better.std())
