@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twigvlm.base.cache import LayeredCache
+from twigvlm.base.few_rows import few_rows
 from twigvlm.base.masks import Masks, placed
 from twigvlm.base.positions import Rope, rotate
 from twigvlm.base.ragged import Lengths
@@ -40,12 +41,13 @@ def run(
                 places = _known(rope.places)
                 mask = placed(mask, implementation, hidden.dtype, places, _known(keys), rope.reach, window)
             made[held, window] = mask
-        hidden = layer(
-            hidden,
-            attention_mask=made[held, window],
-            position_embeddings=rope.of(_kind(attention)),
-            past_key_values=cache,
-        )
+        with few_rows(hidden):
+            hidden = layer(
+                hidden,
+                attention_mask=made[held, window],
+                position_embeddings=rope.of(_kind(attention)),
+                past_key_values=cache,
+            )
         if index < len(rope.deepstack):
             hidden = hidden + rope.deepstack[index].to(hidden)
     return hidden.to(device)

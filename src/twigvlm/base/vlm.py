@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from twigvlm.base.cache import LayeredCache
 from twigvlm.base.families import Visual, family_of, language_model_of
+from twigvlm.base.few_rows import few_rows
 from twigvlm.base.layers import run, window_of
 from twigvlm.base.masks import CausalMasks, Masks, check_attention
 from twigvlm.base.positions import Rope
@@ -224,7 +225,8 @@ class BaseVLM:
 
     def logits(self, hidden: Float[Tensor, "*positions width"]) -> Float[Tensor, "*positions vocabulary"]:
         """Final norm and head, on the given positions only."""
-        return cast(Tensor, self.head(self.norm(hidden)).to(hidden.device))
+        with few_rows(hidden):
+            return cast(Tensor, self.head(self.norm(hidden)).to(hidden.device))
 
 
 def _rope_types(config: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """What the passes of a speculative step cost on this machine, measured once."""
 
+import math
 import statistics
 from dataclasses import dataclass
 from itertools import pairwise
@@ -49,7 +50,8 @@ class StepCosts:
 def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
     """Time passes of several sizes after a short prompt of text; the sizes between are interpolated.
 
-    A longer pass never counts as cheaper than a shorter one. Takes a second or so.
+    A shorter pass never counts as dearer than a longer one: what else the machine does only ever adds to a time. Takes a
+    second or so.
 
     Args:
         repeats: timed passes of each size, after one to warm up; the median counts.
@@ -77,13 +79,14 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
         cache.keep(0, twig.last_slot + 1, nodes, [[]])
         return middle - began, late - began, ended - late
 
-    tables: list[list[tuple[int, float]]] = [[(0, 0.0)], [(0, 0.0)], [(0, 0.0)]]
-    for nodes in NODES:
-        seconds(nodes)
-        taken = zip(*(seconds(nodes) for _ in range(repeats)), strict=True)
-        for table, times in zip(tables, taken, strict=True):
-            table.append((nodes, max(statistics.median(times), table[-1][1])))
-    trunk_table, draft_table, verify_table = (_interpolated(table) for table in tables)
+    seconds(NODES[-1])  # whatever only a first pass does
+    taken = {nodes: [seconds(nodes) for _ in range(repeats + 1)][1:] for nodes in NODES}
+    tables: list[list[tuple[int, float]]] = [[], [], []]
+    for nodes in reversed(NODES):
+        for table, times in zip(tables, zip(*taken[nodes], strict=True), strict=True):
+            cheapest = table[-1][1] if table else math.inf
+            table.append((nodes, min(statistics.median(times), cheapest)))
+    trunk_table, draft_table, verify_table = (_interpolated([(0, 0.0), *reversed(table)]) for table in tables)
     return StepCosts(trunk_table, draft_table, verify_table, fill=(draft_table[-1] - trunk_table[-1]) / NODES[-1])
 
 
