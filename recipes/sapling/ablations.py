@@ -84,7 +84,7 @@ def _stage2(start: str, samples: int = 1200, **options: Any) -> Run:
         "batch_size": 8,
         "learning_rate": 1e-3,
         "group": 16,
-        "budgets": (48, 64, 96),
+        "budgets": (64,),
         "beta": 0.0,
         "gamma": (0.0, 0.0),
     }
@@ -108,14 +108,11 @@ RUNS = {
     "init-random": _shaped(init="random"),
 }
 RUNS |= {
-    "distilled-rl": _stage2("distilled", 4800, group=32),
-    "distilled-K1-rl": _stage2("distilled-K1", 4800, group=32),
-    "static-64-long": _stage2("distilled", 4800, group=32, budgets=(64,)),
-    "dynamic-400": _stage2("distilled", 400),
-    "dynamic-1200": _stage2("distilled"),
-    "static-64": _stage2("distilled", budgets=(64,)),
-    "static-192": _stage2("distilled", budgets=(192,)),
-    "published-budgets": _stage2("distilled", budgets=(64, 85, 107, 128, 149, 171, 192), beta=8.0),
+    "distilled-rl": _stage2("distilled"),
+    "distilled-rl-192": _stage2("distilled", budgets=(192,)),
+    "distilled-rl-dynamic": _stage2("distilled", budgets=(48, 64, 96)),
+    "distilled-rl-dynamic-400": _stage2("distilled", 400, budgets=(48, 64, 96)),
+    "distilled-rl-published": _stage2("distilled", budgets=(64, 85, 107, 128, 149, 171, 192), beta=8.0),
     "few-rl": _stage2("few"),
     "few-attention-rl": _stage2("few-attention"),
     "few-published-rl": _stage2("few-published"),
