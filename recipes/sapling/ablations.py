@@ -74,9 +74,9 @@ def _shaped(**shape: Any) -> Run:
     return dataclasses.replace(_stage1(**DISTILLED), twig=dataclasses.replace(TWIG, **shape))
 
 
-def _first(run: Run) -> Run:
+def _first(run: Run, **shape: Any) -> Run:
     """As the first TwigVLM: it learns next tokens alone, and its last layer's attention ranks."""
-    return dataclasses.replace(run, twig=dataclasses.replace(TWIG, pruning_head=False))
+    return dataclasses.replace(run, twig=dataclasses.replace(TWIG, pruning_head=False, **shape))
 
 
 def _stage2(start: str, samples: int = 1200, **options: Any) -> Run:
@@ -95,6 +95,7 @@ def _stage2(start: str, samples: int = 1200, **options: Any) -> Run:
 
 RUNS = {
     "first": _first(_stage1(MANY, budgets=BUDGETS, alpha=0.0, gamma=0.0)),
+    "first-next": _first(_stage1(12000, 5e-4, BUDGETS, alpha=0.0, gamma=0.0), init="next"),
     "distilled": _stage1(MANY, budgets=BUDGETS, **DISTILLED),
     "distilled-slow": _stage1(MANY, rate=5e-4, budgets=BUDGETS, **DISTILLED),
     "distilled-K1": dataclasses.replace(_shaped(trunk_layers=1), samples=MANY, budgets=BUDGETS),
