@@ -1,39 +1,51 @@
 """Passes over few tokens on a CPU, which read every weight for them."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 MOST = 64
 """Tokens of such a pass."""
 
-
-class _WeightFirst(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is F.linear and not kwargs:
-            states, weight, *bias = args
-            product = (weight @ states.flatten(0, -2).T).T.contiguous().unflatten(0, states.shape[:-1])
-            return product if not bias or bias[0] is None else product + bias[0]
-        return func(*args, **(kwargs or {}))
+_USUAL = nn.Linear.forward
 
 
-def few_rows(hidden: Tensor) -> AbstractContextManager[Any]:
+def few_rows(hidden: Tensor) -> AbstractContextManager[None]:
     """Within it, linear layers of such a pass compute (W·xᵀ)ᵀ instead of x·Wᵀ.
 
     The BLAS libraries of CPUs multiply a large matrix with a thin one about as fast as with a vector, but the other way round
-    they copy the large one first. So several drafted tokens are verified, or rows of a batch decoded, in the time of one.
+    they copy the large one first. So a few drafted tokens are verified, or rows of a batch decoded, in the time of one.
 
     Args:
         hidden: states of the pass, [..., width]. Elsewhere than on a CPU, in other formats than float32, for one token, for more
             than `MOST`, and where gradients are wanted, nothing changes.
     """
-    tokens = hidden.shape[:-1].numel()
-    fits = 1 < tokens <= MOST and hidden.device.type == "cpu" and hidden.dtype == torch.float32
-    return _WeightFirst() if fits and not torch.is_grad_enabled() else nullcontext()
+    return _weight_first() if _fits(hidden) and not torch.is_grad_enabled() else nullcontext()
+
+
+def _fits(states: Tensor) -> bool:
+    few = 1 < states.shape[:-1].numel() <= MOST
+    return few and states.device.type == "cpu" and states.dtype == torch.float32
+
+
+# The class's forward is exchanged rather than the layers': a function mode would cost a millisecond a layer. Other threads
+# that meet it meanwhile get the same products.
+@contextmanager
+def _weight_first() -> Iterator[None]:
+    nn.Linear.forward = _forward  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Linear.forward = _USUAL  # type: ignore[method-assign]
+
+
+def _forward(layer: nn.Linear, states: Tensor) -> Tensor:
+    weight, bias = layer.weight, layer.bias
+    if not _fits(states) or torch.is_grad_enabled():
+        return F.linear(states, weight, bias)
+    # Contiguous, as what comes next is multiplied fast only then.
+    product = (weight @ states.reshape(-1, states.shape[-1]).T).T.contiguous().view(*states.shape[:-1], -1)
+    return product if bias is None else product + bias
