@@ -71,7 +71,7 @@ def main(options: Options) -> None:
     inputs = {name: value.to(options.device) for name, value in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     contenders = [Contender("HF generate, sdpa", "sdpa"), Contender("own loop")]
-    contenders += [Contender(f"R̄ = {budget:g}", options={"retain": budget}) for budget in BUDGETS]
+    contenders += [Contender(f"pruning, R̄ = {budget:g}", options={"retain": budget}) for budget in BUDGETS]
     runs: dict[str, list[tuple[float, float]]] = {contender.name: [] for contender in contenders}
     for turn in range(options.repeats + 1):
         for contender in in_turn(contenders, turn):

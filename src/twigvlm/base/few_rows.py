@@ -23,12 +23,13 @@ def few_rows(hidden: Tensor) -> AbstractContextManager[None]:
         hidden: states of the pass, [..., width]. Elsewhere than on a CPU, in other formats than float32, for one token, for more
             than `MOST`, and where gradients are wanted, nothing changes.
     """
-    return _weight_first() if _fits(hidden) and not torch.is_grad_enabled() else nullcontext()
+    return _weight_first() if _fits(hidden) else nullcontext()
 
 
 def _fits(states: Tensor) -> bool:
     few = 1 < states.shape[:-1].numel() <= MOST
-    return few and states.device.type == "cpu" and states.dtype == torch.float32
+    plain = states.device.type == "cpu" and states.dtype == torch.float32
+    return few and plain and not torch.is_grad_enabled()
 
 
 # The class's forward is exchanged rather than the layers': a function mode would cost a millisecond a layer. Other threads
@@ -44,7 +45,7 @@ def _weight_first() -> Iterator[None]:
 
 def _forward(layer: nn.Linear, states: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
-    if not _fits(states) or torch.is_grad_enabled():
+    if not _fits(states):
         return F.linear(states, weight, bias)
     # Contiguous, as what comes next is multiplied fast only then.
     product = (weight @ states.reshape(-1, states.shape[-1]).T).T.contiguous().view(*states.shape[:-1], -1)

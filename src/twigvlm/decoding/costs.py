@@ -79,7 +79,6 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
         cache.keep(0, twig.last_slot + 1, nodes, [[]])
         return middle - began, late - began, ended - late
 
-    seconds(NODES[-1])  # whatever only a first pass does
     taken = {nodes: [seconds(nodes) for _ in range(repeats + 1)][1:] for nodes in NODES}
     tables: list[list[tuple[int, float]]] = [[], [], []]
     for nodes in reversed(NODES):

@@ -83,6 +83,8 @@ def answer_likelihoods(
         final_wipe: K_f.
         chunk: prunings, of all cases together, that the base runs at once; None: all.
     """
+    if not cases:
+        return []
     place = torch.arange(hidden.shape[1], device=hidden.device)
     stays = torch.cat(
         [
@@ -175,12 +177,8 @@ class Policy(nn.Module):
             end = query + answer_length(labels[row], query)
             cases.append(Case(row, end, labels[row, query + 1 : end + 1], positions[actions]))
         figures: dict[str, list[Tensor]] = defaultdict(list)
-        paid = (
-            answer_likelihoods(
-                base, hidden, prompt.visual_mask, rope, masks, cases, self.trunk, self.final_wipe, config.chunk
-            )
-            if cases
-            else []
+        paid = answer_likelihoods(
+            base, hidden, prompt.visual_mask, rope, masks, cases, self.trunk, self.final_wipe, config.chunk
         )
         for (log_scores, actions), rewards in zip(drawn, paid, strict=True):
             better = advantages(rewards)
