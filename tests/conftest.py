@@ -7,6 +7,8 @@ os.environ["OMP_NUM_THREADS"] = (
     "1"  # of the processes that tests start too: one core each is the fastest for tiny models
 )
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
@@ -19,6 +21,12 @@ install_import_hook([f"twigvlm.{name}" for name in checked], f"{tests.typecheck.
 slow = [HealthCheck.too_slow]
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=30, suppress_health_check=slow)
 settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _the_same_draws_in_any_order():
+    """Fresh P-Heads draw from the global generator, and a tiny one can be born with every gate shut."""
+    torch.manual_seed(0)
 
 
 def pytest_addoption(parser):
