@@ -110,6 +110,7 @@ RUNS = {
 }
 RUNS |= {
     "distilled-rl": _stage2("distilled"),
+    "distilled-K1-rl": _stage2("distilled-K1", budgets=(48,)),
     "distilled-rl-192": _stage2("distilled", budgets=(192,)),
     "distilled-rl-dynamic": _stage2("distilled", budgets=(48, 64, 96)),
     "distilled-rl-dynamic-400": _stage2("distilled", 400, budgets=(48, 64, 96)),
