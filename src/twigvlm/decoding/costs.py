@@ -16,6 +16,8 @@ from twigvlm.twig.block import Twig
 
 NODES = (1, 2, 4, 8, 16, 32, MOST_NODES)
 """Sizes of a pass that are timed."""
+PROMPT = 256
+"""Tokens of the prompt that they follow."""
 
 
 @dataclass(frozen=True)
@@ -48,23 +50,28 @@ class StepCosts:
 
 @torch.inference_mode()
 def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
-    """Time passes of several sizes after a short prompt of text; the sizes between are interpolated.
+    """Time passes of several sizes after a prompt of text, and how it enters the twig; the sizes between are interpolated.
 
     A shorter pass never counts as dearer than a longer one: what else the machine does only ever adds to a time. Takes a
-    second or so.
+    few seconds.
 
     Args:
         repeats: timed passes of each size, after one to warm up; the median counts.
     """
     clock = clock_of(base.device)
     trunk, layers = twig.config.trunk_layers, base.num_layers
-    prompt = base.text_prompt(NODES[-1])
+    prompt = base.text_prompt(PROMPT)
     cache = LayeredCache(twig.last_slot + 1, reserve=NODES[-1])
     masks = base.masks(prompt, rows=NODES[-1], new_tokens=0)
     rope = base.rope(prompt)
     hidden = base.run_layers(prompt.hidden, 0, trunk, rope, masks, cache)
     base.run_layers(hidden, trunk, layers, rope, masks, cache)
-    twig.fill(hidden, rope, masks, cache)
+
+    def filling() -> float:
+        cache.truncate(twig.first_slot, twig.last_slot + 1, (0,))
+        began = clock()
+        twig.fill(hidden, rope, masks, cache)
+        return clock() - began
 
     def seconds(nodes: int) -> tuple[float, float, float]:
         rows = hidden[:, :nodes]
@@ -79,6 +86,7 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
         cache.keep(0, twig.last_slot + 1, nodes, [[]])
         return middle - began, late - began, ended - late
 
+    fill = statistics.median([filling() for _ in range(repeats + 1)][1:]) / prompt.hidden.shape[1]
     taken = {nodes: [seconds(nodes) for _ in range(repeats + 1)][1:] for nodes in NODES}
     tables: list[list[tuple[int, float]]] = [[], [], []]
     for nodes in reversed(NODES):
@@ -86,7 +94,7 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
             cheapest = table[-1][1] if table else math.inf
             table.append((nodes, min(statistics.median(times), cheapest)))
     trunk_table, draft_table, verify_table = (_interpolated([(0, 0.0), *reversed(table)]) for table in tables)
-    return StepCosts(trunk_table, draft_table, verify_table, fill=(draft_table[-1] - trunk_table[-1]) / NODES[-1])
+    return StepCosts(trunk_table, draft_table, verify_table, fill)
 
 
 def _interpolated(points: list[tuple[int, float]]) -> tuple[float, ...]:
