@@ -41,7 +41,7 @@ TWIG = TwigConfig(init="last", head="shared", draft_vocabulary=1024, final_wipe=
 LOG = "log.json"  # the Trainer's; written last, so that a run that has one is finished
 PLAIN = "no pruning"  # the base alone
 COUNTED = 1000  # conversations whose answers decide which tokens can be drafted
-DRAFTED, LONGEST = 64.0, 192  # R̄, and tokens, of the descriptions that drafts are counted in
+LONGEST = 192  # tokens of the descriptions that drafts are counted in
 SHORT = 15  # words of an answer; a description has more
 
 
@@ -61,22 +61,27 @@ class Run:
 
 
 DISTILLED = {"alpha": 1.0, "temperature": 1.0}  # as published L_PredKL stands at its clip here, and teaches nothing
-MANY, FEW = 20000, 4000  # conversations
+MANY, FEW = 20000, 800  # conversations
 
 
-def _stage1(samples: int = FEW, rate: float = 1e-3, budgets: tuple[float, ...] = (64.0,), **losses: Any) -> Run:
-    stage = Stage1Config(batch_size=16, learning_rate=rate, teacher_layer=TEACHER, **losses)
+def _stage1(samples: int, batch: int, rate: float = 1e-3, budgets: tuple[float, ...] = BUDGETS, **losses: Any) -> Run:
+    stage = Stage1Config(batch_size=batch, learning_rate=rate, teacher_layer=TEACHER, **losses)
     return Run(stage, samples, budgets=budgets)
 
 
-def _shaped(**shape: Any) -> Run:
-    """A twig of another shape."""
-    return dataclasses.replace(_stage1(**DISTILLED), twig=dataclasses.replace(TWIG, **shape))
+def _few(**losses: Any) -> Run:
+    """Of the runs that differ from *few* in one thing each."""
+    return _stage1(FEW, 8, budgets=(64.0,), **losses)
+
+
+def _shaped(run: Run, **shape: Any) -> Run:
+    """With a twig of another shape."""
+    return dataclasses.replace(run, twig=dataclasses.replace(run.twig, **shape))
 
 
 def _first(run: Run, **shape: Any) -> Run:
     """As the first TwigVLM: it learns next tokens alone, and its last layer's attention ranks."""
-    return dataclasses.replace(run, twig=dataclasses.replace(TWIG, pruning_head=False, **shape))
+    return _shaped(run, pruning_head=False, **shape)
 
 
 def _stage2(start: str, samples: int = 1200, **options: Any) -> Run:
@@ -94,19 +99,19 @@ def _stage2(start: str, samples: int = 1200, **options: Any) -> Run:
 
 
 RUNS = {
-    "first": _first(_stage1(MANY, budgets=BUDGETS, alpha=0.0, gamma=0.0)),
-    "first-next": _first(_stage1(12000, 5e-4, BUDGETS, alpha=0.0, gamma=0.0), init="next"),
-    "distilled": _stage1(MANY, budgets=BUDGETS, **DISTILLED),
-    "distilled-slow": _stage1(MANY, rate=5e-4, budgets=BUDGETS, **DISTILLED),
-    "distilled-K1": dataclasses.replace(_shaped(trunk_layers=1), samples=MANY, budgets=BUDGETS),
-    "few": dataclasses.replace(_stage1(**DISTILLED), wipes=(20, 22, WIPE, 26, 28, 30)),
-    "few-first": _first(_stage1(alpha=0.0, gamma=0.0)),
-    "few-attention": _stage1(alpha=0.0),
-    "few-published": _stage1(),
-    **{f"T{layers}": _shaped(twig_layers=layers) for layers in (1, 2, 4)},
-    **{f"K{layers}": _shaped(trunk_layers=layers) for layers in (0, 1, 3)},
-    "init-next": _shaped(init="next"),
-    "init-random": _shaped(init="random"),
+    "first": _first(_stage1(MANY, 16, alpha=0.0, gamma=0.0)),
+    "first-next": _first(_stage1(12000, 16, 5e-4, alpha=0.0, gamma=0.0), init="next"),
+    "distilled": _stage1(MANY, 16, **DISTILLED),
+    "distilled-slow": _stage1(MANY, 16, 5e-4, **DISTILLED),
+    "distilled-K1": _shaped(_stage1(MANY, 16, **DISTILLED), trunk_layers=1),
+    "few": dataclasses.replace(_few(**DISTILLED), budgets=BUDGETS, wipes=(20, 22, WIPE, 26, 28, 30)),
+    "few-first": _first(_few(alpha=0.0, gamma=0.0)),
+    "few-attention": _few(alpha=0.0),
+    "few-published": _few(),
+    **{f"T{layers}": _shaped(_few(**DISTILLED), twig_layers=layers) for layers in (1, 2, 4)},
+    **{f"K{layers}": _shaped(_few(**DISTILLED), trunk_layers=layers) for layers in (0, 1, 3)},
+    "init-next": _shaped(_few(**DISTILLED), init="next"),
+    "init-random": _shaped(_few(**DISTILLED), init="random"),
 }
 RUNS |= {
     "distilled-rl": _stage2("distilled"),
@@ -114,10 +119,10 @@ RUNS |= {
     "distilled-rl-192": _stage2("distilled", budgets=(192,)),
     "distilled-rl-dynamic": _stage2("distilled", budgets=(48, 64, 96)),
     "distilled-rl-dynamic-400": _stage2("distilled", 400, budgets=(48, 64, 96)),
-    "distilled-rl-published": _stage2("distilled", budgets=(64, 85, 107, 128, 149, 171, 192), beta=8.0),
-    "few-rl": _stage2("few"),
-    "few-attention-rl": _stage2("few-attention"),
-    "few-published-rl": _stage2("few-published"),
+    "few-rl": _stage2("few", 200),
+    "few-rl-400": _stage2("few", 400),
+    "few-rl-192": _stage2("few", 200, budgets=(192,)),
+    "few-rl-dynamic": _stage2("few", 200, budgets=(64, 85, 107, 128, 149, 171, 192), beta=8.0),
 }
 
 
@@ -126,7 +131,8 @@ class Options:
     data: Path
     """Folder of `conversations.json`."""
     questions: tuple[Path, ...]
-    """Folders of `questions.json`: short questions are answered under every budget, descriptions drafted as chains."""
+    """Folders of `questions.json`: short questions are answered under every budget, descriptions drafted as chains, without
+    pruning."""
     output: Path
     runs: tuple[str, ...] = tuple(RUNS)
     """Trained and asked, in this order; the table shows them and all that were asked before."""
@@ -244,7 +250,7 @@ class Asker:
         accepted: list[int] = []
         for batch in self.descriptions[split]:
             options = {"max_new_tokens": LONGEST, "do_sample": False, "return_dict_in_generate": True}
-            out = model.generate(**batch.inputs, retain=DRAFTED, speculate="chain", **options)
+            out = model.generate(**batch.inputs, speculate="chain", **options)
             drafted += [count for row in out.drafted_lengths for count in row]
             accepted += [count for row in out.accepted_lengths for count in row]
         return {"drafted": drafted, "accepted": accepted}

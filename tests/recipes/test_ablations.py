@@ -43,7 +43,6 @@ def options(tmp_path, monkeypatch):
     processor = tiny_processor()
     monkeypatch.setattr(ablations, "load_base", lambda *_: (tiny_llava(), processor))
     monkeypatch.setattr(ablations, "RUNS", RUNS)
-    monkeypatch.setattr(ablations, "DRAFTED", 8.0)
     monkeypatch.setattr(ablations, "LONGEST", 8)
     output = tmp_path / "runs"
     return ablations.Options(data, (asked,), output, tuple(RUNS), batch=3, device="cpu", workers=0)
