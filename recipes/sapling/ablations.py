@@ -110,6 +110,7 @@ RUNS = {
     "few-published": _few(),
     **{f"T{layers}": _shaped(_few(**DISTILLED), twig_layers=layers) for layers in (1, 2, 4)},
     **{f"K{layers}": _shaped(_few(**DISTILLED), trunk_layers=layers) for layers in (0, 1, 3)},
+    "K1-first": _first(_few(alpha=0.0, gamma=0.0), trunk_layers=1),
     "init-next": _shaped(_few(**DISTILLED), init="next"),
     "init-random": _shaped(_few(**DISTILLED), init="random"),
 }
