@@ -14,10 +14,10 @@ import tyro
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from twigvlm.config import TwigConfig
-from twigvlm.decoding.costs import NODES, calibrate
 from twigvlm.evaluation.report import table
-from twigvlm.evaluation.speed import Contender, in_turn, measure
+from twigvlm.evaluation.speed import System, in_turn, measure
 from twigvlm.model import TwigVLM
+from twigvlm.speculation.costs import NODES, calibrate
 
 BUDGETS = (192.0, 128.0, 64.0)
 IMAGE, SIDE = 32000, 336  # the picture's placeholder, and its pixels a side
@@ -43,7 +43,7 @@ TOWER = {
 class Options:
     device: str = "cuda"
     repeats: int = 5
-    """Runs of each contender, alternating; the median counts. One more warms up."""
+    """Runs of each system, alternating; the median counts. One more warms up."""
 
 
 def build(device: str) -> TwigVLM:
@@ -69,13 +69,13 @@ def main(options: Options) -> None:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, SIDE, SIDE)}
     inputs = {name: value.to(options.device) for name, value in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
-    contenders = [Contender("HF generate, sdpa", "sdpa"), Contender("own loop")]
-    contenders += [Contender(f"pruning, R̄ = {budget:g}", options={"retain": budget}) for budget in BUDGETS]
-    runs: dict[str, list[tuple[float, float]]] = {contender.name: [] for contender in contenders}
+    systems = [System("HF generate, sdpa", "sdpa"), System("own loop")]
+    systems += [System(f"pruning, R̄ = {budget:g}", options={"retain": budget}) for budget in BUDGETS]
+    runs: dict[str, list[tuple[float, float]]] = {system.name: [] for system in systems}
     for turn in range(options.repeats + 1):
-        for contender in in_turn(contenders, turn):
-            one = measure(model, inputs, contender, NEW)
-            runs[contender.name].append((one.prefill, one.total - one.prefill))
+        for system in in_turn(systems, turn):
+            one = measure(model, inputs, system, NEW)
+            runs[system.name].append((one.prefill, one.total - one.prefill))
     rows = []
     for name, times in runs.items():
         prefill, decode = (1000 * statistics.median(column) for column in zip(*times[1:], strict=True))

@@ -15,7 +15,19 @@ from jaxtyping import install_import_hook
 import tests.typecheck  # the hook below names it and expects it to be there
 
 # Not config.py: it checks values itself, and its messages are under test.
-checked = ("base", "checkpoint", "decoding", "evaluation", "model", "pruning", "training", "twig")
+checked = (
+    "base",
+    "checkpoints",
+    "engine",
+    "evaluation",
+    "hf",
+    "kv",
+    "model",
+    "pruning",
+    "speculation",
+    "training",
+    "twig",
+)
 install_import_hook([f"twigvlm.{name}" for name in checked], f"{tests.typecheck.__name__}.check")
 # Building a tiny model takes a moment on a busy machine: no deadline, and no complaint about slow examples.
 slow = [HealthCheck.too_slow]

@@ -8,7 +8,7 @@ from transformers.generation.streamers import BaseStreamer
 from tests.tiny import prompt, tiny_llava
 from tests.tiny_processor import tiny_processor
 from twigvlm import TwigConfig, TwigVLM
-from twigvlm.decoding.memory import Memory
+from twigvlm.engine.prefix_cache import PrefixCache
 from twigvlm.errors import TwigVLMError
 
 WAYS = {
@@ -120,7 +120,7 @@ def test_a_conversation_ends_with_the_context(processor):
 
 
 def test_a_conversation_has_no_padding():
-    inputs = {**prompt(), "max_new_tokens": 2, "memory": Memory()}
+    inputs = {**prompt(), "max_new_tokens": 2, "memory": PrefixCache()}
     inputs["attention_mask"][:, :2] = 0
     with pytest.raises(TwigVLMError, match="attention_mask: hides 2 tokens"):
         grown().generate(**inputs)

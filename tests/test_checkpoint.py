@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import prompt, tiny_llava
-from twigvlm import TwigConfig, TwigVLM, TwigVLMError, checkpoint
+from twigvlm import TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.checkpoints import twig_files
 
-WEIGHTS, CONFIG = checkpoint.WEIGHTS, checkpoint.CONFIG
+WEIGHTS, CONFIG = twig_files.WEIGHTS, twig_files.CONFIG
 
 
 def _trained(config=None, ids=None):
@@ -68,7 +69,7 @@ def test_a_config_from_before_p_heads_loads(tmp_path):
 def test_the_twig_alone_is_saved(tmp_path):
     grown = _trained(TwigConfig(2, 2, head="shared"))
     grown.save_pretrained(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == sorted([WEIGHTS, CONFIG, checkpoint.CARD])
+    assert sorted(os.listdir(tmp_path)) == sorted([WEIGHTS, CONFIG, twig_files.CARD])
     names = load_file(tmp_path / WEIGHTS).keys()
     assert all(name.startswith(("layers.0.", "layers.1.", "norm.")) for name in names)
     assert len(names) == 2 * 9 + 1
@@ -186,7 +187,7 @@ def test_a_failed_save_leaves_the_old_twig(tmp_path, monkeypatch):
             stream.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(twig_files, "save_file", half)
     with pytest.raises(OSError, match="disk full"):
         grown.save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before

@@ -10,10 +10,10 @@ from tests.decoding.test_policy import costs
 from tests.families import IMAGE, LAYERS, TINY, TRUNK, TWIG, VIDEO, prompt, prompts, tiny
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.base.families import FAMILIES, LANGUAGE_MODELS
-from twigvlm.decoding.memory import Memory
-from twigvlm.pruning.baselines.base_layer import BaseLayerAttention
-from twigvlm.pruning.baselines.random import RandomScores
-from twigvlm.training.data import IGNORE
+from twigvlm.engine.prefix_cache import PrefixCache
+from twigvlm.pruning.methods.base_layer import BaseLayerAttention
+from twigvlm.pruning.methods.random import RandomScores
+from twigvlm.training.data.dataset import IGNORE
 from twigvlm.training.distill import Student
 from twigvlm.training.options import Stage1Config, Stage2Config
 from twigvlm.training.reinforce import Policy
@@ -249,10 +249,10 @@ def followed(inputs, tokens):
 
 @pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[1] != "text"])
 def test_a_conversation_goes_on_as_one_prompt(name, kind):
-    """Trunk and twig keep what they know, with M-RoPE, windows, features for later layers and images seen both ways."""
+    """TrunkOutput and twig keep what they know, with M-RoPE, windows, features for later layers and images seen both ways."""
     model, inputs = grown(name), inputs_of(name, kind)
     options = {"keep": 4, "final_wipe": 5, "max_new_tokens": 6, **CHAIN}
-    memory, alone, going_on = Memory(), ScoresById(), ScoresById()
+    memory, alone, going_on = PrefixCache(), ScoresById(), ScoresById()
     first = model.generate(**inputs, **options, memory=memory)
     longer = followed(inputs, [*answer(first, inputs), 5, 6, 7])
     expected = model.generate(**longer, **options, logits_processor=[alone])
@@ -313,7 +313,7 @@ def test_the_twig_in_two_parts_is_the_twig(name):
     """As stage 1 runs it; features that enter the base's first layers enter no twig layer again."""
     base, twig = grown(name).base, grown(name).twig
     captured = base.prompt(**inputs_of(name, "images"))
-    rope, masks = base.rope(captured), base.masks(captured)
+    rope, masks = base.token_inputs(captured), base.masks(captured)
     hidden = base.run_layers(captured.hidden, 0, TRUNK, rope, masks)
     parts = twig.last(twig.last_input(hidden, rope, masks), rope, masks)
     torch.testing.assert_close(parts, twig(hidden, rope, masks))

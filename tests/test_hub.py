@@ -16,9 +16,10 @@ from huggingface_hub.errors import (
 )
 
 from tests.tiny import tiny_llava
-from twigvlm import TwigConfig, TwigVLM, TwigVLMError, checkpoint
-from twigvlm.card import MARK
-from twigvlm.hub import is_hub_id
+from twigvlm import TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.checkpoints import twig_files
+from twigvlm.checkpoints.card import MARK
+from twigvlm.checkpoints.hub import is_hub_id
 
 RECORD = [{"stage": "stage1", "samples": 7, "steps": 3, "final": {"loss": 1.25}, "settings": {"alpha": 0.1}}]
 ANSWER = SimpleNamespace(headers={}, request=None)  # the hub's errors quote it
@@ -49,7 +50,7 @@ def test_a_hub_id_is_downloaded(grown, tmp_path, monkeypatch):
     loaded = TwigVLM.from_pretrained(tiny_llava(), "user/twig", revision="v1", token="secret")
     assert torch.equal(loaded.twig.head.weight, grown.twig.head.weight)
     assert loaded.twig.record == RECORD
-    files = [checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.RECORD]
+    files = [twig_files.WEIGHTS, twig_files.CONFIG, twig_files.RECORD]
     assert asked == [("user/twig", {"revision": "v1", "token": "secret", "allow_patterns": files})]
 
 
@@ -110,10 +111,10 @@ def test_push(grown, hub):
     grown.model.config._name_or_path = grown.model.name_or_path = "someone/llava"
     page = grown.push_to_hub("user/twig", private=True, token="secret", commit_message="First")
     assert page == "https://huggingface.co/user/twig"
-    names = {checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.RECORD, checkpoint.CARD}
+    names = {twig_files.WEIGHTS, twig_files.CONFIG, twig_files.RECORD, twig_files.CARD}
     assert {file.name for file in hub.iterdir()} == names
-    assert json.loads((hub / checkpoint.CONFIG).read_text())["base"]["name"] == "someone/llava"
-    card = (hub / checkpoint.CARD).read_text()
+    assert json.loads((hub / twig_files.CONFIG).read_text())["base"]["name"] == "someone/llava"
+    card = (hub / twig_files.CARD).read_text()
     front = card.split("---\n")[1]
     assert "base_model: someone/llava\n" in front
     assert "library_name: twigvlm\n" in front
@@ -136,7 +137,7 @@ def test_a_push_that_is_refused(grown, monkeypatch):
 
 
 def test_the_card_follows_the_twig_until_someone_edits_it(grown, tmp_path):
-    card, record = tmp_path / checkpoint.CARD, tmp_path / checkpoint.RECORD
+    card, record = tmp_path / twig_files.CARD, tmp_path / twig_files.RECORD
     grown.save_pretrained(tmp_path)
     assert "base_model:" not in card.read_text()
     assert json.loads(record.read_text()) == RECORD
@@ -154,12 +155,12 @@ def test_a_base_in_a_directory_has_no_name_elsewhere(grown, tmp_path):
     grown.model.save_pretrained(tmp_path / "base")
     base = type(grown.model).from_pretrained(tmp_path / "base")
     TwigVLM.grow(base, TwigConfig(2, 2)).save_pretrained(tmp_path / "twig")
-    assert json.loads((tmp_path / "twig" / checkpoint.CONFIG).read_text())["base"]["name"] is None
-    assert str(tmp_path) not in (tmp_path / "twig" / checkpoint.CARD).read_text()
+    assert json.loads((tmp_path / "twig" / twig_files.CONFIG).read_text())["base"]["name"] is None
+    assert str(tmp_path) not in (tmp_path / "twig" / twig_files.CARD).read_text()
 
 
 def test_a_broken_record(grown, tmp_path):
     grown.save_pretrained(tmp_path)
-    (tmp_path / checkpoint.RECORD).write_text("[{")
+    (tmp_path / twig_files.RECORD).write_text("[{")
     with pytest.raises(TwigVLMError, match=r"training\.json: cannot be read"):
         TwigVLM.from_pretrained(tiny_llava(), tmp_path)

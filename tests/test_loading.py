@@ -14,7 +14,7 @@ from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
 from twigvlm.base.families import family_of
 from twigvlm.base.layers import project_keys_values, project_queries
-from twigvlm.published import import_milvlg
+from twigvlm.checkpoints.milvlg import import_milvlg
 
 CONFIG = TwigConfig(2, 2, pruning_head=True, final_wipe=5)
 TREE = {"speculate": "tree", "tree_depth": 3, "tree_width": 4, "tree_expand": 3, "tree_nodes": 12}
@@ -84,7 +84,7 @@ def test_layers_on_two_devices(tmp_path, name):
         fresh = TwigVLM.grow(base, TwigConfig(2, 2, head="shared")).twig
         assert torch.equal(fresh.layers[0].mlp.up_proj.weight.cpu(), whole.twig.layers[0].mlp.up_proj.weight)
         captured = model.base.prompt(**here)
-        rope, deep = model.base.rope(captured), model.base.layers[4]
+        rope, deep = model.base.token_inputs(captured), model.base.layers[4]
         states = [project_queries(deep, captured.hidden, rope), *project_keys_values(deep, captured.hidden, rope)]
         states += [fresh.logits(captured.hidden), model.base.logits(captured.hidden)]
         assert {str(one.device) for one in states} == {FIRST}

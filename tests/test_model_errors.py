@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
 from twigvlm import PruningConfig, SpeculationConfig, TwigConfig, TwigVLM, TwigVLMError
-from twigvlm.pruning.baselines.random import RandomScores
+from twigvlm.pruning.methods.random import RandomScores
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 
 from tests.tiny import VOCABULARY, prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.checkpoints.milvlg import import_milvlg
 from twigvlm.cli.main import main
-from twigvlm.published import import_milvlg
 
 
 def trained(seed=0, pruning_head=False):

@@ -20,17 +20,17 @@ import tyro
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from twigvlm.checkpoint import WEIGHTS
+from twigvlm.checkpoints.twig_files import WEIGHTS
 from twigvlm.cli.session import build_inputs, load_base
 from twigvlm.config import TwigConfig
 from twigvlm.evaluation.metrics import acceptance_rate, bootstrap_interval, mean_accepted_length, relative_accuracy
+from twigvlm.evaluation.questions import Question, exact_match, load_questions
 from twigvlm.evaluation.report import percent, span, table
-from twigvlm.evaluation.tasks import Question, exact_match, load_questions
 from twigvlm.evaluation.variants import Variant
 from twigvlm.files import replacing
 from twigvlm.images import load_image
 from twigvlm.model import TwigVLM
-from twigvlm.training.data import ConversationDataset, frequent_answer_tokens
+from twigvlm.training.data.dataset import ConversationDataset, frequent_answer_tokens
 from twigvlm.training.distill import train_stage1
 from twigvlm.training.options import Stage1Config, Stage2Config
 from twigvlm.training.reinforce import train_stage2

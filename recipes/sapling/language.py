@@ -1,4 +1,4 @@
-"""Steps b and d: teach the language model to talk about what visual tokens say, by low-rank updates.
+"""Steps b and d: run_teacher the language model to talk about what visual tokens say, by low-rank updates.
 
 Step b needs no pixels: visual tokens are the targets of `targets.py`, made from labels. Step d puts the trained tower and
 projector in their place. A picture passes the layers once for all of its questions: a block of text sees the picture and itself,
@@ -23,9 +23,9 @@ from torch.utils.data import Dataset
 from transformers import DynamicCache, PreTrainedTokenizerBase, set_seed
 
 from recipes.sapling.questions import Turn, conversation
-from recipes.sapling.run import train
 from recipes.sapling.scenes import GRID, _rng, make_scene, patch_labels, render
 from recipes.sapling.targets import VisualTargets
+from recipes.sapling.train_loop import train
 from recipes.sapling.vision import DenseVision, pixels
 from twigvlm.sapling import assemble
 

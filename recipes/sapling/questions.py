@@ -51,7 +51,7 @@ ASK = {
         "Which object is {at}?",
         "What object do you see {at} of the picture?",
         "Tell me what is {at}.",
-        "Look {at}: what is there?",
+        "VisualQuery {at}: what is there?",
         "What is shown {at} of the image?",
     ),
     "where": (

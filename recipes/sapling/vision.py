@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 from transformers import CLIPVisionModel, set_seed
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from recipes.sapling.run import train
 from recipes.sapling.scenes import CHARACTERS, COLOURS, GRID, PATCH, SIGN_KIND, SIZE, make_scene, patch_labels, render
 from recipes.sapling.targets import VisualTargets
+from recipes.sapling.train_loop import train
 from twigvlm.sapling import assemble
 
 
@@ -94,7 +94,7 @@ class DenseVision(nn.Module):
 
     @torch.no_grad()
     def lay_coordinates(self, pictures: Dataset, count: int = 120, size: float = 5.0) -> None:
-        """Add each patch's coordinates to its position embedding, and teach the projector to read them, in closed form.
+        """Add each patch's coordinates to its position embedding, and run_teacher the projector to read them, in closed form.
 
         What a patch shows hardly depends on where it is: position embeddings stay at the noise that they start from, and the
         tower's layers rather cancel a place than pass it on to a projector that does not read it yet. So coordinates go along

@@ -6,7 +6,7 @@ from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
 from twigvlm.errors import TwigVLMError
 
 if TYPE_CHECKING:
-    from twigvlm.decoding.generation import TwigOutput
+    from twigvlm.hf.generate import TwigOutput
     from twigvlm.model import TwigVLM
 
 __all__ = ["PruningConfig", "SpeculationConfig", "TwigConfig", "TwigOutput", "TwigVLM", "TwigVLMError"]

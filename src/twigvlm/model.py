@@ -11,20 +11,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from twigvlm import checkpoint
 from twigvlm.base.masks import check_mask_attention
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.chat import Chat
+from twigvlm.checkpoints import twig_files
+from twigvlm.checkpoints.hub import push
 from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
-from twigvlm.decoding.costs import StepCosts, calibrate
-from twigvlm.decoding.generation import Request, TwigOutput, check_arguments, with_stop_strings
-from twigvlm.decoding.memory import Memory
-from twigvlm.decoding.prefill import Plan, Scorer
-from twigvlm.decoding.timing import clock_of
+from twigvlm.conversation import Conversation
+from twigvlm.engine.prefill import Plan, Scorer
+from twigvlm.engine.prefix_cache import PrefixCache
+from twigvlm.engine.timing import clock_of
 from twigvlm.errors import TwigVLMError, one_line
-from twigvlm.hub import push
+from twigvlm.hf.generate import HFGenerateAdapter, TwigOutput, check_arguments, with_stop_strings
 from twigvlm.pruning.budget import average_kept, solve_keep
-from twigvlm.pruning.head_scores import default_scorer
+from twigvlm.pruning.methods.pruning_head import default_scorer
+from twigvlm.speculation.costs import StepCosts, calibrate
 from twigvlm.twig.block import Twig
 
 
@@ -83,11 +83,11 @@ class TwigVLM(nn.Module):
             TwigVLMError: no twig at `path`, a twig of another base, a broken weight file, or the hub refuses.
         """
         base = BaseVLM(model)
-        return cls(base, checkpoint.load(base, path, revision, token))
+        return cls(base, twig_files.load(base, path, revision, token))
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
         """Save the twig alone to a directory, with a model card; each file is replaced whole or not at all."""
-        checkpoint.save(self.base, self.twig, path)
+        twig_files.save(self.base, self.twig, path)
 
     def push_to_hub(
         self,
@@ -109,7 +109,7 @@ class TwigVLM(nn.Module):
             TwigVLMError: the hub refuses, or cannot be reached.
         """
         with TemporaryDirectory() as folder:
-            checkpoint.save(self.base, self.twig, folder, name=repo_id)
+            twig_files.save(self.base, self.twig, folder, name=repo_id)
             return push(Path(folder), repo_id, private, token, commit_message)
 
     @property
@@ -150,7 +150,7 @@ class TwigVLM(nn.Module):
         tree_expand: int = 10,
         tree_nodes: int = 60,
         generator: torch.Generator | None = None,
-        memory: Memory | None = None,
+        memory: PrefixCache | None = None,
         **kwargs: Any,
     ) -> Tensor | TwigOutput | Any:
         """Generate as the base's `generate` does, greedily or by sampling, with pruning and speculation.
@@ -220,7 +220,7 @@ class TwigVLM(nn.Module):
         costs = self.costs() if speculation.speculate == "auto" else None
         began = clock_of(self.model.device)()
         kwargs = with_stop_strings(kwargs)
-        request = Request(
+        request = HFGenerateAdapter(
             base=self.base,
             twig=self.twig,
             plan=lambda visual: self._plan(visual, pruning, scorer),
@@ -241,14 +241,14 @@ class TwigVLM(nn.Module):
                 raise TwigVLMError(one_line(error)) from error
             raise
 
-    def chat(self, processor: Any, **options: Any) -> Chat:
+    def chat(self, processor: Any, **options: Any) -> Conversation:
         """A conversation of several turns, in which trunk and twig run only once on each token.
 
         Args:
             processor: the base's.
             options: of `generate`, for every question.
         """
-        return Chat(self, processor, options)
+        return Conversation(self, processor, options)
 
     def costs(self) -> StepCosts:
         """What the passes of a step cost here, measured the first time that it is asked for this way of running the base."""

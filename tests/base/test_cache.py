@@ -1,11 +1,11 @@
-"""LayeredCache against plain tensors, one for each row."""
+"""KVCache against plain tensors, one for each row."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twigvlm.base.cache import LayeredCache
+from twigvlm.kv.cache import KVCache
 
 SLOTS = 2
 operations = st.lists(
@@ -21,7 +21,7 @@ operations = st.lists(
 
 @given(operations=operations, reserve=st.integers(0, 5), rows=st.integers(1, 3), seed=st.integers(0, 9))
 def test_holds_what_plain_tensors_hold(operations, reserve, rows, seed):
-    cache = LayeredCache(SLOTS, reserve)
+    cache = KVCache(SLOTS, reserve)
     random = torch.Generator().manual_seed(seed)
     plain = [[torch.zeros(2, 0, 4) for _ in range(rows)] for _ in range(SLOTS)]
     for name, number in operations:
@@ -67,7 +67,7 @@ def test_holds_what_plain_tensors_hold(operations, reserve, rows, seed):
 
 
 def test_a_decoding_step_copies_nothing_else():
-    cache = LayeredCache(1, reserve=4)
+    cache = KVCache(1, reserve=4)
     cache.update(torch.randn(1, 2, 10, 4), torch.randn(1, 2, 10, 4), 0)
     before = cache.keys[0].data_ptr()
     for _ in range(4):
@@ -76,7 +76,7 @@ def test_a_decoding_step_copies_nothing_else():
 
 
 def test_keeping_the_first_few_copies_nothing():
-    cache = LayeredCache(2, reserve=4)
+    cache = KVCache(2, reserve=4)
     for layer in range(2):
         cache.update(torch.randn(2, 2, 6, 4), torch.randn(2, 2, 6, 4), layer)
     before = cache.keys[0]._version
@@ -90,7 +90,7 @@ def test_keeping_the_first_few_copies_nothing():
 
 def test_what_no_row_has_written_is_no_nan():
     """A mask hides it, but zero times NaN is NaN."""
-    cache = LayeredCache(1, reserve=4)
+    cache = KVCache(1, reserve=4)
     cache.update(torch.ones(2, 1, 3, 2), torch.ones(2, 1, 3, 2), 0)
     cache.truncate(0, 1, (3, 1))
     keys, values = cache.update(torch.ones(2, 1, 4, 2), torch.ones(2, 1, 4, 2), 0)
@@ -100,11 +100,11 @@ def test_what_no_row_has_written_is_no_nan():
 
 def test_an_empty_layer_has_nothing_to_read():
     with pytest.raises(IndexError, match="layer 1"):
-        LayeredCache(2, 1).held(1)
+        KVCache(2, 1).held(1)
 
 
 def test_a_batch_borrows_what_one_row_holds():
-    one, many = LayeredCache(2, 1), LayeredCache(2, 1)
+    one, many = KVCache(2, 1), KVCache(2, 1)
     for layer in range(2):
         keys = torch.randn(1, 2, 5, 4)
         if layer:

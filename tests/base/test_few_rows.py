@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from twigvlm.base.few_rows import MOST, few_rows
+from twigvlm.base.cpu_linear import MOST, cpu_linear
 
 
 @given(
@@ -19,7 +19,7 @@ from twigvlm.base.few_rows import MOST, few_rows
 )
 def test_a_linear_layer_computes_the_same(shape, width, out, bias):
     layer, states = nn.Linear(width, out, bias), torch.randn(*shape, width)
-    with torch.no_grad(), few_rows(states):
+    with torch.no_grad(), cpu_linear(states):
         got = layer(states)
     assert got.is_contiguous()
     torch.testing.assert_close(got, layer(states).detach())
@@ -32,16 +32,16 @@ def test_a_linear_layer_computes_the_same(shape, width, out, bias):
     ids=["one token", "many tokens", "bfloat16"],
 )
 def test_other_passes_are_left_alone(states):
-    assert isinstance(few_rows(states), nullcontext)
+    assert isinstance(cpu_linear(states), nullcontext)
 
 
 def test_where_gradients_are_wanted_nothing_changes():
-    assert isinstance(few_rows(torch.zeros(1, 2, 4)), nullcontext)
+    assert isinstance(cpu_linear(torch.zeros(1, 2, 4)), nullcontext)
 
 
 @torch.no_grad()
 def test_a_pass_of_few_tokens_puts_the_weight_first():
     states = torch.zeros(1, 2, 4)
-    with few_rows(states), torch.profiler.profile() as profile:
+    with cpu_linear(states), torch.profiler.profile() as profile:
         nn.Linear(4, 3)(states)
     assert "aten::linear" not in {event.name for event in profile.events()}

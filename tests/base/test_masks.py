@@ -106,21 +106,21 @@ def test_flash_attention_takes_no_rows_of_different_lengths():
 def pruned(draw):
     """Places of the tokens that are left of a sequence, how far each sees, and a window."""
     places = sorted(draw(st.sets(st.integers(0, 30), min_size=2, max_size=12)))
-    reach = [place + draw(st.integers(0, 4)) for place in places]
-    return places, reach, draw(st.integers(1, 12)), draw(st.integers(1, len(places)))
+    attends_until = [place + draw(st.integers(0, 4)) for place in places]
+    return places, attends_until, draw(st.integers(1, 12)), draw(st.integers(1, len(places)))
 
 
 @given(pruned(), st.sampled_from(["eager", "sdpa"]), st.sampled_from(["none", "bool", "additive"]))
 def test_distances_are_those_of_the_unpruned_sequence(case, attention, given_as):
-    places, reach, window, queries = case
+    places, attends_until, window, queries = case
     start = len(places) - queries
     base = causal_mask(queries, len(places))[None, None]
     mask = {"none": None, "bool": base, "additive": additive(base, torch.float32)}[given_as]
-    keys, far = torch.tensor([places]), torch.tensor([reach])[:, start:]
+    keys, far = torch.tensor([places]), torch.tensor([attends_until])[:, start:]
     got = placed(mask, attention, torch.float32, keys[:, start:], keys, far, window)
     for row, place in enumerate(places[start:]):
         for column, other in enumerate(places):
-            seen = place - window < other <= max(place, reach[start + row])
+            seen = place - window < other <= max(place, attends_until[start + row])
             assert (got[0, 0, row, column] == (0 if attention == "eager" else True)) == seen
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from twigvlm.base.positions import Rope, expand_rope, rotate, select_rope, slice_rope
+from twigvlm.base.token_inputs import TokenInputs, expand_rows, rotate, select_tokens, slice_tokens
 
 
 def _rope(tokens, width):
@@ -30,17 +30,17 @@ def test_partial_rotation_leaves_the_rest():
 def _whole(tokens=10):
     cos, sin = _rope(tokens, 8)
     places = torch.arange(tokens)[None]
-    return Rope(cos, sin, ("a", "b"), places, places + 1, (torch.randn(1, tokens, 6), torch.randn(1, tokens, 6)))
+    return TokenInputs(cos, sin, ("a", "b"), places, places + 1, (torch.randn(1, tokens, 6), torch.randn(1, tokens, 6)))
 
 
 def _parts(rope):
-    return [rope.cos, rope.sin, rope.places, rope.reach, *rope.deepstack]
+    return [rope.cos, rope.sin, rope.places, rope.attends_until, *rope.deepstack]
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6, unique=True))
 def test_selected_tokens_keep_all_that_goes_with_them(indices):
     rope = _whole()
-    got = select_rope(rope, torch.tensor([indices]))
+    got = select_tokens(rope, torch.tensor([indices]))
     assert got.kinds == rope.kinds
     for part, whole in zip(_parts(got), _parts(rope), strict=True):
         assert torch.equal(part[0], whole[0, indices])
@@ -48,7 +48,7 @@ def test_selected_tokens_keep_all_that_goes_with_them(indices):
 
 def test_slices_are_views():
     rope = _whole()
-    got = slice_rope(rope, 2, 5)
+    got = slice_tokens(rope, 2, 5)
     for part, whole in zip(_parts(got), _parts(rope), strict=True):
         assert torch.equal(part, whole[:, 2:5])
         assert part.data_ptr() == whole[:, 2:].data_ptr()
@@ -56,7 +56,7 @@ def test_slices_are_views():
 
 def test_rows_of_a_batch_share_what_goes_with_them():
     rope = _whole()
-    for part, whole in zip(_parts(expand_rope(rope, 3)), _parts(rope), strict=True):
+    for part, whole in zip(_parts(expand_rows(rope, 3)), _parts(rope), strict=True):
         assert torch.equal(part, torch.cat([whole] * 3))
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.tiny import IMAGE_TOKEN, VISUAL, prompt, tiny_llava
-from twigvlm.base.cache import LayeredCache
 from twigvlm.base.layers import project_keys_values
-from twigvlm.base.positions import slice_rope
+from twigvlm.base.token_inputs import slice_tokens
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.errors import TwigVLMError
+from twigvlm.kv.cache import KVCache
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -20,7 +20,7 @@ def test_layers_in_two_ranges_are_the_whole_model(attention):
     captured = base.prompt(**inputs)
     assert torch.equal(captured.hidden, expected.hidden_states[0])
     assert int(captured.visual_mask.sum()) == VISUAL
-    rope, masks = base.rope(captured), base.masks(captured)
+    rope, masks = base.token_inputs(captured), base.masks(captured)
     middle = base.run_layers(captured.hidden, 0, 2, rope, masks)
     torch.testing.assert_close(middle, expected.hidden_states[2])
     end = base.run_layers(middle, 2, base.num_layers, rope, masks)
@@ -32,12 +32,12 @@ def test_layers_in_two_ranges_are_the_whole_model(attention):
 def test_in_chunks_with_a_cache_as_in_one_pass(attention):
     base, inputs = BaseVLM(tiny_llava(attention=attention)), prompt()
     captured = base.prompt(**inputs)
-    rope, masks = base.rope(captured), base.masks(captured, rows=4)
+    rope, masks = base.token_inputs(captured), base.masks(captured, rows=4)
     expected = base.run_layers(captured.hidden, 0, 3, rope, masks)
-    cache = LayeredCache(3, 4)
+    cache = KVCache(3, 4)
     for start, stop in ((0, 20), (20, 21), (21, 25)):
         part = captured.hidden[:, start:stop]
-        got = base.run_layers(part, 0, 3, slice_rope(rope, start, stop), masks, cache)
+        got = base.run_layers(part, 0, 3, slice_tokens(rope, start, stop), masks, cache)
         torch.testing.assert_close(got, expected[:, start:stop])
     first = project_keys_values(base.layers[0], captured.hidden, rope)
     torch.testing.assert_close(cache.held(0), first)
@@ -62,8 +62,10 @@ def test_a_padded_row_is_as_if_alone(left):
     for inputs in (pair, alone):
         captured = base.prompt(**inputs)
         assert captured.lengths[0] == width - missing
-        rope, masks = base.rope(captured), base.masks(captured)
-        torch.testing.assert_close(base.rope_after(captured, 2).cos[0], base.rope_after(base.prompt(**alone), 2).cos[0])
+        rope, masks = base.token_inputs(captured), base.masks(captured)
+        torch.testing.assert_close(
+            base.inputs_after(captured, 2).cos[0], base.inputs_after(base.prompt(**alone), 2).cos[0]
+        )
         results.append(base.run_layers(captured.hidden, 0, 6, rope, masks))
     torch.testing.assert_close(results[0][0, : width - missing], results[1][0])
 

@@ -11,7 +11,7 @@ from tests.tiny_processor import tiny_processor
 from twigvlm.cli.main import main
 from twigvlm.cli.session import build_inputs
 from twigvlm.config import TwigConfig
-from twigvlm.evaluation import figure
+from twigvlm.evaluation import figures
 from twigvlm.model import TwigVLM
 
 
@@ -150,10 +150,10 @@ def test_matplotlib_is_asked_for_before_anything_is_loaded(refused, arguments, m
 def test_panels_show_what_they_are_given():
     image = Image.new("RGB", (80, 40), "white")
     maps = {"low": torch.zeros(4, 4), "high": torch.eye(4)}
-    shown = figure.draw_patches(image, maps, {"few": [0], "all": range(16)}, (20, 0, 60, 40))
+    shown = figures.draw_patches(image, maps, {"few": [0], "all": range(16)}, (20, 0, 60, 40))
     with Image.open(BytesIO(shown)) as sheet:
         pixels = sheet.convert("RGB")
     assert pixels.getpixel((0, 0)) == (255, 255, 255)
     assert pixels.getextrema() != ((255, 255),) * 3
-    assert shown != figure.draw_patches(image, maps, {"few": [1], "all": range(16)}, (20, 0, 60, 40))
-    assert shown != figure.draw_patches(image, {**maps, "high": torch.eye(4).flip(0)}, {"few": [0], "all": range(16)})
+    assert shown != figures.draw_patches(image, maps, {"few": [1], "all": range(16)}, (20, 0, 60, 40))
+    assert shown != figures.draw_patches(image, {**maps, "high": torch.eye(4).flip(0)}, {"few": [0], "all": range(16)})

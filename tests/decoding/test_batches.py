@@ -9,10 +9,10 @@ from tests.batches import batched
 from tests.decoding.test_exactness import LAYERS, grown
 from tests.tiny import IMAGE_TOKEN, prompt
 from twigvlm import TwigConfig, TwigVLM
-from twigvlm.decoding.costs import StepCosts
 from twigvlm.errors import TwigVLMError
-from twigvlm.pruning.baselines.base_layer import BaseLayerAttention
-from twigvlm.pruning.twig_attention import TwigAttention
+from twigvlm.pruning.methods.base_layer import BaseLayerAttention
+from twigvlm.pruning.methods.twig_attention import TwigAttention
+from twigvlm.speculation.costs import StepCosts
 
 CHAIN = {"speculate": "chain", "draft_threshold": 0.1}
 TREE = {"speculate": "tree", "tree_nodes": 20, "tree_expand": 3}

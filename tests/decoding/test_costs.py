@@ -4,8 +4,8 @@ from itertools import count
 
 from tests.tiny import tiny_llava
 from twigvlm.config import TwigConfig
-from twigvlm.decoding import costs
 from twigvlm.model import TwigVLM
+from twigvlm.speculation import costs
 
 
 def test_a_slow_timing_does_not_make_larger_passes_dear(monkeypatch):

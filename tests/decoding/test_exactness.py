@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from tests.tiny import VISUAL, VOCABULARY, prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
-from twigvlm.base.positions import select_rope
-from twigvlm.pruning.baselines.base_layer import BaseLayerAttention
-from twigvlm.pruning.baselines.random import RandomScores
+from twigvlm.base.token_inputs import select_tokens
+from twigvlm.pruning.methods.base_layer import BaseLayerAttention
+from twigvlm.pruning.methods.random import RandomScores
 
 LAYERS = 6
 
@@ -156,7 +156,7 @@ def _by_definition(model, inputs, kept, final_wipe, new):
         late = middle if final_wipe == LAYERS else middle[~visual_now[middle]]
 
         def rope_at(indices, rope=rope):
-            return select_rope(rope, indices[None])
+            return select_tokens(rope, indices[None])
 
         state = base.run_layers(state[:, middle], trunk, final_wipe, rope_at(middle), masks)
         state = state[:, torch.isin(middle, late)]

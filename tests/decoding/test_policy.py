@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tests.decoding.test_exactness import grown
 from tests.tiny import prompt
 from twigvlm import TwigVLM
-from twigvlm.decoding.costs import NODES, StepCosts, calibrate
-from twigvlm.decoding.policy import CostAware
-from twigvlm.decoding.tree import Tree
+from twigvlm.speculation.costs import NODES, StepCosts, calibrate
+from twigvlm.speculation.policies import AdaptiveTree
+from twigvlm.speculation.tree import Tree
 
 MOST = 64
 
@@ -46,26 +46,28 @@ def drafted(policy, probabilities, room=50):
 
 
 def test_sure_drafts_are_long_and_unsure_ones_short():
-    sizes = [len(drafted(CostAware(costs(per_node=0.2), 0.0), [p])[1]) - 1 for p in (0.99, 0.8, 0.5)]
+    sizes = [len(drafted(AdaptiveTree(costs(per_node=0.2), 0.0), [p])[1]) - 1 for p in (0.99, 0.8, 0.5)]
     assert sizes[0] > sizes[1] > sizes[2] >= 1
 
 
 def test_what_costs_more_than_it_promises_is_not_drafted():
-    assert drafted(CostAware(costs(draft=20.0), 0.0), [0.9])[1] == [0]
-    assert len(drafted(CostAware(costs(draft=1.0), 0.0), [0.9])[1]) > 1
+    assert drafted(AdaptiveTree(costs(draft=20.0), 0.0), [0.9])[1] == [0]
+    assert len(drafted(AdaptiveTree(costs(draft=1.0), 0.0), [0.9])[1]) > 1
 
 
 def test_a_second_node_too_dear_for_one_token_may_pay_for_several():
     alone_dear = StepCosts(
         trunk=(0.0, *[0.1] * MOST), draft=(0.0, *[1.0] * MOST), verify=(0.0, 10.0, *[20.0] * (MOST - 1)), fill=0.0
     )
-    assert len(drafted(CostAware(alone_dear, 0.0), [0.9], room=1)[1]) == 1, "two tokens in 21 are no gain on one in 10"
-    assert len(drafted(CostAware(alone_dear, 0.0), [0.9])[1]) > 3
+    assert len(drafted(AdaptiveTree(alone_dear, 0.0), [0.9], room=1)[1]) == 1, (
+        "two tokens in 21 are no gain on one in 10"
+    )
+    assert len(drafted(AdaptiveTree(alone_dear, 0.0), [0.9])[1]) > 3
 
 
 def test_dear_nodes_make_a_chain_and_cheap_ones_a_tree():
     def widest(per_node):
-        tree, kept = drafted(CostAware(costs(per_node=per_node), 0.0), [0.5, 0.3, 0.1])
+        tree, kept = drafted(AdaptiveTree(costs(per_node=per_node), 0.0), [0.5, 0.3, 0.1])
         depths = [tree.depths[node] for node in kept]
         return max(depths.count(depth) for depth in depths)
 
@@ -82,7 +84,7 @@ def test_dear_nodes_make_a_chain_and_cheap_ones_a_tree():
 def test_selection_is_a_tree_that_beats_every_smaller_one(probabilities, draft, per_node, room):
     total = sum(probabilities)
     probabilities = [p / total for p in probabilities]
-    policy = CostAware(costs(draft, per_node=per_node), 0.0)
+    policy = AdaptiveTree(costs(draft, per_node=per_node), 0.0)
     tree, kept = drafted(policy, probabilities, room)
     assert kept[0] == 0
     assert len(kept) <= MOST
@@ -99,7 +101,7 @@ def test_selection_is_a_tree_that_beats_every_smaller_one(probabilities, draft, 
 
 
 def test_trust_is_lost_by_rejections_and_comes_back():
-    policy = CostAware(costs(draft=4.0), 0.0)
+    policy = AdaptiveTree(costs(draft=4.0), 0.0)
     sizes = []
     for _ in range(12):
         tree, kept = drafted(policy, [0.9])
@@ -112,7 +114,7 @@ def test_trust_is_lost_by_rejections_and_comes_back():
 
 
 def test_the_prompt_enters_the_twig_only_when_as_much_was_lost():
-    policy = CostAware(costs(), fill=30.0)
+    policy = AdaptiveTree(costs(), fill=30.0)
     steps = 0
     while len(drafted(policy, [0.9])[1]) == 1:
         policy.learn(Tree.rooted(0), 0)
@@ -151,7 +153,7 @@ def test_costs_are_measured_once_and_grow_with_the_size():
 
 
 def test_interpolation_meets_the_points():
-    from twigvlm.decoding.costs import _interpolated
+    from twigvlm.speculation.costs import _interpolated
 
     assert _interpolated([(0, 0.0), (1, 2.0), (3, 4.0)]) == pytest.approx((0.0, 2.0, 3.0, 4.0))
     assert torch.tensor(_interpolated([(0, 0.0), (4, 4.0)])).diff().allclose(torch.ones(4))

@@ -11,8 +11,8 @@ from tests.batches import batched
 from tests.decoding.test_exactness import grown
 from tests.decoding.test_tree import branches, planted
 from tests.tiny import prompt
-from twigvlm.decoding.sampling import Noise, Sampling, draft_scores
-from twigvlm.decoding.tree import walk
+from twigvlm.engine.sampling import Noise, Sampling, draft_scores
+from twigvlm.speculation.tree import walk
 
 WAYS = {
     "none": {},

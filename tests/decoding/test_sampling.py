@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.decoding.test_tree import branches, planted
-from twigvlm.decoding.sampling import Sampling
-from twigvlm.decoding.tree import walk
+from twigvlm.engine.sampling import Sampling
+from twigvlm.speculation.tree import walk
 
 
 @given(branches, st.integers(0, 2**16))

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twigvlm.decoding.tree import Tree, ancestors, best_leaves, most_probable, walk
+from twigvlm.speculation.tree import Tree, ancestors, best_leaves, most_probable, walk
 
 branches = st.lists(st.tuples(st.integers(0, 13), st.integers(0, 4), st.integers(0, 3)), max_size=14)
 """(parent, token, minus the log-probability) of each node, with ties; parents count modulo the nodes before."""

@@ -7,8 +7,8 @@ from tests.decoding.test_exactness import LAYERS, grown
 from tests.decoding.test_tree import path_to
 from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
-from twigvlm.base.cache import LayeredCache
-from twigvlm.decoding import loop
+from twigvlm.engine import loop
+from twigvlm.kv.cache import KVCache
 
 
 @pytest.fixture
@@ -30,12 +30,12 @@ def drafts(monkeypatch):
 def caches(monkeypatch):
     made = []
 
-    class Recorded(LayeredCache):
+    class Recorded(KVCache):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             made.append(self)
 
-    monkeypatch.setattr(loop, "LayeredCache", Recorded)
+    monkeypatch.setattr(loop, "KVCache", Recorded)
     return made
 
 
@@ -120,7 +120,7 @@ def test_caches_hold_what_plain_decoding_holds(caches, pruning):
         for layer in range(LAYERS):
             for before, after in zip(expected.held(layer), got.held(layer), strict=True):
                 torch.testing.assert_close(after, before)
-        whole = LayeredCache(model.twig.last_slot + 1, 1)
+        whole = KVCache(model.twig.last_slot + 1, 1)
         answer = plain[0, inputs["input_ids"].shape[1] :].tolist()
         _shallow(model, inputs, answer[:-1] or [2], whole)
         prompt_length = inputs["input_ids"].shape[1]

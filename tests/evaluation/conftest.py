@@ -5,7 +5,7 @@ import pytest
 from tests.tiny import prompt, tiny_llava
 from tests.tiny_processor import tiny_processor
 from twigvlm.config import TwigConfig
-from twigvlm.evaluation.tasks import Question, Questions
+from twigvlm.evaluation.questions import Question, Questions
 from twigvlm.evaluation.variants import answer_all, make_variants
 from twigvlm.model import TwigVLM
 

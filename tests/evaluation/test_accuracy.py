@@ -3,9 +3,9 @@ import pytest
 from tests.evaluation.conftest import inputs_of
 from twigvlm.evaluation import accuracy
 from twigvlm.evaluation.accuracy import run_accuracy, score
-from twigvlm.evaluation.journal import Journal
-from twigvlm.evaluation.running import Running
-from twigvlm.evaluation.tasks import Namer, Question
+from twigvlm.evaluation.progress import Progress
+from twigvlm.evaluation.questions import Namer, Question
+from twigvlm.evaluation.results_log import ResultsLog
 from twigvlm.evaluation.variants import make_variants
 
 
@@ -14,14 +14,14 @@ def run(model, tokenizer, questions, tmp_path):
     variants = make_variants(model, ["twig", "random"], [10, 7])
 
     def again(chosen=questions, advance=lambda record: None):
-        journal = Journal(tmp_path / "results.jsonl", {})
-        return run_accuracy(model, tokenizer, chosen, variants, inputs_of, journal, 6, 8, advance=advance)
+        results_log = ResultsLog(tmp_path / "results.jsonl", {})
+        return run_accuracy(model, tokenizer, chosen, variants, inputs_of, results_log, 6, 8, advance=advance)
 
     return again
 
 
 def test_records_answers_and_scores(run):
-    running = Running(most=2)
+    running = Progress(most=2)
     records = run(advance=running.add)
     assert [record["id"] for record in records] == ["0", "1", "2", "3"]
     assert [record["kind"] for record in records] == ["place", "place", "place, held out", "description"]
@@ -57,8 +57,8 @@ def test_random_choice_differs_between_questions_and_seeds(model, tokenizer, que
     monkeypatch.setattr(accuracy, "answer_all", lambda *args: seeds.append(args[-1]) or answer_all(*args))
     variants = make_variants(model, ["random"], [10])
     for seed in (0, 0, 1):
-        journal = Journal(tmp_path / str(len(seeds)), {})
-        run_accuracy(model, tokenizer, questions, variants, inputs_of, journal, 1, 1, seed)
+        results_log = ResultsLog(tmp_path / str(len(seeds)), {})
+        run_accuracy(model, tokenizer, questions, variants, inputs_of, results_log, 1, 1, seed)
     assert seeds[:4] == seeds[4:8]
     assert len(set(seeds)) == 8
 

@@ -4,10 +4,10 @@ import torch
 from tests.batches import batched
 from tests.tiny import prompt
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation import batches, memory
-from twigvlm.evaluation.batches import batch_contenders, run_batches, split
-from twigvlm.evaluation.journal import Journal
+from twigvlm.evaluation import batches, peak_memory
+from twigvlm.evaluation.batches import batch_systems, run_batches, split
 from twigvlm.evaluation.report import batch_sections
+from twigvlm.evaluation.results_log import ResultsLog
 from twigvlm.evaluation.summary import compare_batches
 
 
@@ -18,9 +18,9 @@ def batch_of(questions):
 def test_every_size_answers_the_same_prompts(model, questions, tmp_path):
     model.model.generation_config.eos_token_id = list(range(0, 100, 3))
     model.model.generation_config.pad_token_id = 0
-    contenders = batch_contenders(10, ["sdpa"])
-    journal = Journal(tmp_path / "results.jsonl", {})
-    records = run_batches(model, questions.items, (1, 4), contenders, batch_of, journal, 12, 12, 1)
+    systems = batch_systems(10, ["sdpa"])
+    results_log = ResultsLog(tmp_path / "results.jsonl", {})
+    records = run_batches(model, questions.items, (1, 4), systems, batch_of, results_log, 12, 12, 1)
     assert [record["id"] for record in records] == ["1-0", "1-1", "1-2", "1-3", "4-0"]
     assert [record["size"] for record in records] == [1, 1, 1, 1, 4]
     alone = [record["runs"] for record in records[:4]]
@@ -36,21 +36,21 @@ def test_every_size_answers_the_same_prompts(model, questions, tmp_path):
 def test_a_run_goes_on_where_it_was(model, questions, tmp_path, monkeypatch):
     order = []
     monkeypatch.setattr(
-        batches, "_measure", lambda model, inputs, contender, new: order.append(contender.name) or ([1], 1.0, None)
+        batches, "_measure", lambda model, inputs, system, new: order.append(system.name) or ([1], 1.0, None)
     )
-    contenders = batch_contenders(10, ["sdpa"])
+    systems = batch_systems(10, ["sdpa"])
 
     def run(sizes):
-        journal = Journal(tmp_path / "results.jsonl", {})
-        return run_batches(model, questions.items, sizes, contenders, batch_of, journal, 2, 2, 1)
+        results_log = ResultsLog(tmp_path / "results.jsonl", {})
+        return run_batches(model, questions.items, sizes, systems, batch_of, results_log, 2, 2, 1)
 
     first = run((4,))
-    assert order == [contender.name for contender in contenders] * 2  # warm-up, then the turn
+    assert order == [system.name for system in systems] * 2  # warm-up, then the turn
     order.clear()
     run((4, 2))
-    assert len(order) == 3 * len(contenders)
-    assert order[: len(contenders)] == order[len(contenders) : 2 * len(contenders)]
-    assert order[-1] == contenders[0].name  # another one begins
+    assert len(order) == 3 * len(systems)
+    assert order[: len(systems)] == order[len(systems) : 2 * len(systems)]
+    assert order[-1] == systems[0].name  # another one begins
     order.clear()
     assert run((4,)) == first
     assert order == []
@@ -85,8 +85,8 @@ def test_figures_of_all_rows_together():
     assert figures["twig", 1].peak != figures["twig", 1].peak
     assert figures["a", 2].is_baseline
     assert figures["twig", 2].relative == 0.5
-    contenders = [batches.Contender("a", "eager"), batches.Contender("b", "sdpa"), batches.Contender("twig")]
-    _, text, table = batch_sections(records, contenders)
+    systems = [batches.System("a", "eager"), batches.System("b", "sdpa"), batches.System("twig")]
+    _, text, table = batch_sections(records, systems)
     assert text.startswith("2 prompts")
     assert "3 alternating repeats" in text
     assert table.splitlines()[2:] == [
@@ -100,9 +100,9 @@ def test_the_peak_is_that_of_the_work_alone():
     device = torch.device("cpu")
 
     def held(megabytes):
-        memory.reset_peak(device)
+        peak_memory.reset_peak(device)
         torch.ones(megabytes << 18)
-        return memory.peak(device)
+        return peak_memory.peak(device)
 
     large, small = held(400), held(1)
     if large is None:

@@ -4,7 +4,7 @@ from tests.evaluation.conftest import inputs_of
 from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.exactness import CHECKS, choose_checks, run_exactness
-from twigvlm.evaluation.journal import Journal
+from twigvlm.evaluation.results_log import ResultsLog
 from twigvlm.evaluation.summary import exactness_counts
 from twigvlm.model import TwigVLM
 
@@ -18,9 +18,11 @@ def check(base, questions, tmp_path):
             return model
 
         steps = []
-        journal = Journal(tmp_path / "results.jsonl", {})
+        results_log = ResultsLog(tmp_path / "results.jsonl", {})
         chosen = questions.chosen(limit=limit).items
-        records = run_exactness(base, grow, chosen, inputs_of, journal, 10, choose_checks(checks), 6, 9, steps.append)
+        records = run_exactness(
+            base, grow, chosen, inputs_of, results_log, 10, choose_checks(checks), 6, 9, steps.append
+        )
         return records, len(steps)
 
     return run

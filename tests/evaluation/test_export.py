@@ -4,7 +4,7 @@ from PIL import Image
 
 from recipes.sapling.questions import Options, conversation, evaluation_file, llava_sample, main
 from recipes.sapling.scenes import make_scene
-from twigvlm.evaluation.tasks import Namer, exact_match, load_questions
+from twigvlm.evaluation.questions import Namer, exact_match, load_questions
 
 
 def test_the_recipe_exports_questions_that_can_be_read(tmp_path):

@@ -3,47 +3,47 @@ import json
 import pytest
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation.journal import Journal
+from twigvlm.evaluation.results_log import ResultsLog
 
 SETTINGS = {"budgets": (1, 2), "name": "ä"}
 
 
 def test_a_run_goes_on_where_it_was(tmp_path):
     path = tmp_path / "new" / "results.jsonl"
-    Journal(path, SETTINGS).append({"id": "a", "value": (1,)})
+    ResultsLog(path, SETTINGS).append({"id": "a", "value": (1,)})
     with path.open("ab") as file:
         file.write('{"id": "b", "given": "δ'.encode()[:-1])  # stopped while it wrote, within a character
-    journal = Journal(path, SETTINGS)
-    assert journal.records == {"a": {"id": "a", "value": [1]}}
-    journal.append({"id": "b\u2028", "value": 2})
+    results_log = ResultsLog(path, SETTINGS)
+    assert results_log.records == {"a": {"id": "a", "value": [1]}}
+    results_log.append({"id": "b\u2028", "value": 2})
     lines = path.read_text(encoding="utf-8").split("\n")
     assert [json.loads(line) for line in lines[:-1]] == [
         {"settings": {"budgets": [1, 2], "name": "ä"}},
         {"id": "a", "value": [1]},
         {"id": "b\u2028", "value": 2},
     ]
-    assert list(Journal(path, SETTINGS).records) == ["a", "b\u2028"]
+    assert list(ResultsLog(path, SETTINGS).records) == ["a", "b\u2028"]
 
 
 def test_a_run_that_wrote_nothing_whole_begins_anew(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text('{"sett')
-    Journal(path, SETTINGS)
+    ResultsLog(path, SETTINGS)
     assert json.loads(path.read_text())["settings"]["budgets"] == [1, 2]
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "results.jsonl").mkdir()
     with pytest.raises(TwigVLMError, match=r"results.jsonl: Is a directory; choose another output directory"):
-        Journal(tmp_path / "results.jsonl", SETTINGS)
+        ResultsLog(tmp_path / "results.jsonl", SETTINGS)
 
 
 def test_results_of_other_settings_are_kept(tmp_path):
     path = tmp_path / "results.jsonl"
-    Journal(path, SETTINGS).append({"id": "a"})
+    ResultsLog(path, SETTINGS).append({"id": "a"})
     before = path.read_text()
     with pytest.raises(TwigVLMError, match=r"other settings \(budgets, seed\)"):
-        Journal(path, {"budgets": [3], "name": "ä", "seed": 1})
+        ResultsLog(path, {"budgets": [3], "name": "ä", "seed": 1})
     assert path.read_text() == before
 
 
@@ -53,5 +53,5 @@ def test_other_files_are_refused(tmp_path, text):
     data = text.encode(errors="surrogateescape")
     path.write_bytes(data)
     with pytest.raises(TwigVLMError, match="not a file of results"):
-        Journal(path, {})
+        ResultsLog(path, {})
     assert path.read_bytes() == data

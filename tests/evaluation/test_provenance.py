@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
-from twigvlm.evaluation.provenance import Origin, origins, pieces
+from twigvlm.evaluation.token_origins import Origin, origins, pieces
 
 
 @given(st.lists(st.integers(0, 6), max_size=12), st.booleans())

@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from twigvlm.evaluation.figure import draw_accuracy
+from twigvlm.evaluation.figures import draw_accuracy
 from twigvlm.evaluation.report import accuracy_sections, exactness_sections, page, speed_sections
-from twigvlm.evaluation.speed import Contender
+from twigvlm.evaluation.speed import System
 from twigvlm.evaluation.summary import accuracies, compare_speeds, faster
 from twigvlm.evaluation.variants import NONE, Variant
 
@@ -89,10 +89,10 @@ def timed():
 
 
 CONTENDERS = [
-    Contender("eager", "eager"),
-    Contender("sdpa", "sdpa"),
-    Contender("loop"),
-    Contender("chain", same_as="loop"),
+    System("eager", "eager"),
+    System("sdpa", "sdpa"),
+    System("loop"),
+    System("chain", same_as="loop"),
 ]
 
 

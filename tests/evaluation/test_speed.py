@@ -4,21 +4,21 @@ from tests.evaluation.conftest import inputs_of
 from tests.tiny import prompt
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation import speed
-from twigvlm.evaluation.journal import Journal
-from twigvlm.evaluation.speed import Contender, draft_contenders, measure, run_speed, standard_contenders
+from twigvlm.evaluation.results_log import ResultsLog
+from twigvlm.evaluation.speed import System, draft_systems, measure, run_speed, standard_systems
 
 CHAIN = {"draft_length": 4, "draft_threshold": 0.0}
 TREE = {"tree_depth": 3, "tree_nodes": 12}
 
 
 def test_measures_every_contender(model, tokenizer, questions, tmp_path):
-    contenders = standard_contenders(10, CHAIN, TREE, ["sdpa", "eager"])
-    journal = Journal(tmp_path / "results.jsonl", {})
-    records = run_speed(model, tokenizer, questions.items[:2], contenders, inputs_of, journal, 8, 8, 2)
+    systems = standard_systems(10, CHAIN, TREE, ["sdpa", "eager"])
+    results_log = ResultsLog(tmp_path / "results.jsonl", {})
+    records = run_speed(model, tokenizer, questions.items[:2], systems, inputs_of, results_log, 8, 8, 2)
     assert [record["id"] for record in records] == ["0", "1"]
     for record in records:
         runs = record["runs"]
-        assert sorted(runs) == sorted(contender.name for contender in contenders)
+        assert sorted(runs) == sorted(system.name for system in systems)
         assert (
             runs["chain"]["ids"] == runs["tree"]["ids"] == runs["own loop"]["ids"] == runs["HF generate, sdpa"]["ids"]
         )
@@ -45,11 +45,11 @@ def test_contenders_take_turns_after_a_warm_up(model, tokenizer, questions, tmp_
     order = []
     real = speed.measure
     monkeypatch.setattr(speed, "measure", lambda m, i, c, n: order.append(c.name) or real(m, i, c, n))
-    contenders = [Contender("a"), Contender("b", options={"retain": 10}), Contender("c")]
+    systems = [System("a"), System("b", options={"retain": 10}), System("c")]
 
     def run(count):
-        journal = Journal(tmp_path / "results.jsonl", {})
-        return run_speed(model, tokenizer, questions.items[:count], contenders, inputs_of, journal, 2, 2, 2)
+        results_log = ResultsLog(tmp_path / "results.jsonl", {})
+        return run_speed(model, tokenizer, questions.items[:count], systems, inputs_of, results_log, 2, 2, 2)
 
     first = run(1)
     assert "".join(order) == "abc" + "abc" + "bca"
@@ -64,25 +64,25 @@ def test_the_attention_of_the_model_is_put_back(model):
     hook = model.model.model.language_model.layers[0].self_attn.register_forward_pre_hook(
         lambda module, args: seen.append(module.config._attn_implementation)
     )
-    measure(model, prompt(), Contender("HF", "eager"), 2)
+    measure(model, prompt(), System("HF", "eager"), 2)
     hook.remove()
     assert set(seen) == {"eager"}
     assert model.base.attention == before == "sdpa"
     with pytest.raises(ValueError, match="nonsense"):
-        measure(model, prompt(), Contender("HF", "nonsense"), 2)
+        measure(model, prompt(), System("HF", "nonsense"), 2)
     assert model.base.attention == "sdpa"
 
 
 def test_drafts_are_compared_on_the_same_pruning():
-    contenders = draft_contenders(10, (3, 5), (0.3, 0.6))
-    assert [one.name for one in contenders] == ["pruning", "δ=3 θ=0.3", "δ=3 θ=0.6", "δ=5 θ=0.3", "δ=5 θ=0.6"]
-    assert {one.options["retain"] for one in contenders} == {10}
-    assert {one.same_as for one in contenders[1:]} == {"pruning"}
-    assert contenders[3].options == {"retain": 10, "speculate": "chain", "draft_length": 5, "draft_threshold": 0.3}
+    systems = draft_systems(10, (3, 5), (0.3, 0.6))
+    assert [one.name for one in systems] == ["pruning", "δ=3 θ=0.3", "δ=3 θ=0.6", "δ=5 θ=0.3", "δ=5 θ=0.6"]
+    assert {one.options["retain"] for one in systems} == {10}
+    assert {one.same_as for one in systems[1:]} == {"pruning"}
+    assert systems[3].options == {"retain": 10, "speculate": "chain", "draft_length": 5, "draft_threshold": 0.3}
 
 
 def test_contenders_can_be_chosen_and_bring_what_they_are_compared_to():
-    contenders = standard_contenders(10, CHAIN, TREE, ["sdpa"], ["pruning + chain"])
-    assert [contender.name for contender in contenders] == ["HF generate, sdpa", "pruning", "pruning + chain"]
-    with pytest.raises(TwigVLMError, match="contender 'prunning': must be one of own loop, pruning"):
-        standard_contenders(10, CHAIN, TREE, ["sdpa"], ["prunning"])
+    systems = standard_systems(10, CHAIN, TREE, ["sdpa"], ["pruning + chain"])
+    assert [system.name for system in systems] == ["HF generate, sdpa", "pruning", "pruning + chain"]
+    with pytest.raises(TwigVLMError, match="system 'prunning': must be one of own loop, pruning"):
+        standard_systems(10, CHAIN, TREE, ["sdpa"], ["prunning"])

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation.tasks import Namer, Question, exact_match, load_questions
+from twigvlm.evaluation.questions import Namer, Question, exact_match, load_questions
 
 SHORT = {"id": "a", "image": "one.png", "question": "What?", "answer": "A dog", "kind": "place"}
 LONG = {**SHORT, "id": "b", "kind": "description", "objects": ["dog", "cat", "dog"], "held_out": True}

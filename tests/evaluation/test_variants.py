@@ -5,10 +5,10 @@ from tests.tiny import VISUAL, prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.variants import NONE, Variant, answer_all, make_variants
-from twigvlm.pruning.baselines.base_layer import BaseLayerAttention
-from twigvlm.pruning.baselines.random import RandomScores
-from twigvlm.pruning.head_scores import HeadScores
-from twigvlm.pruning.twig_attention import TwigAttention
+from twigvlm.pruning.methods.base_layer import BaseLayerAttention
+from twigvlm.pruning.methods.pruning_head import HeadScores
+from twigvlm.pruning.methods.random import RandomScores
+from twigvlm.pruning.methods.twig_attention import TwigAttention
 
 SCORERS = {
     "twig": HeadScores(),

@@ -2,7 +2,7 @@ import torch
 
 from tests.pruning.test_scores import after_trunk
 from tests.tiny import VISUAL
-from twigvlm.pruning.baselines.random import RandomScores
+from twigvlm.pruning.methods.random import RandomScores
 
 
 def test_random_choice_is_seeded_and_even():

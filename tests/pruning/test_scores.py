@@ -5,20 +5,20 @@ import torch
 
 from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
-from twigvlm.base.cache import LayeredCache
-from twigvlm.decoding.prefill import Trunk
-from twigvlm.pruning.baselines.base_layer import BaseLayerAttention
-from twigvlm.pruning.scores import attention_scores
-from twigvlm.pruning.twig_attention import TwigAttention
+from twigvlm.engine.prefill import TrunkOutput
+from twigvlm.kv.cache import KVCache
+from twigvlm.pruning.attention_rows import attention_scores
+from twigvlm.pruning.methods.base_layer import BaseLayerAttention
+from twigvlm.pruning.methods.twig_attention import TwigAttention
 
 
 def after_trunk(attention, trunk_layers=2, seed=0):
     grown = TwigVLM.grow(tiny_llava(seed, attention=attention), TwigConfig(trunk_layers, twig_layers=2))
     captured = grown.base.prompt(**prompt(seed))
-    rope, masks = grown.base.rope(captured), grown.base.masks(captured)
-    cache = LayeredCache(8, 1)
+    rope, masks = grown.base.token_inputs(captured), grown.base.masks(captured)
+    cache = KVCache(8, 1)
     hidden = grown.base.run_layers(captured.hidden, 0, trunk_layers, rope, masks, cache)
-    return Trunk(grown.base, grown.twig, captured, hidden, rope, masks, cache)
+    return TrunkOutput(grown.base, grown.twig, captured, hidden, rope, masks, cache)
 
 
 def _expected(attention_map, visual, queries):
@@ -59,7 +59,7 @@ def test_row_of_the_last_twig_layer(attention, queries):
 def test_filling_the_cache_is_running_the_twig():
     trunk = after_trunk("sdpa")
     trunk.grow()
-    cache = LayeredCache(8, 1)
+    cache = KVCache(8, 1)
     trunk.twig(trunk.hidden, trunk.rope, trunk.masks, cache)
     for slot in (6, 7):
         torch.testing.assert_close(trunk.cache.held(slot), cache.held(slot))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twigvlm.base.ragged import pack
+from twigvlm.base.packing import left_pack
 from twigvlm.pruning.select import evenly, gather_tokens, top_visual
 
 
@@ -16,7 +16,7 @@ def test_best_visual_tokens_in_order_and_all_text(tokens, data):
     scores = torch.tensor([[float(score) for _, score in tokens]])
     mask = torch.tensor([visual])
     chosen = top_visual(scores, mask, [keep])
-    indices, lengths = pack(chosen | ~mask)
+    indices, lengths = left_pack(chosen | ~mask)
     kept = indices[0].tolist()
     ranked = sorted((i for i in range(len(tokens)) if visual[i]), key=lambda i: (-tokens[i][1], i))
     assert kept == sorted(ranked[:keep] + [i for i in range(len(tokens)) if not visual[i]])
@@ -45,7 +45,7 @@ def test_more_than_there_are_cannot_be_kept():
 
 @given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4))
 def test_packing_puts_each_rows_own_first_and_in_order(rows):
-    order, lengths = pack(torch.tensor(rows))
+    order, lengths = left_pack(torch.tensor(rows))
     assert order.shape[1] == max(lengths)
     for row, indices, length in zip(rows, order.tolist(), lengths, strict=True):
         assert indices[:length] == [place for place, stays in enumerate(row) if stays]

@@ -11,7 +11,7 @@ from recipes.sapling import ablations
 from tests.tiny import tiny_llava
 from tests.tiny_processor import tiny_processor
 from tests.training.runs import make_samples
-from twigvlm.checkpoint import WEIGHTS
+from twigvlm.checkpoints.twig_files import WEIGHTS
 from twigvlm.config import TwigConfig
 from twigvlm.model import TwigVLM
 from twigvlm.training.options import Stage1Config, Stage2Config

@@ -6,11 +6,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from recipes.sapling.export_weights import shipped
 from recipes.sapling.language import IGNORE, Conversations, Reader, collate
 from recipes.sapling.scenes import GRID, KINDS
-from recipes.sapling.ship import shipped
 from recipes.sapling.targets import VisualTargets
-from recipes.sapling.unship import low_rank_updates
+from recipes.sapling.unpack_weights import low_rank_updates
 from recipes.sapling.vision import Crops, DenseVision
 from tests.tiny import tiny_text
 from twigvlm.sapling import assemble

@@ -5,7 +5,7 @@ from tests.tiny_processor import tiny_processor
 from tests.training.runs import make_samples
 from twigvlm.config import TwigConfig
 from twigvlm.model import TwigVLM
-from twigvlm.training.data import ConversationDataset
+from twigvlm.training.data.dataset import ConversationDataset
 
 
 @pytest.fixture(scope="session")

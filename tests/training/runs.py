@@ -19,7 +19,7 @@ from tests.training.stop import StopAt
 from twigvlm.cli.main import main
 from twigvlm.config import TwigConfig
 from twigvlm.model import TwigVLM
-from twigvlm.training.data import ConversationDataset
+from twigvlm.training.data.dataset import ConversationDataset
 from twigvlm.training.distill import train_stage1
 from twigvlm.training.options import Stage1Config, Stage2Config
 from twigvlm.training.reinforce import train_stage2

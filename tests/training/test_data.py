@@ -12,8 +12,8 @@ from twigvlm import TwigVLM
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.cli.session import build_inputs
 from twigvlm.errors import TwigVLMError
-from twigvlm.training.data import IGNORE, Collator, ConversationDataset, frequent_answer_tokens
-from twigvlm.training.samples import BrokenSample
+from twigvlm.training.data.dataset import IGNORE, Collator, ConversationDataset, frequent_answer_tokens
+from twigvlm.training.data.samples import BrokenSample
 
 
 def answers(item, processor):

@@ -11,11 +11,11 @@ from transformers import TrainerCallback
 from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
 from tests.training.events import logged
 from tests.training.stop import StopAt
-from twigvlm.base.cache import LayeredCache
-from twigvlm.decoding.prefill import Trunk
+from twigvlm.engine.prefill import TrunkOutput
 from twigvlm.errors import TwigVLMError
-from twigvlm.pruning.head_scores import HeadScores
-from twigvlm.training.data import Collator, ConversationDataset, frequent_answer_tokens
+from twigvlm.kv.cache import KVCache
+from twigvlm.pruning.methods.pruning_head import HeadScores
+from twigvlm.training.data.dataset import Collator, ConversationDataset, frequent_answer_tokens
 from twigvlm.training.distill import Student, train_stage1
 from twigvlm.training.options import Stage1Config
 from twigvlm.training.teacher import resolve_teacher_layer
@@ -34,7 +34,7 @@ def same(left, right):
 def shallow_logits(model, item):
     """Reference: logits of one unpadded sample at all positions, step by step in plain sight."""
     prompt = model.base.prompt(input_ids=item["input_ids"], pixel_values=item.get("pixel_values"))
-    rope = model.base.rope(prompt)
+    rope = model.base.token_inputs(prompt)
     masks = model.base.masks(prompt)
     hidden = model.base.run_layers(prompt.hidden, 0, model.config.trunk_layers, rope, masks)
     return model.twig.logits(model.twig(hidden, rope, masks))[0]
@@ -112,11 +112,11 @@ def test_learning_rate_warms_up_and_follows_a_cosine(make_model, dataset, tmp_pa
 def test_optimiser_is_the_published_one(make_model, dataset, tmp_path):
     seen = {}
 
-    class Look(TrainerCallback):
+    class VisualQuery(TrainerCallback):
         def on_step_end(self, args, state, control, optimizer=None, **kwargs):
             seen.update(optimizer.param_groups[0], kind=type(optimizer.optimizer).__name__)
 
-    run(make_model(), dataset, tmp_path, max_steps=1, callbacks=[Look()])
+    run(make_model(), dataset, tmp_path, max_steps=1, callbacks=[VisualQuery()])
     assert seen["kind"] == "AdamW"
     assert seen["betas"] == (0.9, 0.98)
     assert seen["weight_decay"] == 0
@@ -161,11 +161,11 @@ def test_a_bfloat16_base_trains_a_float32_twig_that_generates_afterwards(make_mo
     model = make_model(dtype=torch.bfloat16)
     formats = []
 
-    class Look(TrainerCallback):
+    class VisualQuery(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             formats.append({parameter.dtype for parameter in model.parameters()})
 
-    log = run(model, dataset, tmp_path, max_steps=20, batch_size=8, learning_rate=1e-2, callbacks=[Look()])
+    log = run(model, dataset, tmp_path, max_steps=20, batch_size=8, learning_rate=1e-2, callbacks=[VisualQuery()])
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert formats[0] == {torch.float32}
     assert losses[-1] < 0.6 * losses[0]
@@ -265,10 +265,12 @@ def test_terms_are_what_the_paper_says(make_model, dataset):
         scores = []
         for query in queries:  # the P-Head of the prompt cut off after the question, as at inference
             cut = model.base.prompt(input_ids=item["input_ids"][:, : query + 1], pixel_values=item["pixel_values"])
-            rope, masks = model.base.rope(cut), model.base.masks(cut)
-            cache = LayeredCache(8, 1)
+            rope, masks = model.base.token_inputs(cut), model.base.masks(cut)
+            cache = KVCache(8, 1)
             hidden = model.base.run_layers(cut.hidden, 0, 1, rope, masks, cache)
-            scores.append(HeadScores()(Trunk(model.base, model.twig, cut, hidden, rope, masks, cache))[cut.visual_mask])
+            scores.append(
+                HeadScores()(TrunkOutput(model.base, model.twig, cut, hidden, rope, masks, cache))[cut.visual_mask]
+            )
         expected = F.kl_div(torch.stack(scores).log(), teacher, reduction="none").sum(-1).mean()
         assert float(terms["attention_kl"]) == pytest.approx(float(expected), rel=1e-3)
         loss = terms["next_token"] + 0.1 * terms["prediction_kl"] + terms["attention_kl"]

@@ -18,8 +18,8 @@ from tests.tiny_processor import tiny_processor
 from tests.training import runs
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
-from twigvlm.training import processes, sharding
-from twigvlm.training.trainer import _check_device
+from twigvlm.training.distributed import fsdp, processes
+from twigvlm.training.fit import _check_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,7 +111,7 @@ def test_sharding_otherwise_is_refused(monkeypatch, options, remedy):
     plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", **options})
     state = SimpleNamespace(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
     with pytest.raises(TwigVLMError, match=remedy):
-        sharding.set_up(SimpleNamespace(state=state))
+        fsdp.set_up(SimpleNamespace(state=state))
 
 
 def test_a_number_format_is_the_bases_own(monkeypatch, tmp_path):

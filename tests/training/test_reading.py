@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.training.data import ConversationDataset
-from twigvlm.training.reading import SHOWN, load_samples
-from twigvlm.training.samples import BrokenSample
+from twigvlm.training.data.dataset import ConversationDataset
+from twigvlm.training.data.load import SHOWN, load_samples
+from twigvlm.training.data.samples import BrokenSample
 
 
 @pytest.fixture

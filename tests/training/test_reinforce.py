@@ -7,13 +7,13 @@ import torch
 
 from tests.training.events import logged
 from tests.training.stop import StopAt
-from twigvlm.base.cache import LayeredCache
-from twigvlm.decoding.prefill import Plan, prefill
+from twigvlm.engine.prefill import Plan, prefill
 from twigvlm.errors import TwigVLMError
-from twigvlm.training.data import Collator
+from twigvlm.kv.cache import KVCache
+from twigvlm.training.data.dataset import Collator
+from twigvlm.training.data.turns import answer_length, draw_turns, last_prompt_tokens
 from twigvlm.training.options import Stage2Config
 from twigvlm.training.reinforce import Policy, budget_probabilities, train_stage2
-from twigvlm.training.turns import answer_length, draw_turns, last_prompt_tokens
 
 # R̄ of the tiny model (16 visual tokens, 6 layers, K = 1, K_f = 5): R = 4 and 10
 BUDGETS = (5.0, 9.0)
@@ -102,7 +102,7 @@ def one_by_one(model, item, kept, query):
     ids = item["input_ids"]
     answer = ids[0, query + 1 :]
     prompt = base.prompt(input_ids=ids[:, : query + 1], pixel_values=item["pixel_values"])
-    masks, cache = base.masks(prompt, new_tokens=len(answer)), LayeredCache(8, len(answer))
+    masks, cache = base.masks(prompt, new_tokens=len(answer)), KVCache(8, len(answer))
     chosen = torch.zeros(1, query + 1).index_fill(1, kept, 1.0)
     first = prefill(base, model.twig, prompt, Plan((len(kept),), 5, lambda trunk: chosen), masks, cache)
     assert first.kept[0].nonzero()[:, 0].tolist() == sorted(kept.tolist())

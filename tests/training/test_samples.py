@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from twigvlm.training.samples import BrokenSample, to_messages
+from twigvlm.training.data.samples import BrokenSample, to_messages
 
 
 def say(*turns):

@@ -66,7 +66,7 @@ def test_only_the_twig_learns():
     assert all(parameter.requires_grad for parameter in grown.twig.parameters())
     before = {name: tensor.clone() for name, tensor in grown.model.state_dict().items()}
     captured = grown.base.prompt(**prompt())
-    rope, masks = grown.base.rope(captured), grown.base.masks(captured)
+    rope, masks = grown.base.token_inputs(captured), grown.base.masks(captured)
     hidden = grown.base.run_layers(captured.hidden, 0, 2, rope, masks)
     optimizer = torch.optim.SGD(grown.twig.parameters(), lr=0.1)
     grown.twig.logits(grown.twig(hidden, rope, masks)).square().mean().backward()

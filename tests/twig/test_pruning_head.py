@@ -6,10 +6,10 @@ import torch
 
 from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
-from twigvlm.base.positions import rotate
-from twigvlm.pruning.head_scores import HeadScores, Look, look_at_images
-from twigvlm.pruning.scores import visual_attention
-from twigvlm.pruning.twig_attention import TwigAttention
+from twigvlm.base.token_inputs import rotate
+from twigvlm.pruning.attention_rows import visual_attention
+from twigvlm.pruning.methods.pruning_head import HeadScores, VisualQuery, log_visual_attention
+from twigvlm.pruning.methods.twig_attention import TwigAttention
 from twigvlm.twig.pruning_head import PruningHead
 
 
@@ -21,7 +21,7 @@ def grown(**options):
 def states(model, inputs):
     """Input of the last twig layer, rope and visual mask of a prompt."""
     captured = model.base.prompt(**inputs)
-    rope, masks = model.base.rope(captured), model.base.masks(captured)
+    rope, masks = model.base.token_inputs(captured), model.base.masks(captured)
     hidden = model.base.run_layers(captured.hidden, 0, 2, rope, masks)
     return model.twig.last_input(hidden, rope, masks), rope, captured.visual_mask
 
@@ -51,8 +51,8 @@ def test_it_is_equation_7():
     hidden, rope, mask = states(model, prompt())
     asking = torch.zeros_like(mask)
     asking[0, [10, 21, 24]] = True  # the first stands between the visual tokens and sees seven of them
-    look = Look.at(asking, mask)
-    scores = look_at_images(model.twig.layers[-1], hidden, rope, look, model.twig.pruning_head)[0].exp()
+    look = VisualQuery.at(asking, mask)
+    scores = log_visual_attention(model.twig.layers[-1], hidden, rope, look, model.twig.pruning_head)[0].exp()
     for row, (query, count) in enumerate([(10, 7), (21, 16), (24, 16)]):
         expected = reference(model, hidden, rope, range(3, 3 + count), query)
         torch.testing.assert_close(scores[row, :count], expected)
@@ -65,8 +65,8 @@ def test_without_gates_it_is_the_layers_attention():
     model = grown()
     hidden, rope, mask = states(model, prompt())
     keys = torch.randn(1, 2, 25, 8)
-    look = Look.at(torch.arange(25)[None] == 24, mask)
-    attention = look_at_images(model.twig.layers[-1], hidden, rope, look, keys=keys)[0, 0].exp()
+    look = VisualQuery.at(torch.arange(25)[None] == 24, mask)
+    attention = log_visual_attention(model.twig.layers[-1], hidden, rope, look, keys=keys)[0, 0].exp()
     queries = rotate(
         model.twig.layers[-1]
         .self_attn.q_proj(model.twig.layers[-1].input_layernorm(hidden))
@@ -101,8 +101,8 @@ def test_speculation_goes_on_with_it():
 def test_a_fresh_one_learns_from_the_first_step():
     model = grown()
     hidden, rope, mask = states(model, prompt())
-    look = Look.at(torch.arange(25)[None] == 24, mask)
-    look_at_images(model.twig.layers[-1], hidden, rope, look, model.twig.pruning_head)[0, 0, 0].backward()
+    look = VisualQuery.at(torch.arange(25)[None] == 24, mask)
+    log_visual_attention(model.twig.layers[-1], hidden, rope, look, model.twig.pruning_head)[0, 0, 0].backward()
     for linear in (model.twig.pruning_head.query_gate, model.twig.pruning_head.key_gate):
         rows = linear.weight.grad.abs().amax(dim=1)
         assert (rows > 0).float().mean() > 0.3
@@ -135,7 +135,7 @@ def test_rows_without_a_visible_token_have_no_share_and_no_nan():
 def test_rows_may_differ_in_their_visual_tokens():
     mask = torch.tensor([[0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
     asking = torch.tensor([[0, 0, 0, 1, 0, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0]]).bool()
-    look = Look.at(asking, mask)
+    look = VisualQuery.at(asking, mask)
     assert look.visual[0].tolist() == [1, 2, 4]
     assert look.queries[0].tolist() == [3, 5]
     assert look.visible[0].tolist() == [[True, True, False], [True, True, True]]

@@ -1,4 +1,4 @@
-"""Running decoder layers, whole or in part; the same code runs the base's layers and the twig's."""
+"""Progress decoder layers, whole or in part; the same code runs the base's layers and the twig's."""
 
 from collections.abc import Iterable
 from typing import Any, cast
@@ -6,19 +6,19 @@ from typing import Any, cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from twigvlm.base.cache import LayeredCache
-from twigvlm.base.few_rows import few_rows
+from twigvlm.base.cpu_linear import cpu_linear
 from twigvlm.base.masks import Masks, placed
-from twigvlm.base.positions import Rope, rotate
-from twigvlm.base.ragged import Lengths
+from twigvlm.base.packing import Lengths
+from twigvlm.base.token_inputs import TokenInputs, rotate
+from twigvlm.kv.cache import KVCache
 
 
 def run(
     layers: Iterable[nn.Module],
     hidden: Float[Tensor, "batch tokens width"],
-    rope: Rope,
+    rope: TokenInputs,
     masks: Masks,
-    cache: LayeredCache | None = None,
+    cache: KVCache | None = None,
     slot: int = 0,
 ) -> Float[Tensor, "batch tokens width"]:
     """Run decoder layers in order; layer i reads and extends slot `slot + i` of the cache.
@@ -36,12 +36,12 @@ def run(
             keys = cache.place(index, _known(keys))
         if (held, window) not in made:
             mask = masks(tokens, held)
-            if window is not None or rope.reach is not None:
+            if window is not None or rope.attends_until is not None:
                 implementation = attention.config._attn_implementation
                 places = _known(rope.places)
-                mask = placed(mask, implementation, hidden.dtype, places, _known(keys), rope.reach, window)
+                mask = placed(mask, implementation, hidden.dtype, places, _known(keys), rope.attends_until, window)
             made[held, window] = mask
-        with few_rows(hidden):
+        with cpu_linear(hidden):
             hidden = layer(
                 hidden,
                 attention_mask=made[held, window],
@@ -63,7 +63,7 @@ def window_of(layer: nn.Module) -> int | None:
 
 
 def project_queries(
-    layer: nn.Module, hidden: Float[Tensor, "batch tokens width"], rope: Rope
+    layer: nn.Module, hidden: Float[Tensor, "batch tokens width"], rope: TokenInputs
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
     """The rotated queries that a decoder layer would make of its input."""
     attention = cast(Any, layer).self_attn
@@ -71,7 +71,7 @@ def project_queries(
 
 
 def project_keys(
-    layer: nn.Module, hidden: Float[Tensor, "batch tokens width"], rope: Rope
+    layer: nn.Module, hidden: Float[Tensor, "batch tokens width"], rope: TokenInputs
 ) -> Float[Tensor, "batch kv_heads tokens head_dim"]:
     """The rotated keys that a decoder layer would make of its input."""
     attention = cast(Any, layer).self_attn
@@ -79,7 +79,7 @@ def project_keys(
 
 
 def project_keys_values(
-    layer: nn.Module, hidden: Float[Tensor, "batch tokens width"], rope: Rope
+    layer: nn.Module, hidden: Float[Tensor, "batch tokens width"], rope: TokenInputs
 ) -> tuple[Float[Tensor, "batch kv_heads tokens head_dim"], Float[Tensor, "batch kv_heads tokens head_dim"]]:
     """The rotated keys, and the values, that a decoder layer would make of its input."""
     attention = cast(Any, layer).self_attn
@@ -89,7 +89,7 @@ def project_keys_values(
 
 
 def fill(
-    layer: nn.Module, hidden: Float[Tensor, "batch tokens width"], rope: Rope, cache: LayeredCache, slot: int
+    layer: nn.Module, hidden: Float[Tensor, "batch tokens width"], rope: TokenInputs, cache: KVCache, slot: int
 ) -> None:
     """Put a decoder layer's keys and values into the cache without running it."""
     keys, values = project_keys_values(layer, hidden, rope)
@@ -98,7 +98,7 @@ def fill(
     cache.update(keys, values, slot)
 
 
-def _heads(attention: Any, which: str, normed: Tensor, rope: Rope) -> Tensor:
+def _heads(attention: Any, which: str, normed: Tensor, rope: TokenInputs) -> Tensor:
     states = getattr(attention, f"{which}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{which}_norm", None)  # families that normalise queries and keys per head
     states = (states if norm is None else norm(states)).to(rope.cos.device)
@@ -111,5 +111,7 @@ def _kind(attention: Any) -> str | None:
 
 def _known(places: Tensor | None) -> Tensor:
     if places is None:
-        raise ValueError("layers with a sliding window need the places of tokens: take the rope from BaseVLM.rope")
+        raise ValueError(
+            "layers with a sliding window need the places of tokens: take the rope from BaseVLM.token_inputs"
+        )
     return places

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from twigvlm.base.ragged import Lengths
+from twigvlm.base.packing import Lengths
 from twigvlm.errors import TwigVLMError
 
 Masks = Callable[[int, Lengths], Tensor | None]
@@ -48,7 +48,7 @@ def placed(
     dtype: torch.dtype,
     queries: Int[Tensor, "#batch queries"],
     keys: Int[Tensor, "#batch known"],
-    reach: Int[Tensor, "#batch queries"] | None,
+    attends_until: Int[Tensor, "#batch queries"] | None,
     window: int | None,
 ) -> Shaped[Tensor, "batch 1 queries _"]:
     """A mask for layers whose tokens do not see all that came before them, and nothing else.
@@ -61,7 +61,7 @@ def placed(
         dtype: of an additive mask.
         queries: places of the new tokens in the unpruned sequence.
         keys: places of all tokens, the new ones last; without a window those of the new ones will do.
-        reach: place of the last token that each new token sees, where that is after itself (tokens of an image).
+        attends_until: place of the last token that each new token sees, where that is after itself (tokens of an image).
         window: how many places a token looks back, its own included; None: all.
     """
     check_attention(attention, windowed=True)
@@ -70,9 +70,9 @@ def placed(
     elif mask.dtype != torch.bool:
         mask = mask == 0
     query, key = queries[:, None, :, None], keys[:, None, None, :]
-    if reach is not None:  # what lies ahead of a token comes with it
+    if attends_until is not None:  # what lies ahead of a token comes with it
         new = key[..., -queries.shape[1] :]
-        ahead = (new > query) & (new <= reach[:, None, :, None])
+        ahead = (new > query) & (new <= attends_until[:, None, :, None])
         mask = mask | F.pad(ahead, (mask.shape[-1] - ahead.shape[-1], 0), value=False)
     if window is not None:
         mask = mask & (key > query - window)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from twigvlm.base.ragged import Lengths, pack
+from twigvlm.base.packing import Lengths, left_pack
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,21 @@ class Prompt:
     """The ids, placeholders included."""
     lengths: Lengths
     """Tokens of each row. They come first; what stands behind them in shorter rows is padding, which no token sees."""
-    reach: Int[Tensor, "batch tokens"] | None = None
+    attends_until: Int[Tensor, "batch tokens"] | None = None
     """Index of the last token that each token sees, where some see beyond themselves."""
     deepstack: tuple[Tensor, ...] = ()
     """Entry i is added to the states after layer i, [batch, tokens, width]: 0 at text tokens."""
 
 
-def reach_of(masks: Any) -> Tensor | None:
+def attention_ends_of(masks: Any) -> Tensor | None:
     """Index of the last token that each token sees, by the masks that a base makes itself; None if all are causal."""
     mask = masks.get("full_attention") if isinstance(masks, dict) else None
     if mask is None:
         return None
     allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
     index = torch.arange(allowed.shape[-1], device=allowed.device)
-    reach = torch.where(allowed, index, -1).amax(dim=-1).maximum(index)
-    return None if bool((reach == index).all()) else reach
+    attends_until = torch.where(allowed, index, -1).amax(dim=-1).maximum(index)
+    return None if bool((attends_until == index).all()) else attends_until
 
 
 def deepstack_of(hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -52,23 +52,23 @@ def deepstack_of(hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
 
 def packed(prompt: Prompt, real: Bool[Tensor, "batch tokens"]) -> Prompt:
     """A padded prompt with each row's own tokens first, so that causal attention alone hides the padding."""
-    order, lengths = pack(real)
+    order, lengths = left_pack(real)
 
     def move(values: Tensor) -> Tensor:
         return torch.take_along_dim(values, order.view(*order.shape, *[1] * (values.ndim - 2)), dim=1)
 
     positions = prompt.position_ids
     axes = order.expand(*positions.shape[:-1], -1)
-    reach = prompt.reach
-    if reach is not None:  # an index among all tokens -> among the real ones
-        reach = torch.gather(real.long().cumsum(-1) - 1, 1, move(reach))
+    attends_until = prompt.attends_until
+    if attends_until is not None:  # an index among all tokens -> among the real ones
+        attends_until = torch.gather(real.long().cumsum(-1) - 1, 1, move(attends_until))
     return Prompt(
         move(prompt.hidden),
         torch.gather(positions, -1, axes),
         move(prompt.visual_mask & real),
         move(prompt.input_ids),
         lengths,
-        reach,
+        attends_until,
         tuple(move(features) for features in prompt.deepstack),
     )
 

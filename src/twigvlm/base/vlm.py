@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from twigvlm.base.cache import LayeredCache
+from twigvlm.base.cpu_linear import cpu_linear
 from twigvlm.base.families import Visual, family_of, language_model_of
-from twigvlm.base.few_rows import few_rows
 from twigvlm.base.layers import run, window_of
 from twigvlm.base.masks import CausalMasks, Masks, check_attention
-from twigvlm.base.positions import Rope
-from twigvlm.base.prompt import Prompt, deepstack_of, packed, reach_of
+from twigvlm.base.prompt import Prompt, attention_ends_of, deepstack_of, packed
+from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.kv.cache import KVCache
 
 
 class _Captured(Exception):
@@ -153,14 +153,14 @@ class BaseVLM:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         elif positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-        positions, reach = positions.to(self.device), reach_of(kwargs.get("attention_mask"))
+        positions, attends_until = positions.to(self.device), attention_ends_of(kwargs.get("attention_mask"))
         prompt = Prompt(
             hidden,
             positions.expand(*positions.shape[:-2], len(hidden), -1),
             self.visual_mask(input_ids),
             input_ids,
             (hidden.shape[1],) * len(hidden),
-            None if reach is None else reach.to(self.device),
+            None if attends_until is None else attends_until.to(self.device),
             deepstack_of(hidden, kwargs),
         )
         return prompt if mask is None else packed(prompt, mask.bool())
@@ -181,15 +181,15 @@ class BaseVLM:
         single = self.attention == "sdpa" and grouped and device.type == "cpu" and dtype != torch.float32
         return CausalMasks(self.attention, rows, columns, dtype, device, single)
 
-    def rope(self, prompt: Prompt) -> Rope:
+    def token_inputs(self, prompt: Prompt) -> TokenInputs:
         """What goes with the tokens of a prompt through the layers."""
         rope, (batch, tokens) = self.rotary(prompt.hidden, prompt.position_ids), prompt.input_ids.shape
         places = None
-        if self.windowed or prompt.reach is not None:
+        if self.windowed or prompt.attends_until is not None:
             places = torch.arange(tokens, device=prompt.hidden.device).expand(batch, -1)
-        return rope._replace(places=places, reach=prompt.reach, deepstack=prompt.deepstack)
+        return rope._replace(places=places, attends_until=prompt.attends_until, deepstack=prompt.deepstack)
 
-    def rope_after(self, prompt: Prompt, new_tokens: int) -> Rope:
+    def inputs_after(self, prompt: Prompt, new_tokens: int) -> TokenInputs:
         """What goes with the tokens that follow a prompt, which count on from its last one on every axis."""
         steps = torch.arange(new_tokens, device=prompt.hidden.device)
         lengths = torch.tensor(prompt.lengths, device=steps.device)[:, None]
@@ -197,8 +197,10 @@ class BaseVLM:
         rope = self.rotary(prompt.hidden[:, -1:], prompt.position_ids.gather(-1, last) + 1 + steps)
         return rope._replace(places=lengths + steps) if self.windowed else rope
 
-    def rotary(self, hidden: Float[Tensor, "batch tokens width"], position_ids: Int[Tensor, "*axes batch any"]) -> Rope:
-        """Rotary embeddings of positions alone, in the dtype and on the device of `hidden`; of a prompt, use `rope`."""
+    def rotary(
+        self, hidden: Float[Tensor, "batch tokens width"], position_ids: Int[Tensor, "*axes batch any"]
+    ) -> TokenInputs:
+        """Rotary embeddings of positions alone, in the dtype and on the device of `hidden`; of a prompt, use `token_inputs`."""
         embedding = self.decoder.rotary_emb
         if position_ids.ndim == 3:
             position_ids = position_ids[-3:]
@@ -209,23 +211,23 @@ class BaseVLM:
             cos, sin = (torch.cat(part, dim=-1) for part in parts)
         else:
             cos, sin = embedding(hidden, position_ids)
-        return Rope(cos.to(hidden.device), sin.to(hidden.device), kinds)
+        return TokenInputs(cos.to(hidden.device), sin.to(hidden.device), kinds)
 
     def run_layers(
         self,
         hidden: Float[Tensor, "batch tokens width"],
         start: int,
         stop: int,
-        rope: Rope,
+        rope: TokenInputs,
         masks: Masks,
-        cache: LayeredCache | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
         """Run layers start..stop-1 (from 0); with a cache, on top of what it holds."""
         return run(self.layers[start:stop], hidden, rope, masks, cache, start)
 
     def logits(self, hidden: Float[Tensor, "*positions width"]) -> Float[Tensor, "*positions vocabulary"]:
         """Final norm and head, on the given positions only."""
-        with few_rows(hidden):
+        with cpu_linear(hidden):
             return cast(Tensor, self.head(self.norm(hidden)).to(hidden.device))
 
 

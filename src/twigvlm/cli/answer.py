@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import TextStreamer
 
 from twigvlm.cli.session import Session, build_inputs
-from twigvlm.decoding.timing import clock_of
+from twigvlm.engine.timing import clock_of
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.speed import FirstToken, attention_of
 

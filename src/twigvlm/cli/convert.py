@@ -28,10 +28,10 @@ class Convert:
 
     def run(self) -> None:
         """Convert, and write the twig to `out`."""
+        from twigvlm.checkpoints.milvlg import import_milvlg
         from twigvlm.cli.output import busy
         from twigvlm.cli.session import load_base
         from twigvlm.errors import TwigVLMError
-        from twigvlm.published import import_milvlg
 
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise TwigVLMError(f"out {str(self.out)!r}: exists already; choose another directory")

@@ -14,25 +14,25 @@ import torch
 import transformers
 
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.checkpoint import FILES, WEIGHTS, fingerprint
+from twigvlm.checkpoints.hub import fetch
+from twigvlm.checkpoints.twig_files import FILES, WEIGHTS, fingerprint
 from twigvlm.cli.evaluate import Accuracy, Batches, Common, Drafts, Exactness, Speed, Sweep
 from twigvlm.cli.output import busy, check_directory, progress
 from twigvlm.cli.session import SAPLING, build_inputs, load_base
 from twigvlm.config import SpeculationConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.accuracy import InputsOf, run_accuracy
-from twigvlm.evaluation.batches import batch_contenders, run_batches, split
+from twigvlm.evaluation.batches import batch_systems, run_batches, split
 from twigvlm.evaluation.exactness import choose_checks, run_exactness
-from twigvlm.evaluation.figure import draw_accuracy, figure_class
-from twigvlm.evaluation.journal import Journal, Record
+from twigvlm.evaluation.figures import draw_accuracy, figure_class
+from twigvlm.evaluation.progress import Progress
+from twigvlm.evaluation.questions import Question, Questions, load_questions
 from twigvlm.evaluation.report import accuracy_sections, batch_sections, exactness_sections, page, speed_sections
-from twigvlm.evaluation.running import Running
-from twigvlm.evaluation.speed import Contender, draft_contenders, run_speed, standard_contenders
+from twigvlm.evaluation.results_log import Record, ResultsLog
+from twigvlm.evaluation.speed import System, draft_systems, run_speed, standard_systems
 from twigvlm.evaluation.summary import accuracies
-from twigvlm.evaluation.tasks import Question, Questions, load_questions
 from twigvlm.evaluation.variants import make_variants
 from twigvlm.files import replacing
-from twigvlm.hub import fetch
 from twigvlm.images import load_image
 from twigvlm.model import TwigVLM
 
@@ -128,8 +128,8 @@ def run_pruning(
     model = bench.grow()
     variants = make_variants(model, methods, options.budgets, final_wipes)
     names = [variant.name for variant in variants]
-    journal = Journal(options.output / RAW, {**bench.settings, "variants": names, "seed": seed})
-    running = Running()
+    results_log = ResultsLog(options.output / RAW, {**bench.settings, "variants": names, "seed": seed})
+    running = Progress()
     with _advancing(title, len(bench.questions.items), running) as advance:
         records = run_accuracy(
             model,
@@ -137,7 +137,7 @@ def run_pruning(
             bench.questions,
             variants,
             bench.inputs_of,
-            journal,
+            results_log,
             options.max_new_tokens,
             options.max_description_tokens,
             seed,
@@ -166,8 +166,8 @@ def run_speeds(options: Speed) -> None:
     }
     SpeculationConfig("chain", **chain)  # for their errors
     SpeculationConfig("tree", **tree)
-    contenders = standard_contenders(options.retain, chain, tree, options.baselines, options.contenders)
-    _run_contenders(options, "Speed", contenders)
+    systems = standard_systems(options.retain, chain, tree, options.baselines, options.contenders)
+    _run_contenders(options, "Speed", systems)
 
 
 def run_drafts(options: Drafts) -> None:
@@ -175,60 +175,60 @@ def run_drafts(options: Drafts) -> None:
     for length in options.lengths:
         for threshold in options.thresholds:
             SpeculationConfig("chain", length, threshold)  # for its errors
-    contenders = draft_contenders(options.retain, options.lengths, options.thresholds)
-    _run_contenders(options, "Drafts", contenders, validation="choosing δ and θ")
+    systems = draft_systems(options.retain, options.lengths, options.thresholds)
+    _run_contenders(options, "Drafts", systems, validation="choosing δ and θ")
 
 
-def _run_contenders(options: Speed | Drafts, title: str, contenders: Sequence[Contender], validation: str = "") -> None:
+def _run_contenders(options: Speed | Drafts, title: str, systems: Sequence[System], validation: str = "") -> None:
     repeats = options.repeats
     _check_repeats(repeats)
     bench = open_bench(options, validation)
     model = bench.grow()
-    plan = [dataclasses.asdict(contender) for contender in contenders]
+    plan = [dataclasses.asdict(system) for system in systems]
     more = {"repeats": repeats, **_machine()}
-    journal = Journal(options.output / RAW, {**bench.settings, **more, "contenders": plan})
+    results_log = ResultsLog(options.output / RAW, {**bench.settings, **more, "systems": plan})
     with _advancing(title, len(bench.questions.items)) as advance:
         records = run_speed(
             model,
             bench.processor.tokenizer,
             bench.questions.items,
-            contenders,
+            systems,
             bench.inputs_of,
-            journal,
+            results_log,
             options.max_new_tokens,
             options.max_description_tokens,
             repeats,
             advance,
         )
-    _write(options, title, bench, more, speed_sections(records, contenders))
+    _write(options, title, bench, more, speed_sections(records, systems))
 
 
 def run_sizes(options: Batches) -> None:
-    """Time every contender on batches of every size."""
+    """Time every system on batches of every size."""
     _check_repeats(options.repeats)
     bench = open_bench(options)
     questions = bench.questions.items
     batches = sum(len(split(questions, size)) for size in options.sizes)
-    contenders = batch_contenders(options.retain, options.baselines)
-    plan = [dataclasses.asdict(contender) for contender in contenders]
+    systems = batch_systems(options.retain, options.baselines)
+    plan = [dataclasses.asdict(system) for system in systems]
     # Batches have no names of their own: which prompts they hold follows from the kinds.
     more = {"repeats": options.repeats, **_machine(), "kinds": options.kinds}
-    journal = Journal(options.output / RAW, {**bench.settings, **more, "contenders": plan})
+    results_log = ResultsLog(options.output / RAW, {**bench.settings, **more, "systems": plan})
     model = bench.grow()
     with _advancing("Batches", batches) as advance:
         records = run_batches(
             model,
             questions,
             options.sizes,
-            contenders,
+            systems,
             lambda batch: bench.inputs_of(*batch),
-            journal,
+            results_log,
             options.max_new_tokens,
             options.max_description_tokens,
             options.repeats,
             advance,
         )
-    _write(options, "Batches", bench, more, batch_sections(records, contenders))
+    _write(options, "Batches", bench, more, batch_sections(records, systems))
 
 
 def _check_repeats(repeats: int) -> None:
@@ -240,8 +240,8 @@ def run_checks(options: Exactness) -> None:
     """Compare answers that must be the same."""
     checks = choose_checks(options.checks)
     bench = open_bench(options)
-    journal = Journal(options.output / RAW, {**bench.settings, "retain": options.retain, "checks": checks})
-    todo = sum(question.id not in journal.records for question in bench.questions.items)
+    results_log = ResultsLog(options.output / RAW, {**bench.settings, "retain": options.retain, "checks": checks})
+    todo = sum(question.id not in results_log.records for question in bench.questions.items)
     inputs_of: InputsOf = bench.inputs_of
     with _advancing("Exactness", 2 * todo) as advance:
         records = run_exactness(
@@ -249,7 +249,7 @@ def run_checks(options: Exactness) -> None:
             bench.grow,
             bench.questions.items,
             inputs_of,
-            journal,
+            results_log,
             options.retain,
             checks,
             options.max_new_tokens,
@@ -260,7 +260,7 @@ def run_checks(options: Exactness) -> None:
 
 
 @contextmanager
-def _advancing(title: str, total: int, running: Running | None = None) -> Iterator[Callable[[Record], None]]:
+def _advancing(title: str, total: int, running: Progress | None = None) -> Iterator[Callable[[Record], None]]:
     """A progress bar with running accuracies; a line now and then where stderr is no terminal."""
     done = 0
     with progress() as bar:

@@ -12,7 +12,7 @@ from twigvlm.cli.output import busy, check_directory
 from twigvlm.cli.page import answer_page
 from twigvlm.cli.session import Plan, Session, build_inputs, default_picture, open_session, patch_grid, seen_box
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation.figure import draw_patches, figure_class
+from twigvlm.evaluation.figures import draw_patches, figure_class
 from twigvlm.evaluation.variants import score_all
 from twigvlm.files import replacing
 from twigvlm.images import load_image

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.files import replacing
-from twigvlm.training.processes import is_main
+from twigvlm.training.distributed.processes import is_main
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

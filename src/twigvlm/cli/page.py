@@ -8,7 +8,7 @@ from typing import Any
 
 from twigvlm.cli.answer import Answer
 from twigvlm.evaluation.metrics import acceptance_rate
-from twigvlm.evaluation.provenance import Origin, origins, pieces
+from twigvlm.evaluation.token_origins import Origin, origins, pieces
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1e; --back: #ffffff; --line: #d0d0d5; --draft: #c9ecd0; --base: #ffd9a8; }

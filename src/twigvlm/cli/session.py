@@ -15,8 +15,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from twigvlm.config import Speculate
 from twigvlm.errors import TwigVLMError
+from twigvlm.inputs import special_tokens
 from twigvlm.model import TwigVLM
-from twigvlm.template import special_tokens
 
 SAPLING = "sapling"
 

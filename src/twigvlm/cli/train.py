@@ -40,7 +40,7 @@ class Common:
         """Check the options; the samples, the base and its processor."""
         from twigvlm.cli.output import busy
         from twigvlm.errors import TwigVLMError
-        from twigvlm.training import processes
+        from twigvlm.training.distributed import processes
 
         if self.out.exists() and not self.out.is_dir():
             raise TwigVLMError(f"out {str(self.out)!r}: is a file; name a directory")
@@ -55,7 +55,7 @@ class Common:
             raise TwigVLMError("training needs more packages; run: pip install 'twigvlm[train]'") from None
 
         from twigvlm.cli.session import load_base
-        from twigvlm.training.reading import load_samples
+        from twigvlm.training.data.load import load_samples
 
         with busy(f"Loading {self.model}"):
             base, processor = load_base(self.model, self.dtype, processes.device(self.device))
@@ -65,20 +65,20 @@ class Common:
 
     def dataset(self, samples: Any, base: Any, processor: Any) -> Any:
         """The samples as the training reads them."""
-        from twigvlm.training.data import ConversationDataset
+        from twigvlm.training.data.dataset import ConversationDataset
 
         limit = self.max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
         return ConversationDataset(samples, processor, limit, self.strict)
 
     def finish(self, model: Any, data: Any) -> None:
         """Report broken samples and write the twig."""
-        from twigvlm.training import processes
+        from twigvlm.training.distributed import processes
 
         data.summarise()
         if processes.is_main():
             model.save_pretrained(self.out)
             print(f"Twig: {self.out}")
-        processes.leave()
+        processes.finish()
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Stage1(Common):
 
         from twigvlm.cli.output import busy
         from twigvlm.model import TwigVLM
-        from twigvlm.training.data import frequent_answer_tokens
+        from twigvlm.training.data.dataset import frequent_answer_tokens
 
         if self.start is not None:
             return TwigVLM.from_pretrained(base, self.start)

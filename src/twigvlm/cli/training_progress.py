@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from twigvlm.cli.output import progress
-from twigvlm.training.trainer import NO_LOSSES
+from twigvlm.training.fit import NO_LOSSES
 
 
 class TrainingProgress(TrainerCallback):

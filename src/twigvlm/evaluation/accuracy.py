@@ -4,9 +4,9 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from twigvlm.evaluation.journal import Journal, Record
 from twigvlm.evaluation.metrics import overlap
-from twigvlm.evaluation.tasks import Namer, Question, Questions, exact_match
+from twigvlm.evaluation.questions import Namer, Question, Questions, exact_match
+from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.evaluation.variants import Outcome, Variant, answer_all
 from twigvlm.model import TwigVLM
 
@@ -20,19 +20,19 @@ def run_accuracy(
     questions: Questions,
     variants: Sequence[Variant],
     inputs_of: InputsOf,
-    journal: Journal,
+    results_log: ResultsLog,
     max_new_tokens: int = 16,
     max_description_tokens: int = 192,
     seed: int = 0,
     advance: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
-    """Ask every question under every variant; those that the journal holds already are not asked again.
+    """Ask every question under every variant; those that the results_log holds already are not asked again.
 
     Args:
         tokenizer: turns ids into text.
         variants: from `make_variants`.
         inputs_of: prepares a question.
-        journal: where records go.
+        results_log: where records go.
         max_new_tokens: longest short answer.
         max_description_tokens: longest description.
         seed: of the random choice, which differs from question to question.
@@ -45,13 +45,13 @@ def run_accuracy(
     namer = Namer(questions.vocabulary)
     records = []
     for question in questions.items:
-        record = journal.records.get(question.id)
+        record = results_log.records.get(question.id)
         if record is None:
             most = question.limit(max_new_tokens, max_description_tokens)
             own_seed = zlib.crc32(f"{seed} {question.id}".encode())
             outcomes = answer_all(model, inputs_of(question), variants, most, own_seed)
-            journal.append(_record(question, outcomes, tokenizer, namer))
-            record = journal.records[question.id]
+            results_log.append(_record(question, outcomes, tokenizer, namer))
+            record = results_log.records[question.id]
         records.append(record)
         advance(record)
     return records

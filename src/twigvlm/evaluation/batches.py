@@ -7,19 +7,19 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from twigvlm.decoding.timing import clock_of
+from twigvlm.engine.timing import clock_of
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation import memory
-from twigvlm.evaluation.journal import Journal, Record
-from twigvlm.evaluation.speed import Contender, attention_of, in_turn
-from twigvlm.evaluation.tasks import Question
+from twigvlm.evaluation import peak_memory
+from twigvlm.evaluation.questions import Question
+from twigvlm.evaluation.results_log import Record, ResultsLog
+from twigvlm.evaluation.speed import System, attention_of, in_turn
 from twigvlm.model import TwigVLM
 
 BatchOf = Callable[[Sequence[Question]], dict[str, Any]]
 """Questions as the base's inputs, padded on the left."""
 
 
-def batch_contenders(retain: float, attentions: Sequence[str]) -> list[Contender]:
+def batch_systems(retain: float, attentions: Sequence[str]) -> list[System]:
     """The base's `generate` per attention implementation, and the twig's parts together.
 
     Args:
@@ -27,10 +27,10 @@ def batch_contenders(retain: float, attentions: Sequence[str]) -> list[Contender
         attentions: implementations that the base's `generate` is measured with.
     """
     return [
-        *(Contender(f"HF generate, {attention}", attention) for attention in attentions),
-        Contender("pruning", options={"retain": retain}),
-        Contender("pruning + chain", options={"retain": retain, "speculate": "chain"}),
-        Contender("pruning + auto", options={"retain": retain, "speculate": "auto"}),
+        *(System(f"HF generate, {attention}", attention) for attention in attentions),
+        System("pruning", options={"retain": retain}),
+        System("pruning + chain", options={"retain": retain, "speculate": "chain"}),
+        System("pruning + auto", options={"retain": retain, "speculate": "auto"}),
     ]
 
 
@@ -51,21 +51,21 @@ def run_batches(
     model: TwigVLM,
     questions: Sequence[Question],
     sizes: Sequence[int],
-    contenders: Sequence[Contender],
+    systems: Sequence[System],
     batch_of: BatchOf,
-    journal: Journal,
+    results_log: ResultsLog,
     max_new_tokens: int,
     max_description_tokens: int,
     repeats: int,
     advance: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
-    """Answer all prompts in batches of every size by every contender; who begins changes from turn to turn.
+    """Answer all prompts in batches of every size by every system; who begins changes from turn to turn.
 
-    Batches that the journal holds already are not measured again. The first batch of a run is answered once by everyone
+    Batches that the results_log holds already are not measured again. The first batch of a run is answered once by everyone
     before any time counts.
 
     Returns:
-        The records: `id`, `size`, and by contender `runs`: new `tokens` of each row, up to its end token, and lists of
+        The records: `id`, `size`, and by system `runs`: new `tokens` of each row, up to its end token, and lists of
         `total` seconds and `peak` bytes, one per repeat.
 
     Raises:
@@ -76,41 +76,41 @@ def run_batches(
     warm = False
     for size, number, batch in plan:
         key = f"{size}-{number}"
-        if key not in journal.records:
+        if key not in results_log.records:
             inputs = batch_of(batch)
             most = max(question.limit(max_new_tokens, max_description_tokens) for question in batch)
             if not warm:
-                for contender in contenders:
-                    _measure(model, inputs, contender, most)
+                for system in systems:
+                    _measure(model, inputs, system, most)
                 warm = True
-            runs: dict[str, Any] = {contender.name: {"tokens": [], "total": [], "peak": []} for contender in contenders}
+            runs: dict[str, Any] = {system.name: {"tokens": [], "total": [], "peak": []} for system in systems}
             for turn in range(repeats):
-                for contender in in_turn(contenders, number + turn):
-                    tokens, seconds, held = _measure(model, inputs, contender, most)
-                    run = runs[contender.name]
+                for system in in_turn(systems, number + turn):
+                    tokens, seconds, held = _measure(model, inputs, system, most)
+                    run = runs[system.name]
                     run["tokens"] = tokens
                     run["total"].append(seconds)
                     run["peak"].append(held)
-            journal.append({"id": key, "size": size, "runs": runs})
-        records.append(journal.records[key])
+            results_log.append({"id": key, "size": size, "runs": runs})
+        records.append(results_log.records[key])
         advance(records[-1])
     return records
 
 
 def _measure(
-    model: TwigVLM, inputs: dict[str, Any], contender: Contender, max_new_tokens: int
+    model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int
 ) -> tuple[list[int], float, int | None]:
     """New tokens of each row, seconds, and peak bytes of one greedy answer to a batch."""
     device = model.model.device
     clock = clock_of(device)
-    generate: Callable[..., Any] = model.generate if contender.attention is None else model.model.generate
-    with attention_of(model.model, contender.attention):
-        memory.reset_peak(device)
+    generate: Callable[..., Any] = model.generate if system.attention is None else model.model.generate
+    with attention_of(model.model, system.attention):
+        peak_memory.reset_peak(device)
         began = clock()
-        ids = generate(**inputs, **contender.options, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = generate(**inputs, **system.options, max_new_tokens=max_new_tokens, do_sample=False)
         ended = clock()
     new = ids[:, inputs["input_ids"].shape[1] :]
-    return _lengths(new, model.model.generation_config.eos_token_id), ended - began, memory.peak(device)
+    return _lengths(new, model.model.generation_config.eos_token_id), ended - began, peak_memory.peak(device)
 
 
 def _lengths(new: Int[Tensor, "rows tokens"], ends: int | list[int] | None) -> list[int]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.accuracy import InputsOf
-from twigvlm.evaluation.journal import Journal, Record
-from twigvlm.evaluation.tasks import Question
+from twigvlm.evaluation.questions import Question
+from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.model import TwigVLM
 
 CHECKS = {
@@ -47,14 +47,14 @@ def run_exactness(
     grow: Callable[[], TwigVLM],
     questions: Sequence[Question],
     inputs_of: InputsOf,
-    journal: Journal,
+    results_log: ResultsLog,
     retain: float,
     checks: Sequence[str],
     max_new_tokens: int = 16,
     max_description_tokens: int = 192,
     advance: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
-    """Compare answers token for token; prompts that the journal holds already are not asked again.
+    """Compare answers token for token; prompts that the results_log holds already are not asked again.
 
     Args:
         base: the base, before anything is grown on it.
@@ -69,7 +69,7 @@ def run_exactness(
         The records, in the order of the questions: `id`, `kind`, `tokens` (length of the base's answer, or if no check asks for
         that, of the answer without speculation), `same` by check.
     """
-    todo = [question for question in questions if question.id not in journal.records]
+    todo = [question for question in questions if question.id not in results_log.records]
 
     limits = max_new_tokens, max_description_tokens
     before = {}
@@ -81,9 +81,9 @@ def run_exactness(
     for question in todo:
         reference = before.get(question.id)
         tokens, same = _check(model, inputs_of(question), reference, retain, checks, question.limit(*limits))
-        journal.append({"id": question.id, "kind": question.group, "tokens": tokens, "same": same})
-        advance(journal.records[question.id])
-    return [journal.records[question.id] for question in questions]
+        results_log.append({"id": question.id, "kind": question.group, "tokens": tokens, "same": same})
+        advance(results_log.records[question.id])
+    return [results_log.records[question.id] for question in questions]
 
 
 def _check(

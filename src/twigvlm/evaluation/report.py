@@ -5,8 +5,8 @@ from math import isnan
 from typing import Any
 
 from twigvlm.evaluation.exactness import CHECKS
-from twigvlm.evaluation.journal import Record
-from twigvlm.evaluation.speed import Contender
+from twigvlm.evaluation.results_log import Record
+from twigvlm.evaluation.speed import System
 from twigvlm.evaluation.summary import (
     Accuracy,
     Interval,
@@ -92,11 +92,11 @@ def _by_kind(figures: Sequence[Accuracy], base: Accuracy) -> str:
     return table(head, [[_label(one.name), *(percent(right) for _, right in one.kinds.values())] for one in figures])
 
 
-def speed_sections(records: Sequence[Record], contenders: Sequence[Contender]) -> list[str]:
+def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list[str]:
     """Tokens per second, RelSpd against the faster baseline, parts of the time, and drafts."""
-    baselines = [one.name for one in contenders if one.attention is not None] or [contenders[0].name]
+    baselines = [one.name for one in systems if one.attention is not None] or [systems[0].name]
     baseline = faster(records, baselines)
-    figures = compare_speeds(records, baseline, {one.name: one.same_as for one in contenders})
+    figures = compare_speeds(records, baseline, {one.name: one.same_as for one in systems})
 
     def ms(seconds: float) -> str:
         return "–" if isnan(seconds) else f"{1000 * seconds:.1f}"
@@ -115,7 +115,7 @@ def speed_sections(records: Sequence[Record], contenders: Sequence[Contender]) -
         ]
         for one in figures
     ]
-    head = ["contender", "tokens", "tokens/s", "RelSpd", "prefill ratio", "prefill, ms", "decode, ms"]
+    head = ["system", "tokens", "tokens/s", "RelSpd", "prefill ratio", "prefill, ms", "decode, ms"]
     head += ["draft, ms", "verify, ms", "TokAR, %", "accepted per step", "different outputs"]
     repeats = len(records[0]["runs"][baseline]["total"])
     return [
@@ -123,25 +123,25 @@ def speed_sections(records: Sequence[Record], contenders: Sequence[Contender]) -
         f"{len(records)} prompts, {repeats} alternating repeats after a warm-up; per prompt the median over repeats, then the "
         "mean over prompts. RelSpd is the ratio of tokens per second (prefill and decoding) to the baseline's on the same "
         "prompt, with its paired 95 % bootstrap interval (from 10 prompts on). The prefill ratio is the baseline's mean prefill "
-        "time over a contender's; draft and verify are parts of decode. Different outputs: prompts where speculation did not "
+        "time over a system's; draft and verify are parts of decode. Different outputs: prompts where speculation did not "
         "repeat what the same pruning gives without it.",
         table(head, rows),
     ]
 
 
-def batch_sections(records: Sequence[Record], contenders: Sequence[Contender]) -> list[str]:
-    """Tokens per second and peak memory by contender and batch size."""
-    figures = compare_batches(records, [one.name for one in contenders if one.attention is not None])
+def batch_sections(records: Sequence[Record], systems: Sequence[System]) -> list[str]:
+    """Tokens per second and peak memory by system and batch size."""
+    figures = compare_batches(records, [one.name for one in systems if one.attention is not None])
     sizes = list(dict.fromkeys(one.size for one in figures))
     rows = []
-    for contender in contenders:
+    for system in systems:
         cells = []
         for one in figures:
-            if one.name == contender.name:
+            if one.name == system.name:
                 ratio = "**1.00**" if one.is_baseline else f"{one.relative:.2f}"
                 held = "–" if isnan(one.peak) else f"{one.peak / 2**20:.0f} MiB"
                 cells.append(f"{one.speed:.1f} · {ratio} · {held}")
-        rows.append([contender.name, *cells])
+        rows.append([system.name, *cells])
     first = next(iter(records[0]["runs"].values()))
     prompts = sum(record["size"] for record in records if record["size"] == sizes[0])
     return [
@@ -149,7 +149,7 @@ def batch_sections(records: Sequence[Record], contenders: Sequence[Contender]) -
         f"{prompts} prompts, the same at every size; {len(first['total'])} alternating repeats after a warm-up. New tokens per "
         "second of all rows together (median over repeats), their ratio to the faster baseline of the same size (bold), and "
         "the most memory held at once, weights included, those of the twig in all.",
-        table(["contender", *(f"batch {size}: tokens/s · ratio · peak" for size in sizes)], rows),
+        table(["system", *(f"batch {size}: tokens/s · ratio · peak" for size in sizes)], rows),
     ]
 
 

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from twigvlm.decoding.timing import clock_of
+from twigvlm.engine.timing import clock_of
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.accuracy import InputsOf
-from twigvlm.evaluation.journal import Journal, Record
-from twigvlm.evaluation.tasks import Question
+from twigvlm.evaluation.questions import Question
+from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.model import TwigVLM
 
 
 @dataclass(frozen=True)
-class Contender:
+class System:
     """One way to generate."""
 
     name: str
@@ -30,12 +30,12 @@ class Contender:
     options: dict[str, Any] = field(default_factory=dict)
     """Of `TwigVLM.generate`."""
     same_as: str | None = None
-    """Contender whose output this one must repeat."""
+    """System whose output this one must repeat."""
 
 
-def standard_contenders(
+def standard_systems(
     retain: float, chain: dict[str, Any], tree: dict[str, Any], attentions: Sequence[str], names: Sequence[str] = ()
-) -> list[Contender]:
+) -> list[System]:
     """The base's `generate` per attention implementation, and the twig's parts alone and together.
 
     Args:
@@ -46,44 +46,44 @@ def standard_contenders(
         names: of those among the others that are wanted, together with what their output is compared to; none: all.
 
     Raises:
-        TwigVLMError: there is no contender of a name.
+        TwigVLMError: there is no system of a name.
     """
     chain = {"speculate": "chain", **chain}
     tree = {"speculate": "tree", **tree}
     twigs = [
-        Contender("own loop"),
-        Contender("pruning", options={"retain": retain}),
-        Contender("chain", options=chain, same_as="own loop"),
-        Contender("tree", options=tree, same_as="own loop"),
-        Contender("auto", options={"speculate": "auto"}, same_as="own loop"),
-        Contender("pruning + chain", options={"retain": retain, **chain}, same_as="pruning"),
-        Contender("pruning + tree", options={"retain": retain, **tree}, same_as="pruning"),
-        Contender("pruning + auto", options={"retain": retain, "speculate": "auto"}, same_as="pruning"),
+        System("own loop"),
+        System("pruning", options={"retain": retain}),
+        System("chain", options=chain, same_as="own loop"),
+        System("tree", options=tree, same_as="own loop"),
+        System("auto", options={"speculate": "auto"}, same_as="own loop"),
+        System("pruning + chain", options={"retain": retain, **chain}, same_as="pruning"),
+        System("pruning + tree", options={"retain": retain, **tree}, same_as="pruning"),
+        System("pruning + auto", options={"retain": retain, "speculate": "auto"}, same_as="pruning"),
     ]
-    known = {contender.name: contender for contender in twigs}
+    known = {system.name: system for system in twigs}
     for name in names:
         if name not in known:
-            raise TwigVLMError(f"contender {name!r}: must be one of {', '.join(known)}")
+            raise TwigVLMError(f"system {name!r}: must be one of {', '.join(known)}")
     wanted = {*names, *(known[name].same_as for name in names)} if names else known.keys()
     return [
-        *(Contender(f"HF generate, {attention}", attention) for attention in attentions),
-        *(contender for contender in twigs if contender.name in wanted),
+        *(System(f"HF generate, {attention}", attention) for attention in attentions),
+        *(system for system in twigs if system.name in wanted),
     ]
 
 
-def in_turn(contenders: Sequence[Contender], turn: int) -> list[Contender]:
+def in_turn(systems: Sequence[System], turn: int) -> list[System]:
     """All of them; another one begins in each turn."""
-    first = turn % len(contenders)
-    return [*contenders[first:], *contenders[:first]]
+    first = turn % len(systems)
+    return [*systems[first:], *systems[:first]]
 
 
-def draft_contenders(retain: float, lengths: Sequence[int], thresholds: Sequence[float]) -> list[Contender]:
+def draft_systems(retain: float, lengths: Sequence[int], thresholds: Sequence[float]) -> list[System]:
     """Pruning without drafts, and with chains of every length δ and threshold θ."""
     pruning = {"retain": retain}
     return [
-        Contender("pruning", options=pruning),
+        System("pruning", options=pruning),
         *(
-            Contender(
+            System(
                 f"δ={length} θ={threshold:g}",
                 options={**pruning, "speculate": "chain", "draft_length": length, "draft_threshold": threshold},
                 same_as="pruning",
@@ -147,17 +147,17 @@ def attention_of(model: Any, implementation: str | None) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def measure(model: TwigVLM, inputs: dict[str, Any], contender: Contender, max_new_tokens: int) -> Measurement:
+def measure(model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int) -> Measurement:
     """Answer once, greedily, and time it."""
     clock = clock_of(model.model.device)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
     watch = FirstToken(clock)
-    generate: Callable[..., Any] = model.generate if contender.attention is None else model.model.generate
-    with attention_of(model.model, contender.attention):
+    generate: Callable[..., Any] = model.generate if system.attention is None else model.model.generate
+    with attention_of(model.model, system.attention):
         began = clock()
-        output: Any = generate(**inputs, **options, **contender.options, streamer=watch)
+        output: Any = generate(**inputs, **options, **system.options, streamer=watch)
         ended = clock()
-    own = contender.attention is None
+    own = system.attention is None
     return Measurement(
         ids=output.sequences[0, inputs["input_ids"].shape[1] :].tolist(),
         prefill=(ended if watch.at is None else watch.at) - began,
@@ -173,40 +173,40 @@ def run_speed(
     model: TwigVLM,
     tokenizer: Any,
     questions: Sequence[Question],
-    contenders: Sequence[Contender],
+    systems: Sequence[System],
     inputs_of: InputsOf,
-    journal: Journal,
+    results_log: ResultsLog,
     max_new_tokens: int,
     max_description_tokens: int,
     repeats: int,
     advance: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
-    """Time every contender on every prompt, `repeats` times; who begins changes from turn to turn.
+    """Time every system on every prompt, `repeats` times; who begins changes from turn to turn.
 
-    Prompts that the journal holds already are not measured again. The first prompt is answered once by everyone before
+    Prompts that the results_log holds already are not measured again. The first prompt is answered once by everyone before
     any time counts.
 
     Returns:
-        The records, in the order of the questions: `id`, `kind`, and by contender `runs`: `ids`, `text`, drafted and
+        The records, in the order of the questions: `id`, `kind`, and by system `runs`: `ids`, `text`, drafted and
         accepted lengths of each step, and lists of seconds (`prefill`, `total`, `draft`, `verify`), one per repeat.
     """
     records = []
     warm = False
     for number, question in enumerate(questions):
-        record = journal.records.get(question.id)
+        record = results_log.records.get(question.id)
         if record is None:
             inputs, most = inputs_of(question), question.limit(max_new_tokens, max_description_tokens)
             if not warm:
-                for contender in contenders:
-                    measure(model, inputs, contender, most)
+                for system in systems:
+                    measure(model, inputs, system, most)
                 warm = True
-            taken: dict[str, list[Measurement]] = {contender.name: [] for contender in contenders}
+            taken: dict[str, list[Measurement]] = {system.name: [] for system in systems}
             for turn in range(repeats):
-                for contender in in_turn(contenders, number + turn):
-                    taken[contender.name].append(measure(model, inputs, contender, most))
+                for system in in_turn(systems, number + turn):
+                    taken[system.name].append(measure(model, inputs, system, most))
             runs = {name: _run(measurements, tokenizer) for name, measurements in taken.items()}
-            journal.append({"id": question.id, "kind": question.group, "runs": runs})
-            record = journal.records[question.id]
+            results_log.append({"id": question.id, "kind": question.group, "runs": runs})
+            record = results_log.records[question.id]
         records.append(record)
         advance(record)
     return records

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from twigvlm.evaluation.journal import Record
 from twigvlm.evaluation.metrics import (
     acceptance_rate,
     bootstrap_interval,
@@ -16,6 +15,7 @@ from twigvlm.evaluation.metrics import (
     relative_speed,
     speeds,
 )
+from twigvlm.evaluation.results_log import Record
 
 Interval = tuple[float, float]
 
@@ -77,7 +77,7 @@ def accuracies(records: Sequence[Record], pictures: Mapping[str, object], base: 
 
 @dataclass(frozen=True)
 class Speed:
-    """One contender on all prompts; times in seconds, means over prompts of the median over repeats."""
+    """One system on all prompts; times in seconds, means over prompts of the median over repeats."""
 
     name: str
     tokens: float
@@ -99,7 +99,7 @@ class Speed:
     accepted_length: float
     """Accepted tokens per step."""
     different: int | None
-    """Prompts whose output differs from that of the contender that it must repeat; None if there is none."""
+    """Prompts whose output differs from that of the system that it must repeat; None if there is none."""
 
 
 def faster(records: Sequence[Record], names: Sequence[str]) -> str:
@@ -108,12 +108,12 @@ def faster(records: Sequence[Record], names: Sequence[str]) -> str:
 
 
 def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, str | None]) -> list[Speed]:
-    """Every contender's figures against the baseline.
+    """Every system's figures against the baseline.
 
     Args:
         records: of `run_speed`.
-        baseline: a contender.
-        same_as: contenders, and whose output each must repeat.
+        baseline: a system.
+        same_as: systems, and whose output each must repeat.
     """
     reference = _speeds(records, baseline)
     reference_prefill = _mean(_times(records, baseline, "prefill"))
@@ -149,7 +149,7 @@ def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, 
 
 @dataclass(frozen=True)
 class BatchSpeed:
-    """One contender at one batch size."""
+    """One system at one batch size."""
 
     name: str
     size: int
@@ -163,11 +163,11 @@ class BatchSpeed:
 
 
 def compare_batches(records: Sequence[Record], baselines: Sequence[str]) -> list[BatchSpeed]:
-    """Every contender at every size, in the order of the records.
+    """Every system at every size, in the order of the records.
 
     Args:
         records: of `run_batches`.
-        baselines: contenders, of which at each size the faster one is the baseline.
+        baselines: systems, of which at each size the faster one is the baseline.
     """
     result = []
     for size in dict.fromkeys(record["size"] for record in records):
@@ -185,7 +185,7 @@ def compare_batches(records: Sequence[Record], baselines: Sequence[str]) -> list
 
 
 def _times(records: Sequence[Record], name: str, part: str) -> list[float]:
-    """Median over repeats, per prompt; nan where a contender has no such part."""
+    """Median over repeats, per prompt; nan where a system has no such part."""
 
     def middle(values: list[Any]) -> float:
         return median(values) if values[0] is not None else float("nan")

@@ -13,16 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.generation import LogitsProcessorList
 
-from twigvlm.base.cache import LayeredCache
-from twigvlm.base.positions import expand_rope, slice_rope
-from twigvlm.decoding.prefill import Scorer, Trunk, run_kept
+from twigvlm.base.token_inputs import expand_rows, slice_tokens
+from twigvlm.engine.prefill import Scorer, TrunkOutput, run_kept
 from twigvlm.errors import TwigVLMError
+from twigvlm.kv.cache import KVCache
 from twigvlm.model import TwigVLM
-from twigvlm.pruning.baselines.random import RandomScores
 from twigvlm.pruning.budget import solve_keep
-from twigvlm.pruning.head_scores import default_scorer
+from twigvlm.pruning.methods.pruning_head import default_scorer
+from twigvlm.pruning.methods.random import RandomScores
+from twigvlm.pruning.methods.twig_attention import TwigAttention, layer_scores
 from twigvlm.pruning.select import top_visual
-from twigvlm.pruning.twig_attention import TwigAttention, layer_scores
 from twigvlm.twig.block import Twig
 
 METHODS = "none, twig, attention, twig-text, random, fastv, deep:LAYER"
@@ -193,10 +193,10 @@ class _Shared:
         self.base.check_images(inputs["input_ids"], inputs)
         self.prompt = self.base.prompt(**inputs)
         self.visual = int(self.prompt.visual_mask.sum())
-        self.rope = self.base.rope(self.prompt)
-        self.new_rope = self.base.rope_after(self.prompt, max_new_tokens)
+        self.rope = self.base.token_inputs(self.prompt)
+        self.new_rope = self.base.inputs_after(self.prompt, max_new_tokens)
         self.masks = self.base.masks(self.prompt, rows=1, new_tokens=max_new_tokens)
-        self.cache = LayeredCache(self.twig.last_slot + 1, reserve=max_new_tokens)
+        self.cache = KVCache(self.twig.last_slot + 1, reserve=max_new_tokens)
         self.rows: dict[int, Tensor] = {}
 
     def budget(self, variant: Variant) -> tuple[int, int]:
@@ -240,7 +240,7 @@ class _Shared:
 
     def score(self, scorer: Scorer) -> Float[Tensor, "1 tokens"]:
         """Scores by anything that looks at the prompt after the trunk."""
-        trunk = Trunk(self.base, self.twig, self.prompt, self.after_trunk, self.rope, self.masks, self.cache)
+        trunk = TrunkOutput(self.base, self.twig, self.prompt, self.after_trunk, self.rope, self.masks, self.cache)
         scores = scorer(trunk)
         self.cache.truncate(self.twig.first_slot, self.twig.last_slot + 1, (0,))  # the next scorer fills it anew
         return scores
@@ -250,7 +250,7 @@ class _Shared:
         count = len(scores)
         visual = self.prompt.visual_mask.expand(count, -1)
         stays = top_visual(scores, visual, [keep] * count) | ~visual
-        cache = LayeredCache(self.layers, reserve=self.limit)
+        cache = KVCache(self.layers, reserve=self.limit)
         for layer in range(self.trunk_layers):
             cache.borrow(self.cache, layer, count)
         hidden, _ = run_kept(
@@ -258,7 +258,7 @@ class _Shared:
             self.after_trunk.expand(count, -1, -1),
             stays,
             visual,
-            expand_rope(self.rope, count),
+            expand_rows(self.rope, count),
             self.trunk_layers,
             final_wipe,
             self.masks,
@@ -266,7 +266,7 @@ class _Shared:
         )
         return [Outcome(ids, keep) for ids in self._decode(cache, hidden[:, -1])]
 
-    def _decode(self, cache: LayeredCache, last: Float[Tensor, "rows width"]) -> list[list[int]]:
+    def _decode(self, cache: KVCache, last: Float[Tensor, "rows width"]) -> list[list[int]]:
         """Greedy answers from the states of the last prompt token after layer L; a row that has ended is run on idly."""
         answers: list[list[int]] = [[] for _ in last]
         ids = self.ids.expand(len(last), -1)
@@ -278,7 +278,7 @@ class _Shared:
                     answer.append(token)
             if index + 1 == self.limit or all(answer[-1] in self.ends for answer in answers):
                 break
-            rope = expand_rope(slice_rope(self.new_rope, index, index + 1), len(last))
+            rope = expand_rows(slice_tokens(self.new_rope, index, index + 1), len(last))
             hidden = self.base.embed(choices[:, None])
             last = self.base.run_layers(hidden, 0, self.layers, rope, self.masks, cache)[:, -1]
         return answers

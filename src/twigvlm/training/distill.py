@@ -12,14 +12,14 @@ from transformers import TrainerCallback
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
-from twigvlm.pruning.head_scores import Look, look_at_images
-from twigvlm.training import processes
-from twigvlm.training.data import IGNORE
+from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
+from twigvlm.training.data.dataset import IGNORE
+from twigvlm.training.data.turns import last_prompt_tokens
+from twigvlm.training.distributed import processes
+from twigvlm.training.fit import TermTrainer, fit
 from twigvlm.training.losses import attention_loss, draft_targets, next_token_loss, prediction_loss
 from twigvlm.training.options import Stage1Config
-from twigvlm.training.teacher import resolve_teacher_layer, teach
-from twigvlm.training.trainer import TermTrainer, fit
-from twigvlm.training.turns import last_prompt_tokens
+from twigvlm.training.teacher import resolve_teacher_layer, run_teacher
 
 
 class Student(nn.Module):
@@ -66,16 +66,18 @@ class Student(nn.Module):
         with torch.no_grad():
             prompt = base.prompt(**inputs)
             masks = base.masks(prompt)
-            rope = base.rope(prompt)
+            rope = base.token_inputs(prompt)
             hidden = base.run_layers(prompt.hidden, 0, trunk, rope, masks)
             if config.gamma:
-                look = Look.at(last_prompt_tokens(labels), prompt.visual_mask)
+                look = VisualQuery.at(last_prompt_tokens(labels), prompt.visual_mask)
             wanted = answers if config.alpha else None
-            lesson = teach(base, hidden, trunk, rope, masks, look, self.teacher_layer, wanted)
+            lesson = run_teacher(base, hidden, trunk, rope, masks, look, self.teacher_layer, wanted)
         with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
             before = twig.last_input(hidden.float(), rope, masks)
             logits = twig.logits(twig.last(before, rope, masks)[:, :-1][answers])
-            scores = None if look is None else look_at_images(twig.layers[-1], before, rope, look, twig.pruning_head)
+            scores = (
+                None if look is None else log_visual_attention(twig.layers[-1], before, rope, look, twig.pruning_head)
+            )
         vocabulary = base.vocabulary
         targets = draft_targets(labels[:, 1:][answers], twig.draft_token_ids, vocabulary)
         count = answers.sum() if num_items_in_batch is None else num_items_in_batch

@@ -15,19 +15,19 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from twigvlm.base.masks import Masks
-from twigvlm.base.positions import Rope, select_rows
+from twigvlm.base.token_inputs import TokenInputs, select_rows
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.decoding.prefill import run_kept
+from twigvlm.engine.prefill import run_kept
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
 from twigvlm.pruning.budget import solve_keep
-from twigvlm.pruning.head_scores import Look, look_at_images
+from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.training import plackett_luce
+from twigvlm.training.data.turns import answer_length, draw_turns
+from twigvlm.training.fit import TermTrainer, fit
 from twigvlm.training.losses import advantages, attention_loss, policy_loss
 from twigvlm.training.options import Stage2Config
-from twigvlm.training.teacher import resolve_teacher_layer, teach
-from twigvlm.training.trainer import TermTrainer, fit
-from twigvlm.training.turns import answer_length, draw_turns
+from twigvlm.training.teacher import resolve_teacher_layer, run_teacher
 
 
 def budget_probabilities(count: int, progress: float, beta: float, power: float) -> Float[Tensor, " count"]:
@@ -61,7 +61,7 @@ def answer_likelihoods(
     base: BaseVLM,
     hidden: Float[Tensor, "batch tokens width"],
     visual_mask: Bool[Tensor, "batch tokens"],
-    rope: Rope,
+    rope: TokenInputs,
     masks: Masks,
     cases: Sequence[Case],
     trunk: int,
@@ -156,13 +156,13 @@ class Policy(nn.Module):
         with torch.no_grad():
             prompt = base.prompt(**inputs)
             masks = base.masks(prompt)
-            rope = base.rope(prompt)
+            rope = base.token_inputs(prompt)
             hidden = base.run_layers(prompt.hidden, 0, self.trunk, rope, masks)
-            look = Look.at(draw_turns(labels, prompt.visual_mask, generator), prompt.visual_mask)
+            look = VisualQuery.at(draw_turns(labels, prompt.visual_mask, generator), prompt.visual_mask)
         with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
             with torch.no_grad():
                 before = twig.last_input(hidden.float(), rope, masks)
-            scores = look_at_images(twig.layers[-1], before, rope, look, twig.pruning_head)
+            scores = log_visual_attention(twig.layers[-1], before, rope, look, twig.pruning_head)
         loss = scores[look.visible].sum() * 0.0  # a batch without an image has a gradient too
         samples = look.visible.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
         cases, drawn = [], []
@@ -192,7 +192,7 @@ class Policy(nn.Module):
         terms.update((name, torch.stack(values).mean()) for name, values in figures.items())
         weight = float(np.interp(choice, (0, max(1, len(config.budgets) - 1)), config.gamma))
         if weight:
-            lesson = teach(base, hidden, self.trunk, rope, masks, look, self.teacher_layer)
+            lesson = run_teacher(base, hidden, self.trunk, rope, masks, look, self.teacher_layer)
             assert lesson.attention is not None, "asked for"
             divergence = attention_loss(lesson.attention, scores)
             terms["attention_kl"] = divergence.detach()
@@ -238,7 +238,7 @@ def train_stage2(
 
     Args:
         model: its P-Head is trained in float32 and ends in the base's number format.
-        data: samples as `ConversationDataset` yields them; those without an image teach nothing.
+        data: samples as `ConversationDataset` yields them; those without an image run_teacher nothing.
         config: settings.
         directory: for checkpoints, which hold the twig, the optimiser and the place in the data.
         resume: continue from the latest checkpoint in `directory`, if there is one.

@@ -7,14 +7,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from twigvlm.base.masks import Masks
-from twigvlm.base.positions import Rope
+from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.errors import TwigVLMError
-from twigvlm.pruning.head_scores import Look, look_at_images
+from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherOutput:
     """What the student is held to; None where it was not asked for."""
 
     attention: Float[Tensor, "batch queries visual"] | None
@@ -39,16 +39,16 @@ def resolve_teacher_layer(layer: int | None, layers: int, trunk: int) -> int:
 
 
 @torch.no_grad()
-def teach(
+def run_teacher(
     base: BaseVLM,
     hidden: Float[Tensor, "batch tokens width"],
     trunk: int,
-    rope: Rope,
+    rope: TokenInputs,
     masks: Masks,
-    look: Look | None = None,
+    look: VisualQuery | None = None,
     layer: int = 0,
     answers: Bool[Tensor, "batch positions"] | None = None,
-) -> Lesson:
+) -> TeacherOutput:
     """Run the base on a whole batch, no further than what is asked for.
 
     Args:
@@ -65,9 +65,9 @@ def teach(
     logits: Tensor | None = None
     if look is not None:
         hidden = base.run_layers(hidden, trunk, layer - 1, rope, masks)
-        attention = look_at_images(base.layers[layer - 1], hidden, rope, look)
+        attention = log_visual_attention(base.layers[layer - 1], hidden, rope, look)
         trunk = layer - 1
     if answers is not None:
         hidden = base.run_layers(hidden, trunk, base.num_layers, rope, masks)
         logits = base.logits(hidden[:, :-1][answers])
-    return Lesson(attention, logits)
+    return TeacherOutput(attention, logits)

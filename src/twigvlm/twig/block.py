@@ -9,14 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from twigvlm.base.cache import LayeredCache
 from twigvlm.base.layers import fill, run
 from twigvlm.base.masks import Masks
-from twigvlm.base.positions import Rope
+from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.base.weights import plain_weights
 from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
+from twigvlm.kv.cache import KVCache
 from twigvlm.twig.pruning_head import PruningHead
 
 
@@ -113,9 +113,9 @@ class Twig(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "batch tokens width"],
-        rope: Rope,
+        rope: TokenInputs,
         masks: Masks,
-        cache: LayeredCache | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
         """Run the twig on states after base layer K; the result goes to `logits`."""
         return run(self.layers, hidden, rope, masks, cache, self.first_slot)
@@ -132,7 +132,7 @@ class Twig(nn.Module):
         if self.pruning_head is None:
             return
         prompt = base.text_prompt(tokens)
-        rope, masks = base.rope(prompt), base.masks(prompt)
+        rope, masks = base.token_inputs(prompt), base.masks(prompt)
         hidden = base.run_layers(prompt.hidden, 0, self.config.trunk_layers, rope, masks)
         hidden = self.last_input(hidden, rope, masks)
         self.pruning_head.open(cast(Any, self.layers[-1]).input_layernorm(hidden)[0])
@@ -140,21 +140,21 @@ class Twig(nn.Module):
     def last_input(
         self,
         hidden: Float[Tensor, "batch tokens width"],
-        rope: Rope,
+        rope: TokenInputs,
         masks: Masks,
-        cache: LayeredCache | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
         """Run all twig layers but the last, which visual tokens are ranked by."""
         return run(self.layers[:-1], hidden, rope, masks, cache, self.first_slot)
 
     def last(
-        self, hidden: Float[Tensor, "batch tokens width"], rope: Rope, masks: Masks
+        self, hidden: Float[Tensor, "batch tokens width"], rope: TokenInputs, masks: Masks
     ) -> Float[Tensor, "batch tokens width"]:
         """Run the last twig layer on its input; the result goes to `logits`."""
         return run(self.layers[-1:], hidden, rope, masks, slot=self.last_slot)
 
     def fill(
-        self, hidden: Float[Tensor, "batch tokens width"], rope: Rope, masks: Masks, cache: LayeredCache
+        self, hidden: Float[Tensor, "batch tokens width"], rope: TokenInputs, masks: Masks, cache: KVCache
     ) -> Float[Tensor, "batch tokens width"]:
         """Put a prompt into the cache and return the *input* of the last twig layer.
 

@@ -1,0 +1,1 @@
+"""Twigs on disk and on the hub: save, load, describe, import the authors' own."""

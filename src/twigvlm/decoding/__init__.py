@@ -1,1 +1,0 @@
-"""Prefill with pruning, draft, verify, commit."""

@@ -1,0 +1,1 @@
+"""The decoding engine: prompts in, answers out."""

@@ -1,0 +1,24 @@
+"""Accuracies while a run goes on."""
+
+from twigvlm.evaluation.results_log import Record
+
+
+class Progress:
+    """Exact match so far, per variant; prints as one line."""
+
+    def __init__(self, most: int = 6) -> None:
+        self.asked = 0
+        self.right: dict[str, int] = {}
+        self._most = most
+
+    def add(self, record: Record) -> None:
+        """Count a record; descriptions are left out."""
+        scores = {name: value for name, value in record["score"].items() if not isinstance(value, list)}
+        self.asked += bool(scores)
+        for name, right in scores.items():
+            self.right[name] = self.right.get(name, 0) + right
+
+    def __str__(self) -> str:
+        """The first variants with their exact match in percent."""
+        shown = list(self.right.items())[: self._most]
+        return " · ".join(f"{name} {100 * right / self.asked:.1f}" for name, right in shown)

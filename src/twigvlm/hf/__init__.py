@@ -1,0 +1,1 @@
+"""Between Hugging Face's `generate` and the engine."""

@@ -1,0 +1,1 @@
+"""Ways to rank visual tokens, one file each."""

@@ -1,0 +1,98 @@
+"""The method's ranking with a P-Head (Eq. 7 and 8)."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from twigvlm.base.layers import project_keys, project_queries, window_of
+from twigvlm.base.packing import left_pack, valid_mask
+from twigvlm.base.token_inputs import TokenInputs, select_tokens
+from twigvlm.pruning.attention_rows import visual_attention
+from twigvlm.pruning.methods.twig_attention import TwigAttention
+from twigvlm.pruning.select import gather_tokens
+from twigvlm.twig.block import Twig
+from twigvlm.twig.pruning_head import PruningHead
+
+if TYPE_CHECKING:
+    from twigvlm.engine.prefill import Scorer, TrunkOutput
+
+
+@dataclass(frozen=True)
+class VisualQuery:
+    """Who looks at which visual tokens. Rows of fewer queries or visual tokens are filled up with what is not visible."""
+
+    queries: Int[Tensor, "batch queries"]
+    """Positions of the tokens that ask."""
+    visual: Int[Tensor, "batch visual"]
+    """Positions of the visual tokens, ascending."""
+    visible: Bool[Tensor, "batch queries visual"]
+    """Whether a query is real and stands after a real visual token."""
+
+    @classmethod
+    def at(cls, asking: Bool[Tensor, "batch tokens"], visual_mask: Bool[Tensor, "batch tokens"]) -> "VisualQuery":
+        """From the tokens that ask, and the visual tokens."""
+        (queries, asks), (visual, shown) = left_pack(asking), left_pack(visual_mask)
+        before = visual[:, None, :] < queries[:, :, None]
+        device = asking.device
+        both = (
+            valid_mask(asks, queries.shape[1], device)[:, :, None]
+            & valid_mask(shown, visual.shape[1], device)[:, None, :]
+        )
+        return cls(queries, visual, both & before)
+
+
+def log_visual_attention(
+    layer: nn.Module,
+    hidden: Float[Tensor, "batch tokens width"],
+    rope: TokenInputs,
+    look: VisualQuery,
+    head: PruningHead | None = None,
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"] | None = None,
+) -> Float[Tensor, "batch queries visual"]:
+    """Logarithm of the attention of a decoder layer restricted to visual tokens, or of a P-Head's s on that layer (Eq. 7).
+
+    Args:
+        layer: base or twig layer.
+        hidden: its input.
+        rope: of all tokens.
+        look: who looks at what.
+        head: P-Head; None: the layer's own attention.
+        keys: the layer's rotated keys of all tokens, where they are known.
+    """
+    asking, seen = gather_tokens(hidden, look.queries), gather_tokens(hidden, look.visual)
+    queries = project_queries(layer, asking, select_tokens(rope, look.queries))
+    if keys is None:
+        keys = project_keys(layer, seen, select_tokens(rope, look.visual))
+    else:
+        keys = torch.take_along_dim(keys, look.visual[:, None, :, None], dim=2)
+    visible, window = look.visible, window_of(layer)
+    if head is None and window is not None:  # a P-Head looks at all visual tokens
+        visible = visible & (look.visual[:, None, :] > look.queries[:, :, None] - window)
+    if head is not None:
+        normed = cast(Any, layer).input_layernorm
+        queries, keys = head(normed(asking), normed(seen), queries, keys)
+    return visual_attention(queries, keys, cast(Any, layer).self_attn.scaling, visible)
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """Scores by the twig's P-Head for the last prompt token; leaves the prompt in the twig's cache."""
+
+    def __call__(self, trunk: "TrunkOutput") -> Tensor:
+        """Scores [batch, tokens]; 0 at text tokens."""
+        twig, mask = trunk.twig, trunk.prompt.visual_mask
+        hidden = trunk.grow()
+        keys, _ = trunk.cache.held(twig.last_slot)
+        ends = torch.tensor(trunk.prompt.lengths, device=mask.device)[:, None] - 1
+        last = torch.zeros_like(mask).scatter(1, ends, True)
+        look = VisualQuery.at(last, mask)
+        shares = log_visual_attention(twig.layers[-1], hidden, trunk.rope, look, twig.pruning_head, keys)[:, 0].exp()
+        return torch.zeros(mask.shape, device=mask.device).scatter_add(1, look.visual, shares)
+
+
+def default_scorer(twig: Twig) -> "Scorer":
+    """The twig's own ranking: its P-Head's, or without one its last layer's attention."""
+    return TwigAttention() if twig.pruning_head is None else HeadScores()

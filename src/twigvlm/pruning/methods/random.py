@@ -1,0 +1,25 @@
+"""Random choice: the floor that any ranking must beat."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from twigvlm.engine.prefill import TrunkOutput
+
+
+@dataclass(frozen=True)
+class RandomScores:
+    """Scores drawn uniformly; a prompt's own length and the seed decide the choice."""
+
+    seed: int = 0
+
+    def __call__(self, trunk: "TrunkOutput") -> Tensor:
+        """Scores [batch, tokens]."""
+        mask = trunk.prompt.visual_mask
+        scores = torch.zeros(mask.shape)
+        for row, length in enumerate(trunk.prompt.lengths):
+            scores[row, :length] = torch.rand(length, generator=torch.Generator().manual_seed(self.seed))
+        return scores.to(mask.device)

@@ -1,0 +1,1 @@
+"""Drafting tokens, and verifying them."""

@@ -1,0 +1,1 @@
+"""Training samples: read, render, align, batch."""

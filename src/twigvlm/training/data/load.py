@@ -1,0 +1,148 @@
+"""Read training samples from files, and leave the broken ones out."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.training.data.samples import BrokenSample, Samples, fetch, to_messages
+from twigvlm.training.distributed import processes
+
+SHOWN = 10
+"""Broken samples that are named by a line each; further ones are only counted."""
+
+_log = logging.getLogger(__name__)
+
+
+def load_samples(path: Path, images: Path | None = None, strict: bool = False) -> Samples:
+    """Read samples and leave out, and report, those that are seen to be broken without opening their pictures.
+
+    Args:
+        path: a `.json` (a list), `.jsonl` or `.parquet` file, a directory with any of them, or a directory made by
+            `datasets.Dataset.save_to_disk`.
+        images: folder that image paths start from. None: the directory of the samples.
+        strict: the first broken sample is an error.
+
+    Returns:
+        The good samples in the form of `to_messages`, with absolute image paths.
+
+    Raises:
+        TwigVLMError: names the file, or the sample by its id, with the remedy.
+    """
+    if images is not None and not images.is_dir():
+        raise TwigVLMError(f"images {str(images)!r}: no such directory; give the folder that image paths start from")
+    parts = _read(path)
+    folder = (images or (path if path.is_dir() else path.parent)).resolve()
+    good: list[tuple[Samples, int]] = []
+    broken: list[str] = []
+    for part in parts:
+        for index in range(len(part)):
+            try:
+                sample = to_messages(*fetch(part, index), folder)
+                _check_files(sample)
+                good.append((part, index))
+            except BrokenSample as error:
+                if strict:
+                    raise
+                if processes.is_main():  # all read the same
+                    report(error, len(broken))
+                broken.append(str(error))
+    if not good and not broken:
+        raise TwigVLMError(f"data {str(path)!r}: holds no samples; give at least one conversation")
+    if not good:
+        raise TwigVLMError(f"data {str(path)!r}: all {len(broken)} samples are broken; {broken[-1]}")
+    if processes.is_main():
+        summarise(len(broken), len(broken) + len(good))
+    return _Good(good, folder)
+
+
+@dataclass(frozen=True)
+class _Good:
+    """Samples by their place in what was read; nothing is held twice."""
+
+    places: list[tuple[Samples, int]]
+    folder: Path
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        return to_messages(*fetch(*self.places[index]), self.folder)
+
+
+def report(error: BrokenSample, before: int) -> None:
+    """One line for a broken sample that is skipped, unless many were reported before."""
+    if before < SHOWN:
+        _log.warning("skipped %s", error)
+    elif before == SHOWN:
+        _log.warning("further broken samples are skipped without a line each")
+
+
+def summarise(broken: int, total: int) -> None:
+    """One line that counts broken samples, if there were any."""
+    if broken:
+        _log.warning("skipped %d of %d samples", broken, total)
+
+
+def _check_files(sample: Mapping[str, Any]) -> None:
+    for image in sample["images"]:
+        if isinstance(image, str) and not Path(image).is_file():
+            raise BrokenSample(
+                f"sample {sample['id']!r}: no image file {image!r}; set --images to the folder that image paths start from"
+            )
+
+
+def _read(path: Path) -> list[Samples]:
+    if path.is_dir() and (path / "dataset_dict.json").is_file():
+        splits = sorted(each.name for each in path.iterdir() if each.is_dir())
+        raise TwigVLMError(
+            f"data {str(path)!r}: holds the splits {', '.join(splits)}; name the directory of one of them"
+        )
+    if path.is_dir() and (path / "dataset_info.json").is_file():
+        return [_table(path)]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl", ".parquet"))
+        if not files:
+            raise TwigVLMError(f"data {str(path)!r}: holds no .json, .jsonl or .parquet file; name the file of samples")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise TwigVLMError(f"data {str(path)!r}: no such file or directory; give a .json, .jsonl or .parquet file")
+    return [_table(file) if file.suffix == ".parquet" else _records(file) for file in files]
+
+
+def _table(path: Path) -> Samples:
+    """A Hugging Face dataset, its pictures left as they lie: opened in time, and by the same rules as files."""
+    try:
+        import datasets
+    except ImportError:
+        raise TwigVLMError(f"data {str(path)!r}: needs more packages; run: pip install 'twigvlm[train]'") from None
+    try:
+        table = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_parquet(str(path))
+    except Exception as error:  # Arrow raises whatever a broken file leads it to
+        raise TwigVLMError(
+            f"data {str(path)!r}: not readable as a data set ({one_line(error)}); save it anew"
+        ) from None
+    picture = datasets.Image(decode=False)
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, picture)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            table = table.cast_column(name, type(feature)(picture))
+    return table
+
+
+def _records(file: Path) -> list[Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".jsonl":
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        records = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise TwigVLMError(f"data {str(file)!r}: not readable as JSON ({error}); mend or export it again") from None
+    if not isinstance(records, list):
+        raise TwigVLMError(f"data {str(file)!r}: holds one JSON {type(records).__name__}; put the samples in a list")
+    return records

@@ -1,0 +1,259 @@
+"""What both stages share: Hugging Face's Trainer on the twig alone, its terms in the log, checkpoints, resuming."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+from twigvlm.checkpoints.twig_files import fingerprint
+from twigvlm.errors import TwigVLMError
+from twigvlm.files import replacing
+from twigvlm.model import TwigVLM
+from twigvlm.training.data.dataset import Collator
+from twigvlm.training.data.samples import BrokenSample
+from twigvlm.training.distributed import fsdp, processes
+from twigvlm.training.options import TrainingConfig
+
+UNFINISHED = "unfinished"
+"""Folder in which a checkpoint is written before it takes its place."""
+KEPT = 2
+"""Checkpoints that are kept, the latest ones."""
+NO_LOSSES = ("grad_norm", "learning_rate", "epoch", "step")
+"""Of what a Trainer logs."""
+FREE = ("workers", "log_steps", "save_steps", "tensorboard", "gradient_checkpointing")
+"""Settings that may change when a run goes on, since the twig does not depend on them."""
+
+
+class TermTrainer(Trainer):
+    """A Trainer that logs, beside the loss, all that the model returns with it: means over the passes of all processes since
+    the last log. Its checkpoints are whole or not there.
+    """
+
+    _aside = False  # whether a checkpoint is being written
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._terms: dict[str, list[Tensor]] = {}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss; its terms are kept for the log."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        for name, value in outputs.items():
+            if name != "loss":
+                self._terms.setdefault(name, []).append(value)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms to the log.
+
+        Raises:
+            TwigVLMError: the loss is no number any more.
+        """
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise TwigVLMError(
+                f"loss={logs['loss']} by step {self.state.global_step}: the training diverged; begin anew with a lower "
+                f"learning rate than {self.args.learning_rate:g}"
+            )
+        values: dict[str, list[float]] = {}
+        for own in processes.gather({name: torch.stack(terms).tolist() for name, terms in self._terms.items()}):
+            for name, terms in own.items():
+                values.setdefault(name, []).extend(terms)
+        logs.update((name, math.fsum(terms) / len(terms)) for name, terms in values.items())
+        self._terms = {}
+        super().log(logs, start_time)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Refuse what a launch asked for and would not get."""
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.mixed_precision != "no":
+            raise TwigVLMError(
+                f"mixed_precision={self.accelerator.mixed_precision}: the twig computes in the base's number format; "
+                "launch with 'no' and choose a dtype for the base"
+            )
+        fsdp.set_up(self.accelerator)
+        self.is_fsdp_enabled = fsdp.wanted()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        directory = super()._get_output_dir(trial)
+        return os.path.join(directory, UNFINISHED) if self._aside else directory
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The Trainer's own is not whole when trainer_state.json is there: that file may be cut off, and other processes may
+        # still be writing the state of their random streams.
+        self._aside = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._aside = False
+        self.accelerator.wait_for_everyone()
+        if processes.is_main():
+            _publish(Path(self.args.output_dir), f"checkpoint-{self.state.global_step}")
+
+
+def fit(
+    model: TwigVLM,
+    pupil: Callable[[int], nn.Module],
+    trainer_class: type[TermTrainer],
+    data: Dataset[dict[str, Tensor]],
+    config: TrainingConfig,
+    directory: Path,
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> list[dict[str, float]]:
+    """Train the twig in place; arguments as in `train_stage1`.
+
+    Args:
+        pupil: from the number of optimiser steps, the twig with the loss of a stage.
+        trainer_class: the Trainer of the stage.
+
+    Returns:
+        The Trainer's log.
+
+    Raises:
+        TwigVLMError: the base, the data, the launch or the checkpoint are unfit, or the loss diverges.
+    """
+    base = model.base
+    if base.dtype == torch.float16:
+        raise TwigVLMError("dtype=float16: gradients underflow in it; train with bfloat16 or float32")
+    samples = len(data)  # type: ignore[arg-type]
+    together = config.batch_size * config.accumulate * processes.count()
+    steps = config.max_steps or math.ceil(config.epochs * math.ceil(samples / together))
+    module = pupil(steps)
+    data[0]  # what is wrong with every sample shows before anything is written
+    checkpoint = _latest(directory)
+    if checkpoint is not None and not resume:
+        raise TwigVLMError(f"directory {str(directory)!r}: holds checkpoints; resume, or choose another directory")
+    launch = {
+        "samples": samples,
+        "max_length": getattr(data, "max_length", None),
+        "dtype": str(base.dtype),
+        "base": zlib.crc32(json.dumps(fingerprint(base)).encode()),
+        "processes": processes.count(),
+        "sharded": fsdp.wanted(),
+    }
+    _remember(directory, {**dataclasses.asdict(model.config), **dataclasses.asdict(config), **launch}, checkpoint)
+    if processes.is_main():
+        shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
+    cpu = model.model.device.type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        adam_beta1=0.9,
+        adam_beta2=0.98,
+        weight_decay=0.0,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(config.warmup * steps),
+        save_steps=config.save_steps,
+        logging_steps=config.log_steps,
+        report_to=["tensorboard"] if config.tensorboard else "none",
+        dataloader_num_workers=config.workers,
+        dataloader_pin_memory=not cpu,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=config.seed,
+        use_cpu=cpu,
+        ddp_find_unused_parameters=False,  # both stages use all that they train, in every pass
+        disable_tqdm=True,
+        logging_nan_inf_filter=False,
+    )
+    _check_device(arguments.device, model.model.device)
+    # Of several GPUs one process uses one: the Trainer would copy the twig, but not the base, to all of them.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    model.twig.float()
+    processes.broadcast_weights(module)
+    trainer = trainer_class(
+        model=module,
+        args=arguments,
+        train_dataset=data,
+        data_collator=Collator(pad_token_id=0),
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        fsdp.merge(module)
+    except BrokenSample as error:  # from a process beside the training it brings that process's traceback along
+        raise BrokenSample(str(error).rpartition("BrokenSample: ")[2].strip()) from None
+    finally:
+        model.twig.checkpoint_gradients(False)
+        model.twig.to(base.dtype)
+        model.train(False)
+    model.twig.record.append(_entry(config, samples, trainer.state))
+    return trainer.state.log_history
+
+
+def _check_device(chosen: torch.device, device: torch.device) -> None:
+    """The Trainer chooses its device by itself; the base must be there."""
+    if (chosen.type, chosen.index or 0) != (device.type, device.index or 0):
+        raise TwigVLMError(
+            f"device {str(device)!r}: this process trains on {str(chosen)!r}; load the base there, "
+            "or choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _publish(directory: Path, name: str) -> None:
+    """Put a checkpoint in its place, and remove old ones."""
+    shutil.rmtree(directory / name, ignore_errors=True)
+    os.replace(directory / UNFINISHED / name, directory / name)
+    (directory / UNFINISHED).rmdir()
+    for old in _whole(directory)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def _whole(directory: Path) -> list[Path]:
+    """Checkpoints, the latest last."""
+    found = [file.parent for file in directory.glob("checkpoint-*/trainer_state.json")]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def _entry(config: TrainingConfig, samples: int, state: TrainerState) -> dict[str, Any]:
+    """What the twig's record says of a stage: its last losses are means over the passes since the log entry before."""
+    last: dict[str, float] = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+    return {
+        "stage": type(config).__name__.removesuffix("Config").lower(),
+        "samples": samples,
+        "steps": state.global_step,
+        "final": {name: value for name, value in last.items() if name not in NO_LOSSES},
+        "settings": dataclasses.asdict(config),
+    }
+
+
+def _latest(directory: Path) -> Path | None:
+    return next(reversed(_whole(directory)), None)
+
+
+def _remember(directory: Path, settings: dict[str, Any], checkpoint: Path | None) -> None:
+    """Keep the settings beside the checkpoints; a run goes on only with the ones it began with, as far as it knew them."""
+    file = directory / "settings.json"
+    text = json.dumps(settings, indent=1) + "\n"
+    if checkpoint is not None and file.is_file():
+        before = json.loads(file.read_text())
+        for name, value in json.loads(text).items():
+            if name not in FREE and before.get(name, value) != value:
+                raise TwigVLMError(
+                    f"{name}={value}: the checkpoint in {str(directory)!r} was trained with {before[name]}; "
+                    "resume with the same settings or choose another directory"
+                )
+    elif processes.is_main():
+        directory.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            temporary.write_text(text)
