@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from twigvlm.engine.prefix_cache import PrefixCache
 from twigvlm.inputs import special_tokens
+from twigvlm.kv.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
     from twigvlm.model import TwigVLM

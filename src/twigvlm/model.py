@@ -1,6 +1,6 @@
 """TwigVLM: a frozen base and its twig, as one model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -17,13 +17,16 @@ from twigvlm.checkpoints import twig_files
 from twigvlm.checkpoints.hub import push
 from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
 from twigvlm.conversation import Conversation
-from twigvlm.engine.prefill import Plan, Scorer
-from twigvlm.engine.prefix_cache import PrefixCache
-from twigvlm.engine.timing import clock_of
+from twigvlm.engine.engine import Engine
+from twigvlm.engine.runner import EagerRunner
+from twigvlm.engine.timing import Timings, clock_of
 from twigvlm.errors import TwigVLMError, one_line
-from twigvlm.hf.generate import HFGenerateAdapter, TwigOutput, check_arguments, with_stop_strings
-from twigvlm.pruning.budget import average_kept, solve_keep
+from twigvlm.hf.generate import HFGenerateAdapter, Schedule, TwigOutput, check_arguments, run_rows, with_stop_strings
+from twigvlm.kv.prefix_cache import PrefixCache
+from twigvlm.pruning.cut import Pruner
 from twigvlm.pruning.methods.pruning_head import default_scorer
+from twigvlm.pruning.methods.twig import TwigPruner
+from twigvlm.pruning.view import Scorer
 from twigvlm.speculation.costs import StepCosts, calibrate
 from twigvlm.twig.block import Twig
 
@@ -218,28 +221,39 @@ class TwigVLM(nn.Module):
         if memory is not None and not memory.needs_vision(self.base, kwargs["input_ids"]):
             kwargs = self.base.without_pixels(kwargs)
         costs = self.costs() if speculation.speculate == "auto" else None
-        began = clock_of(self.model.device)()
-        kwargs = with_stop_strings(kwargs)
-        request = HFGenerateAdapter(
-            base=self.base,
-            twig=self.twig,
-            plan=lambda visual: self._plan(visual, pruning, scorer),
-            speculation=speculation,
-            began=began,
-            streamer=kwargs.get("streamer"),
-            generator=generator,
-            costs=costs,
-            memory=memory,
-        )
+        clock = clock_of(self.model.device)
+        start_time = clock()
         try:
-            # The base's own `generate` merges configurations and builds processors and criteria; only its loop is ours.
-            return self.model.generate(custom_generate=request, **kwargs)
-        except BaseException as error:
+            adapter = self._rows(pruning, scorer, generator, memory, kwargs)
+            timings = Timings(prefill=clock() - start_time) if adapter.config.return_dict_in_generate else None
+            runner = EagerRunner(self.base, self.twig, speculation, costs, min(512, adapter.rows[0].max_new_tokens))
+            output = run_rows(Engine(runner, timings=timings), adapter, timings, costs)
+        except BaseException:
             if memory is not None:
                 memory.forget()  # it may have taken in what the conversation will not hold
-            if isinstance(error, ValueError) and not (request.entered or isinstance(error, TwigVLMError)):
-                raise TwigVLMError(one_line(error)) from error
             raise
+        if timings is not None:
+            timings.total = clock() - start_time
+        return output
+
+    def _rows(
+        self,
+        pruning: PruningConfig,
+        scorer: Scorer | None,
+        generator: torch.Generator | None,
+        prefix: PrefixCache | None,
+        kwargs: dict[str, Any],
+    ) -> HFGenerateAdapter:
+        """What the base's own `generate` makes of its arguments: rows for an engine."""
+        pruner, schedule = self._pruning(pruning, scorer)
+        adapter = HFGenerateAdapter(self.base, pruner, schedule, kwargs.get("streamer"), generator, prefix)
+        try:
+            self.model.generate(custom_generate=adapter, **with_stop_strings(kwargs))
+        except ValueError as error:
+            if adapter.entered or isinstance(error, TwigVLMError):
+                raise
+            raise TwigVLMError(one_line(error)) from error
+        return adapter
 
     def chat(self, processor: Any, **options: Any) -> Conversation:
         """A conversation of several turns, in which trunk and twig run only once on each token.
@@ -257,20 +271,13 @@ class TwigVLM(nn.Module):
             self._costs[key] = calibrate(self.base, self.twig)
         return self._costs[key]
 
-    def _plan(self, visual: Sequence[int], pruning: PruningConfig, scorer: Scorer | None) -> Plan:
-        layers, trunk = self.base.num_layers, self.config.trunk_layers
-        scorer = scorer or default_scorer(self.twig)
-        if not pruning.active or not any(visual):  # of a prompt of text alone there is nothing to prune
-            return Plan(None, layers, scorer)
+    def _pruning(self, pruning: PruningConfig, scorer: Scorer | None) -> tuple[Pruner | None, Schedule]:
+        """What prunes, and its cuts for a number of visual tokens."""
+        layers = self.base.num_layers
+        if not pruning.active:
+            return None, lambda visual: ()
         final_wipe = next((k for k in (pruning.final_wipe, self.config.final_wipe) if k is not None), layers)
-
-        def kept(count: int) -> int:
-            if not count:
-                return 0
-            if pruning.retain is not None:
-                return solve_keep(pruning.retain, count, layers, trunk, final_wipe)
-            assert pruning.keep is not None, "one of them is given"
-            average_kept(pruning.keep, count, layers, trunk, final_wipe)  # for its errors
-            return pruning.keep
-
-        return Plan(tuple(kept(count) for count in visual), final_wipe, scorer, pruning.retain_per_image)
+        scorer = scorer or default_scorer(self.twig)
+        pruner = TwigPruner(scorer, self.config.trunk_layers, final_wipe, pruning.keep, pruning.retain_per_image)
+        # Of a prompt of text alone there is nothing to prune.
+        return pruner, lambda visual: pruner.cuts(pruning.retain, visual, layers) if visual else ()

@@ -6,18 +6,18 @@ of one query without a mask takes torch's grouped-query path, which on CPUs in h
 slow as the one it takes with a mask.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from twigvlm.base.packing import Lengths
 from twigvlm.errors import TwigVLMError
+from twigvlm.kv.cache import Held
 
-Masks = Callable[[int, Lengths], Tensor | None]
-"""(queries, held) -> the mask of new tokens that attend to those that each row of a cache holds, and to themselves."""
+Masks = Callable[[int, Held | None], Tensor | None]
+"""(queries, held) -> the mask of new tokens that attend to those that each row of a cache holds (None: none), and to themselves."""
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, "queries keys"]:
@@ -26,15 +26,14 @@ def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> 
     return torch.arange(keys, device=device) <= row[:, None]
 
 
-def ragged_mask(
-    queries: int, held: Sequence[int], device: torch.device | None = None
-) -> Bool[Tensor, "batch queries keys"]:
-    """Causal mask of a batch whose rows hold differently many tokens: query i of a row sees its first held + i + 1 keys.
+def ragged_mask(queries: int, held: Held) -> Bool[Tensor, "rows queries keys"]:
+    """Causal mask of rows that hold different numbers of tokens: query i of a row sees its first held + i + 1 keys.
 
     The new tokens of a row stand right behind those it holds; there are max(held) + queries keys.
     """
-    last = torch.tensor(held, device=device)[:, None] + torch.arange(queries, device=device)
-    return torch.arange(max(held) + queries, device=device) <= last[..., None]
+    device = held.lengths.device
+    last = held.lengths[:, None] + torch.arange(queries, device=device)
+    return torch.arange(held.longest + queries, device=device) <= last[..., None]
 
 
 def additive(mask: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
@@ -42,7 +41,7 @@ def additive(mask: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, 
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def placed(
+def restrict(
     mask: Tensor | None,
     attention: str,
     dtype: torch.dtype,
@@ -51,7 +50,7 @@ def placed(
     attends_until: Int[Tensor, "#batch queries"] | None,
     window: int | None,
 ) -> Shaped[Tensor, "batch 1 queries _"]:
-    """A mask for layers whose tokens do not see all that came before them, and nothing else.
+    """A mask for layers with a sliding window or bidirectional image attention.
 
     Distances are those of the unpruned sequence: what a token sees does not depend on how many others were pruned.
 
@@ -59,10 +58,10 @@ def placed(
         mask: who may see whom by order in the cache; None: causal.
         attention: the base's attention implementation.
         dtype: of an additive mask.
-        queries: places of the new tokens in the unpruned sequence.
-        keys: places of all tokens, the new ones last; without a window those of the new ones will do.
-        attends_until: place of the last token that each new token sees, where that is after itself (tokens of an image).
-        window: how many places a token looks back, its own included; None: all.
+        queries: positions of the new tokens in the unpruned sequence.
+        keys: positions of all tokens, the new ones last; without a window those of the new ones suffice.
+        attends_until: position of the last token that each new token sees, where that is after itself (tokens of an image).
+        window: how many positions a token looks back, itself included; None: all.
     """
     check_attention(attention, windowed=True)
     if mask is None:
@@ -93,47 +92,33 @@ def check_attention(attention: str, windowed: bool = False) -> None:
 
 
 class CausalMasks:
-    """Masks of one request. A step's mask is a view of one table where its rows are equally long: a step builds nothing.
+    """Masks of passes in which every token sees all that came before it.
 
     Args:
         attention: the base's attention implementation (`eager`, `sdpa`, `flash_attention_*`).
-        rows: most tokens of one step (a longer step gets a mask of its own).
-        columns: most keys of the request.
+        dtype: of the states.
+        device: of the states.
         single: whether a single query, which sees everything, gets a mask too.
     """
 
-    def __init__(
-        self,
-        attention: str,
-        rows: int,
-        columns: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        single: bool = False,
-    ) -> None:
+    def __init__(self, attention: str, dtype: torch.dtype, device: torch.device, single: bool = False) -> None:
         check_attention(attention)
         self.attention, self.dtype, self.device, self.single = attention, dtype, device, single
-        # Row i of the table sees all but the last rows-1-i columns: the last n rows and the last k columns are the
-        # mask of n queries over k keys, whatever n and k.
-        self.table = self._finish(causal_mask(rows, max(rows, columns), device))
 
-    def _finish(self, mask: Tensor) -> Tensor:
-        return additive(mask, self.dtype) if self.attention == "eager" else mask
-
-    def __call__(self, queries: int, held: Lengths) -> Tensor | None:
-        """Mask [batch or 1, 1, queries, keys], bool for SDPA and additive for eager; None where the kernel needs none."""
-        keys = max(held) + queries
-        if min(held) + queries < keys:
+    def __call__(self, queries: int, held: Held | None) -> Tensor | None:
+        """Mask [rows or 1, 1, queries, keys], bool for SDPA and additive for eager; None where the kernel needs none."""
+        if held is not None and not held.equal:
             check_mask_attention(self.attention, "a batch of prompts")
-            return self._finish(ragged_mask(queries, held, self.device))[:, None]
+            return self._finish(ragged_mask(queries, held))[:, None]
+        keys = queries if held is None else held.longest + queries
         if self.attention.startswith("flash_attention") or (queries == 1 and not self.single):
             return None
         if self.attention == "sdpa" and queries == keys:
             return None
-        rows, columns = self.table.shape
-        if queries > rows or keys > columns:
-            return self._finish(causal_mask(queries, keys, self.device))[None, None]
-        return self.table[rows - queries :, columns - keys :][None, None]
+        return self._finish(causal_mask(queries, keys, self.device))[None, None]
+
+    def _finish(self, mask: Tensor) -> Tensor:
+        return additive(mask, self.dtype) if self.attention == "eager" else mask
 
 
 def check_mask_attention(attention: str, what: str) -> None:
@@ -147,26 +132,26 @@ class TreeMasks:
 
     Args:
         attention: the base's attention implementation (`eager`, `sdpa`).
-        ancestors: which nodes in the cache, themselves the last of them, the new ones see.
+        ancestors: which nodes in the cache, the new ones the last of them, the new ones see.
         dtype: of the states.
 
     Raises:
         TwigVLMError: the attention implementation takes no mask.
     """
 
-    def __init__(self, attention: str, ancestors: Bool[Tensor, "batch queries nodes"], dtype: torch.dtype) -> None:
+    def __init__(self, attention: str, ancestors: Bool[Tensor, "rows queries nodes"], dtype: torch.dtype) -> None:
         check_mask_attention(attention, "token trees")
         self.attention, self.ancestors, self.dtype = attention, ancestors, dtype
 
-    def __call__(self, queries: int, held: Lengths) -> Tensor:
-        """Mask [batch, 1, queries, keys]; layers and rows have held different numbers of tokens before the tree."""
+    def __call__(self, queries: int, held: Held | None) -> Tensor:
+        """Mask [rows, 1, queries, keys]; layers and rows may have held different numbers of tokens before the tree."""
+        assert held is not None, "a tree follows a prompt"
         nodes = self.ancestors.shape[2]
-        before = [length + queries - nodes for length in held]
-        if min(before) == max(before):
-            mask = F.pad(self.ancestors, (before[0], 0), value=True)
+        if held.equal:
+            mask = F.pad(self.ancestors, (held.longest + queries - nodes, 0), value=True)
         else:
-            keys = torch.arange(max(held) + queries, device=self.ancestors.device)
-            node = keys - torch.tensor(before, device=keys.device)[:, None]
+            keys = torch.arange(held.longest + queries, device=self.ancestors.device)
+            node = keys - (held.lengths + queries - nodes)[:, None]
             which = node.clamp(0, nodes - 1)[:, None].expand(-1, queries, -1)
             inside = (node < nodes)[:, None] & self.ancestors.gather(2, which)
             mask = (node < 0)[:, None] | inside

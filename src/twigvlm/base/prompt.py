@@ -1,5 +1,6 @@
 """What a base hands to its language model, batches of different lengths included."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,26 @@ class Prompt:
     """Index of the last token that each token sees, where some see beyond themselves."""
     deepstack: tuple[Tensor, ...] = ()
     """Entry i is added to the states after layer i, [batch, tokens, width]: 0 at text tokens."""
+
+    def rows(self, rows: Sequence[int]) -> "Prompt":
+        """Some of the prompts, padded to the longest of them; a prompt may be taken several times."""
+        if list(rows) == list(range(len(self.lengths))):
+            return self
+        lengths = tuple(self.lengths[row] for row in rows)
+        index = torch.tensor(rows, device=self.hidden.device)
+
+        def pick(values: Tensor) -> Tensor:
+            return values.index_select(0, index)[:, : max(lengths)]
+
+        return Prompt(
+            pick(self.hidden),
+            self.position_ids.index_select(-2, index)[..., : max(lengths)],
+            pick(self.visual_mask),
+            pick(self.input_ids),
+            lengths,
+            None if self.attends_until is None else pick(self.attends_until),
+            tuple(pick(features) for features in self.deepstack),
+        )
 
 
 def attention_ends_of(masks: Any) -> Tensor | None:

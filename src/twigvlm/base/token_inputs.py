@@ -1,6 +1,6 @@
-"""What goes with each token through the layers: its rotary embedding, its place, and features that enter later layers."""
+"""Per-token inputs of a decoder layer beside the states: rotary embedding, position, features that enter later layers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,21 +9,21 @@ from torch import Tensor
 
 
 class TokenInputs(NamedTuple):
-    """What layers need to know of each token beside its state; tensors are [batch, tokens, …]."""
+    """What layers need of each token beside its state; tensors are [batch, tokens, …]."""
 
     cos: Tensor
     """Of the token's position, [batch, tokens, rotary_dim]; of several kinds of layers, one after another."""
     sin: Tensor
     kinds: tuple[str, ...] = ()
     """Types of layers with rotary embeddings of their own, in the order of `cos`; empty: all layers share one."""
-    places: Tensor | None = None
+    positions: Tensor | None = None
     """Index of the token in the unpruned sequence, [batch, tokens], where layers have a sliding window."""
     attends_until: Tensor | None = None
-    """Place of the last prompt token that the token sees, [batch, tokens], where some see ahead of themselves."""
+    """Index of the last token that this one may attend to, [batch, tokens] (bidirectional image attention)."""
     deepstack: tuple[Tensor, ...] = ()
     """Entry i is added to the states after layer i, [batch, tokens, width]: 0 at text tokens."""
 
-    def of(self, kind: str | None) -> tuple[Tensor, Tensor]:
+    def rotary(self, kind: str | None) -> tuple[Tensor, Tensor]:
         """(cos, sin) for a layer of this type."""
         if not self.kinds:
             return self.cos, self.sin
@@ -31,38 +31,38 @@ class TokenInputs(NamedTuple):
         return self.cos.chunk(len(self.kinds), -1)[which], self.sin.chunk(len(self.kinds), -1)[which]
 
 
-def select_tokens(rope: TokenInputs, indices: Int[Tensor, "batch kept"]) -> TokenInputs:
+def select_tokens(inputs: TokenInputs, indices: Int[Tensor, "batch kept"]) -> TokenInputs:
     """The tokens at `indices`, with the positions they had."""
 
     def pick(part: Tensor) -> Tensor:
         return torch.take_along_dim(part, indices if part.ndim == 2 else indices.unsqueeze(-1), dim=1)
 
-    return _each(rope, pick)
+    return _each(inputs, pick)
 
 
-def slice_tokens(rope: TokenInputs, start: int, stop: int) -> TokenInputs:
+def slice_tokens(inputs: TokenInputs, start: int, stop: int) -> TokenInputs:
     """Tokens start..stop-1, as views."""
-    return _each(rope, lambda part: part[:, start:stop])
+    return _each(inputs, lambda part: part[:, start:stop])
 
 
-def expand_rows(rope: TokenInputs, batch: int) -> TokenInputs:
+def expand_rows(inputs: TokenInputs, batch: int) -> TokenInputs:
     """One row's tokens for a batch of rows, as views."""
-    return _each(rope, lambda part: part.expand(batch, *part.shape[1:]))
+    return _each(inputs, lambda part: part.expand(batch, *part.shape[1:]))
 
 
-def select_rows(rope: TokenInputs, rows: Sequence[int]) -> TokenInputs:
+def select_rows(inputs: TokenInputs, rows: Int[Tensor, " rows"]) -> TokenInputs:
     """Some rows of a batch."""
-    return _each(rope, lambda part: part.index_select(0, torch.tensor(rows, device=part.device)))
+    return _each(inputs, lambda part: part.index_select(0, rows.to(part.device)))
 
 
-def _each(rope: TokenInputs, change: Callable[[Tensor], Tensor]) -> TokenInputs:
+def _each(inputs: TokenInputs, change: Callable[[Tensor], Tensor]) -> TokenInputs:
     return TokenInputs(
-        change(rope.cos),
-        change(rope.sin),
-        rope.kinds,
-        None if rope.places is None else change(rope.places),
-        None if rope.attends_until is None else change(rope.attends_until),
-        tuple(change(features) for features in rope.deepstack),
+        change(inputs.cos),
+        change(inputs.sin),
+        inputs.kinds,
+        None if inputs.positions is None else change(inputs.positions),
+        None if inputs.attends_until is None else change(inputs.attends_until),
+        tuple(change(features) for features in inputs.deepstack),
     )
 
 

@@ -14,7 +14,7 @@ from twigvlm.base.masks import CausalMasks, Masks, check_attention
 from twigvlm.base.prompt import Prompt, attention_ends_of, deepstack_of, packed
 from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.errors import TwigVLMError, one_line
-from twigvlm.kv.cache import KVCache
+from twigvlm.kv.cache import CacheView
 
 
 class _Captured(Exception):
@@ -173,29 +173,20 @@ class BaseVLM:
         picked = torch.randint(len(ids), (1, length), generator=torch.Generator().manual_seed(0))
         return self.prompt(ids[picked].to(self.device))
 
-    def masks(self, prompt: Prompt, rows: int = 1, new_tokens: int = 0) -> Masks:
-        """The masks of a request: `rows` tokens at most in a step, `new_tokens` at most in all."""
-        columns = prompt.hidden.shape[1] + new_tokens + rows
-        dtype, device = prompt.hidden.dtype, prompt.hidden.device
+    def masks(self) -> CausalMasks:
+        """Causal masks for the base's attention implementation."""
         grouped = self.config.num_key_value_heads < self.config.num_attention_heads
-        single = self.attention == "sdpa" and grouped and device.type == "cpu" and dtype != torch.float32
-        return CausalMasks(self.attention, rows, columns, dtype, device, single)
+        half_on_cpu = self.device.type == "cpu" and self.dtype != torch.float32
+        single = self.attention == "sdpa" and grouped and half_on_cpu
+        return CausalMasks(self.attention, self.dtype, self.device, single)
 
     def token_inputs(self, prompt: Prompt) -> TokenInputs:
-        """What goes with the tokens of a prompt through the layers."""
-        rope, (batch, tokens) = self.rotary(prompt.hidden, prompt.position_ids), prompt.input_ids.shape
-        places = None
+        """Per-token inputs of a prompt."""
+        inputs, (batch, tokens) = self.rotary(prompt.hidden, prompt.position_ids), prompt.input_ids.shape
+        positions = None
         if self.windowed or prompt.attends_until is not None:
-            places = torch.arange(tokens, device=prompt.hidden.device).expand(batch, -1)
-        return rope._replace(places=places, attends_until=prompt.attends_until, deepstack=prompt.deepstack)
-
-    def inputs_after(self, prompt: Prompt, new_tokens: int) -> TokenInputs:
-        """What goes with the tokens that follow a prompt, which count on from its last one on every axis."""
-        steps = torch.arange(new_tokens, device=prompt.hidden.device)
-        lengths = torch.tensor(prompt.lengths, device=steps.device)[:, None]
-        last = (lengths - 1).expand(*prompt.position_ids.shape[:-1], 1)
-        rope = self.rotary(prompt.hidden[:, -1:], prompt.position_ids.gather(-1, last) + 1 + steps)
-        return rope._replace(places=lengths + steps) if self.windowed else rope
+            positions = torch.arange(tokens, device=prompt.hidden.device).expand(batch, -1)
+        return inputs._replace(positions=positions, attends_until=prompt.attends_until, deepstack=prompt.deepstack)
 
     def rotary(
         self, hidden: Float[Tensor, "batch tokens width"], position_ids: Int[Tensor, "*axes batch any"]
@@ -218,12 +209,15 @@ class BaseVLM:
         hidden: Float[Tensor, "batch tokens width"],
         start: int,
         stop: int,
-        rope: TokenInputs,
+        inputs: TokenInputs,
         masks: Masks,
-        cache: KVCache | None = None,
+        view: CacheView | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
-        """Run layers start..stop-1 (from 0); with a cache, on top of what it holds."""
-        return run(self.layers[start:stop], hidden, rope, masks, cache, start)
+        """Run layers start..stop-1 (from 0); with a view of a cache, on top of what its rows hold."""
+        after = run(self.layers[start:stop], hidden, inputs, masks, view, start)
+        if view is not None and stop > start:
+            view.advance(start, stop, hidden.shape[1])
+        return after
 
     def logits(self, hidden: Float[Tensor, "*positions width"]) -> Float[Tensor, "*positions vocabulary"]:
         """Final norm and head, on the given positions only."""

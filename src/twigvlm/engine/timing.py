@@ -14,7 +14,7 @@ class Timings:
     prefill: float = 0.0
     """Vision, prompt, pruning and the first token."""
     draft: float = 0.0
-    """TrunkOutput and twig; without speculation the trunk alone."""
+    """Trunk and twig; without speculation the trunk alone."""
     verify: float = 0.0
     """Layers K+1..L, the head, and the choice."""
     total: float = 0.0

@@ -2,11 +2,11 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import (
@@ -25,15 +25,14 @@ from transformers.generation import (
 )
 
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.config import SpeculationConfig
-from twigvlm.engine.loop import Stops, decode
-from twigvlm.engine.prefill import Plan
-from twigvlm.engine.prefix_cache import PrefixCache
-from twigvlm.engine.sampling import Noise, Sampling
+from twigvlm.engine.engine import Engine
+from twigvlm.engine.noise import Noise
+from twigvlm.engine.row import Request, Row, RowStage, Stage
 from twigvlm.engine.timing import Timings
 from twigvlm.errors import TwigVLMError
+from twigvlm.kv.prefix_cache import PrefixCache
+from twigvlm.pruning.cut import Cut, Pruner
 from twigvlm.speculation.costs import StepCosts
-from twigvlm.twig.block import Twig
 
 _LENGTHS: dict[type, str] = {
     MinNewTokensLengthLogitsProcessor: "prompt_length_to_skip",
@@ -63,33 +62,35 @@ class TwigOutput:
     """What `auto` reckoned with; None for other ways of speculation."""
 
 
+Schedule = Callable[[int], tuple[Cut, ...]]
+"""Visual tokens of a prompt -> its cuts; none: no pruning."""
+
+
 @dataclass
 class HFGenerateAdapter:
-    """One call of `generate`, as Hugging Face's `generate` runs it in place of a loop of its own.
+    """Rows from one call of Hugging Face's `generate`, which runs this in place of a decoding loop of its own.
+
+    Hugging Face's `generate` merges configurations and builds processors and criteria; the loop is the engine's.
 
     Args:
         base: the base.
-        twig: its twig.
-        plan: what to keep of prompts with so many visual tokens.
-        speculation: how to draft.
-        began: when the call began, by the device's clock.
+        pruner: chooses the visual tokens that go on; None: all do.
+        schedule: its cuts.
         streamer: of `generate`.
         generator: what sampling draws from; None: torch's own.
-        costs: what `auto` reckons with.
-        memory: of a conversation.
+        prefix: of a conversation.
     """
 
     base: BaseVLM
-    twig: Twig
-    plan: Callable[[Sequence[int]], Plan]
-    speculation: SpeculationConfig
-    began: float
+    pruner: Pruner | None
+    schedule: Schedule
     streamer: Any
     generator: torch.Generator | None
-    costs: StepCosts | None
-    memory: PrefixCache | None
+    prefix: PrefixCache | None
     entered: bool = False
     """Whether Hugging Face's `generate` accepted the arguments."""
+    rows: list[Row] = field(default_factory=list)
+    config: GenerationConfig = field(default_factory=GenerationConfig)
 
     def __call__(
         self,
@@ -99,50 +100,77 @@ class HFGenerateAdapter:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         **model_kwargs: Any,
-    ) -> Tensor | TwigOutput:
-        """The answers.
+    ) -> Tensor:
+        """Make the rows; the answers come from an engine.
 
         Raises:
-            TwigVLMError: a way to generate that the loop does not know, several answers for a streamer or a conversation, or a
+            TwigVLMError: a way to generate that the engine does not know, several answers for a streamer or a conversation, or a
                 conversation's prompt with padding.
         """
         self.entered = True
         _check_generation(generation_config)
-        self._check_rows(len(input_ids))
+        _check_rows(len(input_ids), self.streamer, self.prefix)
         for name in ("past_key_values", "use_cache"):
             model_kwargs.pop(name, None)
         model_kwargs = {name: value for name, value in model_kwargs.items() if value is not None}
         mask = model_kwargs.get("attention_mask")
         padding = [0] * len(input_ids) if mask is None else (mask == 0).sum(dim=1).tolist()
-        if self.memory is not None and any(padding):
+        if self.prefix is not None and any(padding):
             raise TwigVLMError(f"attention_mask: hides {padding[0]} tokens; a conversation's prompt has no padding")
-        with torch.inference_mode():
-            answers = decode(
-                self.base,
-                self.twig,
-                {"input_ids": input_ids, **model_kwargs},
-                self.plan,
-                self.speculation,
-                _stops(stopping_criteria, input_ids.shape[1]),
-                _samplings(self.base, padding, logits_processor, generation_config, self.generator),
-                _emitter(self.streamer),
-                self.began,
-                self.costs,
-                self.memory,
+        inputs = {"input_ids": input_ids, **model_kwargs}
+        prompt = self.base.prompt(**inputs) if self.prefix is None else self.prefix.open(self.base, inputs)
+        stops = _stops(stopping_criteria, input_ids.shape[1])
+        noises = _noises(self.base, len(input_ids), generation_config, self.generator)
+        stages = _stages(logits_processor, padding, generation_config)
+        criteria = [stops.criteria] * len(input_ids) if stops.criteria is not None else []
+        pad = generation_config.pad_token_id
+        request = Request(input_ids, padding, stages, None, criteria, pad_token_id=0 if pad is None else int(pad))
+        self.config = generation_config
+        visual = prompt.visual_mask.sum(dim=1).tolist()
+        for index, noise in enumerate(noises):
+            cuts = self.schedule(visual[index])
+            request.rows.append(
+                Row(
+                    request,
+                    index,
+                    prompt,
+                    index,
+                    self.pruner if cuts else None,
+                    cuts,
+                    stops.max_new_tokens,
+                    stops.eos_token_ids,
+                    noise,
+                    self.prefix,
+                    _emitter(self.streamer),
+                )
             )
-        if self.streamer is not None:
-            self.streamer.end()
-        ids = _sequences(input_ids, answers.tokens, generation_config.pad_token_id)
-        if not generation_config.return_dict_in_generate:
-            return ids
-        kept = _kept_positions(answers.kept, padding)
-        return TwigOutput(ids, kept, answers.drafted_lengths, answers.accepted_lengths, answers.timings, self.costs)
+        self.rows = request.rows
+        return input_ids
 
-    def _check_rows(self, rows: int) -> None:
-        if rows > 1 and self.streamer is not None:
-            raise TwigVLMError(f"streamer: takes one answer, not {rows}; leave it out, or ask for one")
-        if rows > 1 and self.memory is not None:
-            raise TwigVLMError(f"{rows} answers: a conversation goes on with one; ask for one")
+
+def run_rows(
+    engine: Engine, adapter: HFGenerateAdapter, timings: Timings | None, costs: StepCosts | None
+) -> Tensor | TwigOutput:
+    """Decode the rows of one call to their ends: what `generate` returns."""
+    rows = adapter.rows
+    engine.submit(rows)
+    for _ in engine.stream():
+        pass
+    if adapter.streamer is not None:
+        adapter.streamer.end()
+    request = rows[0].request
+    ids = request.padded_ids({})
+    if timings is None:
+        return ids
+    kept = _kept_positions(rows, request.padding) if any(row.cuts for row in rows) else None
+    return TwigOutput(ids, kept, [row.drafted for row in rows], [row.accepted for row in rows], timings, costs)
+
+
+def _check_rows(rows: int, streamer: Any, prefix: PrefixCache | None) -> None:
+    if rows > 1 and streamer is not None:
+        raise TwigVLMError(f"streamer: takes one answer, not {rows}; leave it out, or ask for one")
+    if rows > 1 and prefix is not None:
+        raise TwigVLMError(f"{rows} answers: a conversation goes on with one; ask for one")
 
 
 def check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
@@ -210,7 +238,16 @@ def with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "stopping_criteria": criteria}
 
 
-def _stops(criteria: StoppingCriteriaList, prompt_length: int) -> Stops:
+@dataclass(frozen=True)
+class _Stops:
+    """When an answer ends."""
+
+    max_new_tokens: int
+    eos_token_ids: frozenset[int]
+    criteria: Callable[[Tensor, Any], Tensor] | None
+
+
+def _stops(criteria: StoppingCriteriaList, prompt_length: int) -> _Stops:
     """Split criteria into those that plain integers decide and those that must be asked."""
     length: int | None = None
     ends: set[int] = set()
@@ -224,62 +261,48 @@ def _stops(criteria: StoppingCriteriaList, prompt_length: int) -> Stops:
             others.append(criterion)
     if length is None:
         raise TwigVLMError("max_new_tokens is not set: pass max_new_tokens")
-    return Stops(length - prompt_length, frozenset(ends), others if len(others) else None)
+    return _Stops(length - prompt_length, frozenset(ends), others if len(others) else None)
 
 
-def _emitter(streamer: Any) -> Callable[[int], None]:
+def _emitter(streamer: Any) -> Callable[[int], None] | None:
     """Takes each new token of the answer."""
     if streamer is None:
-        return lambda token: None
+        return None
     return lambda token: streamer.put(torch.tensor([token]))
 
 
-def _sequences(input_ids: Tensor, tokens: Sequence[Sequence[int]], pad_token_id: int | None) -> Tensor:
-    """Prompts and answers, [batch, length]."""
-    longest = max(map(len, tokens))
-    filled = [[*row, *[pad_token_id or 0] * (longest - len(row))] for row in tokens]
-    return torch.cat((input_ids, input_ids.new_tensor(filled)), dim=1)
-
-
-def _kept_positions(kept: Bool[Tensor, "batch tokens"] | None, padding: Sequence[int]) -> list[Tensor] | None:
+def _kept_positions(rows: Sequence[Row], padding: Sequence[int]) -> list[Tensor]:
     """Where the kept visual tokens stand in the prompts as they were given, so much padding included."""
-    if kept is None:
-        return None
-    return [row.nonzero()[:, 0].clone() + count for row, count in zip(kept, padding, strict=True)]
+    found = []
+    for row, count in zip(rows, padding, strict=True):
+        mask = row.prompt.visual_mask[row.index] if row.kept is None else row.kept
+        found.append(mask.nonzero()[:, 0].clone() + count)
+    return found
 
 
-def _samplings(
-    base: BaseVLM,
-    padding: Sequence[int],
-    processors: LogitsProcessorList,
-    config: GenerationConfig,
-    generator: torch.Generator | None,
-) -> list[Sampling]:
-    """How each row chooses its tokens.
+def _noises(
+    base: BaseVLM, rows: int, config: GenerationConfig, generator: torch.Generator | None
+) -> Sequence[Noise | None]:
+    """What each row samples with.
 
     Args:
         base: the base.
-        padding: of each row, in tokens.
-        processors: of `generate`.
+        rows: number of rows.
         config: of `generate`; says whether to sample.
         generator: what sampling draws from; None: torch's own.
     """
     if generator is not None and not config.do_sample:
         raise TwigVLMError("generator: needs do_sample=True, greedy decoding draws nothing")
-    rows = len(padding)
-    noises: list[Noise | None] = [None] * rows
-    if config.do_sample:
-        device = base.device
-        if generator is not None and generator.device.type != device.type and rows == 1:
-            raise TwigVLMError(
-                f"generator: is on {str(generator.device)!r}, the base on {str(device)!r}; make it by torch.Generator(device)"
-            )
-        streams = [generator] if rows == 1 else _streams(rows, device, generator)
-        temperature = 1.0 if config.temperature is None else config.temperature
-        noises = [Noise(temperature, base.vocabulary, device, stream) for stream in streams]
-    lengths = _LENGTHS if config.min_new_tokens is None else {**_LENGTHS, MinLengthLogitsProcessor: "min_length"}
-    of_rows = (_of_row(processors, row, count, lengths) for row, count in enumerate(padding))
-    return [Sampling(one if len(one) else None, noise) for one, noise in zip(of_rows, noises, strict=True)]
+    if not config.do_sample:
+        return [None] * rows
+    device = base.device
+    if generator is not None and generator.device.type != device.type and rows == 1:
+        raise TwigVLMError(
+            f"generator: is on {str(generator.device)!r}, the base on {str(device)!r}; make it by torch.Generator(device)"
+        )
+    streams = [generator] if rows == 1 else _streams(rows, device, generator)
+    temperature = 1.0 if config.temperature is None else config.temperature
+    return [Noise(temperature, base.vocabulary, device, stream) for stream in streams]
 
 
 def _streams(rows: int, device: torch.device, generator: torch.Generator | None) -> list[torch.Generator | None]:
@@ -287,6 +310,13 @@ def _streams(rows: int, device: torch.device, generator: torch.Generator | None)
     where = device if generator is None else generator.device
     seeds = torch.randint(2**62, (rows,), generator=generator, device=where).tolist()
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def _stages(processors: LogitsProcessorList, padding: Sequence[int], config: GenerationConfig) -> tuple[Stage, ...]:
+    if not len(processors):
+        return ()
+    lengths = _LENGTHS if config.min_new_tokens is None else {**_LENGTHS, MinLengthLogitsProcessor: "min_length"}
+    return (RowStage([_of_row(processors, row, count, lengths) for row, count in enumerate(padding)]),)
 
 
 def _of_row(processors: LogitsProcessorList, row: int, padding: int, lengths: dict[type, str]) -> LogitsProcessorList:

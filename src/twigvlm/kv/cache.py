@@ -1,152 +1,300 @@
-"""A key-value cache with one length per layer and row: pruning makes layers differ, and speculation makes rows differ."""
+"""The key-value cache: a pool of rows; layers between two cuts hold equally many tokens of a row and share their lengths."""
 
-from collections.abc import Sequence
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
-from twigvlm.base.packing import Lengths
+
+class Held(NamedTuple):
+    """How many tokens some rows hold in the layers of one segment."""
+
+    longest: int
+    equal: bool
+    """Whether all rows hold equally many."""
+    lengths: Int[Tensor, " rows"]
+    """Of each row, on the device."""
 
 
 class KVCache:
-    """Keys and values of L base layers and T twig layers (slots L..L+T-1), each in a buffer that grows in place.
+    """Keys and values of L base layers and T twig layers (slots L..L+T-1) for the rows that are being decoded.
 
-    Decoder layers call `update` as they would call a transformers `Cache`. Buffers are longer than what they hold, so
-    that a decoding step writes its tokens and copies nothing else; what the layers get are views. A row's tokens are the
-    first ones of its buffer; what stands behind them, where other rows hold more, is for the masks to hide.
+    Every layer has one buffer [rows, kv_heads, capacity, head_dim], written in place. A segment is a range of layers without
+    a cut inside; its layers share their lengths. Lengths are known twice: on the host, which sizes views and decides which
+    masks are needed, and on the device, where ragged writes and masks are computed. Claimed rows are always the first
+    ones of the pool, so that a pass over all of them, or over rows that have just joined, works on views.
 
     Args:
-        slots: number of layers, L + T.
+        layers: number of layers, L + T.
+        boundaries: layers at which a segment begins, besides 0; cuts add further ones.
         reserve: tokens that a buffer has room for beyond what first filled it.
+        device: of the lengths.
     """
 
-    def __init__(self, slots: int, reserve: int) -> None:
-        self.reserve = max(reserve, 1)
-        self.keys: list[Tensor | None] = [None] * slots
-        self.values: list[Tensor | None] = [None] * slots
-        self.places: list[Tensor | None] = [None] * slots
-        self.lengths: list[Lengths] = [()] * slots
-        """Of each slot: tokens that each row holds; () as long as nothing was put there."""
-        self._spots: tuple[tuple[Lengths, int, torch.device], tuple[Tensor, Tensor]] | None = None
+    def __init__(self, layers: int, boundaries: Iterable[int], reserve: int, device: torch.device) -> None:
+        self.layers, self.reserve, self.device = layers, max(reserve, 1), device
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+        self.starts = sorted({0, *boundaries} - {layers})
+        self.rows = 0
+        """Claimed rows."""
+        self._capacity = 0
+        self._positions: list[Tensor | None] = [None] * len(self.starts)
+        self._host: NDArray[np.int64] = np.zeros((len(self.starts), 0), np.int64)
+        self._device = torch.zeros(len(self.starts), 0, dtype=torch.long, device=device)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of a layer's longest row, by the name that transformers' modules use."""
-        return max(self.lengths[layer_idx], default=0)
+    def claim(self, count: int) -> slice:
+        """Take up that many rows; they are empty, and the last ones of the claimed rows."""
+        claimed = slice(self.rows, self.rows + count)
+        self.rows += count
+        if self.rows > self._capacity:
+            self._capacity = max(self.rows, 2 * self._capacity) if self._capacity else self.rows
+            more = self._capacity - self._host.shape[1]
+            self._host = np.pad(self._host, ((0, 0), (0, more)))
+            self._device = torch.nn.functional.pad(self._device, (0, more))
+            for buffers in (self.keys, self.values, self._positions):
+                for index, buffer in enumerate(buffers):
+                    if buffer is not None:
+                        buffers[index] = torch.cat((buffer, buffer.new_zeros(more, *buffer.shape[1:])))
+        self._host[:, claimed] = 0
+        self._device[:, claimed] = 0
+        return claimed
 
-    def update(
+    def release(self, row: int) -> None:
+        """Give a row up. The last claimed row takes its place; the others are not touched."""
+        last = self.rows - 1
+        if row != last:
+            for layer in range(self.layers):
+                held = int(self._host[self.segment(layer), last])
+                for buffer in (self.keys[layer], self.values[layer]):
+                    if buffer is not None:
+                        buffer[row, :, :held] = buffer[last, :, :held]
+            for positions in self._positions:
+                if positions is not None:
+                    positions[row] = positions[last]
+            self._host[:, row] = self._host[:, last]
+            self._device[:, row] = self._device[:, last]
+        self.rows -= 1
+
+    def segment(self, layer: int) -> int:
+        """The segment that a layer is in."""
+        return bisect_right(self.starts, layer) - 1
+
+    def split(self, layer: int) -> None:
+        """Let a segment begin at this layer."""
+        segment = self.segment(layer)
+        if layer >= self.layers or self.starts[segment] == layer:
+            return
+        self.starts.insert(segment + 1, layer)
+        self._host = np.insert(self._host, segment + 1, self._host[segment], axis=0)
+        self._device = torch.cat((self._device[: segment + 1], self._device[segment:]))
+        positions = self._positions[segment]
+        self._positions.insert(segment + 1, None if positions is None else positions.clone())
+
+    def lengths(self, layer: int, rows: slice) -> NDArray[np.int64]:
+        """Tokens that the rows hold in a layer, as the host knows them."""
+        return self._host[self.segment(layer), rows]
+
+    def set_lengths(
         self,
-        key_states: Float[Tensor, "batch kv_heads new head_dim"],
-        value_states: Float[Tensor, "batch kv_heads new value_dim"],
-        layer_idx: int,
-        *_: Any,
-        **__: Any,
-    ) -> tuple[Float[Tensor, "batch kv_heads total head_dim"], Float[Tensor, "batch kv_heads total value_dim"]]:
-        """Append new tokens to each row of a layer and return all that it holds."""
-        batch, _heads, new, _width = key_states.shape
-        held = self.lengths[layer_idx] or (0,) * batch
-        keys = self.keys[layer_idx] = self._written(self.keys[layer_idx], key_states, held)
-        values = self.values[layer_idx] = self._written(self.values[layer_idx], value_states, held)
-        self.lengths[layer_idx] = tuple(length + new for length in held)
-        total = max(held) + new
-        return keys[:, :, :total], values[:, :, :total]
+        start: int,
+        stop: int,
+        rows: slice,
+        lengths: NDArray[np.int64] | Sequence[int],
+        on_device: Int[Tensor, " rows"] | None = None,
+    ) -> None:
+        """Rows of layers start..stop-1 hold this many tokens from now on, the first ones.
 
-    def place(self, layer: int, places: Int[Tensor, "batch new"]) -> Int[Tensor, "batch total"]:
-        """Note where in the unpruned sequence the tokens of the next update stand; the places of all, those included."""
-        held = self.lengths[layer] or (0,) * len(places)
-        known = self.places[layer] = self._written(self.places[layer], places[:, None, :, None], held)
-        return known[:, 0, : max(held) + places.shape[1], 0]
+        Args:
+            start: first layer.
+            stop: layer after the last one.
+            rows: whose lengths change.
+            lengths: of each row.
+            on_device: the same numbers where they are on the device already.
+        """
+        segments = self._segments(start, stop)
+        self._host[segments, rows] = lengths
+        if on_device is None:
+            on_device = torch.as_tensor(np.array(lengths, np.int64)).to(self.device)
+        self._device[segments, rows] = on_device
 
-    def held(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, [batch, kv_heads, most of any row, head_dim], as views."""
+    def advance(self, start: int, stop: int, rows: slice, tokens: int) -> None:
+        """Every row of layers start..stop-1 holds that many more tokens, which a pass has written."""
+        segments = self._segments(start, stop)
+        self._host[segments, rows] += tokens
+        self._device[segments, rows] += tokens
+
+    def commit(
+        self,
+        start: int,
+        stop: int,
+        appended: int,
+        counts: NDArray[np.int64],
+        on_device: Int[Tensor, " rows"],
+        kept: Int[Tensor, "rows kept"] | None = None,
+    ) -> None:
+        """Of the last `appended` tokens of every claimed row, layers start..stop-1 keep some and drop the rest.
+
+        Args:
+            start: first layer.
+            stop: layer after the last one.
+            appended: tokens that every row got.
+            counts: how many of them each row keeps.
+            on_device: the same numbers on the device.
+            kept: which ones, from 0, in the order in which they are kept; None: the first ones, which copies nothing.
+        """
+        rows = slice(0, self.rows)
+        segments = self._segments(start, stop)
+        for segment in range(segments.start, segments.stop) if kept is not None else ():
+            assert kept is not None
+            before = self._device[segment, rows, None] - appended
+            new = before + torch.arange(kept.shape[1], device=self.device)
+            self._move(segment, start, stop, before + kept, new)
+        self._host[segments, rows] += counts - appended
+        self._device[segments, rows] += on_device - appended
+
+    def _move(self, segment: int, start: int, stop: int, old: Tensor, new: Tensor) -> None:
+        first = self.starts[segment]
+        last = self.starts[segment + 1] if segment + 1 < len(self.starts) else self.layers
+        buffers = [
+            b for layer in range(max(first, start), min(last, stop)) for b in (self.keys[layer], self.values[layer])
+        ]
+        positions = self._positions[segment]
+        for buffer in (*buffers, None if positions is None else positions[:, None]):
+            if buffer is not None:
+                row = torch.arange(self.rows, device=buffer.device)[:, None]
+                buffer[row, :, new.to(buffer.device)] = buffer[row, :, old.to(buffer.device)]
+
+    def view(self, rows: slice) -> "CacheView":
+        """Some claimed rows, for one pass through some layers."""
+        return CacheView(self, rows)
+
+    def held(self, layer: int, rows: slice) -> Held:
+        """What the rows hold in a layer."""
+        segment = self.segment(layer)
+        host = self._host[segment, rows]
+        longest = int(host.max())
+        return Held(longest, int(host.min()) == longest, self._device[segment, rows])
+
+    def contents(self, layer: int, rows: slice) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [rows, kv_heads, longest row, head_dim], as views."""
         keys, values = self.keys[layer], self.values[layer]
         if keys is None or values is None:
             raise IndexError(f"layer {layer} of the cache is empty")
-        most = max(self.lengths[layer])
-        return keys[:, :, :most], values[:, :, :most]
+        longest = self.held(layer, rows).longest
+        return keys[rows, :, :longest], values[rows, :, :longest]
 
-    def borrow(self, other: "KVCache", layer: int, batch: int) -> None:
-        """Fill an empty layer with what another cache's one row holds of it, for a batch of rows."""
-        keys, values = other.held(layer)
-        places = other.places[layer]
-        if places is not None:
-            self.place(layer, places[:, 0, : keys.shape[2], 0].expand(batch, -1))
-        self.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), layer)
+    def bytes(self) -> int:
+        """Bytes of what the claimed rows hold."""
+        total = 0
+        for layer, keys in enumerate(self.keys):
+            values = self.values[layer]
+            if keys is not None and values is not None:
+                each = sum(buffer[0, :, 0].numel() * buffer.element_size() for buffer in (keys, values))
+                total += each * int(self.lengths(layer, slice(0, self.rows)).sum())
+        return total
 
-    def truncate(self, start: int, stop: int, lengths: Sequence[int]) -> None:
-        """Layers start..stop-1 forget all but the first so many tokens of each row."""
-        for layer in range(start, stop):
-            self.lengths[layer] = tuple(min(pair) for pair in zip(self.lengths[layer], lengths, strict=False))
+    def positions(self, layer: int, rows: slice, held: Held, new: Int[Tensor, "rows new"]) -> Int[Tensor, "rows total"]:
+        """Note the positions, in the unpruned sequence, of the tokens of a pass; those of all tokens, these included."""
+        segment = self.segment(layer)
+        buffer = self._positions[segment]
+        if buffer is None or buffer.shape[1] < held.longest + new.shape[1]:
+            buffer = _grown(buffer, new.new_zeros(self._capacity, 1), 1, held.longest + new.shape[1] + self.reserve)
+            self._positions[segment] = buffer
+        part = buffer[rows]
+        index = held.lengths[:, None] + torch.arange(new.shape[1], device=new.device)
+        part.scatter_(1, index, new)
+        return part[:, : held.longest + new.shape[1]]
 
-    def keep(self, start: int, stop: int, added: int, kept: Sequence[Sequence[int]]) -> None:
-        """Of each row's last `added` tokens, layers start..stop-1 keep those at `kept[row]` (from 0), in that order.
+    def _segments(self, start: int, stop: int) -> slice:
+        self.split(start)
+        self.split(stop)
+        return slice(self.segment(start), self.segment(stop - 1) + 1)
 
-        Where each row keeps its first few, nothing is copied.
-        """
-        most = max(map(len, kept))
-        order = [[*row, *range(len(row), most)] for row in kept]
-        in_place = all(row == list(range(most)) for row in order)
-        moves: dict[tuple[Lengths, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
-        for layer in range(start, stop):
-            lengths = self.lengths[layer]
-            if not lengths:
-                continue
-            for buffer in () if in_place else (self.keys[layer], self.values[layer], self.places[layer]):
-                if buffer is None:
-                    continue
-                if (lengths, buffer.device) not in moves:
-                    first = [length - added for length in lengths]
-                    rows, old = _rows_and(order, first, buffer.device)
-                    moves[lengths, buffer.device] = (
-                        rows,
-                        old,
-                        _rows_and([list(range(most))] * len(order), first, buffer.device)[1],
-                    )
-                rows, old, new = moves[lengths, buffer.device]
-                buffer[rows, :, new] = buffer[rows, :, old]
-            self.lengths[layer] = tuple(length - added + len(row) for length, row in zip(lengths, kept, strict=True))
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these."""
-        for layer, lengths in enumerate(self.lengths):
-            if lengths:
-                for buffers in (self.keys, self.values, self.places):
-                    buffer = buffers[layer]
-                    if buffer is not None:
-                        buffers[layer] = buffer.index_select(0, torch.tensor(rows, device=buffer.device))
-                self.lengths[layer] = tuple(lengths[row] for row in rows)
+class CacheView:
+    """Some rows of a cache during one pass, as decoder layers see it: what transformers calls a `Cache`.
 
-    def _written(self, buffer: Tensor | None, new: Tensor, held: Lengths) -> Tensor:
-        """The buffer, or a larger one, with new tokens behind those that its rows hold."""
-        longest, count = max(held), new.shape[2]
-        if buffer is None or longest + count > buffer.shape[2]:
-            buffer = _grown(buffer, new, longest, longest + count + self.reserve)
-        if min(held) == longest:
-            buffer[:, :, longest : longest + count] = new
+    All layers of a segment append at the same places, so that indices and masks are made once for each segment.
+    """
+
+    def __init__(self, cache: KVCache, rows: slice) -> None:
+        self.cache, self.rows = cache, rows
+        self._held: dict[int, Held] = {}
+        self._positions: dict[int, Tensor] = {}
+        self._spots: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def held(self, layer: int) -> Held:
+        """What the rows held in a layer before this pass."""
+        segment = self.cache.segment(layer)
+        if segment not in self._held:
+            self._held[segment] = self.cache.held(layer, self.rows)
+        return self._held[segment]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of a layer's longest row, by the name that transformers' modules use."""
+        return self.held(layer_idx).longest
+
+    def update(
+        self,
+        key_states: Float[Tensor, "rows kv_heads new head_dim"],
+        value_states: Float[Tensor, "rows kv_heads new value_dim"],
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Float[Tensor, "rows kv_heads total head_dim"], Float[Tensor, "rows kv_heads total value_dim"]]:
+        """Write new tokens behind those that each row holds, and return all; `advance` ends the pass."""
+        cache = self.cache
+        return (
+            self._written(cache.keys, layer_idx, key_states),
+            self._written(cache.values, layer_idx, value_states),
+        )
+
+    def positions(self, layer: int, new: Int[Tensor, "rows new"]) -> Int[Tensor, "rows total"]:
+        """Positions in the unpruned sequence of all tokens of a layer, those of this pass included."""
+        segment = self.cache.segment(layer)
+        if segment not in self._positions:
+            self._positions[segment] = self.cache.positions(layer, self.rows, self.held(layer), new)
+        return self._positions[segment]
+
+    def advance(self, start: int, stop: int, tokens: int) -> None:
+        """The pass has written that many tokens into layers start..stop-1."""
+        self.cache.advance(start, stop, self.rows, tokens)
+        self._held.clear()
+        self._positions.clear()
+        self._spots.clear()
+
+    def _written(self, buffers: list[Tensor | None], layer: int, new: Tensor) -> Tensor:
+        held, count = self.held(layer), new.shape[2]
+        buffer = buffers[layer]
+        total = held.longest + count
+        if buffer is None or total > buffer.shape[2]:
+            like = new if new.shape[0] == self.cache._capacity else new[:1].expand(self.cache._capacity, -1, -1, -1)
+            buffer = buffers[layer] = _grown(buffer, like, 2, total + self.cache.reserve)
+        part = buffer if self.rows == slice(0, buffer.shape[0]) else buffer[self.rows]
+        if held.equal:
+            part[:, :, held.longest : total] = new
         else:
-            key = held, count, buffer.device
-            if self._spots is None or self._spots[0] != key:
-                self._spots = key, _rows_and([list(range(count))] * len(held), held, buffer.device)
-            rows, spots = self._spots[1]
-            buffer[rows, :, spots] = new.transpose(1, 2)
-        return buffer
+            key = self.cache.segment(layer), count, buffer.device
+            if key not in self._spots:
+                rows = torch.arange(part.shape[0], device=buffer.device)[:, None]
+                spots = held.lengths.to(buffer.device)[:, None] + torch.arange(count, device=buffer.device)
+                self._spots[key] = rows, spots
+            rows, spots = self._spots[key]
+            part[rows, :, spots] = new.transpose(1, 2)
+        return part[:, :, :total]
 
 
-def _rows_and(
-    order: list[list[int]], first: Sequence[int], device: torch.device
-) -> tuple[Int[Tensor, "batch 1"], Int[Tensor, "batch tokens"]]:
-    """Indices of rows and of tokens counted from each row's first one, as they go into one indexing operation."""
-    spots = [[start + place for place in row] for start, row in zip(first, order, strict=True)]
-    return torch.arange(len(order), device=device)[:, None], torch.tensor(spots, device=device)
-
-
-def _grown(old: Tensor | None, like: Tensor, held: int, capacity: int) -> Tensor:
-    batch, heads, _, width = like.shape
+def _grown(old: Tensor | None, like: Tensor, axis: int, capacity: int) -> Tensor:
+    """A larger buffer with the same beginning. Zero-filled: even masked slots must be finite, since 0 × NaN is NaN."""
     if old is not None:
-        capacity = max(capacity, old.shape[2] * 3 // 2)
-    # of what no row has written yet, masked or not, a NaN would go through
-    new = like.new_zeros(batch, heads, capacity, width)
+        capacity = max(capacity, old.shape[axis] * 3 // 2)
+    new = like.new_zeros(*like.shape[:axis], capacity, *like.shape[axis + 1 :])
     if old is not None:
-        new[:, :, :held] = old[:, :, :held]
+        new.narrow(axis, 0, old.shape[axis]).copy_(old)
     return new

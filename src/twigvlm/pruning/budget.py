@@ -3,6 +3,7 @@
 from math import floor, isfinite
 
 from twigvlm.errors import TwigVLMError
+from twigvlm.pruning.cut import Cut, average_visual
 
 
 def average_kept(keep: int, visual: int, layers: int, trunk: int, final_wipe: int) -> float:
@@ -21,7 +22,7 @@ def average_kept(keep: int, visual: int, layers: int, trunk: int, final_wipe: in
     _check_layers(layers, trunk, final_wipe)
     if not 1 <= keep <= visual:
         raise TwigVLMError(f"keep={keep}: must be 1 to {visual}, the visual tokens of this prompt")
-    return (visual * trunk + keep * (final_wipe - trunk)) / layers
+    return average_visual((Cut(trunk, keep), Cut(final_wipe, 0)), visual, layers)
 
 
 def solve_keep(retain: float, visual: int, layers: int, trunk: int, final_wipe: int) -> int:

@@ -61,29 +61,30 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
     clock = clock_of(base.device)
     trunk, layers = twig.config.trunk_layers, base.num_layers
     prompt = base.text_prompt(PROMPT)
-    cache = KVCache(twig.last_slot + 1, reserve=NODES[-1])
-    masks = base.masks(prompt, rows=NODES[-1], new_tokens=0)
-    rope = base.token_inputs(prompt)
-    hidden = base.run_layers(prompt.hidden, 0, trunk, rope, masks, cache)
-    base.run_layers(hidden, trunk, layers, rope, masks, cache)
+    cache = KVCache(twig.last_slot + 1, (trunk, layers), NODES[-1], base.device)
+    row = cache.claim(1)
+    view = cache.view(row)
+    masks, inputs = base.masks(), base.token_inputs(prompt)
+    hidden = base.run_layers(prompt.hidden, 0, trunk, inputs, masks, view)
+    base.run_layers(hidden, trunk, layers, inputs, masks, view)
 
     def filling() -> float:
-        cache.truncate(twig.first_slot, twig.last_slot + 1, (0,))
+        cache.set_lengths(twig.first_slot, twig.last_slot + 1, row, [0])
         began = clock()
-        twig.fill(hidden, rope, masks, cache)
+        twig.fill(hidden, inputs, masks, cache.view(row))
         return clock() - began
 
     def seconds(nodes: int) -> tuple[float, float, float]:
         rows = hidden[:, :nodes]
-        part = slice_tokens(rope, 0, nodes)
+        part = slice_tokens(inputs, 0, nodes)
         began = clock()
-        states = base.run_layers(rows, 0, trunk, part, masks, cache)
+        states = base.run_layers(rows, 0, trunk, part, masks, view)
         middle = clock()
-        twig.logits(twig(states, part, masks, cache)).float().log_softmax(dim=-1)
+        twig.logits(twig(states, part, masks, view)).float().log_softmax(dim=-1)
         late = clock()
-        base.logits(base.run_layers(states, trunk, layers, part, masks, cache)).argmax(dim=-1).tolist()
+        base.logits(base.run_layers(states, trunk, layers, part, masks, view)).argmax(dim=-1).tolist()
         ended = clock()
-        cache.keep(0, twig.last_slot + 1, nodes, [[]])
+        cache.advance(0, twig.last_slot + 1, row, -nodes)
         return middle - began, late - began, ended - late
 
     fill = statistics.median([filling() for _ in range(repeats + 1)][1:]) / prompt.hidden.shape[1]

@@ -1,93 +1,187 @@
-"""Drafts, one for each row, and drafting of chains with trunk and twig (Algorithm 1, first half).
+"""Drafting with trunk and twig, chains and trees alike (Algorithms 1 and 2, first half)."""
 
-Rows of a batch draft differently much. What runs for one row only runs for the others too, on tokens that stand for
-nothing: their place in a list of nodes is -1, nobody sees them, and caches drop them with the rest of the draft.
-"""
+from collections.abc import Callable
+from typing import NamedTuple
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from twigvlm.base.masks import Masks
+from twigvlm.base.masks import Masks, TreeMasks
 from twigvlm.base.token_inputs import TokenInputs
-from twigvlm.engine.context import Context
-from twigvlm.speculation.tree import Tree
+from twigvlm.speculation.batch import Batch
+from twigvlm.speculation.nodes import INVALID, Nodes, ancestor_mask
+from twigvlm.speculation.policies import Policy
+from twigvlm.speculation.walk import Accepted
+
+Rescore = Callable[[Float[Tensor, "rows nodes draft_vocabulary"], Int[Tensor, "rows nodes"], int], Tensor]
+"""(the twig's logits, depths of the nodes, upper bound of the depths) -> log-probabilities to draft by."""
 
 
-@dataclass(frozen=True)
-class Draft:
-    """Drafted tokens after the last accepted one (the root), and what layers K+1..L need to verify all of them."""
+class Draft(NamedTuple):
+    """Drafted tokens, and what layers K+1..L need to verify all of them in one pass."""
 
-    trees: list[Tree]
-    """Of each row."""
-    hidden: Float[Tensor, "batch nodes width"]
-    """Layer-K states of the nodes: the base verifies from these, without the trunk."""
-    rope: TokenInputs
+    nodes: Nodes
+    """To be verified; node i is the i-th of the pass."""
+    depth: int
+    """Of the deepest node."""
+    hidden: Float[Tensor, "rows nodes width"]
+    """Layer-K states: the base verifies from these, without the trunk."""
+    inputs: TokenInputs
     masks: Masks
-    in_trunk: list[list[int]]
-    """The node of each token that a row of the trunk's caches got for this draft; -1: of none that is in its tree."""
-    in_twig: list[list[int]]
-    """The same for the twig's cache."""
-
-    def keep(self, context: Context, paths: Sequence[Sequence[int]]) -> None:
-        """Every cache keeps each row's accepted path (root included) and drops the rest of the draft."""
-        cache, trunk, layers = context.cache, context.twig.config.trunk_layers, context.base.num_layers
-        rows = list(zip(paths, self.in_trunk, self.in_twig, strict=True))
-        cache.keep(0, trunk, len(self.in_trunk[0]), [[ran.index(node) for node in path] for path, ran, _ in rows])
-        cache.keep(trunk, layers, self.hidden.shape[1], paths)
-        seen = [[ran.index(node) for node in path if node in ran] for path, _, ran in rows]
-        cache.keep(layers, context.twig.last_slot + 1, len(self.in_twig[0]), seen)
-        if context.speculation.active:
-            for row, (path, known) in enumerate(zip(paths, seen, strict=True)):
-                context.pending[row] += [self.hidden[row, node : node + 1] for node in path[len(known) :]]
+    slots: Int[Tensor, "rows nodes"] | None
+    """Which of the tokens that the trunk's cache got each node is; None: the i-th."""
+    in_trunk: int
+    """Tokens that the trunk's cache got."""
+    in_twig: int
+    """Tokens that the twig's cache got: the first ones of the trunk's."""
 
 
-def draft_chain(context: Context, tokens: Sequence[int], indices: Sequence[int], rooms: Sequence[int]) -> Draft:
-    """Draft up to δ tokens after each row's token, its `indices[row]`-th generated one (from 0), and at most `rooms[row]`.
+def draft(batch: Batch, policy: Policy, rescore: Rescore, furthest: int, exact: bool) -> Draft:
+    """Draft after each row's newest token.
 
-    Ends early after a token whose probability (within the draft vocabulary) is below θ, and after an end token. The
-    twig's cache gets all but the last drafted token; trunk caches get all.
+    Nodes that the policy chooses run through trunk and twig in one pass and get E children each, until it chooses no more.
+    Of the whole it selects what is verified; those of them that no pass ran then run through the trunk, in one.
+
+    Args:
+        batch: the rows.
+        policy: of their drafts.
+        rescore: turns the twig's logits into log-probabilities.
+        furthest: upper bound of the positions of the drafted tokens.
+        exact: whether to read how many nodes have not run, instead of padding to the most that there can be.
     """
-    trees = [Tree.rooted(token) for token in tokens]
-    most = [min(context.speculation.draft_length, room) for room in rooms]
-    going = [room > 0 for room in most]
+    state = batch.state
+    assert state is not None, "there are rows"
+    nodes = Nodes.rooted(state.newest)
+    ran = nodes.tokens[:, :0]
     states: list[Tensor] = []
+    expandable = torch.zeros_like(nodes.tokens, dtype=torch.bool)
+    room = (state.limit - state.count)[:, None]
+    level = 0
     while True:
-        rope = context.rope_at([[index + len(states)] for index in indices])
-        newest = torch.tensor([tree.tokens[-1:] for tree in trees], device=rope.cos.device)
-        states.append(context.trunk(newest, rope, context.masks))
-        if not any(going):
+        open_ended = ~(nodes.tokens[..., None] == state.eos_token_ids[:, None]).any(dim=-1)
+        unexpanded = ~(ran[:, None, :] == torch.arange(nodes.tokens.shape[1], device=ran.device)[:, None]).any(dim=-1)
+        # One token more than the deepest draft comes from the base.
+        expandable = policy.grows(nodes) & open_ended & unexpanded & (nodes.depths + 1 < room)
+        chosen = policy.expand(nodes, expandable, level)
+        if chosen is None:
             break
-        logits = context.twig_logits(states[-1], rope, context.masks, indices)
-        scores = context.scores(logits, [[index + len(states)] for index in indices])[:, 0]
-        best, position = scores.max(dim=-1)
-        # one transfer for both
-        for row, (score, drafted) in enumerate(torch.stack((best, context.token_ids(position)), -1).tolist()):
-            tree = trees[row]
-            if going[row]:
-                tree.add(int(drafted), len(tree) - 1, score)
-                likely = math.exp(score) >= context.speculation.draft_threshold
-                going[row] = len(tree) <= most[row] and likely and tree.tokens[-1] not in context.ends
-    passes = len(states)
-    return Draft(
-        trees,
-        torch.cat(states, dim=1) if passes > 1 else states[0],
-        context.rope_at([range(index, index + passes) for index in indices]),
-        context.masks,
-        [nodes_of(len(tree), passes) for tree in trees],
-        [nodes_of(len(tree), passes - 1) for tree in trees],
-    )
+        ran = torch.cat((ran, chosen), dim=1)
+        hidden, inputs, masks = _run(batch, policy, nodes, ran, chosen, level, furthest)
+        states.append(hidden)
+        logits = batch.root_logits(hidden, inputs, furthest) if level == 0 else batch.twig_logits(hidden, inputs, masks)
+        known = chosen.clamp(min=0)
+        scores = rescore(logits, nodes.depths.gather(1, known), level)
+        best = scores.topk(min(policy.width, scores.shape[-1]))
+        ids = batch.twig.draft_token_ids
+        parents = chosen.masked_fill(~expandable.gather(1, known), INVALID)
+        nodes = nodes.add(parents, best.indices if ids is None else ids[best.indices], best.values)
+        level += 1
+    return _selected(batch, policy, nodes, ran, states, level, furthest, exact)
 
 
-def filled(nodes: Sequence[int], count: int, with_node: int) -> list[int]:
-    """So many nodes, with one that stands for the missing ones."""
-    return [*nodes, *[with_node] * (count - len(nodes))]
+def _selected(
+    batch: Batch,
+    policy: Policy,
+    nodes: Nodes,
+    ran: Int[Tensor, "rows ran"],
+    states: list[Tensor],
+    level: int,
+    furthest: int,
+    exact: bool,
+) -> Draft:
+    """What the policy selects of drafted nodes, of which `ran` have these layer-K states; the others run through the trunk."""
+    in_twig = ran.shape[1]
+    selected = policy.select(nodes)
+    late = _late(policy, selected, ran, exact)
+    if late.shape[1]:
+        ran = torch.cat((ran, late), dim=1)
+        states.append(_run(batch, policy, nodes, ran, late, level, furthest)[0])
+    hidden = states[0] if len(states) == 1 else torch.cat(states, dim=1)
+    chosen = nodes.take(selected)
+    assert batch.state is not None, "there are rows"
+    inputs = batch.inputs(batch.state, chosen.depths, furthest)
+    if policy.linear:
+        return Draft(chosen, level, hidden, inputs, batch.masks, None, ran.shape[1], in_twig)
+    equal = selected[:, :, None] == ran[:, None, :]
+    slots = equal.int().argmax(dim=2)
+    order = torch.arange(selected.shape[1], device=selected.device).expand_as(selected)
+    order = order.masked_fill(selected == INVALID, INVALID)
+    masks: Masks = batch.masks
+    if selected.shape[1] > 1:
+        seen = ancestor_mask(chosen.parents, order, order, level)
+        masks = TreeMasks(batch.base.attention, seen, hidden.dtype)
+    gathered = torch.take_along_dim(hidden, slots[..., None], dim=1)
+    return Draft(chosen, level, gathered, inputs, masks, slots, ran.shape[1], in_twig)
 
 
-def nodes_of(count: int, places: int) -> list[int]:
-    """The nodes of a tree of so many in their order, cut or filled up to so many places."""
-    return filled(range(min(count, places)), places, with_node=-1)
+def _late(policy: Policy, selected: Tensor, ran: Tensor, exact: bool) -> Int[Tensor, "rows late"]:
+    """Selected nodes that have not run."""
+    if policy.linear:  # a chain's last one
+        return selected[:, ran.shape[1] :].clamp(min=0) if ran.shape[1] else selected
+    missing = (selected != INVALID) & ~(selected[:, :, None] == ran[:, None, :]).any(dim=2)
+    count = int(missing.sum(dim=1).max()) if exact else selected.shape[1] - min(1, ran.shape[1])
+    end = torch.iinfo(selected.dtype).max
+    late = selected.masked_fill(~missing, end).sort(dim=1).values[:, :count]
+    return late.masked_fill(late == end, INVALID)
+
+
+def _run(
+    batch: Batch, policy: Policy, nodes: Nodes, ran: Tensor, new: Tensor, level: int, furthest: int
+) -> tuple[Tensor, TokenInputs, Masks]:
+    """Run nodes through the trunk, whose cache holds those that ran before: states, inputs and masks."""
+    assert batch.state is not None, "there are rows"
+    known = new.clamp(min=0)
+    masks: Masks = batch.masks
+    if not policy.linear and ran.shape[1] > 1:
+        masks = TreeMasks(batch.base.attention, ancestor_mask(nodes.parents, new, ran, level), batch.base.dtype)
+    inputs = batch.inputs(batch.state, nodes.depths.gather(1, known), furthest)
+    return batch.trunk(nodes.tokens.gather(1, known), inputs, masks), inputs, masks
+
+
+class Committed(NamedTuple):
+    """What of a draft the caches keep, of each row, where the caches need it: on the device and, after one read, on the host."""
+
+    accepted: Accepted
+    in_twig: Int[Tensor, " rows"]
+    """Accepted nodes that the twig has seen."""
+    slots: Int[Tensor, "rows steps"]
+    """Of the accepted nodes in the trunk's cache."""
+    drafted: Int[Tensor, " rows"]
+    """Nodes of the draft besides the root."""
+
+    @classmethod
+    def of(cls, draft: Draft, accepted: Accepted) -> "Committed":
+        """After a walk through a draft."""
+        path = accepted.path
+        slots = path if draft.slots is None else draft.slots.gather(1, path)
+        on_path = torch.arange(path.shape[1], device=path.device) < accepted.counts[:, None]
+        return cls(accepted, (on_path & (slots < draft.in_twig)).sum(dim=1), slots, draft.nodes.valid.sum(dim=1) - 1)
+
+    def to_host(self) -> Int[np.ndarray, "rows numbers"]:
+        """The step's one read. Of each row: accepted nodes with the root, those of them in the twig, drafted nodes, and the base's
+        choices along the path."""
+        numbers = torch.stack((self.accepted.counts, self.in_twig, self.drafted), dim=1)
+        return torch.cat((numbers, self.accepted.tokens), dim=1).cpu().numpy()
+
+
+def commit(
+    batch: Batch, policy: Policy, draft: Draft, committed: Committed, on_host: Int[np.ndarray, "rows numbers"]
+) -> None:
+    """Every cache keeps each row's accepted path (root included) and drops the rest of the draft."""
+    cache, twig, accepted = batch.cache, batch.twig, committed.accepted
+    trunk, layers, counts, in_twig = twig.config.trunk_layers, batch.base.num_layers, on_host[:, 0], on_host[:, 1]
+    moved = not policy.linear and draft.nodes.tokens.shape[1] > 1
+    cache.commit(trunk, layers, draft.nodes.tokens.shape[1], counts, accepted.counts, accepted.path if moved else None)
+    slots = committed.slots if moved else None
+    if trunk:
+        cache.commit(0, trunk, draft.in_trunk, counts, accepted.counts, slots)
+    if draft.in_twig:
+        first, last = twig.first_slot, twig.last_slot + 1
+        cache.commit(first, last, draft.in_twig, in_twig, committed.in_twig, slots)
+    if policy.depth:
+        assert batch.pending is not None, "there are rows"
+        late = accepted.counts - committed.in_twig  # the last node of a path at most
+        newest = torch.take_along_dim(draft.hidden, accepted.path[:, -1:, None], dim=1)
+        batch.pending = batch.pending.append(newest, late, counts - in_twig)

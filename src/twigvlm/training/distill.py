@@ -65,7 +65,7 @@ class Student(nn.Module):
         look = None
         with torch.no_grad():
             prompt = base.prompt(**inputs)
-            masks = base.masks(prompt)
+            masks = base.masks()
             rope = base.token_inputs(prompt)
             hidden = base.run_layers(prompt.hidden, 0, trunk, rope, masks)
             if config.gamma:

@@ -17,11 +17,13 @@ from transformers import TrainerCallback
 from twigvlm.base.masks import Masks
 from twigvlm.base.token_inputs import TokenInputs, select_rows
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.engine.prefill import run_kept
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
 from twigvlm.pruning.budget import solve_keep
+from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
+from twigvlm.pruning.run import run_cuts
+from twigvlm.pruning.view import Tokens
 from twigvlm.training import plackett_luce
 from twigvlm.training.data.turns import answer_length, draw_turns
 from twigvlm.training.fit import TermTrainer, fit
@@ -61,7 +63,7 @@ def answer_likelihoods(
     base: BaseVLM,
     hidden: Float[Tensor, "batch tokens width"],
     visual_mask: Bool[Tensor, "batch tokens"],
-    rope: TokenInputs,
+    inputs: TokenInputs,
     masks: Masks,
     cases: Sequence[Case],
     trunk: int,
@@ -76,7 +78,7 @@ def answer_likelihoods(
         base: the base.
         hidden: states after layer K of a batch padded on the right.
         visual_mask: True at visual tokens.
-        rope: of all tokens.
+        inputs: of all tokens.
         masks: of the batch.
         cases: what to reward.
         trunk: K.
@@ -85,34 +87,30 @@ def answer_likelihoods(
     """
     if not cases:
         return []
+    each = [(case, kept) for case in cases for kept in case.kept]
     place = torch.arange(hidden.shape[1], device=hidden.device)
-    stays = torch.cat(
-        [
-            (~visual_mask[case.row] & (place < case.end)).expand(len(case.kept), -1).scatter(1, case.kept, True)
-            for case in cases
+    losses: list[Tensor] = []
+    for start in range(0, len(each), chunk or len(each)):
+        part = each[start : start + (chunk or len(each))]
+        rows = torch.tensor([case.row for case, _ in part], device=hidden.device)
+        ends = torch.tensor([case.end for case, _ in part], device=hidden.device)
+        visual = visual_mask[rows] & (place < ends[:, None])
+        stays = torch.stack([torch.zeros_like(place, dtype=torch.bool).index_fill(0, kept, True) for _, kept in part])
+        cuts = [
+            (Cut(trunk, len(kept)), *(() if final_wipe == base.num_layers else (Cut(final_wipe, 0),)))
+            for _, kept in part
         ]
-    )
-    each = [case for case in cases for _ in case.kept]
-    rewards: list[Tensor] = []
-    for part in range(0, len(each), chunk or len(each)):
-        some = each[part : part + (chunk or len(each))]
-        rows = [case.row for case in some]
-        states, lengths = run_kept(
-            base,
-            hidden[rows],
-            stays[part : part + len(some)],
-            visual_mask[rows],
-            select_rows(rope, rows),
-            trunk,
-            final_wipe,
-            masks,
-            cache=None,
-        )
-        spans = [own[end - len(case.answer) : end] for own, end, case in zip(states, lengths, some, strict=True)]
+        tokens = Tokens(hidden[rows], select_rows(inputs, rows), visual, tuple(case.end for case, _ in part))
+        left = run_cuts(base, tokens, trunk, base.num_layers, cuts, lambda *_, stays=stays: stays, masks)
+        spans = [
+            own[end - len(case.answer) : end]
+            for own, end, (case, _) in zip(left.hidden, left.lengths, part, strict=True)
+        ]
         logits = base.logits(torch.cat(spans)).float()
-        losses = F.cross_entropy(logits, torch.cat([case.answer for case in some]), reduction="none")
-        rewards += [-one.mean() for one in losses.split([len(case.answer) for case in some])]
-    return list(torch.stack(rewards).split([len(case.kept) for case in cases]))
+        answers = [case.answer for case, _ in part]
+        loss = F.cross_entropy(logits, torch.cat(answers), reduction="none")
+        losses += [one.mean() for one in loss.split([len(answer) for answer in answers])]
+    return list((-torch.stack(losses)).split([len(case.kept) for case in cases]))
 
 
 class Policy(nn.Module):
@@ -155,7 +153,7 @@ class Policy(nn.Module):
         retain = config.budgets[choice]
         with torch.no_grad():
             prompt = base.prompt(**inputs)
-            masks = base.masks(prompt)
+            masks = base.masks()
             rope = base.token_inputs(prompt)
             hidden = base.run_layers(prompt.hidden, 0, self.trunk, rope, masks)
             look = VisualQuery.at(draw_turns(labels, prompt.visual_mask, generator), prompt.visual_mask)

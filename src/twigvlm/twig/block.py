@@ -16,7 +16,7 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.base.weights import plain_weights
 from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
-from twigvlm.kv.cache import KVCache
+from twigvlm.kv.cache import CacheView
 from twigvlm.twig.pruning_head import PruningHead
 
 
@@ -83,7 +83,7 @@ class Twig(nn.Module):
         self.requires_grad_(True)
 
     def _keep_head(self, base: BaseVLM, fresh: bool) -> None:
-        """What of the base's head the twig uses."""
+        """Register the rows of the base's LM head that the twig shares."""
         # A base's head that is used whole stays the base's: no copy, no place in the twig's state.
         object.__setattr__(self, "base_head", base.head)
         shared = self.head is None and self.draft_token_ids is not None
@@ -113,12 +113,15 @@ class Twig(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "batch tokens width"],
-        rope: TokenInputs,
+        inputs: TokenInputs,
         masks: Masks,
-        cache: KVCache | None = None,
+        view: CacheView | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
         """Run the twig on states after base layer K; the result goes to `logits`."""
-        return run(self.layers, hidden, rope, masks, cache, self.first_slot)
+        after = run(self.layers, hidden, inputs, masks, view, self.first_slot)
+        if view is not None:
+            view.advance(self.first_slot, self.last_slot + 1, hidden.shape[1])
+        return after
 
     def checkpoint_gradients(self, on: bool) -> None:
         """In training, keep of each layer its input alone, and run it again for its gradients."""
@@ -132,38 +135,35 @@ class Twig(nn.Module):
         if self.pruning_head is None:
             return
         prompt = base.text_prompt(tokens)
-        rope, masks = base.token_inputs(prompt), base.masks(prompt)
-        hidden = base.run_layers(prompt.hidden, 0, self.config.trunk_layers, rope, masks)
-        hidden = self.last_input(hidden, rope, masks)
+        inputs, masks = base.token_inputs(prompt), base.masks()
+        hidden = base.run_layers(prompt.hidden, 0, self.config.trunk_layers, inputs, masks)
+        hidden = self.last_input(hidden, inputs, masks)
         self.pruning_head.open(cast(Any, self.layers[-1]).input_layernorm(hidden)[0])
 
     def last_input(
-        self,
-        hidden: Float[Tensor, "batch tokens width"],
-        rope: TokenInputs,
-        masks: Masks,
-        cache: KVCache | None = None,
+        self, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, masks: Masks
     ) -> Float[Tensor, "batch tokens width"]:
         """Run all twig layers but the last, which visual tokens are ranked by."""
-        return run(self.layers[:-1], hidden, rope, masks, cache, self.first_slot)
+        return run(self.layers[:-1], hidden, inputs, masks, slot=self.first_slot)
 
     def last(
-        self, hidden: Float[Tensor, "batch tokens width"], rope: TokenInputs, masks: Masks
+        self, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, masks: Masks
     ) -> Float[Tensor, "batch tokens width"]:
         """Run the last twig layer on its input; the result goes to `logits`."""
-        return run(self.layers[-1:], hidden, rope, masks, slot=self.last_slot)
+        return run(self.layers[-1:], hidden, inputs, masks, slot=self.last_slot)
 
     def fill(
-        self, hidden: Float[Tensor, "batch tokens width"], rope: TokenInputs, masks: Masks, cache: KVCache
+        self, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, masks: Masks, view: CacheView
     ) -> Float[Tensor, "batch tokens width"]:
         """Put a prompt into the cache and return the *input* of the last twig layer.
 
         That layer's output at prompt tokens is never used, so only its keys and values are computed: its queries,
         attention and MLP are saved.
         """
-        hidden = self.last_input(hidden, rope, masks, cache)
-        fill(self.layers[-1], hidden, rope, cache, self.last_slot)
-        return hidden
+        before_last = run(self.layers[:-1], hidden, inputs, masks, view, self.first_slot)
+        fill(self.layers[-1], before_last, inputs, view, self.last_slot)
+        view.advance(self.first_slot, self.last_slot + 1, hidden.shape[1])
+        return before_last
 
     @property
     def last_slot(self) -> int:

@@ -1,16 +1,13 @@
 """Attention of a base layer: FastV's rule at layer K; at a deep layer, the upper bound of the paper's §3.2."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from twigvlm.base.layers import project_keys_values
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.methods.twig_attention import Queries, layer_scores
-
-if TYPE_CHECKING:
-    from twigvlm.engine.prefill import TrunkOutput
+from twigvlm.pruning.view import TrunkOutput
 
 
 @dataclass(frozen=True)
@@ -24,13 +21,14 @@ class BaseLayerAttention:
     """Counted from 1, as in the paper."""
     queries: Queries = "last"
 
-    def __call__(self, trunk: "TrunkOutput") -> Tensor:
+    def __call__(self, trunk: TrunkOutput) -> Tensor:
         """Scores [batch, tokens]."""
         base, done = trunk.base, trunk.twig.config.trunk_layers
         index = self.layer - 1
         if not 0 <= index < base.num_layers:
             raise TwigVLMError(f"layer={self.layer}: must be 1 to {base.num_layers}, the layers of this base")
-        start, hidden = (done, trunk.hidden) if index >= done else (0, trunk.prompt.hidden)
-        hidden = base.run_layers(hidden, start, index, trunk.rope, trunk.masks)
-        keys, _ = project_keys_values(base.layers[index], hidden, trunk.rope)
-        return layer_scores(base.layers[index], hidden, trunk.rope, keys, trunk.prompt, self.queries)
+        inputs = trunk.tokens.inputs
+        start, hidden = (done, trunk.tokens.hidden) if index >= done else (0, trunk.prompt.hidden)
+        hidden = base.run_layers(hidden, start, index, inputs, trunk.masks)
+        keys, _ = project_keys_values(base.layers[index], hidden, inputs)
+        return layer_scores(base.layers[index], hidden, keys, trunk.tokens, self.queries)

@@ -1,7 +1,7 @@
 """The method's ranking with a P-Head (Eq. 7 and 8)."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,16 +13,14 @@ from twigvlm.base.token_inputs import TokenInputs, select_tokens
 from twigvlm.pruning.attention_rows import visual_attention
 from twigvlm.pruning.methods.twig_attention import TwigAttention
 from twigvlm.pruning.select import gather_tokens
+from twigvlm.pruning.view import Scorer, TrunkOutput
 from twigvlm.twig.block import Twig
 from twigvlm.twig.pruning_head import PruningHead
-
-if TYPE_CHECKING:
-    from twigvlm.engine.prefill import Scorer, TrunkOutput
 
 
 @dataclass(frozen=True)
 class VisualQuery:
-    """Who looks at which visual tokens. Rows of fewer queries or visual tokens are filled up with what is not visible."""
+    """Query and visual positions, and which pairs may attend; padded pairs are invisible."""
 
     queries: Int[Tensor, "batch queries"]
     """Positions of the tokens that ask."""
@@ -47,8 +45,8 @@ class VisualQuery:
 def log_visual_attention(
     layer: nn.Module,
     hidden: Float[Tensor, "batch tokens width"],
-    rope: TokenInputs,
-    look: VisualQuery,
+    inputs: TokenInputs,
+    query: VisualQuery,
     head: PruningHead | None = None,
     keys: Float[Tensor, "batch kv_heads tokens head_dim"] | None = None,
 ) -> Float[Tensor, "batch queries visual"]:
@@ -57,20 +55,20 @@ def log_visual_attention(
     Args:
         layer: base or twig layer.
         hidden: its input.
-        rope: of all tokens.
-        look: who looks at what.
+        inputs: of all tokens.
+        query: which tokens attend to which.
         head: P-Head; None: the layer's own attention.
         keys: the layer's rotated keys of all tokens, where they are known.
     """
-    asking, seen = gather_tokens(hidden, look.queries), gather_tokens(hidden, look.visual)
-    queries = project_queries(layer, asking, select_tokens(rope, look.queries))
+    asking, seen = gather_tokens(hidden, query.queries), gather_tokens(hidden, query.visual)
+    queries = project_queries(layer, asking, select_tokens(inputs, query.queries))
     if keys is None:
-        keys = project_keys(layer, seen, select_tokens(rope, look.visual))
+        keys = project_keys(layer, seen, select_tokens(inputs, query.visual))
     else:
-        keys = torch.take_along_dim(keys, look.visual[:, None, :, None], dim=2)
-    visible, window = look.visible, window_of(layer)
+        keys = torch.take_along_dim(keys, query.visual[:, None, :, None], dim=2)
+    visible, window = query.visible, window_of(layer)
     if head is None and window is not None:  # a P-Head looks at all visual tokens
-        visible = visible & (look.visual[:, None, :] > look.queries[:, :, None] - window)
+        visible = visible & (query.visual[:, None, :] > query.queries[:, :, None] - window)
     if head is not None:
         normed = cast(Any, layer).input_layernorm
         queries, keys = head(normed(asking), normed(seen), queries, keys)
@@ -81,18 +79,21 @@ def log_visual_attention(
 class HeadScores:
     """Scores by the twig's P-Head for the last prompt token; leaves the prompt in the twig's cache."""
 
-    def __call__(self, trunk: "TrunkOutput") -> Tensor:
+    def __call__(self, trunk: TrunkOutput) -> Tensor:
         """Scores [batch, tokens]; 0 at text tokens."""
-        twig, mask = trunk.twig, trunk.prompt.visual_mask
-        hidden = trunk.grow()
-        keys, _ = trunk.cache.held(twig.last_slot)
-        ends = torch.tensor(trunk.prompt.lengths, device=mask.device)[:, None] - 1
+        twig, tokens = trunk.twig, trunk.tokens
+        mask = tokens.visual
+        hidden = trunk.fill_twig()
+        keys, _ = trunk.view.cache.contents(twig.last_slot, trunk.view.rows)
+        ends = torch.tensor(tokens.lengths, device=mask.device)[:, None] - 1
         last = torch.zeros_like(mask).scatter(1, ends, True)
-        look = VisualQuery.at(last, mask)
-        shares = log_visual_attention(twig.layers[-1], hidden, trunk.rope, look, twig.pruning_head, keys)[:, 0].exp()
-        return torch.zeros(mask.shape, device=mask.device).scatter_add(1, look.visual, shares)
+        query = VisualQuery.at(last, mask)
+        shares = log_visual_attention(twig.layers[-1], hidden, tokens.inputs, query, twig.pruning_head, keys)[
+            :, 0
+        ].exp()
+        return torch.zeros(mask.shape, device=mask.device).scatter_add(1, query.visual, shares)
 
 
-def default_scorer(twig: Twig) -> "Scorer":
+def default_scorer(twig: Twig) -> Scorer:
     """The twig's own ranking: its P-Head's, or without one its last layer's attention."""
     return TwigAttention() if twig.pruning_head is None else HeadScores()

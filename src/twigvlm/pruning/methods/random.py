@@ -1,13 +1,11 @@
 """Random choice: the floor that any ranking must beat."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from twigvlm.engine.prefill import TrunkOutput
+from twigvlm.pruning.view import TrunkOutput
 
 
 @dataclass(frozen=True)
@@ -16,10 +14,10 @@ class RandomScores:
 
     seed: int = 0
 
-    def __call__(self, trunk: "TrunkOutput") -> Tensor:
+    def __call__(self, trunk: TrunkOutput) -> Tensor:
         """Scores [batch, tokens]."""
-        mask = trunk.prompt.visual_mask
+        mask = trunk.tokens.visual
         scores = torch.zeros(mask.shape)
-        for row, length in enumerate(trunk.prompt.lengths):
+        for row, length in enumerate(trunk.tokens.lengths):
             scores[row, :length] = torch.rand(length, generator=torch.Generator().manual_seed(self.seed))
         return scores.to(mask.device)

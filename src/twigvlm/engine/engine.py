@@ -1,0 +1,238 @@
+"""The engine: rows join while others decode, and leave when they end (continuous batching)."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.engine.memory import free_bytes, row_bytes
+from twigvlm.engine.row import Request, Row
+from twigvlm.engine.runner import Runner
+from twigvlm.engine.timing import Timings, clock_of
+from twigvlm.errors import TwigVLMError
+from twigvlm.kv.prefix_cache import PrefixCache
+from twigvlm.pruning.cut import Pruner
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step brought one request."""
+
+    id: int
+    tokens: list[int]
+    """New ids, in their order."""
+    finished: bool
+    """Whether the answer is complete."""
+
+
+class Engine:
+    """Answers requests, several at once; each gets the answer that it would get alone.
+
+    Args:
+        runner: what runs on the device; its rows are this engine's.
+        make_row: turns what a caller passes to `add` into a row.
+        max_rows: rows that decode together at most; None: as many as memory allows.
+        max_bytes: of keys and values; None: as many as are free when the engine is made.
+        timings: where seconds are added up; None: nothing is timed, and no device is waited for.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        make_row: Callable[..., Row] | None = None,
+        max_rows: int | None = None,
+        max_bytes: int | None = None,
+        timings: Timings | None = None,
+    ) -> None:
+        if max_rows is not None and max_rows < 1:
+            raise TwigVLMError(f"max_rows={max_rows}: must be 1 or more")
+        self.runner, self.make_row, self.max_rows, self.timings = runner, make_row, max_rows, timings
+        self.base: BaseVLM = runner.batch.base
+        self.max_bytes = free_bytes(self.base.device) if max_bytes is None else max_bytes
+        self.waiting: deque[Row] = deque()
+        self.active: list[Row] = []
+        """Row i is row i of the cache."""
+        self._ids = count()
+        self._clock = None if timings is None else clock_of(self.base.device)
+
+    def add(self, inputs: Any, **options: Any) -> int:
+        """Queue a request; its id.
+
+        Args:
+            inputs: the processor's outputs for one prompt.
+            options: of `TwigVLM.generate`, less those of speculation, which are the engine's.
+
+        Raises:
+            TwigVLMError: as `generate`; nothing is queued then.
+        """
+        if self.make_row is None:
+            raise TwigVLMError("this engine takes rows only: make one by TwigVLM.engine()")
+        return self.submit([self.make_row(inputs, **options)])[0]
+
+    def submit(self, rows: Sequence[Row]) -> list[int]:
+        """Queue the rows of one request; their ids."""
+        for row in rows:
+            row.id = next(self._ids)
+            self.waiting.append(row)
+        return [row.id for row in rows]
+
+    def fork(self, id: int, pruner: Pruner | None, retain: float | None = None) -> int:
+        """Queue another answer to a waiting request's prompt, with another pruning; what they share is computed once.
+
+        Vision, trunk, twig and scores are shared; everything else is as the request has it.
+
+        Args:
+            id: of a request that waits.
+            pruner: of the new row; None: no pruning.
+            retain: R̄; None: the pruner states its cuts itself.
+
+        Raises:
+            TwigVLMError: no such request waits, or the prompt cannot have this budget.
+        """
+        source = next((row for row in self.waiting if row.id == id), None)
+        if source is None:
+            raise TwigVLMError(f"request {id}: is not waiting; fork it before the next step")
+        if source.noise is not None or len(source.request.rows) > 1:
+            raise TwigVLMError(f"request {id}: only greedy requests of one row can be forked")
+        if source.prefix is None:
+            source.prompt, source.index = source.prompt.rows([source.index]), 0
+            source.prefix = PrefixCache()
+        visual = int(source.prompt.visual_mask[0].sum())
+        cuts = () if pruner is None or not visual else pruner.cuts(retain, visual, self.base.num_layers)
+        request = replace(source.request, rows=[])
+        fork = replace(
+            source, request=request, pruner=pruner if cuts else None, cuts=cuts, tokens=[], drafted=[], accepted=[]
+        )
+        request.rows.append(fork)
+        return self.submit([fork])[0]
+
+    def cancel(self, id: int) -> None:
+        """Give a request up, whether it waits or decodes; what it has got so far is all that it gets.
+
+        Raises:
+            TwigVLMError: there is no such request, or it has ended.
+        """
+        for row in self.waiting:
+            if row.id == id:
+                self.waiting.remove(row)
+                row.end()
+                return
+        for place, row in enumerate(self.active):
+            if row.id == id:
+                row.end()
+                self._leave(place)
+                return
+        raise TwigVLMError(f"request {id}: there is none, or it has ended")
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or decodes."""
+        return bool(self.waiting or self.active)
+
+    def step(self) -> list[Event]:
+        """Take up what fits, then draft, verify and commit once for all rows.
+
+        Raises:
+            TwigVLMError: a prompt cannot be taken up; its rows are given up, and all others go on with the next step.
+        """
+        events: list[Event] = []
+        while group := self._next_group():
+            events += self._prefill(group)
+        if self.active:
+            events += self._decode()
+        return events
+
+    def stream(self) -> Iterator[Event]:
+        """Step until every request has ended; requests may be added and cancelled meanwhile."""
+        while self.busy:
+            yield from self.step()
+
+    def _next_group(self) -> list[Row]:
+        """Waiting rows, in their order, that one prefill takes up: those that fit and share prompts and cuts with the first."""
+        group: list[Row] = []
+        used = self.runner.batch.cache.bytes()
+        for row in self.waiting:
+            first = group[0] if group else row
+            together = row.prompt is first.prompt and row.pruner == first.pruner and row.prefix is None
+            if group and not (together and [cut.layer for cut in row.cuts] == [cut.layer for cut in first.cuts]):
+                break
+            used += row_bytes(self.base, self.runner.batch.twig, row)
+            number = len(self.active) + len(group) + 1
+            fits = used <= self.max_bytes and (self.max_rows is None or number <= self.max_rows)
+            locked = bool(group) and row.request.lockstep and row.request is first.request
+            if not fits and number > 1 and not locked:
+                break
+            group.append(row)
+        return group
+
+    def _prefill(self, group: list[Row]) -> list[Event]:
+        start = self._now()
+        for _ in group:
+            self.waiting.popleft()
+        try:
+            chosen = self.runner.prefill(group)
+        except BaseException:
+            for row in group:
+                row.end()
+            raise
+        self.active += group
+        if self.timings is not None:
+            self.timings.prefill += self._now() - start
+        return self._extend(group, [[token] for token in chosen])
+
+    def _decode(self) -> list[Event]:
+        start = self._now()
+        draft = self.runner.draft()
+        middle = self._now()
+        step = self.runner.verify(draft)
+        if self.timings is not None:
+            self.timings.draft += middle - start
+            self.timings.verify += self._now() - middle
+        rows = list(self.active)
+        events = self._extend(rows, step.tokens)
+        for row, event, drafted, tokens in zip(rows, events, step.drafted, step.tokens, strict=True):
+            row.drafted.append(drafted)
+            row.accepted.append(min(len(tokens) - 1, len(event.tokens)))
+        return events
+
+    def _extend(self, rows: Sequence[Row], tokens: Sequence[list[int]]) -> list[Event]:
+        """Give rows their new tokens; those that end leave."""
+        taken = extend_all(rows, tokens)
+        for place in reversed(range(len(self.active))):
+            if self.active[place].finished:
+                self._leave(place)
+        return [Event(row.id, new, row.finished) for row, new in zip(rows, taken, strict=True)]
+
+    def _leave(self, place: int) -> None:
+        self.runner.leave(place)
+        self.active[place] = self.active[-1]
+        self.active.pop()
+
+    def _now(self) -> float:
+        return 0.0 if self._clock is None else self._clock()
+
+
+def extend_all(rows: Sequence[Row], tokens: Sequence[list[int]]) -> list[list[int]]:
+    """Give rows their new tokens, those of a request in lockstep position by position; what each took of them."""
+    taken: list[list[int]] = [[] for _ in rows]
+    requests: dict[int, tuple[Request, list[int]]] = {}
+    for place, row in enumerate(rows):
+        if row.request.criteria is None:
+            taken[place] = row.extend(tokens[place])
+        else:
+            requests.setdefault(id(row.request), (row.request, []))[1].append(place)
+    for request, places in requests.values():
+        for position in range(len(tokens[places[0]])):
+            going = [place for place in places if not rows[place].finished]
+            if not going:
+                break
+            for place in going:
+                taken[place] += rows[place].extend(tokens[place][position : position + 1])
+            assert request.criteria is not None, "asked above"
+            ended = request.criteria(request.padded_ids({}), None)
+            for place in going:
+                if bool(ended[rows[place].place]):
+                    rows[place].end()
+    return taken

@@ -1,0 +1,110 @@
+"""Cached trunk and twig states of a prompt, so that a next turn, or another pruning of it, computes only what is new."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from twigvlm.base.prompt import Prompt
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.kv.cache import CacheView
+from twigvlm.twig.block import Twig
+
+
+@dataclass
+class PrefixCache:
+    """One prompt: its states after layer K and before the last twig layer, and the keys and values of trunk and twig.
+
+    Each question ranks the visual tokens again, so layers K+1..L start afresh; trunk and twig, which hold all tokens
+    whatever was asked, do not.
+    """
+
+    prompt: Prompt | None = None
+    hidden: Float[Tensor, "1 tokens width"] | None = None
+    """After layer K."""
+    last_input: Float[Tensor, "1 tokens width"] | None = None
+    """Input of the last twig layer, as far as the twig has seen the prompt."""
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values [1, kv_heads, tokens, head_dim] by layer."""
+    scores: dict[Any, Tensor] = field(default_factory=dict)
+    """What scorers have given the prompt, so that another budget does not ask them again."""
+
+    def forget(self) -> None:
+        """Drop everything, as after a question that failed on its way."""
+        self.prompt = self.hidden = self.last_input = None
+        self.layers, self.scores = {}, {}
+
+    def known(self, input_ids: Int[Tensor, "1 tokens"]) -> int:
+        """Length of the prefix shared with the cached prompt; always leaves one new token of another prompt."""
+        if self.prompt is None or self.hidden is None:
+            return 0
+        cached = self.prompt.input_ids
+        if cached is input_ids:
+            return cached.shape[1]
+        shared = min(input_ids.shape[1] - 1, cached.shape[1])
+        same = input_ids[0, :shared] == cached[0, :shared]
+        return int(same.long().cumprod(0).sum())
+
+    def needs_vision(self, base: BaseVLM, input_ids: Int[Tensor, "1 tokens"]) -> bool:
+        """Whether a visual token is among what is new."""
+        return bool(base.visual_mask(input_ids[:, self.known(input_ids) :]).any())
+
+    def open(self, base: BaseVLM, inputs: dict[str, Any]) -> Prompt:
+        """The next prompt, for which vision runs only if it is needed."""
+        ids = inputs["input_ids"]
+        known, before = self.known(ids), self.prompt
+        if before is None or not known or self.needs_vision(base, ids):
+            return base.prompt(**inputs)
+        base.check_context(ids)
+        new = ids[:, known:]
+        count = new.shape[1]
+        last = before.position_ids[..., known - 1 : known]
+        positions = last + torch.arange(1, count + 1, device=last.device)
+        index = torch.arange(known, known + count, device=ids.device)[None]
+
+        def extended(values: Tensor, more: Tensor) -> Tensor:
+            return torch.cat((values[:, :known], more.to(values)), dim=1)
+
+        return Prompt(
+            extended(before.hidden, base.embed(new)),
+            torch.cat((before.position_ids[..., :known], positions), dim=-1),
+            extended(before.visual_mask, torch.zeros_like(new)),
+            ids,
+            (known + count,),
+            None if before.attends_until is None else extended(before.attends_until, index),
+            tuple(extended(features, features.new_zeros(1, count, features.shape[2])) for features in before.deepstack),
+        )
+
+    def load(self, base: BaseVLM, twig: Twig, view: CacheView, known: int) -> None:
+        """Put the first `known` tokens of trunk and twig, as far as the twig has seen them, into an empty row of a cache."""
+        in_twig = 0 if self.last_input is None else min(known, self.last_input.shape[1])
+        parts = (0, twig.config.trunk_layers, known), (twig.first_slot, twig.last_slot + 1, in_twig)
+        for start, stop, count in parts:
+            if not count or start == stop:
+                continue
+            for layer in range(start, stop):
+                keys, values = self.layers[layer]
+                if base.windowed:
+                    view.positions(layer, torch.arange(count, device=view.cache.device)[None])
+                view.update(keys[:, :, :count], values[:, :, :count], layer)
+            view.advance(start, stop, count)
+
+    def store_trunk(self, view: CacheView, trunk: int, prompt: Prompt, hidden: Tensor, known: int) -> None:
+        """Keep what the trunk made of a prompt whose first `known` tokens were cached."""
+        if self.prompt is None or self.prompt.input_ids is not prompt.input_ids:
+            self.scores = {}
+            self.last_input = None if self.last_input is None else self.last_input[:, :known]
+            self._store(view, 0, trunk)
+        self.prompt, self.hidden = prompt, hidden
+
+    def store_twig(self, view: CacheView, twig: Twig, last_input: Tensor) -> None:
+        """Keep what the twig made of the prompt."""
+        self.last_input = last_input
+        self._store(view, twig.first_slot, twig.last_slot + 1)
+
+    def _store(self, view: CacheView, start: int, stop: int) -> None:
+        for layer in range(start, stop):
+            keys, values = view.cache.contents(layer, view.rows)
+            self.layers[layer] = keys.clone(), values.clone()

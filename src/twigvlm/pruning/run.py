@@ -1,0 +1,51 @@
+"""Layers between cuts: the one way in which visual tokens are dropped, in a prefill and in the rewards of stage 2."""
+
+from collections.abc import Callable, Sequence
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from twigvlm.base.masks import Masks
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.kv.cache import CacheView
+from twigvlm.pruning.cut import Cut
+from twigvlm.pruning.view import Tokens
+
+Choose = Callable[[Tokens, int, Sequence[int]], Bool[Tensor, "batch tokens"]]
+"""(tokens at a cut, its layer, how many visual tokens each row keeps) -> True at the visual tokens that go on."""
+
+
+def run_cuts(
+    base: BaseVLM,
+    tokens: Tokens,
+    start: int,
+    stop: int,
+    cuts: Sequence[Sequence[Cut]],
+    choose: Choose,
+    masks: Masks,
+    view: CacheView | None = None,
+) -> Tokens:
+    """Layers start..stop-1 (from 0); at each cut the visual tokens that are not chosen leave (§3.3).
+
+    Args:
+        base: the base.
+        tokens: before layer `start`.
+        start: first layer.
+        stop: layer after the last one.
+        cuts: of each row, at the same layers in all of them, `start` <= layer <= `stop`.
+        choose: who stays; not asked where all leave.
+        masks: of the prompt.
+        view: of the cache that gets keys and values; None: they are not kept.
+
+    Returns:
+        The tokens that are left, after layer `stop`.
+    """
+    for at_layer in zip(*cuts, strict=True):
+        layer, keep = at_layer[0].layer, [cut.keep for cut in at_layer]
+        tokens = tokens.through(base, start, layer, masks, view)
+        start = layer
+        stays = tokens.text
+        if any(keep):
+            stays = stays | choose(tokens, layer, keep)
+        tokens = tokens.keep(stays)
+    return tokens.through(base, start, stop, masks, view)

@@ -1,0 +1,113 @@
+"""What a pruning method may look at: tokens on their way through the layers, and the prompt after the trunk."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from twigvlm.base.masks import Masks
+from twigvlm.base.packing import Lengths, last_token, left_pack, valid_mask
+from twigvlm.base.prompt import Prompt
+from twigvlm.base.token_inputs import TokenInputs, select_tokens, slice_tokens
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.kv.cache import CacheView
+from twigvlm.kv.prefix_cache import PrefixCache
+from twigvlm.pruning.select import gather_tokens
+from twigvlm.twig.block import Twig
+
+_BEYOND = 2**40  # a position past every image, so that bidirectional attention cannot reach padding
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a batch on their way through the layers, each row's own first."""
+
+    hidden: Float[Tensor, "batch tokens width"]
+    inputs: TokenInputs
+    visual: Bool[Tensor, "batch tokens"]
+    """True at visual tokens."""
+    lengths: Lengths
+
+    @property
+    def last(self) -> Float[Tensor, "batch width"]:
+        """States of each row's last token."""
+        return last_token(self.hidden, self.lengths)
+
+    @property
+    def text(self) -> Bool[Tensor, "batch tokens"]:
+        """True at text tokens."""
+        return valid_mask(self.lengths, self.hidden.shape[1], self.hidden.device) & ~self.visual
+
+    def through(self, base: BaseVLM, start: int, stop: int, masks: Masks, view: CacheView | None) -> "Tokens":
+        """After layers start..stop-1, which a cache, if there is one, has got."""
+        hidden = base.run_layers(self.hidden, start, stop, self.inputs, masks, view)
+        if view is not None and stop > start and min(self.lengths) < hidden.shape[1]:
+            view.cache.set_lengths(start, stop, view.rows, self.lengths)
+        return replace(self, hidden=hidden)
+
+    def keep(self, stays: Bool[Tensor, "batch tokens"]) -> "Tokens":
+        """Only the tokens that stay, in their order and with their positions."""
+        indices, lengths = left_pack(stays)
+        inputs = select_tokens(self.inputs, indices)
+        padding = ~valid_mask(lengths, indices.shape[1], indices.device)
+        if inputs.positions is not None:
+            inputs = inputs._replace(positions=inputs.positions.masked_fill(padding, _BEYOND))
+        visual = torch.gather(self.visual, 1, indices) & ~padding
+        return Tokens(gather_tokens(self.hidden, indices), inputs, visual, lengths)
+
+
+@dataclass(frozen=True)
+class TrunkOutput:
+    """A prompt after layer K: what a scorer may look at."""
+
+    base: BaseVLM
+    twig: Twig
+    prompt: Prompt
+    tokens: Tokens
+    masks: Masks
+    view: CacheView
+    """Rows of the cache that hold the prompt."""
+    prefix: PrefixCache | None = None
+    """What is known of the prompt already; its beginning is in the twig's cache."""
+
+    @property
+    def in_twig(self) -> bool:
+        """Whether the twig has seen all of the prompt."""
+        return self.view.held(self.twig.first_slot).longest == self.tokens.hidden.shape[1]
+
+    def fill_twig(self) -> Float[Tensor, "batch tokens width"]:
+        """Run the twig on what its cache does not hold of the prompt; returns the input of its last layer."""
+        twig, count = self.twig, self.tokens.hidden.shape[1]
+        known = self.view.held(twig.first_slot).longest
+        before = None if self.prefix is None else self.prefix.last_input
+        if before is not None and known == count:
+            return before[:, :count]
+        hidden = self.tokens.hidden[:, known:]
+        last_input = twig.fill(hidden, slice_tokens(self.tokens.inputs, known, count), self.masks, self.view)
+        if min(self.tokens.lengths) < count:
+            self.view.cache.set_lengths(twig.first_slot, twig.last_slot + 1, self.view.rows, self.tokens.lengths)
+        if before is not None:
+            last_input = torch.cat((before[:, :known], last_input), dim=1)
+        if self.prefix is not None:
+            self.prefix.store_twig(self.view, twig, last_input)
+        return last_input
+
+
+Scorer = Callable[[TrunkOutput], Tensor]
+"""Ranks visual tokens: scores [batch, tokens], read at visual positions only. The twig's own, or a baseline's."""
+
+
+@dataclass(frozen=True)
+class CutView:
+    """A prompt at a cut: what a pruning method may look at."""
+
+    base: BaseVLM
+    prompt: Prompt
+    layer: int
+    """How many layers the tokens have passed."""
+    tokens: Tokens
+    """Those that are left."""
+    trunk: TrunkOutput | None
+    """The prompt after layer K; None before that."""

@@ -1,0 +1,223 @@
+"""The rows that are being decoded, as tensors: what drafting and verifying share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twigvlm.base.masks import Masks
+from twigvlm.base.token_inputs import TokenInputs
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.kv.cache import KVCache
+from twigvlm.pruning.view import TrunkOutput
+from twigvlm.twig.block import Twig
+
+_STEP = 1024  # positions by which the table of rotary embeddings grows
+
+
+@dataclass
+class RowState:
+    """What the device knows of each row; entry i of every tensor is row i of the cache."""
+
+    newest: Int[Tensor, " rows"]
+    """The last accepted token."""
+    count: Int[Tensor, " rows"]
+    """New tokens so far, the newest included."""
+    limit: Int[Tensor, " rows"]
+    """Most new tokens."""
+    first_position: Int[Tensor, " rows"]
+    """Position, for rotary embeddings, of the first new token."""
+    prompt_length: Int[Tensor, " rows"]
+    """Position of the first new token in the unpruned sequence."""
+    eos_token_ids: Int[Tensor, "rows ids"]
+    """Nothing is drafted after them; -1: none."""
+
+    def join(self, other: "RowState") -> "RowState":
+        """Further rows behind these."""
+        width = max(self.eos_token_ids.shape[1], other.eos_token_ids.shape[1])
+
+        def parts(name: str) -> list[Tensor]:
+            both = [getattr(self, name), getattr(other, name)]
+            if name != "eos_token_ids":
+                return both
+            return [torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=-1) for ids in both]
+
+        return RowState(**{name: torch.cat(parts(name)) for name in vars(self)})
+
+    def leave(self, row: int) -> "RowState":
+        """Without a row, whose place the last one takes."""
+        return RowState(**{name: without(tensor, row) for name, tensor in vars(self).items()})
+
+
+@dataclass
+class Pending:
+    """Layer-K states of each row's newest accepted tokens that the twig has not seen yet."""
+
+    states: Float[Tensor, "rows pending width"]
+    counts: Int[Tensor, " rows"]
+    on_host: NDArray[np.int64]
+    """The counts."""
+
+    @classmethod
+    def none(cls, rows: int, like: Tensor) -> "Pending":
+        """Of rows that have none."""
+        empty = like.new_zeros(rows, 0, like.shape[-1])
+        return cls(empty, torch.zeros(rows, dtype=torch.long, device=like.device), np.zeros(rows, np.int64))
+
+    def join(self, rows: int) -> "Pending":
+        """Further rows, which have none."""
+        pad = torch.nn.functional.pad
+        states, counts = pad(self.states, (0, 0, 0, 0, 0, rows)), pad(self.counts, (0, rows))
+        return Pending(states, counts, np.pad(self.on_host, (0, rows)))
+
+    def leave(self, row: int) -> "Pending":
+        """Without a row, whose place the last one takes."""
+        on_host = self.on_host.copy()
+        on_host[row] = on_host[-1]
+        return Pending(without(self.states, row), without(self.counts, row), on_host[:-1])
+
+    def append(self, states: Float[Tensor, "rows new width"], counts: Tensor, on_host: NDArray[np.int64]) -> "Pending":
+        """With the first `counts` of new states behind those of each row."""
+        total = self.on_host + on_host
+        if not total.any():
+            return Pending(self.states[:, :0], counts, on_host)
+        places = torch.arange(int(total.max()), device=states.device) - self.counts[:, None]
+        both = torch.cat((self.states, states), dim=1)
+        old = torch.arange(places.shape[1], device=states.device).expand_as(places)
+        index = torch.where(places < 0, old, self.states.shape[1] + places).clamp(max=both.shape[1] - 1)
+        return Pending(torch.take_along_dim(both, index[..., None], dim=1), self.counts + counts, total)
+
+
+class Batch:
+    """Rows that draft and verify together. Row i of every part is row i of the cache.
+
+    Args:
+        base: the base.
+        twig: its twig.
+        reserve: tokens that the cache has room for beyond what first filled it.
+    """
+
+    def __init__(self, base: BaseVLM, twig: Twig, reserve: int) -> None:
+        self.base, self.twig = base, twig
+        boundaries = (twig.config.trunk_layers, twig.first_slot)
+        self.cache = KVCache(twig.last_slot + 1, boundaries, reserve, base.device)
+        self.masks: Masks = base.masks()
+        self.state: RowState | None = None
+        self.pending: Pending | None = None
+        self.deferred: TrunkOutput | None = None
+        """The prompt of the only row, until the twig has seen it."""
+        self._table: TokenInputs | None = None
+        self._axes: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> slice:
+        """All of them."""
+        return slice(0, self.cache.rows)
+
+    def join(self, state: RowState, trunk: TrunkOutput, defer: bool) -> None:
+        """Take up rows whose prompts the cache holds already.
+
+        Args:
+            state: of the new rows.
+            trunk: their prompts.
+            defer: whether the twig sees the prompts with the first draft only; not where it has seen them.
+        """
+        rows, like = len(state.newest), trunk.tokens.hidden
+        self._axes = (3,) if trunk.prompt.position_ids.ndim == 3 else ()
+        self._show_deferred()
+        if self.state is None or self.pending is None:
+            self.state, self.pending = state, Pending.none(rows, like)
+        else:
+            self.state, self.pending = self.state.join(state), self.pending.join(rows)
+        self.deferred = trunk if defer else None
+
+    def leave(self, row: int) -> None:
+        """Drop a row; the last one takes its place."""
+        assert self.state is not None, "it has joined"
+        assert self.pending is not None, "it has joined"
+        self.cache.release(row)
+        self.deferred = None
+        if self.cache.rows:
+            self.state, self.pending = self.state.leave(row), self.pending.leave(row)
+        else:
+            self.state = self.pending = None
+
+    def _show_deferred(self) -> None:
+        if self.deferred is not None:
+            self.deferred.fill_twig()
+            self.deferred = None
+
+    def inputs(self, state: RowState, offsets: Int[Tensor, "rows tokens"], furthest: int) -> TokenInputs:
+        """Per-token inputs of new tokens.
+
+        Args:
+            state: of the rows.
+            offsets: of each token from the newest one, which is at 0.
+            furthest: upper bound of their positions.
+        """
+        places = state.count[:, None] - 1 + offsets
+        if self._table is None or self._table.cos.shape[1] <= furthest:
+            self._table = self._rotary_table((furthest // _STEP + 1) * _STEP)
+        table = self._table
+        index = (state.first_position[:, None] + places).clamp(max=table.cos.shape[1] - 1)
+        positions = state.prompt_length[:, None] + places if self.base.windowed else None
+        cos, sin = (torch.nn.functional.embedding(index, part[0]) for part in (table.cos, table.sin))
+        return TokenInputs(cos, sin, table.kinds, positions)
+
+    def _rotary_table(self, size: int) -> TokenInputs:
+        positions = torch.arange(size, device=self.base.device)
+        axes = positions.expand(*self._axes, 1, -1)
+        like = torch.empty(1, 1, 1, dtype=self.base.dtype, device=self.base.device)
+        return self.base.rotary(like, axes)
+
+    def trunk(
+        self, tokens: Int[Tensor, "rows nodes"], inputs: TokenInputs, masks: Masks
+    ) -> Float[Tensor, "rows nodes width"]:
+        """States after layer K."""
+        layers = self.twig.config.trunk_layers
+        return self.base.run_layers(self.base.embed(tokens), 0, layers, inputs, masks, self.cache.view(self.rows))
+
+    def twig_logits(
+        self, hidden: Float[Tensor, "rows nodes width"], inputs: TokenInputs, masks: Masks
+    ) -> Float[Tensor, "rows nodes draft_vocabulary"]:
+        """The twig's logits after states of layer K."""
+        return self.twig.logits(self.twig(hidden, inputs, masks, self.cache.view(self.rows))).float()
+
+    def root_logits(
+        self, roots: Float[Tensor, "rows 1 width"], inputs: TokenInputs, furthest: int
+    ) -> Float[Tensor, "rows 1 draft_vocabulary"]:
+        """The twig's logits after the newest tokens; the twig first sees what it has not seen yet, in the same pass."""
+        assert self.state is not None, "there are rows"
+        assert self.pending is not None, "there are rows"
+        self._show_deferred()
+        pending = self.pending
+        if not pending.on_host.any():
+            return self.twig_logits(roots, inputs, self.masks)
+        size = int(pending.on_host.max()) + 1
+        at = pending.counts[:, None]
+        states = torch.cat((pending.states, roots), dim=1)
+        states = states.scatter(1, at[..., None].expand_as(roots), roots)
+        offsets = torch.arange(size, device=at.device) - at
+        view = self.cache.view(self.rows)
+        hidden = self.twig(states, self.inputs(self.state, offsets, furthest), self.masks, view)
+        first, last = self.twig.first_slot, self.twig.last_slot + 1
+        self.cache.commit(first, last, size, pending.on_host + 1, pending.counts + 1)
+        self.pending = Pending.none(len(states), states)
+        return self.twig.logits(torch.take_along_dim(hidden, at[..., None], dim=1)).float()
+
+
+def without(tensor: Tensor, row: int) -> Tensor:
+    """Without a row, whose place the last one takes."""
+    if row == len(tensor) - 1:
+        return tensor[:-1]
+    return torch.cat((tensor[:row], tensor[-1:], tensor[row + 1 : -1]))
+
+
+def eos_table(ids: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "rows ids"]:
+    """End-of-sequence ids of rows as one tensor."""
+    width = max(1, *map(len, ids))
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in map(sorted, ids)], device=device)
