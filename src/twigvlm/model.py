@@ -18,6 +18,7 @@ from twigvlm.checkpoints.hub import push
 from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
 from twigvlm.conversation import Conversation
 from twigvlm.engine.engine import Engine
+from twigvlm.engine.row import Row
 from twigvlm.engine.runner import EagerRunner
 from twigvlm.engine.timing import Timings, clock_of
 from twigvlm.errors import TwigVLMError, one_line
@@ -29,6 +30,8 @@ from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.view import Scorer
 from twigvlm.speculation.costs import StepCosts, calibrate
 from twigvlm.twig.block import Twig
+
+_RESERVE = 512  # new tokens that a cache has room for at first
 
 
 class TwigVLM(nn.Module):
@@ -145,6 +148,7 @@ class TwigVLM(nn.Module):
         final_wipe: int | None = None,
         retain_per_image: bool = False,
         scorer: Scorer | None = None,
+        pruner: Pruner | None = None,
         speculate: str = "none",
         draft_length: int = 5,
         draft_threshold: float = 0.6,
@@ -169,6 +173,7 @@ class TwigVLM(nn.Module):
             final_wipe: K_f; None: the twig's; the base's number of layers: off.
             retain_per_image: split the budget evenly among a prompt's images, or the frames that text parts.
             scorer: ranks the visual tokens; None: the twig's P-Head, or without one its last layer's attention.
+            pruner: another pruning method, with `retain` or with cuts of its own; None: the twig's.
             speculate: "none", "chain", "tree", or "auto": drafts of what size it pays on this machine, none where none does; the
                 first time it measures that for a second or so. The output is the same.
             draft_length: δ, most tokens of a chain.
@@ -198,14 +203,12 @@ class TwigVLM(nn.Module):
             tree_expand,
             tree_nodes,
         )
-        if scorer is not None and not pruning.active:
-            raise TwigVLMError("scorer: needs a budget, give retain or keep too")
         if inputs is not None:
             if "input_ids" in kwargs:
                 raise TwigVLMError("inputs and input_ids: give one of them")
             kwargs["input_ids"] = inputs
         if self._disabled:
-            if pruning.active or speculation.active:
+            if pruning.active or pruner is not None or speculation.active:
                 raise TwigVLMError("retain, keep and speculate do not apply while the twig is disabled: leave them out")
             if generator is not None:
                 raise TwigVLMError(
@@ -213,10 +216,7 @@ class TwigVLM(nn.Module):
                 )
             return self.model.generate(**kwargs)
         check_arguments(kwargs, self.model.generation_config)
-        if speculation.speculate in ("tree", "auto"):
-            check_mask_attention(self.base.attention, f"speculate={speculation.speculate!r}")
-        if len(kwargs["input_ids"]) > 1:
-            check_mask_attention(self.base.attention, f"batch of {len(kwargs['input_ids'])} prompts")
+        self._check_attention(speculation, len(kwargs["input_ids"]))
         self.base.check_images(kwargs["input_ids"], kwargs)
         if memory is not None and not memory.needs_vision(self.base, kwargs["input_ids"]):
             kwargs = self.base.without_pixels(kwargs)
@@ -224,9 +224,11 @@ class TwigVLM(nn.Module):
         clock = clock_of(self.model.device)
         start_time = clock()
         try:
-            adapter = self._rows(pruning, scorer, generator, memory, kwargs)
+            adapter = self._rows(pruning, scorer, pruner, generator, memory, kwargs)
             timings = Timings(prefill=clock() - start_time) if adapter.config.return_dict_in_generate else None
-            runner = EagerRunner(self.base, self.twig, speculation, costs, min(512, adapter.rows[0].max_new_tokens))
+            runner = EagerRunner(
+                self.base, self.twig, speculation, costs, min(_RESERVE, adapter.rows[0].max_new_tokens)
+            )
             output = run_rows(Engine(runner, timings=timings), adapter, timings, costs)
         except BaseException:
             if memory is not None:
@@ -236,16 +238,69 @@ class TwigVLM(nn.Module):
             timings.total = clock() - start_time
         return output
 
+    def engine(
+        self, max_rows: int | None = None, max_bytes: int | None = None, speculate: str = "none", **options: Any
+    ) -> Engine:
+        """An engine that answers several requests at once: they join while others decode, and leave when they end.
+
+        `engine.add(inputs, ...)` takes what `generate` takes, but for the options of speculation, which are the engine's.
+
+        Args:
+            max_rows: requests that decode together at most; None: as many as memory allows.
+            max_bytes: of keys and values; None: what is free on an accelerator, half of the machine's memory otherwise.
+            speculate: how to draft, as in `generate`.
+            options: δ, θ, D, E, K_sel and N_max, by the names that `generate` gives them.
+
+        Raises:
+            TwigVLMError: an option is out of range or does not apply.
+        """
+        speculation = SpeculationConfig(speculate, **options)  # type: ignore[arg-type]
+        self._check_attention(speculation, rows=2)
+        costs = self.costs() if speculation.speculate == "auto" else None
+        runner = EagerRunner(self.base, self.twig, speculation, costs, _RESERVE)
+        return Engine(runner, self._row, max_rows, max_bytes)
+
+    def _row(
+        self,
+        inputs: dict[str, Any],
+        *,
+        retain: float | None = None,
+        keep: int | None = None,
+        final_wipe: int | None = None,
+        retain_per_image: bool = False,
+        scorer: Scorer | None = None,
+        pruner: Pruner | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Row:
+        """The row of one request to an engine."""
+        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image)
+        kwargs = {**inputs, **kwargs}
+        check_arguments(kwargs, self.model.generation_config)
+        self.base.check_images(kwargs["input_ids"], kwargs)
+        adapter = self._rows(pruning, scorer, pruner, generator, None, kwargs)
+        if len(adapter.rows) > 1:
+            raise TwigVLMError(f"{len(adapter.rows)} answers: add requests one by one")
+        return adapter.rows[0]
+
+    def _check_attention(self, speculation: SpeculationConfig, rows: int) -> None:
+        if speculation.speculate in ("tree", "auto"):
+            check_mask_attention(self.base.attention, f"speculate={speculation.speculate!r}")
+        if rows > 1:
+            check_mask_attention(self.base.attention, f"batch of {rows} prompts")
+
+    @torch.inference_mode()
     def _rows(
         self,
         pruning: PruningConfig,
         scorer: Scorer | None,
+        pruner: Pruner | None,
         generator: torch.Generator | None,
         prefix: PrefixCache | None,
         kwargs: dict[str, Any],
     ) -> HFGenerateAdapter:
         """What the base's own `generate` makes of its arguments: rows for an engine."""
-        pruner, schedule = self._pruning(pruning, scorer)
+        pruner, schedule = self._pruning(pruning, scorer, pruner)
         adapter = HFGenerateAdapter(self.base, pruner, schedule, kwargs.get("streamer"), generator, prefix)
         try:
             self.model.generate(custom_generate=adapter, **with_stop_strings(kwargs))
@@ -271,13 +326,23 @@ class TwigVLM(nn.Module):
             self._costs[key] = calibrate(self.base, self.twig)
         return self._costs[key]
 
-    def _pruning(self, pruning: PruningConfig, scorer: Scorer | None) -> tuple[Pruner | None, Schedule]:
+    def _pruning(
+        self, pruning: PruningConfig, scorer: Scorer | None, pruner: Pruner | None
+    ) -> tuple[Pruner | None, Schedule]:
         """What prunes, and its cuts for a number of visual tokens."""
-        layers = self.base.num_layers
-        if not pruning.active:
+        layers, retain = self.base.num_layers, pruning.retain
+        if scorer is not None and not pruning.active:
+            raise TwigVLMError("scorer: needs a budget, give retain or keep too")
+        if pruner is not None:
+            others = ("keep", pruning.keep), ("final_wipe", pruning.final_wipe), ("scorer", scorer)
+            for name, value in (*others, ("retain_per_image", pruning.retain_per_image or None)):
+                if value is not None:
+                    raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
+        elif not pruning.active:
             return None, lambda visual: ()
-        final_wipe = next((k for k in (pruning.final_wipe, self.config.final_wipe) if k is not None), layers)
-        scorer = scorer or default_scorer(self.twig)
-        pruner = TwigPruner(scorer, self.config.trunk_layers, final_wipe, pruning.keep, pruning.retain_per_image)
+        else:
+            final_wipe = next((k for k in (pruning.final_wipe, self.config.final_wipe) if k is not None), layers)
+            ranking = scorer or default_scorer(self.twig)
+            pruner = TwigPruner(ranking, self.config.trunk_layers, final_wipe, pruning.keep, pruning.retain_per_image)
         # Of a prompt of text alone there is nothing to prune.
-        return pruner, lambda visual: pruner.cuts(pruning.retain, visual, layers) if visual else ()
+        return pruner, lambda visual: pruner.cuts(retain, visual, layers) if visual else ()

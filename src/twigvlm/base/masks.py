@@ -17,7 +17,7 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.kv.cache import Held
 
 Masks = Callable[[int, Held | None], Tensor | None]
-"""(queries, held) -> the mask of new tokens that attend to those that each row of a cache holds (None: none), and to themselves."""
+"""(new tokens, what each row of a cache holds; None: no cache) -> the mask of new tokens over those and themselves."""
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Bool[Tensor, "queries keys"]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,11 +14,13 @@ from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Cut, Pruner
 
 
+@runtime_checkable
 class Stage(Protocol):
     """A logits processor, or several, as one step from logits to scores."""
 
-    reads_ids: bool
-    """Whether it looks at ids; if not, it may be given rows in any order and number."""
+    @property
+    def reads_ids(self) -> bool:
+        """Whether it looks at ids; if not, it may be given rows in any order and number."""
 
     def __call__(self, scores: Float[Tensor, "rows vocabulary"], walk: "Walk") -> Float[Tensor, "rows vocabulary"]:
         """The processed scores of some rows of a request."""

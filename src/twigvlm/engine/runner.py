@@ -1,7 +1,7 @@
 """What an engine runs on the device: prompts into the cache, drafts, and their verification (Algorithms 1 and 2)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,6 +34,7 @@ class Step(NamedTuple):
     """Tokens that were drafted."""
 
 
+@runtime_checkable
 class Runner(Protocol):
     """The rows of an engine on the device. Row i of every part is row i of the cache."""
 

@@ -1,29 +1,21 @@
-"""One question answered under many prunings, with all that they share computed once.
+"""One question answered under many prunings: forks of one request, which share vision, prompt, trunk, twig and scores."""
 
-Shared: vision, prompt, trunk, twig, and one pass through the whole base that gives the unpruned answer and every watched
-layer's attention. Variants that keep equally many tokens run layers K+1..L and decode together, as a batch.
-"""
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.generation import LogitsProcessorList
 
-from twigvlm.base.token_inputs import expand_rows, slice_tokens
-from twigvlm.engine.prefill import Scorer, TrunkOutput, run_kept
 from twigvlm.errors import TwigVLMError
-from twigvlm.kv.cache import KVCache
+from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.model import TwigVLM
-from twigvlm.pruning.budget import solve_keep
+from twigvlm.pruning.methods.base_layer import BaseLayerAttention
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.random import RandomScores
-from twigvlm.pruning.methods.twig_attention import TwigAttention, layer_scores
-from twigvlm.pruning.select import top_visual
-from twigvlm.twig.block import Twig
+from twigvlm.pruning.methods.twig import TwigPruner
+from twigvlm.pruning.methods.twig_attention import TwigAttention
+from twigvlm.pruning.view import Scorer
 
 METHODS = "none, twig, attention, twig-text, random, fastv, deep:LAYER"
 _SCORED = ("twig", "attention", "twig-text", "random")
@@ -97,7 +89,6 @@ class Outcome:
     """R; M without pruning."""
 
 
-@torch.inference_mode()
 def answer_all(
     model: TwigVLM, inputs: dict[str, Any], variants: Sequence[Variant], max_new_tokens: int, seed: int = 0
 ) -> dict[str, Outcome]:
@@ -117,30 +108,29 @@ def answer_all(
     Raises:
         TwigVLMError: a budget that this prompt cannot have.
     """
-    shared = _Shared(model, inputs, max_new_tokens)
-    groups: dict[tuple[int, int], list[Variant]] = {}
+    layers, visual = model.base.num_layers, int(model.base.visual_mask(inputs["input_ids"]).sum())
+    engine = model.engine()
+    plain = engine.add(inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    names, kept = {}, {}
     for variant in variants:
-        if variant.retain is not None:
-            groups.setdefault(shared.budget(variant), []).append(variant)
-    methods = {variant.method for variant in variants} - {NONE.method}
-    watched = _watched(methods, model)
-    shared.open(set(watched.values()))
-    outcomes = {}
-    plain = shared.unpruned()
-    if any(variant.retain is None for variant in variants):
-        outcomes[NONE.name] = plain
-    scores = shared.scores(methods, watched, seed)
-    for (keep, final_wipe), members in groups.items():
-        answers = shared.pruned(torch.cat([scores[v.method] for v in members]), keep, final_wipe)
-        outcomes.update({v.name: answer for v, answer in zip(members, answers, strict=True)})
-    return outcomes
+        if variant.retain is None:
+            names[plain], kept[plain] = variant.name, visual
+            continue
+        pruner = _pruner(model, variant, seed)
+        request = engine.fork(plain, pruner, variant.retain)
+        names[request], kept[request] = variant.name, pruner.cuts(variant.retain, visual, layers)[0].keep
+    if plain not in names:
+        engine.cancel(plain)
+    ids: dict[int, list[int]] = {request: [] for request in names}
+    for event in engine.stream():
+        ids[event.id] += event.tokens
+    return {name: Outcome(ids[request], kept[request]) for request, name in names.items()}
 
 
-@torch.inference_mode()
 def score_all(
     model: TwigVLM, inputs: dict[str, Any], methods: Sequence[str], seed: int = 0
 ) -> dict[str, Float[Tensor, "1 tokens"]]:
-    """What every method ranks the visual tokens of one prompt by, from one pass; of no meaning at text tokens.
+    """What every method ranks the visual tokens of one prompt by; of no meaning at text tokens.
 
     Args:
         inputs: the processor's outputs for one prompt.
@@ -150,135 +140,24 @@ def score_all(
     Raises:
         TwigVLMError: an unknown method, or a layer that the base does not have.
     """
-    watched = _watched(methods, model)
-    shared = _Shared(model, inputs, max_new_tokens=1)
-    shared.open(set(watched.values()))
-    return shared.scores(methods, watched, seed)
+    scorers = {method: _scorer(method, model, seed) for method in methods}
+    prefix, layers = PrefixCache(), model.base.num_layers
+    for scorer in scorers.values():
+        options: dict[str, Any] = {"keep": 1, "final_wipe": layers, "scorer": scorer, "max_new_tokens": 1}
+        model.generate(**inputs, **options, do_sample=False, memory=prefix)
+    return {method: prefix.scores[scorer] for method, scorer in scorers.items()}
 
 
-def _watched(methods: Iterable[str], model: TwigVLM) -> dict[str, int]:
-    return {method: watched_layer(method, model) for method in methods if method not in _SCORED}
+def _pruner(model: TwigVLM, variant: Variant, seed: int) -> TwigPruner:
+    final_wipe = model.base.num_layers if variant.final_wipe is None else variant.final_wipe
+    return TwigPruner(_scorer(variant.method, model, seed), model.config.trunk_layers, final_wipe)
 
 
-def _scorer(method: str, twig: Twig, seed: int) -> Scorer:
+def _scorer(method: str, model: TwigVLM, seed: int) -> Scorer:
+    if method not in _SCORED:
+        return BaseLayerAttention(watched_layer(method, model))
     if method == "twig":
-        return default_scorer(twig)
+        return default_scorer(model.twig)
     if method == "random":
         return RandomScores(seed)
     return TwigAttention("text" if method == "twig-text" else "last")
-
-
-def _processors(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> LogitsProcessorList:
-    """What the base's own greedy `generate` applies to its logits."""
-    found: list[LogitsProcessorList] = []
-
-    def run(_: Any, input_ids: Tensor, logits_processor: LogitsProcessorList, **__: Any) -> Tensor:
-        found.append(logits_processor)
-        return input_ids
-
-    model.generate(**inputs, custom_generate=run, max_new_tokens=max_new_tokens, do_sample=False)
-    return found[0]
-
-
-class _Shared:
-    """One prompt after the trunk, and what variants compute from there."""
-
-    def __init__(self, model: TwigVLM, inputs: dict[str, Any], max_new_tokens: int) -> None:
-        self.base, self.twig = model.base, model.twig
-        self.trunk_layers, self.layers = model.config.trunk_layers, model.base.num_layers
-        self.limit = max_new_tokens
-        self.ids, self.processors = inputs["input_ids"], _processors(model.model, inputs, max_new_tokens)
-        ends = model.model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends])
-        self.base.check_images(inputs["input_ids"], inputs)
-        self.prompt = self.base.prompt(**inputs)
-        self.visual = int(self.prompt.visual_mask.sum())
-        self.rope = self.base.token_inputs(self.prompt)
-        self.new_rope = self.base.inputs_after(self.prompt, max_new_tokens)
-        self.masks = self.base.masks(self.prompt, rows=1, new_tokens=max_new_tokens)
-        self.cache = KVCache(self.twig.last_slot + 1, reserve=max_new_tokens)
-        self.rows: dict[int, Tensor] = {}
-
-    def budget(self, variant: Variant) -> tuple[int, int]:
-        """(R, K_f)."""
-        assert variant.retain is not None, "no pruning has no budget"
-        final_wipe = self.layers if variant.final_wipe is None else variant.final_wipe
-        return solve_keep(variant.retain, self.visual, self.layers, self.trunk_layers, final_wipe), final_wipe
-
-    def open(self, watched: set[int]) -> None:
-        """Run every layer on the whole prompt; scores by the attention of the watched ones go to `rows`."""
-        hidden = self.prompt.hidden
-        for layer in range(self.layers):
-            if layer == self.trunk_layers:
-                self.after_trunk = hidden
-            before = hidden
-            hidden = self.base.run_layers(hidden, layer, layer + 1, self.rope, self.masks, self.cache)
-            if layer + 1 in watched:
-                keys, _ = self.cache.held(layer)
-                self.rows[layer + 1] = layer_scores(
-                    self.base.layers[layer], before, self.rope, keys, self.prompt, "last"
-                )
-        self.last = hidden[:, -1]
-
-    def unpruned(self) -> Outcome:
-        """The base's own answer."""
-        ids = self._decode(self.cache, self.last)[0]
-        self.cache.truncate(0, self.layers, self.prompt.lengths)
-        return Outcome(ids, self.visual)
-
-    def scores(
-        self, methods: Iterable[str], watched: dict[str, int], seed: int
-    ) -> dict[str, Float[Tensor, "1 tokens"]]:
-        """Scores by every method; those of watched layers are there already."""
-        scores = {}
-        for method in methods:
-            if method in watched:
-                scores[method] = self.rows[watched[method]]
-            else:
-                scores[method] = self.score(_scorer(method, self.twig, seed))
-        return scores
-
-    def score(self, scorer: Scorer) -> Float[Tensor, "1 tokens"]:
-        """Scores by anything that looks at the prompt after the trunk."""
-        trunk = TrunkOutput(self.base, self.twig, self.prompt, self.after_trunk, self.rope, self.masks, self.cache)
-        scores = scorer(trunk)
-        self.cache.truncate(self.twig.first_slot, self.twig.last_slot + 1, (0,))  # the next scorer fills it anew
-        return scores
-
-    def pruned(self, scores: Float[Tensor, "variants tokens"], keep: int, final_wipe: int) -> list[Outcome]:
-        """The answers of variants that keep equally many tokens, each by its own scores."""
-        count = len(scores)
-        visual = self.prompt.visual_mask.expand(count, -1)
-        stays = top_visual(scores, visual, [keep] * count) | ~visual
-        cache = KVCache(self.layers, reserve=self.limit)
-        for layer in range(self.trunk_layers):
-            cache.borrow(self.cache, layer, count)
-        hidden, _ = run_kept(
-            self.base,
-            self.after_trunk.expand(count, -1, -1),
-            stays,
-            visual,
-            expand_rows(self.rope, count),
-            self.trunk_layers,
-            final_wipe,
-            self.masks,
-            cache,
-        )
-        return [Outcome(ids, keep) for ids in self._decode(cache, hidden[:, -1])]
-
-    def _decode(self, cache: KVCache, last: Float[Tensor, "rows width"]) -> list[list[int]]:
-        """Greedy answers from the states of the last prompt token after layer L; a row that has ended is run on idly."""
-        answers: list[list[int]] = [[] for _ in last]
-        ids = self.ids.expand(len(last), -1)
-        for index in range(self.limit):
-            choices = self.processors(ids, self.base.logits(last).float()).argmax(dim=-1)
-            ids = torch.cat((ids, choices[:, None]), dim=1)
-            for answer, token in zip(answers, choices.tolist(), strict=True):
-                if not answer or answer[-1] not in self.ends:
-                    answer.append(token)
-            if index + 1 == self.limit or all(answer[-1] in self.ends for answer in answers):
-                break
-            rope = expand_rows(slice_tokens(self.new_rope, index, index + 1), len(last))
-            hidden = self.base.embed(choices[:, None])
-            last = self.base.run_layers(hidden, 0, self.layers, rope, self.masks, cache)[:, -1]
-        return answers

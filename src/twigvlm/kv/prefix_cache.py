@@ -41,7 +41,7 @@ class PrefixCache:
         if self.prompt is None or self.hidden is None:
             return 0
         cached = self.prompt.input_ids
-        if cached is input_ids:
+        if torch.equal(cached, input_ids):
             return cached.shape[1]
         shared = min(input_ids.shape[1] - 1, cached.shape[1])
         same = input_ids[0, :shared] == cached[0, :shared]
@@ -57,6 +57,8 @@ class PrefixCache:
         known, before = self.known(ids), self.prompt
         if before is None or not known or self.needs_vision(base, ids):
             return base.prompt(**inputs)
+        if known == ids.shape[1]:
+            return before
         base.check_context(ids)
         new = ids[:, known:]
         count = new.shape[1]
@@ -93,7 +95,7 @@ class PrefixCache:
 
     def store_trunk(self, view: CacheView, trunk: int, prompt: Prompt, hidden: Tensor, known: int) -> None:
         """Keep what the trunk made of a prompt whose first `known` tokens were cached."""
-        if self.prompt is None or self.prompt.input_ids is not prompt.input_ids:
+        if self.prompt is None or not torch.equal(self.prompt.input_ids, prompt.input_ids):
             self.scores = {}
             self.last_input = None if self.last_input is None else self.last_input[:, :known]
             self._store(view, 0, trunk)

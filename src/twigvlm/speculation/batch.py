@@ -1,6 +1,6 @@
 """The rows that are being decoded, as tensors: what drafting and verifying share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -217,7 +217,8 @@ def without(tensor: Tensor, row: int) -> Tensor:
     return torch.cat((tensor[:row], tensor[-1:], tensor[row + 1 : -1]))
 
 
-def eos_table(ids: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "rows ids"]:
+def eos_table(ids: Sequence[Iterable[int]], device: torch.device) -> Int[Tensor, "rows ids"]:
     """End-of-sequence ids of rows as one tensor."""
-    width = max(1, *map(len, ids))
-    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in map(sorted, ids)], device=device)
+    rows = [sorted(row) for row in ids]
+    width = max(1, *map(len, rows))
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], device=device)

@@ -160,8 +160,10 @@ class Committed(NamedTuple):
         return cls(accepted, (on_path & (slots < draft.in_twig)).sum(dim=1), slots, draft.nodes.valid.sum(dim=1) - 1)
 
     def to_host(self) -> Int[np.ndarray, "rows numbers"]:
-        """The step's one read. Of each row: accepted nodes with the root, those of them in the twig, drafted nodes, and the base's
-        choices along the path."""
+        """The step's one read.
+
+        Of each row: accepted nodes with the root, those of them in the twig, drafted nodes, the base's choices along the path.
+        """
         numbers = torch.stack((self.accepted.counts, self.in_twig, self.drafted), dim=1)
         return torch.cat((numbers, self.accepted.tokens), dim=1).cpu().numpy()
 

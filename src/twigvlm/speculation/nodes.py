@@ -1,4 +1,4 @@
-"""Drafted tokens of one step as tensors over all rows (Algorithms 1 and 2). Pure functions; a chain is a tree without branches."""
+"""Drafted tokens of one step as tensors over all rows (Algorithms 1 and 2); a chain is a tree without branches."""
 
 from typing import NamedTuple
 

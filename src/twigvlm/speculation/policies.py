@@ -253,7 +253,7 @@ class AdaptiveTree:
         self.history = self.FADE * self.history + new
 
     def _stop(self, scores: Any, trust: Any, root_ran: bool) -> tuple[Any, Any]:
-        """The best rate, in tokens per second, that stopping here promises, and the probabilities of the nodes to verify for it."""
+        """The best rate (tokens per second) that stopping here promises, and the sum of the probabilities of what is verified."""
         drafted = np.sort(scores[:, 1:], axis=1)[:, ::-1][:, : self.costs.most - 1]
         mass = np.concatenate((np.zeros((len(scores), 1)), np.cumsum(np.exp(drafted), axis=1)), axis=1)
         count = np.arange(mass.shape[1])
