@@ -78,8 +78,9 @@ class Stage:
 class Lanes:
     """The logits processors of a request.
 
-    Every method takes float32 scores that belong to it: processors of users may write into them. Processors can have
-    a state, so call once for each position that is decoded, in order, and never for a drafted token that may be rejected.
+    Pass float32 scores that nothing else needs: processors of users may write into them. Processors can have a state, so
+    call `on_row` and `on_batch` once for each position that is decoded, in order, and never behind a drafted token that
+    may be rejected.
     """
 
     stages: tuple[Stage, ...]
@@ -127,7 +128,7 @@ class Lanes:
 
         Args:
             ids: padded prompts and new tokens; a finished row goes on with the padding token.
-            scores: of the next tokens; those of finished rows may be anything, and mean nothing afterwards.
+            scores: of the next tokens; those of finished rows may be any finite numbers, and mean nothing afterwards.
             unfinished: rows whose answers go on.
         """
         for stage in self.stages:
