@@ -303,7 +303,7 @@ class TwigVLM(nn.Module):
         pruner, schedule = self._pruning(pruning, scorer, pruner)
         adapter = HFGenerateAdapter(self.base, pruner, schedule, kwargs.get("streamer"), generator, prefix)
         try:
-            self.model.generate(custom_generate=adapter, **with_stop_strings(kwargs))
+            self.model.generate(custom_generate=adapter, **with_stop_strings(kwargs, self.model.generation_config))
         except ValueError as error:
             if adapter.entered or isinstance(error, TwigVLMError):
                 raise

@@ -217,22 +217,21 @@ class Engine:
 def extend_all(rows: Sequence[Row], tokens: Sequence[list[int]]) -> list[list[int]]:
     """Give rows their new tokens, those of a request in lockstep position by position; what each took of them."""
     taken: list[list[int]] = [[] for _ in rows]
-    requests: dict[int, tuple[Request, list[int]]] = {}
+    together: dict[int, tuple[Request, list[int]]] = {}
     for place, row in enumerate(rows):
-        if row.request.criteria is None:
-            taken[place] = row.extend(tokens[place])
+        if row.request.lockstep:
+            together.setdefault(id(row.request), (row.request, []))[1].append(place)
         else:
-            requests.setdefault(id(row.request), (row.request, []))[1].append(place)
-    for request, places in requests.values():
-        for position in range(len(tokens[places[0]])):
+            taken[place] = row.extend(tokens[place])
+    for request, places in together.values():
+        for position in range(max(len(tokens[place]) for place in places)):
             going = [place for place in places if not rows[place].finished]
-            if not going:
-                break
             for place in going:
                 taken[place] += rows[place].extend(tokens[place][position : position + 1])
-            assert request.criteria is not None, "asked above"
-            ended = request.criteria(request.padded_ids({}), None)
-            for place in going:
-                if bool(ended[rows[place].place]):
-                    rows[place].end()
+            if going and request.criteria is not None:
+                unfinished = [rows[place].place for place in going]
+                ended = request.criteria.on_batch(request.padded_ids({}), unfinished)
+                for place in going:
+                    if bool(ended[rows[place].place]):
+                        rows[place].end()
     return taken

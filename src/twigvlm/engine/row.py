@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,15 +15,44 @@ from twigvlm.pruning.cut import Cut, Pruner
 
 
 @runtime_checkable
-class Stage(Protocol):
-    """A logits processor, or several, as one step from logits to scores."""
+class Processors(Protocol):
+    """Logits processors of a request, which may have a state: each position that is decoded is asked for once, in order."""
 
     @property
-    def reads_ids(self) -> bool:
-        """Whether it looks at ids; if not, it may be given rows in any order and number."""
+    def needs_ids(self) -> bool:
+        """Whether they look at more than scores; `on_scores` is for requests without."""
 
-    def __call__(self, scores: Float[Tensor, "rows vocabulary"], walk: "Walk") -> Float[Tensor, "rows vocabulary"]:
-        """The processed scores of some rows of a request."""
+    @property
+    def needs_lockstep(self) -> bool:
+        """Whether one of them sees all rows at once, by `on_batch`."""
+
+    def on_scores(self, scores: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n vocabulary"]:
+        """Processed scores of any rows."""
+
+    def on_row(
+        self, row: int, ids: Int[Tensor, "1 tokens"], scores: Float[Tensor, "1 vocabulary"]
+    ) -> Float[Tensor, "1 vocabulary"]:
+        """Processed scores of one row, by its place in the request and its ids without padding."""
+
+    def on_batch(
+        self, ids: Int[Tensor, "batch tokens"], scores: Float[Tensor, "batch vocabulary"], unfinished: Sequence[int]
+    ) -> Float[Tensor, "batch vocabulary"]:
+        """Processed scores of all rows, which stand at the same position."""
+
+
+@runtime_checkable
+class Criteria(Protocol):
+    """What ends answers besides their length and end-of-sequence tokens; asked after every token."""
+
+    @property
+    def needs_lockstep(self) -> bool:
+        """Whether one of them sees all rows at once, by `on_batch`."""
+
+    def on_row(self, row: int, ids: Int[Tensor, "1 tokens"]) -> bool:
+        """Whether a row ends, by its place in the request and its ids without padding."""
+
+    def on_batch(self, ids: Int[Tensor, "batch tokens"], unfinished: Sequence[int]) -> Bool[Tensor, " batch"]:
+        """Which rows end."""
 
 
 @dataclass(eq=False)
@@ -33,26 +62,23 @@ class Request:
     Args:
         input_ids: the prompts as they were given, padded on the left.
         padding: tokens of padding of each.
-        stages: from logits to scores, the same objects for all rows.
-        criteria: called with (ids of all rows padded on the left, None) after each position -> True where a row ends.
-        row_criteria: of each row, called with (its ids without padding, None).
-        lockstep: whether the rows advance together, because an object of the caller sees them all at once.
+        processors: from logits to scores; None: none.
+        criteria: that end answers; None: none.
         pad_token_id: stands behind the end of a shorter answer.
     """
 
     input_ids: Int[Tensor, "batch tokens"]
     padding: Sequence[int]
-    stages: tuple[Stage, ...] = ()
-    criteria: Callable[[Tensor, Any], Tensor] | None = None
-    row_criteria: Sequence[Callable[[Tensor, Any], Tensor] | None] = ()
-    lockstep: bool = False
+    processors: Processors | None = None
+    criteria: Criteria | None = None
     pad_token_id: int = 0
     rows: list["Row"] = field(default_factory=list)
 
     @property
-    def reads_ids(self) -> bool:
-        """Whether processors look at ids."""
-        return any(stage.reads_ids for stage in self.stages)
+    def lockstep(self) -> bool:
+        """Whether the rows advance together, because an object of the caller sees them all at once."""
+        both = (self.processors, self.criteria)
+        return len(self.rows) > 1 and any(each is not None and each.needs_lockstep for each in both)
 
     def padded_ids(self, walked: dict[int, Sequence[int]]) -> Int[Tensor, "batch length"]:
         """Prompts and answers of all rows, as Hugging Face's `generate` would show them; ended rows go on with padding.
@@ -125,8 +151,11 @@ class Row:
         self.finished = True
 
     def extend(self, tokens: Sequence[int]) -> list[int]:
-        """Append tokens up to and including the one that ends the answer; those that were appended."""
-        criterion = self.request.row_criteria[self.place] if self.request.row_criteria else None
+        """Append tokens up to and including the one that ends the answer; those that were appended.
+
+        Criteria of rows in lockstep are not asked here: they see all rows.
+        """
+        criteria = self.request.criteria if not self.request.lockstep else None
         taken: list[int] = []
         for token in tokens:
             self.tokens.append(token)
@@ -134,71 +163,11 @@ class Row:
             if self.emit is not None:
                 self.emit(token)
             ended = token in self.eos_token_ids or len(self.tokens) >= self.max_new_tokens
-            if criterion is not None:
-                ended = bool(criterion(self.ids(), None)[0]) or ended
+            if criteria is not None:
+                ended = criteria.on_row(self.place, self.ids()) or ended
             if ended:
                 self.end()
                 break
         if self.noise is not None and not self.finished:
             self.noise.forget(len(self.tokens))
         return taken
-
-
-@dataclass(frozen=True)
-class Walk:
-    """Rows of a request at one step of a walk along drafts, as processors that look at ids may ask."""
-
-    request: Request
-    rows: Sequence[Row]
-    walked: Sequence[Sequence[int]]
-    """Tokens that each row has walked beyond its accepted ones."""
-    walking: Sequence[bool]
-    """Rows whose choice counts."""
-
-
-@dataclass(frozen=True)
-class ScoreStage:
-    """Processors that look at scores alone."""
-
-    process: Callable[[Tensor], Tensor]
-    reads_ids: bool = False
-
-    def __call__(self, scores: Float[Tensor, "rows vocabulary"], walk: Walk) -> Float[Tensor, "rows vocabulary"]:
-        """All rows at once."""
-        return self.process(scores)
-
-
-@dataclass(frozen=True)
-class RowStage:
-    """Processors made for each row, which see its ids without padding."""
-
-    processors: Sequence[Callable[[Tensor, Tensor], Tensor]]
-    """By the row's place in the request."""
-    reads_ids: bool = True
-
-    def __call__(self, scores: Float[Tensor, "rows vocabulary"], walk: Walk) -> Float[Tensor, "rows vocabulary"]:
-        """One row after another."""
-        parts = [
-            self.processors[row.place](row.ids(walked), part) if walking else part
-            for row, walked, walking, part in zip(walk.rows, walk.walked, walk.walking, scores.split(1), strict=True)
-        ]
-        return torch.cat(parts)
-
-
-@dataclass(frozen=True)
-class BatchStage:
-    """A processor of the caller, which sees the whole padded batch once per position, as Hugging Face's `generate` shows it."""
-
-    processor: Callable[[Tensor, Tensor], Tensor]
-    reads_ids: bool = True
-
-    def __call__(self, scores: Float[Tensor, "rows vocabulary"], walk: Walk) -> Float[Tensor, "rows vocabulary"]:
-        """The whole batch; rows that have ended have scores of 0."""
-        request = walk.request
-        if not any(walk.walking):
-            return scores
-        places = [row.place for row in walk.rows]
-        everyone = scores.new_zeros(len(request.rows), scores.shape[1])
-        everyone[places] = scores
-        ids = request.padded_ids(dict(zip(places, walk.walked, strict=True)))
-        return self.processor(ids, everyone)[places]

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from twigvlm.engine.row import Request, Row, Walk
+from twigvlm.engine.row import Processors, Request, Row
 from twigvlm.speculation.walk import Choose
 
 
@@ -86,17 +86,32 @@ class _Lane:
 
     def __init__(self, request: Request, rows: Sequence[Row], index: Int[Tensor, " rows"]) -> None:
         self.request, self.rows, self.index = request, rows, index
-        self.greedy = not request.stages and rows[0].noise is None
+        self.greedy = request.processors is None and rows[0].noise is None
 
     def choose(self, scores: Float[Tensor, "rows vocabulary"], walked: Tensor, walking: Tensor) -> Int[Tensor, " rows"]:
         """The base's choices after one node of each row."""
         scores = scores.to(torch.float32, copy=True)
-        read = self.request.reads_ids
-        places = walked.shape[1]
-        walk = Walk(self.request, self.rows, walked.tolist() if read else (), walking.tolist() if read else ())
-        for stage in self.request.stages:
-            scores = stage(scores, walk)
+        processors = self.request.processors
+        if processors is not None:
+            process = self._on_ids if processors.needs_ids else lambda scores, *_: processors.on_scores(scores)
+            scores = process(scores, walked, walking, processors)
         if self.rows[0].noise is not None:
+            places = walked.shape[1]
             drawn = [row.noise.at(len(row.tokens) + places) for row in self.rows if row.noise is not None]
             scores = scores.softmax(dim=-1) / torch.stack(drawn)
         return scores.argmax(dim=-1)
+
+    def _on_ids(self, scores: Tensor, walked: Tensor, walking: Tensor, processors: Processors) -> Tensor:
+        """The slow lane: reads what has been walked, and asks about rows that still walk alone."""
+        new, going = walked.tolist(), walking.tolist()
+        unfinished = [at for at, goes in enumerate(going) if goes]
+        if unfinished and processors.needs_lockstep and self.request.lockstep:
+            places = [row.place for row in self.rows]
+            everyone = scores.new_zeros(len(self.request.rows), scores.shape[1])
+            everyone[places] = scores
+            ids = self.request.padded_ids(dict(zip(places, new, strict=True)))
+            return processors.on_batch(ids, everyone, [places[at] for at in unfinished])[places]
+        for at in unfinished:
+            row = self.rows[at]
+            scores[at] = processors.on_row(row.place, row.ids(new[at]), scores[at : at + 1])[0]
+        return scores

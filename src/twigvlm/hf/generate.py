@@ -10,37 +10,22 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import (
-    EosTokenCriteria,
-    ExponentialDecayLengthPenalty,
-    ForcedEOSTokenLogitsProcessor,
     GenerationMode,
     LogitsProcessorList,
-    MaxLengthCriteria,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
-    SuppressTokensAtBeginLogitsProcessor,
 )
 
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.engine.engine import Engine
 from twigvlm.engine.noise import Noise
-from twigvlm.engine.row import Request, Row, RowStage, Stage
+from twigvlm.engine.row import Request, Row
 from twigvlm.engine.timing import Timings
 from twigvlm.errors import TwigVLMError
+from twigvlm.hf.processors import split_criteria, split_processors
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Cut, Pruner
 from twigvlm.speculation.costs import StepCosts
-
-_LENGTHS: dict[type, str] = {
-    MinNewTokensLengthLogitsProcessor: "prompt_length_to_skip",
-    SuppressTokensAtBeginLogitsProcessor: "begin_index",
-    ForcedEOSTokenLogitsProcessor: "max_length",
-    ExponentialDecayLengthPenalty: "regulation_start",
-}
-"""Where processors keep a length that includes the padded prompt's; with `min_new_tokens` the least length of all does too."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +104,12 @@ class HFGenerateAdapter:
             raise TwigVLMError(f"attention_mask: hides {padding[0]} tokens; a conversation's prompt has no padding")
         inputs = {"input_ids": input_ids, **model_kwargs}
         prompt = self.base.prompt(**inputs) if self.prefix is None else self.prefix.open(self.base, inputs)
-        stops = _stops(stopping_criteria, input_ids.shape[1])
+        stopping = split_criteria(stopping_criteria, input_ids, padding)
         noises = _noises(self.base, len(input_ids), generation_config, self.generator)
-        stages = _stages(logits_processor, padding, generation_config)
-        criteria = [stops.criteria] * len(input_ids) if stops.criteria is not None else []
+        lanes = split_processors(logits_processor, input_ids, padding, generation_config) if logits_processor else None
         pad = generation_config.pad_token_id
-        request = Request(input_ids, padding, stages, None, criteria, pad_token_id=0 if pad is None else int(pad))
+        criteria = stopping if stopping.needs_ids else None
+        request = Request(input_ids, padding, lanes, criteria, 0 if pad is None else int(pad))
         self.config = generation_config
         visual = prompt.visual_mask.sum(dim=1).tolist()
         for index, noise in enumerate(noises):
@@ -137,8 +122,8 @@ class HFGenerateAdapter:
                     index,
                     self.pruner if cuts else None,
                     cuts,
-                    stops.max_new_tokens,
-                    stops.eos_token_ids,
+                    stopping.max_new_tokens,
+                    stopping.eos_token_ids,
                     noise,
                     self.prefix,
                     _emitter(self.streamer),
@@ -217,51 +202,31 @@ def _check_generation(config: GenerationConfig) -> None:
         )
 
 
-def with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with stop strings as a criterion: `generate` with a custom loop does not pass its tokenizer on."""
+def with_stop_strings(kwargs: dict[str, Any], defaults: GenerationConfig) -> dict[str, Any]:
+    """Arguments with stop strings as a criterion: `generate` with a custom loop does not pass its tokenizer on.
+
+    Args:
+        kwargs: of `generate`.
+        defaults: the checkpoint's generation config.
+    """
     rest = dict(kwargs)
-    tokenizer, strings, config = (
-        rest.pop("tokenizer", None),
-        rest.pop("stop_strings", None),
-        rest.get("generation_config"),
+    tokenizer, given = rest.pop("tokenizer", None), rest.get("generation_config")
+    from_config = None if given is None else given.stop_strings
+    strings = next(
+        (each for each in (rest.pop("stop_strings", None), from_config, defaults.stop_strings) if each), None
     )
-    if strings is None and config is not None and config.stop_strings is not None:
-        strings = config.stop_strings
-        rest["generation_config"] = copy.deepcopy(config)
-        rest["generation_config"].stop_strings = None
     if strings is None:
         return rest
     if tokenizer is None:
         raise TwigVLMError("stop_strings: needs the tokenizer too, pass tokenizer=processor.tokenizer")
+    if from_config is not None:
+        rest["generation_config"] = copy.deepcopy(given)
+        rest["generation_config"].stop_strings = None
+    if defaults.stop_strings is not None:
+        rest["stop_strings"] = None  # an argument, because a config's None means the checkpoint's default
     criteria = StoppingCriteriaList(rest.pop("stopping_criteria", None) or [])
     criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
     return {**rest, "stopping_criteria": criteria}
-
-
-@dataclass(frozen=True)
-class _Stops:
-    """When an answer ends."""
-
-    max_new_tokens: int
-    eos_token_ids: frozenset[int]
-    criteria: Callable[[Tensor, Any], Tensor] | None
-
-
-def _stops(criteria: StoppingCriteriaList, prompt_length: int) -> _Stops:
-    """Split criteria into those that plain integers decide and those that must be asked."""
-    length: int | None = None
-    ends: set[int] = set()
-    others = StoppingCriteriaList()
-    for criterion in criteria:
-        if type(criterion) is MaxLengthCriteria:
-            length = criterion.max_length if length is None else min(length, criterion.max_length)
-        elif type(criterion) is EosTokenCriteria:
-            ends.update(int(token) for token in criterion.eos_token_id.flatten().tolist())
-        else:
-            others.append(criterion)
-    if length is None:
-        raise TwigVLMError("max_new_tokens is not set: pass max_new_tokens")
-    return _Stops(length - prompt_length, frozenset(ends), others if len(others) else None)
 
 
 def _emitter(streamer: Any) -> Callable[[int], None] | None:
@@ -310,27 +275,3 @@ def _streams(rows: int, device: torch.device, generator: torch.Generator | None)
     where = device if generator is None else generator.device
     seeds = torch.randint(2**62, (rows,), generator=generator, device=where).tolist()
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-
-def _stages(processors: LogitsProcessorList, padding: Sequence[int], config: GenerationConfig) -> tuple[Stage, ...]:
-    if not len(processors):
-        return ()
-    lengths = _LENGTHS if config.min_new_tokens is None else {**_LENGTHS, MinLengthLogitsProcessor: "min_length"}
-    return (RowStage([_of_row(processors, row, count, lengths) for row, count in enumerate(padding)]),)
-
-
-def _of_row(processors: LogitsProcessorList, row: int, padding: int, lengths: dict[type, str]) -> LogitsProcessorList:
-    """Processors that get one row of a batch at a time, without its padding: one asks which row, some count its tokens."""
-
-    def of_row(processor: Any) -> Any:
-        if isinstance(processor, PrefixConstrainedLogitsProcessor):
-            allowed = processor._prefix_allowed_tokens_fn
-            return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
-        length = lengths.get(type(processor))
-        if length is None or not padding:
-            return processor
-        own = copy.copy(processor)
-        setattr(own, length, getattr(own, length) - padding)
-        return own
-
-    return LogitsProcessorList(map(of_row, processors))

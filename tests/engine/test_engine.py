@@ -1,0 +1,165 @@
+"""Continuous batching: a row gets the answer that it gets alone, whatever joins, leaves or is cancelled beside it."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tiny import prompt, tiny_llava
+from twigvlm import TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.pruning.cut import Cut
+from twigvlm.pruning.select import top_visual
+from twigvlm.speculation.costs import StepCosts
+
+WAYS = {
+    "none": {},
+    "chain": {"draft_threshold": 0.05, "draft_length": 3},
+    "tree": {"tree_nodes": 8, "tree_expand": 2, "tree_width": 3, "tree_depth": 3},
+    "auto": {"tree_width": 3},
+}
+
+
+@dataclass(frozen=True)
+class ThreeCuts:
+    """A schedule like PyramidDrop's: three cuts, each of which keeps the first tokens of what is left."""
+
+    def cuts(self, retain, visual, layers):
+        return Cut(1, 12), Cut(3, 7), Cut(5, 2)
+
+    def choose(self, view, keep):
+        order = -torch.arange(view.tokens.visual.shape[1], dtype=torch.float32)
+        return top_visual(order.expand_as(view.tokens.visual), view.tokens.visual, keep)
+
+
+PRUNINGS = ({}, {"keep": 5}, {"retain": 8, "final_wipe": 4}, {"pruner": ThreeCuts()})
+
+
+@cache
+def model() -> TwigVLM:
+    torch.manual_seed(0)
+    model = TwigVLM.grow(tiny_llava(deep_scale=0.5, from_layer=2), TwigConfig(2, 2, pruning_head=True))
+    passes = tuple(0.01 * n for n in range(65))
+    costs = StepCosts(passes, tuple(0.1 * t for t in passes), tuple(0.05 + 0.1 * t for t in passes), 1e-4)
+    model.costs = lambda: costs  # type: ignore[method-assign]
+    return model
+
+
+def asked(seed, pruning, tokens, eos):
+    inputs = prompt(seed, before=2 + seed % 3, after=4 + seed % 5)
+    return inputs, {**PRUNINGS[pruning], "max_new_tokens": tokens, "eos_token_id": eos}
+
+
+@cache
+def alone(way, seed, pruning, tokens, eos):
+    inputs, options = asked(seed, pruning, tokens, eos)
+    output = model().generate(**inputs, **options, speculate=way, **WAYS[way])
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+requests = st.tuples(
+    st.integers(0, 5),  # prompt
+    st.integers(0, len(PRUNINGS) - 1),
+    st.sampled_from([1, 4, 9, 14]),
+    st.sampled_from([97, 62, 26]),  # a token that ends the answer, which occurs in some
+    st.integers(0, 6),  # steps before it joins
+    st.sampled_from([None, None, None, 0, 2, 4]),  # steps that it has before it is cancelled
+)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(schedule=st.lists(requests, min_size=1, max_size=6), max_rows=st.sampled_from([None, 1, 3]))
+@settings(max_examples=8)
+def test_a_row_gets_the_answer_that_it_gets_alone(way, schedule, max_rows):
+    engine = model().engine(max_rows=max_rows, speculate=way, **WAYS[way])
+    got, want, cancelled, ended = {}, {}, {}, set()
+    for step in range(200):
+        for seed, pruning, tokens, eos, joins, gives_up in schedule:
+            if joins == step:
+                inputs, options = asked(seed, pruning, tokens, eos)
+                request = engine.add(inputs, **options)
+                got[request], want[request] = [], alone(way, seed, pruning, tokens, eos)
+                if gives_up is not None:
+                    cancelled[request] = step + gives_up
+        for request, when in cancelled.items():
+            if when == step and request not in ended:
+                engine.cancel(request)
+                ended.add(request)
+        for event in engine.step():
+            assert event.id not in ended
+            got[event.id] += event.tokens
+            if event.finished:
+                ended.add(event.id)
+        if not engine.busy and step > 6:
+            break
+    assert not engine.busy
+    for request, answer in got.items():
+        expected = want[request]
+        assert answer == (expected[: len(answer)] if request in cancelled else expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_forks_share_their_prompt_and_nothing_else(way):
+    vlm = model()
+    inputs, options = asked(1, 0, 12, 97)
+    engine = vlm.engine(speculate=way, **WAYS[way])
+    plain = engine.add(inputs, **options)
+    forks = {engine.fork(plain, ThreeCuts()): 3}
+    got = {request: [] for request in (plain, *forks)}
+    for event in engine.stream():
+        got[event.id] += event.tokens
+    assert got[plain] == alone(way, 1, 0, 12, 97)
+    for request, pruning in forks.items():
+        assert got[request] == alone(way, 1, pruning, 12, 97)
+
+
+def test_what_does_not_fit_into_memory_waits():
+    vlm = model()
+    engine = vlm.engine(max_bytes=1)
+    requests = [engine.add(*(asked(seed, 0, 3, 97)[0],), max_new_tokens=3) for seed in range(3)]
+    running = []
+    while engine.busy:
+        engine.step()
+        running.append(len(engine.active))
+    assert max(running) == 1
+    assert len(requests) == 3
+
+
+def test_a_prompt_that_cannot_be_taken_up_leaves_the_others_be():
+    vlm = model()
+    engine = vlm.engine()
+    good, options = asked(0, 1, 6, 97)
+    first = engine.add(good, **options)
+
+    def refuses(trunk):
+        raise TwigVLMError("no scores")
+
+    bad = engine.add(good, **{**options, "scorer": refuses})
+    got = {first: [], bad: []}
+    failures = 0
+    while engine.busy:
+        try:
+            events = engine.step()
+        except TwigVLMError:
+            failures += 1
+            continue
+        for event in events:
+            got[event.id] += event.tokens
+    assert failures == 1
+    assert got[bad] == []
+    assert got[first][-5:] == alone("none", 0, 1, 6, 97)[-5:]
+
+
+def test_what_is_not_there_cannot_be_cancelled_or_forked():
+    engine = model().engine()
+    request = engine.add(asked(0, 0, 1, 97)[0], max_new_tokens=1)
+    list(engine.stream())
+    for call in (lambda: engine.cancel(request), lambda: engine.fork(request, None)):
+        with pytest.raises(TwigVLMError, match=f"request {request}"):
+            call()
+    with pytest.raises(TwigVLMError, match="max_rows=0"):
+        model().engine(max_rows=0)
+    with pytest.raises(TwigVLMError, match="one by one"):
+        engine.add(asked(0, 0, 1, 97)[0], max_new_tokens=1, do_sample=True, num_return_sequences=2)
