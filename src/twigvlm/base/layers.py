@@ -39,7 +39,7 @@ def run(
                 implementation = attention.config._attn_implementation
                 mask = restrict(mask, implementation, hidden.dtype, queries, keys, inputs.attends_until, window)
             made[key] = mask
-        with cpu_linear(hidden):
+        with cpu_linear(layer, hidden):
             hidden = layer(
                 hidden,
                 attention_mask=made[key],

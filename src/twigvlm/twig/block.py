@@ -4,11 +4,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from twigvlm.base.cpu_linear import cpu_linear, linear
 from twigvlm.base.layers import fill, run
 from twigvlm.base.masks import Masks
 from twigvlm.base.token_inputs import TokenInputs
@@ -173,11 +173,11 @@ class Twig(nn.Module):
     def logits(self, hidden: Float[Tensor, "*positions width"]) -> Float[Tensor, "*positions draft_vocabulary"]:
         """Norm and head, over the tokens that the twig can draft."""
         normed = self.norm(hidden)
-        if self.head is not None:
-            return cast(Tensor, self.head(normed))
-        if self.head_rows is not None:
-            return F.linear(normed, self.head_rows, self.head_bias)
-        return cast(Tensor, cast(Any, self).base_head(normed).to(hidden.device))
+        if self.head is None and self.head_rows is not None:
+            return linear(normed, self.head_rows, self.head_bias)
+        head: Any = cast(Any, self).base_head if self.head is None else self.head
+        with cpu_linear(head, normed):
+            return cast(Tensor, head(normed).to(hidden.device))
 
 
 def _copy(base: BaseVLM, source: nn.Module, target: nn.Module) -> None:
