@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from twigvlm import compat
 from twigvlm.base.capture import capture
 from twigvlm.base.cpu_linear import cpu_linear
 from twigvlm.base.families import Visual, family_of, language_model_of
@@ -57,7 +58,7 @@ class BaseVLM:
     @property
     def attention(self) -> str:
         """The attention implementation of the decoder."""
-        return str(self.config._attn_implementation)
+        return compat.attention_implementation(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,9 +68,8 @@ class BaseVLM:
     @property
     def device(self) -> torch.device:
         """Where prompts enter the layers, and where the twig lives."""
-        hook = getattr(self.embed, "_hf_hook", None)  # on the disk, weights have no device
-        place = None if hook is None else hook.execution_device
-        return self.embed.weight.device if place is None else torch.device(place)
+        device = compat.execution_device(self.embed)  # on the disk, weights have no device
+        return cast(torch.device, self.embed.weight.device) if device is None else device
 
     @property
     def vocabulary(self) -> int:
