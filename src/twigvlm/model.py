@@ -404,6 +404,8 @@ class TwigVLM(nn.Module):
         else:
             final_wipe = next((k for k in (pruning.final_wipe, self.twig.config.final_wipe) if k is not None), layers)
             ranking = scorer or default_scorer(self.twig)
-            pruner = TwigPruner(ranking, self.twig.config.trunk_layers, final_wipe, pruning.keep, pruning.retain_per_image)
+            pruner = TwigPruner(
+                ranking, self.twig.config.trunk_layers, final_wipe, pruning.keep, pruning.retain_per_image
+            )
         # Of a prompt of text alone there is nothing to prune.
         return pruner, lambda visual: pruner.cuts(retain, visual, layers) if visual else ()

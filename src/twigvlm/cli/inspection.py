@@ -84,7 +84,9 @@ def rankings(model: TwigVLM, deep_layer: int | None) -> dict[str, str]:
 
 def _keep(model: TwigVLM, budget: float, visual: int) -> int:
     layers, final_wipe = model.base.num_layers, model.twig.config.final_wipe
-    return solve_keep(budget, visual, layers, model.twig.config.trunk_layers, layers if final_wipe is None else final_wipe)
+    return solve_keep(
+        budget, visual, layers, model.twig.config.trunk_layers, layers if final_wipe is None else final_wipe
+    )
 
 
 def _best(scores: Tensor, keep: int) -> list[int]:

@@ -186,7 +186,7 @@ def _copy(base: BaseVLM, source: nn.Module, target: nn.Module) -> None:
         target.load_state_dict(weights)
     except RuntimeError:
         raise TwigVLMError(
-            f"this base's {type(compat.uncompiled(source)).__name__} cannot be copied: load the base as transformers makes it, without fused "
+            f"this base's {type(target).__name__} cannot be copied: load the base as transformers makes it, without fused "
             "or replaced modules, to grow a twig; a grown one loads on this base too"
         ) from None
 
