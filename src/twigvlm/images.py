@@ -27,7 +27,7 @@ MAX_ASPECT = 200
 """Largest ratio of an image's sides: processors that scale the short side up would make far too many pixels of others."""
 
 _URI = re.compile(r"data:|[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # not C:/, and pathlib makes one slash of two
-_SHOWN = 300  # characters of a name in a message
+_SHOWN = 300  # characters of a name
 
 _PLAIN_MODES = {"1", "L", "P", "RGB", "YCbCr", "HSV", "CMYK", "LA", "PA", "La", "RGBA", "RGBa", "RGBX"}
 _ALPHA_MODES = {"LA", "PA", "La", "RGBA", "RGBa"}
@@ -49,7 +49,7 @@ def load_image(source: Picture) -> Image.Image:
     Raises:
         TwigVLMError: one line that names the file, what is wrong with it and the remedy.
     """
-    name = name_of(source)
+    name = f"image {short_name(source)!r}" if isinstance(source, str | os.PathLike) else "image"
     if isinstance(source, str | os.PathLike):
         if str(source)[:5].lower() == "data:":
             source = _from_data_uri(name, str(source))
@@ -93,12 +93,10 @@ def is_remote(source: object) -> bool:
     return is_uri(source) and str(source)[:5].lower() != "data:"
 
 
-def name_of(source: object) -> str:
-    """What messages call a picture: paths and addresses by themselves, long ones cut; other kinds have no name."""
-    if not isinstance(source, str | os.PathLike):
-        return "image"
+def short_name(source: str | os.PathLike[str]) -> str:
+    """A path or a data URI for people to read, cut where it is very long."""
     text = str(source)
-    return f"image {text if len(text) <= _SHOWN else text[:40] + '…'!r}"
+    return text if len(text) <= _SHOWN else f"{text[:40]}…"
 
 
 def _check_path(name: str, path: str | os.PathLike[str]) -> None:

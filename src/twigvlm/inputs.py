@@ -91,7 +91,10 @@ def render(
             "model, or change the messages"
         ) from error
     for kind in ("image", "video"):
-        token, wanted = getattr(processor, f"{kind}_token", None), sum(part["type"] == kind for part in _parts(messages))
+        token, wanted = (
+            getattr(processor, f"{kind}_token", None),
+            sum(part["type"] == kind for part in _parts(messages)),
+        )
         if token is not None and text.count(token) != wanted:
             raise TwigVLMError(
                 f"{name}: the chat template writes {text.count(token)} placeholders {token!r} for {wanted} {kind}s; "
