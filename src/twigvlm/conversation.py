@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from twigvlm.images import Picture, load_image
+from twigvlm.images import Picture
 from twigvlm.inputs import build_inputs, user_turn
 from twigvlm.kv.prefix_cache import PrefixCache
 
@@ -42,8 +42,7 @@ class Conversation:
             TwigVLMError: as `generate`, or a picture cannot be read, or the processor or its chat template refuses; the
                 conversation stays as it was.
         """
-        given = images if isinstance(images, list | tuple) else [images]
-        messages = [*self.messages, user_turn(question, [load_image(image) for image in given])]
+        messages = [*self.messages, user_turn(question, images)]
         base = self._model.base
         inputs = build_inputs(self._processor, [messages], base.device, base.dtype)
         options = {**self._options, **options, "return_dict_in_generate": True}

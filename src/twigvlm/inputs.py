@@ -1,7 +1,7 @@
 """Chat messages with their pictures -> the base's inputs, the same way for conversations, commands, training and evaluation."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -14,10 +14,19 @@ Message = Mapping[str, Any]
 picture as `load_image` takes it, and `{"type": "video", "video": …}` with a video as the processor takes it."""
 
 
-def user_turn(text: str, images: Sequence[Picture] = (), videos: Sequence[Any] = ()) -> dict[str, Any]:
-    """A question as a message: its pictures and videos, and then the text."""
-    parts = [*({"type": "image", "image": image} for image in images), *({"type": "video", "video": v} for v in videos)]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+def user_turn(text: str, images: Picture | Sequence[Picture] = (), videos: Sequence[Any] = ()) -> dict[str, Any]:
+    """A question as a message: its picture or pictures, which are read at once, its videos, and then the text.
+
+    Raises:
+        TwigVLMError: a picture cannot be read.
+    """
+    given = images if isinstance(images, list | tuple) else [cast(Picture, images)]
+    parts = [
+        *({"type": "image", "image": load_image(image)} for image in given),
+        *({"type": "video", "video": video} for video in videos),
+        {"type": "text", "text": text},
+    ]
+    return {"role": "user", "content": parts}
 
 
 def build_inputs(
@@ -75,11 +84,11 @@ def render(
     Raises:
         TwigVLMError: a text holds a placeholder, or the template refuses or is made for text alone.
     """
-    for part in _parts(messages):
-        for token in _placeholders(processor):
-            if token in (part.get("text") or ""):
+    for kind in ("image", "video"):
+        for placeholder in _placeholders(processor, kind):
+            if any(placeholder in (part.get("text") or "") for part in _parts(messages)):
                 raise TwigVLMError(
-                    f"{name}: holds the image placeholder {token!r}, which is added by itself; leave it out"
+                    f"{name}: holds the {kind} placeholder {placeholder!r}, which is added by itself; leave it out"
                 )
     if getattr(processor, "chat_template", None) is None:
         raise TwigVLMError(f"{name}: the processor has no chat template; choose an instruction-tuned model")
@@ -91,14 +100,12 @@ def render(
             "model, or change the messages"
         ) from error
     for kind in ("image", "video"):
-        token, wanted = (
-            getattr(processor, f"{kind}_token", None),
-            sum(part["type"] == kind for part in _parts(messages)),
-        )
+        token = getattr(processor, f"{kind}_token", None)
+        wanted = sum(part["type"] == kind for part in _parts(messages))
         if token is not None and text.count(token) != wanted:
             raise TwigVLMError(
-                f"{name}: the chat template writes {text.count(token)} placeholders {token!r} for {wanted} {kind}s; "
-                "choose a vision-language model's template"
+                f"{name}: the chat template writes {text.count(token)} placeholders {token!r} for {wanted} "
+                f"{kind}s; choose a vision-language model's template"
             )
     return text
 
@@ -173,10 +180,10 @@ def _bare(messages: Sequence[Message]) -> list[dict[str, Any]]:
     ]
 
 
-def _placeholders(processor: Any) -> set[str]:
-    """What a processor, or its tokenizer, takes for an image or a video."""
-    holders, names = (processor, processor.tokenizer), ("image_token", "video_token")
-    return {token for holder in holders for name in names if isinstance(token := getattr(holder, name, None), str)}
+def _placeholders(processor: Any, kind: str) -> set[str]:
+    """What stands for an image or a video in a text: before the processor expands it, and after."""
+    found = (getattr(holder, f"{kind}_token", None) for holder in (processor, processor.tokenizer))
+    return {token for token in found if isinstance(token, str)}
 
 
 def _check_scaled(processor: Any, image: Image.Image, name: str) -> None:

@@ -17,7 +17,6 @@ from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.kv.cache import CacheView
 
-
 _PER_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
@@ -263,7 +262,7 @@ class BaseVLM:
             return cast(Tensor, self.head(self.norm(hidden)).to(hidden.device))
 
 
-def is_refusal(error: BaseException) -> bool:
+def is_refusal(error: Exception) -> bool:
     """Whether the prompt may be at fault for an error of a base's forward: pixels and placeholders that do not match, say."""
     kinds = (ValueError, RuntimeError, IndexError, StopIteration)
     return isinstance(error, kinds) and not isinstance(error, TwigVLMError | torch.OutOfMemoryError)

@@ -121,8 +121,7 @@ def build_inputs(
     base: Any, processor: Any, images: Sequence[Picture | Sequence[Picture]], prompts: Sequence[str]
 ) -> dict[str, Any]:
     """One user turn for each row, of a prompt after its picture or list of pictures, which may be empty."""
-    groups = (given if isinstance(given, list | tuple) else [given] for given in images)
-    turns = [[user_turn(prompt, group)] for prompt, group in zip(prompts, groups, strict=True)]
+    turns = [[user_turn(prompt, given)] for prompt, given in zip(prompts, images, strict=True)]
     return inputs.build_inputs(processor, turns, base.device, base.dtype)
 
 

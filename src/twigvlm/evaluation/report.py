@@ -17,7 +17,6 @@ from twigvlm.evaluation.summary import (
 )
 from twigvlm.evaluation.variants import NONE, Variant
 
-
 _LISTED = 20  # failed questions that a report gives the reasons of; the raw results have all
 
 
