@@ -48,9 +48,9 @@ def build_inputs(
     Raises:
         TwigVLMError: a picture cannot be read, a text holds a placeholder, or the template or the processor refuses.
     """
-    texts = [render(processor, messages) for messages in conversations]
     images = [[load_image(image) for image in media(messages, "image")] for messages in conversations]
     videos = [list(media(messages, "video")) for messages in conversations]
+    texts = [render(processor, messages) for messages in conversations]
     return dict(encode(processor, texts, images, videos, **options).to(device, dtype))
 
 
