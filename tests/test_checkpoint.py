@@ -30,7 +30,7 @@ def test_round_trip(tmp_path, head, ids):
     before = _trained(config, ids)
     before.save_pretrained(tmp_path / "twig")
     after = TwigVLM.from_pretrained(tiny_llava(), tmp_path / "twig")
-    assert after.config == config
+    assert after.twig.config == config
     state = before.twig.state_dict()
     assert after.twig.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in after.twig.state_dict().items())

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -32,6 +33,8 @@ from twigvlm.speculation.costs import StepCosts, calibrate
 from twigvlm.twig.block import Twig
 
 _RESERVE = 512  # new tokens that a cache has room for at first
+_disabled: ContextVar[tuple["TwigVLM", ...]] = ContextVar("twigvlm_disabled", default=())
+"""Models whose twig is disabled in this thread or task."""
 
 
 class TwigVLM(nn.Module):
@@ -47,7 +50,6 @@ class TwigVLM(nn.Module):
         self.base = base
         self.twig = twig
         self.model.requires_grad_(False)
-        self._disabled = False
         self._costs: dict[tuple[object, ...], StepCosts] = {}
         self.train(False)
 
@@ -119,9 +121,66 @@ class TwigVLM(nn.Module):
             return push(Path(folder), repo_id, private, token, commit_message)
 
     @property
-    def config(self) -> TwigConfig:
-        """The twig's config."""
-        return self.twig.config
+    def config(self) -> Any:
+        """The base's config, as transformers' own tools expect it; the twig's is `twig.config`."""
+        return self.model.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The base's generation config: what `generate` does where it is not told otherwise."""
+        return self.model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.model.generation_config = config
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's number format."""
+        return cast(torch.dtype, self.model.dtype)
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Where accelerate put the base's modules.
+
+        Raises:
+            AttributeError: the base was not loaded with a `device_map`.
+        """
+        return cast(dict[str, Any], self.model.hf_device_map)
+
+    @property
+    def input_modalities(self) -> Any:
+        """What the base takes, for example image and text."""
+        return self.model.input_modalities
+
+    @property
+    def output_modalities(self) -> Any:
+        """What the base makes: text."""
+        return self.model.output_modalities
+
+    def can_generate(self) -> bool:
+        """True: `transformers.pipeline` asks."""
+        return True
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Parameters of base and twig together.
+
+        Args:
+            only_trainable: count only those that are trained.
+            exclude_embeddings: leave the base's embeddings out.
+        """
+        twig = sum(one.numel() for one in self.twig.parameters() if one.requires_grad or not only_trainable)
+        return int(self.model.num_parameters(only_trainable, exclude_embeddings)) + twig
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, of how many, in one line as PEFT does."""
+        trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
     def train(self, mode: bool = True) -> "TwigVLM":
         """Set the twig's mode; the base stays in evaluation mode."""
@@ -131,12 +190,14 @@ class TwigVLM(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context `generate` is the base's own `generate`, bit for bit."""
-        before, self._disabled = self._disabled, True
+        """Within this context `generate` is the base's own `generate`, bit for bit; other threads and tasks keep the twig."""
+        before = _disabled.get()
+        _disabled.set((*before, self))
         try:
             yield
         finally:
-            self._disabled = before
+            # Not by the token of `set`: what opens a context may close it elsewhere, as fixtures and dependencies do.
+            _disabled.set(before)
 
     @torch.no_grad()
     def generate(
@@ -207,7 +268,7 @@ class TwigVLM(nn.Module):
             if "input_ids" in kwargs:
                 raise TwigVLMError("inputs and input_ids: give one of them")
             kwargs["input_ids"] = inputs
-        if self._disabled:
+        if self in _disabled.get():
             if pruning.active or pruner is not None or speculation.active:
                 raise TwigVLMError("retain, keep and speculate do not apply while the twig is disabled: leave them out")
             if generator is not None:
@@ -346,8 +407,10 @@ class TwigVLM(nn.Module):
         elif not pruning.active:
             return None, lambda visual: ()
         else:
-            final_wipe = next((k for k in (pruning.final_wipe, self.config.final_wipe) if k is not None), layers)
+            final_wipe = next((k for k in (pruning.final_wipe, self.twig.config.final_wipe) if k is not None), layers)
             ranking = scorer or default_scorer(self.twig)
-            pruner = TwigPruner(ranking, self.config.trunk_layers, final_wipe, pruning.keep, pruning.retain_per_image)
+            pruner = TwigPruner(
+                ranking, self.twig.config.trunk_layers, final_wipe, pruning.keep, pruning.retain_per_image
+            )
         # Of a prompt of text alone there is nothing to prune.
         return pruner, lambda visual: pruner.cuts(retain, visual, layers) if visual else ()

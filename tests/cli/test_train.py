@@ -45,9 +45,9 @@ def test_trains_a_twig_that_loads(capsys, arguments, tmp_path):
     assert out == f"Twig: {tmp_path / 'twig'}\n"
     assert [line.split(" loss")[0] for line in err.splitlines()] == ["step 1/2", "step 2/2"]
     model = TwigVLM.from_pretrained(tiny_llava(), tmp_path / "twig")
-    assert model.config.draft_vocabulary == 20
-    assert model.config.final_wipe == 5
-    assert model.config.pruning_head
+    assert model.twig.config.draft_vocabulary == 20
+    assert model.twig.config.final_wipe == 5
+    assert model.twig.config.pruning_head
     (stage,) = model.twig.record
     assert (stage["stage"], stage["samples"], stage["steps"]) == ("stage1", 3, 2)
     assert stage["final"].keys() == {"loss", "next_token", "prediction_kl", "attention_kl"}

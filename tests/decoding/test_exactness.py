@@ -140,7 +140,7 @@ def test_keeping_everything_is_plain_generate(attention, pruning, seed, speculat
 @torch.no_grad()
 def _by_definition(model, inputs, kept, final_wipe, new):
     """Pruned greedy decoding with no cache: each token from a full pass, layer by layer as the method is written."""
-    base, trunk = model.base, model.config.trunk_layers
+    base, trunk = model.base, model.twig.config.trunk_layers
     captured = base.prompt(**inputs)
     hidden, visual = captured.hidden, captured.visual_mask[0]
     tokens = []
@@ -192,7 +192,7 @@ def _drafts_by_definition(model, inputs, answer, length, threshold):
     def shallow(tokens):
         hidden = torch.cat((captured.hidden, base.embed(torch.tensor([tokens]))), dim=1)
         rope, masks = base.rotary(hidden, torch.arange(hidden.shape[1])[None]), base.masks(captured)
-        hidden = twig(base.run_layers(hidden, 0, model.config.trunk_layers, rope, masks), rope, masks)
+        hidden = twig(base.run_layers(hidden, 0, model.twig.config.trunk_layers, rope, masks), rope, masks)
         probability, index = twig.logits(hidden[0, -1]).softmax(dim=-1).max(dim=-1)
         return float(probability), int(index if twig.draft_token_ids is None else twig.draft_token_ids[index])
 

@@ -46,7 +46,7 @@ def _shallow(model, inputs, tokens, cache=None):
     captured = base.prompt(**inputs)
     hidden = torch.cat((captured.hidden, base.embed(torch.tensor([tokens]))), dim=1)
     rope, masks = base.rotary(hidden, torch.arange(hidden.shape[1])[None]), base.masks(captured)
-    return twig(base.run_layers(hidden, 0, model.config.trunk_layers, rope, masks, cache), rope, masks, cache)
+    return twig(base.run_layers(hidden, 0, model.twig.config.trunk_layers, rope, masks, cache), rope, masks, cache)
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def test_trees_by_their_definition(drafts, shape, pruning, sizes):
 @pytest.mark.parametrize("pruning", [{}, {"keep": 5, "final_wipe": 4}])
 def test_caches_hold_what_plain_decoding_holds(caches, pruning):
     model, inputs = grown(seed=2), prompt(1)
-    trunk, depth = model.config.trunk_layers, 4
+    trunk, depth = model.twig.config.trunk_layers, 4
     options = {"tree_depth": depth, "tree_nodes": 24, "tree_expand": 4, "return_dict_in_generate": True}
     moved = False
     for new in (1, 2, 9, 16):

@@ -36,7 +36,7 @@ def shallow_logits(model, item):
     prompt = model.base.prompt(input_ids=item["input_ids"], pixel_values=item.get("pixel_values"))
     rope = model.base.token_inputs(prompt)
     masks = model.base.masks(prompt)
-    hidden = model.base.run_layers(prompt.hidden, 0, model.config.trunk_layers, rope, masks)
+    hidden = model.base.run_layers(prompt.hidden, 0, model.twig.config.trunk_layers, rope, masks)
     return model.twig.logits(model.twig(hidden, rope, masks))[0]
 
 

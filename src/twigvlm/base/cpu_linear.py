@@ -1,52 +1,119 @@
-"""Passes over few tokens on a CPU, which read every weight for them."""
+"""Faster CPU linear layers for passes over a few tokens."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules import linear as torch_linear
 
-MOST = 64
-"""Tokens of such a pass."""
+from twigvlm import compat
 
-_USUAL = nn.Linear.forward
+MAX_TOKENS = 64
+"""A pass over more tokens is left to torch."""
+WEIGHT_FIRST = 5
+"""Up to so many tokens (W·xᵀ)ᵀ is the fastest product; beyond, oneDNN's is."""
+
+_active: ContextVar[bool] = ContextVar("twigvlm_cpu_linear", default=False)
+"""Whether this thread or task runs such a pass: other threads may call the same layers meanwhile."""
+_installing = Lock()
 
 
-def cpu_linear(hidden: Tensor) -> AbstractContextManager[None]:
-    """Within it, linear layers of such a pass compute (W·xᵀ)ᵀ instead of x·Wᵀ.
+def cpu_linear(module: nn.Module, hidden: Tensor) -> AbstractContextManager[None]:
+    """Within this context the linear layers of a module use `linear`, in this thread or task alone.
 
-    The BLAS libraries of CPUs multiply a large matrix with a thin one about as fast as with a vector, but the other way round
-    they copy the large one first. So a few drafted tokens are verified, or rows of a batch decoded, in the time of one.
+    They get a forward of their own for as long as a pass runs. A layer whose forward is not torch's (a subclass, a user's
+    patch, an accelerate hook, a compiled or quantised layer) is left alone, and nothing is installed where `linear` would do
+    what torch does.
 
     Args:
-        hidden: states of the pass, [..., width]. Elsewhere than on a CPU, in other formats than float32, for one token, for more
-            than `MOST`, and where gradients are wanted, nothing changes.
+        module: a linear layer, or a module that has some.
+        hidden: states of the pass, [..., width].
     """
-    return _weight_first() if _fits(hidden) else nullcontext()
+    return _installed(module) if _fits(hidden) and not torch.is_autocast_enabled("cpu") else nullcontext()
+
+
+def linear(
+    states: Float[Tensor, "*tokens width"],
+    weight: Float[Tensor, "out width"],
+    bias: Float[Tensor, " out"] | None = None,
+) -> Float[Tensor, "*tokens out"]:
+    """x·Wᵀ + b, in the fastest way for a few tokens in float32 on a CPU; elsewhere by torch's `linear`.
+
+    To multiply a few rows with a large matrix, the BLAS libraries of CPUs copy the matrix first. For (W·xᵀ)ᵀ they do not, and
+    read the weights once for all tokens. MKL multiplies a single vector on one core, so one token is given to it twice.
+    """
+    # Some weights only pass for plain ones: tensor subclasses (quantised, sharded), sparse ones.
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype == states.dtype and weight.layout == torch.strided
+    if not (plain and _fits(states)):
+        return F.linear(states, weight, bias)
+    rows = states.reshape(-1, states.shape[-1])
+    count = len(rows)
+    if count > WEIGHT_FIRST and compat.HAS_ONEDNN_LINEAR:
+        return compat.onednn_linear(states, weight, bias)
+    if count == 1:
+        if not torch.backends.mkl.is_available():
+            return F.linear(states, weight, bias)
+        rows = torch.cat((rows, rows))
+    # Contiguous, as what comes next is multiplied fast only then.
+    product = (weight @ rows.T).T[:count].contiguous().view(*states.shape[:-1], -1)
+    return product if bias is None else product + bias
 
 
 def _fits(states: Tensor) -> bool:
-    few = 1 < states.shape[:-1].numel() <= MOST
+    few = 0 < states.numel() <= MAX_TOKENS * states.shape[-1]
     plain = states.device.type == "cpu" and states.dtype == torch.float32
     return few and plain and not torch.is_grad_enabled()
 
 
-# The class's forward is exchanged rather than the layers': a function mode would cost a millisecond a layer. Other threads
-# that meet it meanwhile get the same products.
+class _Forward:
+    """The forward of a linear layer as long as passes over a few tokens run in any thread."""
+
+    __slots__ = ("layer", "passes")
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+        self.passes = 0
+
+    def __call__(self, input: Tensor) -> Tensor:
+        layer = self.layer
+        return linear(input, layer.weight, layer.bias) if _active.get() else type(layer).forward(layer, input)
+
+
 @contextmanager
-def _weight_first() -> Iterator[None]:
-    nn.Linear.forward = _forward  # type: ignore[assignment, method-assign]
+def _installed(module: nn.Module) -> Iterator[None]:
+    layers = _linears(module)
+    with _installing:
+        for layer in layers:
+            forward = vars(layer).setdefault("forward", _Forward(layer))
+            if type(forward) is _Forward:
+                forward.passes += 1
+    token = _active.set(True)
     try:
         yield
     finally:
-        nn.Linear.forward = _USUAL  # type: ignore[method-assign]
+        _active.reset(token)
+        with _installing:
+            for layer in layers:
+                forward = vars(layer).get("forward")
+                if type(forward) is _Forward:
+                    forward.passes -= 1
+                    if not forward.passes:
+                        del vars(layer)["forward"]
 
 
-def _forward(layer: nn.Linear, states: Tensor) -> Tensor:
-    weight, bias = layer.weight, layer.bias
-    if not _fits(states):
-        return F.linear(states, weight, bias)
-    # Contiguous, as what comes next is multiplied fast only then.
-    product = (weight @ states.reshape(-1, states.shape[-1]).T).T.contiguous().view(*states.shape[:-1], -1)
-    return product if bias is None else product + bias
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    """The linear layers of a module that run torch's own forward."""
+    if isinstance(module, nn.Linear):
+        # A patched class, or a subclass with a forward of its own, shows by where that function is from.
+        from_torch = getattr(type(module).forward, "__globals__", None) is vars(torch_linear)
+        unpatched = type(vars(module).get("forward")) in (_Forward, type(None))
+        return [module] if from_torch and unpatched and not compat.is_compiled(module) else []
+    if compat.is_compiled(module):
+        return []
+    # `modules()` is slow, and this is asked at each step.
+    return [layer for part in module._modules.values() if part is not None for layer in _linears(part)]

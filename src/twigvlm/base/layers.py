@@ -6,6 +6,7 @@ from typing import Any, cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from twigvlm import compat
 from twigvlm.base.cpu_linear import cpu_linear
 from twigvlm.base.masks import Masks, restrict
 from twigvlm.base.token_inputs import TokenInputs, rotate
@@ -36,10 +37,10 @@ def run(
             if window is not None or inputs.attends_until is not None:
                 queries = _known(inputs.positions)
                 keys = queries if view is None or window is None else view.positions(index, queries)
-                implementation = attention.config._attn_implementation
+                implementation = compat.attention_implementation(attention.config)
                 mask = restrict(mask, implementation, hidden.dtype, queries, keys, inputs.attends_until, window)
             made[key] = mask
-        with cpu_linear(hidden):
+        with cpu_linear(layer, hidden):
             hidden = layer(
                 hidden,
                 attention_mask=made[key],
@@ -54,7 +55,7 @@ def run(
 def window_of(layer: nn.Module) -> int | None:
     """How many tokens a decoder layer looks back, itself included; None: all."""
     # Missing-attribute lookup on nn.Module is slow, and this is asked at each step.
-    own = vars(cast(Any, layer).self_attn)
+    own = vars(compat.uncompiled(cast(Any, layer).self_attn))
     if "sliding_window" in own:
         return cast("int | None", own["sliding_window"])
     return cast("int | None", vars(own["config"]).get("sliding_window"))  # of all its layers, as in Mistral
@@ -104,7 +105,7 @@ def _heads(attention: Any, which: str, normed: Tensor, inputs: TokenInputs) -> T
 
 
 def _kind(attention: Any) -> str | None:
-    return cast("str | None", vars(attention).get("layer_type"))
+    return cast("str | None", vars(compat.uncompiled(attention)).get("layer_type"))
 
 
 def _known(positions: Tensor | None) -> Tensor:

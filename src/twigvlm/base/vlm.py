@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from twigvlm import compat
+from twigvlm.base.capture import capture
 from twigvlm.base.cpu_linear import cpu_linear
 from twigvlm.base.families import Visual, family_of, language_model_of
 from twigvlm.base.layers import run, window_of
@@ -18,13 +20,6 @@ from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.kv.cache import CacheView
 
 _PER_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids")
-
-
-class _Captured(Exception):
-    """Ends the base's forward once the arguments of its language model are known."""
-
-    def __init__(self, kwargs: dict[str, Any]) -> None:
-        self.kwargs = kwargs
 
 
 class BaseVLM:
@@ -66,7 +61,7 @@ class BaseVLM:
     @property
     def attention(self) -> str:
         """The attention implementation of the decoder."""
-        return str(self.config._attn_implementation)
+        return compat.attention_implementation(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,9 +71,8 @@ class BaseVLM:
     @property
     def device(self) -> torch.device:
         """Where prompts enter the layers, and where the twig lives."""
-        hook = getattr(self.embed, "_hf_hook", None)  # on the disk, weights have no device
-        place = None if hook is None else hook.execution_device
-        return self.embed.weight.device if place is None else torch.device(place)
+        device = compat.execution_device(self.embed)  # on the disk, weights have no device
+        return cast(torch.device, self.embed.weight.device) if device is None else device
 
     @property
     def vocabulary(self) -> int:
@@ -156,8 +150,8 @@ class BaseVLM:
     def prompt(self, input_ids: Int[Tensor, "batch tokens"], **inputs: Any) -> Prompt:
         """Run the base's own forward up to its language model, and take what it passes in.
 
-        So every family's handling of images is reused instead of rewritten. Nothing of the model is changed: a hook
-        records the arguments, ends the forward and is removed.
+        So every family's handling of images is reused instead of rewritten. Nothing of the model is changed: while this runs,
+        a hook ends this forward where the language model is called, and no other thread's.
 
         Args:
             input_ids: prompt ids with placeholders of visual tokens.
@@ -167,21 +161,12 @@ class BaseVLM:
             TwigVLMError: the prompt is longer than the context, or the base refuses it.
         """
         self.check_context(input_ids)
-
-        def capture(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Captured(kwargs)
-
-        hook = self.decoder.register_forward_pre_hook(capture, with_kwargs=True)
         try:
-            self.model(input_ids=input_ids, use_cache=False, **inputs)
-        except _Captured as captured:
-            kwargs = captured.kwargs
+            kwargs = capture(self.decoder, lambda: self.model(input_ids=input_ids, use_cache=False, **inputs))
         except Exception as error:
             if not is_refusal(error):
                 raise
             raise TwigVLMError(f"the base refuses this prompt: {one_line(error)}") from error
-        finally:
-            hook.remove()
         hidden, input_ids = cast(Tensor, kwargs["inputs_embeds"]).to(self.device), input_ids.to(self.device)
         mask = inputs.get("attention_mask")
         mask = None if mask is None or bool(mask.all()) else mask.to(self.device)
@@ -258,7 +243,7 @@ class BaseVLM:
 
     def logits(self, hidden: Float[Tensor, "*positions width"]) -> Float[Tensor, "*positions vocabulary"]:
         """Final norm and head, on the given positions only."""
-        with cpu_linear(hidden):
+        with cpu_linear(self.head, hidden):
             return cast(Tensor, self.head(self.norm(hidden)).to(hidden.device))
 
 

@@ -1,11 +1,11 @@
 """The weights of a base's modules as plain tensors, wherever accelerate keeps them and however they are quantised."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from twigvlm import compat
 
 
 @torch.no_grad()
@@ -19,34 +19,29 @@ def plain_weights(module: nn.Module, dtype: torch.dtype, device: torch.device) -
         if hasattr(part, "in_features") and is_quantised(getattr(part, "weight", None)):
             found = _measured(part, dtype, device)
         else:
-            with present(part):
+            with compat.present(part):
                 found = {name: parameter.detach() for name, parameter in part.named_parameters(recurse=False)}
-        weights.update((f"{path}.{name}".lstrip("."), tensor.to(device, dtype)) for name, tensor in found.items())
+        names = (compat.uncompiled_name(f"{path}.{name}").lstrip(".") for name in found)
+        weights.update((name, tensor.to(device, dtype)) for name, tensor in zip(names, found.values(), strict=True))
     return weights
 
 
 def _measured(linear: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     made = linear(torch.eye(linear.in_features, dtype=dtype, device=device)).T
-    bias = getattr(linear, "bias", None)
+    bias = bias_of(linear)
     if bias is None:
         return {"weight": made}
     return {"weight": made - bias.to(made)[:, None], "bias": bias}
 
 
-@contextmanager
-def present(module: nn.Module) -> Iterator[None]:
-    """Within this context a module's own weights are there, even if accelerate has them on the disk until it is called."""
-    if not hasattr(module, "_hf_hook"):
-        yield
-        return
-    from accelerate.utils import align_module_device
-
-    with align_module_device(module):
-        yield
+def bias_of(linear: Any) -> Tensor | None:
+    """The bias of a linear layer, for which torch's quantised layers have a method."""
+    bias = getattr(linear, "bias", None)
+    return cast("Tensor | None", bias() if callable(bias) else bias)
 
 
-def is_quantised(weight: Tensor | None) -> bool:
+def is_quantised(weight: Any) -> bool:
     """Whether a weight is hidden, holds codes, or is rounded more coarsely than its dtype says."""
-    if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         return True
     return type(weight).__module__.startswith("torchao.")

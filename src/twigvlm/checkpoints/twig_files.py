@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from twigvlm import compat
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.base.weights import is_quantised, present
+from twigvlm.base.weights import is_quantised
 from twigvlm.checkpoints.card import MARK, model_card
 from twigvlm.checkpoints.hub import fetch, is_hub_id
 from twigvlm.config import TwigConfig
@@ -98,16 +99,19 @@ def fingerprint(base: BaseVLM, names: list[str] | None = None) -> dict[str, Any]
     """
     dimensions = {name: getattr(base.config, name, None) for name in _DIMENSIONS}
     dimensions["vocab_size"] = base.vocabulary
-    whole = sorted(
-        name for name, tensor in base.model.named_parameters() if tensor.ndim >= 2 and not is_quantised(tensor)
-    )
+    whole = {
+        compat.uncompiled_name(name): name
+        for name, tensor in base.model.named_parameters()
+        if tensor.ndim >= 2 and not is_quantised(tensor)
+    }
     if names is None:
-        names = [whole[i] for i in _spread(len(whole), 24)]
+        ordered = sorted(whole)
+        names = [ordered[i] for i in _spread(len(ordered), 24)]
     samples = {}
-    for name in sorted(set(names) & set(whole)):
-        path, _, own = name.rpartition(".")
+    for name in sorted(whole.keys() & names):
+        path, _, own = whole[name].rpartition(".")
         part = base.model.get_submodule(path)
-        with present(part):
+        with compat.present(part):
             flat = getattr(part, own).detach().reshape(-1)
             index = torch.tensor(_spread(flat.numel(), 12), device=flat.device)
             samples[name] = [float(f"{value:.6g}") for value in flat[index].float().tolist()]

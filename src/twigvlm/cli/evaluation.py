@@ -18,7 +18,7 @@ from twigvlm.checkpoints.hub import fetch
 from twigvlm.checkpoints.twig_files import FILES, WEIGHTS, fingerprint
 from twigvlm.cli.evaluate import Accuracy, Batches, Common, Drafts, Exactness, Speed, Sweep
 from twigvlm.cli.output import busy, check_directory, progress
-from twigvlm.cli.session import SAPLING, build_inputs, load_base
+from twigvlm.cli.session import build_inputs, load_base
 from twigvlm.config import SpeculationConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.accuracy import InputsOf, run_accuracy
@@ -40,6 +40,7 @@ from twigvlm.evaluation.speed import System, draft_systems, run_speed, standard_
 from twigvlm.evaluation.summary import accuracies
 from twigvlm.evaluation.variants import make_variants
 from twigvlm.files import replacing
+from twigvlm.loading import SAPLING
 from twigvlm.model import TwigVLM
 
 RAW, REPORT, FIGURE = "results.jsonl", "report.md", "figure.png"

@@ -73,7 +73,7 @@ def run_inspection(options: Inspect) -> None:
 
 def rankings(model: TwigVLM, deep_layer: int | None) -> dict[str, str]:
     """The rankings that are drawn: titles by `Variant.method`. One entry more is one map more."""
-    trunk, layers = model.config.trunk_layers, model.base.num_layers
+    trunk, layers = model.twig.config.trunk_layers, model.base.num_layers
     deep = round(_DEPTH * layers) if deep_layer is None else deep_layer
     attention = "attention of the last twig layer"
     found = {OWN: attention} if model.twig.pruning_head is None else {OWN: "P-Head", "attention": attention}
@@ -83,8 +83,10 @@ def rankings(model: TwigVLM, deep_layer: int | None) -> dict[str, str]:
 
 
 def _keep(model: TwigVLM, budget: float, visual: int) -> int:
-    layers, final_wipe = model.base.num_layers, model.config.final_wipe
-    return solve_keep(budget, visual, layers, model.config.trunk_layers, layers if final_wipe is None else final_wipe)
+    layers, final_wipe = model.base.num_layers, model.twig.config.final_wipe
+    return solve_keep(
+        budget, visual, layers, model.twig.config.trunk_layers, layers if final_wipe is None else final_wipe
+    )
 
 
 def _best(scores: Tensor, keep: int) -> list[int]:
@@ -94,7 +96,7 @@ def _best(scores: Tensor, keep: int) -> list[int]:
 def settings(options: Inspect, session: Session, answer: Answer) -> dict[str, Any]:
     """What the answer depends on, for the page."""
     assert session.model is not None
-    config = session.model.config
+    config = session.model.twig.config
     return {
         **session.report(),
         "image": short_name(options.image) if options.image else "the scene that ships with the package",

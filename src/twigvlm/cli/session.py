@@ -7,20 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import torch
 import transformers
 from PIL import Image
-from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from twigvlm import inputs
+from twigvlm import inputs, loading
 from twigvlm.config import Speculate
 from twigvlm.errors import TwigVLMError
 from twigvlm.images import Picture
 from twigvlm.inputs import user_turn
+from twigvlm.loading import SAPLING
 from twigvlm.model import TwigVLM
-
-SAPLING = "sapling"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,43 +74,20 @@ class Session:
 
 def open_session(plan: Plan, dtype: str, device: str) -> Session:
     """Load what the plan names."""
-    base, processor = load_base(plan.model, dtype, device)
-    model = None if plan.twig is None else TwigVLM.from_pretrained(base, plan.twig)
-    return Session(plan, base, processor, model)
+    _silence_libraries()
+    return Session(plan, *loading.load(plan.model, plan.twig, dtype, device))
 
 
 def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """Base and processor, on the device and in evaluation mode."""
+    """Base and processor, on the device and in evaluation mode, without what libraries say of their loading."""
+    _silence_libraries()
+    return loading.load_base(name, dtype, device)
+
+
+def _silence_libraries() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    place = _device(device)
-    if name == SAPLING:
-        from twigvlm import sapling
-
-        base, processor = sapling.load(dtype=sapling.fast_dtype(place) if dtype == "auto" else getattr(torch, dtype))
-    else:
-        try:
-            base = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-            processor = AutoProcessor.from_pretrained(name)
-        except (OSError, ValueError, KeyError, SafetensorError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise TwigVLMError(
-                f"model {name!r}: cannot be loaded ({reason}); give 'sapling', a Hugging Face id or a directory of a "
-                "vision-language model with its processor"
-            ) from error
-    return base.to(place).eval(), processor
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(name)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise TwigVLMError(f"device {name!r}: is not available here; choose cpu or auto") from None
-    return place
 
 
 def build_inputs(

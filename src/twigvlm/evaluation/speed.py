@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from twigvlm import compat
 from twigvlm.engine.timing import clock_of
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.accuracy import InputsOf, failure
@@ -136,7 +137,7 @@ class FirstToken(BaseStreamer):
 @contextmanager
 def attention_of(model: Any, implementation: str | None) -> Iterator[None]:
     """Inside, a Hugging Face model attends by another implementation; None: by its own."""
-    before = model.config.get_text_config()._attn_implementation
+    before = compat.attention_implementation(model.config.get_text_config())
     if implementation in (None, before):
         yield
         return

@@ -57,7 +57,7 @@ def make_variants(
         if method not in ("none", *_SCORED):
             watched_layer(method, model)
     layers = model.base.num_layers
-    wipes = list(final_wipes) or [layers if model.config.final_wipe is None else model.config.final_wipe]
+    wipes = list(final_wipes) or [layers if model.twig.config.final_wipe is None else model.twig.config.final_wipe]
     pruned = [Variant(m, b, k) for m in dict.fromkeys(methods) if m != "none" for b in budgets for k in wipes]
     if not pruned:
         raise TwigVLMError("nothing to compare: give at least one method that prunes, and one budget")
@@ -69,9 +69,9 @@ def watched_layer(method: str, model: TwigVLM) -> int:
     layers = model.base.num_layers
     name, _, number = method.partition(":")
     if method == "fastv":
-        if not model.config.trunk_layers:
+        if not model.twig.config.trunk_layers:
             raise TwigVLMError("method 'fastv': ranks by the last trunk layer, and this twig has none (K = 0)")
-        return model.config.trunk_layers
+        return model.twig.config.trunk_layers
     if name != "deep" or not number.isdigit():
         raise TwigVLMError(f"method {method!r}: must be one of {METHODS}")
     if not 1 <= int(number) <= layers:
@@ -150,7 +150,7 @@ def score_all(
 
 def _pruner(model: TwigVLM, variant: Variant, seed: int) -> TwigPruner:
     final_wipe = model.base.num_layers if variant.final_wipe is None else variant.final_wipe
-    return TwigPruner(_scorer(variant.method, model, seed), model.config.trunk_layers, final_wipe)
+    return TwigPruner(_scorer(variant.method, model, seed), model.twig.config.trunk_layers, final_wipe)
 
 
 def _scorer(method: str, model: TwigVLM, seed: int) -> Scorer:

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from twigvlm import compat
 from twigvlm.errors import TwigVLMError, one_line
 
 IMAGE_SIZE, PATCH_SIZE = 336, 14
@@ -63,7 +64,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     renamed = type(backend).from_str(backend.to_str().replace(f'"{UNUSED_TOKEN}"', f'"{IMAGE_TOKEN}"'))
     capitals = pre_tokenizers.Split(Regex(" ?[A-Z](?![a-z])"), "isolated")
     renamed.pre_tokenizer = pre_tokenizers.Sequence([capitals, backend.pre_tokenizer])
-    tokenizer._tokenizer = renamed
+    compat.set_backend_tokenizer(tokenizer, renamed)
     tokenizer.image_token = IMAGE_TOKEN
     tokenizer.pad_token = tokenizer.eos_token  # which not every version of transformers reads from the file
     return tokenizer
@@ -184,8 +185,7 @@ def _store(folder: Path, weights: Path) -> None:
 
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16, or float32 on a CPU without instructions for it, which would be several times slower."""
-    with_instructions = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    native = device.type != "cpu" or with_instructions
+    native = device.type != "cpu" or compat.has_bfloat16_instructions()
     return torch.bfloat16 if native else torch.float32
 
 

@@ -41,7 +41,7 @@ class Student(nn.Module):
                 "grow it with pruning_head=True or set gamma=0"
             )
         model.twig.checkpoint_gradients(config.gradient_checkpointing)
-        trunk = model.config.trunk_layers
+        trunk = model.twig.config.trunk_layers
         self.teacher_layer = resolve_teacher_layer(config.teacher_layer, model.base.num_layers, trunk)
 
     def forward(

@@ -147,7 +147,7 @@ def fit(
         "processes": processes.count(),
         "sharded": fsdp.wanted(),
     }
-    _remember(directory, {**dataclasses.asdict(model.config), **dataclasses.asdict(config), **launch}, checkpoint)
+    _remember(directory, {**dataclasses.asdict(model.twig.config), **dataclasses.asdict(config), **launch}, checkpoint)
     if processes.is_main():
         shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
     cpu = model.model.device.type == "cpu"

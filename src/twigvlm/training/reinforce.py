@@ -124,8 +124,8 @@ class Policy(nn.Module):
         self.settings = config  # the Trainer takes a `config` for a model's
         self.steps = steps
         self._whole = (model,)  # in a tuple, so that the base is no submodule
-        layers, self.trunk = model.base.num_layers, model.config.trunk_layers
-        self.final_wipe = layers if model.config.final_wipe is None else model.config.final_wipe
+        layers, self.trunk = model.base.num_layers, model.twig.config.trunk_layers
+        self.final_wipe = layers if model.twig.config.final_wipe is None else model.twig.config.final_wipe
         self.teacher_layer = resolve_teacher_layer(config.teacher_layer, layers, self.trunk)
 
     def keep(self, retain: float, visual: int) -> int | None:

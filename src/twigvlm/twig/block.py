@@ -1,19 +1,18 @@
 """The twig: T decoder layers on the output of base layer K, a norm, a head that drafts tokens (§3.1), maybe a P-Head."""
 
-from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from twigvlm import compat
+from twigvlm.base.cpu_linear import cpu_linear, linear
 from twigvlm.base.layers import fill, run
 from twigvlm.base.masks import Masks
 from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.base.weights import plain_weights
+from twigvlm.base.weights import bias_of, plain_weights
 from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.cache import CacheView
@@ -59,9 +58,11 @@ class Twig(nn.Module):
         ids = _checked_ids(config, draft_token_ids, base.vocabulary)
         with torch.device("meta"):
             # They share the base's config object, so that they follow it to another attention implementation.
-            self.layers = nn.ModuleList(cast(Any, type(base.layers[index]))(base.config, index) for index in sources)
-            self.norm = type(base.norm)(base.config.hidden_size, eps=base.config.rms_norm_eps)
-            rows, biased = base.vocabulary if ids is None else len(ids), base.head.bias is not None
+            layers = [cast(Any, type(compat.uncompiled(base.layers[index]))) for index in sources]
+            self.layers = nn.ModuleList(layer(base.config, index) for layer, index in zip(layers, sources, strict=True))
+            norm: Any = type(compat.uncompiled(base.norm))
+            self.norm = norm(base.config.hidden_size, eps=base.config.rms_norm_eps)
+            rows, biased = base.vocabulary if ids is None else len(ids), bias_of(base.head) is not None
             self.head = nn.Linear(base.config.hidden_size, rows, biased) if config.head == "own" else None
         self.to(base.dtype).to_empty(device=base.device)
         for slot, layer in enumerate(self.layers, start=self.first_slot):
@@ -126,8 +127,7 @@ class Twig(nn.Module):
     def checkpoint_gradients(self, on: bool) -> None:
         """In training, keep of each layer its input alone, and run it again for its gradients."""
         for layer in self.layers:
-            cast(Any, layer).gradient_checkpointing = on
-            cast(Any, layer)._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            compat.checkpoint_gradients(layer, on)
 
     @torch.no_grad()
     def open_gates(self, base: BaseVLM, tokens: int = 256) -> None:
@@ -173,11 +173,11 @@ class Twig(nn.Module):
     def logits(self, hidden: Float[Tensor, "*positions width"]) -> Float[Tensor, "*positions draft_vocabulary"]:
         """Norm and head, over the tokens that the twig can draft."""
         normed = self.norm(hidden)
-        if self.head is not None:
-            return cast(Tensor, self.head(normed))
-        if self.head_rows is not None:
-            return F.linear(normed, self.head_rows, self.head_bias)
-        return cast(Tensor, cast(Any, self).base_head(normed).to(hidden.device))
+        if self.head is None and self.head_rows is not None:
+            return linear(normed, self.head_rows, self.head_bias)
+        head: Any = cast(Any, self).base_head if self.head is None else self.head
+        with cpu_linear(head, normed):
+            return cast(Tensor, head(normed).to(hidden.device))
 
 
 def _copy(base: BaseVLM, source: nn.Module, target: nn.Module) -> None:
@@ -186,7 +186,7 @@ def _copy(base: BaseVLM, source: nn.Module, target: nn.Module) -> None:
         target.load_state_dict(weights)
     except RuntimeError:
         raise TwigVLMError(
-            f"this base's {type(source).__name__} cannot be copied: load the base as transformers makes it, without fused "
+            f"this base's {type(target).__name__} cannot be copied: load the base as transformers makes it, without fused "
             "or replaced modules, to grow a twig; a grown one loads on this base too"
         ) from None
 

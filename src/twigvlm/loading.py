@@ -1,0 +1,82 @@
+"""Load a base, its processor and a twig by name, on a device and in a number format."""
+
+from os import PathLike
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from twigvlm.errors import TwigVLMError
+from twigvlm.model import TwigVLM
+
+SAPLING = "sapling"
+"""Name of the embedded default model."""
+
+
+def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """An unmodified Hugging Face model in evaluation mode, and its processor.
+
+    Args:
+        name: "sapling", a Hugging Face id, or a directory.
+        dtype: "float32", "bfloat16" or "float16"; "auto": as it was saved, Sapling in what this device is fastest in.
+        device: a device of torch; "auto": a GPU if there is one.
+
+    Raises:
+        TwigVLMError: the model cannot be loaded, or the dtype or the device is unknown or not there.
+    """
+    number_format = _dtype(dtype)
+    where = _device(device)
+    if name == SAPLING:
+        from twigvlm import sapling
+
+        base, processor = sapling.load(dtype=number_format or sapling.fast_dtype(where))
+    else:
+        try:
+            base = AutoModelForImageTextToText.from_pretrained(name, dtype=number_format or "auto")
+            processor = AutoProcessor.from_pretrained(name)
+        except (OSError, ValueError, KeyError, SafetensorError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise TwigVLMError(
+                f"model {name!r}: cannot be loaded ({reason}); give 'sapling', a Hugging Face id or a directory of a "
+                "vision-language model with its processor"
+            ) from error
+    return base.to(where).eval(), processor
+
+
+def load(
+    name: str, twig: str | PathLike[str] | None, dtype: str = "auto", device: str = "auto"
+) -> tuple[Any, Any, TwigVLM | None]:
+    """A base and its processor as `load_base` gives them, and the base with a twig.
+
+    Args:
+        name: of the base.
+        twig: directory or hub id of the twig; None: the base alone.
+        dtype: of the base, and so of the twig.
+        device: of both.
+
+    Raises:
+        TwigVLMError: the base or the twig cannot be loaded.
+    """
+    base, processor = load_base(name, dtype, device)
+    return base, processor, None if twig is None else TwigVLM.from_pretrained(base, twig)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    if name == "auto":
+        return None
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise TwigVLMError(f"dtype {name!r}: is no number format; choose float32, bfloat16, float16 or auto")
+    return found
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise TwigVLMError(f"device {name!r}: is not available here; choose cpu or auto") from None
+    return device
