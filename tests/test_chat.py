@@ -1,5 +1,9 @@
 """A conversation gives the answers that its turns as one prompt give, and computes what is new alone."""
 
+import base64
+from io import BytesIO
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -8,8 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 from tests.tiny import prompt, tiny_llava
 from tests.tiny_processor import tiny_processor
 from twigvlm import TwigConfig, TwigVLM
-from twigvlm.engine.prefix_cache import PrefixCache
 from twigvlm.errors import TwigVLMError
+from twigvlm.images import load_image
+from twigvlm.kv.prefix_cache import PrefixCache
 
 WAYS = {
     "none": {},
@@ -124,3 +129,79 @@ def test_a_conversation_has_no_padding():
     inputs["attention_mask"][:, :2] = 0
     with pytest.raises(TwigVLMError, match="attention_mask: hides 2 tokens"):
         grown().generate(**inputs)
+
+
+def stored(image, kind="PNG", **options):
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return stored(picture(0), exif=exif)
+
+
+def transparent():
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (4, 4, 12, 12))
+    return stored(image)
+
+
+def deep():
+    return stored(Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257))
+
+
+WAYS_TO_GIVE = {
+    "bytes": lambda data, path: data,
+    "path": lambda data, path: path,
+    "text": lambda data, path: str(path),
+    "PIL": lambda data, path: Image.open(path),
+    "data URI": lambda data, path: f"data:;base64,{base64.b64encode(data).decode()}",
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_GIVE)
+@pytest.mark.parametrize("make", [turned, transparent, deep])
+def test_pictures_are_read_as_everywhere_else(make, way, processor, tmp_path):
+    model, data = grown(), make()
+    (tmp_path / "picture.png").write_bytes(data)
+    seen = []
+    model.model.model.vision_tower.register_forward_pre_hook(
+        lambda _, args, named: seen.append(named.get("pixel_values", *args[:1])), with_kwargs=True
+    )
+    given = WAYS_TO_GIVE[way](data, tmp_path / "picture.png")
+    model.chat(processor, max_new_tokens=2).ask("what?", images=given)  # without a list
+    model.chat(processor, max_new_tokens=2).ask("what?", images=[given])
+    wanted = processor.image_processor(load_image(data), return_tensors="pt")["pixel_values"]
+    assert len(seen) == 2
+    assert all(torch.equal(pixels, wanted) for pixels in seen)
+
+
+def test_what_cannot_be_asked_is_one_line_and_changes_nothing(processor, tmp_path):
+    chat = grown().chat(processor, max_new_tokens=4)
+    chat.ask("what?", images=[picture(0)])
+    before = list(chat.messages)
+    (tmp_path / "torn.jpg").write_bytes(stored(picture(0), "JPEG")[:400])
+    (tmp_path / "two.gif").write_bytes(stored(picture(0), "GIF", save_all=True, append_images=[picture(1)]))
+    for question, images, words in (
+        ("why?", tmp_path / "torn.jpg", "torn.jpg.*corrupt or truncated"),
+        ("why?", [picture(1), str(tmp_path / "none.png")], "none.png': no such file"),
+        ("why?", tmp_path / "two.gif", "2 frames"),
+        ("why?", "https://example.org/cat.jpg", "remote address"),
+        ("why?", Image.new("RGB", (3000, 2)), "3000x2 pixels"),
+        ("an <image> tag?", (), "image placeholder '<image>'"),
+        ("an <image> tag?", picture(1), "image placeholder '<image>'"),
+    ):
+        with pytest.raises(TwigVLMError, match=words) as caught:
+            chat.ask(question, images)
+        assert "\n" not in str(caught.value)
+        assert chat.messages == before
+    assert chat.ask("why?")
+
+
+def test_a_conversation_with_a_template_for_text_alone(processor):
+    plain = tiny_processor("{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}")
+    with pytest.raises(TwigVLMError, match="refused by the chat template"):
+        grown().chat(plain, max_new_tokens=4).ask("what?", images=picture(0))

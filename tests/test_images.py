@@ -1,5 +1,13 @@
+import base64
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
+from urllib.parse import quote_from_bytes
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from twigvlm import images
@@ -173,3 +181,111 @@ def test_a_16_bit_png_in_the_mode_of_older_pillows():
     assert image.mode == "I"
     image.format = "PNG"
     assert np.asarray(load_image(image))[0, :, 0].tolist() == [0, 255, 128, 7]
+
+
+def uri(data, kind="image/png"):
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def stored(image, kind="PNG", **options):
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_a_data_uri_is_read_as_its_file_is():
+    data = stored(Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)))
+    wanted = load_image(data).tobytes()
+    assert load_image(uri(data)).tobytes() == wanted
+    assert load_image(uri(data).replace("data:", "DATA:")).tobytes() == wanted
+    assert load_image("data:image/png," + quote_from_bytes(data)).tobytes() == wanted
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("data:image/png;base64", ["not a valid data URI", "no comma"]),
+        ("data:image/png;base64,AAAAA", ["not a valid data URI", "encode the file again"]),
+        (uri(b"\0" * 4500), ["data:image/png;base64,AAAA", "…", "not an image in a known format"]),
+        ("https://example.org/cat.jpg", ["'https://example.org/cat.jpg'", "remote address", "download"]),
+        (Path("https://example.org/cat.jpg"), ["remote address"]),
+        ("s3://bucket/cat.jpg", ["remote address"]),
+        ("a" * 5000, ["no such file"]),
+        ("a\0b.png", ["no such file"]),
+        ({"path": "a.png"}, ["not a picture (dict)", "a PIL image"]),
+        (None, ["not a picture (NoneType)"]),
+        (np.zeros((4, 4, 3)), ["not a picture (float64)", "8-bit array"]),
+        (np.zeros((2, 3, 4, 4), dtype=np.uint8), ["not a picture", "8-bit array"]),
+    ],
+)
+def test_other_sources_are_refused_in_one_short_line(source, words):
+    with pytest.raises(TwigVLMError) as caught:
+        load_image(source)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("channels", ["last", "first"])
+def test_an_array_is_a_picture(channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    given = pixels if channels == "last" else torch.from_numpy(pixels).permute(2, 0, 1)
+    assert np.array_equal(np.asarray(load_image(given)), pixels)
+
+
+@pytest.mark.parametrize("size", [(2100, 10), (10, 2100), (30000, 2)])
+def test_very_long_pictures_are_refused_before_decoding(tmp_path, size, monkeypatch):
+    path = save(tmp_path / "a.png", Image.new("RGB", size))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    refused(path, f"{size[0]}x{size[1]} pixels", "200 times", "crop it")
+
+
+def test_the_longest_pictures_are_read(tmp_path):
+    assert load_image(save(tmp_path / "a.png", Image.new("RGB", (2000, 10)))).size == (2000, 10)
+
+
+def chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+LONG = zlib.compress(b"all the history of a picture " * 120_000)  # 3.5 MB
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        chunk(b"zTXt", b"Comment\0\0" + LONG),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LONG),
+        chunk(b"iCCP", b"profile\0\0" + LONG),
+        chunk(b"zTXt", b"Comment\0\0" + LONG) * 2 + chunk(b"zTXt", b"Comment\0\0nothing"),
+    ],
+)
+def test_long_texts_in_a_png_do_not_matter(tmp_path, text, behind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    data = stored(picture, exif=exif)
+    at = data.index(b"IEND" if behind else b"IDAT") - 4
+    path = tmp_path / "a.png"
+    path.write_bytes(data[:at] + text + data[at:])
+    assert load_image(path).tobytes() == load_image(path.read_bytes()).tobytes() == load_image(data).tobytes()
+
+
+def test_a_truncated_png_with_a_long_text_is_refused(tmp_path):
+    data = stored(Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64), dtype=np.uint8)))
+    at = data.index(b"IDAT") - 4
+    path = tmp_path / "a.png"
+    path.write_bytes((data[:at] + chunk(b"zTXt", b"Comment\0\0" + LONG) + data[at:])[:-2000])
+    refused(path, "corrupt or truncated")
+
+
+def test_what_was_read_is_read_as_the_same(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    once = load_image(save(tmp_path / "a.jpg", Image.new("RGB", (30, 10), RED), exif=exif))
+    again = load_image(once)
+    assert again.size == once.size == (10, 30)
+    assert again.tobytes() == once.tobytes()

@@ -28,7 +28,6 @@ from twigvlm.evaluation.questions import Question, exact_match, load_questions
 from twigvlm.evaluation.report import percent, span, table
 from twigvlm.evaluation.variants import Variant
 from twigvlm.files import replacing
-from twigvlm.images import load_image
 from twigvlm.model import TwigVLM
 from twigvlm.training.data.dataset import ConversationDataset, frequent_answer_tokens
 from twigvlm.training.distill import train_stage1
@@ -214,7 +213,7 @@ class Asker:
         return [Batch(group, self._inputs(group)) for group in groups]
 
     def _inputs(self, questions: Sequence[Question]) -> dict[str, Any]:
-        images = [load_image(question.image) for question in questions]
+        images = [question.image for question in questions]
         return build_inputs(self.base, self.processor, images, [question.prompt for question in questions])
 
     def ask(self, name: str, folder: Path) -> None:

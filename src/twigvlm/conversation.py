@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from twigvlm.inputs import special_tokens
+from twigvlm.images import Picture
+from twigvlm.inputs import build_inputs, user_turn
 from twigvlm.kv.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
 class Conversation:
     """A conversation with a TwigVLM; `TwigVLM.chat` begins one.
 
-    Each answer is the one that the whole conversation as one prompt would get. TrunkOutput and twig keep what they computed, and
-    vision runs again only when a picture comes; visual tokens are chosen anew for each question.
+    Each answer is the one that the whole conversation as one prompt would get. The trunk and the twig keep what they
+    computed, and vision runs again only when a picture comes; visual tokens are chosen again for each question.
 
     Args:
         model: the model.
@@ -24,34 +25,29 @@ class Conversation:
 
     def __init__(self, model: "TwigVLM", processor: Any, options: dict[str, Any]) -> None:
         self.messages: list[dict[str, Any]] = []
-        """All turns so far, as chat templates take them."""
+        """All turns so far, as chat templates take them; parts of type `image` hold their picture, a PIL image."""
         self._model, self._processor, self._options = model, processor, options
-        self._images: list[Any] = []
         self._memory = PrefixCache()
 
-    def ask(self, question: str, images: Sequence[Any] = (), **options: Any) -> str:
+    def ask(self, question: str, images: Picture | Sequence[Picture] = (), **options: Any) -> str:
         """The answer to a question, which becomes part of the conversation with it.
 
         Args:
             question: text.
-            images: pictures that come with it, before the text: whatever the processor takes as one.
+            images: one picture or several that come with it, before the text: paths, data URIs, bytes of files, PIL images
+                or 8-bit arrays [height, width, 3], read as `twigvlm.images.load_image` says.
             options: of `TwigVLM.generate`, for this question, beside or instead of the conversation's.
 
         Raises:
-            TwigVLMError: as `generate`; the conversation stays as it was.
+            TwigVLMError: as `generate`, or a picture cannot be read, or the processor or its chat template refuses; the
+                conversation stays as it was.
         """
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-        messages, pictures = [*self.messages, {"role": "user", "content": content}], [*self._images, *images]
-        tokenizer = self._processor.tokenizer
-        text = self._processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = self._processor(
-            images=pictures or None, text=text, return_tensors="pt", **special_tokens(text, tokenizer)
-        )
-        inputs = inputs.to(self._model.base.device, self._model.base.dtype)
+        messages = [*self.messages, user_turn(question, images)]
+        base = self._model.base
+        inputs = build_inputs(self._processor, [messages], base.device, base.dtype)
         options = {**self._options, **options, "return_dict_in_generate": True}
         output: Any = self._model.generate(**inputs, **options, memory=self._memory)
         new = output.sequences[0, inputs["input_ids"].shape[1] :]
-        answer = str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+        answer = str(self._processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        self._images = pictures
         return answer

@@ -1,52 +1,72 @@
 """Read one picture as the models expect it: 8-bit RGB, upright, on white where it was transparent."""
 
+import base64
 import os
+import re
 import warnings
+import zlib
 from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK
 
 from twigvlm.errors import TwigVLMError, one_line
 
+Picture: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
+"""A path, a data URI, a file's bytes, a PIL image, or an 8-bit array [height, width, 3]."""
+
 MAX_PIXELS = 64_000_000
 """Largest image that is read (width x height): the models see at most a few hundred thousand pixels of it."""
+MAX_ASPECT = 200
+"""Largest ratio of an image's sides: processors that scale the short side up would make far too many pixels of others."""
+
+_URI = re.compile(r"data:|[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # not C:/, and pathlib makes one slash of two
+_SHOWN = 300  # characters of a name
 
 _PLAIN_MODES = {"1", "L", "P", "RGB", "YCbCr", "HSV", "CMYK", "LA", "PA", "La", "RGBA", "RGBa", "RGBX"}
 _ALPHA_MODES = {"LA", "PA", "La", "RGBA", "RGBa"}
+_PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
 
 
-def load_image(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Image:
+def load_image(source: Picture) -> Image.Image:
     """A picture as upright 8-bit RGB.
 
     Palettes, grey, CMYK and 16-bit grey are converted, transparency is composited on white, and the EXIF orientation
     is applied. An animation or a file of several pages is refused, since nothing says which picture is meant; so are
-    images of more than `MAX_PIXELS` and pixel formats without a stated range (32-bit integer and float).
+    images of more than `MAX_PIXELS` or with sides beyond `MAX_ASPECT`, and pixel formats without a stated range (32-bit
+    integer and float).
 
     Args:
-        source: a path, a file's bytes, or a PIL image, which is left as it is.
+        source: a path, a data URI, a file's bytes, an 8-bit array, or a PIL image, which is left as it is. Nothing is
+            fetched from the network.
 
     Raises:
         TwigVLMError: one line that names the file, what is wrong with it and the remedy.
     """
-    name = f"image {str(source)!r}" if isinstance(source, str | os.PathLike) else "image"
+    name = f"image {short_name(source)!r}" if isinstance(source, str | os.PathLike) else "image"
     if isinstance(source, str | os.PathLike):
-        file = Path(source)
-        if file.is_dir():
-            raise TwigVLMError(f"{name}: is a directory; give the path of one image file")
-        if not file.is_file():
-            raise TwigVLMError(f"{name}: no such file; give the path of an existing image file")
+        if str(source)[:5].lower() == "data:":
+            source = _from_data_uri(name, str(source))
+        else:
+            _check_path(name, source)
+    elif not isinstance(source, bytes | Image.Image):
+        source = _from_array(name, source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of what is checked here, and of harmless flaws in metadata
         try:
-            with _opened(source) as image:
-                _refuse_unless_one_picture(name, image)
-                image.load()
-                deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-                return _to_rgb(name, _upright(image), deep)
+            try:
+                return _read(name, source)
+            except ValueError as error:
+                if "MAX_TEXT_" not in str(error) or isinstance(source, Image.Image):
+                    raise
+                data = source if isinstance(source, bytes) else Path(source).read_bytes()
+                return _read(name, _without_large_texts(data))
         except TwigVLMError:
             raise
         except UnidentifiedImageError:
@@ -58,7 +78,72 @@ def load_image(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Im
         except MemoryError:
             raise TwigVLMError(f"{name}: needs more memory than there is; scale it down") from None
         except Exception as error:  # decoders raise whatever a broken file leads them to
-            raise TwigVLMError(f"{name}: corrupt or truncated ({one_line(error)}); save or copy it anew") from None
+            raise TwigVLMError(
+                f"{name}: corrupt or truncated ({one_line(error)}); save or copy the file again"
+            ) from None
+
+
+def is_uri(source: object) -> bool:
+    """Whether this is a data URI or an address, which is relative to no folder, instead of a path."""
+    return isinstance(source, str | os.PathLike) and _URI.match(str(source)) is not None
+
+
+def is_remote(source: object) -> bool:
+    """Whether this is the address of a file elsewhere, which is never fetched."""
+    return is_uri(source) and str(source)[:5].lower() != "data:"
+
+
+def short_name(source: str | os.PathLike[str]) -> str:
+    """A path or a data URI for people to read, cut where it is very long."""
+    text = str(source)
+    return text if len(text) <= _SHOWN else f"{text[:40]}…"
+
+
+def _check_path(name: str, path: str | os.PathLike[str]) -> None:
+    # os.path's answer to a name that no file can have, too long or with a null byte, is False
+    if os.path.isfile(path):
+        return
+    if os.path.isdir(path):
+        raise TwigVLMError(f"{name}: is a directory; give the path of one image file")
+    if is_remote(path):
+        raise TwigVLMError(f"{name}: is a remote address; download the file and give its path")
+    raise TwigVLMError(f"{name}: no such file; give the path of an existing image file")
+
+
+def _from_data_uri(name: str, uri: str) -> bytes:
+    head, comma, data = uri.partition(",")
+    try:
+        if not comma:
+            raise ValueError("no comma before the data")
+        decoded = unquote_to_bytes(data)
+        return base64.b64decode(decoded) if head.lower().endswith(";base64") else decoded
+    except ValueError as error:  # binascii's is one
+        raise TwigVLMError(f"{name}: not a valid data URI ({one_line(error)}); encode the file again") from None
+
+
+def _from_array(name: str, source: Any) -> Image.Image:
+    from transformers.image_transforms import to_pil_image
+
+    try:
+        array = np.asarray(source)
+        if array.dtype == np.uint8:
+            return to_pil_image(array)
+        kind = str(array.dtype) if array.ndim else type(source).__name__
+    except (TypeError, ValueError) as error:  # a device that numpy cannot read, or a shape of no picture
+        kind = one_line(error)
+    raise TwigVLMError(
+        f"{name}: not a picture ({kind}); give a path, a file's bytes, a PIL image or an 8-bit array [height, width, 3]"
+    )
+
+
+def _read(name: str, source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Image:
+    with _opened(source) as image:
+        _refuse_unless_one_picture(name, image)
+        image.load()
+        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+        picture = _to_rgb(name, _upright(image), deep)
+        picture.info = {}  # it is upright now, whatever its metadata said
+        return picture
 
 
 def _opened(source: str | os.PathLike[str] | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
@@ -67,14 +152,44 @@ def _opened(source: str | os.PathLike[str] | bytes | Image.Image) -> AbstractCon
     return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
 
 
+def _without_large_texts(data: bytes) -> bytes:
+    """A PNG without the texts and colour profiles that Pillow finds too large; its pixels do not depend on them."""
+    kept, start = [data[:8]], 8
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        kind, body = data[start + 4 : start + 8], data[start + 8 : end - 4]
+        if not (kind in _PNG_TEXTS and _is_large(kind, body)):
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _is_large(kind: bytes, body: bytes) -> bool:
+    text = body.partition(b"\0")[2]
+    compressed = kind != b"tEXt"
+    if kind == b"iTXt":  # flag, method, language, translated keyword, text
+        compressed, text = text[:1] == b"\1", text[2:].split(b"\0", 2)[-1]
+    elif compressed:
+        text = text[1:]
+    if compressed:
+        try:
+            text = zlib.decompressobj().decompress(text, MAX_TEXT_CHUNK)
+        except zlib.error:  # Pillow passes over these
+            return False
+    return len(text) >= MAX_TEXT_CHUNK
+
+
 def _too_large(name: str, pixels: str) -> str:
     return f"{name}: {pixels} than the limit of {MAX_PIXELS:,} pixels; scale it down"
 
 
 def _refuse_unless_one_picture(name: str, image: Image.Image) -> None:
     """Checks on the header, before any pixel is decoded."""
+    size = f"{image.width}x{image.height} pixels"
     if image.width * image.height > MAX_PIXELS:
-        raise TwigVLMError(_too_large(name, f"{image.width}x{image.height} pixels are more"))
+        raise TwigVLMError(_too_large(name, f"{size} are more"))
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise TwigVLMError(f"{name}: of {size} one side is more than {MAX_ASPECT} times the other; crop it")
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # a camera's MPO is one photograph; its further frames are previews
         raise TwigVLMError(f"{name}: holds {frames} frames or pages; save the one you mean as PNG")

@@ -1,6 +1,157 @@
-"""Rendered chat templates."""
+"""Chat messages with their pictures -> the base's inputs, the same way for conversations, commands, training and evaluation."""
 
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from PIL import Image
+
+from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.images import MAX_PIXELS, Picture, is_remote, load_image
+
+Message = Mapping[str, Any]
+"""`role`, and `content`: text, or a list of parts `{"type": "text", "text": …}`, `{"type": "image", "image": …}` with a
+picture as `load_image` takes it, and `{"type": "video", "video": …}` with a video as the processor takes it."""
+
+
+def user_turn(text: str, images: Picture | Sequence[Picture] = (), videos: Sequence[Any] = ()) -> dict[str, Any]:
+    """A question as a message: its picture or pictures, which are read at once, its videos, and then the text.
+
+    Raises:
+        TwigVLMError: a picture cannot be read.
+    """
+    given = images if isinstance(images, list | tuple) else [cast(Picture, images)]
+    parts = [
+        *({"type": "image", "image": load_image(image)} for image in given),
+        *({"type": "video", "video": video} for video in videos),
+        {"type": "text", "text": text},
+    ]
+    return {"role": "user", "content": parts}
+
+
+def build_inputs(
+    processor: Any,
+    conversations: Sequence[Sequence[Message]],
+    device: torch.device,
+    dtype: torch.dtype,
+    **options: Any,
+) -> dict[str, Any]:
+    """Conversations that end with a question as one batch of the base's inputs, padded on the left.
+
+    Args:
+        processor: the base's, with a chat template.
+        conversations: the messages of each.
+        device: where the inputs shall lie.
+        dtype: of the pixels.
+        options: of the processor, for example `num_frames` of a video.
+
+    Raises:
+        TwigVLMError: a picture cannot be read, a text holds a placeholder, or the template or the processor refuses.
+    """
+    images = [[load_image(image) for image in media(messages, "image")] for messages in conversations]
+    videos = [list(media(messages, "video")) for messages in conversations]
+    texts = [render(processor, messages) for messages in conversations]
+    return dict(encode(processor, texts, images, videos, **options).to(device, dtype))
+
+
+def media(messages: Sequence[Message], kind: str) -> Iterator[Any]:
+    """The pictures ("image") or videos ("video") of a conversation, in order.
+
+    Raises:
+        TwigVLMError: a part holds none, or a video's remote address.
+    """
+    for part in _parts(messages):
+        if part["type"] == kind:
+            source = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
+            if source is None:
+                raise TwigVLMError(f"prompt: a part of type {kind!r} holds nothing; give it under {kind!r}")
+            if kind == "video" and is_remote(source):
+                raise TwigVLMError(f"video {str(source)!r}: is a remote address; download the file and give its path")
+            yield source
+
+
+def render(
+    processor: Any, messages: Sequence[Message], name: str = "prompt", add_generation_prompt: bool = True
+) -> str:
+    """A conversation as text, by the processor's chat template; one placeholder stands for each picture.
+
+    Args:
+        processor: the base's.
+        messages: the conversation; its pictures may be missing, only their parts count.
+        name: what errors begin with.
+        add_generation_prompt: end with what an answer follows.
+
+    Raises:
+        TwigVLMError: a text holds a placeholder, or the template refuses or is made for text alone.
+    """
+    for kind in ("image", "video"):
+        for placeholder in _placeholders(processor, kind):
+            if any(placeholder in (part.get("text") or "") for part in _parts(messages)):
+                raise TwigVLMError(
+                    f"{name}: holds the {kind} placeholder {placeholder!r}, which is added by itself; leave it out"
+                )
+    if getattr(processor, "chat_template", None) is None:
+        raise TwigVLMError(f"{name}: the processor has no chat template; choose an instruction-tuned model")
+    try:
+        text = str(processor.apply_chat_template(_bare(messages), add_generation_prompt=add_generation_prompt))
+    except Exception as error:  # templates raise whatever a conversation they are not made for leads them to
+        raise TwigVLMError(
+            f"{name}: refused by the chat template ({one_line(error)}); choose an instruction-tuned vision-language "
+            "model, or change the messages"
+        ) from error
+    for kind in ("image", "video"):
+        token = getattr(processor, f"{kind}_token", None)
+        wanted = sum(part["type"] == kind for part in _parts(messages))
+        if token is not None and text.count(token) != wanted:
+            raise TwigVLMError(
+                f"{name}: the chat template writes {text.count(token)} placeholders {token!r} for {wanted} "
+                f"{kind}s; choose a vision-language model's template"
+            )
+    return text
+
+
+def encode(
+    processor: Any,
+    texts: Sequence[str],
+    images: Sequence[Sequence[Image.Image]],
+    videos: Sequence[Sequence[Any]] = (),
+    name: str = "prompt",
+    **options: Any,
+) -> Any:
+    """Rendered conversations and their pictures as the processor's outputs; several are padded on the left.
+
+    Args:
+        processor: the base's.
+        texts: of `render`.
+        images: of each text, as `load_image` returns them.
+        videos: of each text.
+        name: what errors begin with.
+        options: of the processor.
+
+    Raises:
+        TwigVLMError: the processor refuses, or would scale a picture to more than `MAX_PIXELS`.
+    """
+    pictures = [image for group in images for image in group]
+    for image in pictures:
+        _check_scaled(processor, image, name)
+    options = {**options, **special_tokens(texts[0], processor.tokenizer)}
+    if len(texts) > 1:
+        options |= {"padding": True, "padding_side": "left"}
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token  # any will do: padding is masked
+    if clips := [video for group in videos for video in group]:
+        options["videos"] = clips
+    try:
+        return processor(
+            images=(pictures if len(texts) == 1 else [list(group) for group in images]) if pictures else None,
+            text=texts[0] if len(texts) == 1 else list(texts),
+            return_tensors="pt",
+            **options,
+        )
+    except Exception as error:  # processors raise whatever an odd picture leads them to
+        sizes = ", ".join(sorted({f"{image.width}x{image.height}" for image in pictures}))
+        remedy = f"; its images have {sizes} pixels, scale or crop them" if pictures else "; change the text"
+        raise TwigVLMError(f"{name}: refused by the processor ({one_line(error)}){remedy}") from error
 
 
 def special_tokens(text: str, tokenizer: Any) -> dict[str, bool]:
@@ -9,3 +160,42 @@ def special_tokens(text: str, tokenizer: Any) -> dict[str, bool]:
     A template may begin with the first token itself: then the tokenizer shall not add it once more.
     """
     return {"add_special_tokens": tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)}
+
+
+def _parts(messages: Sequence[Message]) -> Iterator[Message]:
+    for message in messages:
+        content = message["content"]
+        yield from [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _bare(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages without pictures and videos, which a template is not to print."""
+
+    def bare(part: Message) -> dict[str, Any]:
+        return dict(part) if part["type"] == "text" else {"type": part["type"]}
+
+    return [
+        {**message, "content": content if isinstance(content := message["content"], str) else list(map(bare, content))}
+        for message in messages
+    ]
+
+
+def _placeholders(processor: Any, kind: str) -> set[str]:
+    """What stands for an image or a video in a text: before the processor expands it, and after."""
+    found = (getattr(holder, f"{kind}_token", None) for holder in (processor, processor.tokenizer))
+    return {token for token in found if isinstance(token, str)}
+
+
+def _check_scaled(processor: Any, image: Image.Image, name: str) -> None:
+    """Some processors scale a picture's short side to a fixed length, and only then crop it."""
+    size = getattr(processor.image_processor, "size", None) or {}
+    edge = size.get("shortest_edge")
+    if edge is None or size.get("longest_edge") is not None:
+        return
+    short, long = sorted(image.size)
+    pixels = edge * edge * long // short
+    if pixels > MAX_PIXELS:
+        raise TwigVLMError(
+            f"{name}: its image of {image.width}x{image.height} pixels would be scaled to {pixels:,}, more than the limit "
+            f"of {MAX_PIXELS:,}; crop it"
+        )

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from twigvlm.base.masks import check_mask_attention
-from twigvlm.base.vlm import BaseVLM
+from twigvlm.base.vlm import BaseVLM, is_refusal
 from twigvlm.checkpoints import twig_files
 from twigvlm.checkpoints.hub import push
 from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
@@ -365,10 +365,15 @@ class TwigVLM(nn.Module):
         adapter = HFGenerateAdapter(self.base, pruner, schedule, kwargs.get("streamer"), generator, prefix)
         try:
             self.model.generate(custom_generate=adapter, **with_stop_strings(kwargs, self.model.generation_config))
-        except ValueError as error:
-            if adapter.entered or isinstance(error, TwigVLMError):
+        except Exception as error:
+            if adapter.entered or not is_refusal(error):
                 raise
-            raise TwigVLMError(one_line(error)) from error
+            if isinstance(error, ValueError):
+                raise TwigVLMError(one_line(error)) from error
+            if not any(visual.grid for visual in self.base.family.visuals):
+                raise
+            # Families with grids lay out the positions of images before the adapter is called.
+            raise TwigVLMError(f"the base refuses this prompt: {one_line(error)}") from error
         return adapter
 
     def chat(self, processor: Any, **options: Any) -> Conversation:

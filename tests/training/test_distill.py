@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from twigvlm.engine.prefill import TrunkOutput
 
 from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
 from tests.training.events import logged
 from tests.training.stop import StopAt
-from twigvlm.engine.prefill import TrunkOutput
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.cache import KVCache
 from twigvlm.pruning.methods.pruning_head import HeadScores

@@ -1,6 +1,6 @@
 """What differs between model families, as data. Nothing outside this file knows a family's name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from twigvlm.errors import TwigVLMError
@@ -16,6 +16,9 @@ class Visual:
     """Attribute of the config that names the id of its placeholder tokens."""
     pixels: tuple[str, ...]
     """Arguments of the model's forward that carry its pixels, the usual one first."""
+    grid: str | None = None
+    """Argument with the frames, rows and columns of patches of each image or video, where the family has one; the squares
+    of `vision_config.spatial_merge_size` patches become a visual token each."""
 
     @property
     def article(self) -> str:
@@ -25,6 +28,7 @@ class Visual:
 
 IMAGES = Visual("image", "image_token_id", ("pixel_values",))
 VIDEOS = Visual("video", "video_token_id", ("pixel_values_videos",))
+GRIDS = (replace(IMAGES, grid="image_grid_thw"), replace(VIDEOS, grid="video_grid_thw"))
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("Idefics3", "idefics3", decoder="model.text_model"),
     Family("SmolVLM", "smolvlm", decoder="model.text_model", notes=_FRAMES),
     Family("InternVL 3", "internvl", notes=_FRAMES),
-    Family("Qwen2-VL", "qwen2_vl", visuals=(IMAGES, VIDEOS)),
-    Family("Qwen2.5-VL", "qwen2_5_vl", visuals=(IMAGES, VIDEOS)),
-    Family("Qwen3-VL", "qwen3_vl", visuals=(IMAGES, VIDEOS)),
+    Family("Qwen2-VL", "qwen2_vl", visuals=GRIDS),
+    Family("Qwen2.5-VL", "qwen2_5_vl", visuals=GRIDS),
+    Family("Qwen3-VL", "qwen3_vl", visuals=GRIDS),
     Family("Gemma 3", "gemma3"),
 )
 

@@ -1,6 +1,7 @@
 """BaseVLM: an unmodified Hugging Face vision-language model, opened at its layers."""
 
 from functools import reduce
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,8 @@ from twigvlm.base.prompt import Prompt, attention_ends_of, deepstack_of, packed
 from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.kv.cache import CacheView
+
+_PER_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 class BaseVLM:
@@ -81,20 +84,52 @@ class BaseVLM:
         return reduce(torch.logical_or, [input_ids == token for token, _ in self._visuals()])
 
     def check_images(self, input_ids: Int[Tensor, "batch tokens"], inputs: dict[str, Any]) -> None:
-        """Raise TwigVLMError unless placeholders and pixels come together. A prompt of text alone is fine."""
+        """Raise TwigVLMError unless placeholders and pixels come together and, as far as the inputs tell, match.
+
+        A prompt of text alone is fine.
+        """
+        for name in _PER_TOKEN:
+            given = inputs.get(name)
+            if given is not None and given.shape != input_ids.shape:
+                raise TwigVLMError(
+                    f"{name} has shape {list(given.shape)}, but input_ids has {list(input_ids.shape)}: "
+                    "shorten both or none of them"
+                )
         for token, visual in self._visuals():
-            placeholders = int((input_ids == token).sum())
-            given = any(inputs.get(name) is not None for name in visual.pixels)
-            if given and not placeholders:
+            counts = (input_ids == token).sum(dim=1).tolist()
+            pixels = next((inputs[name] for name in visual.pixels if inputs.get(name) is not None), None)
+            if pixels is not None and not any(counts):
                 raise TwigVLMError(
                     f"No {visual.kind} placeholder in the prompt: put {visual.article} {visual.kind} into the chat messages, "
                     f"or the processor's {visual.kind} token into the text, and pass both through the processor"
                 )
-            if placeholders and not given:
+            if pixels is None and any(counts):
                 raise TwigVLMError(
-                    f"{placeholders} {visual.kind} placeholders but no {visual.kind}: "
+                    f"{sum(counts)} {visual.kind} placeholders but no {visual.kind}: "
                     f"pass {visual.pixels[0]} from the processor"
                 )
+            if pixels is not None:
+                self._check_counts(visual, counts, pixels, inputs)
+
+    def _check_counts(self, visual: Visual, counts: list[int], pixels: Tensor, inputs: dict[str, Any]) -> None:
+        """Raise TwigVLMError unless every prompt of a batch, with so many placeholders, has those of whole images."""
+        if visual.grid is not None:
+            grid = inputs.get(visual.grid)
+            if grid is None:
+                raise TwigVLMError(f"{visual.grid} is missing: pass it from the processor, with {visual.pixels[0]}")
+            merged = self.model.config.vision_config.spatial_merge_size**2
+            tokens = (grid.prod(dim=-1) // merged).tolist()
+            made = f"{len(tokens)} {visual.kind}s of {sum(tokens)} visual tokens"
+        elif pixels.ndim == 4 and inputs.get("image_sizes") is None:  # images of one size, or tiles of them
+            tokens = [sum(counts) // len(pixels)] * len(pixels)
+            made = f"{len(pixels)} {visual.kind}s of equal size"
+        else:
+            return  # only the base knows what it makes of other pixels; it counts that itself
+        if sum(tokens) != sum(counts) or not {0, *accumulate(tokens)}.issuperset(accumulate(counts)):
+            raise TwigVLMError(
+                f"{' + '.join(map(str, counts))} {visual.kind} placeholders do not match {made}: "
+                "pass the processor's outputs as they are, made without truncation"
+            )
 
     def check_context(self, input_ids: Int[Tensor, "batch tokens"]) -> None:
         """Raise TwigVLMError if a prompt is longer than the base's context."""
@@ -128,7 +163,9 @@ class BaseVLM:
         self.check_context(input_ids)
         try:
             kwargs = capture(self.decoder, lambda: self.model(input_ids=input_ids, use_cache=False, **inputs))
-        except ValueError as error:  # for example more pixels than placeholders
+        except Exception as error:
+            if not is_refusal(error):
+                raise
             raise TwigVLMError(f"the base refuses this prompt: {one_line(error)}") from error
         hidden, input_ids = cast(Tensor, kwargs["inputs_embeds"]).to(self.device), input_ids.to(self.device)
         mask = inputs.get("attention_mask")
@@ -208,6 +245,12 @@ class BaseVLM:
         """Final norm and head, on the given positions only."""
         with cpu_linear(self.head, hidden):
             return cast(Tensor, self.head(self.norm(hidden)).to(hidden.device))
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the prompt may be at fault for an error of a base's forward: pixels and placeholders that do not match, say."""
+    kinds = (ValueError, RuntimeError, IndexError, StopIteration)
+    return isinstance(error, kinds) and not isinstance(error, TwigVLMError | torch.OutOfMemoryError)
 
 
 def _rope_types(config: Any) -> list[str]:

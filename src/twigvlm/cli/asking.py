@@ -1,7 +1,6 @@
 """Options of the commands that ask Sapling's own question unless told otherwise."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from twigvlm.config import Speculate
@@ -11,8 +10,8 @@ from twigvlm.config import Speculate
 class Asking:
     """One question about one picture, through a twig."""
 
-    image: Path | None = None
-    """Image file. None: the scene that ships with the package."""
+    image: str | None = None
+    """Image file, or a data URI. None: the scene that ships with the package."""
     prompt: str = "Describe this image in detail."
     """Question about the image."""
     model: str = "sapling"

@@ -27,13 +27,19 @@ from twigvlm.evaluation.exactness import choose_checks, run_exactness
 from twigvlm.evaluation.figures import draw_accuracy, figure_class
 from twigvlm.evaluation.progress import Progress
 from twigvlm.evaluation.questions import Question, Questions, load_questions
-from twigvlm.evaluation.report import accuracy_sections, batch_sections, exactness_sections, page, speed_sections
-from twigvlm.evaluation.results_log import Record, ResultsLog
+from twigvlm.evaluation.report import (
+    accuracy_sections,
+    batch_sections,
+    exactness_sections,
+    failed_sections,
+    page,
+    speed_sections,
+)
+from twigvlm.evaluation.results_log import Record, ResultsLog, answered
 from twigvlm.evaluation.speed import System, draft_systems, run_speed, standard_systems
 from twigvlm.evaluation.summary import accuracies
 from twigvlm.evaluation.variants import make_variants
 from twigvlm.files import replacing
-from twigvlm.images import load_image
 from twigvlm.loading import SAPLING
 from twigvlm.model import TwigVLM
 
@@ -46,6 +52,8 @@ class Bench:
     """A loaded base, the twig's directory, and the questions."""
 
     base: Any
+    body: BaseVLM
+    """The base, opened at its layers."""
     processor: Any
     twig: str
     questions: Questions
@@ -57,9 +65,15 @@ class Bench:
         return TwigVLM.from_pretrained(self.base, self.twig)
 
     def inputs_of(self, *questions: Question) -> dict[str, Any]:
-        """A question, or several as a batch, as the base's inputs."""
-        images = [load_image(question.image) for question in questions]
-        return build_inputs(self.base, self.processor, images, [question.prompt for question in questions])
+        """A question, or several as a batch, as the base's inputs.
+
+        Raises:
+            TwigVLMError: a picture cannot be read, the processor or its template refuses, or the context is too short.
+        """
+        images = [question.image for question in questions]
+        inputs = build_inputs(self.base, self.processor, images, [question.prompt for question in questions])
+        self.body.check_context(inputs["input_ids"])
+        return inputs
 
 
 def open_bench(options: Common, validation: str = "") -> Bench:
@@ -97,7 +111,7 @@ def open_bench(options: Common, validation: str = "") -> Bench:
         "max new tokens": options.max_new_tokens,
         "max description tokens": options.max_description_tokens,
     }
-    return Bench(base, processor, twig, questions, settings)
+    return Bench(base, body, processor, twig, questions, settings)
 
 
 def _digest(data: bytes) -> str:
@@ -144,8 +158,8 @@ def run_pruning(
             seed,
             advance,
         )
-    figures = accuracies(records, {question.id: question.image for question in bench.questions.items})
-    _write(options, title, bench, {"seed": seed}, accuracy_sections(figures, variants))
+    figures = accuracies(answered(records), {question.id: question.image for question in bench.questions.items})
+    _write(options, title, bench, {"seed": seed}, accuracy_sections(figures, variants), records)
     if figure:
         draw_accuracy(figures, variants, options.output / FIGURE)
         print(f"Figure: {options.output / FIGURE}")
@@ -201,7 +215,7 @@ def _run_contenders(options: Speed | Drafts, title: str, systems: Sequence[Syste
             repeats,
             advance,
         )
-    _write(options, title, bench, more, speed_sections(records, systems))
+    _write(options, title, bench, more, speed_sections(answered(records), systems), records)
 
 
 def run_sizes(options: Batches) -> None:
@@ -229,7 +243,7 @@ def run_sizes(options: Batches) -> None:
             options.repeats,
             advance,
         )
-    _write(options, "Batches", bench, more, batch_sections(records, systems))
+    _write(options, "Batches", bench, more, batch_sections(answered(records), systems), records)
 
 
 def _check_repeats(repeats: int) -> None:
@@ -242,7 +256,7 @@ def run_checks(options: Exactness) -> None:
     checks = choose_checks(options.checks)
     bench = open_bench(options)
     results_log = ResultsLog(options.output / RAW, {**bench.settings, "retain": options.retain, "checks": checks})
-    todo = sum(question.id not in results_log.records for question in bench.questions.items)
+    todo = sum(results_log.results(question.id) is None for question in bench.questions.items)
     inputs_of: InputsOf = bench.inputs_of
     with _advancing("Exactness", 2 * todo) as advance:
         records = run_exactness(
@@ -257,23 +271,29 @@ def run_checks(options: Exactness) -> None:
             options.max_description_tokens,
             advance,
         )
-    _write(options, "Exactness", bench, {"retain": options.retain}, exactness_sections(records))
+    more = {"retain": options.retain}
+    _write(options, "Exactness", bench, more, exactness_sections(answered(records)), records)
 
 
 @contextmanager
 def _advancing(title: str, total: int, running: Progress | None = None) -> Iterator[Callable[[Record], None]]:
-    """A progress bar with running accuracies; a line now and then where stderr is no terminal."""
-    done = 0
+    """A progress bar with running accuracies; a line now and then where stderr is no terminal, and for what failed."""
+    done = failed = 0
     with progress() as bar:
         task = bar.add_task(title, total=total)
 
         def advance(record: Record) -> None:
-            nonlocal done
+            nonlocal done, failed
             done += 1
+            if "failed" in record:
+                failed += 1
+                print(f"{record['id']}: failed, {record['failed']}", file=sys.stderr)
             text = title
             if running is not None:
                 running.add(record)
                 text = f"{title}: {running}"
+            if failed:
+                text = f"{text} · {failed} failed"
             bar.update(task, advance=1, description=text)
             if bar.disable and (done % _EVERY == 0 or done == total):
                 print(f"{done}/{total} {text}", file=sys.stderr)
@@ -296,7 +316,14 @@ def command_line(options: Common) -> str:
     return shlex.join(words)
 
 
-def _write(options: Common, title: str, bench: Bench, more: dict[str, Any], sections: Sequence[str]) -> None:
+def _write(
+    options: Common,
+    title: str,
+    bench: Bench,
+    more: dict[str, Any],
+    sections: Sequence[str],
+    records: Sequence[Record],
+) -> None:
     split = bench.questions.split
     settings = {
         **bench.settings,
@@ -306,6 +333,7 @@ def _write(options: Common, title: str, bench: Bench, more: dict[str, Any], sect
     }
     path = options.output / REPORT
     with replacing(path) as temporary:
-        temporary.write_text(page(title, command_line(options), settings, sections), encoding="utf-8")
+        text = page(title, command_line(options), settings, [*failed_sections(records), *sections])
+        temporary.write_text(text, encoding="utf-8")
     print(f"Raw results: {options.output / RAW}")
     print(f"Report: {path}")

@@ -3,7 +3,6 @@
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from twigvlm.config import Speculate
@@ -13,8 +12,8 @@ from twigvlm.config import Speculate
 class Generate:
     """Answer one question about one picture, with or without a twig."""
 
-    image: Path
-    """Image file."""
+    image: str
+    """Image file, or a data URI."""
     prompt: str
     """Question or instruction about the image."""
     model: str = "sapling"

@@ -15,7 +15,7 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.figures import draw_patches, figure_class
 from twigvlm.evaluation.variants import score_all
 from twigvlm.files import replacing
-from twigvlm.images import load_image
+from twigvlm.images import load_image, short_name
 from twigvlm.model import TwigVLM
 from twigvlm.pruning.budget import solve_keep
 from twigvlm.pruning.select import top_visual
@@ -99,7 +99,7 @@ def settings(options: Inspect, session: Session, answer: Answer) -> dict[str, An
     config = session.model.twig.config
     return {
         **session.report(),
-        "image": options.image or "the scene that ships with the package",
+        "image": short_name(options.image) if options.image else "the scene that ships with the package",
         "attention": session.model.base.attention,
         "trunk layers K, twig layers T": f"{config.trunk_layers}, {config.twig_layers}",
         "FinalWipe K_f": "off" if config.final_wipe is None else config.final_wipe,

@@ -10,10 +10,11 @@ import huggingface_hub
 import transformers
 from PIL import Image
 
-from twigvlm import loading
+from twigvlm import inputs, loading
 from twigvlm.config import Speculate
 from twigvlm.errors import TwigVLMError
-from twigvlm.inputs import special_tokens
+from twigvlm.images import Picture
+from twigvlm.inputs import user_turn
 from twigvlm.loading import SAPLING
 from twigvlm.model import TwigVLM
 
@@ -89,30 +90,12 @@ def _silence_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def build_inputs(base: Any, processor: Any, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
-    """One user turn with one image for each row, through the processor's chat template; padded on the left."""
-    placeholder = getattr(processor, "image_token", None)
-    texts = []
-    for prompt in prompts:
-        if placeholder and placeholder in prompt:
-            raise TwigVLMError(
-                f"prompt: holds the image placeholder {placeholder!r}, which is added by itself; leave it out"
-            )
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-        try:
-            texts.append(processor.apply_chat_template([turn], add_generation_prompt=True))
-        except ValueError as error:
-            raise TwigVLMError(
-                f"model {base.name_or_path!r}: its processor has no chat template; choose an instruction-tuned model"
-            ) from error
-    options: dict[str, Any] = {}
-    if len(texts) > 1:
-        options = {"padding": True, "padding_side": "left"}
-        if processor.tokenizer.pad_token is None:
-            processor.tokenizer.pad_token = processor.tokenizer.eos_token  # any will do: padding is masked
-    options |= special_tokens(texts[0], processor.tokenizer)
-    inputs = processor(images=[[image] for image in images], text=texts, return_tensors="pt", **options)
-    return dict(inputs.to(base.device, base.dtype))
+def build_inputs(
+    base: Any, processor: Any, images: Sequence[Picture | Sequence[Picture]], prompts: Sequence[str]
+) -> dict[str, Any]:
+    """One user turn for each row, of a prompt after its picture or list of pictures, which may be empty."""
+    turns = [[user_turn(prompt, given)] for prompt, given in zip(prompts, images, strict=True)]
+    return inputs.build_inputs(processor, turns, base.device, base.dtype)
 
 
 def patch_grid(base: Any, visual_tokens: int) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.evaluation.metrics import overlap
 from twigvlm.evaluation.questions import Namer, Question, Questions, exact_match
 from twigvlm.evaluation.results_log import Record, ResultsLog
@@ -11,7 +12,7 @@ from twigvlm.evaluation.variants import Outcome, Variant, answer_all
 from twigvlm.model import TwigVLM
 
 InputsOf = Callable[[Question], dict[str, Any]]
-"""A question as the base's inputs, batch 1."""
+"""A question as the base's inputs, batch 1. Raises TwigVLMError where it has none: the question failed, and the run goes on."""
 
 
 def run_accuracy(
@@ -40,21 +41,31 @@ def run_accuracy(
 
     Returns:
         The records, in the order of the questions: `id`, `kind`, `answer`, and by variant `kept` (R),
-        `given` (its answer) and `score` (1 or 0; of a description the numbers of objects found, present and named).
+        `given` (its answer) and `score` (1 or 0; of a description the numbers of objects found, present and named). Of a
+        question that failed: `id`, `kind` and `failed`, the reason.
     """
     namer = Namer(questions.vocabulary)
     records = []
     for question in questions.items:
-        record = results_log.records.get(question.id)
+        record = results_log.results(question.id)
         if record is None:
             most = question.limit(max_new_tokens, max_description_tokens)
             own_seed = zlib.crc32(f"{seed} {question.id}".encode())
-            outcomes = answer_all(model, inputs_of(question), variants, most, own_seed)
-            results_log.append(_record(question, outcomes, tokenizer, namer))
-            record = results_log.records[question.id]
+            try:
+                inputs = inputs_of(question)
+            except TwigVLMError as error:
+                record = results_log.append(failure(question, error))
+            else:
+                outcomes = answer_all(model, inputs, variants, most, own_seed)
+                record = results_log.append(_record(question, outcomes, tokenizer, namer))
         records.append(record)
         advance(record)
     return records
+
+
+def failure(question: Question, error: TwigVLMError) -> Record:
+    """The record of a question that failed."""
+    return {"id": question.id, "kind": question.group, "failed": one_line(error)}
 
 
 def _record(question: Question, outcomes: dict[str, Outcome], tokenizer: Any, namer: Namer) -> Record:

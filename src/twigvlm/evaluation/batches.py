@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from twigvlm.engine.timing import clock_of
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.evaluation import peak_memory
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record, ResultsLog
@@ -66,7 +66,7 @@ def run_batches(
 
     Returns:
         The records: `id`, `size`, and by system `runs`: new `tokens` of each row, up to its end token, and lists of
-        `total` seconds and `peak` bytes, one per repeat.
+        `total` seconds and `peak` bytes, one per repeat. Of a batch with a question that failed: `id`, `size` and `failed`.
 
     Raises:
         TwigVLMError: a size that does not divide the number of prompts.
@@ -76,8 +76,14 @@ def run_batches(
     warm = False
     for size, number, batch in plan:
         key = f"{size}-{number}"
-        if key not in results_log.records:
-            inputs = batch_of(batch)
+        record = results_log.results(key)
+        if record is None:
+            try:
+                inputs = batch_of(batch)
+            except TwigVLMError as error:
+                records.append(results_log.append({"id": key, "size": size, "failed": one_line(error)}))
+                advance(records[-1])
+                continue
             most = max(question.limit(max_new_tokens, max_description_tokens) for question in batch)
             if not warm:
                 for system in systems:
@@ -91,9 +97,9 @@ def run_batches(
                     run["tokens"] = tokens
                     run["total"].append(seconds)
                     run["peak"].append(held)
-            results_log.append({"id": key, "size": size, "runs": runs})
-        records.append(results_log.records[key])
-        advance(records[-1])
+            record = results_log.append({"id": key, "size": size, "runs": runs})
+        records.append(record)
+        advance(record)
     return records
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation.accuracy import InputsOf
+from twigvlm.evaluation.accuracy import InputsOf, failure
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.model import TwigVLM
@@ -67,22 +67,30 @@ def run_exactness(
 
     Returns:
         The records, in the order of the questions: `id`, `kind`, `tokens` (length of the base's answer, or if no check asks for
-        that, of the answer without speculation), `same` by check.
+        that, of the answer without speculation), `same` by check. Of a question that failed: `id`, `kind` and `failed`.
     """
-    todo = [question for question in questions if question.id not in results_log.records]
+    todo = [question for question in questions if results_log.results(question.id) is None]
 
     limits = max_new_tokens, max_description_tokens
     before = {}
+    failures = {}
     for question in todo:
-        if OF_THE_BASE & set(checks):
-            before[question.id] = _reference(base.generate, inputs_of(question), question.limit(*limits))
+        try:
+            inputs = inputs_of(question)
+        except TwigVLMError as error:
+            failures[question.id] = failure(question, error)
+        else:
+            if OF_THE_BASE & set(checks):
+                before[question.id] = _reference(base.generate, inputs, question.limit(*limits))
         advance({})
     model = grow()
     for question in todo:
-        reference = before.get(question.id)
-        tokens, same = _check(model, inputs_of(question), reference, retain, checks, question.limit(*limits))
-        results_log.append({"id": question.id, "kind": question.group, "tokens": tokens, "same": same})
-        advance(results_log.records[question.id])
+        record = failures.get(question.id)
+        if record is None:
+            reference = before.get(question.id)
+            tokens, same = _check(model, inputs_of(question), reference, retain, checks, question.limit(*limits))
+            record = {"id": question.id, "kind": question.group, "tokens": tokens, "same": same}
+        advance(results_log.append(record))
     return [results_log.records[question.id] for question in questions]
 
 

@@ -12,8 +12,8 @@ class Progress:
         self._most = most
 
     def add(self, record: Record) -> None:
-        """Count a record; descriptions are left out."""
-        scores = {name: value for name, value in record["score"].items() if not isinstance(value, list)}
+        """Count a record; descriptions and failed questions are left out."""
+        scores = {name: value for name, value in record.get("score", {}).items() if not isinstance(value, list)}
         self.asked += bool(scores)
         for name, right in scores.items():
             self.right[name] = self.right.get(name, 0) + right

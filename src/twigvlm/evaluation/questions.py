@@ -1,6 +1,7 @@
 """Questions about pictures with known answers, and when an answer is right."""
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from twigvlm.errors import TwigVLMError
+from twigvlm.images import is_remote, is_uri
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Question:
     """One question about one picture."""
 
     id: str
-    image: Path
+    image: Path | str
+    """A path, or a data URI."""
     prompt: str
     answer: str
     kind: str
@@ -69,7 +72,8 @@ class Questions:
 def load_questions(path: Path) -> Questions:
     """Read `{"split": …, "vocabulary": {name: [forms]}, "questions": [{"id", "image", "question", "answer", "kind"}]}`.
 
-    `split`, `vocabulary`, and a question's `held_out` and `objects` may be missing. Image paths are relative to the file.
+    `split`, `vocabulary`, and a question's `held_out` and `objects` may be missing. Image paths are relative to the file; an
+    image may also be a data URI.
 
     Raises:
         TwigVLMError: names the file or the question, what is wrong with it, and the remedy.
@@ -111,8 +115,10 @@ def _question(row: Any, number: int, folder: Path, vocabulary: Mapping[str, Any]
     for key in ("id", "image", "question", "answer", "kind"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise TwigVLMError(f"{where}: {key!r} is missing or no text; fill it in")
-    image = folder / row["image"]
-    if not image.is_file():
+    if is_remote(row["image"]):
+        raise TwigVLMError(f"{where}: remote image {row['image']!r}; download it and give its path")
+    image = row["image"] if is_uri(row["image"]) else folder / row["image"]
+    if not is_uri(image) and not os.path.isfile(image):
         raise TwigVLMError(f"{where}: no image file {str(image)!r}; image paths start from the file of questions")
     objects = row.get("objects")
     if objects is not None:

@@ -17,6 +17,8 @@ from twigvlm.evaluation.summary import (
 )
 from twigvlm.evaluation.variants import NONE, Variant
 
+_LISTED = 20  # failed questions that a report gives the reasons of; the raw results have all
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table; the first column is text, the others are numbers."""
@@ -45,6 +47,19 @@ def page(title: str, command: str, settings: Mapping[str, Any], sections: Sequen
 def _value(value: Any) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return text.replace("|", "\\|")
+
+
+def failed_sections(records: Sequence[Record]) -> list[str]:
+    """How many questions failed, and why; nothing if none did."""
+    failed = [f"- {record['id']}: {record['failed']}" for record in records if "failed" in record]
+    if not failed:
+        return []
+    return [
+        "## Failed",
+        f"{len(failed)} of {len(records)} could not be asked. The figures leave them out; they are asked again when the same "
+        "command is run again.",
+        "\n".join([*failed[:_LISTED], *(["- …"] if len(failed) > _LISTED else [])]),
+    ]
 
 
 def accuracy_sections(accuracies: Sequence[Accuracy], variants: Sequence[Variant]) -> list[str]:

@@ -1,15 +1,32 @@
-"""Raw results as JSON lines: a first line with the settings, then one record per question. A stopped run continues."""
+"""Raw results as JSON lines: a first line with the settings, then one record per question. A stopped run continues.
+
+A question whose inputs could not be made has a record too, with the reason under `failed` in place of results. When the
+run is started again, such a question is asked again; of several records of a question the last one counts.
+"""
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from twigvlm.errors import TwigVLMError
 
 Record = dict[str, Any]
-"""One question's raw results; has an `id`."""
+"""One question's raw results, or why it failed; has an `id`."""
+
+
+def answered(records: Iterable[Record]) -> list[Record]:
+    """The records of questions that did not fail.
+
+    Raises:
+        TwigVLMError: all of them failed.
+    """
+    records = list(records)
+    found = [record for record in records if "failed" not in record]
+    if records and not found:
+        raise TwigVLMError(f"every question failed; {records[-1]['failed']}")
+    return found
 
 
 class ResultsLog:
@@ -57,10 +74,18 @@ class ResultsLog:
                 f"{self.path}: holds results of other settings ({', '.join(other)}); choose another output directory"
             )
 
-    def append(self, record: Record) -> None:
-        """Add a record; it is on disk when this returns."""
-        self._write("ab", record)
-        self.records[str(record["id"])] = json.loads(json.dumps(record))
+    def results(self, identity: str) -> Record | None:
+        """A question's record, unless it has none yet, or failed."""
+        record = self.records.get(identity)
+        return None if record is None or "failed" in record else record
+
+    def append(self, record: Record) -> Record:
+        """Add a record; it is on disk when this returns. Returns it as it will be read again."""
+        stored: Record = json.loads(json.dumps(record))
+        if self.records.get(str(record["id"])) != stored:  # a question may fail again, for the same reason
+            self._write("ab", record)
+            self.records[str(record["id"])] = stored
+        return stored
 
     def _write(self, mode: str, line: Mapping[str, Any]) -> None:
         with self.path.open(mode) as file:

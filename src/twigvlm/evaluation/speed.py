@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from twigvlm import compat
 from twigvlm.engine.timing import clock_of
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation.accuracy import InputsOf
+from twigvlm.evaluation.accuracy import InputsOf, failure
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.model import TwigVLM
@@ -189,14 +189,21 @@ def run_speed(
 
     Returns:
         The records, in the order of the questions: `id`, `kind`, and by system `runs`: `ids`, `text`, drafted and
-        accepted lengths of each step, and lists of seconds (`prefill`, `total`, `draft`, `verify`), one per repeat.
+        accepted lengths of each step, and lists of seconds (`prefill`, `total`, `draft`, `verify`), one per repeat. Of a
+        question that failed: `id`, `kind` and `failed`, the reason.
     """
     records = []
     warm = False
     for number, question in enumerate(questions):
-        record = results_log.records.get(question.id)
+        record = results_log.results(question.id)
         if record is None:
-            inputs, most = inputs_of(question), question.limit(max_new_tokens, max_description_tokens)
+            try:
+                inputs = inputs_of(question)
+            except TwigVLMError as error:
+                records.append(results_log.append(failure(question, error)))
+                advance(records[-1])
+                continue
+            most = question.limit(max_new_tokens, max_description_tokens)
             if not warm:
                 for system in systems:
                     measure(model, inputs, system, most)
@@ -206,8 +213,7 @@ def run_speed(
                 for system in in_turn(systems, number + turn):
                     taken[system.name].append(measure(model, inputs, system, most))
             runs = {name: _run(measurements, tokenizer) for name, measurements in taken.items()}
-            results_log.append({"id": question.id, "kind": question.group, "runs": runs})
-            record = results_log.records[question.id]
+            record = results_log.append({"id": question.id, "kind": question.group, "runs": runs})
         records.append(record)
         advance(record)
     return records

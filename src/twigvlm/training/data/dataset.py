@@ -4,20 +4,20 @@ A sample that turns out to be broken only here, as its picture is opened or its 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.errors import TwigVLMError
 from twigvlm.images import load_image
-from twigvlm.inputs import special_tokens
+from twigvlm.inputs import encode, special_tokens
+from twigvlm.inputs import render as render_messages
 from twigvlm.training.data.load import report, summarise
 from twigvlm.training.data.samples import BrokenSample, Samples, fetch, to_messages
 from twigvlm.training.distributed import processes
@@ -92,12 +92,10 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         sample = to_messages(sample, identity)
         name = f"sample {identity!r}"
         text, spans = render(sample, self.processor)
-        images = [self._open(image, name) for image in sample["images"]]
-        special = special_tokens(text, self.processor.tokenizer)
-        try:
-            inputs = dict(self.processor(images=images or None, text=text, return_tensors="pt", **special))
-        except Exception as error:  # processors raise whatever an odd picture leads them to
-            raise BrokenSample(f"{name}: refused by the processor ({one_line(error)}); drop it") from None
+        with _breaking(f"{name}: "):
+            images = [load_image(image) for image in sample["images"]]
+        with _breaking():
+            inputs = dict(encode(self.processor, [text], [images], name=name))
         ids = inputs["input_ids"][0]
         labels = align(text, spans, ids, self.processor, name)
         limit = self.max_length or len(ids)
@@ -108,32 +106,22 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         cut = {key: value[:, :limit] if is_per_token(value, len(ids)) else value for key, value in inputs.items()}
         return {**cut, "labels": labels[None, :limit]}
 
-    def _open(self, image: Any, name: str) -> Image.Image:
-        try:
-            return load_image(image)
-        except TwigVLMError as error:
-            raise BrokenSample(f"{name}: {error}") from None
-
 
 def render(sample: Mapping[str, Any], processor: Any) -> tuple[str, list[tuple[int, int]]]:
     """A sample of the form of `to_messages` as text, and where in it each answer begins and ends, its end token included.
 
     Raises:
-        BrokenSample: the template refuses the conversation, or its text holds the processor's own image placeholder.
+        BrokenSample: the template refuses the conversation or is made for text alone, or a text holds the processor's
+            image placeholder.
         TwigVLMError: the template cannot be trained with.
     """
     messages, name = sample["messages"], f"sample {sample['id']!r}"
-    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
-    if any(processor.image_token in text for text in texts):
-        raise BrokenSample(f"{name}: its text holds the image placeholder {processor.image_token!r}; drop the sample")
     spans = []
     text = ""
     for end in (number for number, message in enumerate(messages, start=1) if message["role"] == "assistant"):
-        try:
-            question = processor.apply_chat_template(messages[: end - 1], add_generation_prompt=True)
-            answered = processor.apply_chat_template(messages[:end]).rstrip()
-        except TemplateError as error:
-            raise BrokenSample(f"{name}: refused by the chat template ({one_line(error)}); drop it") from None
+        with _breaking():
+            question = render_messages(processor, messages[: end - 1], name)
+            answered = render_messages(processor, messages[:end], name, add_generation_prompt=False).rstrip()
         if not (question.startswith(text) and answered.startswith(question)):
             raise TwigVLMError(
                 "chat template: rewrites earlier turns when one is added; training needs one that only appends"
@@ -244,6 +232,15 @@ def frequent_answer_tokens(samples: Samples, processor: Any, size: int) -> Tenso
     ranked = sorted(counts, key=lambda token: (-counts[token], token))
     rest = (token for token in range(len(tokenizer)) if token not in counts)
     return torch.tensor(sorted((ranked + list(islice(rest, max(0, size - len(ranked)))))[:size]))
+
+
+@contextmanager
+def _breaking(start: str = "") -> Iterator[None]:
+    """Inside, bad input is a broken sample, whose message begins so."""
+    try:
+        yield
+    except TwigVLMError as error:
+        raise BrokenSample(f"{start}{error}") from None
 
 
 def _image_token(processor: Any) -> int:

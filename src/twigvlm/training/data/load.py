@@ -2,12 +2,14 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.images import is_uri
 from twigvlm.training.data.samples import BrokenSample, Samples, fetch, to_messages
 from twigvlm.training.distributed import processes
 
@@ -89,7 +91,7 @@ def summarise(broken: int, total: int) -> None:
 
 def _check_files(sample: Mapping[str, Any]) -> None:
     for image in sample["images"]:
-        if isinstance(image, str) and not Path(image).is_file():
+        if isinstance(image, str) and not is_uri(image) and not os.path.isfile(image):
             raise BrokenSample(
                 f"sample {sample['id']!r}: no image file {image!r}; set --images to the folder that image paths start from"
             )

@@ -6,8 +6,9 @@ Two kinds are understood, and may be mixed:
 - chat messages: `{"messages": [{"role": "user", "content": …}, …], "images": […]}`, where content is text (with `<image>`
   where a picture belongs) or a list of parts `{"type": "text", "text": …}` and `{"type": "image", …}`.
 
-A picture is a path, a PIL image, or a file's bytes as Hugging Face's datasets keep them. `image` or `images` holds one, several
-or none; a part may hold its own under `image` or `path`. The form that comes out is chat messages of parts, and `images`.
+A picture is a path, a data URI, a PIL image, or a file's bytes as Hugging Face's datasets keep them. `image` or `images`
+holds one, several or none; a part may hold its own under `image`, `path` or `url`. The form that comes out is chat
+messages of parts, and `images`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 from PIL import Image
 
 from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.images import is_remote, is_uri
 
 PLACEHOLDER = "<image>"
 """Where a picture belongs in a text."""
@@ -125,7 +127,10 @@ def _parts(content: Any, place: str) -> Iterator[dict[str, Any]]:
     for part in content if isinstance(content, Sequence) else ():
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "image":
-            yield {"type": "image", "image": next((part[key] for key in ("image", "path") if part.get(key)), None)}
+            yield {
+                "type": "image",
+                "image": next((part[key] for key in ("image", "path", "url") if part.get(key)), None),
+            }
         elif kind == "text" and isinstance(part.get("text"), str):
             if part["text"].strip():
                 yield {"type": "text", "text": part["text"].strip()}
@@ -138,8 +143,10 @@ def _image(image: Any, place: str, folder: Path | None) -> str | bytes | Image.I
         raise BrokenSample(f"{place} holds more places for images than there are images; add them or drop the places")
     if isinstance(image, Mapping):  # a picture that Hugging Face's datasets have not decoded
         image = image.get("bytes") or image.get("path")
+    if is_remote(image):
+        raise BrokenSample(f"{place} has the remote image {str(image)!r}; download it and give its path")
     if isinstance(image, str | PathLike):
-        return str(image) if folder is None else str(folder / image)
+        return str(image) if folder is None or is_uri(image) else str(folder / image)
     if isinstance(image, bytes | Image.Image):
         return image
     raise BrokenSample(f"{place} has an image that is {type(image).__name__}; give a path or a PIL image")
