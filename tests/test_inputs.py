@@ -34,7 +34,12 @@ def test_a_batch_holds_what_its_conversations_alone_hold():
     conversations = [
         [user_turn("No picture?")],
         [user_turn("Which are these?", [picture(0), picture(1)])],
-        [{"role": "system", "content": "Be brief."}, user_turn("What?", picture(2)), answer, user_turn("And?", picture(3))],
+        [
+            {"role": "system", "content": "Be brief."},
+            user_turn("What?", picture(2)),
+            answer,
+            user_turn("And?", picture(3)),
+        ],
     ]
     together, alone = inputs_of(*conversations), [inputs_of(one) for one in conversations]
     assert "pixel_values" not in alone[0]
@@ -126,6 +131,8 @@ def test_sizes_with_an_upper_limit_are_the_processors_own_affair(limit):
 
 def test_parts_that_hold_nothing_to_read():
     ask = {"type": "text", "text": "What?"}
-    refused("a part of type 'image' holds nothing", conversation=[{"role": "user", "content": [{"type": "image"}, ask]}])
+    refused(
+        "a part of type 'image' holds nothing", conversation=[{"role": "user", "content": [{"type": "image"}, ask]}]
+    )
     clip = {"type": "video", "video": "https://example.org/clip.mp4"}
     refused("'https://example.org/clip.mp4': is a remote", conversation=[{"role": "user", "content": [clip, ask]}])

@@ -1,3 +1,4 @@
+import base64
 import json
 
 import huggingface_hub
@@ -59,6 +60,77 @@ def test_writes_raw_results_and_a_report(capsys, arguments, tmp_path, command):
     assert main(written[1:]) == 0  # the command in the report asks for the same: nothing is asked again
     assert (tmp_path / "out" / "report.md").read_text() == report
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.md", "results.jsonl"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_question_that_fails_is_recorded_and_the_others_go_on(capsys, refused, arguments, tmp_path, command):
+    output = tmp_path / "out"
+    Image.radial_gradient("L").save(tmp_path / "two.png")
+    sound = (tmp_path / "two.png").read_bytes()
+    questions = tmp_path / "questions.json"
+    record = json.loads(questions.read_text())
+    record["questions"][1]["image"] = "two.png"
+    questions.write_text(json.dumps(record))
+    (tmp_path / "two.png").write_bytes(sound[:500])
+
+    def records():
+        return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()[1:]]
+
+    for _ in range(2):  # the same failure is written once
+        assert main(arguments(command)) == 0
+        err = capsys.readouterr().err
+        assert "two.png': corrupt or truncated" in err
+        assert "1 failed" in err.splitlines()[-1]
+        first, second = records()
+        assert "failed" not in first
+        assert "two.png': corrupt or truncated" in second["failed"]
+        report = (output / "report.md").read_text()
+        assert "1 of 2 could not be asked" in report
+        assert f"- {second['id']}: image " in report
+        assert "nan" not in report
+    (tmp_path / "two.png").write_bytes(sound)
+    assert main(arguments(command)) == 0  # asked again
+    assert "failed" not in capsys.readouterr().err
+    assert len(records()) == 3
+    assert "could not be asked" not in (output / "report.md").read_text()
+    whole = (output / "report.md").read_text()
+    assert main(arguments(command)) == 0
+    assert (output / "report.md").read_text() == whole
+    (tmp_path / "one.png").write_bytes(b"nothing")
+    (tmp_path / "two.png").write_bytes(b"nothing")
+    refused_line = "every question failed; image "
+    capsys.readouterr()
+    assert main(arguments(command, output=tmp_path / "new")) == 2
+    assert refused_line in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_questions_that_the_template_or_the_context_refuses_fail(capsys, arguments, base_directory, tmp_path):
+    questions = tmp_path / "questions.json"
+    record = json.loads(questions.read_text())
+    record["questions"] += [
+        {**record["questions"][0], "id": "long", "question": "why " * 50},
+        {**record["questions"][0], "id": "tag", "question": "An <image> tag?"},
+    ]
+    questions.write_text(json.dumps(record))
+    assert main(arguments("accuracy")) == 0
+    err = capsys.readouterr().err
+    assert "long: failed, The prompt has " in err
+    assert "tag: failed, prompt: holds the image placeholder '<image>'" in err
+    assert "| setting | value |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_questions_image_may_be_a_data_uri_and_no_address(refused, arguments, tmp_path):
+    questions = tmp_path / "questions.json"
+    record = json.loads(questions.read_text())
+    given = base64.b64encode((tmp_path / "one.png").read_bytes()).decode()
+    record["questions"][1]["image"] = f"data:image/png;base64,{given}"
+    questions.write_text(json.dumps(record))
+    assert main(arguments("accuracy")) == 0
+    _, one, two = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert one["given"] == two["given"]
+    record["questions"][1]["image"] = "https://example.org/cat.jpg"
+    questions.write_text(json.dumps(record))
+    refused(*arguments("accuracy", output=tmp_path / "new"), words=("'https://example.org/cat.jpg'", "download"))
 
 
 def test_bad_options_are_refused(refused, arguments, tmp_path):

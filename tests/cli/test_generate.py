@@ -1,3 +1,4 @@
+import base64
 import json
 
 import pytest
@@ -115,6 +116,14 @@ def test_bad_images(refused, arguments, tmp_path):
     animated = tmp_path / "animated.gif"
     Image.new("L", (8, 8)).save(animated, save_all=True, append_images=[Image.new("L", (8, 8), 255)])
     refused(*arguments(image=animated), words=["2 frames"])
+
+
+def test_a_data_uri_is_a_picture_and_an_address_is_not(refused, capsys, arguments, picture):
+    given = base64.b64encode(picture.read_bytes()).decode()
+    answer = ask(capsys, arguments(image=f"data:image/png;base64,{given}"))
+    assert answer["token_ids"] == ask(capsys, arguments())["token_ids"]
+    refused(*arguments(image="https://example.org/cat.jpg"), words=["'https://example.org/cat.jpg'", "download"])
+    refused(*arguments(image="data:image/png;base64," + "A" * 6000), words=["data:image/png", "not an image"])
 
 
 def test_bad_requests(refused, arguments, twig_directory):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation.results_log import ResultsLog
+from twigvlm.evaluation.results_log import ResultsLog, answered
 
 SETTINGS = {"budgets": (1, 2), "name": "ä"}
 
@@ -23,6 +23,20 @@ def test_a_run_goes_on_where_it_was(tmp_path):
         {"id": "b\u2028", "value": 2},
     ]
     assert list(ResultsLog(path, SETTINGS).records) == ["a", "b\u2028"]
+
+
+def test_a_failed_question_has_no_results_until_it_is_asked_again(tmp_path):
+    path = tmp_path / "results.jsonl"
+    results_log, failed = ResultsLog(path, SETTINGS), {"id": "a", "failed": "no such file"}
+    assert results_log.append(failed) == results_log.append(failed) == failed
+    assert ResultsLog(path, SETTINGS).results("a") is None
+    with pytest.raises(TwigVLMError, match="every question failed; no such file"):
+        answered([failed, failed])
+    results_log.append({"id": "b", "value": 1})
+    assert answered(results_log.records.values()) == [{"id": "b", "value": 1}]
+    results_log.append({"id": "a", "value": 2})
+    assert len(path.read_text().splitlines()) == 4
+    assert list(ResultsLog(path, SETTINGS).records.values()) == [{"id": "a", "value": 2}, {"id": "b", "value": 1}]
 
 
 def test_a_run_that_wrote_nothing_whole_begins_anew(tmp_path):

@@ -287,6 +287,9 @@ def test_what_the_template_the_processor_or_the_disk_refuses_is_broken(samples, 
     refused("sample 0: cannot be read .no such block.", Unreadable([1]), processor)
     template = "{{ raise_exception('no\nsystem') }}"
     refused("sample 's0': refused by the chat template .no system.", samples, tiny_processor(template))
+    plain = "{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}"
+    refused("sample 's0': refused by the chat template .can only concatenate", samples, tiny_processor(plain))
+    refused("sample 's0': the processor has no chat template", samples, tiny_processor(None))
     monkeypatch.setattr(type(processor.image_processor), "__call__", lambda self, images, **rest: 1 / 0)
     refused("sample 's0': refused by the processor .division by zero.", samples, processor)
 

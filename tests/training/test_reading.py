@@ -1,3 +1,4 @@
+import base64
 import json
 
 import datasets
@@ -97,6 +98,19 @@ def test_broken_samples_are_left_out_and_reported(files, samples, caplog):
     assert "sample 's5': no image file" in caplog.messages[0]
     with pytest.raises(BrokenSample, match="sample 's5': no image file"):
         load_samples(files / "a.json", strict=True)
+
+
+def test_data_uris_are_pictures_and_addresses_are_broken(dataset, files, samples, same, caplog):
+    for sample in samples[:2]:
+        data = base64.b64encode((files / sample["image"]).read_bytes()).decode()
+        sample["image"] = f"data:image/png;base64,{data}"
+    samples[1]["image"] = [{"bytes": None, "path": samples[1]["image"]}]
+    samples[7]["image"] = "https://example.org/cat.jpg"
+    samples[6]["image"] = "a" * 5000 + ".png"
+    (files / "a.json").write_text(json.dumps(samples))
+    same(load_samples(files / "a.json"), dataset)
+    assert "sample 's6': no image file" in caplog.messages[0]
+    assert "sample 's7': turn 0 has the remote image 'https://example.org/cat.jpg'; download it" in caplog.messages[1]
 
 
 def test_samples_keep_their_number_as_name(files, samples):
