@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.batches import batched
-from tests.families import IMAGE, TINY, TRUNK, TWIG, prompt, tiny
+from tests.families import IMAGE, TINY, TRUNK, TWIG, VIDEO, prompt, tiny
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
 
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -51,6 +51,16 @@ def test_one_too_many_one_too_few_and_truncated(family):
     refused(model, one_less(inputs), "do not match")
     refused(model, changed(inputs, lambda v: v[:, : last_image(inputs) - 2]), "do not match")
     model.generate(**inputs, max_new_tokens=2)  # as it was
+
+
+@pytest.mark.parametrize("name", [name for name, entry in TINY.items() if entry.videos])
+def test_videos(name):
+    base = tiny(name)
+    model, inputs = TwigVLM.grow(base, TwigConfig(TRUNK, TWIG)), prompt(base, name, "video")
+    model.generate(**inputs, max_new_tokens=2)
+    last = int((inputs["input_ids"] == VIDEO)[0].nonzero()[-1])
+    refused(model, changed(inputs, lambda v: torch.cat((v[:, : last + 1], v[:, last:]), dim=1)), "do not match")
+    refused(model, changed(inputs, lambda v: torch.cat((v[:, :last], v[:, last + 1 :]), dim=1)), "do not match")
 
 
 def test_a_prompt_cut_without_its_mask_or_its_token_types(family):
