@@ -55,6 +55,29 @@ def select_rows(inputs: TokenInputs, rows: Int[Tensor, " rows"]) -> TokenInputs:
     return _each(inputs, lambda part: part.index_select(0, rows.to(part.device)))
 
 
+def join_tokens(prompt: TokenInputs, new: TokenInputs, positions: Int[Tensor, "batch new"]) -> TokenInputs:
+    """Tokens of a prompt, and new ones behind them.
+
+    Args:
+        prompt: per-token inputs of the prompt.
+        new: of the new tokens, whose rotary embeddings count.
+        positions: of the new tokens in the unpruned sequence.
+    """
+
+    def after(old: Tensor | None, more: Tensor) -> Tensor | None:
+        return None if old is None else torch.cat((old, more.to(old)), dim=1)
+
+    features = (torch.nn.functional.pad(part, (0, 0, 0, positions.shape[1])) for part in prompt.deepstack)
+    return TokenInputs(
+        torch.cat((prompt.cos, new.cos), dim=1),
+        torch.cat((prompt.sin, new.sin), dim=1),
+        prompt.kinds,
+        after(prompt.positions, positions),
+        after(prompt.attends_until, positions),
+        tuple(features),
+    )
+
+
 def _each(inputs: TokenInputs, change: Callable[[Tensor], Tensor]) -> TokenInputs:
     return TokenInputs(
         change(inputs.cos),

@@ -9,7 +9,7 @@ from typing import Any
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.engine.memory import free_bytes, row_bytes
 from twigvlm.engine.row import Request, Row
-from twigvlm.engine.runner import Runner
+from twigvlm.engine.runner import Runner, Step
 from twigvlm.engine.timing import Timings, clock_of
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
@@ -172,7 +172,7 @@ class Engine:
         for _ in group:
             self.waiting.popleft()
         try:
-            chosen = self.runner.prefill(group)
+            step = self.runner.prefill(group)
         except BaseException:
             for row in group:
                 row.end()
@@ -180,7 +180,7 @@ class Engine:
         self.active += group
         if self.timings is not None:
             self.timings.prefill += self._now() - start
-        return self._extend(group, [[token] for token in chosen])
+        return self._extend(group, step)
 
     def _decode(self) -> list[Event]:
         start = self._now()
@@ -190,16 +190,14 @@ class Engine:
         if self.timings is not None:
             self.timings.draft += middle - start
             self.timings.verify += self._now() - middle
-        rows = list(self.active)
-        events = self._extend(rows, step.tokens)
-        for row, event, drafted, tokens in zip(rows, events, step.drafted, step.tokens, strict=True):
-            row.drafted.append(drafted)
-            row.accepted.append(min(len(tokens) - 1, len(event.tokens)))
-        return events
+        return self._extend(list(self.active), step)
 
-    def _extend(self, rows: Sequence[Row], tokens: Sequence[list[int]]) -> list[Event]:
+    def _extend(self, rows: Sequence[Row], step: Step) -> list[Event]:
         """Give rows their new tokens; those that end leave."""
-        taken = extend_all(rows, tokens)
+        taken = extend_all(rows, step.tokens)
+        for row, new, tokens, drafted in zip(rows, taken, step.tokens, step.drafted, strict=True):
+            row.drafted.append(drafted)
+            row.accepted.append(min(len(tokens) - 1, len(new)))
         for place in reversed(range(len(self.active))):
             if self.active[place].finished:
                 self._leave(place)

@@ -3,25 +3,29 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from twigvlm.base.packing import last_token
-from twigvlm.base.token_inputs import slice_tokens
+from twigvlm.base.packing import last_token, valid_mask
+from twigvlm.base.prompt import Prompt
+from twigvlm.base.token_inputs import join_tokens, slice_tokens
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import SpeculationConfig
 from twigvlm.engine.row import Row
 from twigvlm.engine.sampling import Chooser
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.cache import CacheView
-from twigvlm.pruning.run import run_cuts
+from twigvlm.pruning.cut import Cut
+from twigvlm.pruning.run import Choose, run_cuts
 from twigvlm.pruning.view import CutView, Tokens, TrunkOutput
 from twigvlm.speculation.batch import Batch, RowState, eos_table
 from twigvlm.speculation.costs import StepCosts
-from twigvlm.speculation.draft import Committed, Draft, commit, draft
+from twigvlm.speculation.draft import Committed, Draft, Rescore, commit, commit_draft, draft
+from twigvlm.speculation.nodes import Nodes
 from twigvlm.speculation.policies import AdaptiveTree, Chain, FixedTree, NoDraft, Policy
-from twigvlm.speculation.walk import walk
+from twigvlm.speculation.walk import Accepted, walk
 from twigvlm.twig.block import Twig
 
 
@@ -40,7 +44,7 @@ class Runner(Protocol):
 
     batch: Batch
 
-    def prefill(self, rows: Sequence[Row]) -> list[int]:
+    def prefill(self, rows: Sequence[Row]) -> Step:
         """Take up rows whose prompts lie in one batch and are cut at the same layers; their first tokens.
 
         Raises:
@@ -87,54 +91,42 @@ class EagerRunner:
         self.chooser = Chooser([], base.device)
 
     @torch.inference_mode()
-    def prefill(self, rows: Sequence[Row]) -> list[int]:
-        """Trunk with everything, then the layers between the cuts, each with the tokens that are left (§3.3)."""
+    def prefill(self, rows: Sequence[Row]) -> Step:
+        """Trunk with everything, then the layers between the cuts, each with the tokens that are left (§3.3).
+
+        Chains are drafted from the prompts' last tokens already and verified in the same pass, which saves one of each answer.
+        """
         cache = self.batch.cache
         claimed = cache.claim(len(rows))
         try:
-            trunk, tokens = self._prompts(rows, cache.view(claimed))
+            trunk, tokens, cuts = self._trunk(rows, cache.view(claimed))
             defer = self._defer(trunk, alone=claimed.start == 0 and len(rows) == 1)
             if self.policy.depth and not defer and not trunk.in_twig:
                 trunk.fill_twig()
-            logits = self.base.logits(tokens.last)
-            first = Chooser(rows, self.base.device).choose(logits[:, None])
-            zero = torch.zeros(len(rows), dtype=torch.long, device=logits.device)
-            chosen = first(0, zero, zero[:, None][:, :0], zero == 0)
+            part, step = self._first_step(rows, claimed, trunk, tokens, cuts)
         except BaseException:
             for index in reversed(range(claimed.start, claimed.stop)):
                 cache.release(index)
             raise
-        for row, position in zip(rows, _next_positions(trunk), strict=True):
-            row.next_position = position
-        self.batch.join(self._state(rows, trunk, chosen), trunk, defer)
+        self.batch.join(part, trunk if defer else None)
         self.policy.join(len(rows), trunk.tokens.lengths[0] if defer else 0)
         self.rows += rows
         self.chooser = Chooser(self.rows, self.base.device)
-        return chosen.tolist()
+        return step
 
-    def _prompts(self, rows: Sequence[Row], view: CacheView) -> tuple[TrunkOutput, Tokens]:
-        """The prompts after layer K, and what is left of them after layer L."""
-        base, twig, trunk_layers, layers = self.base, self.twig, self.twig.config.trunk_layers, self.base.num_layers
+    def _trunk(self, rows: Sequence[Row], view: CacheView) -> tuple[TrunkOutput, Tokens, list[Sequence[Cut]]]:
+        """The prompts after layer K, what is left of them after a cut there, and the cuts that follow."""
+        base, twig, trunk_layers = self.base, self.twig, self.twig.config.trunk_layers
         pruner, prefix = rows[0].pruner, rows[0].prefix
         prompt = rows[0].prompt.rows([row.index for row in rows])
         if pruner is not None and bool(last_token(prompt.visual_mask[..., None], prompt.lengths).any()):
             raise TwigVLMError("the prompt ends with a visual token: put text behind it, or leave pruning out")
         tokens = Tokens(prompt.hidden, base.token_inputs(prompt), prompt.visual_mask, prompt.lengths)
         masks = self.batch.masks
-        trunk: TrunkOutput | None = None
-
-        def choose(tokens: Tokens, layer: int, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
-            assert pruner is not None, "there are cuts"
-            stays = pruner.choose(CutView(base, prompt, layer, tokens, trunk), keep)
-            for row, kept in zip(rows, stays, strict=True):
-                row.kept = kept if row.kept is None else row.kept
-            return stays
-
         early = [[cut for cut in row.cuts if cut.layer < trunk_layers] for row in rows]
-        late = [row.cuts[len(cuts) :] for row, cuts in zip(rows, early, strict=True)]
         if prefix is None or any(early):
             prefix = None
-            tokens = run_cuts(base, tokens, 0, trunk_layers, early, choose, masks, view)
+            tokens = run_cuts(base, tokens, 0, trunk_layers, early, self._choose(rows, prompt, None), masks, view)
         else:
             known = prefix.known(prompt.input_ids)
             prefix.load(base, twig, view, known)
@@ -147,31 +139,90 @@ class EagerRunner:
             prefix.store_trunk(view, trunk_layers, prompt, hidden, known)
             tokens = Tokens(hidden, tokens.inputs, tokens.visual, tokens.lengths)
         trunk = TrunkOutput(base, twig, prompt, tokens, masks, view, prefix)
-        return trunk, run_cuts(base, tokens, trunk_layers, layers, late, choose, masks, view)
+        late = [row.cuts[len(cuts) :] for row, cuts in zip(rows, early, strict=True)]
+        here = [[cut for cut in cuts if cut.layer == trunk_layers] for cuts in late]
+        choose = self._choose(rows, prompt, trunk)
+        left = run_cuts(base, tokens, trunk_layers, trunk_layers, here, choose, masks, view)
+        return trunk, left, [cuts[len(at_trunk) :] for cuts, at_trunk in zip(late, here, strict=True)]
+
+    def _choose(self, rows: Sequence[Row], prompt: Prompt, trunk: TrunkOutput | None) -> Choose:
+        """The rows' pruner as `run_cuts` asks it; what passes a prompt's first cut is noted."""
+
+        def choose(tokens: Tokens, layer: int, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
+            pruner = rows[0].pruner
+            assert pruner is not None, "there are cuts"
+            stays = pruner.choose(CutView(self.base, prompt, layer, tokens, trunk), keep)
+            for row, kept in zip(rows, stays, strict=True):
+                row.kept = kept if row.kept is None else row.kept
+            return stays
+
+        return choose
+
+    def _first_step(
+        self, rows: Sequence[Row], claimed: slice, trunk: TrunkOutput, tokens: Tokens, cuts: list[Sequence[Cut]]
+    ) -> tuple[Batch, Step]:
+        """The layers after the trunk, with drafts behind the prompts where that is possible, and the rows' first tokens."""
+        base, batch, trunk_layers = self.base, self.batch, self.twig.config.trunk_layers
+        for row, position in zip(rows, _next_positions(trunk), strict=True):
+            row.next_position = position
+        lengths = np.array(trunk.tokens.lengths)
+        ends = torch.tensor(trunk.tokens.lengths, device=base.device)[:, None] - 1
+        roots = trunk.prompt.input_ids.gather(1, torch.tensor(trunk.prompt.lengths, device=base.device)[:, None] - 1)[
+            :, 0
+        ]
+        part = batch.newcomers(claimed.start, self._state(rows, roots), trunk)
+        chooser = Chooser(rows, base.device)
+        choose = self._choose(rows, trunk.prompt, trunk)
+        # A later cut may rank by the last token of the prompt, and a tree would need a mask over the prompt.
+        drafts = self.policy.linear and self.policy.depth > 0 and not any(cut.keep for row in cuts for cut in row)
+        drafts = drafts and not bool(trunk.tokens.visual.gather(1, ends).any())
+        if not drafts:
+            left = run_cuts(base, tokens, trunk_layers, base.num_layers, cuts, choose, trunk.masks, trunk.view)
+            first = chooser.choose(base.logits(left.last)[:, None])
+            accepted = walk(Nodes.rooted(roots), 0, first)
+            on_host = torch.cat((torch.zeros_like(ends), accepted.tokens), dim=1).cpu().numpy()
+            self._advance(part, accepted)
+            return part, Step([[int(token)] for token in on_host[:, 1]], [0] * len(rows))
+        # The prompts' last tokens are the roots: trunk and twig see them once more, as they see a newest token.
+        for start, stop in ((0, trunk_layers), (self.twig.first_slot, self.twig.last_slot + 1)):
+            if stop > start:
+                batch.cache.set_lengths(start, stop, claimed, lengths - 1, ends[:, 0])
+        furthest = max(row.next_position for row in rows) + self.policy.depth
+        drafted = draft(part, self.policy, self._rescore(chooser), furthest, self.exact)
+        joined, nodes = _behind(tokens, drafted, part)
+        left = run_cuts(base, joined, trunk_layers, base.num_layers, cuts, choose, trunk.masks, trunk.view)
+        last = torch.tensor(left.lengths, device=base.device)[:, None] - nodes[:, None]
+        place = (last + torch.arange(drafted.nodes.tokens.shape[1], device=base.device)).clamp(
+            max=left.hidden.shape[1] - 1
+        )
+        logits = base.logits(torch.take_along_dim(left.hidden, place[..., None], dim=1))
+        committed, on_host = self._walk(drafted, chooser, logits)
+        dropped = committed.accepted.counts - nodes
+        batch.cache.advance(trunk_layers, base.num_layers, claimed, on_host[:, 0] - on_host[:, 2] - 1, dropped)
+        commit_draft(part, self.policy, drafted, committed, on_host)
+        self._advance(part, committed.accepted)
+        return part, _step(on_host)
 
     def _defer(self, trunk: TrunkOutput, alone: bool) -> bool:
         """Whether only the first draft that pays shall show the prompt to the twig."""
         return self.speculation.speculate == "auto" and alone and not trunk.in_twig
 
-    def _state(self, rows: Sequence[Row], trunk: TrunkOutput, chosen: Int[Tensor, " rows"]) -> RowState:
-        device = chosen.device
+    def _state(self, rows: Sequence[Row], newest: Int[Tensor, " rows"]) -> RowState:
+        """Rows without new tokens, whose newest are the prompts' last."""
         numbers = [(min(row.max_new_tokens, 2**40), row.next_position, row.length) for row in rows]
-        limit, position, length = torch.tensor(numbers, device=device).unbind(dim=1)
-        eos = eos_table([row.eos_token_ids for row in rows], device)
-        return RowState(chosen, torch.ones_like(chosen), limit, position, length, eos)
+        limit, position, length = torch.tensor(numbers, device=newest.device).unbind(dim=1)
+        eos = eos_table([row.eos_token_ids for row in rows], newest.device)
+        return RowState(newest, torch.zeros_like(newest), limit, position, length, eos)
 
     @torch.inference_mode()
     def draft(self) -> Draft:
         """The drafts of all rows, by the engine's policy."""
-        return draft(self.batch, self.policy, self._rescore, self._furthest(), self.exact)
+        furthest = max(row.next_position + len(row.tokens) for row in self.rows) + self.policy.depth
+        return draft(self.batch, self.policy, self._rescore(self.chooser), furthest, self.exact)
 
-    def _rescore(
-        self, logits: Float[Tensor, "rows nodes draft_vocabulary"], depths: Int[Tensor, "rows nodes"], deepest: int
-    ) -> Float[Tensor, "rows nodes draft_vocabulary"]:
-        return self.chooser.rescore(logits, depths, deepest, self.twig.draft_token_ids)
-
-    def _furthest(self) -> int:
-        return max(row.next_position + len(row.tokens) for row in self.rows) + self.policy.depth
+    def _rescore(self, chooser: Chooser) -> Rescore:
+        ids = self.twig.draft_token_ids
+        return lambda logits, depths, deepest: chooser.rescore(logits, depths, deepest, ids)
 
     @torch.inference_mode()
     def verify(self, draft: Draft) -> Step:
@@ -179,18 +230,23 @@ class EagerRunner:
         base, batch, trunk = self.base, self.batch, self.twig.config.trunk_layers
         view = batch.cache.view(batch.rows)
         hidden = base.run_layers(draft.hidden, trunk, base.num_layers, draft.inputs, draft.masks, view)
-        chooser = self.chooser
-        couple = chooser.couple if chooser.coupled else None
-        accepted = walk(draft.nodes, draft.depth, chooser.choose(base.logits(hidden)), couple)
-        committed = Committed.of(draft, accepted)
-        on_host = committed.to_host()
+        committed, on_host = self._walk(draft, self.chooser, base.logits(hidden))
         commit(batch, self.policy, draft, committed, on_host)
         self.policy.learn(draft.nodes, on_host[:, 0] - 1)
+        self._advance(batch, committed.accepted)
+        return _step(on_host)
+
+    def _walk(
+        self, draft: Draft, chooser: Chooser, logits: Tensor
+    ) -> tuple[Committed, Int[np.ndarray, "rows numbers"]]:
+        couple = chooser.couple if chooser.coupled else None
+        committed = Committed.of(draft, walk(draft.nodes, draft.depth, chooser.choose(logits), couple))
+        return committed, committed.to_host()
+
+    def _advance(self, batch: Batch, accepted: Accepted) -> None:
         assert batch.state is not None, "there are rows"
-        newest = accepted.tokens.gather(1, accepted.counts[:, None] - 1)[:, 0]
-        batch.state.newest, batch.state.count = newest, batch.state.count + accepted.counts
-        tokens = [numbers[3 : 3 + numbers[0]].tolist() for numbers in on_host]
-        return Step(tokens, on_host[:, 2].tolist())
+        batch.state.newest = accepted.tokens.gather(1, accepted.counts[:, None] - 1)[:, 0]
+        batch.state.count = batch.state.count + accepted.counts
 
     @torch.inference_mode()
     def leave(self, row: int) -> None:
@@ -200,6 +256,24 @@ class EagerRunner:
         self.rows[row] = self.rows[-1]
         self.rows.pop()
         self.chooser = Chooser(self.rows, self.base.device)
+
+
+def _step(on_host: Int[np.ndarray, "rows numbers"]) -> Step:
+    return Step([numbers[3 : 3 + numbers[0]].tolist() for numbers in on_host], on_host[:, 2].tolist())
+
+
+def _behind(tokens: Tokens, draft: Draft, part: Batch) -> tuple[Tokens, Int[Tensor, " rows"]]:
+    """Tokens of prompts, the last ones given way to drafts that begin with them; and how many nodes each row has."""
+    assert part.state is not None, "there are rows"
+    prompt = valid_mask(tuple(length - 1 for length in tokens.lengths), tokens.hidden.shape[1], tokens.hidden.device)
+    positions = part.state.prompt_length[:, None] - 1 + draft.nodes.depths
+    both = Tokens(
+        torch.cat((tokens.hidden, draft.hidden), dim=1),
+        join_tokens(tokens.inputs, draft.inputs, positions),
+        torch.nn.functional.pad(tokens.visual, (0, draft.hidden.shape[1])),
+        tokens.lengths,
+    )
+    return both.keep(torch.cat((prompt, draft.nodes.valid), dim=1)), draft.nodes.valid.sum(dim=1)
 
 
 def _policy(speculation: SpeculationConfig, costs: StepCosts | None, exact: bool) -> Policy:

@@ -123,51 +123,64 @@ class KVCache:
             on_device = torch.as_tensor(np.array(lengths, np.int64)).to(self.device)
         self._device[segments, rows] = on_device
 
-    def advance(self, start: int, stop: int, rows: slice, tokens: int) -> None:
-        """Every row of layers start..stop-1 holds that many more tokens, which a pass has written."""
+    def advance(
+        self,
+        start: int,
+        stop: int,
+        rows: slice,
+        tokens: int | NDArray[np.int64],
+        on_device: int | Int[Tensor, " rows"] | None = None,
+    ) -> None:
+        """Rows of layers start..stop-1 hold that many more tokens, which a pass has written, or fewer where it is negative.
+
+        Args:
+            start: first layer.
+            stop: layer after the last one.
+            rows: whose lengths change.
+            tokens: of all rows, or of each.
+            on_device: the same numbers on the device; None: it is one number.
+        """
         segments = self._segments(start, stop)
         self._host[segments, rows] += tokens
-        self._device[segments, rows] += tokens
+        self._device[segments, rows] += int(tokens) if on_device is None else on_device
 
     def commit(
         self,
         start: int,
         stop: int,
+        rows: slice,
         appended: int,
         counts: NDArray[np.int64],
         on_device: Int[Tensor, " rows"],
         kept: Int[Tensor, "rows kept"] | None = None,
     ) -> None:
-        """Of the last `appended` tokens of every claimed row, layers start..stop-1 keep some and drop the rest.
+        """Of the last `appended` tokens of some rows, layers start..stop-1 keep some and drop the rest.
 
         Args:
             start: first layer.
             stop: layer after the last one.
+            rows: whose tokens are kept or dropped.
             appended: tokens that every row got.
             counts: how many of them each row keeps.
             on_device: the same numbers on the device.
             kept: which ones, from 0, in the order in which they are kept; None: the first ones, which copies nothing.
         """
-        rows = slice(0, self.rows)
         segments = self._segments(start, stop)
-        for segment in range(segments.start, segments.stop) if kept is not None else ():
-            assert kept is not None
-            before = self._device[segment, rows, None] - appended
-            new = before + torch.arange(kept.shape[1], device=self.device)
-            self._move(segment, start, stop, before + kept, new)
-        self._host[segments, rows] += counts - appended
-        self._device[segments, rows] += on_device - appended
+        if kept is not None:
+            step = torch.arange(kept.shape[1], device=self.device)
+            for segment in range(segments.start, segments.stop):
+                before = self._device[segment, rows, None] - appended
+                self._move(segment, rows, before + kept, before + step)
+        self.advance(start, stop, rows, counts - appended, on_device - appended)
 
-    def _move(self, segment: int, start: int, stop: int, old: Tensor, new: Tensor) -> None:
+    def _move(self, segment: int, rows: slice, old: Tensor, new: Tensor) -> None:
         first = self.starts[segment]
         last = self.starts[segment + 1] if segment + 1 < len(self.starts) else self.layers
-        buffers = [
-            b for layer in range(max(first, start), min(last, stop)) for b in (self.keys[layer], self.values[layer])
-        ]
         positions = self._positions[segment]
-        for buffer in (*buffers, None if positions is None else positions[:, None]):
+        layers = (buffer for layer in range(first, last) for buffer in (self.keys[layer], self.values[layer]))
+        for buffer in (*layers, None if positions is None else positions[:, None]):
             if buffer is not None:
-                row = torch.arange(self.rows, device=buffer.device)[:, None]
+                row = torch.arange(rows.start, rows.stop, device=buffer.device)[:, None]
                 buffer[row, :, new.to(buffer.device)] = buffer[row, :, old.to(buffer.device)]
 
     def view(self, rows: slice) -> "CacheView":

@@ -1,6 +1,7 @@
 """The rows that are being decoded, as tensors: what drafting and verifying share."""
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,11 +69,14 @@ class Pending:
         empty = like.new_zeros(rows, 0, like.shape[-1])
         return cls(empty, torch.zeros(rows, dtype=torch.long, device=like.device), np.zeros(rows, np.int64))
 
-    def join(self, rows: int) -> "Pending":
-        """Further rows, which have none."""
-        pad = torch.nn.functional.pad
-        states, counts = pad(self.states, (0, 0, 0, 0, 0, rows)), pad(self.counts, (0, rows))
-        return Pending(states, counts, np.pad(self.on_host, (0, rows)))
+    def join(self, other: "Pending") -> "Pending":
+        """Further rows behind these."""
+        width = max(self.states.shape[1], other.states.shape[1])
+        padded = (
+            torch.nn.functional.pad(part.states, (0, 0, 0, width - part.states.shape[1])) for part in (self, other)
+        )
+        counts = torch.cat((self.counts, other.counts))
+        return Pending(torch.cat(tuple(padded)), counts, np.concatenate((self.on_host, other.on_host)))
 
     def leave(self, row: int) -> "Pending":
         """Without a row, whose place the last one takes."""
@@ -112,28 +116,36 @@ class Batch:
         """The prompt of the only row, until the twig has seen it."""
         self._table: TokenInputs | None = None
         self._axes: tuple[int, ...] = ()
+        self._first = 0
 
     @property
     def rows(self) -> slice:
         """All of them."""
-        return slice(0, self.cache.rows)
+        return slice(self._first, self.cache.rows)
 
-    def join(self, state: RowState, trunk: TrunkOutput, defer: bool) -> None:
-        """Take up rows whose prompts the cache holds already.
+    def newcomers(self, first: int, state: RowState, trunk: TrunkOutput) -> "Batch":
+        """The rows from `first` on, whose prompts the cache holds, as a batch of their own until they join."""
+        self._axes = (3,) if trunk.prompt.position_ids.ndim == 3 else ()
+        part = copy(self)
+        part._first, part.state, part.deferred = first, state, None
+        part.pending = Pending.none(len(state.newest), trunk.tokens.hidden)
+        return part
+
+    def join(self, part: "Batch", deferred: TrunkOutput | None) -> None:
+        """Take up newcomers.
 
         Args:
-            state: of the new rows.
-            trunk: their prompts.
-            defer: whether the twig sees the prompts with the first draft only; not where it has seen them.
+            part: from `newcomers`.
+            deferred: their prompt, if the twig shall see it with the first draft only.
         """
-        rows, like = len(state.newest), trunk.tokens.hidden
-        self._axes = (3,) if trunk.prompt.position_ids.ndim == 3 else ()
         self._show_deferred()
+        assert part.state is not None, "there are rows"
+        assert part.pending is not None, "there are rows"
         if self.state is None or self.pending is None:
-            self.state, self.pending = state, Pending.none(rows, like)
+            self.state, self.pending = part.state, part.pending
         else:
-            self.state, self.pending = self.state.join(state), self.pending.join(rows)
-        self.deferred = trunk if defer else None
+            self.state, self.pending = self.state.join(part.state), self.pending.join(part.pending)
+        self.deferred = deferred
 
     def leave(self, row: int) -> None:
         """Drop a row; the last one takes its place."""
@@ -205,7 +217,7 @@ class Batch:
         view = self.cache.view(self.rows)
         hidden = self.twig(states, self.inputs(self.state, offsets, furthest), self.masks, view)
         first, last = self.twig.first_slot, self.twig.last_slot + 1
-        self.cache.commit(first, last, size, pending.on_host + 1, pending.counts + 1)
+        self.cache.commit(first, last, self.rows, size, pending.on_host + 1, pending.counts + 1)
         self.pending = Pending.none(len(states), states)
         return self.twig.logits(torch.take_along_dim(hidden, at[..., None], dim=1)).float()
 

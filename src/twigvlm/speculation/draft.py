@@ -172,18 +172,32 @@ def commit(
     batch: Batch, policy: Policy, draft: Draft, committed: Committed, on_host: Int[np.ndarray, "rows numbers"]
 ) -> None:
     """Every cache keeps each row's accepted path (root included) and drops the rest of the draft."""
-    cache, twig, accepted = batch.cache, batch.twig, committed.accepted
-    trunk, layers, counts, in_twig = twig.config.trunk_layers, batch.base.num_layers, on_host[:, 0], on_host[:, 1]
-    moved = not policy.linear and draft.nodes.tokens.shape[1] > 1
-    cache.commit(trunk, layers, draft.nodes.tokens.shape[1], counts, accepted.counts, accepted.path if moved else None)
-    slots = committed.slots if moved else None
-    if trunk:
-        cache.commit(0, trunk, draft.in_trunk, counts, accepted.counts, slots)
+    kept = committed.accepted.path if _moves(policy, draft) else None
+    layers = batch.twig.config.trunk_layers, batch.base.num_layers
+    nodes, accepted = draft.nodes.tokens.shape[1], committed.accepted.counts
+    batch.cache.commit(*layers, batch.rows, nodes, on_host[:, 0], accepted, kept)
+    commit_draft(batch, policy, draft, committed, on_host)
+
+
+def commit_draft(
+    batch: Batch, policy: Policy, draft: Draft, committed: Committed, on_host: Int[np.ndarray, "rows numbers"]
+) -> None:
+    """The part of a commit that trunk and twig need."""
+    cache, twig, accepted, rows = batch.cache, batch.twig, committed.accepted, batch.rows
+    counts, in_twig = on_host[:, 0], on_host[:, 1]
+    slots = committed.slots if _moves(policy, draft) else None
+    if twig.config.trunk_layers:
+        cache.commit(0, twig.config.trunk_layers, rows, draft.in_trunk, counts, accepted.counts, slots)
     if draft.in_twig:
-        first, last = twig.first_slot, twig.last_slot + 1
-        cache.commit(first, last, draft.in_twig, in_twig, committed.in_twig, slots)
+        layers = twig.first_slot, twig.last_slot + 1
+        cache.commit(*layers, rows, draft.in_twig, in_twig, committed.in_twig, slots)
     if policy.depth:
         assert batch.pending is not None, "there are rows"
         late = accepted.counts - committed.in_twig  # the last node of a path at most
         newest = torch.take_along_dim(draft.hidden, accepted.path[:, -1:, None], dim=1)
         batch.pending = batch.pending.append(newest, late, counts - in_twig)
+
+
+def _moves(policy: Policy, draft: Draft) -> bool:
+    """Whether an accepted path may be other nodes than the first ones."""
+    return not policy.linear and draft.nodes.tokens.shape[1] > 1
