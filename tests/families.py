@@ -1,5 +1,6 @@
 """A tiny random model of every family, built in process; a family is one entry of `TINY`."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,13 @@ def _squares(kind: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
 
 
+def _video_llava(kind: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Video-LLaVA's images, whose input older versions of transformers know by another name only."""
+    (name, pixels), *_ = _squares(kind, generator).items()
+    known = inspect.signature(hf.VideoLlavaForConditionalGeneration.forward).parameters
+    return {name if name in known else "pixel_values_images": pixels}
+
+
 def _tiles(kind: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
     if kind == "video":
         return _squares(kind, generator)
@@ -133,7 +141,7 @@ TINY: dict[str, Tiny] = {
         _tiles,
         videos=True,
     ),
-    "video_llava": Tiny(_vlm("VideoLlava", "CLIPVision", "Llama", video_token_id=VIDEO), _squares, videos=True),
+    "video_llava": Tiny(_vlm("VideoLlava", "CLIPVision", "Llama", video_token_id=VIDEO), _video_llava, videos=True),
     "mistral3": Tiny(
         _vlm("Mistral3", "PixtralVision", "Mistral", tower=PIXTRAL, text={"sliding_window": None}), _sized
     ),
@@ -259,11 +267,13 @@ def prompt(model: Any, name: str, kind: str, seed: int = 0) -> dict[str, Any]:
     for medium in {"images": ["image"], "video": ["image", "video"], "text": []}[kind]:
         given = entry.pixels(medium, generator)
         pixels.update(given)
-        features = getattr(model.model, f"get_{medium}_features")(**given, return_dict=True).pooler_output
-        total, runs = sum(part.numel() for part in features) // TEXT["hidden_size"], len(features)
+        # The pixels come first, by position: some versions of transformers name that parameter differently.
+        (_, first), *others = given.items()
+        features = getattr(model.model, f"get_{medium}_features")(first, **dict(others), return_dict=True).pooler_output
+        sizes = [part.numel() // TEXT["hidden_size"] for part in features]
         runs = {"image": 2, "video": entry.groups}[medium]
-        even = [total // runs] * runs
-        counts += [(medium, n) for n in (even if runs != len(features) else [len(part) for part in features])]
+        even = [sum(sizes) // runs] * runs
+        counts += [(medium, n) for n in (even if runs != len(features) else sizes)]
 
     def text(count: int) -> torch.Tensor:
         return torch.randint(2, VIDEO, (1, count), generator=generator)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.families import tiny
 from tests.tiny import IMAGE_TOKEN, VISUAL, prompt, tiny_llava
 from twigvlm.base.layers import project_keys_values
 from twigvlm.base.token_inputs import slice_tokens
@@ -123,3 +124,11 @@ def test_images_and_placeholders_must_come_together():
     with pytest.raises(TwigVLMError, match="16 image placeholders but no image"):
         base.check_images(ids, {})
     base.check_images(ids[ids != IMAGE_TOKEN][None], {})
+
+
+def test_positions_of_text_alone_are_on_the_three_axes_of_m_rope():
+    """Some versions of transformers take no others."""
+    base, axes = BaseVLM(tiny("qwen2_5_vl")), []
+    base.decoder.rotary_emb.register_forward_pre_hook(lambda module, given: axes.append(tuple(given[1].shape)))
+    base.token_inputs(base.text_prompt(5))
+    assert axes == [(3, 1, 5)]

@@ -217,6 +217,8 @@ class BaseVLM:
         embedding = self.decoder.rotary_emb
         if position_ids.ndim == 3:
             position_ids = position_ids[-3:]
+        elif hasattr(embedding, "mrope_section"):  # transformers 5.18 takes M-RoPE's positions on three axes only
+            position_ids = position_ids.expand(3, -1, -1)
         kinds: tuple[str, ...] = ()
         if self.language_model.rotary_per_layer_type:
             kinds = tuple(sorted(set(self.config.layer_types)))
