@@ -49,7 +49,7 @@ def answer_page(
     rate = acceptance_rate(drafted, accepted)
     totals = {
         "tokens": answer.num_tokens,
-        "steps (drafting and verifying)": len(accepted),
+        "steps, prefill included": len(accepted),
         "drafted tokens": sum(drafted),
         "accepted tokens": sum(accepted),
         "TokAR (accepted of drafted)": "–" if isnan(rate) else f"{100 * rate:.1f} %",

@@ -124,6 +124,8 @@ def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, 
         prefill = _mean(_times(records, name, "prefill"))
         drafted = [count for run in runs for count in run["drafted"]]
         accepted = [count for run in runs for count in run["accepted"]]
+        # A prefill is a step like others only where it verifies a draft.
+        steps = [count for run in runs for count in run["accepted"][0 if run["drafted"] and run["drafted"][0] else 1 :]]
         drafts = any(drafted)
         result.append(
             Speed(
@@ -138,7 +140,7 @@ def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, 
                 verify=_mean(_times(records, name, "verify")),
                 relative_prefill=reference_prefill / prefill,
                 acceptance=acceptance_rate(drafted, accepted),
-                accepted_length=mean_accepted_length(accepted) if drafts else float("nan"),
+                accepted_length=mean_accepted_length(steps) if drafts else float("nan"),
                 different=None
                 if other is None
                 else sum(r["runs"][name]["ids"] != r["runs"][other]["ids"] for r in records),

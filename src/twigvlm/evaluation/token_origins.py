@@ -9,22 +9,22 @@ class Origin:
     """Of one token."""
 
     step: int
-    """0: the prefill; from 1 on: draft and verification."""
+    """0: the prefill, which may verify a draft too; from 1 on: draft and verification."""
     drafted: bool
-    """Drafted by the twig and accepted; otherwise chosen by the base: the first token, a correction or a bonus token."""
+    """Drafted by the twig and accepted; otherwise chosen by the base: a correction or a bonus token."""
 
 
 def origins(accepted_lengths: Sequence[int], count: int) -> list[Origin]:
     """The origin of each of an answer's `count` tokens (Algorithms 1 and 2).
 
-    The prefill gives one token; each step gives its accepted ones and one of the base's own, but for a last step that a drafted
-    token ended.
+    Each step, the prefill first, gives its accepted tokens and one of the base's own, but for a last step that a drafted token
+    ended.
 
     Raises:
         ValueError: the lengths do not make that many tokens.
     """
-    found = [Origin(0, False)]
-    for step, accepted in enumerate(accepted_lengths, start=1):
+    found: list[Origin] = []
+    for step, accepted in enumerate(accepted_lengths):
         found += [Origin(step, True)] * accepted + [Origin(step, False)]
     if count == len(found) - 1 and accepted_lengths and accepted_lengths[-1]:
         found.pop()

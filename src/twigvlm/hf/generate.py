@@ -37,7 +37,7 @@ class TwigOutput:
     kept_indices: list[Int[Tensor, " _"]] | None
     """For each prompt, positions of the visual tokens kept after layer K, ascending; None without pruning."""
     drafted_lengths: list[list[int]]
-    """For each prompt, tokens drafted for each step; of a tree, its nodes that were verified."""
+    """For each prompt, tokens drafted for each step, the prefill first; of a tree, its nodes that were verified."""
     accepted_lengths: list[list[int]]
     """For each prompt, drafted tokens accepted in each step; each step adds one token of the base's own unless it ends the
     answer."""

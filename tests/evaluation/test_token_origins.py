@@ -10,23 +10,23 @@ from twigvlm.evaluation.token_origins import Origin, origins, pieces
 @given(st.lists(st.integers(0, 6), max_size=12), st.booleans())
 def test_every_token_has_its_origin(accepted, cut):
     """The reference commits token by token, as the decoding loop does."""
-    wanted = [Origin(0, False)]
-    for step, count in enumerate(accepted, start=1):
+    wanted = []
+    for step, count in enumerate(accepted):
         wanted.extend(Origin(step, True) for _ in range(count))
-        if not (cut and count and step == len(accepted)):  # a draft that ends the answer leaves no room for the base
+        if not (cut and count and step == len(accepted) - 1):  # a draft that ends the answer leaves no room for the base
             wanted.append(Origin(step, False))
     found = origins(accepted, len(wanted))
     assert found == wanted
-    assert [sum(one.drafted and one.step == step for one in found) for step in range(1, len(accepted) + 1)] == accepted
+    assert [sum(one.drafted and one.step == step for one in found) for step in range(len(accepted))] == accepted
     assert [one.step for one in found] == sorted(one.step for one in found)
-    for count in (sum(accepted) + len(accepted) + 2, sum(accepted) - 1):
+    for count in (sum(accepted) + len(accepted) + 1, sum(accepted) - 2):
         with pytest.raises(ValueError, match=f"^{count} tokens: accepted lengths"):
             origins(accepted, count)
 
 
 def test_only_a_last_step_that_accepted_something_may_lack_the_base():
-    with pytest.raises(ValueError, match="2 tokens"):
-        origins([0, 0], 2)
+    with pytest.raises(ValueError, match="1 tokens"):
+        origins([0, 0], 1)
 
 
 @pytest.mark.parametrize("end", [None, "drafted", "chosen"])
