@@ -1,14 +1,12 @@
 """Conversations: several questions, about pictures that come with any of them."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from twigvlm.base.vlm import BaseVLM
 from twigvlm.images import Picture
 from twigvlm.inputs import build_inputs, user_turn
 from twigvlm.kv.prefix_cache import PrefixCache
-
-if TYPE_CHECKING:
-    from twigvlm.model import TwigVLM
 
 
 class Conversation:
@@ -18,16 +16,17 @@ class Conversation:
     computed, and vision runs again only when a picture comes; visual tokens are chosen again for each question.
 
     Args:
-        model: the model.
-        processor: its base's; turns messages into inputs by its chat template.
+        base: its base.
+        generate: its `TwigVLM.generate`.
+        processor: the base's; turns messages into inputs by its chat template.
         options: of `TwigVLM.generate`, for every question.
     """
 
-    def __init__(self, model: "TwigVLM", processor: Any, options: dict[str, Any]) -> None:
+    def __init__(self, base: BaseVLM, generate: Callable[..., Any], processor: Any, options: dict[str, Any]) -> None:
         self.messages: list[dict[str, Any]] = []
         """All turns so far, as chat templates take them; parts of type `image` hold their picture, a PIL image."""
-        self._model, self._processor, self._options = model, processor, options
-        self._memory = PrefixCache()
+        self._base, self._generate, self._processor, self._options = base, generate, processor, options
+        self._prefix = PrefixCache()
 
     def ask(self, question: str, images: Picture | Sequence[Picture] = (), **options: Any) -> str:
         """The answer to a question, which becomes part of the conversation with it.
@@ -43,10 +42,10 @@ class Conversation:
                 conversation stays as it was.
         """
         messages = [*self.messages, user_turn(question, images)]
-        base = self._model.base
+        base = self._base
         inputs = build_inputs(self._processor, [messages], base.device, base.dtype)
         options = {**self._options, **options, "return_dict_in_generate": True}
-        output: Any = self._model.generate(**inputs, **options, memory=self._memory)
+        output = self._generate(**inputs, **options, memory=self._prefix)
         new = output.sequences[0, inputs["input_ids"].shape[1] :]
         answer = str(self._processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]

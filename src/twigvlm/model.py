@@ -21,7 +21,6 @@ from twigvlm.conversation import Conversation
 from twigvlm.engine.engine import Engine
 from twigvlm.engine.row import Row
 from twigvlm.engine.runner import EagerRunner
-from twigvlm.engine.timing import Timings, clock_of
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.hf.generate import HFGenerateAdapter, Schedule, TwigOutput, check_arguments, run_rows, with_stop_strings
 from twigvlm.kv.prefix_cache import PrefixCache
@@ -30,6 +29,7 @@ from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.view import Scorer
 from twigvlm.speculation.costs import StepCosts, calibrate
+from twigvlm.timing import Timings, clock_of
 from twigvlm.twig.block import Twig
 
 _RESERVE = 512  # new tokens that a cache has room for at first
@@ -383,7 +383,7 @@ class TwigVLM(nn.Module):
             processor: the base's.
             options: of `generate`, for every question.
         """
-        return Conversation(self, processor, options)
+        return Conversation(self.base, self.generate, processor, options)
 
     def costs(self) -> StepCosts:
         """What the passes of a step cost here, measured the first time that it is asked for this way of running the base."""

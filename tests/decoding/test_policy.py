@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twigvlm.speculation.tree import Tree
 
 from tests.decoding.test_exactness import grown
 from tests.tiny import prompt
 from twigvlm import TwigVLM
 from twigvlm.speculation.costs import NODES, StepCosts, calibrate
 from twigvlm.speculation.policies import AdaptiveTree
-from twigvlm.speculation.tree import Tree
 
 MOST = 64
 

@@ -3,10 +3,10 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from twigvlm.speculation.tree import walk
 
 from tests.decoding.test_tree import branches, planted
 from twigvlm.engine.sampling import Sampling
-from twigvlm.speculation.tree import walk
 
 
 @given(branches, st.integers(0, 2**16))

@@ -2,7 +2,6 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-
 from twigvlm.speculation.tree import Tree, ancestors, best_leaves, most_probable, walk
 
 branches = st.lists(st.tuples(st.integers(0, 13), st.integers(0, 4), st.integers(0, 3)), max_size=14)

@@ -13,7 +13,9 @@ def test_every_token_has_its_origin(accepted, cut):
     wanted = []
     for step, count in enumerate(accepted):
         wanted.extend(Origin(step, True) for _ in range(count))
-        if not (cut and count and step == len(accepted) - 1):  # a draft that ends the answer leaves no room for the base
+        if not (
+            cut and count and step == len(accepted) - 1
+        ):  # a draft that ends the answer leaves no room for the base
             wanted.append(Origin(step, False))
     found = origins(accepted, len(wanted))
     assert found == wanted

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from twigvlm.engine.prefill import TrunkOutput
 
 from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
-from twigvlm.engine.prefill import TrunkOutput
 from twigvlm.kv.cache import KVCache
 from twigvlm.pruning.attention_rows import attention_scores
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention

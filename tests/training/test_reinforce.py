@@ -4,10 +4,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from twigvlm.engine.prefill import Plan, prefill
 
 from tests.training.events import logged
 from tests.training.stop import StopAt
-from twigvlm.engine.prefill import Plan, prefill
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.cache import KVCache
 from twigvlm.training.data.dataset import Collator

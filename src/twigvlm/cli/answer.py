@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import TextStreamer
 
 from twigvlm.cli.session import Session, build_inputs
-from twigvlm.engine.timing import clock_of
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.speed import FirstToken, attention_of
+from twigvlm.timing import clock_of
 
 GREEDY = {"do_sample": False}
 

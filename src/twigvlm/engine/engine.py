@@ -10,10 +10,10 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.engine.memory import free_bytes, row_bytes
 from twigvlm.engine.row import Request, Row
 from twigvlm.engine.runner import Runner, Step
-from twigvlm.engine.timing import Timings, clock_of
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Pruner
+from twigvlm.timing import Timings, clock_of
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from twigvlm.engine.timing import clock_of
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.evaluation import peak_memory
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.evaluation.speed import System, attention_of, in_turn
 from twigvlm.model import TwigVLM
+from twigvlm.timing import clock_of
 
 BatchOf = Callable[[Sequence[Question]], dict[str, Any]]
 """Questions as the base's inputs, padded on the left."""

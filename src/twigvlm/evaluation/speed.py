@@ -13,12 +13,12 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from twigvlm import compat
-from twigvlm.engine.timing import clock_of
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.accuracy import InputsOf, failure
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.model import TwigVLM
+from twigvlm.timing import clock_of
 
 
 @dataclass(frozen=True)

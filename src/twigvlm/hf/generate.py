@@ -20,12 +20,12 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.engine.engine import Engine
 from twigvlm.engine.noise import Noise
 from twigvlm.engine.row import Request, Row
-from twigvlm.engine.timing import Timings
 from twigvlm.errors import TwigVLMError
 from twigvlm.hf.processors import split_criteria, split_processors
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Cut, Pruner
 from twigvlm.speculation.costs import StepCosts
+from twigvlm.timing import Timings
 
 
 @dataclass(frozen=True)

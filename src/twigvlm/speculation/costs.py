@@ -10,8 +10,8 @@ import torch
 from twigvlm.base.token_inputs import slice_tokens
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import MOST_NODES
-from twigvlm.engine.timing import clock_of
 from twigvlm.kv.cache import KVCache
+from twigvlm.timing import clock_of
 from twigvlm.twig.block import Twig
 
 NODES = (1, 2, 4, 8, 16, 32, MOST_NODES)
