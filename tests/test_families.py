@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.batches import batched
-from tests.decoding.test_policy import costs
+from tests.twigs import step_costs
 from tests.families import IMAGE, LAYERS, TINY, TRUNK, TWIG, VIDEO, prompt, prompts, tiny
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.base.families import FAMILIES, LANGUAGE_MODELS
@@ -156,7 +156,7 @@ def test_pruning_hides_tokens_and_nothing_else(name, kind, keep):
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_speculation_changes_nothing(name, kind, monkeypatch):
     model, inputs = grown(name), inputs_of(name, kind)
-    monkeypatch.setattr(TwigVLM, "costs", lambda self: costs(draft=0.1))
+    monkeypatch.setattr(TwigVLM, "costs", lambda self: step_costs(draft=0.1))
     pruning = {"keep": max(1, visual_tokens(name, kind) // 3), "final_wipe": 5, "max_new_tokens": 12}
     plain = model.generate(**inputs, **pruning)
     for way, first in ((CHAIN, 4), (TREE, 12), ({"speculate": "auto"}, 1)):

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.batches import batched
-from tests.decoding.test_exactness import LAYERS, grown
 from tests.tiny import IMAGE_TOKEN, prompt
+from tests.twigs import LAYERS, grown
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention

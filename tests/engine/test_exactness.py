@@ -1,29 +1,16 @@
 """Speculation changes nothing, no pruning changes nothing, and pruning is what its definition says."""
 
-from functools import lru_cache
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import VISUAL, VOCABULARY, prompt, tiny_llava
+from tests.twigs import LAYERS, grown
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.base.token_inputs import select_tokens
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
 from twigvlm.pruning.methods.random import RandomScores
-
-LAYERS = 6
-
-
-@lru_cache(maxsize=256)
-def grown(seed=0, trunk=2, twig=2, init="next", head="own", reduced=False, agreeing=True, attention="sdpa"):
-    """A tiny TwigVLM; `agreeing`: the layers that the twig skips contribute little, so that long drafts are accepted."""
-    model = tiny_llava(seed, LAYERS, attention, *((0.03, trunk) if agreeing else ()))
-    config = TwigConfig(trunk, twig, init, head, draft_vocabulary=60 if reduced else None)
-    ids = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))[:60] if reduced else None
-    return TwigVLM.grow(model, config, ids)
-
 
 @st.composite
 def cases(draw):
