@@ -1,7 +1,11 @@
-"""What a user can choose, as frozen dataclasses; the command line's options and help are made from them."""
+"""What a user can choose, as frozen dataclasses; the command line's options and help are made from them.
+
+A sentence "None: …" in a description says what an option that is left out stands for; `--help` shows it as the default.
+"""
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from math import isfinite
+from typing import Any, Literal, get_args
 
 from twigvlm.errors import TwigVLMError
 
@@ -34,7 +38,7 @@ class TwigConfig:
     head: Literal["own", "shared"] = "own"
     """Prediction head: a trainable copy of the base's LM head, or the frozen base's head itself."""
     draft_vocabulary: int | None = None
-    """V_d: number of tokens the twig can draft; None: the base's whole vocabulary. Never changes the output."""
+    """V_d: number of tokens the twig can draft. It never changes the output. None: the base's whole vocabulary."""
     final_wipe: int | None = None
     """K_f the twig was tuned with: no visual token enters layers after K_f. None: no FinalWipe (K_f = L)."""
     pruning_head: bool = False
@@ -53,14 +57,14 @@ class TwigConfig:
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """How many visual tokens to keep. Neither retain nor keep: all of them."""
+    """How many visual tokens to keep. Without `retain` and `keep` all of them stay."""
 
     retain: float | None = None
-    """R̄: average number of visual tokens over all base layers (Eq. 6); the budget that papers quote."""
+    """R̄: average number of visual tokens over all base layers (Eq. 6), the budget that papers quote. None: no pruning."""
     keep: int | None = None
     """R: visual tokens kept in layers K+1..K_f, instead of an average."""
     final_wipe: int | None = None
-    """K_f: no visual token enters later layers. None: as the twig was tuned; the number of base layers: off."""
+    """K_f: no visual token enters later layers; the base's number of layers switches this off. None: as the twig was tuned."""
     retain_per_image: bool = False
     """Split the budget evenly among the images, or the frames that text parts, instead of by their scores alone."""
 
@@ -83,20 +87,21 @@ class SpeculationConfig:
     """How the twig drafts tokens. The output does not depend on it."""
 
     speculate: Speculate = "none"
-    """none: one token per step. chain: draft a few tokens, verify them in one pass (Algorithm 1). tree: draft a tree of
-    alternatives (Algorithm 2). auto: trees of the size that pays on this machine, none where none does."""
+    """How the twig drafts. none: one token per step. chain: draft a few tokens and verify them in one pass (Algorithm 1).
+    tree: draft a tree of alternatives (Algorithm 2). auto: draft trees of the size that is fastest on this machine, which is
+    measured first for a few seconds, and nothing where drafting does not pay."""
     draft_length: int = 5
-    """δ: most tokens of a chain."""
+    """δ: longest chain, in tokens."""
     draft_threshold: float = 0.6
     """θ: a chain ends after a token whose probability is below this."""
     tree_depth: int = 4
-    """D: most tokens on a path of a tree."""
+    """D: longest path of a tree, in tokens."""
     tree_width: int = 10
     """E: children of each node that is expanded."""
     tree_expand: int = 10
-    """K_sel: nodes of a level that are expanded, the most probable ones."""
+    """K_sel: how many nodes of a level are expanded, the most probable ones."""
     tree_nodes: int = 60
-    """N_max: most drafted tokens of a tree that are verified."""
+    """N_max: how many drafted tokens of a tree are verified at most."""
 
     def __post_init__(self) -> None:
         _one_of(get_args(Speculate), speculate=self.speculate)
@@ -126,6 +131,39 @@ class SpeculationConfig:
         if self.speculate == "tree":
             return 1 + self.tree_expand * (self.tree_depth - 1) + self.tree_nodes
         return 1 + (self.draft_length if self.speculate == "chain" else 0)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How each token of an answer is chosen. Speculation changes no draw, and the base alone draws the same."""
+
+    temperature: float | None = None
+    """Draw the tokens of the answer at this temperature. None: always the most probable token."""
+    top_p: float | None = None
+    """Draw from the most probable tokens only, which together have this probability. None: from all tokens."""
+    seed: int | None = None
+    """Seed of the draws. None: 0."""
+
+    def __post_init__(self) -> None:
+        if self.temperature is None:
+            for name, value in (("top_p", self.top_p), ("seed", self.seed)):
+                if value is not None:
+                    raise TwigVLMError(f"{name}={value:g}: needs a temperature; add --temperature 1, or leave it out")
+            return
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise TwigVLMError(f"seed={self.seed}: must be 0 or more, and less than 2^63")
+        if not (self.temperature > 0 and isfinite(self.temperature)):
+            raise TwigVLMError(
+                f"temperature={self.temperature:g}: must be more than 0; leave it out for the most probable tokens"
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise TwigVLMError(f"top_p={self.top_p:g}: must be more than 0, and at most 1")
+
+    def generate_options(self) -> dict[str, Any]:
+        """Arguments of `generate`; the seed is the caller's to set."""
+        if self.temperature is None:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": self.top_p or 1.0}
 
 
 def _at_least(low: int, **option: int) -> None:

@@ -1,20 +1,19 @@
 """One question to a loaded base or its twig, and what the answer cost: what `generate`, `demo` and `inspect` share."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
-from twigvlm.cli.session import Session, build_inputs
+from twigvlm.cli.session import Session
+from twigvlm.config import SamplingConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.speed import FirstToken, attention_of
+from twigvlm.inputs import Message, build_inputs
 from twigvlm.timing import clock_of
-
-GREEDY = {"do_sample": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +39,32 @@ class Answer:
         """Generated tokens over the whole time, prefill and decoding."""
         return 1000 * self.num_tokens / (self.prefill_ms + self.decode_ms)
 
-    def report(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The answer as a JSON object."""
         values = dataclasses.asdict(self)
         times = {name: round(values[name], 3) for name in values if name.endswith("_ms") and values[name] is not None}
         return {**values, **times, "tokens_per_second": round(self.tokens_per_second, 3)}
+
+
+class _TokenCounter(BaseStreamer):
+    """Reports each new token.
+
+    Args:
+        token: called for each.
+    """
+
+    def __init__(self, token: Callable[[], None]) -> None:
+        self._token, self._prompt_seen = token, False
+
+    def put(self, value: torch.Tensor) -> None:
+        """The first call brings the prompt, each further one new tokens."""
+        if self._prompt_seen:
+            for _ in range(value.numel()):
+                self._token()
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """The answer is complete."""
 
 
 def check_request(prompt: str, max_new_tokens: int) -> None:
@@ -54,89 +74,98 @@ def check_request(prompt: str, max_new_tokens: int) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise TwigVLMError(f"prompt {prompt!r}: is no text in UTF-8; write it anew") from None
+        raise TwigVLMError(f"prompt {prompt!r}: is no text in UTF-8; write it again") from None
     if max_new_tokens < 1:
         raise TwigVLMError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
 
 
-def sampling_options(temperature: float | None, top_p: float | None, seed: int | None) -> dict[str, Any]:
-    """Of `generate`; greedy without a temperature. The seed is checked only: `ask` sets it."""
-    if temperature is None:
-        for name, value in (("top_p", top_p), ("seed", seed)):
-            if value is not None:
-                raise TwigVLMError(f"{name}={value:g}: needs a temperature; add --temperature 1, or leave it out")
-        return GREEDY
-    if seed is not None and not 0 <= seed < 2**63:
-        raise TwigVLMError(f"seed={seed}: must be 0 or more, and less than 2^63")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise TwigVLMError(
-            f"temperature={temperature:g}: must be more than 0; leave it out for the most probable tokens"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise TwigVLMError(f"top_p={top_p:g}: must be more than 0, and at most 1")
-    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0 if top_p is None else top_p}
-
-
-def ask(
+def answer_question(
     session: Session,
-    image: Image.Image,
-    prompt: str,
+    question: Message,
     max_new_tokens: int,
     *,
     accelerated: bool,
     stream: bool = False,
+    on_token: Callable[[], None] | None = None,
     attention: str | None = None,
-    sampling: Mapping[str, Any] = GREEDY,
-    seed: int = 0,
+    sampling: SamplingConfig | None = None,
+    processor_options: dict[str, Any] | None = None,
 ) -> Answer:
-    """Answer through the twig as the plan says, or with the base's own `generate`.
+    """Answer through the twig as the session's config says, or with the base's own `generate`.
 
-    `attention` is the implementation that the base attends by (None: as it was loaded), `sampling` from `sampling_options`.
+    Args:
+        session: what answers.
+        question: from `user_turn`.
+        max_new_tokens: longest answer.
+        accelerated: whether the twig takes part.
+        stream: print the answer on stdout while it is generated.
+        on_token: called for each new token, where the answer is not streamed.
+        attention: implementation that the base attends by; None: as it was loaded.
+        sampling: how tokens are chosen; None: greedily.
+        processor_options: for example `num_frames` of a video.
+
+    Raises:
+        TwigVLMError: the question cannot be asked, or does not fit into the context.
     """
-    inputs = build_inputs(session.base, session.processor, [image], [prompt])
+    sampling = sampling or SamplingConfig()
+    base, tokenizer = session.base, session.processor.tokenizer
+    inputs = build_inputs(session.processor, [[question]], base.device, base.dtype, **(processor_options or {}))
     length = inputs["input_ids"].shape[1]
-    _check_context(session.base, length, max_new_tokens)
-    tokenizer = session.processor.tokenizer
-    clock = clock_of(session.base.device)
-    watch = FirstToken(clock, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None)
+    _check_context(base, length, max_new_tokens)
+    clock = clock_of(base.device)
+    watcher: BaseStreamer | None = None
+    if stream:
+        watcher = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    elif on_token is not None:
+        watcher = _TokenCounter(on_token)
+    watch = FirstToken(clock, watcher)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
-        **sampling,
+        **sampling.generate_options(),
         "streamer": watch,
         "return_dict_in_generate": True,
     }
-    generate: Callable[..., Any] = session.base.generate
+    generate: Callable[..., Any] = base.generate
     if accelerated:
         assert session.model is not None
         generate = session.model.generate
-        options |= {"retain": session.plan.retain, "speculate": session.plan.speculate}
-        if session.plan.speculate == "auto":
-            session.model.costs()  # measured once for all answers, of which none is this one's time
-    place = session.base.device
-    with attention_of(session.base, attention), torch.random.fork_rng([place] if place.type == "cuda" else []):
-        torch.manual_seed(seed)
-        began = clock()
+        options |= session.config.generate_options
+        if session.config.speculate == "auto":
+            session.model.costs()  # measured once for all answers, and part of no answer's time
+    with (
+        attention_of(base, attention),
+        torch.random.fork_rng([base.device] if base.device.type == "cuda" else []),
+    ):
+        torch.manual_seed(sampling.seed or 0)
+        start = clock()
         output: Any = generate(**inputs, **options)
-        ended = clock()
-    first = ended if watch.at is None else watch.at
+        end = clock()
+    first = end if watch.at is None else watch.at
     tokens = output.sequences[0, length:].tolist()
-    positions = (inputs["input_ids"][0] == session.base.config.image_token_id).nonzero().flatten().tolist()
+    visual = _visual_positions(base.config, inputs["input_ids"][0].tolist())
     kept = None if not accelerated or output.kept_indices is None else output.kept_indices[0].tolist()
     timings = output.timings if accelerated else None
     return Answer(
         text=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
         token_ids=tokens,
         num_tokens=len(tokens),
-        prefill_ms=1000 * (first - began),
-        decode_ms=1000 * (ended - first),
+        prefill_ms=1000 * (first - start),
+        decode_ms=1000 * (end - first),
         draft_ms=None if timings is None else 1000 * timings.draft,
         verify_ms=None if timings is None else 1000 * timings.verify,
-        visual_tokens=len(positions),
-        kept_tokens=len(positions if kept is None else kept),
-        kept_indices=None if kept is None else [positions.index(position) for position in kept],
+        visual_tokens=len(visual),
+        kept_tokens=len(visual if kept is None else kept),
+        kept_indices=None if kept is None else [visual[position] for position in kept],
         drafted_lengths=output.drafted_lengths[0] if accelerated else None,
         accepted_lengths=output.accepted_lengths[0] if accelerated else None,
     )
+
+
+def _visual_positions(config: Any, ids: list[int]) -> dict[int, int]:
+    """The places of visual tokens in a prompt, and which of them it is."""
+    placeholders = {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")}
+    positions = (position for position, token in enumerate(ids) if token in placeholders)
+    return {position: index for index, position in enumerate(positions)}
 
 
 def _check_context(base: Any, length: int, max_new_tokens: int) -> None:

@@ -9,11 +9,11 @@ import tyro
 
 @dataclass(frozen=True)
 class Convert:
-    """Turn a twig that the method's authors published into one that this library loads."""
+    """Convert a twig that the method's authors published into one of this library."""
 
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Directory of the published weights."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Directory for the twig."""
     model: str
     """The base it was trained on: a Hugging Face id or a directory."""
@@ -22,7 +22,7 @@ class Convert:
     trunk_layers: int = 2
     """K: base layers below the twig."""
     final_wipe: int | None = None
-    """K_f that pruning uses unless told otherwise. None: no FinalWipe."""
+    """K_f that pruning with this twig uses by default. None: no FinalWipe."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the base, and of the twig that is written. auto: as the base's files say."""
 
@@ -37,5 +37,6 @@ class Convert:
             raise TwigVLMError(f"out {str(self.out)!r}: exists already; choose another directory")
         with busy(f"Loading {self.model}"):
             base, _ = load_base(self.model, self.dtype, "cpu")
-        import_milvlg(base, self.source, self.trunk_layers, self.final_wipe).save_pretrained(self.out)
+        with busy(f"Converting {self.source}"):
+            import_milvlg(base, self.source, self.trunk_layers, self.final_wipe).save_pretrained(self.out)
         print(f"Twig: {self.out}")

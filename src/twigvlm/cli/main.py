@@ -1,12 +1,13 @@
-"""Entry point: parse, run the chosen subcommand, and turn what a user can mend into one line on stderr."""
+"""Entry point: parse, run the chosen subcommand, and turn input errors and interruptions into one line on stderr."""
 
-import contextlib
-import io
+import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Annotated
 
-import tyro
+from tyro.conf import subcommand
 
 from twigvlm.cli.convert import Convert
 from twigvlm.cli.demo import Demo
@@ -14,55 +15,58 @@ from twigvlm.cli.evaluate import Evaluate
 from twigvlm.cli.families import Families
 from twigvlm.cli.generate import Generate
 from twigvlm.cli.inspect import Inspect
+from twigvlm.cli.parsing import parse
 from twigvlm.cli.train import Train
 from twigvlm.errors import TwigVLMError, one_line
 
-Command = (
-    Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Families, tyro.conf.subcommand("families")]
-    | Annotated[Convert, tyro.conf.subcommand("convert")]
+COMMANDS = (
+    Annotated[Generate, subcommand("generate")]
+    | Annotated[Demo, subcommand("demo")]
+    | Annotated[Inspect, subcommand("inspect")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Families, subcommand("families")]
+    | Annotated[Convert, subcommand("convert")]
 )
 DESCRIPTION = (
-    "Make vision-language models answer faster: prune visual tokens and draft answer tokens with one small twig."
+    "Make vision-language models answer faster: prune visual tokens and draft\nanswer tokens with one small twig.\n\n"
+    "`twigvlm COMMAND --help` lists the options of a command, and\n`twigvlm --version` prints the version."
 )
+INTERRUPTED, BROKEN_PIPE = 130, 141
+"""Exit codes of a process that the signals SIGINT and SIGPIPE end."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 for input that a user can mend."""
+    """Run the command line.
+
+    Args:
+        args: without the program's name; None: those that the process was started with.
+
+    Returns:
+        The exit code: 0; 2 for an input error; 130 after Ctrl-C; 141 when nobody reads the output any more.
+
+    Raises:
+        SystemExit: after help (0) and usage errors (2).
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no Greek shows a question mark
+    if args == ["--version"]:
+        print(f"twigvlm {version('twigvlm')}")
+        return 0
+    continuation = "run the command again to start over"
     try:
-        _parse(args).run()
+        command = parse(COMMANDS, DESCRIPTION, args)
+        continuation = getattr(command, "continuation", continuation)
+        return command.run() or 0
     except TwigVLMError as error:
         print(f"twigvlm: error: {one_line(error)}", file=sys.stderr)
         return 2
-    return 0
-
-
-def _parse(args: Sequence[str] | None) -> Generate | Demo | Inspect | Train | Evaluate | Families | Convert:
-    """Options from the command line; exits with 2 on a usage error, and raises the TwigVLMError of a bad value.
-
-    tyro shows the ValueErrors of nested dataclasses in a box of its own; what it prints is held back until it is known
-    which of the two it was.
-    """
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            command: Generate | Demo | Inspect | Train | Evaluate | Families | Convert = tyro.cli(
-                Command,
-                prog="twigvlm",
-                description=DESCRIPTION,
-                args=args,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-            )
-            return command
-    except SystemExit as stop:
-        cause = stop.__context__
-        while cause is not None and not isinstance(cause, TwigVLMError):
-            cause = cause.__context__
-        if cause is not None:
-            raise cause from None
-        sys.stderr.write(printed.getvalue())
-        raise
+    except KeyboardInterrupt:
+        start = "\n" if sys.stderr.isatty() else ""  # below the ^C
+        print(f"{start}twigvlm: interrupted; {continuation}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at exit
+        return BROKEN_PIPE

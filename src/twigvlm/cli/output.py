@@ -3,18 +3,31 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.files import replacing
 from twigvlm.training.distributed.processes import is_main
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+INTERVAL = 30.0
+"""Seconds between two lines about long work where stderr is no terminal."""
 
 
 def progress() -> Progress:
@@ -26,21 +39,83 @@ def progress() -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("·"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
         console=console,
         transient=True,
+        redirect_stdout=sys.stdout.isatty(),
         disable=not (console.is_terminal and is_main()),
     )
 
 
 @contextlib.contextmanager
+def steps(title: str, total: int, done: int = 0, last_line: bool = True) -> Iterator[Callable[..., None]]:
+    """Show work of known length on stderr: a bar with the time left, or lines now and then where stderr is no terminal.
+
+    Args:
+        title: of the work.
+        total: its steps.
+        done: steps that an earlier run has done.
+        last_line: whether a line is printed as the work ends where stderr is no terminal, however short it was.
+
+    Yields:
+        What advances by one step, or by none for a new title: `advance(title=None, count=1)`.
+    """
+    now, start, current = done, time.monotonic(), title
+
+    def line() -> str:
+        if now in (done, total):
+            return f"{now}/{total} {current}"
+        left = (time.monotonic() - start) / (now - done) * (total - now)
+        return f"{now}/{total} {current}, {timedelta(seconds=round(left))} left"
+
+    with progress() as bar:
+        task = bar.add_task(title, total=total, completed=done)
+
+        def advance(text: str | None = None, count: int = 1) -> None:
+            nonlocal now, current
+            now, current = now + count, text or current
+            bar.update(task, advance=count, description=current)
+
+        with _lines(line) if bar.disable else contextlib.nullcontext():
+            yield advance
+        if bar.disable and last_line and is_main():
+            print(line(), file=sys.stderr)
+
+
+@contextlib.contextmanager
 def busy(what: str) -> Iterator[None]:
-    """A spinner on stderr while the block runs; nothing where stderr is no terminal."""
+    """Show work of unknown length on stderr: a spinner, or lines now and then where stderr is no terminal."""
     console = Console(file=sys.stderr)
-    if not (console.is_terminal and is_main()):
+    if console.is_terminal and is_main():
+        with console.status(what):
+            yield
+        return
+    start = time.monotonic()
+    with _lines(lambda: f"{what}, for {timedelta(seconds=round(time.monotonic() - start))} so far"):
+        yield
+
+
+@contextlib.contextmanager
+def _lines(line: Callable[[], str]) -> Iterator[None]:
+    """While the block runs, a line on stderr at every `INTERVAL`, from the main process alone."""
+    if not is_main():
         yield
         return
-    with console.status(what):
+    ended = threading.Event()
+
+    def show() -> None:
+        while not ended.wait(INTERVAL):
+            print(line(), file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
         yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def check_picture_path(path: Path) -> None:
@@ -66,6 +141,6 @@ def check_directory(path: Path, option: str = "out") -> None:
     """Refuse a place where no directory of files can be written, before any work is done for it."""
     if path.exists() and not path.is_dir():
         raise TwigVLMError(f"{option} {str(path)!r}: is a file; name a directory")
-    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise TwigVLMError(f"{option} {str(path)!r}: {str(nearest)!r} is no writable directory; choose another")

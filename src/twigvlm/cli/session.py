@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 
 from twigvlm import inputs, loading
-from twigvlm.config import Speculate
+from twigvlm.config import PruningConfig, Speculate
 from twigvlm.errors import TwigVLMError
 from twigvlm.images import Picture
 from twigvlm.inputs import user_turn
@@ -20,12 +20,12 @@ from twigvlm.model import TwigVLM
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SessionConfig:
     """Which base, which twig, and what the twig shall do; every combination that makes no sense is refused here."""
 
     model: str
     twig: str | None
-    retain: float | None
+    pruning: PruningConfig
     speculate: Speculate
 
     @property
@@ -33,12 +33,20 @@ class Plan:
         """Whether the twig takes part."""
         return self.twig is not None
 
+    @property
+    def generate_options(self) -> dict[str, Any]:
+        """Arguments of `TwigVLM.generate`."""
+        return {**dataclasses.asdict(self.pruning), "speculate": self.speculate}
+
     @classmethod
-    def resolve(cls, model: str, twig: str | None, retain: float | None, speculate: Speculate | None = None) -> "Plan":
+    def resolve(
+        cls, model: str, twig: str | None, pruning: PruningConfig, speculate: Speculate | None = None
+    ) -> "SessionConfig":
         """Fill in the defaults: Sapling has a twig of its own, and a twig speculates unless told not to."""
+        retain = pruning.retain
         if retain is not None and not math.isfinite(retain):
             raise TwigVLMError(f"retain={retain}: must be a number of visual tokens, for example 64")
-        idle = retain is None and speculate == "none"
+        idle = not pruning.active and speculate == "none"
         if twig is not None and idle:
             raise TwigVLMError(
                 f"twig {twig!r}: has nothing to do; add --retain 64 or --speculate chain, or leave it out"
@@ -47,35 +55,37 @@ class Plan:
             from twigvlm import sapling
 
             twig = str(sapling.twig_path())
-        if twig is None and (retain is not None or speculate in ("chain", "tree", "auto")):
-            asked = f"--retain {retain:g}" if retain is not None else f"--speculate {speculate}"
+        if twig is None and (pruning.active or speculate in ("chain", "tree", "auto")):
+            asked = f"--speculate {speculate}"
+            if pruning.active:
+                asked = f"--keep {pruning.keep}" if retain is None else f"--retain {retain:g}"
             raise TwigVLMError(
                 f"{asked}: needs a twig grown on {model!r}; give --twig DIR, or grow one with 'twigvlm train --model {model}'"
             )
         if speculate is None:
             speculate = "none" if twig is None else "chain"
-        return cls(model, twig, retain, speculate)
+        return cls(model, twig, pruning, speculate)
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """A loaded base with its processor, and the twig's model where the plan has one."""
+    """A loaded base with its processor, and the twig's model where the config has one."""
 
-    plan: Plan
+    config: SessionConfig
     base: Any
     processor: Any
     model: TwigVLM | None
 
-    def report(self) -> dict[str, Any]:
-        """Where and on what the answer was made."""
+    def settings(self) -> dict[str, Any]:
+        """Where and on what answers are made."""
         dtype = str(self.base.dtype).removeprefix("torch.")
-        return {"model": self.plan.model, "twig": self.plan.twig, "dtype": dtype, "device": str(self.base.device)}
+        return {"model": self.config.model, "twig": self.config.twig, "dtype": dtype, "device": str(self.base.device)}
 
 
-def open_session(plan: Plan, dtype: str, device: str) -> Session:
-    """Load what the plan names."""
+def open_session(config: SessionConfig, dtype: str, device: str) -> Session:
+    """Load what the config names."""
     _silence_libraries()
-    return Session(plan, *loading.load(plan.model, plan.twig, dtype, device))
+    return Session(config, *loading.load(config.model, config.twig, dtype, device))
 
 
 def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:

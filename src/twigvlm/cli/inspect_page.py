@@ -1,4 +1,4 @@
-"""An answer as one HTML page that needs nothing else: every token by its origin, totals, settings, the picture inside."""
+"""The page of `inspect`: one HTML file that needs nothing else, with every token by its origin, totals, settings, the picture."""
 
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence

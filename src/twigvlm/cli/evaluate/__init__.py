@@ -1,0 +1,37 @@
+"""`twigvlm evaluate`: accuracy, speed, memory and exactness of a twig, as raw results and a report; a file per subcommand."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import OmitSubcommandPrefixes, subcommand
+
+from twigvlm.cli.evaluate.accuracy import EvaluateAccuracy
+from twigvlm.cli.evaluate.batches import EvaluateBatches
+from twigvlm.cli.evaluate.drafts import EvaluateDrafts
+from twigvlm.cli.evaluate.exactness import EvaluateExactness
+from twigvlm.cli.evaluate.speed import EvaluateSpeed
+from twigvlm.cli.evaluate.sweep import EvaluateSweep
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure accuracy, speed and exactness of a twig on questions with answers."""
+
+    what: Annotated[
+        Annotated[EvaluateAccuracy, subcommand("accuracy")]
+        | Annotated[EvaluateSweep, subcommand("sweep")]
+        | Annotated[EvaluateSpeed, subcommand("speed")]
+        | Annotated[EvaluateDrafts, subcommand("drafts")]
+        | Annotated[EvaluateBatches, subcommand("batches")]
+        | Annotated[EvaluateExactness, subcommand("exactness")],
+        OmitSubcommandPrefixes,
+    ]
+
+    @property
+    def continuation(self) -> str:
+        """What to do after Ctrl-C."""
+        return self.what.continuation
+
+    def run(self) -> None:
+        """Run the chosen evaluation."""
+        self.what.run()

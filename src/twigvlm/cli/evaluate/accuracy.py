@@ -1,0 +1,77 @@
+"""`twigvlm evaluate accuracy`: accuracy of several ways to prune."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from twigvlm.cli.evaluate.options import FIGURE, PruningOptions
+
+if TYPE_CHECKING:
+    from twigvlm.cli.evaluate.bench import Bench
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateAccuracy(PruningOptions):
+    """Accuracy of several ways to prune under the same budgets."""
+
+    name: ClassVar[str] = "accuracy"
+
+    methods: tuple[str, ...] = ("twig", "random", "fastv")
+    """How to rank the visual tokens: twig (its P-Head if it has one), attention (last twig layer), twig-text (the same, all text
+    queries), random, fastv (base layer K), deep:N (base layer N, an oracle)."""
+    final_wipe: int | None = None
+
+    def run(self) -> None:
+        """Ask, and write results.jsonl, report.md and the figure."""
+        compare_prunings(self, "Accuracy", self.methods, () if self.final_wipe is None else (self.final_wipe,))
+
+
+def compare_prunings(
+    options: PruningOptions, title: str, methods: Sequence[str], final_wipes: Sequence[int], bench: Bench | None = None
+) -> None:
+    """Ask every question by every method under every budget and K_f, and write results, report and figure.
+
+    Args:
+        options: of the command.
+        title: of the report.
+        methods: names of rankings.
+        final_wipes: K_f; none: as the twig was tuned.
+        bench: what the options name, if it is loaded already.
+    """
+    from twigvlm.cli.evaluate.bench import open_bench, open_log, showing, write_report
+    from twigvlm.evaluation.accuracy import run_accuracy
+    from twigvlm.evaluation.figures import draw_accuracy, figure_class
+    from twigvlm.evaluation.progress import Progress
+    from twigvlm.evaluation.report import accuracy_sections
+    from twigvlm.evaluation.results_log import answered
+    from twigvlm.evaluation.summary import accuracies
+    from twigvlm.evaluation.variants import make_variants
+
+    if options.figure:
+        figure_class()  # for its error, before hours of work
+    bench = bench or open_bench(options)
+    model = bench.grow()
+    variants = make_variants(model, methods, options.budgets, final_wipes)
+    names = [variant.name for variant in variants]
+    log = open_log(options, {**bench.settings, "variants": names, "seed": options.seed})
+    questions = bench.questions.items
+    with showing(title, (question.id for question in questions), log, accuracies=Progress()) as show:
+        records = run_accuracy(
+            model,
+            bench.processor.tokenizer,
+            bench.questions,
+            variants,
+            bench.inputs_of,
+            log,
+            options.max_new_tokens,
+            options.max_description_tokens,
+            options.seed,
+            show,
+        )
+    figures = accuracies(answered(records), {question.id: question.image for question in questions})
+    write_report(options, title, bench, {"seed": options.seed}, accuracy_sections(figures, variants), records)
+    if options.figure:
+        draw_accuracy(figures, variants, options.output / FIGURE)
+        print(f"Figure: {options.output / FIGURE}")

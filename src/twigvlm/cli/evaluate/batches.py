@@ -1,0 +1,50 @@
+"""`twigvlm evaluate batches`: speed and peak memory of batches."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from twigvlm.cli.evaluate.options import BaselineOptions
+from twigvlm.cli.evaluate.speed import check_repeats
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateBatches(BaselineOptions):
+    """Tokens per second and peak memory of batches of several sizes."""
+
+    name: ClassVar[str] = "batches"
+
+    sizes: tuple[int, ...] = (1, 2, 4, 8)
+    """Prompts in a batch; each must divide the number of prompts."""
+
+    def run(self) -> None:
+        """Measure, and write results.jsonl and report.md."""
+        from twigvlm.cli.evaluate.bench import machine, open_bench, open_log, showing, write_report
+        from twigvlm.evaluation.batches import batch_systems, run_batches, split
+        from twigvlm.evaluation.report import batch_sections
+        from twigvlm.evaluation.results_log import answered
+
+        check_repeats(self.repeats)
+        bench = open_bench(self)
+        questions = bench.questions.items
+        ids = [f"{size}-{number}" for size in self.sizes for number in range(len(split(questions, size)))]
+        systems = batch_systems(self.retain, self.baselines)
+        described = [dataclasses.asdict(system) for system in systems]
+        # Batches have no names of their own: which prompts they hold follows from the kinds.
+        more = {"repeats": self.repeats, **machine(), "kinds": self.kinds}
+        log = open_log(self, {**bench.settings, **more, "systems": described})
+        model = bench.grow()
+        with showing("Batches", ids, log) as show:
+            records = run_batches(
+                model,
+                questions,
+                self.sizes,
+                systems,
+                lambda batch: bench.inputs_of(*batch),
+                log,
+                self.max_new_tokens,
+                self.max_description_tokens,
+                self.repeats,
+                show,
+            )
+        write_report(self, "Batches", bench, more, batch_sections(answered(records), systems), records)

@@ -1,0 +1,187 @@
+"""What the evaluations share: load, show progress, and write raw results and the report."""
+
+import dataclasses
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.checkpoints.hub import fetch
+from twigvlm.checkpoints.twig_files import FILES, WEIGHTS, fingerprint
+from twigvlm.cli.evaluate.options import RAW, REPORT, EvaluateOptions
+from twigvlm.cli.output import busy, check_directory, steps
+from twigvlm.cli.session import build_inputs, load_base
+from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.progress import Progress
+from twigvlm.evaluation.questions import Question, Questions, load_questions
+from twigvlm.evaluation.report import failed_sections, page
+from twigvlm.evaluation.results_log import Record, ResultsLog
+from twigvlm.files import replacing
+from twigvlm.loading import SAPLING
+from twigvlm.model import TwigVLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A loaded base, the twig's directory, and the questions."""
+
+    base: Any
+    body: BaseVLM
+    """The base, opened at its layers."""
+    processor: Any
+    twig: str
+    questions: Questions
+    settings: dict[str, Any]
+    """What every result depends on."""
+
+    def grow(self) -> TwigVLM:
+        """The base with its twig."""
+        return TwigVLM.from_pretrained(self.base, self.twig)
+
+    def inputs_of(self, *questions: Question) -> dict[str, Any]:
+        """A question, or several as a batch, as the base's inputs.
+
+        Raises:
+            TwigVLMError: a picture cannot be read, the processor or its template refuses, or the context is too short.
+        """
+        images = [question.image for question in questions]
+        inputs = build_inputs(self.base, self.processor, images, [question.prompt for question in questions])
+        self.body.check_context(inputs["input_ids"])
+        return inputs
+
+
+def open_bench(options: EvaluateOptions, validation: str = "") -> Bench:
+    """Load what the options name; `validation`: what is chosen by it, so that the test split is refused."""
+    check_directory(options.output, "output")
+    for name in ("max_new_tokens", "max_description_tokens"):
+        if getattr(options, name) < 1:
+            raise TwigVLMError(f"{name}={getattr(options, name)}: must be 1 or more")
+    everything = load_questions(options.questions)
+    if validation:
+        everything.refuse_test(validation)
+    questions = everything.chosen(options.kinds, options.limit)
+    twig = options.twig
+    if twig is None:
+        if options.model != SAPLING:
+            raise TwigVLMError(f"model {options.model!r}: needs a twig grown on it; give --twig DIR")
+        from twigvlm import sapling
+
+        twig = str(sapling.twig_path())
+    weights = fetch(twig, FILES, None, None) / WEIGHTS
+    if not weights.is_file():
+        raise TwigVLMError(f"twig {twig!r}: no twig here ({WEIGHTS} is missing); give a directory made by training")
+    with busy(f"Loading {options.model}"):
+        base, processor = load_base(options.model, options.dtype, options.device)
+    if options.attention != "auto":
+        base.set_attn_implementation(options.attention)  # before a twig grows: it takes its base's
+    body = BaseVLM(base)
+    settings = {
+        "model": _digest(json.dumps(fingerprint(body), sort_keys=True).encode()),
+        "twig": _digest(weights.read_bytes()),
+        "questions": _digest(options.questions.read_bytes()),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "attention": body.attention,
+        "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type,
+        "max new tokens": options.max_new_tokens,
+        "max description tokens": options.max_description_tokens,
+    }
+    return Bench(base, body, processor, twig, questions, settings)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def machine() -> dict[str, Any]:
+    """What times depend on beside the settings of a run."""
+    return {"threads": torch.get_num_threads(), "CPU": torch.backends.cpu.get_cpu_capability(), **_versions()}
+
+
+def _versions() -> dict[str, Any]:
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "twigvlm": version("twigvlm")}
+
+
+def open_log(options: EvaluateOptions, settings: dict[str, Any]) -> ResultsLog:
+    """The raw results in the output directory, made under these settings."""
+    return ResultsLog(options.output / RAW, settings)
+
+
+@contextmanager
+def showing(
+    title: str, ids: Iterable[str], log: ResultsLog, passes: int = 1, accuracies: Progress | None = None
+) -> Iterator[Callable[[Record], None]]:
+    """Progress with the time left, and a line for each question that fails.
+
+    Args:
+        title: of the evaluation.
+        ids: of the records that it makes.
+        log: of the results; what it holds is done.
+        passes: how often each record is reported until it is done.
+        accuracies: shown while the evaluation runs, if it has any.
+
+    Yields:
+        What to call with each record, those that the log held included.
+    """
+    ids = list(ids)
+    held, failed = {identity for identity in ids if log.results(identity) is not None}, 0
+    with steps(title, passes * len(ids), done=passes * len(held)) as advance:
+
+        def show(record: Record) -> None:
+            nonlocal failed
+            if "failed" in record:
+                failed += 1
+                print(f"{record['id']}: failed, {record['failed']}", file=sys.stderr)
+            text = title
+            if accuracies is not None:
+                accuracies.add(record)
+                text = f"{title}: {accuracies}"
+            advance(f"{text} · {failed} failed" if failed else text, count=record.get("id") not in held)
+
+        yield show
+
+
+def command_line(options: EvaluateOptions) -> str:
+    """The command that asks for these options."""
+    words = ["twigvlm", "evaluate", options.name]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value == field.default:
+            continue
+        words.append(f"--{field.name.replace('_', '-')}")
+        if isinstance(value, tuple):
+            words += [f"{item:g}" if isinstance(item, float) else str(item) for item in value]
+        elif not isinstance(value, bool):
+            words.append(str(value))
+    return shlex.join(words)
+
+
+def write_report(
+    options: EvaluateOptions,
+    title: str,
+    bench: Bench,
+    more: dict[str, Any],
+    sections: Sequence[str],
+    records: Sequence[Record],
+) -> None:
+    """Write the report and say where things are; `more` are settings of this evaluation alone."""
+    split = bench.questions.split
+    settings = {
+        **bench.settings,
+        **more,
+        "number of questions": f"{len(bench.questions.items)}{f', {split} split' if split else ''}",
+        **machine(),
+    }
+    path = options.output / REPORT
+    with replacing(path) as temporary:
+        text = page(title, command_line(options), settings, [*failed_sections(records), *sections])
+        temporary.write_text(text, encoding="utf-8")
+    print(f"Raw results: {options.output / RAW}")
+    print(f"Report: {path}")

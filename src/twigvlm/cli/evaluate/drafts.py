@@ -1,0 +1,30 @@
+"""`twigvlm evaluate drafts`: speed for several lengths and thresholds of drafts."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from twigvlm.cli.evaluate.options import TimingOptions
+from twigvlm.cli.evaluate.speed import time_systems
+from twigvlm.config import SpeculationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateDrafts(TimingOptions):
+    """Speed for several draft lengths and thresholds, on the validation split."""
+
+    name: ClassVar[str] = "drafts"
+
+    lengths: tuple[int, ...] = (3, 5, 8)
+    """δ to try: longest chains, in tokens."""
+    thresholds: tuple[float, ...] = (0.3, 0.6, 0.8)
+    """θ to try: a chain ends after a token whose probability is below it."""
+
+    def run(self) -> None:
+        """Measure, and write results.jsonl and report.md."""
+        from twigvlm.evaluation.speed import draft_systems
+
+        for length in self.lengths:
+            for threshold in self.thresholds:
+                SpeculationConfig("chain", length, threshold)  # for its errors
+        systems = draft_systems(self.retain, self.lengths, self.thresholds)
+        time_systems(self, "Drafts", systems, validation="choosing δ and θ")

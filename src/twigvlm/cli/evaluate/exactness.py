@@ -1,0 +1,46 @@
+"""`twigvlm evaluate exactness`: prompts whose answers differ where they must not."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from twigvlm.cli.evaluate.options import BudgetOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateExactness(BudgetOptions):
+    """Count the prompts whose answers differ where they must not; best in float32."""
+
+    name: ClassVar[str] = "exactness"
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Number format of the weights. auto: as the base's files say; in half precision, ties may flip."""
+    checks: tuple[str, ...] = ()
+    """What to compare: chain, tree, auto, "pruned chain", "pruned tree", "pruned auto", "no pruning", disabled. None given:
+    all."""
+
+    def run(self) -> None:
+        """Compare, and write results.jsonl and report.md."""
+        from twigvlm.cli.evaluate.bench import open_bench, open_log, showing, write_report
+        from twigvlm.evaluation.exactness import choose_checks, run_exactness
+        from twigvlm.evaluation.report import exactness_sections
+        from twigvlm.evaluation.results_log import answered
+
+        checks = choose_checks(self.checks)
+        bench = open_bench(self)
+        more = {"retain": self.retain}
+        log = open_log(self, {**bench.settings, **more, "checks": checks})
+        questions = bench.questions.items
+        with showing("Exactness", (question.id for question in questions), log, passes=2) as show:
+            records = run_exactness(
+                bench.base,
+                bench.grow,
+                questions,
+                bench.inputs_of,
+                log,
+                self.retain,
+                checks,
+                self.max_new_tokens,
+                self.max_description_tokens,
+                show,
+            )
+        write_report(self, "Exactness", bench, more, exactness_sections(answered(records)), records)

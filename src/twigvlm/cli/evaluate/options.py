@@ -1,0 +1,75 @@
+"""Options that several evaluations have."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from tyro.conf import arg
+
+from twigvlm.cli.options import ModelOptions
+
+RAW, REPORT, FIGURE = "results.jsonl", "report.md", "figure.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ModelOptions):
+    """What every evaluation needs."""
+
+    name: ClassVar[str]
+    """Of the subcommand."""
+
+    questions: Path
+    """JSON file of questions with answers; image paths in it are relative to it."""
+    output: Path
+    """Directory for raw results (JSON lines) and the report (markdown). The same command continues a run that was stopped."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention implementation of the base and the twig. auto: as the base was loaded."""
+    kinds: tuple[str, ...] = ()
+    """Kinds of questions to ask. None given: all."""
+    limit: int | None = None
+    """Ask only the first so many of them. None: no limit."""
+    max_new_tokens: int = 16
+    """Longest short answer, in tokens."""
+    max_description_tokens: int = 192
+    """Longest description, in tokens."""
+
+    @property
+    def continuation(self) -> str:
+        """What to do after Ctrl-C."""
+        return f"run the same command again to continue; what is in {str(self.output / RAW)!r} is not measured again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningOptions(EvaluateOptions):
+    """Of evaluations of accuracy, under several budgets."""
+
+    budgets: Annotated[tuple[float, ...], arg(aliases=("--retain",))] = (192, 128, 64)
+    """R̄, one or more: average numbers of visual tokens over all base layers (Eq. 6), the budgets that papers quote."""
+    seed: int = 0
+    """Seed of the ranking `random`."""
+    figure: bool = False
+    """Draw accuracy over budget too (figure.png); needs matplotlib."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions(EvaluateOptions):
+    """Of evaluations under one budget."""
+
+    retain: Annotated[float, arg(aliases=("--budgets",))] = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingOptions(BudgetOptions):
+    """Of evaluations of speed."""
+
+    kinds: tuple[str, ...] = ("description",)
+    repeats: int = 3
+    """Times that everyone answers every prompt, or batch of prompts, in turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineOptions(TimingOptions):
+    """Of evaluations of speed against the base's own `generate`."""
+
+    baselines: tuple[str, ...] = ("sdpa", "eager")
+    """Attention implementations of the base's own `generate`; the faster one is the baseline, at each batch size."""

@@ -1,0 +1,89 @@
+"""`twigvlm evaluate speed`: tokens per second of the twig's parts, alone and together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from tyro.conf import arg
+
+from twigvlm.cli.evaluate.options import BaselineOptions, TimingOptions
+from twigvlm.config import SpeculationConfig
+from twigvlm.errors import TwigVLMError
+
+if TYPE_CHECKING:
+    from twigvlm.evaluation.speed import System
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSpeed(BaselineOptions):
+    """Tokens per second of the base's own `generate` and of the twig's parts."""
+
+    name: ClassVar[str] = "speed"
+
+    draft_length: int = SpeculationConfig.draft_length
+    draft_threshold: float = SpeculationConfig.draft_threshold
+    tree_depth: int = SpeculationConfig.tree_depth
+    tree_width: int = SpeculationConfig.tree_width
+    tree_expand: int = SpeculationConfig.tree_expand
+    tree_nodes: int = SpeculationConfig.tree_nodes
+    systems: Annotated[tuple[str, ...], arg(aliases=("--contenders",))] = ()
+    """What to time beside the baselines: "own loop", pruning, chain, tree, auto, "pruning + chain", "pruning + tree",
+    "pruning + auto". None given: all."""
+
+    def run(self) -> None:
+        """Measure, and write results.jsonl and report.md."""
+        from twigvlm.evaluation.speed import standard_systems
+
+        chain: dict[str, Any] = {"draft_length": self.draft_length, "draft_threshold": self.draft_threshold}
+        tree: dict[str, Any] = {
+            name: getattr(self, name) for name in ("tree_depth", "tree_width", "tree_expand", "tree_nodes")
+        }
+        SpeculationConfig("chain", **chain)  # for their errors
+        SpeculationConfig("tree", **tree)
+        time_systems(self, "Speed", standard_systems(self.retain, chain, tree, self.baselines, self.systems))
+
+
+def time_systems(options: TimingOptions, title: str, systems: Sequence[System], validation: str = "") -> None:
+    """Time every system on every prompt, and write results and report.
+
+    Args:
+        options: of the command.
+        title: of the report.
+        systems: what to time.
+        validation: what is chosen by it, so that the test split is refused.
+    """
+    from twigvlm.cli.evaluate.bench import machine, open_bench, open_log, showing, write_report
+    from twigvlm.evaluation.report import speed_sections
+    from twigvlm.evaluation.results_log import answered
+    from twigvlm.evaluation.speed import run_speed
+
+    check_repeats(options.repeats)
+    bench = open_bench(options, validation)
+    model = bench.grow()
+    more = {"repeats": options.repeats, **machine()}
+    described = [dataclasses.asdict(system) for system in systems]
+    log = open_log(options, {**bench.settings, **more, "systems": described})
+    questions = bench.questions.items
+    with showing(title, (question.id for question in questions), log) as show:
+        records = run_speed(
+            model,
+            bench.processor.tokenizer,
+            questions,
+            systems,
+            bench.inputs_of,
+            log,
+            options.max_new_tokens,
+            options.max_description_tokens,
+            options.repeats,
+            show,
+        )
+    write_report(options, title, bench, more, speed_sections(answered(records), systems), records)
+
+
+def check_repeats(repeats: int) -> None:
+    """Refuse to measure nothing."""
+    if repeats < 1:
+        raise TwigVLMError(f"repeats={repeats}: must be 1 or more")

@@ -1,0 +1,28 @@
+"""`twigvlm evaluate sweep`: accuracy for several K_f."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from twigvlm.cli.evaluate.accuracy import compare_prunings
+from twigvlm.cli.evaluate.options import PruningOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSweep(PruningOptions):
+    """Accuracy of the twig's pruning for several K_f, on the validation split."""
+
+    name: ClassVar[str] = "sweep"
+
+    final_wipes: tuple[int, ...] = ()
+    """K_f to try. None given: every fourth layer down from the last, in the upper half."""
+    method: str = "twig"
+    """How to rank the visual tokens: one of the methods of `accuracy`."""
+
+    def run(self) -> None:
+        """Ask, and write results.jsonl, report.md and the figure."""
+        from twigvlm.cli.evaluate.bench import open_bench
+
+        bench = open_bench(self, validation="choosing K_f")
+        layers = bench.body.num_layers
+        final_wipes = self.final_wipes or tuple(range(layers, layers // 2, -4))
+        compare_prunings(self, "Sweep of K_f", (self.method,), final_wipes, bench)

@@ -1,0 +1,41 @@
+"""Options that several commands have; what they say in `--help` is written here or in `twigvlm.config`, once."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from twigvlm.config import Speculate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which base and twig to load, and how."""
+
+    model: str = "sapling"
+    """The base: `sapling` (embedded), a Hugging Face id or a directory."""
+    twig: str | None = None
+    """Twig that was grown on the base: a directory or a hub id. None: Sapling's own on Sapling."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights. auto: as the base's files say; Sapling's is bfloat16, or float32 on a CPU that has no
+    bfloat16 arithmetic."""
+    device: str = "auto"
+    """Where to run: auto (a GPU if there is one), cpu, cuda, cuda:1, mps, …"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(ModelOptions):
+    """How long an answer may become."""
+
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions(AnswerOptions):
+    """One question about one image, through a twig; Sapling's own question unless told otherwise."""
+
+    image: str | None = None
+    """Image file, or a data URI. None: the scene that ships with the package."""
+    prompt: str = "Describe this image in detail."
+    """Question about the image."""
+    retain: float | None = 64
+    speculate: Speculate = "chain"

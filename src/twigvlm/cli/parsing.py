@@ -1,0 +1,209 @@
+"""From the command line to a command: options and help come from dataclasses, and a usage error is one line and the usage."""
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import io
+import itertools
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from textwrap import dedent
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+from tyro.constructors import (
+    MISSING,
+    MISSING_NONPROP,
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from twigvlm.config import PruningConfig, SpeculationConfig
+from twigvlm.errors import TwigVLMError
+
+
+class UsageError(TwigVLMError):
+    """Options that do not fit together, whatever their values; raised by a command's `__post_init__`."""
+
+
+_REGISTRY = ConstructorRegistry()
+_WITHOUT = re.compile(r"\s*None(?: given)?: ([^.]+)\.")
+"""The sentence of a description that says what stands for an option that is left out."""
+
+
+def parse(commands: Any, description: str, args: Sequence[str]) -> Any:
+    """The command that the arguments ask for.
+
+    Args:
+        commands: a union of dataclasses, one for each subcommand.
+        description: of the program, for its help.
+        args: without the program's name.
+
+    Raises:
+        TwigVLMError: a value is out of range.
+        SystemExit: help was printed (0), or a usage error (2).
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            command = _tyro(commands, description, args)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro shows the ValueErrors of nested dataclasses in a box of its own
+        cause = stop.__context__
+        while cause is not None and not isinstance(cause, TwigVLMError):
+            cause = cause.__context__
+        if cause is not None and not isinstance(cause, UsageError):
+            raise cause from None
+        message = str(cause) if cause is not None else _one_line(_printed(commands, description, args)[1])
+    else:
+        repeated = next(_repeated_lists(command, args), None)
+        if repeated is None:
+            return command
+        message = f"{repeated}: given more than once; give it once, with all its values behind it"
+    print(f"twigvlm: error: {message}\n{_usage(commands, description, args)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _tyro(commands: Any, description: str, args: Sequence[str]) -> Any:
+    return tyro.cli(
+        commands,
+        prog="twigvlm",
+        description=description,
+        args=args,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        registry=_REGISTRY,
+    )
+
+
+def _repeated_lists(command: Any, args: Sequence[str]) -> Iterator[str]:
+    """Options that take several values and are given twice: tyro would keep the last values only."""
+    given = [arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
+    kinds = get_type_hints(type(command), include_extras=True)
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _repeated_lists(value, args)
+        elif isinstance(value, tuple):
+            aliases = (getattr(extra, "aliases", None) or () for extra in get_args(kinds[field.name])[1:])
+            names = {f"--{field.name.replace('_', '-')}", *itertools.chain.from_iterable(aliases)}
+            if sum(name in names for name in given) > 1:
+                yield next(name for name in given if name in names)
+
+
+def _printed(commands: Any, description: str, args: Sequence[str]) -> tuple[str, str]:
+    """What tyro prints on stdout and stderr, on a terminal that is wide enough for every line."""
+    out, err, before = io.StringIO(), io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
+            _tyro(commands, description, args)
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+    return out.getvalue(), err.getvalue()
+
+
+def _usage(commands: Any, description: str, args: Sequence[str]) -> str:
+    """The usage of the subcommand that the arguments begin with; of the program where they name none."""
+    words = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
+    return _printed(commands, description, [*words, "--help"])[0].partition("\n\n")[0].strip()
+
+
+def _one_line(box: str) -> str:
+    """What the box of a usage error says: its text, without its title, its border, and what repeats the help."""
+    rows = [re.sub(r"^[│ ] ?|[│\s]*$", "", row) for row in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]]
+    ruled = itertools.groupby(rows, key=lambda row: re.fullmatch("[─-]{2,}|╰.*|", row) is None)
+    parts = [list(part) for is_text, part in ruled if is_text] or [[]]
+
+    def indented(start: str) -> list[str]:
+        """The entries of the part that begins so, less their descriptions."""
+        found = next((part[1:] for part in parts if part and part[0].startswith(start)), [])  # less the heading
+        return [row.strip() for row in found if re.match(r" {4}\S", row)]
+
+    if missing := indented("Missing from"):
+        unknown = indented("Unrecognized options")
+        return f"required: {', '.join(missing)}" + (f"; unrecognized: {', '.join(unknown)}" if unknown else "")
+    text = " ".join(" ".join(parts[0]).split())
+    if near := indented("Perhaps you meant"):
+        text += f"; perhaps you meant {near[0].split()[0].rstrip(',')}"
+    if option := indented("Argument helptext"):
+        text = f"{option[0]}: {text.partition(': ')[2]}"
+    if text.startswith("Expected one of"):
+        text = f"no subcommand given; {text.lower()}"
+    return text[0].lower() + text[1:] if text else "the options do not fit"
+
+
+@_REGISTRY.struct_rule
+def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """The fields of one of our dataclasses as options: its own before those that it inherits, and their help as one paragraph."""
+    if not (dataclasses.is_dataclass(info.type) and info.type.__module__.startswith("twigvlm.")):
+        return None
+    kinds = get_type_hints(info.type, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(info.type)}
+    order = dict.fromkeys(name for cls in info.type.__mro__ for name in inspect.get_annotations(cls))
+    specs = []
+    for field in (fields[name] for name in order if name in fields):
+        if info.default not in (None, MISSING, MISSING_NONPROP):
+            default = getattr(info.default, field.name)
+        elif field.default is not dataclasses.MISSING:
+            default = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        else:
+            default = MISSING_NONPROP
+        kind, text = kinds[field.name], describe(info.type, field.name)
+        if default is None or default == ():
+            kind, text = _left_out(kind, text)
+        specs.append(StructFieldSpec(field.name, kind, default, text))
+    return StructConstructorSpec(info.type, tuple(specs))
+
+
+def _left_out(kind: Any, text: str) -> tuple[Any, str]:
+    """For an option that has no value unless it is given: what it then stands for, in place of `None` in its help."""
+    words = _WITHOUT.search(text)
+    hint = f"(default: {words[1]})" if words else "(optional)"
+    plain, *extras = get_args(kind) if get_origin(kind) is Annotated else (kind,)
+    metavar = None
+    if get_origin(plain) in (Union, UnionType):
+        choices = [choice for choice in get_args(plain) if choice is not NoneType]
+        metavar = "|".join(map(_metavar, choices))
+    mine = tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+    return Annotated[(plain, mine, *extras)], _WITHOUT.sub("", text).strip()
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"{{{','.join(map(str, get_args(kind)))}}}"
+    return str(kind.__name__).upper()
+
+
+def describe(owner: type, name: str) -> str:
+    """What an option says in the help: its docstring, or that of the option of this name in `twigvlm.config`."""
+    for cls in (*owner.__mro__, PruningConfig, SpeculationConfig):
+        if dataclasses.is_dataclass(cls) and name in _docstrings(cls):
+            return _docstrings(cls)[name]
+    return ""
+
+
+@cache
+def _docstrings(cls: type) -> dict[str, str]:
+    """The docstrings below the fields of a class, each as one paragraph."""
+
+    def found() -> Iterator[tuple[str, str]]:
+        (tree,) = ast.parse(dedent(inspect.getsource(cls))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, below in itertools.pairwise(tree.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+                yield field.target.id, " ".join(str(ast.literal_eval(below.value)).split())
+
+    return dict(found())

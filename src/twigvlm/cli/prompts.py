@@ -1,0 +1,91 @@
+"""Prompts of `twigvlm generate`: one from the options, or many from a file."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twigvlm.errors import TwigVLMError
+from twigvlm.images import is_uri
+from twigvlm.inputs import user_turn
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, and what it is about."""
+
+    text: str
+    images: tuple[str, ...] = ()
+    """Paths or data URIs."""
+    videos: tuple[str, ...] = ()
+    """Paths."""
+
+    def question(self) -> dict[str, Any]:
+        """The prompt as a message, its images read.
+
+        Raises:
+            TwigVLMError: an image cannot be read, or there is no such video.
+        """
+        for video in self.videos:
+            if not os.path.isfile(video):
+                raise TwigVLMError(f"video {video!r}: no such file; give the path of an existing video file")
+        return user_turn(self.text, self.images, self.videos)
+
+
+def read_prompts(path: Path, images: Sequence[str] = (), videos: Sequence[str] = ()) -> list[Prompt]:
+    """The prompts of a file: of a .jsonl file one JSON object a line, of any other file the lines themselves.
+
+    An object has `prompt`, and may have `image` and `video`, each a path or a list of paths relative to the file; where it has
+    neither, it is about the images and videos of the options, as plain lines are. Empty lines are skipped.
+
+    Args:
+        path: the file.
+        images: of prompts that name none.
+        videos: of prompts that name none.
+
+    Raises:
+        TwigVLMError: names the file or the line, what is wrong with it, and the remedy.
+    """
+    name = f"prompts {str(path)!r}"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise TwigVLMError(f"{name}: no such file; give a text file with one prompt a line, or a .jsonl file") from None
+    except (OSError, ValueError) as error:
+        raise TwigVLMError(f"{name}: cannot be read as text ({error}); save it as UTF-8") from None
+    read = _from_json if path.suffix == ".jsonl" else _from_text
+    prompts = [
+        read(line, f"{name}: line {number}", path.parent, tuple(images), tuple(videos))
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
+    if not prompts:
+        raise TwigVLMError(f"{name}: holds no prompt; write one on each line")
+    return prompts
+
+
+def _from_text(line: str, name: str, folder: Path, images: tuple[str, ...], videos: tuple[str, ...]) -> Prompt:
+    return Prompt(line.strip(), images, videos)
+
+
+def _from_json(line: str, name: str, folder: Path, images: tuple[str, ...], videos: tuple[str, ...]) -> Prompt:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise TwigVLMError(f"{name}: not JSON ({error}); write one object a line, or name the file .txt") from None
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
+        raise TwigVLMError(f"{name}: has no text under 'prompt'; write an object with one")
+    if "image" not in record and "video" not in record:
+        return Prompt(record["prompt"], images, videos)
+    return Prompt(
+        record["prompt"], *(_paths(record.get(key), f"{name}: {key!r}", folder) for key in ("image", "video"))
+    )
+
+
+def _paths(value: Any, name: str, folder: Path) -> tuple[str, ...]:
+    paths = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise TwigVLMError(f"{name} must be a path or a list of paths")
+    return tuple(path if is_uri(path) else os.path.join(folder, path) for path in paths)
