@@ -5,33 +5,9 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from io import TextIOWrapper
-from typing import Annotated
 
-from tyro.conf import subcommand
-
-from twigvlm.cli.convert import Convert
-from twigvlm.cli.demo import Demo
-from twigvlm.cli.evaluate import Evaluate
-from twigvlm.cli.families import Families
-from twigvlm.cli.generate import Generate
-from twigvlm.cli.inspect import Inspect
-from twigvlm.cli.parsing import parse
-from twigvlm.cli.train import Train
 from twigvlm.errors import TwigVLMError, one_line
 
-COMMANDS = (
-    Annotated[Generate, subcommand("generate")]
-    | Annotated[Demo, subcommand("demo")]
-    | Annotated[Inspect, subcommand("inspect")]
-    | Annotated[Train, subcommand("train")]
-    | Annotated[Evaluate, subcommand("evaluate")]
-    | Annotated[Families, subcommand("families")]
-    | Annotated[Convert, subcommand("convert")]
-)
-DESCRIPTION = (
-    "Make vision-language models answer faster: prune visual tokens and draft\nanswer tokens with one small twig.\n\n"
-    "`twigvlm COMMAND --help` lists the options of a command, and\n`twigvlm --version` prints the version."
-)
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """Exit codes of a process that the signals SIGINT and SIGPIPE end."""
 
@@ -57,9 +33,20 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     continuation = "run the command again to start over"
     try:
+        # Imported here, so that Ctrl-C ends even the start with one line.
+        from twigvlm.cli.commands import COMMANDS, DESCRIPTION
+        from twigvlm.cli.families import Families
+        from twigvlm.cli.output import busy
+        from twigvlm.cli.parsing import parse
+
         command = parse(COMMANDS, DESCRIPTION, args)
         continuation = getattr(command, "continuation", continuation)
-        return command.run() or 0
+        if not isinstance(command, Families):
+            with busy("Starting"):
+                import twigvlm.model  # noqa: F401 (torch and transformers take seconds)
+        code: int = command.run() or 0
+        sys.stdout.flush()
+        return code
     except TwigVLMError as error:
         print(f"twigvlm: error: {one_line(error)}", file=sys.stderr)
         return 2

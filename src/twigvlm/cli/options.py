@@ -13,7 +13,7 @@ class ModelOptions:
     model: str = "sapling"
     """The base: `sapling` (embedded), a Hugging Face id or a directory."""
     twig: str | None = None
-    """Twig that was grown on the base: a directory or a hub id. None: Sapling's own on Sapling."""
+    """Twig that was grown on the base: a directory or a hub id. None: on Sapling its own, otherwise no twig."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights. auto: as the base's files say; Sapling's is bfloat16, or float32 on a CPU that has no
     bfloat16 arithmetic."""

@@ -1,5 +1,7 @@
 """What the subcommands print and write."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import sys
@@ -8,8 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,11 +25,20 @@ from rich.progress import (
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.files import replacing
-from twigvlm.training.distributed.processes import is_main
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 INTERVAL = 30.0
 """Seconds between two lines about long work where stderr is no terminal."""
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints, of several that train together."""
+    return (
+        os.environ.get("RANK", "0") == "0"
+    )  # `processes.is_main` would import torch, which is what one waits for at first
 
 
 def progress() -> Progress:

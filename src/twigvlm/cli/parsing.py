@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from textwrap import dedent
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.constructors import (
@@ -145,40 +145,47 @@ def _one_line(box: str) -> str:
 
 @_REGISTRY.struct_rule
 def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """The fields of one of our dataclasses as options: its own before those that it inherits, and their help as one paragraph."""
+    """The fields of one of our dataclasses as options: required ones first, then its own before those that it inherits."""
     if not (dataclasses.is_dataclass(info.type) and info.type.__module__.startswith("twigvlm.")):
         return None
     kinds = get_type_hints(info.type, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(info.type)}
-    order = dict.fromkeys(name for cls in info.type.__mro__ for name in inspect.get_annotations(cls))
+    order = dict.fromkeys(name for cls in info.type.__mro__ for name in inspect.get_annotations(cls) if name in fields)
+    defaults = {name: _default(fields[name], info.default) for name in order}
     specs = []
-    for field in (fields[name] for name in order if name in fields):
-        if info.default not in (None, MISSING, MISSING_NONPROP):
-            default = getattr(info.default, field.name)
-        elif field.default is not dataclasses.MISSING:
-            default = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        else:
-            default = MISSING_NONPROP
-        kind, text = kinds[field.name], describe(info.type, field.name)
-        if default is None or default == ():
-            kind, text = _left_out(kind, text)
-        specs.append(StructFieldSpec(field.name, kind, default, text))
+    for name, default in sorted(defaults.items(), key=lambda item: item[1] is not MISSING_NONPROP):
+        kind, text = _helped(kinds[name], describe(info.type, name), default)
+        specs.append(StructFieldSpec(name, kind, default, text))
     return StructConstructorSpec(info.type, tuple(specs))
 
 
-def _left_out(kind: Any, text: str) -> tuple[Any, str]:
-    """For an option that has no value unless it is given: what it then stands for, in place of `None` in its help."""
-    words = _WITHOUT.search(text)
-    hint = f"(default: {words[1]})" if words else "(optional)"
+def _default(field: dataclasses.Field[Any], instance: Any) -> Any:
+    """A field's default, from an instance of its class if there is one."""
+    if instance not in (None, MISSING, MISSING_NONPROP):
+        return getattr(instance, field.name)
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return MISSING_NONPROP if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _helped(kind: Any, text: str, default: Any) -> tuple[Any, str]:
+    """An option's type with hints for its help, and its description.
+
+    An option that has no value unless it is given shows what it then stands for, in place of `None`.
+    """
     plain, *extras = get_args(kind) if get_origin(kind) is Annotated else (kind,)
-    metavar = None
-    if get_origin(plain) in (Union, UnionType):
-        choices = [choice for choice in get_args(plain) if choice is not NoneType]
-        metavar = "|".join(map(_metavar, choices))
+    choices = [choice for choice in get_args(plain) if choice is not NoneType]
+    optional, metavar, hint = len(choices) < len(get_args(plain)), None, None
+    if isinstance(default, bool):
+        hint = "(default: on; this switches it off)" if default else "(default: off)"
+    elif default is None or default == ():
+        words = _WITHOUT.search(text)
+        hint = f"(default: {words[1]})" if words else "(optional)"
+        metavar = "|".join(map(_metavar, choices)) if optional else None
+    if hint is not None or not (optional or isinstance(default, tuple)):
+        text = _WITHOUT.sub("", text).strip()
     mine = tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
-    return Annotated[(plain, mine, *extras)], _WITHOUT.sub("", text).strip()
+    return Annotated[(plain, mine, *extras)], text
 
 
 def _metavar(kind: Any) -> str:

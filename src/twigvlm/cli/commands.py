@@ -1,0 +1,27 @@
+"""All subcommands of `twigvlm`. Each is a dataclass in the file of its name: its fields are the options, `run` does the work."""
+
+from typing import Annotated
+
+from tyro.conf import subcommand
+
+from twigvlm.cli.convert import Convert
+from twigvlm.cli.demo import Demo
+from twigvlm.cli.evaluate import Evaluate
+from twigvlm.cli.families import Families
+from twigvlm.cli.generate import Generate
+from twigvlm.cli.inspect import Inspect
+from twigvlm.cli.train import Train
+
+COMMANDS = (
+    Annotated[Generate, subcommand("generate")]
+    | Annotated[Demo, subcommand("demo")]
+    | Annotated[Inspect, subcommand("inspect")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Families, subcommand("families")]
+    | Annotated[Convert, subcommand("convert")]
+)
+DESCRIPTION = (
+    "Make vision-language models answer faster: prune visual tokens and draft\nanswer tokens with one small twig.\n\n"
+    "`twigvlm COMMAND --help` lists the options of a command, and\n`twigvlm --version` prints the version."
+)
