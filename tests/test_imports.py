@@ -27,12 +27,6 @@ TIERS = (
 )
 TIER_OF = {room: tier for tier, rooms in enumerate(TIERS) for room in rooms}
 
-# Imports that are still to be removed. The list only shrinks: a test fails for an entry that is no longer needed.
-EXCEPTIONS = {
-    ("twigvlm.cli.evaluation", "twigvlm.cli.evaluate"),
-    ("twigvlm.cli.inspection", "twigvlm.cli.inspect"),
-}
-
 # Modules of these names compute and know of no model library.
 PURE = {"budget", "cut", "losses", "masks", "nodes", "plackett_luce", "select", "tree", "walk"}
 
@@ -89,29 +83,16 @@ GRAPH = import_graph(PACKAGE.parent)
 EDGES = {(module, imported) for module, targets in GRAPH.items() for imported in targets}
 
 
-def without_exceptions():
-    return {module: {name for name in names if (module, name) not in EXCEPTIONS} for module, names in GRAPH.items()}
-
-
 def test_every_module_belongs_to_a_room():
     assert {room(module) for module in GRAPH} <= TIER_OF.keys()
 
 
 def test_no_module_imports_from_a_higher_room():
-    upward = {(module, name) for module, name in EDGES if tier_of(name) > tier_of(module)}
-    assert upward <= EXCEPTIONS
+    assert not {(module, name) for module, name in EDGES if tier_of(name) > tier_of(module)}
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    assert cycle_in(without_exceptions()) is None
-
-
-@pytest.mark.parametrize(("module", "name"), sorted(EXCEPTIONS))
-def test_every_exception_is_still_needed(module, name):
-    assert (module, name) in EDGES
-    graph = without_exceptions()
-    graph[module].add(name)
-    assert tier_of(name) > tier_of(module) or cycle_in(graph)
+    assert cycle_in(GRAPH) is None
 
 
 def test_pure_modules_import_no_transformers():

@@ -49,15 +49,15 @@ def test_without_pruning_every_patch_is_kept_and_the_answer_is_the_same(capsys, 
 
 @pytest.mark.parametrize("faster", ["eager", "sdpa"])
 def test_plain_runs_attend_by_what_is_faster_here(capsys, arguments, monkeypatch, faster):
-    real, plain, twig = answer.ask, [], []
+    real, plain, twig = answer.answer_question, [], []
 
-    def ask(opened, *rest, accelerated, attention=None):
+    def answer_question(opened, *rest, accelerated, attention=None):
         given = real(opened, *rest, accelerated=accelerated, attention=attention)
         (twig if accelerated else plain).append(attention)
         assert opened.model.base.attention == "sdpa"  # as it was loaded
         return dataclasses.replace(given, prefill_ms=1.0, decode_ms=1.0 if attention == faster else 2.0)
 
-    monkeypatch.setattr(answer, "ask", ask)
+    monkeypatch.setattr(answer, "answer_question", answer_question)
     assert main(arguments(runs=2)) == 0
     assert plain == ["sdpa", "eager", "sdpa", "eager", faster, faster]  # the first two to warm up
     assert twig == [None] * 3

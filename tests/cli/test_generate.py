@@ -4,14 +4,17 @@ import json
 import pytest
 import torch
 from PIL import Image
+from transformers import BatchFeature
 
+from tests.families import IMAGE, VIDEO, prompt, tiny
 from tests.tiny import VISUAL
+from tests.tiny_processor import tiny_processor
 from twigvlm.cli.main import main
 
 KEYS = {
     "text", "num_tokens", "tokens_per_second", "prefill_ms", "decode_ms", "draft_ms", "verify_ms", "visual_tokens",
     "kept_tokens", "kept_indices", "token_ids", "drafted_lengths", "accepted_lengths", "model", "twig", "dtype", "device",
-    "retain", "speculate",
+    "retain", "keep", "final_wipe", "retain_per_image", "speculate",
 }  # fmt: skip
 
 
@@ -21,7 +24,11 @@ def arguments(picture, base_directory):
 
     def build(**changes):
         options = {**basic, "max-new-tokens": 12, **changes}
-        return ["generate", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+        words = ["generate"]
+        for name, value in options.items():
+            if value is not None:
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return words
 
     return build
 
@@ -85,6 +92,118 @@ def test_samples_of_a_seed(refused, capsys, arguments, twig_directory):
     refused(*arguments(**{"top-p": 0.5}), words=["top_p=0.5", "--temperature"])
     refused(*arguments(seed=1), words=["seed=1", "--temperature"])
     refused(*arguments(temperature=1, seed=2**63), words=[f"seed={2**63}"])
+
+
+def test_several_images_and_text_alone(capsys, arguments, picture, twig_directory):
+    both = ask(capsys, arguments(image=[picture, picture], twig=twig_directory, retain=16))
+    assert both["visual_tokens"] == 2 * VISUAL
+    assert max(both["kept_indices"]) >= VISUAL
+    none = ask(capsys, arguments(image=None))
+    assert none["visual_tokens"] == 0
+    assert none["text"] != ask(capsys, arguments())["text"]
+    accelerated = ask(capsys, arguments(image=None, twig=twig_directory))
+    assert accelerated["text"] == none["text"]
+    assert sum(accelerated["drafted_lengths"]) > 0
+
+
+def test_number_of_kept_tokens(refused, capsys, arguments, twig_directory):
+    answer = ask(capsys, arguments(twig=twig_directory, keep=4, **{"final-wipe": 4}))
+    assert answer["kept_tokens"] == answer["keep"] == 4
+    assert answer["retain"] is None
+    assert answer["final_wipe"] == 4
+    refused(*arguments(twig=twig_directory, keep=4, retain=8), words=["retain=8 and keep=4"])
+    refused(*arguments(keep=4), words=["--keep 4", "--twig DIR"])
+    refused(*arguments(twig=twig_directory, **{"final-wipe": 4}), words=["final_wipe=4", "needs a budget"])
+
+
+class VideoProcessor:
+    """Stands for a processor of LLaVA-NeXT-Video, and for torchvision, which reads its videos."""
+
+    chat_template, image_token, video_token = "a template", "<image>", "<video>"
+    video_processor, image_processor, tokenizer = object(), None, tiny_processor().tokenizer
+
+    def __init__(self, outputs):
+        self.outputs, self.given = outputs, None
+
+    def apply_chat_template(self, messages, add_generation_prompt):
+        return "".join("<video>" for message in messages for part in message["content"] if part["type"] == "video")
+
+    def __call__(self, **given):
+        self.given = given
+        return BatchFeature(self.outputs)
+
+
+def test_a_video_where_the_family_has_one(refused, capsys, arguments, tmp_path, monkeypatch):
+    video = tmp_path / "clip.mp4"
+    refused(*arguments(image=None, video=video), words=["clip.mp4", "no such file"])
+    video.write_bytes(b"frames")
+    refused(*arguments(image=None, video=video), words=["clip.mp4", "takes no videos"])
+    refused(*arguments(frames=4), words=["frames=4", "--video"])
+    refused(*arguments(video=video, frames=0), words=["frames=0"])
+
+    base = tiny("llava_next_video")
+    inputs = prompt(base, "llava_next_video", "video")
+    processor = VideoProcessor(inputs)
+    monkeypatch.setattr("twigvlm.loading.load_base", lambda *_: (base, processor))
+    answer = ask(capsys, arguments(image=None, video=video))
+    assert processor.given["videos"] == [str(video)]
+    assert "num_frames" not in processor.given
+    assert answer["visual_tokens"] == int(torch.isin(inputs["input_ids"], torch.tensor([IMAGE, VIDEO])).sum())
+    ask(capsys, arguments(image=None, video=video, frames=8))
+    assert processor.given["num_frames"] == 8
+
+
+def test_a_file_of_prompts_gets_an_answer_for_each_line(capsys, arguments, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is it?\n\n  Where?\r\n")
+    single = [ask(capsys, arguments(prompt=text)) for text in ("What is it?", "Where?")]
+    assert main(arguments(prompt=None, prompts=prompts)) == 0
+    out, err = capsys.readouterr()
+    assert out == "".join(f"{answer['text']}\n" for answer in single)
+    assert [line[:8] for line in err.splitlines()] == ["[1 of 2:", "[2 of 2:"]
+    assert main([*arguments(prompt=None, prompts=prompts), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.keys() - KEYS for line in lines] == [{"prompt"}] * 2
+    assert [(line["prompt"], line["text"]) for line in lines] == [
+        ("What is it?", single[0]["text"]),
+        ("Where?", single[1]["text"]),
+    ]
+
+
+def test_a_file_of_prompts_with_pictures_loses_only_what_fails(capsys, arguments, picture, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.jsonl"
+    records = [
+        {"prompt": "What?", "image": picture.name},
+        {"prompt": "What?", "image": "none.png"},
+        {"prompt": "What?", "image": [picture.name, picture.name]},
+        {"prompt": "What?", "image": []},
+        {"prompt": "What?"},
+    ]
+    prompts.write_text("\n".join(map(json.dumps, records)))
+    monkeypatch.chdir("/")  # paths are relative to the file
+    assert main([*arguments(prompt=None, prompts=prompts), "--json"]) == 2
+    out, err = capsys.readouterr()
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer.get("visual_tokens") for answer in answers] == [VISUAL, None, 2 * VISUAL, 0, VISUAL]
+    assert answers[1].keys() == {"prompt", "failed"}
+    assert "none.png" in answers[1]["failed"]
+    (line,) = err.splitlines()
+    assert line.startswith("twigvlm: error: prompt 2 of 5: ")
+
+
+def test_bad_files_of_prompts(refused, arguments, tmp_path):
+    def bad(name, text, *words):
+        (tmp_path / name).write_bytes(text)
+        refused(*arguments(prompt=None, prompts=tmp_path / name), words=[name, *words])
+
+    bad("empty.txt", b"\n \n", "no prompt")
+    bad("latin.txt", "où".encode("latin-1"), "UTF-8")
+    bad("a.jsonl", b'{"prompt": "a"}\n{"prompt"', "line 2", "not JSON")
+    bad("b.jsonl", b'{"text": "a"}', "line 1", "'prompt'")
+    bad("c.jsonl", b'{"prompt": "a", "image": 3}', "line 1", "'image'")
+    bad("d.jsonl", b"[]", "line 1")
+    refused(*arguments(prompt=None, prompts=tmp_path / "none.txt"), words=["none.txt", "no such file"])
+    refused(*arguments(prompt=None, prompts=tmp_path), words=["cannot be read"])
 
 
 def test_bare_answer_on_stdout_and_figures_on_stderr(capsys, arguments):
@@ -173,18 +292,10 @@ def test_twig_of_another_base(refused, arguments, tmp_path):
     refused(*arguments(twig=tmp_path / "other"), words=["another base"])
 
 
-@pytest.mark.parametrize("words", [[], ["generate"], ["generate", "--dtype", "int3"], ["fly"]])
-def test_usage_errors_exit_with_2(words, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(words)
-    assert caught.value.code == 2
-    assert capsys.readouterr().out == ""
-
-
 def test_unexpected_errors_keep_their_traceback(arguments, monkeypatch):
     def broken(path):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("twigvlm.images.load_image", broken)
+    monkeypatch.setattr("twigvlm.inputs.load_image", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(arguments())

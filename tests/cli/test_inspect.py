@@ -100,7 +100,7 @@ def test_maps_and_kept_patches_are_those_of_generation(arguments, base_directory
         drawn.update(maps=maps, kept=kept)
         return b"picture"
 
-    monkeypatch.setattr("twigvlm.cli.inspection.draw_patches", draw)
+    monkeypatch.setattr("twigvlm.evaluation.figures.draw_patches", draw)
     assert main(arguments(10, 8)) == 0
     assert list(drawn["maps"]) == [
         "attention of the last twig layer", "attention of base layer 2 (K)", "attention of base layer 4 of 6",
@@ -123,7 +123,7 @@ def test_maps_are_of_the_rankings_that_there_are(arguments, tmp_path, monkeypatc
     config = TwigConfig(trunk_layers=0, twig_layers=1, pruning_head=pruning_head)
     TwigVLM.grow(tiny_llava(), config).save_pretrained(tmp_path / "twig")
     titles = []
-    monkeypatch.setattr("twigvlm.cli.inspection.draw_patches", lambda i, maps, k, b: titles.extend(maps) or b"")
+    monkeypatch.setattr("twigvlm.evaluation.figures.draw_patches", lambda i, maps, k, b: titles.extend(maps) or b"")
     assert main(arguments(twig=tmp_path / "twig")) == 0
     head = ["P-Head"] if pruning_head else []
     assert titles == [*head, "attention of the last twig layer", "attention of base layer 4 of 6"]

@@ -1,25 +1,98 @@
+import dataclasses
+import os
+import re
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 import twigvlm
+from twigvlm.cli.commands import COMMANDS
 from twigvlm.cli.main import main
+from twigvlm.cli.parsing import describe
+from twigvlm.config import PruningConfig, SpeculationConfig
+
+SUBCOMMANDS = [
+    "generate", "demo", "inspect", "train stage1", "train stage2", "evaluate accuracy", "evaluate sweep", "evaluate speed",
+    "evaluate drafts", "evaluate batches", "evaluate exactness", "families", "convert",
+]  # fmt: skip
 
 
 def python(code):
     return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["demo"], ["train", "stage1"], ["train", "stage2"]])
-def test_help_comes_from_the_dataclasses(command, capsys):
+def help_of(command, capsys):
     with pytest.raises(SystemExit) as caught:
-        main([*command, "--help"])
+        main([*command.split(), "--help"])
     assert caught.value.code == 0
-    out = capsys.readouterr().out
-    expected = {"": "subcommands", "generate": "--retain", "demo": "--runs", "trainstage1": "--trunk-layers"}
-    expected["trainstage2"] = "--group"
-    assert expected["".join(command)] in out
+    return capsys.readouterr().out
+
+
+def usage_error(words, capsys):
+    """Exit code 2, nothing on stdout, one line and the usage on stderr: the line is returned, and the usage."""
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    line, usage = err.splitlines()
+    assert line.startswith("twigvlm: error: ")
+    assert usage.startswith("usage: twigvlm ")
+    return line.removeprefix("twigvlm: error: "), usage
+
+
+def commands_in(kind):
+    """The dataclasses that the commands are made of."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        yield kind
+        for inner in get_type_hints(kind, include_extras=True).values():
+            yield from commands_in(inner)
+    for inner in get_args(kind):
+        yield from commands_in(inner)
+
+
+OPTIONS = sorted(
+    {
+        (command.__name__, name): describe(command, name)
+        for command in commands_in(COMMANDS)
+        for name, kind in get_type_hints(command).items()
+        if name in {field.name for field in dataclasses.fields(command)} and not list(commands_in(kind))
+    }.items()
+)
+"""Options with what they say."""
+
+
+@pytest.mark.parametrize("command", ["", *SUBCOMMANDS])
+def test_help_comes_from_the_dataclasses(command, capsys):
+    expected = {"": "subcommands", "generate": "--retain", "demo": "--runs", "train stage1": "--trunk-layers"}
+    assert expected.get(command, "--help") in help_of(command, capsys)
+
+
+def test_help_has_whole_lines_and_says_what_left_out_options_stand_for(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")
+    shown = "".join(help_of(command, capsys) for command in SUBCOMMANDS)
+    assert "default: None" not in shown
+    assert "default: )" not in shown
+    assert "{None,none" not in shown
+    for option, text in OPTIONS:
+        for sentences in re.split(r"None(?: given)?: [^.]+\.", text):
+            assert sentences.strip() in shown, option
+
+
+def test_each_option_is_described_and_those_of_the_method_only_once():
+    assert not [option for option, text in OPTIONS if not text]
+    for config in (PruningConfig, SpeculationConfig):
+        for field in dataclasses.fields(config):
+            said = {
+                text
+                for (command, name), text in OPTIONS
+                if name == field.name and command not in ("TwigConfig", "Convert")
+            }
+            assert len(said) <= 1, field.name
 
 
 def test_help_is_quick():
@@ -43,6 +116,11 @@ def test_module_runs_as_the_command():
     assert done.stderr == "twigvlm: error: image 'none.png': no such file; give the path of an existing image file\n"
 
 
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"twigvlm {version('twigvlm')}\n"
+
+
 def test_public_names():
     assert all(hasattr(twigvlm, name) for name in twigvlm.__all__)
     assert set(twigvlm.__all__) <= set(dir(twigvlm))
@@ -56,3 +134,85 @@ def test_public_names():
 )
 def test_bad_values_are_one_line_too(option, words, refused):
     refused("train", "stage1", "--data", "x", "--out", "y", option, words=[words])
+
+
+@pytest.mark.parametrize(
+    ("words", "line", "command"),
+    [
+        ("", "no subcommand given; expected one of {generate, ", ""),
+        ("fly", "unrecognized options: fly", ""),
+        ("evaluate", "no subcommand given; expected one of {accuracy, ", "evaluate"),
+        ("evaluate sped", "unrecognized options: sped", "evaluate"),
+        ("evaluate speed", "required: --questions PATH, --output PATH", "evaluate speed"),
+        ("evaluate speed --question q --output o", "required: --questions PATH; unrecognized: --question, q", "evaluate speed"),
+        ("convert", "required: SOURCE, OUT, --model STR", "convert"),
+        ("generate", "required: --prompt STR or --prompts PATH", "generate"),
+        ("generate --prompt a --prompts b", "required: --prompt STR or --prompts PATH, one of them", "generate"),
+        ("generate --prompt a --tempurature 1", "unrecognized options: --tempurature, 1; perhaps you meant --temp", "generate"),
+        ("generate --prompt a --dtype int3", "invalid choice 'int3' for argument '--dtype'", "generate"),
+        ("generate --prompt a --top-p all", "--top-p FLOAT: ", "generate"),
+        ("generate --prompt a --max-new-tokens ten", "--max-new-tokens INT: ", "generate"),
+        ("generate --prompt", "missing value for argument '--prompt'", "generate"),
+        ("generate --prompt a --image b --image=c", "--image: given more than once", "generate"),
+        ("evaluate sweep --questions a --output b --budgets 64 --retain 32", "--budgets: given more than", "evaluate sweep"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_usage_errors_are_one_line_and_the_usage_of_the_command(words, line, command, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    said, usage = usage_error(words.split(), capsys)
+    assert said.startswith(line)
+    assert usage.startswith(f"usage: twigvlm {command}".rstrip() + " [-h]")
+
+
+def test_an_option_given_again_replaces_one_value(refused):
+    refused(
+        "generate", "--prompt", "a", "--image", "x.png", "--max-new-tokens", "3", "--max-new-tokens", "0", words=["=0"]
+    )
+
+
+@pytest.mark.parametrize("command", [c for c in SUBCOMMANDS if c != "families"])
+def test_ctrl_c_ends_a_command_with_one_line(command, tmp_path, capsys, monkeypatch):
+    """Wherever it comes; here, while the base loads."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("twigvlm.loading.load_base", interrupted)
+    monkeypatch.chdir(tmp_path)
+    record = '{"questions": [{"id": "1", "image": "i.png", "question": "a", "answer": "b", "kind": "c"}]}'
+    Path("i.png").touch()
+    Path("questions.json").write_text(record.replace('"c"', '"description"'))
+    twig = Path(twigvlm.__file__).parent / "sapling" / "twig"
+    options = {
+        "generate": "--prompt a",
+        "demo": "",
+        "inspect": "",
+        "train": f"--data questions.json --out out{f' --start {twig}' if 'stage2' in command else ''}",
+        "evaluate": "--questions questions.json --output out",
+        "convert": "source out --model sapling",
+    }
+    assert main([*command.split(), *options[command.split()[0]].split()]) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("twigvlm: interrupted; ")
+    assert "again" in err or "continue" in err
+    assert err.count("\n") == 1
+
+
+def test_a_reader_that_leaves_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from twigvlm.cli.main import main; sys.exit(main(['generate', '--help']))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+def test_a_terminal_without_greek_letters_shows_the_help():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    words = [sys.executable, "-m", "twigvlm", "evaluate", "drafts", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "--thresholds" in done.stdout
