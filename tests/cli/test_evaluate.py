@@ -7,8 +7,11 @@ from PIL import Image
 
 from tests.tiny import tiny_llava
 from tests.tiny_processor import tiny_processor
+from twigvlm.cli.commands import COMMANDS as CLI
 from twigvlm.cli.main import main
+from twigvlm.cli.parsing import parse
 from twigvlm.cli.session import build_inputs
+from twigvlm.evaluation import accuracy
 
 COMMANDS = {
     "accuracy": {"budgets": "10", "methods": "fastv"},
@@ -131,6 +134,41 @@ def test_a_questions_image_may_be_a_data_uri_and_no_address(refused, arguments, 
     record["questions"][1]["image"] = "https://example.org/cat.jpg"
     questions.write_text(json.dumps(record))
     refused(*arguments("accuracy", output=tmp_path / "new"), words=("'https://example.org/cat.jpg'", "download"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_budget_has_two_names_in_every_evaluation(command, arguments):
+    words = [word for word in arguments(command) if word not in ("--budgets", "--retain", "10")]
+    named = [parse(CLI, "", [*words, option, "10"]) for option in ("--budgets", "--retain")]
+    assert named[0] == named[1]
+    assert named[0] != parse(CLI, "", words)
+
+
+def test_systems_to_time_have_two_names(arguments):
+    named = [parse(CLI, "", [*arguments("speed"), option, "chain", "tree"]) for option in ("--systems", "--contenders")]
+    assert named[0] == named[1]
+    assert named[0].what.systems == ("chain", "tree")
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_continues(capsys, arguments, tmp_path, monkeypatch):
+    real, asked = accuracy.answer_all, []
+
+    def answer_all(*given):
+        asked.append(given)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(accuracy, "answer_all", answer_all)
+    assert main(arguments("accuracy")) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    line = err.splitlines()[-1]
+    assert line.startswith("twigvlm: interrupted; run the same command again to continue")
+    assert str(tmp_path / "out" / "results.jsonl") in line
+    assert main(arguments("accuracy")) == 0
+    assert len(asked) == 3
+    assert (tmp_path / "out" / "report.md").exists()
 
 
 def test_bad_options_are_refused(refused, arguments, tmp_path):
