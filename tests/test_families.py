@@ -4,13 +4,13 @@ from functools import cache
 
 import pytest
 import torch
+from twigvlm.engine.prefix_cache import PrefixCache
 
 from tests.batches import batched
-from tests.twigs import step_costs
 from tests.families import IMAGE, LAYERS, TINY, TRUNK, TWIG, VIDEO, prompt, prompts, tiny
+from tests.twigs import step_costs
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.base.families import FAMILIES, LANGUAGE_MODELS
-from twigvlm.engine.prefix_cache import PrefixCache
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
 from twigvlm.pruning.methods.random import RandomScores
 from twigvlm.training.data.dataset import IGNORE

@@ -21,10 +21,10 @@ def test_layers_in_two_ranges_are_the_whole_model(attention):
     captured = base.prompt(**inputs)
     assert torch.equal(captured.hidden, expected.hidden_states[0])
     assert int(captured.visual_mask.sum()) == VISUAL
-    rope, masks = base.token_inputs(captured), base.masks(captured)
-    middle = base.run_layers(captured.hidden, 0, 2, rope, masks)
+    tokens, masks = base.token_inputs(captured), base.masks()
+    middle = base.run_layers(captured.hidden, 0, 2, tokens, masks)
     torch.testing.assert_close(middle, expected.hidden_states[2])
-    end = base.run_layers(middle, 2, base.num_layers, rope, masks)
+    end = base.run_layers(middle, 2, base.num_layers, tokens, masks)
     torch.testing.assert_close(base.logits(end), expected.logits)
 
 
@@ -33,15 +33,16 @@ def test_layers_in_two_ranges_are_the_whole_model(attention):
 def test_in_chunks_with_a_cache_as_in_one_pass(attention):
     base, inputs = BaseVLM(tiny_llava(attention=attention)), prompt()
     captured = base.prompt(**inputs)
-    rope, masks = base.token_inputs(captured), base.masks(captured, rows=4)
-    expected = base.run_layers(captured.hidden, 0, 3, rope, masks)
-    cache = KVCache(3, 4)
+    tokens, masks = base.token_inputs(captured), base.masks()
+    expected = base.run_layers(captured.hidden, 0, 3, tokens, masks)
+    cache = KVCache(3, (), 4, base.device)
+    row = cache.claim(1)
     for start, stop in ((0, 20), (20, 21), (21, 25)):
         part = captured.hidden[:, start:stop]
-        got = base.run_layers(part, 0, 3, slice_tokens(rope, start, stop), masks, cache)
+        got = base.run_layers(part, 0, 3, slice_tokens(tokens, start, stop), masks, cache.view(row))
         torch.testing.assert_close(got, expected[:, start:stop])
-    first = project_keys_values(base.layers[0], captured.hidden, rope)
-    torch.testing.assert_close(cache.held(0), first)
+    first = project_keys_values(base.layers[0], captured.hidden, tokens)
+    torch.testing.assert_close(cache.contents(0, row), first)
 
 
 @torch.no_grad()
@@ -63,21 +64,19 @@ def test_a_padded_row_is_as_if_alone(left):
     for inputs in (pair, alone):
         captured = base.prompt(**inputs)
         assert captured.lengths[0] == width - missing
-        rope, masks = base.token_inputs(captured), base.masks(captured)
-        torch.testing.assert_close(
-            base.inputs_after(captured, 2).cos[0], base.inputs_after(base.prompt(**alone), 2).cos[0]
-        )
-        results.append(base.run_layers(captured.hidden, 0, 6, rope, masks))
-    torch.testing.assert_close(results[0][0, : width - missing], results[1][0])
+        results.append(base.run_layers(captured.hidden, 0, 6, base.token_inputs(captured), base.masks())[0])
+    torch.testing.assert_close(results[0][: width - missing], results[1])
 
 
-def test_the_hook_is_gone_even_after_an_error():
+@torch.no_grad()
+def test_the_base_runs_as_before_after_a_prompt_and_after_one_that_it_refuses():
     model = tiny_llava()
-    base = BaseVLM(model)
+    base, before = BaseVLM(model), model(**prompt()).logits
     base.prompt(**prompt())
-    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+    assert torch.equal(model(**prompt()).logits, before)
+    with pytest.raises(TwigVLMError, match="the base refuses this prompt: .*exactly one of input_ids or inputs_embeds"):
         base.prompt(**prompt(), inputs_embeds=torch.zeros(1, 25, 32))
-    assert not model.model.language_model._forward_pre_hooks
+    assert torch.equal(model(**prompt()).logits, before)
 
 
 def test_an_unknown_family_says_what_is_needed():

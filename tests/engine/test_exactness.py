@@ -12,6 +12,7 @@ from twigvlm.base.token_inputs import select_tokens
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
 from twigvlm.pruning.methods.random import RandomScores
 
+
 @st.composite
 def cases(draw):
     trunk = draw(st.integers(0, 3))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.decoding.test_exactness import grown
+from tests.decoding.test_tree import branches, planted
 from twigvlm.speculation.tree import walk
 
 from tests.batches import batched
-from tests.decoding.test_exactness import grown
-from tests.decoding.test_tree import branches, planted
 from tests.tiny import prompt
 from twigvlm.engine.sampling import Noise, Sampling, draft_scores
 

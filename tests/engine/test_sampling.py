@@ -3,9 +3,9 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.decoding.test_tree import branches, planted
 from twigvlm.speculation.tree import walk
 
-from tests.decoding.test_tree import branches, planted
 from twigvlm.engine.sampling import Sampling
 
 

@@ -1,19 +1,21 @@
+"""Random choice, the floor that any ranking must beat."""
+
 import torch
 
-from tests.pruning.test_scores import after_trunk
+from tests.pruning.trunks import after_trunk, grown
 from tests.tiny import VISUAL
 from twigvlm.pruning.methods.random import RandomScores
 
 
 def test_random_choice_is_seeded_and_even():
-    trunk = after_trunk("sdpa")
+    trunk = after_trunk(grown())
+    visual = trunk.tokens.visual[0]
     assert torch.equal(RandomScores(1)(trunk), RandomScores(1)(trunk))
     state = torch.get_rng_state()
-    counts = torch.zeros(trunk.hidden.shape[1])
+    counts = torch.zeros(len(visual))
     for seed in range(400):
-        scores = RandomScores(seed)(trunk)[0].masked_fill(~trunk.prompt.visual_mask[0], -1)
+        scores = RandomScores(seed)(trunk)[0].masked_fill(~visual, -1)
         counts[scores.topk(VISUAL // 4).indices] += 1
     assert torch.equal(torch.get_rng_state(), state)
-    visual = counts[trunk.prompt.visual_mask[0]]
-    assert visual.sum() == 400 * VISUAL // 4
-    assert 70 < visual.min() <= visual.max() < 130  # 100 expected, standard deviation 8.7
+    assert counts.sum() == 400 * VISUAL // 4
+    assert 70 < counts[visual].min() <= counts.max() < 130  # 100 expected, standard deviation 8.7

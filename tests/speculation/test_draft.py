@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-
 from tests.decoding.test_exactness import LAYERS, grown
 from tests.decoding.test_tree import path_to
+
 from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.engine import loop

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.decoding.test_exactness import grown
 from twigvlm.speculation.tree import Tree
 
-from tests.decoding.test_exactness import grown
 from tests.tiny import prompt
 from twigvlm import TwigVLM
 from twigvlm.speculation.costs import NODES, StepCosts, calibrate

@@ -66,10 +66,10 @@ def test_only_the_twig_learns():
     assert all(parameter.requires_grad for parameter in grown.twig.parameters())
     before = {name: tensor.clone() for name, tensor in grown.model.state_dict().items()}
     captured = grown.base.prompt(**prompt())
-    rope, masks = grown.base.token_inputs(captured), grown.base.masks(captured)
-    hidden = grown.base.run_layers(captured.hidden, 0, 2, rope, masks)
+    tokens, masks = grown.base.token_inputs(captured), grown.base.masks()
+    hidden = grown.base.run_layers(captured.hidden, 0, 2, tokens, masks)
     optimizer = torch.optim.SGD(grown.twig.parameters(), lr=0.1)
-    grown.twig.logits(grown.twig(hidden, rope, masks)).square().mean().backward()
+    grown.twig.logits(grown.twig(hidden, tokens, masks)).square().mean().backward()
     assert all(parameter.grad is not None for parameter in grown.twig.parameters())
     optimizer.step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in grown.model.state_dict().items())

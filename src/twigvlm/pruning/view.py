@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
@@ -78,7 +79,11 @@ class TrunkOutput:
         return self.view.held(self.twig.first_slot).longest == self.tokens.hidden.shape[1]
 
     def fill_twig(self) -> Float[Tensor, "batch tokens width"]:
-        """Run the twig on what its cache does not hold of the prompt; returns the input of its last layer."""
+        """Run the twig on what its cache does not hold of the prompt, the first time; returns the input of its last layer."""
+        return self._last_input
+
+    @cached_property
+    def _last_input(self) -> Float[Tensor, "batch tokens width"]:
         twig, count = self.twig, self.tokens.hidden.shape[1]
         known = self.view.held(twig.first_slot).longest
         before = None if self.prefix is None else self.prefix.last_input
