@@ -1,17 +1,99 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that one run at a time writes to."""
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from twigvlm.errors import TwigVLMError, one_line
+
+LOCK = ".lock"
+"""Name of the file that marks a folder as being written to."""
+_PROBE = 1 << 20  # bytes that must fit into a folder before long work begins
+_REMEDY = "free space there, or choose another place"
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` as the block ends; if the block fails, all stays as it was."""
+    """A temporary file that takes the place of `path` as the block ends; if the block fails, all stays as it was.
+
+    The file gets the mode that the umask gives any new file, even from a library that writes for its owner alone.
+
+    Raises:
+        TwigVLMError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with writing(str(path)):
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(name: str, remedy: str = _REMEDY) -> Iterator[None]:
+    """Within this context, what the disk refuses is one line.
+
+    Args:
+        name: of what is written.
+        remedy: what the user can do about it.
+
+    Raises:
+        TwigVLMError: the disk is full, or the place does not exist or is read-only.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container.cc" not in str(error):  # what torch.save says of it
+            raise
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise TwigVLMError(f"{name}: cannot be written ({reason}); {remedy}") from error
+
+
+@contextlib.contextmanager
+def reserved(folder: Path, option: str) -> Iterator[None]:
+    """Make a folder, see that it can be written to, and keep other runs out of it while the block runs.
+
+    A run that is killed leaves its lock file behind, but not the lock. A folder that was made for nothing is removed.
+
+    Args:
+        folder: the folder.
+        option: that names it, for messages.
+
+    Raises:
+        TwigVLMError: it cannot be written to, or another run writes there.
+    """
+    name, made = f"{option} {str(folder)!r}", not folder.exists()
+    if not made and not folder.is_dir():
+        raise TwigVLMError(f"{name}: is a file; name a directory")
+    lock = FileLock(folder / LOCK)
+    try:
+        with writing(name):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                raise TwigVLMError(
+                    f"{name}: another run is writing there; wait until it ends, or choose another directory"
+                ) from None
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(_PROBE))
+                probe.flush()
+                os.fsync(probe.fileno())
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
+            lock.release()
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()

@@ -58,7 +58,7 @@ def _reason(error: Exception, revision: str | None) -> str:
     if isinstance(error, GatedRepoError):
         return "is gated; ask for access on its page, and log in with 'hf auth login' or pass a token"
     if isinstance(error, RepositoryNotFoundError):
-        return "no such directory, and no such repository on the hub; mend the name, or log in if the repository is private"
+        return "no such directory, and no such repository on the hub; correct the name, or log in if the repository is private"
     if isinstance(error, RevisionNotFoundError):
         return f"has no revision={revision!r}; name one of its branches, tags or commits"
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):

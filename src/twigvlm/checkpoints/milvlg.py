@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from twigvlm.base.vlm import BaseVLM
+from twigvlm.checkpoints.twig_files import check_finite
 from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.model import TwigVLM
@@ -84,6 +85,7 @@ def import_milvlg(model: Any, folder: Path, trunk_layers: int, final_wipe: int |
         raise TwigVLMError(
             f"{folder}: does not fit on this base ({one_line(error)}); name the base it was trained on"
         ) from None
+    check_finite(twig.state_dict(), str(folder))
     return TwigVLM(base, twig)
 
 

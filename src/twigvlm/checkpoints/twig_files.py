@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from twigvlm.checkpoints.card import MARK, model_card
 from twigvlm.checkpoints.hub import fetch, is_hub_id
 from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
-from twigvlm.files import replacing
+from twigvlm.files import replacing, writing
 from twigvlm.twig.block import Twig
 
 WEIGHTS = "twig_model.safetensors"
@@ -27,6 +28,8 @@ RECORD = "training.json"
 CARD = "README.md"
 FILES = [WEIGHTS, CONFIG, RECORD]
 """All that a twig needs."""
+DIVERGED = "the training diverged, train the twig again with a lower learning rate"
+"""What to do about weights that are not finite."""
 _DIMENSIONS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
@@ -38,11 +41,16 @@ def save(base: BaseVLM, twig: Twig, path: str | PathLike[str], name: str | None 
         twig: the twig.
         path: the directory.
         name: of the twig, for its card; None: the directory's.
+
+    Raises:
+        TwigVLMError: the twig's training has diverged, or the directory cannot be written to.
     """
     folder = Path(path)
+    check_finite(twig.state_dict(), f"{folder}: not saved")
     if folder.exists() and not folder.is_dir():
         raise TwigVLMError(f"{folder}: is a file; name a directory for the twig")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in twig.state_dict().items()}
     shape = dataclasses.asdict(twig.config)
     with replacing(folder / WEIGHTS) as temporary:
@@ -56,7 +64,7 @@ def save(base: BaseVLM, twig: Twig, path: str | PathLike[str], name: str | None 
     else:
         (folder / RECORD).unlink(missing_ok=True)  # of another twig that was here
     card = folder / CARD
-    if not card.is_file() or MARK in card.read_text(encoding="utf-8"):
+    if not card.is_file() or MARK in card.read_text(encoding="utf-8", errors="replace"):
         _write(card, model_card(twig, name or folder.absolute().name, source))
 
 
@@ -70,8 +78,8 @@ def load(base: BaseVLM, path: str | PathLike[str], revision: str | None = None, 
         token: for the hub.
 
     Raises:
-        TwigVLMError: a file is missing or broken, keys or shapes differ from the config's, the base is another one, or
-            the hub does not have it.
+        TwigVLMError: a file is missing or broken, keys or shapes differ from the config's, its training has diverged, the
+            base is another one, or the hub does not have it.
     """
     folder = fetch(path, FILES, revision, token)
     config, expected = _read_config(folder / CONFIG)
@@ -85,9 +93,41 @@ def load(base: BaseVLM, path: str | PathLike[str], revision: str | None = None, 
     twig = Twig(base, config, None if config.draft_vocabulary is None else ids, fresh=False)
     _check_keys(folder / WEIGHTS, state, twig.state_dict())
     twig.load_state_dict(state)
+    if twig.norm.weight.dtype == torch.float16:
+        remedy = "they exceed the range of float16, load the base in bfloat16 or float32"
+        check_finite(twig.state_dict(), str(folder), remedy)
     if (folder / RECORD).is_file():
         twig.record = _read_json(folder / RECORD)
     return twig
+
+
+def check(path: str | PathLike[str], revision: str | None = None, token: str | None = None) -> TwigConfig:
+    """Read a twig without its base, as far as it can be judged without one; arguments as in `load`.
+
+    Raises:
+        TwigVLMError: a file is missing or broken, its training has diverged, or the hub does not have it.
+    """
+    folder = fetch(path, FILES, revision, token)
+    config, _ = _read_config(folder / CONFIG)
+    _read_weights(folder / WEIGHTS, config)
+    return config
+
+
+def check_finite(state: Mapping[str, Tensor], name: str, remedy: str = DIVERGED) -> None:
+    """Refuse weights that cannot be computed with.
+
+    Args:
+        state: weights by their names.
+        name: of what is refused, for the message.
+        remedy: what the user can do about it.
+
+    Raises:
+        TwigVLMError: a weight is NaN or infinite.
+    """
+    broken = [key for key, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise TwigVLMError(f"{name}: NaN or infinite values in {broken[0]}{more}; {remedy}")
 
 
 def fingerprint(base: BaseVLM, names: list[str] | None = None) -> dict[str, Any]:
@@ -109,10 +149,10 @@ def fingerprint(base: BaseVLM, names: list[str] | None = None) -> dict[str, Any]
         names = [ordered[i] for i in _spread(len(ordered), 24)]
     samples = {}
     for name in sorted(whole.keys() & names):
-        path, _, own = whole[name].rpartition(".")
+        path, _, attribute = whole[name].rpartition(".")
         part = base.model.get_submodule(path)
         with compat.present(part):
-            flat = getattr(part, own).detach().reshape(-1)
+            flat = getattr(part, attribute).detach().reshape(-1)
             index = torch.tensor(_spread(flat.numel(), 12), device=flat.device)
             samples[name] = [float(f"{value:.6g}") for value in flat[index].float().tolist()]
     return {"model_type": base.model.config.model_type, "dimensions": dimensions, "samples": samples}
@@ -182,6 +222,7 @@ def _read_weights(file: Path, config: TwigConfig) -> dict[str, Tensor]:
     saved = {**json.loads(metadata.get("twig", "{}")), "final_wipe": config.final_wipe}
     if "twig" in metadata and TwigConfig(**saved) != config:
         raise TwigVLMError(f"{file.parent}: weights and {CONFIG} are of two twigs, a save was cut off; save it again")
+    check_finite(state, str(file))
     return state
 
 

@@ -1,5 +1,7 @@
 """`twigvlm train`: grow a twig on a base and train it on conversations, in one stage or two."""
 
+import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +15,7 @@ FRESH = TwigConfig(pruning_head=True)
 
 
 @dataclass(frozen=True)
-class Common:
+class TrainOptions:
     """What both stages need."""
 
     data: Path
@@ -36,17 +38,12 @@ class Common:
     resume: bool = False
     """Continue from the latest checkpoint in `out`, if there is one."""
 
-    def load(self) -> tuple[Any, Any, Any]:
-        """Check the options; the samples, the base and its processor."""
-        from twigvlm.cli.output import busy
+    def run(self) -> None:
+        """Train, and write the twig to `out`."""
         from twigvlm.errors import TwigVLMError
+        from twigvlm.files import reserved
         from twigvlm.training.distributed import processes
 
-        if self.out.exists() and not self.out.is_dir():
-            raise TwigVLMError(f"out {str(self.out)!r}: is a file; name a directory")
-        # Others may come when the main process has begun to write.
-        if processes.is_main() and self.out.is_dir() and any(self.out.iterdir()) and not self.resume:
-            raise TwigVLMError(f"out {str(self.out)!r}: is not empty; add --resume, or choose another directory")
         if self.max_length is not None and self.max_length < 2:
             raise TwigVLMError(f"max_length={self.max_length}: must be 2 or more")
         try:
@@ -54,35 +51,58 @@ class Common:
         except ImportError:
             raise TwigVLMError("training needs more packages; run: pip install 'twigvlm[train]'") from None
 
+        try:
+            with reserved(self.out, "out") if processes.is_main() else nullcontext():
+                self._run()
+        except KeyboardInterrupt:
+            if processes.is_main():
+                raise
+            sys.exit(130)  # as after Ctrl-C; what to do then is said by the main process alone
+        processes.finish()
+
+    def _run(self) -> None:
+        from twigvlm.cli.output import busy
         from twigvlm.cli.session import load_base
-        from twigvlm.training.data.load import load_samples
-
-        with busy(f"Loading {self.model}"):
-            base, processor = load_base(self.model, self.dtype, processes.device(self.device))
-        with busy("Reading samples"):
-            samples = load_samples(self.data, self.images, self.strict)
-        return samples, base, processor
-
-    def dataset(self, samples: Any, base: Any, processor: Any) -> Any:
-        """The samples as the training reads them."""
+        from twigvlm.cli.training_progress import TrainingProgress
+        from twigvlm.errors import TwigVLMError
+        from twigvlm.files import LOCK
         from twigvlm.training.data.dataset import ConversationDataset
-
-        limit = self.max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
-        return ConversationDataset(samples, processor, limit, self.strict)
-
-    def finish(self, model: Any, data: Any) -> None:
-        """Report broken samples and write the twig."""
+        from twigvlm.training.data.load import load_samples
         from twigvlm.training.distributed import processes
 
+        # Others may come when the main process has begun to write.
+        if processes.is_main() and not self.resume and any(file.name != LOCK for file in self.out.iterdir()):
+            raise TwigVLMError(f"out {str(self.out)!r}: is not empty; add --resume, or choose another directory")
+        self.check()
+        with busy("Reading samples"):
+            samples = load_samples(self.data, self.images, self.strict)
+        with busy(f"Loading {self.model}"):
+            base, processor = load_base(self.model, self.dtype, processes.device(self.device))
+        model = self.twig_of(base, samples, processor)
+        limit = self.max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        data = ConversationDataset(samples, processor, limit, self.strict)
+        with TrainingProgress() as progress:
+            self.train(model, data, self.out / "checkpoints", progress)
         data.summarise()
         if processes.is_main():
             model.save_pretrained(self.out)
             print(f"Twig: {self.out}")
-        processes.finish()
+
+    def check(self) -> None:
+        """Refuse what can be seen to be wrong before the base is loaded."""
+        raise NotImplementedError
+
+    def twig_of(self, base: Any, samples: Any, processor: Any) -> Any:
+        """The TwigVLM to train."""
+        raise NotImplementedError
+
+    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> None:
+        """Train its twig in place, with checkpoints in a directory."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Stage1(Common):
+class Stage1(TrainOptions):
     """Grow a twig and distil the base into it: next tokens, the base's predictions, its attention into the P-Head."""
 
     start: str | None = None
@@ -92,23 +112,19 @@ class Stage1(Common):
     stage1: Stage1Config = field(default_factory=Stage1Config)
     """Settings of the training."""
 
-    def run(self) -> None:
-        """Train, and write the twig to `out`."""
+    def check(self) -> None:
+        """Refuse a twig to start from that is broken or shall have another shape."""
+        from twigvlm.checkpoints.twig_files import check
         from twigvlm.errors import TwigVLMError
 
-        if self.start is not None and self.twig != FRESH:
+        if self.start is None:
+            return
+        if self.twig != FRESH:
             raise TwigVLMError(f"start {self.start!r}: this twig keeps its shape; leave the options of a fresh one out")
-        samples, base, processor = self.load()
-        from twigvlm.cli.training_progress import TrainingProgress
-        from twigvlm.training.distill import train_stage1
+        check(self.start)
 
-        model = self._twig(samples, base, processor)
-        data = self.dataset(samples, base, processor)
-        with TrainingProgress() as shown:
-            train_stage1(model, data, self.stage1, self.out / "checkpoints", self.resume, [shown])
-        self.finish(model, data)
-
-    def _twig(self, samples: Any, base: Any, processor: Any) -> Any:
+    def twig_of(self, base: Any, samples: Any, processor: Any) -> Any:
+        """A fresh twig on the base, or the one to start from."""
         import torch
 
         from twigvlm.cli.output import busy
@@ -124,9 +140,15 @@ class Stage1(Common):
         torch.manual_seed(self.stage1.seed)
         return TwigVLM.grow(base, self.twig, tokens)
 
+    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> None:
+        """Distil the base into the twig."""
+        from twigvlm.training.distill import train_stage1
+
+        train_stage1(model, data, self.stage1, directory, self.resume, [progress])
+
 
 @dataclass(frozen=True)
-class Stage2(Common):
+class Stage2(TrainOptions):
     """Train the P-Head of a twig from stage 1 by reinforcement; nothing else of the twig changes."""
 
     start: str = field(kw_only=True)
@@ -134,18 +156,25 @@ class Stage2(Common):
     stage2: Stage2Config = field(default_factory=Stage2Config)
     """Settings of the training."""
 
-    def run(self) -> None:
-        """Train, and write the twig to `out`."""
-        samples, base, processor = self.load()
-        from twigvlm.cli.training_progress import TrainingProgress
+    def check(self) -> None:
+        """Refuse a twig to start from that is broken or has no P-Head."""
+        from twigvlm.checkpoints.twig_files import check
+        from twigvlm.errors import TwigVLMError
+
+        if not check(self.start).pruning_head:
+            raise TwigVLMError(f"start {self.start!r}: this twig has no P-Head; name one from stage 1 that has")
+
+    def twig_of(self, base: Any, samples: Any, processor: Any) -> Any:
+        """The twig from stage 1 on the base."""
         from twigvlm.model import TwigVLM
+
+        return TwigVLM.from_pretrained(base, self.start)
+
+    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> None:
+        """Reward the P-Head's prunings."""
         from twigvlm.training.reinforce import train_stage2
 
-        model = TwigVLM.from_pretrained(base, self.start)
-        data = self.dataset(samples, base, processor)
-        with TrainingProgress() as shown:
-            train_stage2(model, data, self.stage2, self.out / "checkpoints", self.resume, [shown])
-        self.finish(model, data)
+        train_stage2(model, data, self.stage2, directory, self.resume, [progress])
 
 
 @dataclass(frozen=True)
@@ -156,6 +185,9 @@ class Train:
         Annotated[Stage1, tyro.conf.subcommand("stage1")] | Annotated[Stage2, tyro.conf.subcommand("stage2")],
         tyro.conf.OmitSubcommandPrefixes,
     ]
+
+    continuation = "run the same command with --resume to continue from the latest checkpoint"
+    """What the command line says when Ctrl-C ends the training."""
 
     def run(self) -> None:
         """Run the chosen stage."""

@@ -34,7 +34,7 @@ class Student(nn.Module):
         super().__init__()
         self.twig = model.twig
         self.settings = config  # the Trainer takes a `config` for a model's
-        self._whole = (model,)  # in a tuple, so that the base is no submodule
+        self._model = (model,)  # in a tuple, so that the base is no submodule
         if config.gamma and model.twig.pruning_head is None:
             raise TwigVLMError(
                 f"gamma={config.gamma:g}: teaches the P-Head, and this twig has none; "
@@ -50,8 +50,8 @@ class Student(nn.Module):
         """Loss of a batch (Eq. 9) and its terms, padded on the right: without a mask, causal attention hides padding from
         every real token.
 
-        The terms are means over the batch: of answer tokens (Eq. 10), and of turns (Eq. 11). In the loss of an optimiser
-        step, of several passes or processes, every answer token weighs the same, and every sample's turns.
+        The terms are means over the batch: of answer tokens (Eq. 10), and of turns (Eq. 11). Across the passes and processes
+        of an optimiser step, tokens weigh equally in L_NTP and L_PredKL, and samples in L_AttnKL.
 
         Args:
             labels: ids at answers, -100 elsewhere.
@@ -59,25 +59,25 @@ class Student(nn.Module):
             inputs: what the base's forward takes.
         """
         inputs.pop("attention_mask", None)
-        base, twig, config = self._whole[0].base, self.twig, self.settings
+        base, twig, config = self._model[0].base, self.twig, self.settings
         trunk = twig.config.trunk_layers
         answers = labels[:, 1:] != IGNORE
-        look = None
+        query = None
         with torch.no_grad():
             prompt = base.prompt(**inputs)
             masks = base.masks()
-            rope = base.token_inputs(prompt)
-            hidden = base.run_layers(prompt.hidden, 0, trunk, rope, masks)
+            token_inputs = base.token_inputs(prompt)
+            hidden = base.run_layers(prompt.hidden, 0, trunk, token_inputs, masks)
             if config.gamma:
-                look = VisualQuery.at(last_prompt_tokens(labels), prompt.visual_mask)
+                query = VisualQuery.at(last_prompt_tokens(labels), prompt.visual_mask)
             wanted = answers if config.alpha else None
-            lesson = run_teacher(base, hidden, trunk, rope, masks, look, self.teacher_layer, wanted)
+            teacher = run_teacher(base, hidden, trunk, token_inputs, masks, query, self.teacher_layer, wanted)
         with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
-            before = twig.last_input(hidden.float(), rope, masks)
-            logits = twig.logits(twig.last(before, rope, masks)[:, :-1][answers])
-            scores = (
-                None if look is None else log_visual_attention(twig.layers[-1], before, rope, look, twig.pruning_head)
-            )
+            last_input = twig.last_input(hidden.float(), token_inputs, masks)
+            logits = twig.logits(twig.last(last_input, token_inputs, masks)[:, :-1][answers])
+            scores = None
+            if query is not None:
+                scores = log_visual_attention(twig.layers[-1], last_input, token_inputs, query, twig.pruning_head)
         vocabulary = base.vocabulary
         targets = draft_targets(labels[:, 1:][answers], twig.draft_token_ids, vocabulary)
         count = answers.sum() if num_items_in_batch is None else num_items_in_batch
@@ -86,12 +86,12 @@ class Student(nn.Module):
         of_samples = 1.0 if num_items_in_batch is None else len(labels) / step
         loss = next_token_loss(logits, targets, count)
         terms = {"next_token": loss.detach() / of_tokens}
-        if lesson.logits is not None:
-            taught = lesson.logits if twig.draft_token_ids is None else lesson.logits[:, twig.draft_token_ids]
-            terms["prediction_kl"] = prediction_loss(taught, logits, config.temperature, config.clip).mean()
+        if teacher.logits is not None:
+            target = teacher.logits if twig.draft_token_ids is None else teacher.logits[:, twig.draft_token_ids]
+            terms["prediction_kl"] = prediction_loss(target, logits, config.temperature, config.clip).mean()
             loss = loss + of_tokens * config.alpha * terms["prediction_kl"]
-        if lesson.attention is not None and scores is not None and look is not None:
-            terms["attention_kl"] = attention_loss(lesson.attention, scores)
+        if teacher.attention is not None and scores is not None:
+            terms["attention_kl"] = attention_loss(teacher.attention, scores)
             loss = loss + of_samples * config.gamma * terms["attention_kl"]
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
@@ -118,7 +118,8 @@ def train_stage1(
         The Trainer's log, every loss term included.
 
     Raises:
-        TwigVLMError: the settings do not fit the model, or the data or the checkpoint are unfit.
+        TwigVLMError: the settings do not fit the model, the data or the checkpoint are unfit, `directory` is full, read-only or
+            written to by another run, or the training diverges.
     """
     if model.twig.pruning_head is not None:
         model.twig.pruning_head.requires_grad_(config.gamma > 0)

@@ -7,17 +7,18 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from twigvlm.checkpoints.twig_files import fingerprint
 from twigvlm.errors import TwigVLMError
-from twigvlm.files import replacing
+from twigvlm.files import replacing, reserved, writing
 from twigvlm.model import TwigVLM
 from twigvlm.training.data.dataset import Collator
 from twigvlm.training.data.samples import BrokenSample
@@ -25,7 +26,7 @@ from twigvlm.training.distributed import fsdp, processes
 from twigvlm.training.options import TrainingConfig
 
 UNFINISHED = "unfinished"
-"""Folder in which a checkpoint is written before it takes its place."""
+"""Folder in which a checkpoint is written before it is moved to where it is looked for."""
 KEPT = 2
 """Checkpoints that are kept, the latest ones."""
 NO_LOSSES = ("grad_norm", "learning_rate", "epoch", "step")
@@ -34,12 +35,21 @@ FREE = ("workers", "log_steps", "save_steps", "tensorboard", "gradient_checkpoin
 """Settings that may change when a run goes on, since the twig does not depend on them."""
 
 
+class LogLastStep(TrainerCallback):
+    """The last step is logged whatever `log_steps` is, also where a callback ends the training."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log the step if the training ends with it."""
+        if control.should_training_stop:
+            control.should_log = True
+
+
 class TermTrainer(Trainer):
     """A Trainer that logs, beside the loss, all that the model returns with it: means over the passes of all processes since
-    the last log. Its checkpoints are whole or not there.
+    the last log. Its checkpoints are whole or not there, and never hold weights that are not finite.
     """
 
-    _aside = False  # whether a checkpoint is being written
+    _writing_checkpoint = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,23 +73,37 @@ class TermTrainer(Trainer):
         """Add the terms to the log.
 
         Raises:
-            TwigVLMError: the loss is no number any more.
+            TwigVLMError: the loss is not finite any more.
         """
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise TwigVLMError(
-                f"loss={logs['loss']} by step {self.state.global_step}: the training diverged; begin anew with a lower "
-                f"learning rate than {self.args.learning_rate:g}"
-            )
+            raise self.diverged(f"loss={logs['loss']}")
         values: dict[str, list[float]] = {}
-        for own in processes.gather({name: torch.stack(terms).tolist() for name, terms in self._terms.items()}):
-            for name, terms in own.items():
+        for part in processes.gather({name: torch.stack(terms).tolist() for name, terms in self._terms.items()}):
+            for name, terms in part.items():
                 values.setdefault(name, []).extend(terms)
         logs.update((name, math.fsum(terms) / len(terms)) for name, terms in values.items())
         self._terms = {}
         super().log(logs, start_time)
 
+    def check_weights(self, module: nn.Module) -> None:
+        """Refuse weights that are not finite; all processes must call it.
+
+        Raises:
+            TwigVLMError: a weight is NaN or infinite, in whichever process.
+        """
+        finite = all(bool(fsdp.local(parameter).isfinite().all()) for parameter in module.parameters())
+        if not all(processes.gather(finite)):
+            raise self.diverged("NaN or infinite weights")
+
+    def diverged(self, what: str) -> TwigVLMError:
+        """The error of a training that diverged."""
+        return TwigVLMError(
+            f"{what} by step {self.state.global_step}: the training diverged; start over in another directory with a lower "
+            f"learning rate than {self.args.learning_rate:g}"
+        )
+
     def create_accelerator_and_postprocess(self) -> None:
-        """Refuse what a launch asked for and would not get."""
+        """Reject accelerate settings that would be ignored."""
         super().create_accelerator_and_postprocess()
         if self.accelerator.mixed_precision != "no":
             raise TwigVLMError(
@@ -91,24 +115,32 @@ class TermTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         directory = super()._get_output_dir(trial)
-        return os.path.join(directory, UNFINISHED) if self._aside else directory
+        return os.path.join(directory, UNFINISHED) if self._writing_checkpoint else directory
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_weights(model)
+        directory, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        before = _latest(directory)
+        goes_on = "free space there and resume" + ("" if before is None else f", {before.name} is whole")
         # The Trainer's own is not whole when trainer_state.json is there: that file may be cut off, and other processes may
         # still be writing the state of their random streams.
-        self._aside = True
+        self._writing_checkpoint = True
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(str(directory / name), goes_on):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if processes.is_main():
+                    _publish(directory, name)
+        except TwigVLMError:
+            shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
+            raise
         finally:
-            self._aside = False
-        self.accelerator.wait_for_everyone()
-        if processes.is_main():
-            _publish(Path(self.args.output_dir), f"checkpoint-{self.state.global_step}")
+            self._writing_checkpoint = False
 
 
 def fit(
     model: TwigVLM,
-    pupil: Callable[[int], nn.Module],
+    make_student: Callable[[int], nn.Module],
     trainer_class: type[TermTrainer],
     data: Dataset[dict[str, Tensor]],
     config: TrainingConfig,
@@ -119,39 +151,74 @@ def fit(
     """Train the twig in place; arguments as in `train_stage1`.
 
     Args:
-        pupil: from the number of optimiser steps, the twig with the loss of a stage.
+        make_student: from the number of optimiser steps, the twig with the loss of a stage.
         trainer_class: the Trainer of the stage.
 
     Returns:
         The Trainer's log.
 
     Raises:
-        TwigVLMError: the base, the data, the launch or the checkpoint are unfit, or the loss diverges.
+        TwigVLMError: the base, the data, the launch, the directory or the checkpoint are unfit, or the training diverges.
     """
     base = model.base
     if base.dtype == torch.float16:
         raise TwigVLMError("dtype=float16: gradients underflow in it; train with bfloat16 or float32")
+    if not torch.is_grad_enabled():
+        raise TwigVLMError("torch.no_grad or torch.inference_mode: nothing can be trained under it; train outside of it")
     samples = len(data)  # type: ignore[arg-type]
     together = config.batch_size * config.accumulate * processes.count()
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(samples / together))
-    module = pupil(steps)
+    module = make_student(steps)
     data[0]  # what is wrong with every sample shows before anything is written
-    checkpoint = _latest(directory)
-    if checkpoint is not None and not resume:
-        raise TwigVLMError(f"directory {str(directory)!r}: holds checkpoints; resume, or choose another directory")
-    launch = {
-        "samples": samples,
-        "max_length": getattr(data, "max_length", None),
-        "dtype": str(base.dtype),
-        "base": zlib.crc32(json.dumps(fingerprint(base)).encode()),
-        "processes": processes.count(),
-        "sharded": fsdp.wanted(),
-    }
-    _remember(directory, {**dataclasses.asdict(model.twig.config), **dataclasses.asdict(config), **launch}, checkpoint)
-    if processes.is_main():
-        shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
-    cpu = model.model.device.type == "cpu"
-    arguments = TrainingArguments(
+    with reserved(directory, "directory") if processes.is_main() else nullcontext():
+        checkpoint = _latest(directory)
+        if checkpoint is not None and not resume:
+            raise TwigVLMError(f"directory {str(directory)!r}: holds checkpoints; resume, or choose another directory")
+        launch = {
+            "samples": samples,
+            "max_length": getattr(data, "max_length", None),
+            "dtype": str(base.dtype),
+            "base": zlib.crc32(json.dumps(fingerprint(base)).encode()),
+            "processes": processes.count(),
+            "sharded": fsdp.wanted(),
+        }
+        settings = {**dataclasses.asdict(model.twig.config), **dataclasses.asdict(config), **launch}
+        _check_settings(directory, settings, checkpoint)
+        if processes.is_main():
+            shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
+            _check_room(directory, module, math.ceil(steps / config.save_steps))
+        arguments = _arguments(config, directory, steps, model.device)
+        _check_device(arguments.device, model.device)
+        # Of several GPUs one process uses one: the Trainer would copy the twig, but not the base, to all of them.
+        arguments._n_gpu = min(1, arguments.n_gpu)
+        model.twig.float()
+        processes.broadcast_weights(module)
+        trainer = trainer_class(
+            model=module,
+            args=arguments,
+            train_dataset=data,
+            data_collator=Collator(pad_token_id=0),
+            callbacks=[*callbacks, LogLastStep()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            fsdp.unshard(module)
+            trainer.check_weights(module)
+        except BrokenSample as error:  # from a process beside the training it brings that process's traceback along
+            raise BrokenSample(str(error).rpartition("BrokenSample: ")[2].strip()) from None
+        finally:
+            model.twig.checkpoint_gradients(False)
+            model.twig.to(base.dtype)
+            model.train(False)
+    model.twig.record.append(_entry(config, samples, trainer.state))
+    return trainer.state.log_history
+
+
+def _arguments(config: TrainingConfig, directory: Path, steps: int, device: torch.device) -> TrainingArguments:
+    """The Trainer's own settings."""
+    cpu = device.type == "cpu"
+    return TrainingArguments(
         output_dir=str(directory),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
@@ -175,30 +242,25 @@ def fit(
         disable_tqdm=True,
         logging_nan_inf_filter=False,
     )
-    _check_device(arguments.device, model.model.device)
-    # Of several GPUs one process uses one: the Trainer would copy the twig, but not the base, to all of them.
-    arguments._n_gpu = min(1, arguments.n_gpu)
-    model.twig.float()
-    processes.broadcast_weights(module)
-    trainer = trainer_class(
-        model=module,
-        args=arguments,
-        train_dataset=data,
-        data_collator=Collator(pad_token_id=0),
-        callbacks=list(callbacks),
-    )
-    trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        fsdp.merge(module)
-    except BrokenSample as error:  # from a process beside the training it brings that process's traceback along
-        raise BrokenSample(str(error).rpartition("BrokenSample: ")[2].strip()) from None
-    finally:
-        model.twig.checkpoint_gradients(False)
-        model.twig.to(base.dtype)
-        model.train(False)
-    model.twig.record.append(_entry(config, samples, trainer.state))
-    return trainer.state.log_history
+
+
+def _check_room(directory: Path, module: nn.Module, saves: int) -> None:
+    """Refuse a disk that is too full for the checkpoints of a run: those that are kept, and the one that is being written.
+
+    Args:
+        directory: of the checkpoints.
+        module: what they hold, in float32, with two more numbers for every weight that is trained.
+        saves: checkpoints that the run writes.
+    """
+    parameters = list(module.parameters())
+    size = 4 * sum(parameter.numel() * (3 if parameter.requires_grad else 1) for parameter in parameters)
+    needed = size * max(0, min(saves, KEPT + 1) - len(_whole(directory)))
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise TwigVLMError(
+            f"directory {str(directory)!r}: {free / 1e9:.1f} GB are free, and the checkpoints need {needed / 1e9:.1f} GB; free "
+            "space there, or choose another directory"
+        )
 
 
 def _check_device(chosen: torch.device, device: torch.device) -> None:
@@ -211,7 +273,10 @@ def _check_device(chosen: torch.device, device: torch.device) -> None:
 
 
 def _publish(directory: Path, name: str) -> None:
-    """Put a checkpoint in its place, and remove old ones."""
+    """Move a finished checkpoint to where it is looked for, and remove old ones."""
+    mode = (directory / UNFINISHED / name / "trainer_state.json").stat().st_mode
+    for file in (directory / UNFINISHED / name).iterdir():
+        file.chmod(mode)  # safetensors writes for the owner alone
     shutil.rmtree(directory / name, ignore_errors=True)
     os.replace(directory / UNFINISHED / name, directory / name)
     (directory / UNFINISHED).rmdir()
@@ -241,7 +306,7 @@ def _latest(directory: Path) -> Path | None:
     return next(reversed(_whole(directory)), None)
 
 
-def _remember(directory: Path, settings: dict[str, Any], checkpoint: Path | None) -> None:
+def _check_settings(directory: Path, settings: dict[str, Any], checkpoint: Path | None) -> None:
     """Keep the settings beside the checkpoints; a run goes on only with the ones it began with, as far as it knew them."""
     file = directory / "settings.json"
     text = json.dumps(settings, indent=1) + "\n"
@@ -254,6 +319,5 @@ def _remember(directory: Path, settings: dict[str, Any], checkpoint: Path | None
                     "resume with the same settings or choose another directory"
                 )
     elif processes.is_main():
-        directory.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
             temporary.write_text(text)

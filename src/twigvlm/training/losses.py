@@ -39,7 +39,7 @@ def next_token_loss(
 def divergence(
     target: Float[Tensor, "*rows choices"], prediction: Float[Tensor, "*rows choices"]
 ) -> Float[Tensor, "*rows"]:
-    """KL(target ‖ prediction) of distributions given by their logarithms; what the target excludes (-inf) counts nothing."""
+    """KL(target ‖ prediction) of distributions given by their logarithms; what the target excludes (-inf) adds nothing."""
     terms = target.exp() * (target - prediction)
     return terms.masked_fill(target == float("-inf"), 0.0).sum(dim=-1)
 
@@ -53,14 +53,16 @@ def prediction_loss(
     """L_PredKL of each answer token (Eq. 10), 0 to 1.
 
     As in the published code: both distributions softened by the temperature, the divergence times its square, clipped, and
-    divided by the clip.
+    divided by the clip. The gradient of a clipped token is scaled by clip/KL and not cut off: the tokens on which the twig is
+    furthest off teach too, each no more than one at the clip.
 
     Args:
         teacher: the base's logits; over a reduced draft vocabulary those of its tokens.
         student: the shallow model's logits.
     """
     soft = ((logits.float() / temperature).log_softmax(dim=-1) for logits in (teacher, student))
-    return (divergence(*soft) * temperature**2).clamp(max=clip) / clip
+    loss = divergence(*soft) * temperature**2
+    return loss / loss.detach().clamp(min=clip)
 
 
 def attention_loss(
@@ -73,8 +75,8 @@ def attention_loss(
         teacher: logarithm of the base's attention.
         student: logarithm of the P-Head's scores.
     """
-    real = (teacher > float("-inf")).any(dim=-1)
-    return divergence(teacher, student)[real].sum() / real.sum().clamp(min=1)
+    attends = (teacher > float("-inf")).any(dim=-1)
+    return divergence(teacher, student)[attends].sum() / attends.sum().clamp(min=1)
 
 
 def advantages(rewards: Float[Tensor, " group"]) -> Float[Tensor, " group"]:

@@ -1,9 +1,13 @@
 """Settings of a training run, as frozen dataclasses; the command line's options and help are made from them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
 
 from twigvlm.errors import TwigVLMError
+
+KEEP_BUDGETS = (41, 72, 103, 134, 165, 196, 227)
+"""R of the published stage 2 (Eq. 16): R̄ 64 to 192 of 576 visual tokens, with K = 2, K_f = 24 and L = 32 (Table 7)."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Stage1Config(TrainingConfig):
     temperature: float = 5.0
     """Both predictions are softened by it; L_PredKL is multiplied by its square."""
     clip: float = 4.0
-    """A token's L_PredKL counts at most this much, and is divided by it."""
+    """A token's L_PredKL counts at most this much, and is divided by it; its gradient is scaled to that, not cut off."""
     gradient_checkpointing: bool = False
     """Run each twig layer once more in the backward pass instead of keeping what it computed: less memory, more time."""
 
@@ -91,8 +95,12 @@ class Stage2Config(TrainingConfig):
     """G: prunings that are drawn for each sample."""
     chunk: int | None = None
     """Prunings that the base runs at once. None: those of a whole batch, batch_size x G; fewer need less memory."""
-    budgets: tuple[float, ...] = (64, 85, 107, 128, 149, 171, 192)
-    """R̄, ascending: each step draws one of them (dynamic pruning ratio); a single one is static."""
+    keep_budgets: tuple[int, ...] | None = None
+    """R, visual tokens kept in layers K+1..K_f, ascending: each step draws one (dynamic pruning ratio); a single one is static.
+    None: 41 72 103 134 165 196 227, as published, unless budgets are given."""
+    budgets: tuple[float, ...] | None = None
+    """R̄, averages over all layers, ascending, in place of keep_budgets: R follows from the visual tokens of each sample.
+    None: those of keep_budgets."""
     beta: float = 8.0
     """β_max: the last steps draw the i-th budget with probability ∝ exp(-β_max·i), the first ones each alike."""
     power: float = 2.0
@@ -106,10 +114,26 @@ class Stage2Config(TrainingConfig):
             raise TwigVLMError(f"group={self.group}: must be 2 or more, to have a mean to compare with")
         if self.chunk is not None and self.chunk < 1:
             raise TwigVLMError(f"chunk={self.chunk}: must be 1 or more")
-        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
-            shown = " ".join(f"{budget:g}" for budget in self.budgets) or "none"
-            raise TwigVLMError(f"budgets={shown}: must be one or more numbers, ascending")
+        if self.budgets is not None and self.keep_budgets is not None:
+            raise TwigVLMError(
+                f"budgets={spaced(self.budgets)} and keep_budgets={spaced(self.keep_budgets)}: give one of them"
+            )
+        for name, levels in (("budgets", self.budgets), ("keep_budgets", self.keep_budgets)):
+            if levels is not None and (not levels or list(levels) != sorted(set(levels))):
+                raise TwigVLMError(f"{name}={spaced(levels)}: must be one or more numbers, ascending")
+        if self.keep_budgets is not None and self.keep_budgets[0] < 1:
+            raise TwigVLMError(f"keep_budgets={spaced(self.keep_budgets)}: must be 1 or more")
         self._not_negative("beta")
         self._more_than_0("power")
         if not all(weight >= 0 and isfinite(weight) for weight in self.gamma):
             raise TwigVLMError(f"gamma={self.gamma[0]:g} {self.gamma[1]:g}: both must be 0 or more")
+
+    def resolve(self) -> "Stage2Config":
+        """With the published budgets where none are given."""
+        given = self.budgets is not None or self.keep_budgets is not None
+        return self if given else replace(self, keep_budgets=KEEP_BUDGETS)
+
+
+def spaced(levels: Sequence[float]) -> str:
+    """Budgets as a user gives them."""
+    return " ".join(f"{level:g}" for level in levels) or "none"

@@ -19,7 +19,7 @@ from twigvlm.base.token_inputs import TokenInputs, select_rows
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
-from twigvlm.pruning.budget import solve_keep
+from twigvlm.pruning.budget import average_kept, solve_keep
 from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.pruning.run import run_cuts
@@ -28,12 +28,12 @@ from twigvlm.training import plackett_luce
 from twigvlm.training.data.turns import answer_length, draw_turns
 from twigvlm.training.fit import TermTrainer, fit
 from twigvlm.training.losses import advantages, attention_loss, policy_loss
-from twigvlm.training.options import Stage2Config
+from twigvlm.training.options import Stage2Config, spaced
 from twigvlm.training.teacher import resolve_teacher_layer, run_teacher
 
 
 def budget_probabilities(count: int, progress: float, beta: float, power: float) -> Float[Tensor, " count"]:
-    """P(R̄_i) ∝ exp(-β(t)·i), β(t) = β_max·progress^p, i ascending with R̄ (Eq. 16): uniform at first, the hardest at the end.
+    """P(R_i) ∝ exp(-β(t)·i), β(t) = β_max·progress^p, i ascending with R (Eq. 16): uniform at first, the hardest at the end.
 
     Args:
         count: number of budgets.
@@ -88,14 +88,14 @@ def answer_likelihoods(
     if not cases:
         return []
     each = [(case, kept) for case in cases for kept in case.kept]
-    place = torch.arange(hidden.shape[1], device=hidden.device)
+    index = torch.arange(hidden.shape[1], device=hidden.device)
     losses: list[Tensor] = []
     for start in range(0, len(each), chunk or len(each)):
         part = each[start : start + (chunk or len(each))]
         rows = torch.tensor([case.row for case, _ in part], device=hidden.device)
         ends = torch.tensor([case.end for case, _ in part], device=hidden.device)
-        visual = visual_mask[rows] & (place < ends[:, None])
-        stays = torch.stack([torch.zeros_like(place, dtype=torch.bool).index_fill(0, kept, True) for _, kept in part])
+        visual = visual_mask[rows] & (index < ends[:, None])
+        stays = torch.stack([torch.zeros_like(index, dtype=torch.bool).index_fill(0, kept, True) for _, kept in part])
         cuts = [
             (Cut(trunk, len(kept)), *(() if final_wipe == base.num_layers else (Cut(final_wipe, 0),)))
             for _, kept in part
@@ -103,13 +103,13 @@ def answer_likelihoods(
         tokens = Tokens(hidden[rows], select_rows(inputs, rows), visual, tuple(case.end for case, _ in part))
         left = run_cuts(base, tokens, trunk, base.num_layers, cuts, lambda *_, stays=stays: stays, masks)
         spans = [
-            own[end - len(case.answer) : end]
-            for own, end, (case, _) in zip(left.hidden, left.lengths, part, strict=True)
+            states[end - len(case.answer) : end]
+            for states, end, (case, _) in zip(left.hidden, left.lengths, part, strict=True)
         ]
         logits = base.logits(torch.cat(spans)).float()
         answers = [case.answer for case, _ in part]
         loss = F.cross_entropy(logits, torch.cat(answers), reduction="none")
-        losses += [one.mean() for one in loss.split([len(answer) for answer in answers])]
+        losses += [answer_loss.mean() for answer_loss in loss.split([len(answer) for answer in answers])]
     return list((-torch.stack(losses)).split([len(case.kept) for case in cases]))
 
 
@@ -120,18 +120,22 @@ class Policy(nn.Module):
 
     def __init__(self, model: TwigVLM, config: Stage2Config, steps: int) -> None:
         super().__init__()
+        config = config.resolve()
         self.twig = model.twig
         self.settings = config  # the Trainer takes a `config` for a model's
+        self.levels: tuple[float, ...] = config.keep_budgets or config.budgets or ()
         self.steps = steps
-        self._whole = (model,)  # in a tuple, so that the base is no submodule
+        self._model = (model,)  # in a tuple, so that the base is no submodule
         layers, self.trunk = model.base.num_layers, model.twig.config.trunk_layers
         self.final_wipe = layers if model.twig.config.final_wipe is None else model.twig.config.final_wipe
         self.teacher_layer = resolve_teacher_layer(config.teacher_layer, layers, self.trunk)
 
-    def keep(self, retain: float, visual: int) -> int | None:
-        """R of a sample with that many visual tokens; None if it cannot have this budget."""
+    def keep(self, level: float, visual: int) -> int | None:
+        """R of a sample with that many visual tokens under one of the budgets; None if it cannot have this one."""
+        if self.settings.keep_budgets is not None:
+            return int(level) if level <= visual else None
         try:
-            return solve_keep(retain, visual, self._whole[0].base.num_layers, self.trunk, self.final_wipe)
+            return solve_keep(level, visual, self._model[0].base.num_layers, self.trunk, self.final_wipe)
         except TwigVLMError:
             return None
 
@@ -148,65 +152,69 @@ class Policy(nn.Module):
             inputs: what the base's forward takes.
         """
         inputs.pop("attention_mask", None)
-        base, twig, config = self._whole[0].base, self.twig, self.settings
+        base, twig, config = self._model[0].base, self.twig, self.settings
         choice, generator = self._draw_budget(step), _stream(config.seed, step, part + 1)
-        retain = config.budgets[choice]
+        level = self.levels[choice]
         with torch.no_grad():
             prompt = base.prompt(**inputs)
             masks = base.masks()
-            rope = base.token_inputs(prompt)
-            hidden = base.run_layers(prompt.hidden, 0, self.trunk, rope, masks)
-            look = VisualQuery.at(draw_turns(labels, prompt.visual_mask, generator), prompt.visual_mask)
+            token_inputs = base.token_inputs(prompt)
+            hidden = base.run_layers(prompt.hidden, 0, self.trunk, token_inputs, masks)
+            query = VisualQuery.at(draw_turns(labels, prompt.visual_mask, generator), prompt.visual_mask)
         with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
             with torch.no_grad():
-                before = twig.last_input(hidden.float(), rope, masks)
-            scores = log_visual_attention(twig.layers[-1], before, rope, look, twig.pruning_head)
-        loss = scores[look.visible].sum() * 0.0  # a batch without an image has a gradient too
-        samples = look.visible.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
+                last_input = twig.last_input(hidden.float(), token_inputs, masks)
+            scores = log_visual_attention(twig.layers[-1], last_input, token_inputs, query, twig.pruning_head)
+        loss = scores[query.visible].sum() * 0.0  # a batch without an image has a gradient too
+        samples = query.visible.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
         cases, drawn = [], []
+        figures: dict[str, list[Tensor]] = defaultdict(list)
         for row in samples:
-            visible, query = look.visible[row, 0], int(look.queries[row, 0])
-            log_scores, positions = scores[row, 0][visible], look.visual[row][visible]
-            keep = self.keep(retain, len(positions))
+            visible, asking = query.visible[row, 0], int(query.queries[row, 0])
+            log_scores, positions = scores[row, 0][visible], query.visual[row][visible]
+            visual = len(positions)
+            keep = self.keep(level, visual)
             if keep is None:
                 continue
             actions = plackett_luce.sample(log_scores.detach(), config.group, keep, generator)
             drawn.append((log_scores, actions))
-            end = query + answer_length(labels[row], query)
-            cases.append(Case(row, end, labels[row, query + 1 : end + 1], positions[actions]))
-        figures: dict[str, list[Tensor]] = defaultdict(list)
-        paid = answer_likelihoods(
-            base, hidden, prompt.visual_mask, rope, masks, cases, self.trunk, self.final_wipe, config.chunk
+            end = asking + answer_length(labels[row], asking)
+            cases.append(Case(row, end, labels[row, asking + 1 : end + 1], positions[actions]))
+            figures["keep"].append(torch.tensor(float(keep)))
+            average = average_kept(keep, visual, base.num_layers, self.trunk, self.final_wipe)
+            figures["retain"].append(torch.tensor(average))
+        rewarded = answer_likelihoods(
+            base, hidden, prompt.visual_mask, token_inputs, masks, cases, self.trunk, self.final_wipe, config.chunk
         )
-        for (log_scores, actions), rewards in zip(drawn, paid, strict=True):
-            better = advantages(rewards)
-            loss = loss + policy_loss(plackett_luce.log_probability(log_scores, actions), better) / len(labels)
+        for (log_scores, actions), rewards in zip(drawn, rewarded, strict=True):
+            relative = advantages(rewards)
+            loss = loss + policy_loss(plackett_luce.log_probability(log_scores, actions), relative) / len(labels)
             figures["reward"].append(rewards.mean())
             figures["reward_spread"].append(rewards.std())
-            figures["advantage_spread"].append(better.std())
+            figures["advantage_spread"].append(relative.std())
             figures["entropy"].append(plackett_luce.first_draw_entropy(log_scores.detach()))
-        taught = len(figures.get("reward", ())) / len(labels)
-        terms = {"retain": torch.tensor(float(retain)), "taught": torch.tensor(taught)}
-        terms.update((name, torch.stack(values).mean()) for name, values in figures.items())
-        weight = float(np.interp(choice, (0, max(1, len(config.budgets) - 1)), config.gamma))
+        terms = {name: torch.stack(values).mean() for name, values in figures.items()}
+        terms["taught"] = torch.tensor(len(cases) / len(labels))
+        terms["retain" if config.keep_budgets is None else "keep"] = torch.tensor(float(level))
+        weight = float(np.interp(choice, (0, max(1, len(self.levels) - 1)), config.gamma))
         if weight:
-            lesson = run_teacher(base, hidden, self.trunk, rope, masks, look, self.teacher_layer)
-            assert lesson.attention is not None, "asked for"
-            divergence = attention_loss(lesson.attention, scores)
+            teacher = run_teacher(base, hidden, self.trunk, token_inputs, masks, query, self.teacher_layer)
+            assert teacher.attention is not None, "asked for"
+            divergence = attention_loss(teacher.attention, scores)
             terms["attention_kl"] = divergence.detach()
             loss = loss + weight * divergence * len(samples) / len(labels)
         return {"loss": loss, **terms}
 
     def _draw_budget(self, step: int) -> int:
         config = self.settings
-        weights = budget_probabilities(len(config.budgets), step / self.steps, config.beta, config.power)
+        weights = budget_probabilities(len(self.levels), step / self.steps, config.beta, config.power)
         return int(torch.multinomial(weights, 1, generator=_stream(config.seed, step)))
 
 
 class PolicyTrainer(TermTrainer):
     """Tells the policy where in the training it is, so that a resumed run draws what an uninterrupted one would have."""
 
-    _spot = (-1, 0)
+    _progress = (-1, 0)  # optimiser step, and pass within it
 
     def compute_loss(
         self,
@@ -216,12 +224,12 @@ class PolicyTrainer(TermTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of the pass at hand."""
-        step, part = self._spot
-        self._spot = (step, part + 1) if step == self.state.global_step else (self.state.global_step, 0)
-        step, part = self._spot
+        step, part = self._progress
+        self._progress = (step, part + 1) if step == self.state.global_step else (self.state.global_step, 0)
+        step, part = self._progress
         # Processes take the batches in turn, so that they draw together what one process would draw alone.
-        place = {"step": step, "part": part * self.args.world_size + self.args.process_index}
-        return super().compute_loss(model, {**inputs, **place}, return_outputs, num_items_in_batch)
+        draws = {"step": step, "part": part * self.args.world_size + self.args.process_index}
+        return super().compute_loss(model, {**inputs, **draws}, return_outputs, num_items_in_batch)
 
 
 def train_stage2(
@@ -236,7 +244,7 @@ def train_stage2(
 
     Args:
         model: its P-Head is trained in float32 and ends in the base's number format.
-        data: samples as `ConversationDataset` yields them; those without an image run_teacher nothing.
+        data: samples as `ConversationDataset` yields them; those without an image teach nothing.
         config: settings.
         directory: for checkpoints, which hold the twig, the optimiser and the place in the data.
         resume: continue from the latest checkpoint in `directory`, if there is one.
@@ -244,7 +252,7 @@ def train_stage2(
 
     Returns:
         The Trainer's log: rewards, their spread within a group and that of the advantages (1, or 0 where all rewards are equal),
-        entropy of s, R̄ and L_AttnKL included.
+        entropy of s, R, R̄ and L_AttnKL included.
 
     Raises:
         TwigVLMError: the twig has no P-Head, the first sample can have none of the budgets, or as in stage 1.
@@ -252,12 +260,13 @@ def train_stage2(
     head = model.twig.pruning_head
     if head is None:
         raise TwigVLMError("this twig has no P-Head to train: train one in stage 1 with pruning_head=True first")
+    config = config.resolve()
     visual = int(model.base.visual_mask(data[0]["input_ids"]).sum())
     policy = Policy(model, config, steps=1)
-    if visual and all(policy.keep(retain, visual) is None for retain in config.budgets):
-        shown = " ".join(f"{retain:g}" for retain in config.budgets)
+    if visual and all(policy.keep(level, visual) is None for level in policy.levels):
+        name = "budgets" if config.keep_budgets is None else "keep_budgets"
         raise TwigVLMError(
-            f"budgets={shown}: the first sample, of {visual} visual tokens, can have none; choose others"
+            f"{name}={spaced(policy.levels)}: the first sample, of {visual} visual tokens, can have none; choose others"
         )
     model.twig.requires_grad_(False)
     head.requires_grad_(True)
@@ -270,5 +279,5 @@ def train_stage2(
 
 
 def _stream(*numbers: int) -> torch.Generator:
-    """A random stream of its own for a seed and a place in the training."""
+    """A random stream for a seed and a moment of the training."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))

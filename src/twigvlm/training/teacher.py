@@ -43,9 +43,9 @@ def run_teacher(
     base: BaseVLM,
     hidden: Float[Tensor, "batch tokens width"],
     trunk: int,
-    rope: TokenInputs,
+    inputs: TokenInputs,
     masks: Masks,
-    look: VisualQuery | None = None,
+    query: VisualQuery | None = None,
     layer: int = 0,
     answers: Bool[Tensor, "batch positions"] | None = None,
 ) -> TeacherOutput:
@@ -55,19 +55,19 @@ def run_teacher(
         base: the base.
         hidden: states after layer K.
         trunk: K.
-        rope: of all tokens.
+        inputs: of all tokens.
         masks: of the batch.
-        look: whose attention to which visual tokens is asked for; None: nobody's.
+        query: whose attention to which visual tokens is asked for; None: nobody's.
         layer: of that attention, from 1, above K.
         answers: positions whose logits are asked for, of all but the last; None: none.
     """
     attention: Tensor | None = None
     logits: Tensor | None = None
-    if look is not None:
-        hidden = base.run_layers(hidden, trunk, layer - 1, rope, masks)
-        attention = log_visual_attention(base.layers[layer - 1], hidden, rope, look)
+    if query is not None:
+        hidden = base.run_layers(hidden, trunk, layer - 1, inputs, masks)
+        attention = log_visual_attention(base.layers[layer - 1], hidden, inputs, query)
         trunk = layer - 1
     if answers is not None:
-        hidden = base.run_layers(hidden, trunk, base.num_layers, rope, masks)
+        hidden = base.run_layers(hidden, trunk, base.num_layers, inputs, masks)
         logits = base.logits(hidden[:, :-1][answers])
     return TeacherOutput(attention, logits)

@@ -43,6 +43,7 @@ class Twig(nn.Module):
     head_rows: Tensor | None
     head_bias: Tensor | None
 
+    @torch.inference_mode(False)  # weights that are made under it can never be trained
     def __init__(
         self,
         base: BaseVLM,

@@ -18,8 +18,8 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.images import load_image
 from twigvlm.inputs import encode, special_tokens
 from twigvlm.inputs import render as render_messages
-from twigvlm.training.data.load import report, summarise
-from twigvlm.training.data.samples import BrokenSample, Samples, fetch, to_messages
+from twigvlm.training.data.load import summarise, warn_skipped
+from twigvlm.training.data.samples import BrokenSample, Samples, read_sample, to_messages
 from twigvlm.training.distributed import processes
 
 IGNORE = -100
@@ -31,8 +31,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
 
     An answer includes the token that ends it where the template writes one; the last answer always ends with one.
 
-    In the place of a broken sample stands the next good one, wherever and however often it is asked for: resuming, the order
-    of samples and their division among processes stay as they are.
+    A broken sample is always replaced by the next good one, so that the order of samples and their division among processes
+    survive a resume.
 
     Args:
         samples: of any kind that `twigvlm.training.data.samples` describes.
@@ -73,11 +73,11 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             if self.broken[other]:
                 continue
             try:
-                return self._encode(*fetch(self.samples, other))
+                return self._encode(*read_sample(self.samples, other))
             except BrokenSample as error:
                 if self.strict:
                     raise
-                report(error, int(self.broken.sum()))
+                warn_skipped(error, int(self.broken.sum()))
                 self.broken[other] = True
                 reason = str(error)
         raise TwigVLMError(f"all {count} samples are broken; {reason}")
@@ -202,10 +202,10 @@ class Collator:
 
 def _filled(rows: Sequence[Tensor], value: int) -> list[Tensor]:
     """All of the same size but for their first dimension, by `value` behind the smaller ones."""
-    most = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True)]
+    largest = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True)]
 
     def missing(row: Tensor) -> list[int]:
-        pairs = reversed(list(zip(row.shape[1:], most, strict=True)))  # the last dimension comes first
+        pairs = reversed(list(zip(row.shape[1:], largest, strict=True)))  # the last dimension comes first
         return [number for size, whole in pairs for number in (0, whole - size)]
 
     return [torch.nn.functional.pad(row, missing(row), value=value) for row in rows]
@@ -222,7 +222,7 @@ def frequent_answer_tokens(samples: Samples, processor: Any, size: int) -> Tenso
     counts: Counter[int] = Counter()
     for index in range(len(samples)):
         try:
-            text, spans = render(to_messages(*fetch(samples, index)), processor)
+            text, spans = render(to_messages(*read_sample(samples, index)), processor)
         except BrokenSample:  # reported when it is trained on
             continue
         encoded = tokenizer(text, return_offsets_mapping=True)
@@ -230,8 +230,8 @@ def frequent_answer_tokens(samples: Samples, processor: Any, size: int) -> Tenso
             if any(start < last and stop > first for first, last in spans):
                 counts[token] += 1
     ranked = sorted(counts, key=lambda token: (-counts[token], token))
-    rest = (token for token in range(len(tokenizer)) if token not in counts)
-    return torch.tensor(sorted((ranked + list(islice(rest, max(0, size - len(ranked)))))[:size]))
+    others = (token for token in range(len(tokenizer)) if token not in counts)
+    return torch.tensor(sorted((ranked + list(islice(others, max(0, size - len(ranked)))))[:size]))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.images import is_uri
-from twigvlm.training.data.samples import BrokenSample, Samples, fetch, to_messages
+from twigvlm.training.data.samples import BrokenSample, Samples, read_sample, to_messages
 from twigvlm.training.distributed import processes
 
 SHOWN = 10
@@ -43,14 +43,14 @@ def load_samples(path: Path, images: Path | None = None, strict: bool = False) -
     for part in parts:
         for index in range(len(part)):
             try:
-                sample = to_messages(*fetch(part, index), folder)
+                sample = to_messages(*read_sample(part, index), folder)
                 _check_files(sample)
                 good.append((part, index))
             except BrokenSample as error:
                 if strict:
                     raise
                 if processes.is_main():  # all read the same
-                    report(error, len(broken))
+                    warn_skipped(error, len(broken))
                 broken.append(str(error))
     if not good and not broken:
         raise TwigVLMError(f"data {str(path)!r}: holds no samples; give at least one conversation")
@@ -63,19 +63,19 @@ def load_samples(path: Path, images: Path | None = None, strict: bool = False) -
 
 @dataclass(frozen=True)
 class _Good:
-    """Samples by their place in what was read; nothing is held twice."""
+    """The good samples of what was read; nothing is held twice."""
 
-    places: list[tuple[Samples, int]]
+    found: list[tuple[Samples, int]]
     folder: Path
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.found)
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
-        return to_messages(*fetch(*self.places[index]), self.folder)
+        return to_messages(*read_sample(*self.found[index]), self.folder)
 
 
-def report(error: BrokenSample, before: int) -> None:
+def warn_skipped(error: BrokenSample, before: int) -> None:
     """One line for a broken sample that is skipped, unless many were reported before."""
     if before < SHOWN:
         _log.warning("skipped %s", error)
@@ -126,7 +126,7 @@ def _table(path: Path) -> Samples:
         table = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_parquet(str(path))
     except Exception as error:  # Arrow raises whatever a broken file leads it to
         raise TwigVLMError(
-            f"data {str(path)!r}: not readable as a data set ({one_line(error)}); save it anew"
+            f"data {str(path)!r}: not readable as a data set ({one_line(error)}); save it again"
         ) from None
     picture = datasets.Image(decode=False)
     for name, feature in table.features.items():
@@ -144,7 +144,7 @@ def _records(file: Path) -> list[Any]:
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         records = json.loads(text)
     except (OSError, ValueError) as error:
-        raise TwigVLMError(f"data {str(file)!r}: not readable as JSON ({error}); mend or export it again") from None
+        raise TwigVLMError(f"data {str(file)!r}: not readable as JSON ({error}); correct it or export it again") from None
     if not isinstance(records, list):
         raise TwigVLMError(f"data {str(file)!r}: holds one JSON {type(records).__name__}; put the samples in a list")
     return records

@@ -39,8 +39,8 @@ class Samples(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-def fetch(samples: Samples, index: int) -> tuple[Any, Any]:
-    """A sample, and its id: its own, or else its index.
+def read_sample(samples: Samples, index: int) -> tuple[Any, Any]:
+    """A sample, and its id; its index where it has none.
 
     Raises:
         BrokenSample: it cannot be read, for example because it holds a corrupt picture that is decoded on the way.
@@ -50,7 +50,7 @@ def fetch(samples: Samples, index: int) -> tuple[Any, Any]:
     except TwigVLMError:
         raise
     except Exception as error:  # whatever a reader or a decoder of pictures meets
-        raise BrokenSample(f"sample {index}: cannot be read ({one_line(error)}); mend or drop it") from None
+        raise BrokenSample(f"sample {index}: cannot be read ({one_line(error)}); correct or drop it") from None
     identity = sample.get("id") if isinstance(sample, Mapping) else None
     return sample, index if identity is None else identity
 
@@ -74,14 +74,14 @@ def to_messages(sample: Any, identity: Any, folder: Path | None = None) -> dict[
         raise BrokenSample(f"{name}: holds video or audio; only pictures are supported, drop it")
     messages = list(_turns(sample, name))
     beside = sample.get("images") if sample.get("images") is not None else sample.get("image")
-    rest = iter(beside if isinstance(beside, list | tuple) else [] if beside is None else [beside])
+    given = iter(beside if isinstance(beside, list | tuple) else [] if beside is None else [beside])
     images: list[Any] = []
     for number, message in enumerate(messages):
         for part in message["content"]:
             if part["type"] == "image":
                 inline = part.pop("image")
-                images.append(_image(next(rest, None) if inline is None else inline, f"{name}: turn {number}", folder))
-    if left := len(list(rest)):
+                images.append(_image(next(given, None) if inline is None else inline, f"{name}: turn {number}", folder))
+    if left := len(list(given)):
         raise BrokenSample(f"{name}: {left} images too many; put {PLACEHOLDER!r} into the questions, or drop them")
     return {"id": identity, "messages": messages, "images": images}
 
@@ -116,7 +116,7 @@ def _turns(sample: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
         raise BrokenSample(f"{name}: ends with a question; add its answer or drop it")
 
 
-def _parts(content: Any, place: str) -> Iterator[dict[str, Any]]:
+def _parts(content: Any, name: str) -> Iterator[dict[str, Any]]:
     if isinstance(content, str):
         for number, text in enumerate(content.split(PLACEHOLDER)):
             if number:
@@ -135,18 +135,18 @@ def _parts(content: Any, place: str) -> Iterator[dict[str, Any]]:
             if part["text"].strip():
                 yield {"type": "text", "text": part["text"].strip()}
         else:
-            raise BrokenSample(f"{place} holds a part of type {kind!r}; it may hold 'text' and 'image'")
+            raise BrokenSample(f"{name} holds a part of type {kind!r}; it may hold 'text' and 'image'")
 
 
-def _image(image: Any, place: str, folder: Path | None) -> str | bytes | Image.Image:
+def _image(image: Any, name: str, folder: Path | None) -> str | bytes | Image.Image:
     if image is None:
-        raise BrokenSample(f"{place} holds more places for images than there are images; add them or drop the places")
+        raise BrokenSample(f"{name} holds more places for images than there are images; add them or drop the places")
     if isinstance(image, Mapping):  # a picture that Hugging Face's datasets have not decoded
         image = image.get("bytes") or image.get("path")
     if is_remote(image):
-        raise BrokenSample(f"{place} has the remote image {str(image)!r}; download it and give its path")
+        raise BrokenSample(f"{name} has the remote image {str(image)!r}; download it and give its path")
     if isinstance(image, str | PathLike):
         return str(image) if folder is None or is_uri(image) else str(folder / image)
     if isinstance(image, bytes | Image.Image):
         return image
-    raise BrokenSample(f"{place} has an image that is {type(image).__name__}; give a path or a PIL image")
+    raise BrokenSample(f"{name} has an image that is {type(image).__name__}; give a path or a PIL image")

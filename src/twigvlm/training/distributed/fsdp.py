@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twigvlm.errors import TwigVLMError
 
@@ -53,8 +53,13 @@ def set_up(accelerator: Any) -> None:
             raise TwigVLMError(f"FSDP: a twig needs {setting}; set it as in recipes/training/fsdp.yaml")
 
 
+def local(parameter: nn.Parameter) -> Tensor:
+    """The part of a parameter that this process holds; without sharding all of it."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
 @torch.no_grad()
-def merge(module: nn.Module) -> None:
+def unshard(module: nn.Module) -> None:
     """Give every process the whole weights again; all must call it. Without sharding nothing happens."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):

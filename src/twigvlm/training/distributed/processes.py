@@ -23,7 +23,7 @@ def is_main() -> bool:
 
 
 def device(name: str) -> str:
-    """The device that a user named, as this process's own: of several processes on GPUs each has one.
+    """The device of this process, from the name that a user gave: of several processes on GPUs each has one.
 
     Raises:
         TwigVLMError: several processes would share one GPU.
@@ -35,13 +35,13 @@ def device(name: str) -> str:
     return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
-def gather(own: T) -> list[T]:
-    """What each process holds, in their order; all must call it."""
+def gather(value: T) -> list[T]:
+    """The value of each process, in their order; all must call it."""
     if count() == 1:
-        return [own]
+        return [value]
     from accelerate.utils import gather_object
 
-    return list(gather_object([own]))
+    return list(gather_object([value]))
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def broadcast_weights(module: nn.Module) -> None:
 
 
 def finish() -> None:
-    """End this process, if it trained with others: together with them, and with success. Nothing may be left to do."""
+    """In distributed runs: wait for the others, then exit with 0. Call it last."""
     if not torch.distributed.is_initialized():
         return
     torch.distributed.barrier()
