@@ -188,7 +188,7 @@ def test_a_failed_save_leaves_the_old_twig(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(twig_files, "save_file", half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(TwigVLMError, match="twig_model.safetensors: cannot be written .disk full.; free space there"):
         grown.save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
 
@@ -197,3 +197,50 @@ def test_a_file_is_no_place_for_a_twig(tmp_path):
     (tmp_path / "taken").write_text("x")
     with pytest.raises(TwigVLMError, match="is a file"):
         _trained().save_pretrained(tmp_path / "taken")
+
+
+def test_a_diverged_twig_is_not_saved(tmp_path):
+    grown = _trained()
+    grown.save_pretrained(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    for value in (float("nan"), float("-inf")):
+        with torch.no_grad():
+            grown.twig.norm.weight[3] = value
+        with pytest.raises(TwigVLMError, match="not saved: NaN or infinite values in norm.weight; .*lower learning rate"):
+            grown.save_pretrained(tmp_path)
+        with pytest.raises(TwigVLMError, match="not saved"):
+            grown.save_pretrained(tmp_path / "new")
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+def test_a_diverged_twig_is_not_loaded(tmp_path):
+    _trained().save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    for name in ("norm.weight", "head.weight"):
+        state[name][0] = float("nan")
+    save_file(state, tmp_path / WEIGHTS)
+    with pytest.raises(TwigVLMError, match=f"{WEIGHTS}: NaN or infinite values in .*weight and 1 more; .*diverged"):
+        TwigVLM.from_pretrained(tiny_llava(), tmp_path)
+    with pytest.raises(TwigVLMError, match="NaN or infinite"):
+        twig_files.check(tmp_path)
+
+
+def test_a_twig_that_float16_cannot_hold_is_not_loaded_in_it(tmp_path):
+    grown = _trained()
+    with torch.no_grad():
+        grown.twig.norm.weight[3] = 1e6
+    grown.save_pretrained(tmp_path)
+    assert TwigVLM.from_pretrained(tiny_llava().bfloat16(), tmp_path).twig.norm.weight[3] > 9e5
+    with pytest.raises(TwigVLMError, match="norm.weight; they exceed the range of float16, load the base in bfloat16"):
+        TwigVLM.from_pretrained(tiny_llava().half(), tmp_path)
+
+
+def test_a_twig_is_checked_without_its_base(tmp_path):
+    config = TwigConfig(2, 2, pruning_head=True)
+    _trained(config).save_pretrained(tmp_path)
+    assert twig_files.check(tmp_path) == config
+    (tmp_path / WEIGHTS).write_bytes(b"cut off")
+    with pytest.raises(TwigVLMError, match="truncated"):
+        twig_files.check(tmp_path)
+    with pytest.raises(TwigVLMError, match="no twig here"):
+        twig_files.check(tmp_path / "none")

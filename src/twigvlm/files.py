@@ -52,9 +52,11 @@ def writing(name: str, remedy: str = _REMEDY) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container.cc" not in str(error):  # what torch.save says of it
-            raise
         reason = getattr(error, "strerror", None) or one_line(error)
+        if isinstance(error, RuntimeError):
+            if "inline_container.cc" not in str(error):
+                raise
+            reason = "no space left"  # all that torch.save says of it is where it came to an end
         raise TwigVLMError(f"{name}: cannot be written ({reason}); {remedy}") from error
 
 

@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import TrainerCallback
-from twigvlm.engine.prefill import TrunkOutput
 
 from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
 from tests.training.events import logged
 from tests.training.stop import StopAt
 from twigvlm.errors import TwigVLMError
-from twigvlm.kv.cache import KVCache
+from twigvlm.model import TwigVLM
 from twigvlm.pruning.methods.pruning_head import HeadScores
 from twigvlm.training.data.dataset import Collator, ConversationDataset, frequent_answer_tokens
 from twigvlm.training.distill import Student, train_stage1
@@ -34,10 +33,10 @@ def same(left, right):
 def shallow_logits(model, item):
     """Reference: logits of one unpadded sample at all positions, step by step in plain sight."""
     prompt = model.base.prompt(input_ids=item["input_ids"], pixel_values=item.get("pixel_values"))
-    rope = model.base.token_inputs(prompt)
-    masks = model.base.masks(prompt)
-    hidden = model.base.run_layers(prompt.hidden, 0, model.twig.config.trunk_layers, rope, masks)
-    return model.twig.logits(model.twig(hidden, rope, masks))[0]
+    inputs = model.base.token_inputs(prompt)
+    masks = model.base.masks()
+    hidden = model.base.run_layers(prompt.hidden, 0, model.twig.config.trunk_layers, inputs, masks)
+    return model.twig.logits(model.twig(hidden, inputs, masks))[0]
 
 
 def run(model, dataset, directory, resume=False, callbacks=(), **options):
@@ -112,11 +111,11 @@ def test_learning_rate_warms_up_and_follows_a_cosine(make_model, dataset, tmp_pa
 def test_optimiser_is_the_published_one(make_model, dataset, tmp_path):
     seen = {}
 
-    class VisualQuery(TrainerCallback):
+    class Look(TrainerCallback):
         def on_step_end(self, args, state, control, optimizer=None, **kwargs):
             seen.update(optimizer.param_groups[0], kind=type(optimizer.optimizer).__name__)
 
-    run(make_model(), dataset, tmp_path, max_steps=1, callbacks=[VisualQuery()])
+    run(make_model(), dataset, tmp_path, max_steps=1, callbacks=[Look()])
     assert seen["kind"] == "AdamW"
     assert seen["betas"] == (0.9, 0.98)
     assert seen["weight_decay"] == 0
@@ -161,11 +160,11 @@ def test_a_bfloat16_base_trains_a_float32_twig_that_generates_afterwards(make_mo
     model = make_model(dtype=torch.bfloat16)
     formats = []
 
-    class VisualQuery(TrainerCallback):
+    class Look(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             formats.append({parameter.dtype for parameter in model.parameters()})
 
-    log = run(model, dataset, tmp_path, max_steps=20, batch_size=8, learning_rate=1e-2, callbacks=[VisualQuery()])
+    log = run(model, dataset, tmp_path, max_steps=20, batch_size=8, learning_rate=1e-2, callbacks=[Look()])
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert formats[0] == {torch.float32}
     assert losses[-1] < 0.6 * losses[0]
@@ -263,14 +262,15 @@ def test_terms_are_what_the_paper_says(make_model, dataset):
         rows = eager.attentions[3][0][:, queries][:, :, visual]
         teacher = (rows / rows.sum(-1, keepdim=True)).mean(0)
         scores = []
+
+        def recorded(trunk):
+            ranking = HeadScores()(trunk)
+            scores.append(ranking[trunk.prompt.visual_mask])
+            return ranking
+
         for query in queries:  # the P-Head of the prompt cut off after the question, as at inference
-            cut = model.base.prompt(input_ids=item["input_ids"][:, : query + 1], pixel_values=item["pixel_values"])
-            rope, masks = model.base.token_inputs(cut), model.base.masks(cut)
-            cache = KVCache(8, 1)
-            hidden = model.base.run_layers(cut.hidden, 0, 1, rope, masks, cache)
-            scores.append(
-                HeadScores()(TrunkOutput(model.base, model.twig, cut, hidden, rope, masks, cache))[cut.visual_mask]
-            )
+            asked = {"input_ids": item["input_ids"][:, : query + 1], "pixel_values": item["pixel_values"]}
+            model.generate(**asked, keep=1, scorer=recorded, max_new_tokens=1)
         expected = F.kl_div(torch.stack(scores).log(), teacher, reduction="none").sum(-1).mean()
         assert float(terms["attention_kl"]) == pytest.approx(float(expected), rel=1e-3)
         loss = terms["next_token"] + 0.1 * terms["prediction_kl"] + terms["attention_kl"]
@@ -302,6 +302,77 @@ def test_a_loss_that_is_no_number_ends_the_run(make_model, dataset, tmp_path):
         run(model, dataset, tmp_path, max_steps=8, learning_rate=1e30, warmup=0.0)
     assert not model.training
     assert model.twig.norm.weight.dtype == torch.bfloat16
+
+
+class Break(TrainerCallback):
+    """Makes a weight NaN at one step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                model.twig.norm.weight[0] = float("nan")
+
+
+@pytest.mark.parametrize(("steps", "saved"), [(1, []), (2, ["checkpoint-1"])])
+def test_weights_that_are_not_finite_never_reach_a_checkpoint(make_model, dataset, tmp_path, steps, saved):
+    model = make_model()
+    with pytest.raises(
+        TwigVLMError, match=f"NaN or infinite weights by step {steps}: the training diverged; .* than 0.001"
+    ):
+        run(model, dataset, tmp_path, max_steps=steps, save_steps=1, callbacks=[Break(steps)])
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == saved
+    assert not model.twig.record
+
+
+def test_a_run_that_is_stopped_with_weights_that_are_not_finite_fails(make_model, dataset, tmp_path):
+    with pytest.raises(TwigVLMError, match="NaN or infinite weights by step 2"):
+        run(make_model(), dataset, tmp_path, max_steps=5, callbacks=[Break(2), StopAt(2)])
+
+
+@pytest.mark.parametrize("stop", [[], [StopAt(3)]])
+def test_the_last_step_is_logged_and_recorded(make_model, dataset, tmp_path, stop):
+    model = make_model()
+    log = run(model, dataset, tmp_path, max_steps=5 if stop else 3, log_steps=2, callbacks=stop)
+    losses = [entry for entry in log if "loss" in entry]
+    assert [entry["step"] for entry in losses] == [2, 3]
+    (stage,) = model.twig.record
+    assert stage["steps"] == 3
+    assert stage["final"] == {name: losses[-1][name] for name in ("loss", "next_token")}
+
+
+def test_a_run_that_was_finished_records_its_last_step_when_resumed(make_model, dataset, tmp_path):
+    records = []
+    for resume in (False, True):
+        model = make_model()
+        run(model, dataset, tmp_path, resume, max_steps=2, log_steps=50)
+        records.append(model.twig.record)
+    assert records[0] == records[1]
+    assert records[0][0]["final"]["loss"] > 0
+
+
+def test_growing_and_loading_under_inference_mode_makes_a_twig_that_trains(make_model, dataset, tmp_path):
+    with torch.inference_mode():
+        model = make_model(pruning_head=True)
+        model.save_pretrained(tmp_path / "twig")
+        loaded = TwigVLM.from_pretrained(tiny_llava(), tmp_path / "twig")
+    for number, grown in enumerate((model, loaded)):
+        before = copy(grown.twig)
+        run(grown, dataset, tmp_path / str(number), max_steps=1, warmup=0.0, gamma=1.0)
+        assert not any(torch.equal(before[name], tensor) for name, tensor in grown.twig.named_parameters())
+
+
+def test_what_cannot_be_trained_under_inference_mode_is_refused(make_model, dataset, tmp_path):
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), pytest.raises(TwigVLMError, match="torch.inference_mode: nothing can be trained under it"):
+            run(make_model(), dataset, tmp_path / "out", max_steps=1)
+    with torch.inference_mode():
+        model = make_model(head="shared")
+    with pytest.raises(TwigVLMError, match="base: was loaded under torch.inference_mode"):
+        run(model, dataset, tmp_path / "out", max_steps=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_turns_teach_what_each_teaches_alone(make_model, dataset):

@@ -38,11 +38,23 @@ def test_predictions_are_softened_scaled_and_clipped(teacher, student, temperatu
     assert loss.tolist() == pytest.approx([min(float(plain) * temperature**2, clip) / clip], rel=1e-3, abs=1e-4)
 
 
-def test_a_clipped_token_teaches_nothing():
+@given(logits, logits, st.floats(1, 8), st.floats(0.01, 4))
+def test_a_clipped_token_has_its_own_gradient_scaled_to_the_clip(teacher, student, temperature, clip):
+    student = student.double().requires_grad_()
+    soft = ((values / temperature).log_softmax(0) for values in (teacher.double(), student))
+    plain = divergence(*soft) * temperature**2
+    (expected,) = torch.autograd.grad(plain, student)
+    (got,) = torch.autograd.grad(prediction_loss(teacher[None], student[None], temperature, clip).sum(), student)
+    scale = clip / max(float(plain.detach()), clip)
+    torch.testing.assert_close(got, expected * scale / clip, rtol=1e-3, atol=1e-4)
+
+
+def test_a_token_beyond_the_clip_teaches_and_counts_no_more_than_one_at_it():
     student = torch.tensor([[9.0, 0.0], [0.1, 0.0]], requires_grad=True)
-    prediction_loss(torch.tensor([[0.0, 90.0], [0.0, 0.0]]), student, 1.0, 4.0).sum().backward()
-    assert not student.grad[0].any()
-    assert student.grad[1].any()
+    losses = prediction_loss(torch.tensor([[0.0, 90.0], [0.0, 0.0]]), student, 1.0, 4.0)
+    losses.sum().backward()
+    assert float(losses[0]) == 1
+    assert student.grad[0, 1] < 0 < student.grad[0, 0]
 
 
 def test_attention_is_the_mean_over_real_queries():

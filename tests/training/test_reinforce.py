@@ -4,12 +4,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from twigvlm.engine.prefill import Plan, prefill
 
 from tests.training.events import logged
 from tests.training.stop import StopAt
 from twigvlm.errors import TwigVLMError
-from twigvlm.kv.cache import KVCache
 from twigvlm.training.data.dataset import Collator
 from twigvlm.training.data.turns import answer_length, draw_turns, last_prompt_tokens
 from twigvlm.training.options import Stage2Config
@@ -95,24 +93,28 @@ def recorded(monkeypatch):
     return seen
 
 
-@torch.no_grad()
 def one_by_one(model, item, kept, query):
-    """The pruned prompt as at inference, then the answer fed token by token to the base's cache."""
-    base = model.base
-    ids = item["input_ids"]
+    """The prompt pruned as at inference, and the answer forced upon it token by token."""
+    ids, paid = item["input_ids"], []
     answer = ids[0, query + 1 :]
-    prompt = base.prompt(input_ids=ids[:, : query + 1], pixel_values=item["pixel_values"])
-    masks, cache = base.masks(prompt, new_tokens=len(answer)), KVCache(8, len(answer))
+
+    def force(tokens, scores):
+        token = answer[len(paid)]
+        paid.append(float(scores.log_softmax(-1)[0, token]))
+        return torch.full_like(scores, -1e9).index_fill(1, token, 0.0)
+
     chosen = torch.zeros(1, query + 1).index_fill(1, kept, 1.0)
-    first = prefill(base, model.twig, prompt, Plan((len(kept),), 5, lambda trunk: chosen), masks, cache)
-    assert first.kept[0].nonzero()[:, 0].tolist() == sorted(kept.tolist())
-    logits, total = first.logits[0], 0.0
-    for index, token in enumerate(answer):
-        total += float(logits.log_softmax(-1)[token])
-        rope = base.rotary(prompt.hidden[:, -1:], torch.tensor([[query + 1 + index]]))
-        hidden = base.run_layers(base.embed(token[None, None]), 0, 6, rope, masks, cache)
-        logits = base.logits(hidden[0, -1])
-    return total / len(answer)
+    output = model.generate(
+        input_ids=ids[:, : query + 1],
+        pixel_values=item["pixel_values"],
+        keep=len(kept),
+        scorer=lambda trunk: chosen,
+        max_new_tokens=len(answer),
+        logits_processor=[force],
+        return_dict_in_generate=True,
+    )
+    assert output.kept_indices[0].tolist() == sorted(kept.tolist())
+    return sum(paid) / len(answer)
 
 
 @pytest.mark.parametrize(("chunk", "passes"), [(None, 1), (3, 3)])
@@ -120,13 +122,13 @@ def test_rewards_are_the_pruned_bases_own(make_policy, dataset, monkeypatch, chu
     from twigvlm.training import reinforce
 
     model, seen = make_policy(), recorded(monkeypatch)
-    run_kept = Mock(wraps=reinforce.run_kept)
-    monkeypatch.setattr(reinforce, "run_kept", run_kept)
+    run_cuts = Mock(wraps=reinforce.run_cuts)
+    monkeypatch.setattr(reinforce, "run_cuts", run_cuts)
     items = [dataset[0], dataset[2]]
     policy = Policy(model, settings(budgets=(5.0,), chunk=chunk), 10)
     terms = policy(**Collator(pad_token_id=0)(items), step=3, part=0)
     assert len(seen) == 2
-    assert run_kept.call_count == passes
+    assert run_cuts.call_count == passes
     for item, group in zip(items, seen, strict=True):
         query = int((item["labels"][0] != -100).nonzero().min()) - 1
         kept, rewards = group["kept"], group["rewards"]
@@ -157,9 +159,9 @@ def test_earlier_turns_are_context_and_later_ones_unseen(make_policy, dataset, m
 def test_equal_rewards_give_no_gradient(make_policy, dataset):
     model = make_policy()
     policy = Policy(model, settings(budgets=(12.0 + 5 / 6,), gamma=(0.0, 0.0)), 10)  # R = M - 1 ... M
-    assert policy.keep(policy.settings.budgets[0], 16) == 15
+    assert policy.keep(policy.levels[0], 16) == 15
     every = Policy(model, settings(budgets=(16 * 5 / 6,), gamma=(0.0, 0.0)), 10)
-    assert every.keep(every.settings.budgets[0], 16) == 16
+    assert every.keep(every.levels[0], 16) == 16
     every(**dataset[0], step=0, part=0)["loss"].backward()
     for linear in (model.twig.pruning_head.query_gate, model.twig.pruning_head.key_gate):
         assert not linear.weight.grad.any()

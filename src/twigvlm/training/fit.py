@@ -7,7 +7,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ class TermTrainer(Trainer):
                 values.setdefault(name, []).extend(terms)
         logs.update((name, math.fsum(terms) / len(terms)) for name, terms in values.items())
         self._terms = {}
-        super().log(logs, start_time)
+        with self._writing("runs"):  # TensorBoard's
+            super().log(logs, start_time)
 
     def check_weights(self, module: nn.Module) -> None:
         """Refuse weights that are not finite; all processes must call it.
@@ -120,13 +121,11 @@ class TermTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_weights(model)
         directory, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        before = _latest(directory)
-        goes_on = "free space there and resume" + ("" if before is None else f", {before.name} is whole")
         # The Trainer's own is not whole when trainer_state.json is there: that file may be cut off, and other processes may
         # still be writing the state of their random streams.
         self._writing_checkpoint = True
         try:
-            with writing(str(directory / name), goes_on):
+            with self._writing(name):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if processes.is_main():
@@ -136,6 +135,13 @@ class TermTrainer(Trainer):
             raise
         finally:
             self._writing_checkpoint = False
+
+    def _writing(self, name: str) -> AbstractContextManager[None]:
+        """One line for what the disk refuses, which says how to go on."""
+        directory = Path(self.args.output_dir)
+        newest = _latest(directory)
+        remedy = "start again" if newest is None else f"resume from {newest.name}"
+        return writing(str(directory / name), f"free space there, then {remedy}")
 
 
 def fit(
@@ -165,6 +171,9 @@ def fit(
         raise TwigVLMError("dtype=float16: gradients underflow in it; train with bfloat16 or float32")
     if not torch.is_grad_enabled():
         raise TwigVLMError("torch.no_grad or torch.inference_mode: nothing can be trained under it; train outside of it")
+    shares_head = model.twig.head is None and model.twig.head_rows is None
+    if shares_head and any(parameter.is_inference() for parameter in base.head.parameters()):
+        raise TwigVLMError("base: was loaded under torch.inference_mode, and the twig shares its head; load it outside of it")
     samples = len(data)  # type: ignore[arg-type]
     together = config.batch_size * config.accumulate * processes.count()
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(samples / together))

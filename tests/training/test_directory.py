@@ -1,0 +1,123 @@
+"""Where a training writes: one run at a time, on a disk with room, with the modes of other files."""
+
+import os
+import resource
+import shutil
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.training.runs import grow, stage1
+from twigvlm.errors import TwigVLMError
+from twigvlm.files import LOCK, replacing, reserved
+
+
+@contextmanager
+def full_disk(size):
+    """No file may become larger than `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class FillDisk(TrainerCallback):
+    def __init__(self, step, size):
+        self.step, self.size = step, size
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@contextmanager
+def umask(mask):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("size", [60_000, 150_000], ids=["weights", "optimiser"])
+@pytest.mark.parametrize(("step", "newest"), [(1, "start again"), (2, "resume from checkpoint-1")])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, size, step, newest):
+    options = {"max_steps": 3, "save_steps": 1}
+    whole = grow()
+    stage1(whole, tmp_path / "whole", **options)
+    run = tmp_path / "run"
+    message = f"checkpoint-{step}: cannot be written .*free space there, then {newest}$"
+    with full_disk(2**20), pytest.raises(TwigVLMError, match=message) as caught:
+        stage1(grow(), run, callbacks=[FillDisk(step, size)], **options)
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in run.iterdir()} == {"settings.json", *(["checkpoint-1"] if step == 2 else [])}
+    resumed = grow()
+    stage1(resumed, run, resume=True, **options)
+    expected = whole.twig.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.twig.state_dict().items())
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused_at_once(tmp_path, monkeypatch):
+    model = grow()
+    checkpoint = 12 * sum(parameter.numel() for parameter in model.twig.parameters())
+    free = SimpleNamespace(free=2 * checkpoint - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(TwigVLMError, match="GB are free, and the checkpoints need"):
+        stage1(model, tmp_path, max_steps=2, save_steps=1)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    stage1(model, tmp_path, resume=True, max_steps=2, save_steps=5)
+
+
+def test_what_a_process_cannot_write_is_refused_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "run", "/proc/self/run"):
+        with pytest.raises(TwigVLMError, match="directory .*(is a file|cannot be written)"):
+            stage1(grow(), type(tmp_path)(place), max_steps=1)
+    with full_disk(1000), pytest.raises(TwigVLMError, match="cannot be written .*free space there"):
+        stage1(grow(), tmp_path / "run", max_steps=1)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_one_run_at_a_time(tmp_path):
+    with (
+        reserved(tmp_path, "directory"),
+        pytest.raises(TwigVLMError, match="directory .*: another run is writing there; wait until it ends"),
+    ):
+        stage1(grow(), tmp_path, max_steps=1)
+    (tmp_path / LOCK).touch()  # a run that was killed leaves its file
+    stage1(grow(), tmp_path, max_steps=1)
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_folder_made_for_nothing_is_removed(tmp_path):
+    with reserved(tmp_path / "run", "out"):
+        assert (tmp_path / "run" / LOCK).exists()
+    assert not (tmp_path / "run").exists()
+    with reserved(tmp_path / "run", "out"):
+        (tmp_path / "run" / "result").touch()
+    assert os.listdir(tmp_path / "run") == ["result"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_files_have_the_mode_of_any_new_file(tmp_path, mask):
+    model = grow()
+    with umask(mask):
+        stage1(model, tmp_path / "run", max_steps=1)
+        model.save_pretrained(tmp_path / "twig")
+    files = [file for file in tmp_path.glob("**/*") if file.is_file()]
+    assert {file.name for file in files} >= {"model.safetensors", "optimizer.pt", "twig_model.safetensors", "README.md"}
+    assert {oct(file.stat().st_mode & 0o777) for file in files} == {oct(0o666 & ~mask)}
+
+
+def test_a_file_that_cannot_be_replaced_stays(tmp_path):
+    (tmp_path / "page.md").write_text("before")
+    with full_disk(3), pytest.raises(TwigVLMError, match="page.md: cannot be written .*File too large.*free space"):
+        with replacing(tmp_path / "page.md") as temporary:
+            temporary.write_text("after that")
+    assert (tmp_path / "page.md").read_text() == "before"
+    assert os.listdir(tmp_path) == ["page.md"]
