@@ -183,12 +183,15 @@ def test_ctrl_c_ends_a_command_with_one_line(command, tmp_path, capsys, monkeypa
     record = '{"questions": [{"id": "1", "image": "i.png", "question": "a", "answer": "b", "kind": "c"}]}'
     Path("i.png").touch()
     Path("questions.json").write_text(record.replace('"c"', '"description"'))
+    Path("samples.json").write_text(
+        '[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]'
+    )
     twig = Path(twigvlm.__file__).parent / "sapling" / "twig"
     options = {
         "generate": "--prompt a",
         "demo": "",
         "inspect": "",
-        "train": f"--data questions.json --out out{f' --start {twig}' if 'stage2' in command else ''}",
+        "train": f"--data samples.json --out out{f' --start {twig}' if 'stage2' in command else ''}",
         "evaluate": "--questions questions.json --output out",
         "convert": "source out --model sapling",
     }

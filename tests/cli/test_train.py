@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -6,7 +7,10 @@ from PIL import Image
 
 from tests.tiny import tiny_llava
 from twigvlm.cli.main import main
+from twigvlm.config import TwigConfig
+from twigvlm.files import reserved
 from twigvlm.model import TwigVLM
+from twigvlm.training.data.dataset import ConversationDataset
 
 
 @pytest.fixture
@@ -39,6 +43,18 @@ def arguments(tmp_path, base_directory):
     return build
 
 
+@pytest.fixture
+def second(arguments, tmp_path):
+    """Arguments of stage 2."""
+
+    def build(**changes):
+        words = arguments(**{"out": tmp_path / "tuned", "start": tmp_path / "twig", "group": 2, **changes})
+        place = words.index("--twig-layers")
+        return ["train", "stage2", *words[2:place], *words[place + 2 :]]
+
+    return build
+
+
 def test_trains_a_twig_that_loads(capsys, arguments, tmp_path):
     assert main(arguments(**{"head": "shared", "draft-vocabulary": 20, "final-wipe": 5})) == 0
     out, err = capsys.readouterr()
@@ -55,15 +71,11 @@ def test_trains_a_twig_that_loads(capsys, arguments, tmp_path):
     assert "### stage1" in (tmp_path / "twig" / "README.md").read_text()
 
 
-def test_stage_2_goes_on_from_a_twig_of_stage_1(refused, capsys, arguments, tmp_path):
+def test_stage_2_goes_on_from_a_twig_of_stage_1(capsys, arguments, second, tmp_path):
     assert main(arguments(**{"final-wipe": 5})) == 0
     first = TwigVLM.from_pretrained(tiny_llava(), tmp_path / "twig").twig.state_dict()
-    words = arguments(out=tmp_path / "tuned", start=tmp_path / "twig", group=2, budgets=8)
-    words = ["train", "stage2", *words[2:]]
-    place = words.index("--twig-layers")
-    del words[place : place + 2]
     capsys.readouterr()
-    assert main(words) == 0
+    assert main(second(budgets=8)) == 0
     out, err = capsys.readouterr()
     assert out == f"Twig: {tmp_path / 'tuned'}\n"
     assert "reward " in err.splitlines()[1]
@@ -72,6 +84,76 @@ def test_stage_2_goes_on_from_a_twig_of_stage_1(refused, capsys, arguments, tmp_
     second = tuned.state_dict()
     changed = {name for name in first if not torch.equal(first[name], second[name])}
     assert changed == {"pruning_head.query_gate.weight", "pruning_head.key_gate.weight"}
+
+
+def test_stage_2_takes_budgets_as_kept_tokens_or_as_averages(refused, arguments, second, tmp_path):
+    assert main(arguments(**{"final-wipe": 5})) == 0
+    assert main(second(**{"keep-budgets": 3}) + ["12"]) == 0
+    settings = TwigVLM.from_pretrained(tiny_llava(), tmp_path / "tuned").twig.record[1]["settings"]
+    assert (settings["keep_budgets"], settings["budgets"]) == ([3, 12], None)
+    both = second(out=tmp_path / "both", **{"keep-budgets": 3, "budgets": 8})
+    refused(*both, words=["budgets=8 and keep_budgets=3: give one of them"])
+    refused(*second(out=tmp_path / "none"), words=["keep_budgets=41 72 103 134 165 196 227: the first sample, of 16"])
+
+
+def test_a_diverged_twig_is_not_written(refused, capsys, arguments, tmp_path):
+    assert main(arguments(**{"learning-rate": 1e30, "warmup": 0, "max-steps": 3})) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith("twigvlm: error: ")
+    assert "the training diverged; start over in another directory with a lower learning rate than 1e+30" in last
+    assert [path.name for path in (tmp_path / "twig").iterdir()] == ["checkpoints"]
+
+
+def test_input_is_checked_before_the_base_is_loaded(refused, monkeypatch, arguments, second, tmp_path):
+    assert main(arguments(**{"max-steps": 1})) == 0
+
+    def loaded(*_):
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("twigvlm.loading.load_base", loaded)
+    new = {"out": tmp_path / "new"}
+    (tmp_path / "taken").write_text("x")
+    refused(*arguments(data=tmp_path / "none.json", **new), words=["none.json"])
+    refused(*arguments(out=tmp_path / "taken" / "twig"), words=["out ", "cannot be written"])
+    refused(*arguments(), words=["is not empty"])
+    with reserved(tmp_path / "twig", "out"):
+        refused(*arguments("--resume"), words=["out ", "another run is writing there"])
+    refused(*second(start=tmp_path / "none", **new), words=["none: no twig here"])
+    weights = tmp_path / "twig" / "twig_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(*second(**new), words=["truncated"])
+    TwigVLM.grow(tiny_llava(), TwigConfig(2, 2)).save_pretrained(tmp_path / "plain")
+    refused(*second(start=tmp_path / "plain", **new), words=["start ", "has no P-Head"])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("reads", [0, 1, 5, 6])
+def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch, arguments, tmp_path, reads):
+    """The first sample is read once more, before the training."""
+    encode, count = ConversationDataset.__getitem__, itertools.count()
+
+    def interrupted(self, index):
+        if next(count) == reads:
+            raise KeyboardInterrupt
+        return encode(self, index)
+
+    options = {"max-steps": 3}
+    assert main(arguments(out=tmp_path / "whole", **options)) == 0
+    monkeypatch.setattr(ConversationDataset, "__getitem__", interrupted)
+    capsys.readouterr()
+    assert main(arguments(**options)) == 130
+    out, err = capsys.readouterr()
+    assert out == ""
+    line = "twigvlm: interrupted; run the same command with --resume to continue from the latest checkpoint"
+    assert err.splitlines()[-1] == line
+    assert main(arguments("--resume", **options)) == 0
+    whole, resumed = (
+        TwigVLM.from_pretrained(tiny_llava(), tmp_path / name).twig.state_dict() for name in ("whole", "twig")
+    )
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert not list((tmp_path / "twig").glob("**/.lock"))
 
 
 def test_stage_1_goes_on_from_a_twig(refused, arguments, tmp_path):

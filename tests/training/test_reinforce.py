@@ -8,6 +8,8 @@ import torch
 from tests.training.events import logged
 from tests.training.stop import StopAt
 from twigvlm.errors import TwigVLMError
+from twigvlm.pruning.budget import solve_keep
+from twigvlm.training import options
 from twigvlm.training.data.dataset import Collator
 from twigvlm.training.data.turns import answer_length, draw_turns, last_prompt_tokens
 from twigvlm.training.options import Stage2Config
@@ -26,7 +28,7 @@ def make_policy(make_model):
     return make
 
 
-def settings(**options):
+def settings(**changes):
     return Stage2Config(
         **{
             "batch_size": 4,
@@ -35,7 +37,7 @@ def settings(**options):
             "budgets": BUDGETS,
             "learning_rate": 1e-2,
             "warmup": 0.0,
-            **options,
+            **changes,
         }
     )
 
@@ -248,6 +250,35 @@ def test_budgets_are_uniform_at_first_and_hardest_at_the_end(count):
     torch.testing.assert_close((middle[1:] / middle[:-1]).log(), torch.full((2,), -2.0).double())
 
 
+def test_budgets_are_kept_tokens_or_averages(make_policy, dataset, tmp_path):
+    log = run(make_policy(), dataset, tmp_path, max_steps=4, budgets=None, keep_budgets=(4, 9), beta=0.0)
+    entries = [entry for entry in log if "keep" in entry]
+    assert {entry["keep"] for entry in entries} == {4.0, 9.0}
+    for entry in entries:  # R̄ of 16 visual tokens, 6 layers, K = 1 and K_f = 5
+        assert entry["retain"] == pytest.approx((16 + entry["keep"] * 4) / 6)
+    assert {entry["keep"] for entry in run(make_policy(), dataset, tmp_path / "2", max_steps=4)[:4]} <= {4.0, 10.0}
+
+
+def test_the_published_budgets_stand_where_none_are_given(make_policy):
+    published = (41, 72, 103, 134, 165, 196, 227)
+    assert Stage2Config().resolve().keep_budgets == published
+    assert Stage2Config(budgets=(48.0,)).resolve() == Stage2Config(budgets=(48.0,))
+    policy = Policy(make_policy(), Stage2Config(), 10)
+    assert [policy.keep(level, 576) for level in policy.levels] == list(published)
+    assert [policy.keep(level, 144) for level in policy.levels] == [*published[:4], None, None, None]
+    averages = (64, 128, 192)  # of LLaVA-1.5 (Table 7)
+    assert [solve_keep(retain, 576, 32, 2, 24) for retain in averages] == [41, 134, 227]
+
+
+def test_the_record_says_which_budgets_were_drawn(make_policy, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "KEEP_BUDGETS", (3, 8))
+    model = make_policy()
+    run(model, dataset, tmp_path, max_steps=1, budgets=None)
+    assert model.twig.record[0]["settings"]["keep_budgets"] == (3, 8)
+    with pytest.raises(TwigVLMError, match="keep_budgets=.*4.*: the checkpoint in .* was trained with"):
+        run(make_policy(), dataset, tmp_path, resume=True, max_steps=1, budgets=None, keep_budgets=(4,))
+
+
 def test_drawn_turns():
     labels = torch.tensor([[-100, -100, 5, 6, -100, -100, 7, -100], [-100, 5, -100, -100, 6, 7, 8, 9]])
     visual = torch.tensor([[1, 0, 0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0]]).bool()
@@ -264,6 +295,8 @@ def test_what_cannot_be_trained_is_refused(make_model, make_policy, dataset, tmp
         run(make_model(), dataset, tmp_path / "out")
     with pytest.raises(TwigVLMError, match="budgets=1 2: the first sample, of 16 visual tokens, can have none"):
         run(make_policy(), dataset, tmp_path / "out", budgets=(1.0, 2.0))
+    with pytest.raises(TwigVLMError, match="keep_budgets=41 .* 227: the first sample, of 16 visual tokens, can have none"):
+        run(make_policy(), dataset, tmp_path / "out", budgets=None)
     assert not (tmp_path / "out").exists()
 
 
@@ -271,12 +304,12 @@ def test_what_cannot_be_trained_is_refused(make_model, make_policy, dataset, tmp
     "option",
     [
         {"group": 1}, {"chunk": 0}, {"budgets": ()}, {"budgets": (5.0, 4.0)}, {"beta": -1.0}, {"power": 0.0},
-        {"gamma": (1.0, -1.0)}, {"batch_size": 0},
+        {"gamma": (1.0, -1.0)}, {"batch_size": 0}, {"keep_budgets": ()}, {"keep_budgets": (5, 4)}, {"keep_budgets": (0, 4)},
+        {"budgets": (5.0,), "keep_budgets": (5,)},
     ],
 )  # fmt: skip
 def test_settings_are_checked(option):
-    ((name, _),) = option.items()
-    with pytest.raises(TwigVLMError, match=f"{name}="):
+    with pytest.raises(TwigVLMError, match=f"{next(iter(option))}="):
         Stage2Config(**option)
 
 

@@ -191,6 +191,8 @@ def _helped(kind: Any, text: str, default: Any) -> tuple[Any, str]:
 def _metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"{{{','.join(map(str, get_args(kind)))}}}"
+    if get_origin(kind) is tuple:
+        return f"[{_metavar(get_args(kind)[0])} ...]"
     return str(kind.__name__).upper()
 
 
