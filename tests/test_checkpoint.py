@@ -188,7 +188,7 @@ def test_a_failed_save_leaves_the_old_twig(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(twig_files, "save_file", half)
-    with pytest.raises(TwigVLMError, match="twig_model.safetensors: cannot be written .disk full.; free space there"):
+    with pytest.raises(TwigVLMError, match=r"twig_model.safetensors: cannot be written .disk full.; free space there"):
         grown.save_pretrained(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
 
@@ -206,7 +206,9 @@ def test_a_diverged_twig_is_not_saved(tmp_path):
     for value in (float("nan"), float("-inf")):
         with torch.no_grad():
             grown.twig.norm.weight[3] = value
-        with pytest.raises(TwigVLMError, match="not saved: NaN or infinite values in norm.weight; .*lower learning rate"):
+        with pytest.raises(
+            TwigVLMError, match=r"not saved: NaN or infinite values in norm.weight; .*lower learning rate"
+        ):
             grown.save_pretrained(tmp_path)
         with pytest.raises(TwigVLMError, match="not saved"):
             grown.save_pretrained(tmp_path / "new")
@@ -231,7 +233,7 @@ def test_a_twig_that_float16_cannot_hold_is_not_loaded_in_it(tmp_path):
         grown.twig.norm.weight[3] = 1e6
     grown.save_pretrained(tmp_path)
     assert TwigVLM.from_pretrained(tiny_llava().bfloat16(), tmp_path).twig.norm.weight[3] > 9e5
-    with pytest.raises(TwigVLMError, match="norm.weight; they exceed the range of float16, load the base in bfloat16"):
+    with pytest.raises(TwigVLMError, match=r"norm.weight; they exceed the range of float16, load the base in bfloat16"):
         TwigVLM.from_pretrained(tiny_llava().half(), tmp_path)
 
 

@@ -115,3 +115,11 @@ def test_the_command(tmp_path, capsys):
     assert torch.equal(loaded.twig.head.weight, original.twig.head.weight)
     assert main(arguments) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_diverged_twig_is_refused(tmp_path):
+    state = published(trained().twig)
+    state["model.norm.weight"][3] = float("nan")
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(TwigVLMError, match=r"NaN or infinite values in norm.weight; the training diverged"):
+        import_milvlg(tiny_llava(), tmp_path, trunk_layers=2)

@@ -59,7 +59,7 @@ class Run:
     wipes: tuple[int, ...] = (WIPE,)
 
 
-DISTILLED = {"alpha": 1.0, "temperature": 1.0}  # as published L_PredKL stands at its clip here, and teaches nothing
+DISTILLED = {"alpha": 1.0, "temperature": 1.0}  # as published, L_PredKL stands at its clip here
 MANY, FEW = 20000, 800  # conversations
 
 

@@ -11,6 +11,7 @@ import tyro
 from safetensors.torch import load_file, save_file
 
 from recipes.sapling.language import RANK, SCALING
+from twigvlm.files import replacing
 from twigvlm.sapling import assemble
 
 
@@ -39,7 +40,8 @@ class Options:
 
 
 def main(options: Options) -> None:
-    save_file(shipped(options.joint, options.vision), assemble.weights_file())
+    with replacing(assemble.weights_file()) as temporary:
+        save_file(shipped(options.joint, options.vision), temporary)
 
 
 if __name__ == "__main__":

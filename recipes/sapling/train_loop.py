@@ -9,6 +9,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from twigvlm.files import replacing
+
 
 def train(
     model: nn.Module,
@@ -48,4 +50,5 @@ def train(
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if Path(output).exists() else None)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, Path(output) / "final.safetensors")
+    with replacing(Path(output) / "final.safetensors") as temporary:
+        save_file(weights, temporary)

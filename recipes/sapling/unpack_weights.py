@@ -15,6 +15,7 @@ from recipes.sapling.export_weights import Options
 from recipes.sapling.language import SCALING, Reader
 from recipes.sapling.targets import VisualTargets
 from recipes.sapling.vision import DenseVision
+from twigvlm.files import replacing
 from twigvlm.sapling import assemble
 
 
@@ -41,7 +42,8 @@ def main(options: Options) -> None:
     }
     for folder, state in states.items():
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in state.items()}, Path(folder) / "final.safetensors")
+        with replacing(Path(folder) / "final.safetensors") as temporary:
+            save_file({name: value.contiguous() for name, value in state.items()}, temporary)
 
 
 if __name__ == "__main__":

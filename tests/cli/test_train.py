@@ -88,7 +88,7 @@ def test_stage_2_goes_on_from_a_twig_of_stage_1(capsys, arguments, second, tmp_p
 
 def test_stage_2_takes_budgets_as_kept_tokens_or_as_averages(refused, arguments, second, tmp_path):
     assert main(arguments(**{"final-wipe": 5})) == 0
-    assert main(second(**{"keep-budgets": 3}) + ["12"]) == 0
+    assert main([*second(**{"keep-budgets": 3}), "12"]) == 0
     settings = TwigVLM.from_pretrained(tiny_llava(), tmp_path / "tuned").twig.record[1]["settings"]
     assert (settings["keep_budgets"], settings["budgets"]) == ([3, 12], None)
     both = second(out=tmp_path / "both", **{"keep-budgets": 3, "budgets": 8})

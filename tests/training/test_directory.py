@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -75,10 +76,10 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_at_once(tmp_path, mo
 
 def test_what_a_process_cannot_write_is_refused_and_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("x")
-    for place in (tmp_path / "file", tmp_path / "file" / "run", "/proc/self/run"):
-        with pytest.raises(TwigVLMError, match="directory .*(is a file|cannot be written)"):
-            stage1(grow(), type(tmp_path)(place), max_steps=1)
-    with full_disk(1000), pytest.raises(TwigVLMError, match="cannot be written .*free space there"):
+    for path in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/self/run")):
+        with pytest.raises(TwigVLMError, match=r"directory .*(is a file|cannot be written)"):
+            stage1(grow(), path, max_steps=1)
+    with full_disk(1000), pytest.raises(TwigVLMError, match=r"cannot be written .*free space there"):
         stage1(grow(), tmp_path / "run", max_steps=1)
     assert os.listdir(tmp_path) == ["file"]
 
@@ -86,7 +87,7 @@ def test_what_a_process_cannot_write_is_refused_and_leaves_nothing(tmp_path):
 def test_one_run_at_a_time(tmp_path):
     with (
         reserved(tmp_path, "directory"),
-        pytest.raises(TwigVLMError, match="directory .*: another run is writing there; wait until it ends"),
+        pytest.raises(TwigVLMError, match=r"directory .*: another run is writing there; wait until it ends"),
     ):
         stage1(grow(), tmp_path, max_steps=1)
     (tmp_path / LOCK).touch()  # a run that was killed leaves its file
@@ -116,8 +117,8 @@ def test_files_have_the_mode_of_any_new_file(tmp_path, mask):
 
 def test_a_file_that_cannot_be_replaced_stays(tmp_path):
     (tmp_path / "page.md").write_text("before")
-    with full_disk(3), pytest.raises(TwigVLMError, match="page.md: cannot be written .*File too large.*free space"):
-        with replacing(tmp_path / "page.md") as temporary:
-            temporary.write_text("after that")
+    message = r"page.md: cannot be written .*File too large.*free space"
+    with full_disk(3), pytest.raises(TwigVLMError, match=message), replacing(tmp_path / "page.md") as temporary:
+        temporary.write_text("after that")
     assert (tmp_path / "page.md").read_text() == "before"
     assert os.listdir(tmp_path) == ["page.md"]

@@ -275,7 +275,7 @@ def test_the_record_says_which_budgets_were_drawn(make_policy, dataset, tmp_path
     model = make_policy()
     run(model, dataset, tmp_path, max_steps=1, budgets=None)
     assert model.twig.record[0]["settings"]["keep_budgets"] == (3, 8)
-    with pytest.raises(TwigVLMError, match="keep_budgets=.*4.*: the checkpoint in .* was trained with"):
+    with pytest.raises(TwigVLMError, match=r"keep_budgets=.*4.*: the checkpoint in .* was trained with"):
         run(make_policy(), dataset, tmp_path, resume=True, max_steps=1, budgets=None, keep_budgets=(4,))
 
 
@@ -295,7 +295,9 @@ def test_what_cannot_be_trained_is_refused(make_model, make_policy, dataset, tmp
         run(make_model(), dataset, tmp_path / "out")
     with pytest.raises(TwigVLMError, match="budgets=1 2: the first sample, of 16 visual tokens, can have none"):
         run(make_policy(), dataset, tmp_path / "out", budgets=(1.0, 2.0))
-    with pytest.raises(TwigVLMError, match="keep_budgets=41 .* 227: the first sample, of 16 visual tokens, can have none"):
+    with pytest.raises(
+        TwigVLMError, match=r"keep_budgets=41 .* 227: the first sample, of 16 visual tokens, can have none"
+    ):
         run(make_policy(), dataset, tmp_path / "out", budgets=None)
     assert not (tmp_path / "out").exists()
 

@@ -170,10 +170,14 @@ def fit(
     if base.dtype == torch.float16:
         raise TwigVLMError("dtype=float16: gradients underflow in it; train with bfloat16 or float32")
     if not torch.is_grad_enabled():
-        raise TwigVLMError("torch.no_grad or torch.inference_mode: nothing can be trained under it; train outside of it")
+        raise TwigVLMError(
+            "torch.no_grad or torch.inference_mode: nothing can be trained under it; train outside of it"
+        )
     shares_head = model.twig.head is None and model.twig.head_rows is None
     if shares_head and any(parameter.is_inference() for parameter in base.head.parameters()):
-        raise TwigVLMError("base: was loaded under torch.inference_mode, and the twig shares its head; load it outside of it")
+        raise TwigVLMError(
+            "base: was loaded under torch.inference_mode, and the twig shares its head; load it outside of it"
+        )
     samples = len(data)  # type: ignore[arg-type]
     together = config.batch_size * config.accumulate * processes.count()
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(samples / together))

@@ -144,7 +144,9 @@ def _records(file: Path) -> list[Any]:
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         records = json.loads(text)
     except (OSError, ValueError) as error:
-        raise TwigVLMError(f"data {str(file)!r}: not readable as JSON ({error}); correct it or export it again") from None
+        raise TwigVLMError(
+            f"data {str(file)!r}: not readable as JSON ({error}); correct it or export it again"
+        ) from None
     if not isinstance(records, list):
         raise TwigVLMError(f"data {str(file)!r}: holds one JSON {type(records).__name__}; put the samples in a list")
     return records
