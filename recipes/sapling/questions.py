@@ -33,6 +33,7 @@ from recipes.sapling.scenes import (
     make_scene,
     render,
 )
+from twigvlm.cli.output import steps
 
 PLACES = (
     ("top left", "top", "top right"),
@@ -311,22 +312,24 @@ def evaluation_file(folder: Path, split: str, count: int, descriptions: int, per
     """Questions with answers for `twigvlm evaluate`: `count` short ones, most `per_scene` to a scene, and some descriptions."""
     rows: list[dict[str, object]] = []
     asked = 0
-    for index in itertools.count():
-        if asked == count and index >= descriptions:
-            break
-        scene = make_scene(split, index)
-        turns = conversation(scene)
-        short = [turn for turn in turns if turn.kind != "description"][: min(per_scene, count - asked)]
-        asked += len(short)
-        chosen = short + [turn for turn in turns if turn.kind == "description" and index < descriptions]
-        picture = f"{split}-{index:06d}.png"
-        if chosen:
-            render(scene).save(folder / picture)
-        for number, turn in enumerate(chosen):
-            row = {"id": f"{split}-{index:06d}-{number}", "image": picture, **asdict(turn)}
-            if turn.kind == "description":
-                row["objects"] = sorted({_name(thing) for thing in scene.things})
-            rows.append(row)
+    with steps("Writing questions", count + descriptions) as advance:
+        for index in itertools.count():
+            if asked == count and index >= descriptions:
+                break
+            scene = make_scene(split, index)
+            turns = conversation(scene)
+            short = [turn for turn in turns if turn.kind != "description"][: min(per_scene, count - asked)]
+            asked += len(short)
+            chosen = short + [turn for turn in turns if turn.kind == "description" and index < descriptions]
+            picture = f"{split}-{index:06d}.png"
+            if chosen:
+                render(scene).save(folder / picture)
+            for number, turn in enumerate(chosen):
+                row = {"id": f"{split}-{index:06d}-{number}", "image": picture, **asdict(turn)}
+                if turn.kind == "description":
+                    row["objects"] = sorted({_name(thing) for thing in scene.things})
+                rows.append(row)
+            advance(count=len(chosen))
     vocabulary = {kind.name: sorted({kind.name, kind.plural}) for kind in KINDS}
     record = {"split": split, "vocabulary": vocabulary, "questions": rows}
     (folder / "questions.json").write_text(json.dumps(record, indent=1))
@@ -356,7 +359,12 @@ def main(options: Options) -> None:
         return
     with ProcessPoolExecutor() as pool:
         write = partial(write_sample, options.output, options.split)
-        samples = list(pool.map(write, range(options.count), chunksize=16))
+        written = pool.map(write, range(options.count), chunksize=16)  # starts its processes before any thread
+        samples = []
+        with steps("Writing scenes", options.count) as advance:
+            for sample in written:
+                samples.append(sample)
+                advance()
     (options.output / "conversations.json").write_text(json.dumps(samples, indent=1))
 
 

@@ -84,7 +84,10 @@ def test_picture_and_page(capsys, arguments, picture, base_directory, twig_direc
     tokens = [span for span in page.spans if span[1] is not None]
     assert "".join(span[2] for span in tokens) == tiny_processor().tokenizer.decode(answer)
     assert [span[0] for span in tokens].count("draft") == sum(output.accepted_lengths[0])
-    assert tokens[0][:2] == ["base", "prefill: chosen by the base"]
+    first = "draft" if output.accepted_lengths[0][0] else "base"
+    assert tokens[0][0] == first
+    assert tokens[0][1].startswith("prefill: ")
+    assert tokens[-1][1].startswith(f"step {len(output.accepted_lengths[0]) - 1}: ")
     assert [span[0] for span in page.spans if span[1] is None] == ["draft", "base"]  # the legend
     cells = dict(zip(page.cells[::2], page.cells[1::2], strict=True))
     assert cells["tokens"] == "12"

@@ -1,5 +1,6 @@
 """Scenes and their conversations: the same everywhere, honest splits, answers that follow from the picture."""
 
+import json
 import zlib
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes.sapling.questions import SHORT_KINDS, conversation, llava_sample, place, short_turns
+from recipes.sapling.questions import SHORT_KINDS, Options, conversation, llava_sample, main, place, short_turns
 from recipes.sapling.scenes import (
     CHARACTERS,
     COLOURS,
@@ -124,3 +125,12 @@ def test_a_sample_is_llava_json():
     assert messages[0]["value"].startswith("<image>\n")
     assert [message["from"] for message in messages] == ["human", "gpt"] * (len(messages) // 2)
     assert sum("<image>" in message["value"] for message in messages) == 1
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_writing_them_shows_progress(tmp_path, capsys, evaluation):
+    main(Options(tmp_path, "validation", count=3, evaluation=evaluation, descriptions=2))
+    written = json.loads((tmp_path / ("questions.json" if evaluation else "conversations.json")).read_text())
+    done = len(written["questions"] if evaluation else written)
+    assert done == (5 if evaluation else 3)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{done}/{done} Writing ")

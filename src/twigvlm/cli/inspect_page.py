@@ -69,8 +69,8 @@ def answer_page(
 <body>
 <h1>{escape(question)}</h1>
 <p class="answer">{tokens}</p>
-<p><span class="draft">green</span> {_DRAFTED} · <span class="base">orange, underlined</span> {_CHOSEN}: the first token,
-a correction of the draft, or one more after it</p>
+<p><span class="draft">green</span> {_DRAFTED} · <span class="base">orange, underlined</span> {_CHOSEN}: a correction of the
+draft, or the token after an accepted one</p>
 <h2>Totals</h2>
 {_table(totals)}
 <h2>Patches</h2>
