@@ -1,12 +1,13 @@
-"""What pruning is, without masks, caches or batches: a prompt by itself, whose tokens are dropped layer by layer."""
+"""What pruning is, for a prompt by itself: its tokens are dropped layer by layer, or hidden from the base's own forward."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from twigvlm import TwigVLM
 from twigvlm.base.masks import causal_mask
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.pruning.cut import Cut
@@ -30,6 +31,19 @@ class Loudest:
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Tensor:
         return loudest(view.tokens.hidden, view.tokens.visual, keep)
+
+
+@dataclass(frozen=True)
+class Noting(Loudest):
+    """Of one prompt, the positions of the visual tokens that each cut leaves."""
+
+    left: list[Tensor] = field(default_factory=list)
+
+    def choose(self, view: CutView, keep: Sequence[int]) -> Tensor:
+        before = self.left[-1] if self.left else view.prompt.visual_mask[0].nonzero()[:, 0]
+        chosen = super().choose(view, keep)
+        self.left.append(before[chosen[view.tokens.visual]])
+        return chosen
 
 
 @dataclass
@@ -79,3 +93,45 @@ def answer_by_dropping(base: BaseVLM, inputs: dict[str, Any], cuts: Sequence[Cut
     for _ in range(count):
         tokens.append(int(logits_by_dropping(base, inputs, cuts, tokens)[-1].argmax()))
     return tokens
+
+
+@torch.no_grad()
+def logits_by_hiding(
+    model: TwigVLM, inputs: dict[str, Any], cuts: Sequence[Cut], left: Sequence[Tensor], tokens: Sequence[int]
+) -> Tensor:
+    """Logits after a prompt and after each of the tokens that follow it: the base's own forward, of any family.
+
+    Its own masks (of eager attention), in which tokens that have left are hidden from the layer on that no longer has them.
+
+    Args:
+        model: whose base attends eagerly.
+        inputs: the prompt.
+        cuts: where tokens leave.
+        left: positions of the visual tokens that each cut leaves.
+        tokens: ids that follow.
+    """
+    extended = dict(inputs)
+    for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            new = {"input_ids": list(tokens), "attention_mask": [1] * len(tokens)}.get(name, [0] * len(tokens))
+            extended[name] = torch.cat((inputs[name], torch.tensor([new], dtype=torch.long)), dim=1)
+    visual = model.base.visual_mask(inputs["input_ids"])[0].nonzero()[:, 0]
+
+    def hide(hidden: Tensor) -> Any:
+        def hook(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            mask = kwargs["attention_mask"].expand(1, -1, -1, -1).clone()
+            mask[..., hidden] = torch.finfo(mask.dtype).min
+            mask[..., hidden, hidden] = 0  # no row may be empty; nobody looks at these
+            return args, {**kwargs, "attention_mask": mask}
+
+        return hook
+
+    hooks = []
+    for index, layer in enumerate(model.base.layers):
+        here = [visual, *(some for cut, some in zip(cuts, left, strict=True) if cut.layer <= index)][-1]
+        hooks.append(layer.register_forward_pre_hook(hide(visual[~torch.isin(visual, here)]), with_kwargs=True))
+    try:
+        return model.model(**extended, use_cache=False).logits[0, inputs["input_ids"].shape[1] - 1 :]
+    finally:
+        for each in hooks:
+            each.remove()
