@@ -24,7 +24,7 @@ from twigvlm.engine.runner import EagerRunner
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.hf.generate import HFGenerateAdapter, Schedule, TwigOutput, check_arguments, run_rows, with_stop_strings
 from twigvlm.kv.prefix_cache import PrefixCache
-from twigvlm.pruning.cut import Pruner
+from twigvlm.pruning.cut import Pruner, schedule
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.view import Scorer
@@ -412,5 +412,4 @@ class TwigVLM(nn.Module):
             pruner = TwigPruner(
                 ranking, self.twig.config.trunk_layers, final_wipe, pruning.keep, pruning.retain_per_image
             )
-        # Of a prompt of text alone there is nothing to prune.
-        return pruner, lambda visual: pruner.cuts(retain, visual, layers) if visual else ()
+        return pruner, lambda visual: schedule(pruner, retain, visual, layers)

@@ -12,7 +12,7 @@ from twigvlm.engine.row import Request, Row
 from twigvlm.engine.runner import Runner, Step
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
-from twigvlm.pruning.cut import Pruner
+from twigvlm.pruning.cut import Pruner, schedule
 from twigvlm.timing import Timings, clock_of
 
 
@@ -100,7 +100,7 @@ class Engine:
             source.prompt, source.index = source.prompt.rows([source.index]), 0
             source.prefix = PrefixCache()
         visual = int(source.prompt.visual_mask[0].sum())
-        cuts = () if pruner is None or not visual else pruner.cuts(retain, visual, self.base.num_layers)
+        cuts = () if pruner is None else schedule(pruner, retain, visual, self.base.num_layers)
         request = replace(source.request, rows=[])
         fork = replace(
             source, request=request, pruner=pruner if cuts else None, cuts=cuts, tokens=[], drafted=[], accepted=[]

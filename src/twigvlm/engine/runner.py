@@ -165,7 +165,6 @@ class EagerRunner:
         base, batch, trunk_layers = self.base, self.batch, self.twig.config.trunk_layers
         for row, position in zip(rows, _next_positions(trunk), strict=True):
             row.next_position = position
-        lengths = np.array(trunk.tokens.lengths)
         ends = torch.tensor(trunk.tokens.lengths, device=base.device)[:, None] - 1
         roots = trunk.prompt.input_ids.gather(1, torch.tensor(trunk.prompt.lengths, device=base.device)[:, None] - 1)[
             :, 0
@@ -186,7 +185,7 @@ class EagerRunner:
         # The prompts' last tokens are the roots: trunk and twig see them once more, as they see a newest token.
         for start, stop in ((0, trunk_layers), (self.twig.first_slot, self.twig.last_slot + 1)):
             if stop > start:
-                batch.cache.set_lengths(start, stop, claimed, lengths - 1, ends[:, 0])
+                batch.cache.advance(start, stop, claimed, -1)  # their layers hold unequally many after a cut between them
         furthest = max(row.next_position for row in rows) + self.policy.depth
         drafted = draft(part, self.policy, self._rescore(chooser), furthest, self.exact)
         joined, nodes = _behind(tokens, drafted, part)

@@ -61,6 +61,9 @@ class KVCache:
                 for index, buffer in enumerate(buffers):
                     if buffer is not None:
                         buffers[index] = torch.cat((buffer, buffer.new_zeros(more, *buffer.shape[1:])))
+        for states in (*self.keys, *self.values):
+            if states is not None:
+                states[claimed] = 0  # a released row may have left NaN, which a mask does not hide: 0 × NaN is NaN
         self._host[:, claimed] = 0
         self._device[:, claimed] = 0
         return claimed
@@ -69,14 +72,9 @@ class KVCache:
         """Give a row up. The last claimed row takes its place; the others are not touched."""
         last = self.rows - 1
         if row != last:
-            for layer in range(self.layers):
-                held = int(self._host[self.segment(layer), last])
-                for buffer in (self.keys[layer], self.values[layer]):
-                    if buffer is not None:
-                        buffer[row, :, :held] = buffer[last, :, :held]
-            for positions in self._positions:
-                if positions is not None:
-                    positions[row] = positions[last]
+            for buffer in (*self.keys, *self.values, *self._positions):
+                if buffer is not None:
+                    buffer[row] = buffer[last]
             self._host[:, row] = self._host[:, last]
             self._device[:, row] = self._device[:, last]
         self.rows -= 1

@@ -43,6 +43,17 @@ class Pruner(Protocol):
         """True at the visual tokens that go on: `keep` of each row. Text always stays. Not asked where all leave."""
 
 
+def schedule(pruner: Pruner, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+    """The cuts of a pruner for a prompt; of text alone there is nothing to prune. Arguments as of `Pruner.cuts`.
+
+    Raises:
+        TwigVLMError: the pruner cannot have this budget, or its cuts are out of order, beyond the layers or keep too much.
+    """
+    cuts = pruner.cuts(retain, visual, layers) if visual else ()
+    average_visual(cuts, visual, layers)  # for its errors
+    return cuts
+
+
 def average_visual(cuts: Sequence[Cut], visual: int, layers: int) -> float:
     """R̄ of any list of cuts: the average, over the L layers, of the visual tokens that enter a layer (Eq. 4 and 6).
 

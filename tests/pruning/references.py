@@ -1,0 +1,137 @@
+"""What pruning is, for a prompt by itself: its tokens are dropped layer by layer, or hidden from the base's own forward."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twigvlm import TwigVLM
+from twigvlm.base.masks import causal_mask
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.pruning.cut import Cut
+from twigvlm.pruning.select import top_visual
+from twigvlm.pruning.view import CutView
+
+
+def loudest(hidden: Tensor, visual: Tensor, keep: Sequence[int]) -> Tensor:
+    """The visual tokens with the largest states, which differ from layer to layer."""
+    return top_visual(hidden.norm(dim=-1), visual, keep)
+
+
+@dataclass(frozen=True)
+class Loudest:
+    """A pruner of the cuts that it is told."""
+
+    schedule: tuple[Cut, ...]
+
+    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+        return self.schedule
+
+    def choose(self, view: CutView, keep: Sequence[int]) -> Tensor:
+        return loudest(view.tokens.hidden, view.tokens.visual, keep)
+
+
+@dataclass(frozen=True)
+class Noting(Loudest):
+    """Of one prompt, the positions of the visual tokens that each cut leaves."""
+
+    left: list[Tensor] = field(default_factory=list)
+
+    def choose(self, view: CutView, keep: Sequence[int]) -> Tensor:
+        before = self.left[-1] if self.left else view.prompt.visual_mask[0].nonzero()[:, 0]
+        chosen = super().choose(view, keep)
+        self.left.append(before[chosen[view.tokens.visual]])
+        return chosen
+
+
+@dataclass
+class Alone:
+    """The tokens that are left of one prompt."""
+
+    hidden: Tensor
+    visual: Tensor
+    positions: Tensor
+
+    def through(self, base: BaseVLM, start: int, stop: int, cuts: Sequence[Cut]) -> list[int]:
+        """Layers start..stop-1 with the cuts before, between and after them; tokens that entered each."""
+        entered = []
+        for index in range(start, stop + 1):
+            for cut in cuts:
+                if cut.layer == index:
+                    chosen = loudest(self.hidden[None], self.visual[None], [cut.keep])[0]
+                    stays = chosen | ~self.visual
+                    self.hidden, self.visual, self.positions = (
+                        part[stays] for part in (self.hidden, self.visual, self.positions)
+                    )
+            if index < stop:
+                count = len(self.hidden)
+                entered.append(count)
+                layer: Any = base.layers[index]
+                mask = torch.zeros(count, count).masked_fill(~causal_mask(count, count), torch.finfo().min)
+                rotary = base.decoder.rotary_emb(self.hidden[None], self.positions[None])
+                self.hidden = layer(self.hidden[None], attention_mask=mask[None, None], position_embeddings=rotary)[0]
+        return entered
+
+
+@torch.no_grad()
+def logits_by_dropping(base: BaseVLM, inputs: dict[str, Any], cuts: Sequence[Cut], tokens: Sequence[int]) -> Tensor:
+    """Logits after a prompt and after each of the tokens that follow it, in one pass over all of them."""
+    captured = base.prompt(**inputs)
+    new = base.embed(torch.tensor([tokens], dtype=torch.long))[0]
+    hidden = torch.cat((captured.hidden[0], new))
+    visual = torch.nn.functional.pad(captured.visual_mask[0], (0, len(tokens)))
+    alone = Alone(hidden, visual, torch.arange(len(hidden)))
+    alone.through(base, 0, base.num_layers, cuts)
+    return base.logits(alone.hidden[-len(tokens) - 1 :])
+
+
+def answer_by_dropping(base: BaseVLM, inputs: dict[str, Any], cuts: Sequence[Cut], count: int) -> list[int]:
+    """The greedy answer, of that many tokens."""
+    tokens: list[int] = []
+    for _ in range(count):
+        tokens.append(int(logits_by_dropping(base, inputs, cuts, tokens)[-1].argmax()))
+    return tokens
+
+
+@torch.no_grad()
+def logits_by_hiding(
+    model: TwigVLM, inputs: dict[str, Any], cuts: Sequence[Cut], left: Sequence[Tensor], tokens: Sequence[int]
+) -> Tensor:
+    """Logits after a prompt and after each of the tokens that follow it: the base's own forward, of any family.
+
+    Its own masks (of eager attention), in which tokens that have left are hidden from the layer on that no longer has them.
+
+    Args:
+        model: whose base attends eagerly.
+        inputs: the prompt.
+        cuts: where tokens leave.
+        left: positions of the visual tokens that each cut leaves.
+        tokens: ids that follow.
+    """
+    extended = dict(inputs)
+    for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            new = {"input_ids": list(tokens), "attention_mask": [1] * len(tokens)}.get(name, [0] * len(tokens))
+            extended[name] = torch.cat((inputs[name], torch.tensor([new], dtype=torch.long)), dim=1)
+    visual = model.base.visual_mask(inputs["input_ids"])[0].nonzero()[:, 0]
+
+    def hide(hidden: Tensor) -> Any:
+        def hook(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            mask = kwargs["attention_mask"].expand(1, -1, -1, -1).clone()
+            mask[..., hidden] = torch.finfo(mask.dtype).min
+            mask[..., hidden, hidden] = 0  # no row may be empty; nobody looks at these
+            return args, {**kwargs, "attention_mask": mask}
+
+        return hook
+
+    hooks = []
+    for index, layer in enumerate(model.base.layers):
+        here = [visual, *(some for cut, some in zip(cuts, left, strict=True) if cut.layer <= index)][-1]
+        hooks.append(layer.register_forward_pre_hook(hide(visual[~torch.isin(visual, here)]), with_kwargs=True))
+    try:
+        return model.model(**extended, use_cache=False).logits[0, inputs["input_ids"].shape[1] - 1 :]
+    finally:
+        for each in hooks:
+            each.remove()
