@@ -141,7 +141,7 @@ class PlainAdaptive:
     """The objective of `AdaptiveTree` for every row by itself, over lists: tokens per second, by trying all there is."""
 
     def __init__(self, costs):
-        self.alone = costs
+        self.alone = self.costs = costs
         self.rows = []  # expected and accepted tokens, probabilities of best children and their number
         self.spent = 0.0
         self.fill = self.lost = 0.0
@@ -149,14 +149,12 @@ class PlainAdaptive:
     def join(self, rows, deferred_tokens):
         self.rows += [(0.0, 0.0, 0.8, 1.0)] * rows
         self.fill, self.lost = self.alone.fill * deferred_tokens, 0.0
+        self.costs = self.alone.of_rows(len(self.rows))
 
     def leave(self, row):
         self.rows[row] = self.rows[-1]
         self.rows.pop()
-
-    @property
-    def costs(self):
-        return self.alone.of_rows(len(self.rows))
+        self.costs = self.alone.of_rows(len(self.rows))
 
     def trust(self, row):
         expected, accepted, _, _ = self.rows[row]
@@ -165,10 +163,10 @@ class PlainAdaptive:
     def stopping(self, row, tree, started):
         """Rate of having the n most probable nodes verified now, for every n."""
         ranked = sorted((tree.scores[node] for node in tree.drafted[1:]), reverse=True)
-        rates = []
-        for count in range(min(len(ranked), self.costs.most - 1) + 1):
+        rates, most = [], self.costs.most
+        for count in range(min(len(ranked), most - 1) + 1):
             mass = sum(map(math.exp, ranked[:count]))
-            late = min(count if started else count + 1, self.costs.most)
+            late = min(count if started else count + 1, most)
             seconds = self.spent + self.costs.trunk[late] + self.costs.verify[1 + count]
             rates.append(((1 + self.trust(row) * mass) / seconds, mass))
         return rates
@@ -176,18 +174,19 @@ class PlainAdaptive:
     def going_on(self, row, tree, able, kept, mass):
         """Best rate of running the n most probable nodes next, for every n, over how many levels may follow."""
         _, _, likely, seen = self.rows[row]
+        most, trust = self.costs.most, self.trust(row)
         ranked = sorted((tree.scores[node] for node in able), reverse=True)
         rates = {}
-        for count in range(1, len(ranked) + 1):
+        for count in range(1, min(len(ranked), most) + 1):
             promised, running = mass, sum(map(math.exp, ranked[:count]))
             for levels in range(1, AdaptiveTree.LEVELS + 1):
                 promised += running * (likely / seen) ** levels
                 size = kept + levels * count
-                if size > self.costs.most:
+                if size > most:
                     break
                 drafting = levels * self.costs.draft[count] + self.costs.trunk[count]
                 seconds = self.spent + drafting + self.costs.verify[size]
-                rates[count] = max(rates.get(count, 0.0), (1 + self.trust(row) * promised) / seconds)
+                rates[count] = max(rates.get(count, 0.0), (1 + trust * promised) / seconds)
         return rates
 
     def learn(self, trees, accepted):
@@ -240,21 +239,22 @@ def check_step(policy, plain, children, rows, room=50):
     nodes, selected = drafted(policy, children, rows, room, watch)
     taken = nodes.take(selected)
     for tree in as_lists(taken):
-        assert len(tree.drafted) <= MAX_NODES
+        assert len(tree.drafted) <= plain.costs.most
         assert max(tree.depths[node] for node in tree.drafted) <= room
     return taken
 
 
 def any_costs(random):
-    """Tables of costs that rise with the number of nodes, in several shapes."""
+    """Tables of costs of small passes, which rise with the number of nodes in several shapes."""
+    nodes = 12
 
     def table(base, slope, bend):
-        return (0.0, *[base + slope * n + slope * 4 * max(0, n - bend) for n in range(1, MAX_NODES + 1)])
+        return (0.0, *[base + slope * n + slope * 4 * max(0, n - bend) for n in range(1, nodes + 1)])
 
     unit = random.choice([0.01, 1.0])
-    draft = table(random.uniform(0.05, 4) * unit, random.choice([0, 0.02, 0.3]) * unit, random.choice([4, 30]))
-    trunk = tuple(random.uniform(0.1, 0.9) * value for value in draft[:1]) + tuple(0.5 * value for value in draft[1:])
-    return StepCosts(trunk, draft, table(10 * unit, random.choice([0, 0.1, 1]) * unit, random.choice([4, 30])), unit)
+    draft = table(random.uniform(0.05, 4) * unit, random.choice([0, 0.02, 0.3]) * unit, random.choice([3, 8]))
+    verify = table(10 * unit, random.choice([0, 0.1, 1]) * unit, random.choice([3, 8]))
+    return StepCosts(tuple(0.5 * seconds for seconds in draft), draft, verify, unit)
 
 
 @settings(max_examples=25)
