@@ -1,107 +1,84 @@
-"""Token trees against their definitions, by brute force over the paths from the root."""
+"""Token trees of several rows as tensors, against the same trees as plain lists."""
 
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
+<<<<<<< HEAD
 from twigvlm.speculation.tree import Tree, ancestors, best_leaves, most_probable, walk
+=======
 
-branches = st.lists(st.tuples(st.integers(0, 13), st.integers(0, 4), st.integers(0, 3)), max_size=14)
-"""(parent, token, minus the log-probability) of each node, with ties; parents count modulo the nodes before."""
+from tests.speculation.forests import as_lists, levels, planted, randoms, rows, trimmed
+from twigvlm.speculation.nodes import INVALID, Nodes, ancestor_mask, most_probable
+>>>>>>> h-testsb
 
-
-def planted(branches):
-    """The tree of these nodes; siblings differ. Not built in a strategy: the type checker rolls dice."""
-    tree = Tree.rooted(9)
-    for parent, token, score in branches:
-        parent %= len(tree)
-        if (parent, token) not in zip(tree.parents, tree.tokens, strict=True):
-            tree.add(token, parent, -float(score))
-    return tree
+trees = given(rows, levels, randoms)
 
 
-def path_to(tree, node):
-    """The nodes from the root to a node, both included."""
-    return [*path_to(tree, tree.parents[node]), node] if node else [0]
+@trees
+def test_depths_and_scores_are_those_of_the_paths(rows, levels, random):
+    nodes, expected = planted(rows, levels, random)
+    assert as_lists(nodes) == expected
+    assert nodes.valid.tolist() == [[node in tree.drafted for node in range(len(tree.tokens))] for tree in expected]
 
 
-@given(branches)
-def test_depth_and_score_are_those_of_the_path(branches):
-    tree = planted(branches)
-    steps = [0.0] + [tree.scores[node] - tree.scores[tree.parents[node]] for node in range(1, len(tree))]
-    for node in range(len(tree)):
-        path = path_to(tree, node)
-        assert path == sorted(path)  # parents come first
-        assert tree.depths[node] == len(path) - 1
-        assert tree.scores[node] == sum(steps[one] for one in path)
+@settings(max_examples=60)
+@given(rows, levels, randoms, st.integers(1, 16))
+def test_the_most_probable_nodes_come_with_their_ancestors(rows, levels, random, count):
+    nodes, expected = planted(rows, levels, random)
+    chosen = most_probable(nodes, nodes.valid, count).tolist()
+    for row, tree in zip(chosen, expected, strict=True):
+        ranked = sorted(tree.drafted, key=lambda node: (-tree.scores[node], node))  # of equals the first ones
+        assert trimmed(row) == sorted(ranked[:count])
+        assert len(row) == min(count, len(tree.tokens))
+        assert all(tree.parents[node] in row for node in trimmed(row))
 
 
-@given(branches, st.data())
-def test_a_node_sees_itself_and_its_ancestors_exactly(branches, data):
-    tree = planted(branches)
-    order = [*range(len(tree)), -1]
-    seen = ancestors(tree, order)
-    for node in range(len(tree)):
-        assert sorted(seen[node]) == path_to(tree, node)
-    assert seen[-1] == []  # what stands for no node
-    shuffled = data.draw(st.permutations(order))
-    for node, places in zip(shuffled, ancestors(tree, shuffled), strict=True):
-        assert sorted(shuffled[place] for place in places) == (path_to(tree, node) if node >= 0 else [])
+@settings(max_examples=60)
+@given(rows, levels, randoms, st.integers(1, 6))
+def test_the_most_probable_among_some(rows, levels, random, count):
+    nodes, expected = planted(rows, levels, random)
+    among = [[random.random() < 0.6 for _ in tree.tokens] for tree in expected]
+    chosen = most_probable(nodes, torch.tensor(among), count).tolist()
+    for row, tree, allowed in zip(chosen, expected, among, strict=True):
+        able = [node for node in tree.drafted if allowed[node]]
+        assert trimmed(row) == sorted(sorted(able, key=lambda node: -tree.scores[node])[:count])
 
 
-@given(branches, st.integers(1, 16))
-def test_the_best_leaves_stay_with_all_their_ancestors(branches, most):
-    tree = planted(branches)
-    kept = best_leaves(tree, most)
-    assert kept == sorted(set(kept))
-    assert len(kept) == min(most + 1, len(tree))  # as many as may be
-    assert all(tree.parents[node] in kept for node in kept)
-    expected = {0}
-    leaves = set(range(1, len(tree))) - set(tree.parents)
-    for leaf in sorted(leaves, key=lambda node: (-tree.scores[node], node)):
-        for node in path_to(tree, leaf):
-            if len(expected) <= most:
-                expected.add(node)
-    assert set(kept) == expected
+@settings(max_examples=60)
+@given(rows, levels, randoms)
+def test_a_node_sees_itself_and_its_ancestors_exactly(rows, levels, random):
+    nodes, expected = planted(rows, levels, random)
+
+    def some():
+        """Nodes of each row in any order, and some that stand for none."""
+        size = random.randint(1, len(expected[0].tokens))
+        orders = [random.sample([*range(len(tree.tokens)), INVALID, INVALID], size) for tree in expected]
+        return orders, torch.tensor(orders)
+
+    (queries, asked), (keys, shown) = some(), some()
+    deepest = max(max(tree.depths) for tree in expected)
+    seen = ancestor_mask(nodes.parents, asked, shown, deepest).tolist()
+    for row, tree in enumerate(expected):
+        for query, allowed in zip(queries[row], seen[row], strict=True):
+            path = [] if query == INVALID else tree.path(query)
+            assert allowed == [key in path for key in keys[row]]
 
 
-@given(branches, st.integers(1, 16))
-def test_taking_nodes_keeps_their_paths(branches, most):
-    tree = planted(branches)
-    kept = best_leaves(tree, most)
-    taken = tree.take(kept)
-    for place, node in enumerate(kept):
-        assert [kept[one] for one in path_to(taken, place)] == path_to(tree, node)
-        assert (taken.tokens[place], taken.depths[place]) == (tree.tokens[node], tree.depths[node])
-        assert taken.scores[place] == tree.scores[node]
+@settings(max_examples=60)
+@given(rows, levels, randoms, st.integers(1, 16))
+def test_taken_nodes_keep_their_paths(rows, levels, random, count):
+    nodes, expected = planted(rows, levels, random)
+    chosen = most_probable(nodes, nodes.valid, count)
+    for row, tree, taken in zip(chosen.tolist(), expected, as_lists(nodes.take(chosen)), strict=True):
+        kept = trimmed(row)
+        assert taken.drafted == list(range(len(kept)))  # what is behind the chosen ones is no node
+        for place, node in enumerate(kept):
+            assert [kept[each] for each in taken.path(place)] == tree.path(node)
+            assert taken.path_tokens(place) == tree.path_tokens(node)
+            assert (taken.depths[place], taken.scores[place]) == (tree.depths[node], tree.scores[node])
 
 
-@given(branches, st.integers(1, 6))
-def test_the_most_probable_nodes_are_expanded(branches, count):
-    tree = planted(branches)
-    nodes = [node for node in range(len(tree)) if tree.depths[node] == max(tree.depths)]
-    chosen = most_probable(tree, nodes, count)
-    assert chosen == sorted(set(chosen))
-    assert len(chosen) == min(count, len(nodes))
-    for node in set(nodes) - set(chosen):
-        assert all((tree.scores[one], -one) > (tree.scores[node], -node) for one in chosen)
-
-
-@given(branches, st.lists(st.integers(0, 4), min_size=15, max_size=15))
-def test_the_accepted_path_is_the_longest_that_the_base_agrees_with(branches, base):
-    """`base`: its choice after each node."""
-    tree = planted(branches)
-    asked = []
-
-    def choose(node, drafted):
-        asked.append(node)
-        assert list(drafted) == [tree.tokens[one] for one in path_to(tree, node)[1:]]
-        return base[node]
-
-    path, choices = walk(tree, choose)
-    agreed = [
-        node
-        for node in range(len(tree))
-        if all(tree.tokens[one] == base[tree.parents[one]] for one in path_to(tree, node)[1:])
-    ]
-    assert path == path_to(tree, max(agreed, key=lambda node: tree.depths[node]))
-    assert choices == [base[node] for node in path]
-    assert asked == path
+def test_roots_alone():
+    nodes = Nodes.rooted(torch.tensor([7, 3]))
+    assert [tree.tokens for tree in as_lists(nodes)] == [[7], [3]]
+    assert nodes.valid.all()

@@ -185,7 +185,9 @@ class EagerRunner:
         # The prompts' last tokens are the roots: trunk and twig see them once more, as they see a newest token.
         for start, stop in ((0, trunk_layers), (self.twig.first_slot, self.twig.last_slot + 1)):
             if stop > start:
-                batch.cache.advance(start, stop, claimed, -1)  # their layers hold unequally many after a cut between them
+                batch.cache.advance(
+                    start, stop, claimed, -1
+                )  # their layers hold unequally many after a cut between them
         furthest = max(row.next_position for row in rows) + self.policy.depth
         drafted = draft(part, self.policy, self._rescore(chooser), furthest, self.exact)
         joined, nodes = _behind(tokens, drafted, part)
