@@ -5,20 +5,11 @@ Mistakes in the caches of trunk and twig, in masks and positions would change no
 
 import pytest
 import torch
-<<<<<<< HEAD
-from tests.decoding.test_exactness import LAYERS, grown
-from tests.decoding.test_tree import path_to
-
-from tests.tiny import prompt, tiny_llava
-from twigvlm import TwigConfig, TwigVLM
-from twigvlm.engine import loop
-=======
 
 from tests.engine.engines import engine_on, make_runner
 from tests.speculation.forests import as_lists
 from tests.tiny import IMAGE_TOKEN, prompt
 from tests.twigs import LAYERS, grown
->>>>>>> h-testsb
 from twigvlm.kv.cache import KVCache
 
 CHAIN = {"speculate": "chain", "draft_length": 4}
@@ -202,6 +193,8 @@ def test_caches_hold_what_plain_decoding_holds(ways, static):
             for layer in range(model.twig.first_slot, model.twig.last_slot + 1):
                 (seen,) = cache.lengths(layer, single)
                 assert held - 1 <= seen <= held  # the last drafted token may have to enter the twig with the next draft
-                for before, after in zip(whole.contents(layer, slice(0, 1)), cache.contents(layer, single), strict=True):
+                for before, after in zip(
+                    whole.contents(layer, slice(0, 1)), cache.contents(layer, single), strict=True
+                ):
                     torch.testing.assert_close(after, before[:, :, :seen])
     assert moved

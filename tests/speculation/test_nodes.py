@@ -3,13 +3,9 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-<<<<<<< HEAD
-from twigvlm.speculation.tree import Tree, ancestors, best_leaves, most_probable, walk
-=======
 
 from tests.speculation.forests import as_lists, levels, planted, randoms, rows, trimmed
 from twigvlm.speculation.nodes import INVALID, Nodes, ancestor_mask, most_probable
->>>>>>> h-testsb
 
 trees = given(rows, levels, randoms)
 

@@ -8,26 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-<<<<<<< HEAD
-from tests.decoding.test_exactness import grown
-from twigvlm.speculation.tree import Tree
-
-=======
 
 from tests.speculation.forests import PlainTree, as_lists, trimmed
->>>>>>> h-testsb
 from tests.tiny import prompt
 from tests.twigs import MAX_NODES, grown, step_costs
 from twigvlm import TwigVLM
-<<<<<<< HEAD
-from twigvlm.speculation.costs import NODES, StepCosts, calibrate
-from twigvlm.speculation.policies import AdaptiveTree
-=======
 from twigvlm.config import SpeculationConfig
 from twigvlm.speculation.costs import StepCosts
 from twigvlm.speculation.nodes import INVALID, Nodes
 from twigvlm.speculation.policies import AdaptiveTree, Chain, FixedTree
->>>>>>> h-testsb
 
 early = pytest.mark.parametrize("stop_early", [True, False])
 
@@ -47,7 +36,9 @@ def drafted(policy, children, rows=1, room=50, watch=None):
     level = 0
     while True:
         trees = as_lists(nodes)
-        fresh = torch.tensor([[node not in ran[row] for node in range(len(tree.tokens))] for row, tree in enumerate(trees)])
+        fresh = torch.tensor(
+            [[node not in ran[row] for node in range(len(tree.tokens))] for row, tree in enumerate(trees)]
+        )
         able = policy.grows(nodes) & fresh & (nodes.depths < room)
         chosen = policy.expand(nodes, able, level)
         if watch is not None:
@@ -81,7 +72,9 @@ def any_children(seed, width):
 def verified(nodes, selected):
     """Of each row, the paths that are verified."""
     trees = as_lists(nodes)
-    return [{tree.path_tokens(node) for node in trimmed(row)} for tree, row in zip(trees, selected.tolist(), strict=True)]
+    return [
+        {tree.path_tokens(node) for node in trimmed(row)} for tree, row in zip(trees, selected.tolist(), strict=True)
+    ]
 
 
 @early
@@ -209,7 +202,9 @@ class PlainAdaptive:
                 best[parent] = max(best.get(parent, 0.0), given)
             mass = sum(math.exp(tree.scores[node]) for node in tree.drafted[1:])
             new = mass, count, sum(best.values()), len(best)
-            self.rows[row] = tuple(AdaptiveTree.FADE * old + more for old, more in zip(self.rows[row], new, strict=True))
+            self.rows[row] = tuple(
+                AdaptiveTree.FADE * old + more for old, more in zip(self.rows[row], new, strict=True)
+            )
 
 
 def check_step(policy, plain, children, rows, room=50):
@@ -329,9 +324,7 @@ def test_a_second_node_too_expensive_for_one_token_may_pay_for_several():
 
 def test_expensive_nodes_make_a_chain_and_cheap_ones_a_tree():
     def widest(per_node):
-        nodes, selected = drafted(
-            adaptive(step_costs(per_node=per_node), width=3), lambda row, path: [0.5, 0.3, 0.1]
-        )
+        nodes, selected = drafted(adaptive(step_costs(per_node=per_node), width=3), lambda row, path: [0.5, 0.3, 0.1])
         return nodes.take(selected).depths[0].bincount().max()
 
     assert widest(6.0) == 1 < widest(0.1)
