@@ -1,8 +1,11 @@
 """What all tests share: shapes in signatures are checked in tests, and only there."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_cache = tempfile.TemporaryDirectory(prefix="twigvlm-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name  # tests leave no calibration behind, and find none
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # of the processes that tests start too: one core each is the fastest for tiny models
 )

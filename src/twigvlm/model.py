@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -28,7 +29,7 @@ from twigvlm.pruning.cut import Pruner, schedule
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.view import Scorer
-from twigvlm.speculation.costs import StepCosts, calibrate
+from twigvlm.speculation.costs import StepCosts, cached_costs
 from twigvlm.timing import Timings, clock_of
 from twigvlm.twig.block import Twig
 
@@ -51,6 +52,7 @@ class TwigVLM(nn.Module):
         self.twig = twig
         self.model.requires_grad_(False)
         self._costs: dict[tuple[object, ...], StepCosts] = {}
+        self._calibrating = Lock()
         self.train(False)
 
     @classmethod
@@ -385,12 +387,26 @@ class TwigVLM(nn.Module):
         """
         return Conversation(self.base, self.generate, processor, options)
 
+    def calibrate(self) -> StepCosts:
+        """Measure what the passes of a step cost on this machine, now and whatever was known; `auto` drafts by it.
+
+        The result is kept in a file of this machine and model, so that no later process measures again. Call it on an idle machine,
+        for example once after installation: without it, the first use of `auto` measures.
+        """
+        with self._calibrating:
+            self._costs[self._costs_key()] = cached_costs(self.base, self.twig, refresh=True)
+        return self._costs[self._costs_key()]
+
     def costs(self) -> StepCosts:
-        """What the passes of a step cost here, measured the first time that it is asked for this way of running the base."""
-        key = (self.base.dtype, self.model.device, self.base.attention, torch.get_num_threads())
-        if key not in self._costs:
-            self._costs[key] = calibrate(self.base, self.twig)
-        return self._costs[key]
+        """What the passes of a step cost here: as calibrated before, by this process or another one, or else measured now."""
+        with self._calibrating:  # concurrent first calls measure once
+            key = self._costs_key()
+            if key not in self._costs:
+                self._costs[key] = cached_costs(self.base, self.twig)
+            return self._costs[key]
+
+    def _costs_key(self) -> tuple[object, ...]:
+        return self.base.dtype, self.model.device, self.base.attention, torch.get_num_threads()
 
     def _pruning(
         self, pruning: PruningConfig, scorer: Scorer | None, pruner: Pruner | None

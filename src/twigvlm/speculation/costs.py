@@ -1,15 +1,21 @@
 """What the passes of a speculative step cost on this machine, measured once."""
 
+import contextlib
+import hashlib
+import json
 import math
-import statistics
-from dataclasses import dataclass
+import os
+import platform
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
 from twigvlm.base.token_inputs import slice_tokens
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import MOST_NODES
+from twigvlm.files import replacing
 from twigvlm.kv.cache import KVCache
 from twigvlm.timing import clock_of
 from twigvlm.twig.block import Twig
@@ -49,14 +55,17 @@ class StepCosts:
 
 
 @torch.inference_mode()
-def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
+def calibrate(base: BaseVLM, twig: Twig, repeats: int = 6) -> StepCosts:
     """Time passes of several sizes after a prompt of text, and how it enters the twig; the sizes between are interpolated.
 
-    A shorter pass never counts as dearer than a longer one: what else the machine does only ever adds to a time. Takes a
+    What else the machine does only ever adds to a time. So of each pass the shortest time counts, the sizes take turns, so that
+    a busy moment does not fall upon one of them alone, and a shorter pass never counts as dearer than a longer one. Takes a
     few seconds.
 
     Args:
-        repeats: timed passes of each size, after one to warm up; the median counts.
+        base: the base.
+        twig: its twig.
+        repeats: rounds of timed passes of every size, after one to warm up.
     """
     clock = clock_of(base.device)
     trunk, layers = twig.config.trunk_layers, base.num_layers
@@ -87,15 +96,54 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 3) -> StepCosts:
         cache.advance(0, twig.last_slot + 1, row, -nodes)
         return middle - began, late - began, ended - late
 
-    fill = statistics.median([filling() for _ in range(repeats + 1)][1:]) / prompt.hidden.shape[1]
-    taken = {nodes: [seconds(nodes) for _ in range(repeats + 1)][1:] for nodes in NODES}
+    rounds = [(filling(), [seconds(nodes) for nodes in NODES]) for _ in range(repeats + 1)][1:]
+    fill = min(filled for filled, _ in rounds) / prompt.hidden.shape[1]
     tables: list[list[tuple[int, float]]] = [[], [], []]
-    for nodes in reversed(NODES):
-        for table, times in zip(tables, zip(*taken[nodes], strict=True), strict=True):
+    for index, nodes in reversed(list(enumerate(NODES))):
+        for part, table in enumerate(tables):
             cheapest = table[-1][1] if table else math.inf
-            table.append((nodes, min(statistics.median(times), cheapest)))
+            table.append((nodes, min(cheapest, *(passes[index][part] for _, passes in rounds))))
     trunk_table, draft_table, verify_table = (_interpolated([(0, 0.0), *reversed(table)]) for table in tables)
     return StepCosts(trunk_table, draft_table, verify_table, fill)
+
+
+def cached_costs(base: BaseVLM, twig: Twig, refresh: bool = False) -> StepCosts:
+    """The costs from a file of this machine and model; without one, or to `refresh` it, they are measured and written there.
+
+    The file lies under `$XDG_CACHE_HOME/twigvlm`, by default `~/.cache/twigvlm`. Where it cannot be written, nothing is kept.
+    """
+    file = _costs_file(base, twig)
+    if not refresh:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            tables = json.loads(file.read_text())
+            trunk, draft, verify = (tuple(map(float, tables[name])) for name in ("trunk", "draft", "verify"))
+            return StepCosts(trunk, draft, verify, float(tables["fill"]))
+    costs = calibrate(base, twig)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(asdict(costs)))
+    return costs
+
+
+def _costs_file(base: BaseVLM, twig: Twig) -> Path:
+    """By all that the costs depend on."""
+    config, device = base.config, base.device
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    sizes = [getattr(config, name, None) for name in ("hidden_size", "intermediate_size", "num_key_value_heads")]
+    model = [base.family.model_type, *sizes, base.num_layers, base.vocabulary, str(base.dtype), base.attention]
+    shape = {name: value for name, value in asdict(twig.config).items() if name != "final_wipe"}
+    parts = [processor, str(device), torch.get_num_threads(), torch.__version__, *model, shape, NODES, PROMPT]
+    name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "twigvlm" / f"costs-{name}.json"
+
+
+def _processor_name() -> str:
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line for line in lines if line.startswith("model name")), platform.machine())
+    return platform.processor() or platform.machine()
 
 
 def _interpolated(points: list[tuple[int, float]]) -> tuple[float, ...]:
