@@ -4,8 +4,7 @@ import os
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-_cache = tempfile.TemporaryDirectory(prefix="twigvlm-tests-")
-os.environ["XDG_CACHE_HOME"] = _cache.name  # tests leave no calibration behind, and find none
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="twigvlm-tests-")  # tests leave no calibration behind, and find none
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # of the processes that tests start too: one core each is the fastest for tiny models
 )

@@ -238,7 +238,7 @@ class TwigVLM(nn.Module):
             scorer: ranks the visual tokens; None: the twig's P-Head, or without one its last layer's attention.
             pruner: another pruning method, with `retain` or with cuts of its own; None: the twig's.
             speculate: "none", "chain", "tree", or "auto": drafts of what size it pays on this machine, none where none does; the
-                first time it measures that for a second or so. The output is the same.
+                first time on a machine it measures that for a few seconds (see `calibrate`). The output is the same.
             draft_length: δ, most tokens of a chain.
             draft_threshold: θ, a chain ends after a token whose probability is below it.
             tree_depth: D, most tokens on a path of a tree.
@@ -390,8 +390,8 @@ class TwigVLM(nn.Module):
     def calibrate(self) -> StepCosts:
         """Measure what the passes of a step cost on this machine, now and whatever was known; `auto` drafts by it.
 
-        The result is kept in a file of this machine and model, so that no later process measures again. Call it on an idle machine,
-        for example once after installation: without it, the first use of `auto` measures.
+        The result is kept in a file of this machine and model, so that no later process measures again. Call it on an idle
+        machine, for example once after installation: without it, the first use of `auto` measures.
         """
         with self._calibrating:
             self._costs[self._costs_key()] = cached_costs(self.base, self.twig, refresh=True)
