@@ -62,9 +62,11 @@ def test_only_one_of_several_processes_speaks(heard, monkeypatch):
 
 
 def test_a_terminal_shows_the_time_left(monkeypatch):
+    """A narrow one too, whatever else there is to say."""
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
     stream = Heard(terminal=True)
-    with redirect_stderr(stream), output.steps("Asking", 4) as advance:
-        advance("Asking: right", count=2)
-    assert "2/4" in stream.getvalue()
-    assert "left" in stream.getvalue()
+    with redirect_stderr(stream), output.steps("Asking", 400) as advance:
+        advance("Asking: " + 20 * "right ", count=200)
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", stream.getvalue())
+    assert re.search(r"200/400 \d:\d\d:\d\d · [-\d]+:[-\d]{2}:[-\d]{2} left Asking: ", plain)

@@ -130,8 +130,6 @@ def answer_question(
         assert session.model is not None
         generate = session.model.generate
         options |= session.config.generate_options
-        if session.config.speculate == "auto":
-            session.model.costs()  # measured once for all answers, and part of no answer's time
     with (
         attention_of(base, attention),
         torch.random.fork_rng([base.device] if base.device.type == "cuda" else []),

@@ -33,7 +33,7 @@ class Demo(QuestionOptions):
         from rich.console import Console
 
         from twigvlm.cli.answer import answer_question, check_request
-        from twigvlm.cli.output import busy, check_picture_path, steps, write_picture
+        from twigvlm.cli.output import check_picture_path, steps, write_picture
         from twigvlm.cli.session import SessionConfig, default_picture, open_session, patch_grid, seen_box
         from twigvlm.config import PruningConfig
         from twigvlm.errors import TwigVLMError
@@ -51,8 +51,7 @@ class Demo(QuestionOptions):
         check_request(self.prompt, self.max_new_tokens)
         check_picture_path(self.out)
         image = load_image(self.image or default_picture())
-        with busy(f"Loading {self.model}"):
-            session = open_session(config, self.dtype, self.device)
+        session = open_session(config, self.dtype, self.device)
 
         assert session.model is not None
         question = user_turn(self.prompt, image)

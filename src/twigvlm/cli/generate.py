@@ -58,7 +58,7 @@ class Generate(AnswerOptions):
     def run(self) -> int:
         """Answer, and print the answers or JSON objects on stdout; the exit code is 2 if a prompt of a file failed."""
         from twigvlm.cli.answer import check_request
-        from twigvlm.cli.output import busy, steps
+        from twigvlm.cli.output import steps
         from twigvlm.cli.prompts import Prompt, read_prompts
         from twigvlm.cli.session import SessionConfig, open_session
         from twigvlm.errors import TwigVLMError
@@ -78,8 +78,7 @@ class Generate(AnswerOptions):
             raise TwigVLMError(f"frames={self.frames}: needs a video; add --video, or leave it out")
         if self.prompts is None:
             prompts[0].question()  # for its errors, before a model is loaded
-        with busy(f"Loading {self.model}"):
-            session = open_session(config, self.dtype, self.device)
+        session = open_session(config, self.dtype, self.device)
         if self.prompts is not None:
             return self._answer_file(session, prompts)
         if not self.json:

@@ -58,8 +58,7 @@ class Inspect(QuestionOptions):
         check_directory(self.out)
         figure_class()
         image = load_image(self.image or default_picture())
-        with busy(f"Loading {self.model}"):
-            session = open_session(config, self.dtype, self.device)
+        session = open_session(config, self.dtype, self.device)
         model = session.model
         assert model is not None
         titles = rankings(model, self.deep_layer)

@@ -22,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.files import replacing
@@ -46,13 +47,15 @@ def progress() -> Progress:
     console = Console(file=sys.stderr)
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("·"),
         TimeRemainingColumn(),
         TextColumn("left"),
+        # A long description is cut, so that what comes before it fits on a narrow terminal.
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        expand=True,
         console=console,
         transient=True,
         redirect_stdout=sys.stdout.isatty(),

@@ -11,6 +11,7 @@ import transformers
 from PIL import Image
 
 from twigvlm import inputs, loading
+from twigvlm.cli.output import busy
 from twigvlm.config import PruningConfig, Speculate
 from twigvlm.errors import TwigVLMError
 from twigvlm.images import Picture
@@ -83,9 +84,14 @@ class Session:
 
 
 def open_session(config: SessionConfig, dtype: str, device: str) -> Session:
-    """Load what the config names."""
+    """Load what the config names, and show that this goes on."""
     _silence_libraries()
-    return Session(config, *loading.load(config.model, config.twig, dtype, device))
+    with busy(f"Loading {config.model}"):
+        session = Session(config, *loading.load(config.model, config.twig, dtype, device))
+    if session.model is not None and config.speculate == "auto":
+        with busy("Measuring what drafts cost on this machine"):
+            session.model.costs()  # kept for all answers, and part of no answer's time
+    return session
 
 
 def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:

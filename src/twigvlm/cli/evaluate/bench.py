@@ -139,11 +139,11 @@ def showing(
             if "failed" in record:
                 failed += 1
                 print(f"{record['id']}: failed, {record['failed']}", file=sys.stderr)
-            text = title
+            text = f"{title}, {failed} failed" if failed else title
             if accuracies is not None:
                 accuracies.add(record)
-                text = f"{title}: {accuracies}"
-            advance(f"{text} · {failed} failed" if failed else text, count=record.get("id") not in held)
+                text = f"{text}: {accuracies}"
+            advance(text, count=record.get("id") not in held)
 
         yield show
 
