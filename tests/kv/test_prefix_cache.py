@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import families
+from tests.pruning.references import Loudest
+from tests.pruning.trunks import grown
 from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.base.prompt import Prompt
@@ -15,6 +17,7 @@ from twigvlm.base.token_inputs import slice_tokens
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.kv.cache import KVCache
 from twigvlm.kv.prefix_cache import PrefixCache
+from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.view import Tokens, TrunkOutput
 
 OF_FAMILIES = ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "gemma3"]
@@ -166,7 +169,7 @@ def test_a_fork_of_the_same_prompt_runs_nothing(name):
 @torch.no_grad()
 def test_known_scores_are_those_of_this_prompt():
     """Another budget does not ask a scorer again; another prompt does."""
-    model, asked, prefix = TwigVLM.grow(tiny_llava(), TwigConfig(2, 2)), [], PrefixCache()
+    model, asked, prefix = grown(), [], PrefixCache()
 
     def scorer(trunk):
         asked.append(trunk.tokens.lengths)
@@ -178,3 +181,15 @@ def test_known_scores_are_those_of_this_prompt():
         got = model.generate(**inputs, **options, memory=prefix, return_dict_in_generate=True)
         assert got.kept_indices[0].tolist() == list(range(19 - keep, 19))
     assert asked == [(25,), (26,)]
+
+
+def test_cuts_before_the_trunks_end_take_nothing_over_and_leave_nothing():
+    """Their trunk has not seen the whole prompt; the next question, pruned after it, goes on from the last one that has."""
+    model, prefix = grown(), PrefixCache()
+    early, late = Loudest((Cut(1, 5),)), Loudest((Cut(2, 5),))
+    first = prompt()
+    second, third = (_followed_by(first, text) for text in ([5, 6], [5, 6, 7]))
+    for inputs, pruner in ((first, early), (first, late), (second, early), (third, late)):
+        expected = model.generate(**inputs, pruner=pruner, max_new_tokens=6)
+        got = model.generate(**inputs, pruner=pruner, max_new_tokens=6, memory=prefix)
+        assert torch.equal(got, expected)

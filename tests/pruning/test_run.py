@@ -13,6 +13,7 @@ from tests.families import LAYERS, TRUNK, TWIG
 from tests.pruning.references import Alone, Loudest, Noting, answer_by_dropping, logits_by_hiding, loudest
 from tests.pruning.trunks import embedded
 from tests.tiny import VISUAL, prompt, tiny_llava
+from tests.twigs import step_costs
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.kv.cache import KVCache
 from twigvlm.pruning.cut import Cut
@@ -22,8 +23,15 @@ WAYS = {
     "none": {},
     "chain": {"speculate": "chain", "draft_threshold": 0.0, "draft_length": 4},
     "tree": {"speculate": "tree", "tree_depth": 3, "tree_width": 4, "tree_expand": 3, "tree_nodes": 12},
+    "auto": {"speculate": "auto"},
 }
 PROMPTS = [prompt(1, before=2, after=4), prompt(2, before=5, after=9), prompt(3)]
+
+
+@pytest.fixture(autouse=True)
+def _drafts_pay(monkeypatch):
+    """Or else `auto` would measure this machine."""
+    monkeypatch.setattr(TwigVLM, "costs", lambda self: step_costs(draft=0.1))
 
 
 @cache
@@ -178,5 +186,28 @@ def test_every_family_only_loses_what_was_not_chosen(name, layers):
     everything = logits_by_hiding(reference, inputs, (), (), tokens[:-1])
     assert (hidden - everything).abs().max() > 0.02  # hiding them matters in this model
     options = {"max_new_tokens": 6, "logits_processor": [Scores()]}
-    for way in ("chain", "tree"):
+    for way in ("chain", "tree", "auto"):
         assert torch.equal(model.generate(**inputs, pruner=Loudest(cuts), **options, **WAYS[way]), got)
+
+
+def _without_first(inputs, count):
+    """A prompt without its first tokens, which are text."""
+    per_token = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    return {name: value[:, count:] if name in per_token else value for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 3), (2, 3, 5)])
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_vl", "qwen3_vl", "gemma3"])
+def test_rows_of_a_batch_are_cut_as_if_alone(name, layers):
+    model, inputs = _of_family(name)
+    rows = [inputs, _without_first(families.prompt(model.model, name, "images", seed=1), 2)]
+    cuts = tuple(Cut(layer, keep) for layer, keep in zip(layers, (11, 6, 2), strict=True))
+    options = {"pruner": Loudest(cuts), "max_new_tokens": 6, "return_dict_in_generate": True}
+    batch = batched(rows)
+    alone = [model.generate(**row, **options) for row in rows]
+    for way in WAYS.values():
+        together = model.generate(**batch, **options, **way)
+        for number, row in enumerate(rows):
+            count, padding = row["input_ids"].shape[1], batch["input_ids"].shape[1] - row["input_ids"].shape[1]
+            assert together.sequences[number, count + padding :].tolist() == alone[number].sequences[0, count:].tolist()
+            assert together.kept_indices[number].tolist() == (alone[number].kept_indices[0] + padding).tolist()
