@@ -1,10 +1,8 @@
 """What all tests share: shapes in signatures are checked in tests, and only there."""
 
 import os
-import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="twigvlm-tests-")  # tests leave no calibration behind, and find none
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # of the processes that tests start too: one core each is the fastest for tiny models
 )
@@ -35,6 +33,12 @@ install_import_hook([f"twigvlm.{name}" for name in checked], f"{tests.typecheck.
 slow = [HealthCheck.too_slow]
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=30, suppress_health_check=slow)
 settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _a_cache_of_their_own(tmp_path_factory):
+    """Tests leave no calibration on this machine, and find none."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

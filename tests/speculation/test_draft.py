@@ -115,7 +115,9 @@ def check_drafts(model, static, ways, expected):
     answers = [
         model.generate(**inputs, **pruning, max_new_tokens=new)[0, -new:].tolist() for inputs, pruning, new in ROWS
     ]
-    ends = sorted(set(range(0, 100, 5)) - set(sum(answers, [])))  # they end drafts, but no answer
+    ends = sorted(
+        set(range(0, 100, 5)) - {token for answer in answers for token in answer}
+    )  # they end drafts, but no answer
     runner = Watched(make_runner(model, static, **ways))
     engine = engine_on(model, runner)
     rows = {}
