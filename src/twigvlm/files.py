@@ -51,6 +51,8 @@ def writing(name: str, remedy: str = _REMEDY) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # nobody reads what is printed any more
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         if isinstance(error, RuntimeError):

@@ -5,6 +5,7 @@ from PIL import Image
 
 from twigvlm.cli import answer
 from twigvlm.cli.main import main
+from twigvlm.errors import TwigVLMError
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_picture_that_fails_leaves_nothing(tmp_path, monkeypatch):
     target = tmp_path / "kept.png"
     target.write_text("before")
     monkeypatch.setattr(Image.Image, "save", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(TwigVLMError, match=r"kept.png: cannot be written \(disk full\); free space there"):
         write_picture(Image.new("L", (2, 2)), target)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.png"]
     assert target.read_text() == "before"
