@@ -1,4 +1,4 @@
-"""Errors that a user can mend: each message is one line that names the value and the remedy."""
+"""Input errors: each message is one line that names the value and the remedy."""
 
 
 class TwigVLMError(ValueError):

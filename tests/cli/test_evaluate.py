@@ -182,6 +182,16 @@ def test_bad_options_are_refused(refused, arguments, tmp_path):
     refused(*arguments("accuracy", questions=tmp_path / "no.json"), words=("no such file",))
     refused(*arguments("speed", repeats=0), words=("repeats=0",))
     refused(*arguments("batches", sizes=3), words=("sizes: 3", "2, the number of prompts"))
+    refused(*arguments("speed", baselines="flash", output=tmp_path / "new"), words=("attention 'flash'",))
+    for command, option in (
+        ("batches", "sizes"),
+        ("drafts", "thresholds"),
+        ("drafts", "lengths"),
+        ("speed", "baselines"),
+    ):
+        words = arguments(command, **{option: 0})
+        words.remove("0")
+        refused(*words, words=(f"{option}: none given",))
     refused(*arguments("drafts", lengths=0), words=("draft_length=0",))
     questions = tmp_path / "questions.json"
     questions.write_text(questions.read_text().replace("validation", "test"))

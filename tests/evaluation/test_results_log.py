@@ -52,6 +52,17 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
         ResultsLog(tmp_path / "results.jsonl", SETTINGS)
 
 
+@pytest.mark.parametrize("torn", ["", '{"id": "a", "sco'])
+def test_settings_without_results_give_way(tmp_path, torn):
+    """An option that was refused only after the file was made can be corrected."""
+    path = tmp_path / "results.jsonl"
+    ResultsLog(path, {**SETTINGS, "seed": "a very long seed"})
+    with path.open("a") as file:
+        file.write(torn)
+    ResultsLog(path, SETTINGS).append({"id": "a"})
+    assert ResultsLog(path, SETTINGS).records == {"a": {"id": "a"}}
+
+
 def test_results_of_other_settings_are_kept(tmp_path):
     path = tmp_path / "results.jsonl"
     ResultsLog(path, SETTINGS).append({"id": "a"})

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from twigvlm.model import TwigVLM
 
 PICTURE, PAGE = "patches.png", "answer.html"
-OWN = "twig"
+TWIG_RANKING = "twig"
 """The ranking that the twig prunes by, as `Variant.method` names it."""
 
 _DEPTH = 0.6  # of the base: where the deep layer lies unless one is chosen
@@ -81,7 +81,10 @@ class Inspect(QuestionOptions):
         picture = draw_patches(
             image,
             {title: scores[method].view(grid) for method, title in titles.items()},
-            {f"kept at R̄ = {budget:g} (R = {keep})": _best(scores[OWN], keep) for budget, keep in keeps.items()},
+            {
+                f"kept at R̄ = {budget:g} (R = {keep})": _best(scores[TWIG_RANKING], keep)
+                for budget, keep in keeps.items()
+            },
             seen_box(session.processor, image),
         )
         tokenizer = session.processor.tokenizer
@@ -99,7 +102,11 @@ def rankings(model: TwigVLM, deep_layer: int | None) -> dict[str, str]:
     trunk, layers = model.twig.config.trunk_layers, model.base.num_layers
     deep = round(_DEPTH * layers) if deep_layer is None else deep_layer
     attention = "attention of the last twig layer"
-    found = {OWN: attention} if model.twig.pruning_head is None else {OWN: "P-Head", "attention": attention}
+    found = (
+        {TWIG_RANKING: attention}
+        if model.twig.pruning_head is None
+        else {TWIG_RANKING: "P-Head", "attention": attention}
+    )
     if trunk:
         found["fastv"] = f"attention of base layer {trunk} (K)"
     return {**found, f"deep:{deep}": f"attention of base layer {deep} of {layers}"}

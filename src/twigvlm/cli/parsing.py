@@ -137,7 +137,8 @@ def _one_line(box: str) -> str:
     if near := indented("Perhaps you meant"):
         text += f"; perhaps you meant {near[0].split()[0].rstrip(',')}"
     if option := indented("Argument helptext"):
-        text = f"{option[0]}: {text.partition(': ')[2]}"
+        values = re.search(r"'.*'", text)
+        text = f"{option[0]}: {f'{values[0]} does not fit' if values else text.partition(': ')[2]}"
     if text.startswith("Expected one of"):
         text = f"no subcommand given; {text.lower()}"
     return text[0].lower() + text[1:] if text else "the options do not fit"

@@ -84,7 +84,7 @@ def load_questions(path: Path) -> Questions:
     except FileNotFoundError:
         raise TwigVLMError(f"{name}: no such file; give a JSON file of questions") from None
     except (OSError, ValueError) as error:
-        raise TwigVLMError(f"{name}: not readable as JSON ({error}); mend or export it again") from None
+        raise TwigVLMError(f"{name}: not readable as JSON ({error}); fix it or export it again") from None
     rows = record.get("questions") if isinstance(record, dict) else None
     if not isinstance(rows, list) or not rows:
         raise TwigVLMError(f"{name}: has no list under 'questions'; export it again")

@@ -37,7 +37,7 @@ class ResultsLog:
         settings: what the results depend on, JSON-able.
 
     Raises:
-        TwigVLMError: the file holds results of other settings, or something else.
+        TwigVLMError: the file holds results of other settings, or something else. Settings without results are replaced.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -50,7 +50,9 @@ class ResultsLog:
             complete = data.rfind(b"\n") + 1
             if complete:
                 self._load(data[:complete])
-                if complete < len(data):  # a run was stopped while it wrote
+                if not self.records:
+                    self._write("wb", head)  # a run that ended before any result may have had other settings
+                elif complete < len(data):  # a run was stopped while it wrote
                     os.truncate(path, complete)
             elif _line(head).startswith(data):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,7 @@ class ResultsLog:
             self.records = {str(record["id"]): record for record in map(json.loads, rows)}
         except (ValueError, KeyError, TypeError):
             raise self._foreign() from None
-        if settings != self.settings:
+        if settings != self.settings and self.records:
             names = sorted(settings.keys() | self.settings.keys())
             other = [name for name in names if settings.get(name) != self.settings.get(name)]
             raise TwigVLMError(

@@ -13,7 +13,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from twigvlm import compat
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.evaluation.accuracy import InputsOf, failure
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record, ResultsLog
@@ -141,7 +141,12 @@ def attention_of(model: Any, implementation: str | None) -> Iterator[None]:
     if implementation in (None, before):
         yield
         return
-    model.set_attn_implementation(implementation)
+    try:
+        model.set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        raise TwigVLMError(
+            f"attention {implementation!r}: not to be had here ({one_line(error)}); choose another"
+        ) from None
     try:
         yield
     finally:

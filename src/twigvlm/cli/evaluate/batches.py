@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from twigvlm.cli.evaluate.options import BaselineOptions
-from twigvlm.cli.evaluate.speed import check_repeats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,7 @@ class EvaluateBatches(BaselineOptions):
         from twigvlm.evaluation.report import batch_sections
         from twigvlm.evaluation.results_log import answered
 
-        check_repeats(self.repeats)
+        self.check("baselines", "sizes")
         bench = open_bench(self)
         questions = bench.questions.items
         ids = [f"{size}-{number}" for size in self.sizes for number in range(len(split(questions, size)))]

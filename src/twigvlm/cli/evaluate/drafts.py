@@ -23,6 +23,7 @@ class EvaluateDrafts(TimingOptions):
         """Measure, and write results.jsonl and report.md."""
         from twigvlm.evaluation.speed import draft_systems
 
+        self.check("lengths", "thresholds")
         for length in self.lengths:
             for threshold in self.thresholds:
                 SpeculationConfig("chain", length, threshold)  # for its errors

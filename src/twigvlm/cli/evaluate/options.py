@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from tyro.conf import arg
 
 from twigvlm.cli.options import ModelOptions
+from twigvlm.errors import TwigVLMError
 
 RAW, REPORT, FIGURE = "results.jsonl", "report.md", "figure.png"
 
@@ -65,6 +66,14 @@ class TimingOptions(BudgetOptions):
     kinds: tuple[str, ...] = ("description",)
     repeats: int = 3
     """Times that everyone answers every prompt, or batch of prompts, in turn."""
+
+    def check(self, *lists: str) -> None:
+        """Refuse to measure nothing; `lists` are options of which at least one value is needed."""
+        if self.repeats < 1:
+            raise TwigVLMError(f"repeats={self.repeats}: must be 1 or more")
+        for name in lists:
+            if not getattr(self, name):
+                raise TwigVLMError(f"{name}: none given; give at least one, or leave the option out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from tyro.conf import arg
 
 from twigvlm.cli.evaluate.options import BaselineOptions, TimingOptions
 from twigvlm.config import SpeculationConfig
-from twigvlm.errors import TwigVLMError
 
 if TYPE_CHECKING:
     from twigvlm.evaluation.speed import System
@@ -37,6 +36,7 @@ class EvaluateSpeed(BaselineOptions):
         """Measure, and write results.jsonl and report.md."""
         from twigvlm.evaluation.speed import standard_systems
 
+        self.check("baselines")
         chain: dict[str, Any] = {"draft_length": self.draft_length, "draft_threshold": self.draft_threshold}
         tree: dict[str, Any] = {
             name: getattr(self, name) for name in ("tree_depth", "tree_width", "tree_expand", "tree_nodes")
@@ -60,7 +60,6 @@ def time_systems(options: TimingOptions, title: str, systems: Sequence[System], 
     from twigvlm.evaluation.results_log import answered
     from twigvlm.evaluation.speed import run_speed
 
-    check_repeats(options.repeats)
     bench = open_bench(options, validation)
     model = bench.grow()
     more = {"repeats": options.repeats, **machine()}
@@ -81,9 +80,3 @@ def time_systems(options: TimingOptions, title: str, systems: Sequence[System], 
             show,
         )
     write_report(options, title, bench, more, speed_sections(answered(records), systems), records)
-
-
-def check_repeats(repeats: int) -> None:
-    """Refuse to measure nothing."""
-    if repeats < 1:
-        raise TwigVLMError(f"repeats={repeats}: must be 1 or more")
