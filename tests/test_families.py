@@ -4,13 +4,15 @@ from functools import cache
 
 import pytest
 import torch
-from twigvlm.engine.prefix_cache import PrefixCache
 
 from tests.batches import batched
 from tests.families import IMAGE, LAYERS, TINY, TRUNK, TWIG, VIDEO, prompt, prompts, tiny
+from tests.pruning.references import logits_by_hiding
 from tests.twigs import step_costs
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.base.families import FAMILIES, LANGUAGE_MODELS
+from twigvlm.kv.prefix_cache import PrefixCache
+from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
 from twigvlm.pruning.methods.random import RandomScores
 from twigvlm.training.data.dataset import IGNORE
@@ -93,41 +95,6 @@ def test_keeping_everything_is_plain_generate(name, kind, attention):
         torch.testing.assert_close(ours, theirs[0], rtol=1e-3, atol=1e-3)
 
 
-@torch.no_grad()
-def hidden_by_definition(model, inputs, kept, final_wipe, tokens):
-    """Logits at the last prompt token and at each of `tokens`: the base's own forward in one pass and without a cache.
-
-    Its own masks, with the columns of pruned tokens closed from the layer on that no longer has them.
-    """
-    ids = torch.cat((inputs["input_ids"], torch.tensor([tokens])), dim=1)
-    extended = {**inputs, "input_ids": ids}
-    for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
-        if name in inputs:
-            new = torch.full((1, len(tokens)), int(name == "attention_mask"))
-            extended[name] = torch.cat((inputs[name], new), dim=1)
-    visual = model.base.visual_mask(inputs["input_ids"])[0].nonzero()[:, 0]
-    pruned = visual[~torch.isin(visual, kept)]
-
-    def closing(columns):
-        def hook(_module, args, kwargs):
-            mask = kwargs["attention_mask"].expand(1, -1, -1, -1).clone()
-            mask[..., columns] = torch.finfo(mask.dtype).min
-            mask[..., columns, columns] = 0  # no row may be empty; nobody looks at these
-            return args, {**kwargs, "attention_mask": mask}
-
-        return hook
-
-    hooks = []
-    for index, layer in enumerate(model.base.layers):
-        columns = visual if index >= final_wipe else pruned if index >= TRUNK else visual[:0]
-        hooks.append(layer.register_forward_pre_hook(closing(columns), with_kwargs=True))
-    try:
-        return model.model(**extended, use_cache=False).logits[0, inputs["input_ids"].shape[1] - 1 :]
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @pytest.mark.parametrize("keep", [1, 5])
 @pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[1] != "text"])
 def test_pruning_hides_tokens_and_nothing_else(name, kind, keep):
@@ -145,11 +112,10 @@ def test_pruning_hides_tokens_and_nothing_else(name, kind, keep):
         return_dict_in_generate=True,
     )
     tokens = answer(output, inputs)
-    expected = hidden_by_definition(grown(name, "eager"), inputs, output.kept_indices[0], 5, tokens[:-1])
+    cuts, left = (Cut(TRUNK, keep), Cut(5, 0)), (output.kept_indices[0], output.kept_indices[0][:0])
+    expected = logits_by_hiding(grown(name, "eager"), inputs, cuts, left, tokens[:-1])
     torch.testing.assert_close(torch.stack(recorded.rows), expected, rtol=1e-3, atol=1e-3)
-    everything = hidden_by_definition(
-        grown(name, "eager"), inputs, torch.arange(inputs["input_ids"].shape[1]), LAYERS, tokens[:-1]
-    )
+    everything = logits_by_hiding(grown(name, "eager"), inputs, (), (), tokens[:-1])
     assert (expected - everything).abs().max() > 0.02  # hiding them matters in this model
 
 
@@ -249,7 +215,7 @@ def followed(inputs, tokens):
 
 @pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[1] != "text"])
 def test_a_conversation_goes_on_as_one_prompt(name, kind):
-    """TrunkOutput and twig keep what they know, with M-RoPE, windows, features for later layers and images seen both ways."""
+    """Trunk and twig keep what they know, with M-RoPE, windows, features for later layers and images seen both ways."""
     model, inputs = grown(name), inputs_of(name, kind)
     options = {"keep": 4, "final_wipe": 5, "max_new_tokens": 6, **CHAIN}
     memory, alone, going_on = PrefixCache(), ScoresById(), ScoresById()
@@ -313,10 +279,10 @@ def test_the_twig_in_two_parts_is_the_twig(name):
     """As stage 1 runs it; features that enter the base's first layers enter no twig layer again."""
     base, twig = grown(name).base, grown(name).twig
     captured = base.prompt(**inputs_of(name, "images"))
-    rope, masks = base.token_inputs(captured), base.masks(captured)
-    hidden = base.run_layers(captured.hidden, 0, TRUNK, rope, masks)
-    parts = twig.last(twig.last_input(hidden, rope, masks), rope, masks)
-    torch.testing.assert_close(parts, twig(hidden, rope, masks))
+    tokens, masks = base.token_inputs(captured), base.masks()
+    hidden = base.run_layers(captured.hidden, 0, TRUNK, tokens, masks)
+    parts = twig.last(twig.last_input(hidden, tokens, masks), tokens, masks)
+    torch.testing.assert_close(parts, twig(hidden, tokens, masks))
 
 
 @pytest.mark.parametrize("name", TINY)
