@@ -6,13 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.decoding.test_exactness import grown
-from tests.decoding.test_tree import branches, planted
-from twigvlm.speculation.tree import walk
 
 from tests.batches import batched
 from tests.tiny import prompt
-from twigvlm.engine.sampling import Noise, Sampling, draft_scores
+from tests.twigs import grown
 
 WAYS = {
     "none": {},
@@ -167,18 +164,6 @@ def test_three_tokens_have_the_bases_distribution(way, pytestconfig):
     assert p > 1e-3
 
 
-@given(branches, st.integers(0, 2**16))
-def test_a_choice_does_not_depend_on_the_draft(branches, seed):
-    """Whatever was drafted, the token after the root is the one that its noise picks from its scores alone."""
-    tree = planted(branches)
-    logits = torch.randn(len(tree), 5, generator=torch.Generator().manual_seed(seed))
-    noise = Noise(1.0, 5, torch.device("cpu"), torch.Generator().manual_seed(seed))
-    path, choices = walk(tree, Sampling(noise=noise).choices(logits, None, place=2))
-    for depth, (node, choice) in enumerate(zip(path, choices, strict=True)):
-        drawn = noise.at(2 + depth)
-        assert choice == int((logits[node].softmax(-1) / drawn).argmax())
-
-
 def test_the_rule_draws_from_the_target_exactly():
     """In float64 and without sampling: over a fine grid of exponential noise, each of three tokens is chosen in the share
     that its probability says."""
@@ -188,26 +173,3 @@ def test_the_rule_draws_from_the_target_exactly():
     noise = torch.tensor(list(itertools.product(grid.tolist(), repeat=3)), dtype=torch.float64)
     share = torch.bincount((target / noise).argmax(dim=-1), minlength=3) / len(noise)
     torch.testing.assert_close(share.double(), target, atol=0.01, rtol=0)
-
-
-def test_drafts_rank_by_the_same_noise():
-    noise = Noise(0.7, 6, torch.device("cpu"), torch.Generator().manual_seed(0))
-    logits, ids = torch.randn(2, 4), torch.tensor([5, 0, 3, 2])
-    scores = draft_scores(logits, [3, 4], noise, ids)
-    for row, place in enumerate([3, 4]):
-        expected = (logits[row] / 0.7).softmax(-1) / noise.at(place)[ids]
-        assert scores[row].argsort().tolist() == expected.argsort().tolist()
-    torch.testing.assert_close(scores.exp().sum(-1), torch.ones(2))
-    assert torch.equal(draft_scores(logits, [3, 4], None, ids), logits.log_softmax(-1))
-
-
-def test_noise_is_drawn_in_order_and_kept_until_it_is_of_no_use():
-    one, other = (Noise(1.0, 4, torch.device("cpu"), torch.Generator().manual_seed(2)) for _ in range(2))
-    ahead = one.at(3)
-    drawn = [other.at(place) for place in range(4)]
-    assert torch.equal(ahead, drawn[3])
-    assert torch.equal(one.at(1), drawn[1])
-    one.forget(2)
-    assert torch.equal(one.at(2), drawn[2])
-    with pytest.raises(KeyError):
-        one.at(1)

@@ -270,15 +270,6 @@ def test_without_an_attention_mask(model):
     assert torch.equal(model.generate(**inputs, max_new_tokens=5), expected)
 
 
-@pytest.mark.parametrize("new", [1, 2, 3])
-def test_never_more_than_asked_for(model, new):
-    output = model.generate(
-        **prompt(), max_new_tokens=new, speculate="chain", draft_threshold=0.0, return_dict_in_generate=True
-    )
-    assert output.sequences.shape[1] == 25 + new
-    assert sum(output.drafted_lengths[0]) <= max(new - 2, 0)
-
-
 def test_timings_add_up(model):
     began = time.perf_counter()
     output = model.generate(**prompt(), max_new_tokens=NEW, keep=4, speculate="chain", return_dict_in_generate=True)
