@@ -125,10 +125,10 @@ def test_speculation_changes_nothing(name, kind, monkeypatch):
     monkeypatch.setattr(TwigVLM, "costs", lambda self: step_costs(draft=0.1))
     pruning = {"keep": max(1, visual_tokens(name, kind) // 3), "final_wipe": 5, "max_new_tokens": 12}
     plain = model.generate(**inputs, **pruning)
-    for way, first in ((CHAIN, 4), (TREE, 12), ({"speculate": "auto"}, 1)):
+    for way, longest in ((CHAIN, 4), (TREE, 12), ({"speculate": "auto"}, 1)):
         output = model.generate(**inputs, **pruning, **way, return_dict_in_generate=True)
         assert output.sequences.tolist() == plain.tolist()
-        assert output.drafted_lengths[0][0] >= first
+        assert max(output.drafted_lengths[0]) >= longest
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -176,10 +176,12 @@ def test_a_budget_is_split_among_images(name):
 
 
 class ScoresById(dict):
-    """A logits processor that keeps the scores by the ids that they follow."""
+    """A logits processor that keeps the scores by the ids, without padding, that they follow."""
 
     def __call__(self, ids, scores):
-        self[tuple(ids[0].tolist())] = scores[0].clone()
+        for row, of_row in zip(ids, scores, strict=True):
+            first = int(row.nonzero()[0])  # the padding token is 0
+            self[tuple(row[first:].tolist())] = of_row.clone()
         return scores
 
 
