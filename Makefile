@@ -9,7 +9,8 @@ DEMO_FLAGS ?=
 
 # Pure functions and small parts; of the tests that go through all families, those of one.
 FAST_TESTS := tests/base tests/pruning tests/twig \
-	tests/decoding/test_costs.py tests/decoding/test_policy.py tests/decoding/test_sampling.py tests/decoding/test_tree.py \
+	tests/speculation/test_costs.py tests/speculation/test_nodes.py tests/speculation/test_policies.py \
+	tests/speculation/test_walk.py tests/engine/test_sampling.py \
 	tests/evaluation/test_journal.py tests/evaluation/test_metrics.py tests/evaluation/test_provenance.py \
 	tests/evaluation/test_report.py tests/evaluation/test_tasks.py \
 	tests/training/test_losses.py tests/training/test_plackett_luce.py tests/training/test_samples.py \
@@ -22,7 +23,7 @@ VERSIONS_DIR ?= .versions
 PYTHONS ?= $(shell sed -nE 's/.*Python :: (3\.[0-9]+)".*/\1/p' pyproject.toml)
 LOWEST := $(shell sed -nE 's/^ *"(torch|transformers)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml)
 # All families, the options of generate(), checkpoints and both stages of the training.
-VERSIONS_TESTS := tests/base tests/twig tests/decoding/test_generate_options.py tests/training/test_distill.py \
+VERSIONS_TESTS := tests/base tests/twig tests/hf/test_generate_options.py tests/training/test_distill.py \
 	tests/training/test_reinforce.py tests/test_checkpoint.py tests/test_families.py
 
 .PHONY: demo test test-fast test-versions lint format clean

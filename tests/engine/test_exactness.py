@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import VISUAL, VOCABULARY, prompt, tiny_llava
-from tests.twigs import LAYERS, grown
+from tests.twigs import LAYERS, grown, step_costs
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.base.token_inputs import select_tokens
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
@@ -78,6 +78,23 @@ def test_speculation_changes_nothing(case, end_places):
     assert 1 + sum(accepts) <= new_tokens <= 1 + sum(accepts) + own
 
 
+@pytest.mark.parametrize("pruning", [{}, {"keep": 5, "final_wipe": 4}])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_auto_never_changes_the_answer(pruning, attention, monkeypatch):
+    drafts = set()
+    for seed, drafting in enumerate((0.01, 0.3, 5.0)):
+        model, inputs = grown(seed=seed, attention=attention), prompt(seed)
+        made = step_costs(drafting, per_node=0.02, fill=0.01)
+        monkeypatch.setattr(TwigVLM, "costs", lambda self, made=made: made)
+        plain = model.generate(**inputs, **pruning, max_new_tokens=24)
+        output = model.generate(**inputs, **pruning, max_new_tokens=24, speculate="auto", return_dict_in_generate=True)
+        assert output.sequences.tolist() == plain.tolist()
+        assert output.costs is made
+        drafts |= set(output.drafted_lengths[0])
+    assert 0 in drafts
+    assert max(drafts) > 1
+
+
 @settings(max_examples=20)
 @given(st.integers(0, 1000))
 def test_an_agreeing_twig_has_long_drafts_accepted(seed):
@@ -102,18 +119,20 @@ def perfect():
 
 
 @pytest.mark.parametrize(
-    ("speculation", "drafted"),
+    ("speculation", "drafted", "steps"),
     [
-        ({"speculate": "chain", "draft_length": 4, "draft_threshold": 0.0}, 4),
-        ({"speculate": "tree"}, 60),
-        ({"speculate": "tree", "tree_width": 1}, 4),
+        # Chains are drafted from the prompt's last token on, trees from the answer's first.
+        ({"speculate": "chain", "draft_length": 4, "draft_threshold": 0.0}, 4, [4, 4, 4, 4]),
+        ({"speculate": "tree"}, 60, [0, 4, 4, 4, 4]),
+        ({"speculate": "tree", "tree_width": 1}, 4, [0, 4, 4, 4, 4]),
     ],
 )
-def test_with_a_perfect_twig_every_step_adds_a_whole_draft(perfect, speculation, drafted):
-    output = perfect.generate(**prompt(), max_new_tokens=21, **speculation, return_dict_in_generate=True)
-    assert output.sequences.tolist() == perfect.model.generate(**prompt(), max_new_tokens=21).tolist()
-    assert output.accepted_lengths == [[4, 4, 4, 4]]
-    assert output.drafted_lengths == [[drafted] * 4]
+def test_with_a_perfect_twig_every_step_adds_a_whole_draft(perfect, speculation, drafted, steps):
+    new = sum(steps) + len(steps)
+    output = perfect.generate(**prompt(), max_new_tokens=new, **speculation, return_dict_in_generate=True)
+    assert output.sequences.tolist() == perfect.model.generate(**prompt(), max_new_tokens=new).tolist()
+    assert output.accepted_lengths == [steps]
+    assert output.drafted_lengths == [[drafted if accepted else 0 for accepted in steps]]
 
 
 @pytest.mark.parametrize("place", range(6))
@@ -129,15 +148,13 @@ def test_an_answer_ends_inside_an_accepted_path(perfect, place):
     assert len(output.accepted_lengths[0]) <= 2  # of five tokens each, after the first one
 
 
-@pytest.mark.parametrize("speculation", [{"speculate": "chain", "draft_threshold": 0.0}, {"speculate": "tree"}])
 @pytest.mark.parametrize("new", [1, 2, 3, 4])
-def test_no_more_is_drafted_than_was_asked_for(perfect, new, speculation):
-    output = perfect.generate(**prompt(), max_new_tokens=new, **speculation, return_dict_in_generate=True)
-    assert output.sequences.shape[1] == prompt()["input_ids"].shape[1] + new
-    # The first token and the last one of each step come from the base.
-    assert (sum(output.drafted_lengths[0]) == 0) == (new < 3)
-    if speculation["speculate"] == "chain":
-        assert sum(output.drafted_lengths[0]) <= max(new - 2, 0)
+def test_no_more_is_drafted_than_was_asked_for(perfect, new):
+    for speculation in ({"speculate": "chain", "draft_threshold": 0.0}, {"speculate": "tree", "tree_width": 1}):
+        output = perfect.generate(**prompt(), max_new_tokens=new, **speculation, return_dict_in_generate=True)
+        assert output.sequences.shape[1] == prompt()["input_ids"].shape[1] + new
+        steps = len(output.drafted_lengths[0])  # the last token of each comes from the base
+        assert sum(output.drafted_lengths[0]) == new - steps
 
 
 def test_a_draft_ends_after_an_unlikely_token():

@@ -47,10 +47,6 @@ def test_a_slow_timing_does_not_make_larger_passes_look_expensive(model, monkeyp
     assert costs.trunk[:6] == pytest.approx((0, 1, 4, 4, 4, 5))
 
 
-def test_costs_are_measured_once(model):
-    assert model.costs() is model.costs()
-
-
 def test_a_pass_of_several_rows_costs_what_its_nodes_cost():
     costs = StepCosts((0.0, 1.0, 2.0), (0.0, 2.0, 4.0), (0.0, 3.0, 5.0), 0.5)
     assert costs.of_rows(1) == costs

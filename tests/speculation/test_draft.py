@@ -17,13 +17,18 @@ static = pytest.mark.parametrize("static", [False, True], ids=["exact", "static"
 
 
 class Watched:
-    """A runner that tells of its drafts: for each step, of each row the answer so far and the tree that is verified."""
+    """A runner that tells of its drafts: for each step, of each row the answer so far and the tree that is verified.
+
+    Of drafts within the prefill, only how many tokens they have.
+    """
 
     def __init__(self, runner):
-        self.runner, self.batch, self.steps = runner, runner.batch, []
+        self.runner, self.batch, self.steps, self.first = runner, runner.batch, [], {}
 
     def prefill(self, rows):
-        return self.runner.prefill(rows)
+        step = self.runner.prefill(rows)
+        self.first.update(zip([row.id for row in rows], step.drafted, strict=True))
+        return step
 
     def draft(self):
         draft = self.runner.draft()
@@ -114,7 +119,8 @@ def check_drafts(model, static, ways, expected):
     """Decode all rows together; every draft is the expected one of (definition, answer so far, room, tokens that end it)."""
     ends = set(range(0, 100, 5))
     for inputs, pruning, new in ROWS:
-        ends -= set(model.generate(**inputs, **pruning, max_new_tokens=new)[0, -new:].tolist())  # they end drafts alone
+        # They end drafts, but neither prompts nor answers.
+        ends -= set(model.generate(**inputs, **pruning, max_new_tokens=new)[0, -new - 1 :].tolist())
     runner = Watched(make_runner(model, static, **ways))
     engine = engine_on(model, runner)
     rows = {}
@@ -133,6 +139,10 @@ def check_drafts(model, static, ways, expected):
             got = [tree.path_tokens(node) for node in tree.drafted]
             assert len(set(got)) == len(got)
             assert set(got) == expected(definition, answer, new - len(answer) - 1, ends)
+    for (request, drafted), (definition, new) in zip(runner.first.items(), rows.values(), strict=True):
+        # Chains begin with the prompt's last token.
+        first = expected(definition, [], new - 1, ends) if runner.runner.policy.linear else {()}
+        assert drafted == len(first) - 1, request
 
 
 @static
