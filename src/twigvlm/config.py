@@ -89,7 +89,7 @@ class SpeculationConfig:
     speculate: Speculate = "none"
     """How the twig drafts. none: one token per step. chain: draft a few tokens and verify them in one pass (Algorithm 1).
     tree: draft a tree of alternatives (Algorithm 2). auto: draft trees of the size that is fastest on this machine, which is
-    measured first for a few seconds, and nothing where drafting does not pay."""
+    measured once for a few seconds, and nothing where drafting does not pay."""
     draft_length: int = 5
     """δ: longest chain, in tokens."""
     draft_threshold: float = 0.6

@@ -7,16 +7,22 @@ from twigvlm.config import Speculate
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Which base and twig to load, and how."""
+class BaseOptions:
+    """Which base to load, and how."""
 
     model: str = "sapling"
     """The base: `sapling` (embedded), a Hugging Face id or a directory."""
-    twig: str | None = None
-    """Twig that was grown on the base: a directory or a hub id. None: on Sapling its own, otherwise no twig."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights. auto: as the base's files say; Sapling's is bfloat16, or float32 on a CPU that has no
     bfloat16 arithmetic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(BaseOptions):
+    """A base and its twig, and where to run them."""
+
+    twig: str | None = None
+    """Twig that was grown on the base: a directory or a hub id. None: on Sapling its own, otherwise no twig."""
     device: str = "auto"
     """Where to run: auto (a GPU if there is one), cpu, cuda, cuda:1, mps, …"""
 

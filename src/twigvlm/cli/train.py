@@ -8,14 +8,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from twigvlm.cli.options import BaseOptions
 from twigvlm.config import TwigConfig
 from twigvlm.training.options import Stage1Config, Stage2Config
 
 FRESH = TwigConfig(pruning_head=True)
 
 
-@dataclass(frozen=True)
-class TrainOptions:
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(BaseOptions):
     """What both stages need."""
 
     data: Path
@@ -25,10 +26,7 @@ class TrainOptions:
     """Directory for the finished twig; checkpoints go to `checkpoints` in it."""
     images: Path | None = None
     """Folder that image paths start from. None: the folder of the file that names them."""
-    model: str = "sapling"
-    """The base: `sapling` (embedded), a Hugging Face id or a directory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the base. auto: as the base's files say; Sapling's is bfloat16, on a CPU without it float32."""
     device: str = "auto"
     """Where to train: auto (a GPU if there is one, its own for each process), cpu or cuda; CUDA_VISIBLE_DEVICES chooses GPUs."""
     max_length: int | None = None
@@ -101,9 +99,9 @@ class TrainOptions:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stage1(TrainOptions):
-    """Grow a twig and distil the base into it: next tokens, the base's predictions, its attention into the P-Head."""
+    """Grow a twig and distil the base's predictions and attention into it."""
 
     start: str | None = None
     """Twig to go on with, a directory or a hub id; it keeps its shape. None: a fresh one."""
@@ -147,11 +145,11 @@ class Stage1(TrainOptions):
         train_stage1(model, data, self.stage1, directory, self.resume, [progress])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stage2(TrainOptions):
     """Train the P-Head of a twig from stage 1 by reinforcement; nothing else of the twig changes."""
 
-    start: str = field(kw_only=True)
+    start: str
     """Twig from stage 1, a directory or a hub id; it stays as it is."""
     stage2: Stage2Config = field(default_factory=Stage2Config)
     """Settings of the training."""
