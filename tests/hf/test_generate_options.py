@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -268,6 +269,36 @@ def test_without_an_attention_mask(model):
     expected = model.generate(**inputs, max_new_tokens=5)
     del inputs["attention_mask"]
     assert torch.equal(model.generate(**inputs, max_new_tokens=5), expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that is made within this context."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for made in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(made, torch.Tensor):
+                self.size = max(self.size, made.numel())
+        return result
+
+
+@pytest.mark.parametrize("speculation", [{}, {"speculate": "chain", "draft_threshold": 0.0}, {"speculate": "tree"}])
+def test_a_large_max_new_tokens_takes_no_memory_in_advance(model, speculation):
+    inputs = batched([prompt(1), prompt(2, 5, 3)])
+    width = inputs["input_ids"].shape[1]
+    ends = model.generate(**inputs, max_new_tokens=6)[:, width + 2 :].flatten().tolist()
+    answers, sizes = [], []
+    for most in (1000, 2**31 - 1):
+        with LargestTensor() as largest:
+            answers.append(model.generate(**inputs, **speculation, max_new_tokens=most, eos_token_id=ends).tolist())
+        sizes.append(largest.size)
+    assert answers[0] == answers[1]
+    assert len(answers[0][0]) <= width + 6
+    assert sizes[0] == sizes[1]
 
 
 def test_timings_add_up(model):
