@@ -29,11 +29,13 @@ from twigvlm.pruning.cut import Pruner, schedule
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.view import Scorer
-from twigvlm.speculation.costs import StepCosts, cached_costs
+from twigvlm.speculation.costs import StepCosts, cached_costs, costs_file
 from twigvlm.timing import Timings, clock_of
 from twigvlm.twig.block import Twig
 
 _RESERVE = 512  # new tokens that a cache has room for at first
+_calibrating = Lock()
+"""One for all models: calibrations at the same time would disturb each other."""
 _disabled: ContextVar[tuple["TwigVLM", ...]] = ContextVar("twigvlm_disabled", default=())
 """Models whose twig is disabled in this thread or task."""
 
@@ -51,8 +53,7 @@ class TwigVLM(nn.Module):
         self.base = base
         self.twig = twig
         self.model.requires_grad_(False)
-        self._costs: dict[tuple[object, ...], StepCosts] = {}
-        self._calibrating = Lock()
+        self._costs: dict[Path, StepCosts] = {}
         self.train(False)
 
     @classmethod
@@ -393,20 +394,18 @@ class TwigVLM(nn.Module):
         The result is kept in a file of this machine and model, so that no later process measures again. Call it on an idle
         machine, for example once after installation: without it, the first use of `auto` measures.
         """
-        with self._calibrating:
-            self._costs[self._costs_key()] = cached_costs(self.base, self.twig, refresh=True)
-        return self._costs[self._costs_key()]
+        with _calibrating:
+            file = costs_file(self.base, self.twig)
+            costs = self._costs[file] = cached_costs(self.base, self.twig, file, refresh=True)
+        return costs
 
     def costs(self) -> StepCosts:
         """What the passes of a step cost here: as calibrated before, by this process or another one, or else measured now."""
-        with self._calibrating:  # concurrent first calls measure once
-            key = self._costs_key()
-            if key not in self._costs:
-                self._costs[key] = cached_costs(self.base, self.twig)
-            return self._costs[key]
-
-    def _costs_key(self) -> tuple[object, ...]:
-        return self.base.dtype, self.model.device, self.base.attention, torch.get_num_threads()
+        with _calibrating:  # concurrent first calls measure once
+            file = costs_file(self.base, self.twig)
+            if file not in self._costs:
+                self._costs[file] = cached_costs(self.base, self.twig, file)
+            return self._costs[file]
 
     def _pruning(
         self, pruning: PruningConfig, scorer: Scorer | None, pruner: Pruner | None

@@ -6,12 +6,18 @@ import json
 import math
 import os
 import platform
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
+from twigvlm import compat
 from twigvlm.base.token_inputs import slice_tokens
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import MOST_NODES
@@ -24,6 +30,8 @@ NODES = (1, 2, 4, 8, 16, 32, MOST_NODES)
 """Sizes of a pass that are timed."""
 PROMPT = 256
 """Tokens of the prompt that they follow."""
+PATIENCE = 15.0
+"""Seconds after which a calibration starts no further round: on a busy machine each takes long."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +66,17 @@ class StepCosts:
 def calibrate(base: BaseVLM, twig: Twig, repeats: int = 6) -> StepCosts:
     """Time passes of several sizes after a prompt of text, and how it enters the twig; the sizes between are interpolated.
 
-    What else the machine does only ever adds to a time. So of each pass the shortest time counts, the sizes take turns, so that
-    a busy moment does not fall upon one of them alone, and a shorter pass never counts as dearer than a longer one. Takes a
-    few seconds.
+    What else the machine does must not count. On a CPU the time is that of this thread on its core, which stands still while
+    other processes have it. The rest only ever adds to a time: of each pass the shortest one counts, the sizes take turns, so
+    that a busy moment does not fall upon one of them alone, and a shorter pass never counts as dearer than a longer one.
+    Takes a few seconds.
 
     Args:
         base: the base.
         twig: its twig.
-        repeats: rounds of timed passes of every size, after one to warm up.
+        repeats: rounds of timed passes of every size, after one to warm up; fewer where they take longer than `PATIENCE`.
     """
-    clock = clock_of(base.device)
+    clock, end = _working_clock(base.device), time.monotonic() + PATIENCE
     trunk, layers = twig.config.trunk_layers, base.num_layers
     prompt = base.text_prompt(PROMPT)
     cache = KVCache(twig.last_slot + 1, (trunk, layers), NODES[-1], base.device)
@@ -96,7 +105,12 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 6) -> StepCosts:
         cache.advance(0, twig.last_slot + 1, row, -nodes)
         return middle - began, late - began, ended - late
 
-    rounds = [(filling(), [seconds(nodes) for nodes in NODES]) for _ in range(repeats + 1)][1:]
+    rounds: list[tuple[float, list[tuple[float, float, float]]]] = []
+    for turn in range(repeats + 1):
+        if turn > 1 and time.monotonic() > end:
+            break
+        timed = filling(), [seconds(nodes) for nodes in NODES]
+        rounds += [timed] if turn else []
     fill = min(filled for filled, _ in rounds) / prompt.hidden.shape[1]
     tables: list[list[tuple[int, float]]] = [[], [], []]
     for index, nodes in reversed(list(enumerate(NODES))):
@@ -107,12 +121,16 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 6) -> StepCosts:
     return StepCosts(trunk_table, draft_table, verify_table, fill)
 
 
-def cached_costs(base: BaseVLM, twig: Twig, refresh: bool = False) -> StepCosts:
-    """The costs from a file of this machine and model; without one, or to `refresh` it, they are measured and written there.
+def _working_clock(device: torch.device) -> Callable[[], float]:
+    """Seconds of work; Windows counts a thread's time in steps that are too large."""
+    return time.thread_time if device.type == "cpu" and os.name != "nt" else clock_of(device)
 
-    The file lies under `$XDG_CACHE_HOME/twigvlm`, by default `~/.cache/twigvlm`. Where it cannot be written, nothing is kept.
+
+def cached_costs(base: BaseVLM, twig: Twig, file: Path, refresh: bool = False) -> StepCosts:
+    """The costs from a file; without one, or to `refresh` it, they are measured and written there.
+
+    Where it cannot be read or written, nothing is kept.
     """
-    file = _costs_file(base, twig)
     if not refresh:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             tables = json.loads(file.read_text())
@@ -126,17 +144,26 @@ def cached_costs(base: BaseVLM, twig: Twig, refresh: bool = False) -> StepCosts:
     return costs
 
 
-def _costs_file(base: BaseVLM, twig: Twig) -> Path:
-    """By all that the costs depend on."""
-    config, device = base.config, base.device
+def costs_file(base: BaseVLM, twig: Twig) -> Path:
+    """Where the costs of this machine and model are kept: under `$XDG_CACHE_HOME/twigvlm`, by default `~/.cache/twigvlm`.
+
+    Its name says all that they depend on: machine, threads, versions, attention, and the layers as they are.
+    """
+    device = base.device
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
-    sizes = [getattr(config, name, None) for name in ("hidden_size", "intermediate_size", "num_key_value_heads")]
-    model = [base.family.model_type, *sizes, base.num_layers, base.vocabulary, str(base.dtype), base.attention]
-    shape = {name: value for name, value in asdict(twig.config).items() if name != "final_wipe"}
-    parts = [processor, str(device), torch.get_num_threads(), torch.__version__, *model, shape, NODES, PROMPT]
+    versions = [version(library) for library in ("twigvlm", "torch", "transformers")]
+    machine = [processor, str(device), torch.get_num_threads(), *versions]
+    parts = [*machine, base.attention, *_layout(base.decoder), *_layout(base.head), *_layout(twig), NODES, PROMPT]
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "twigvlm" / f"costs-{name}.json"
+
+
+def _layout(module: nn.Module) -> list[Any]:
+    """What a module's passes cost follows from: the kinds of its parts, quantised and compiled ones too, and their weights."""
+    kinds = [(name, type(part).__name__, compat.is_compiled(part)) for name, part in module.named_modules()]
+    weights = [(name, list(one.shape), str(one.dtype), str(one.device)) for name, one in module.named_parameters()]
+    return [kinds, weights]
 
 
 def _processor_name() -> str:
