@@ -29,7 +29,7 @@ from twigvlm.pruning.cut import Pruner, schedule
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.view import Scorer
-from twigvlm.speculation.costs import StepCosts, cached_costs, costs_file
+from twigvlm.speculation.costs import StepCosts, cached_costs
 from twigvlm.timing import Timings, clock_of
 from twigvlm.twig.block import Twig
 
@@ -53,7 +53,7 @@ class TwigVLM(nn.Module):
         self.base = base
         self.twig = twig
         self.model.requires_grad_(False)
-        self._costs: dict[Path, StepCosts] = {}
+        self._costs: dict[tuple[object, ...], StepCosts] = {}
         self.train(False)
 
     @classmethod
@@ -395,17 +395,20 @@ class TwigVLM(nn.Module):
         machine, for example once after installation: without it, the first use of `auto` measures.
         """
         with _calibrating:
-            file = costs_file(self.base, self.twig)
-            costs = self._costs[file] = cached_costs(self.base, self.twig, file, refresh=True)
+            costs = self._costs[self._costs_key()] = cached_costs(self.base, self.twig, refresh=True)
         return costs
 
     def costs(self) -> StepCosts:
         """What the passes of a step cost here: as calibrated before, by this process or another one, or else measured now."""
         with _calibrating:  # concurrent first calls measure once
-            file = costs_file(self.base, self.twig)
-            if file not in self._costs:
-                self._costs[file] = cached_costs(self.base, self.twig, file)
-            return self._costs[file]
+            key = self._costs_key()
+            if key not in self._costs:
+                self._costs[key] = cached_costs(self.base, self.twig)
+            return self._costs[key]
+
+    def _costs_key(self) -> tuple[object, ...]:
+        # Less than what a file goes by, which takes milliseconds to find out.
+        return self.base.dtype, self.model.device, self.base.attention, torch.get_num_threads()
 
     def _pruning(
         self, pruning: PruningConfig, scorer: Scorer | None, pruner: Pruner | None

@@ -126,11 +126,12 @@ def _working_clock(device: torch.device) -> Callable[[], float]:
     return time.thread_time if device.type == "cpu" and os.name != "nt" else clock_of(device)
 
 
-def cached_costs(base: BaseVLM, twig: Twig, file: Path, refresh: bool = False) -> StepCosts:
-    """The costs from a file; without one, or to `refresh` it, they are measured and written there.
+def cached_costs(base: BaseVLM, twig: Twig, refresh: bool = False) -> StepCosts:
+    """The costs from a file of this machine and model; without one, or to `refresh` it, they are measured and written there.
 
-    Where it cannot be read or written, nothing is kept.
+    The file lies under `$XDG_CACHE_HOME/twigvlm`, by default `~/.cache/twigvlm`. Where it cannot be written, nothing is kept.
     """
+    file = _costs_file(base, twig)
     if not refresh:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             tables = json.loads(file.read_text())
@@ -144,11 +145,8 @@ def cached_costs(base: BaseVLM, twig: Twig, file: Path, refresh: bool = False) -
     return costs
 
 
-def costs_file(base: BaseVLM, twig: Twig) -> Path:
-    """Where the costs of this machine and model are kept: under `$XDG_CACHE_HOME/twigvlm`, by default `~/.cache/twigvlm`.
-
-    Its name says all that they depend on: machine, threads, versions, attention, and the layers as they are.
-    """
+def _costs_file(base: BaseVLM, twig: Twig) -> Path:
+    """By all that the costs depend on: machine, threads, versions, attention, and the layers as they are."""
     device = base.device
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
     versions = [version(library) for library in ("twigvlm", "torch", "transformers")]
