@@ -31,7 +31,8 @@ def _cut(layer: Layer, tokens: list[int]) -> Layer:
     return layer[0][:, tokens], layer[1][:, tokens], layer[2][tokens]
 
 
-ranges = st.tuples(st.integers(0, LAYERS - 1), st.integers(1, LAYERS)).filter(lambda ends: ends[0] < ends[1])
+some_layers = st.tuples(st.integers(0, LAYERS - 1), st.integers(1, LAYERS)).filter(lambda ends: ends[0] < ends[1])
+ranges = st.one_of(st.just((0, LAYERS)), some_layers)
 
 
 class PlainRows(RuleBasedStateMachine):
@@ -45,7 +46,9 @@ class PlainRows(RuleBasedStateMachine):
         self.random = torch.Generator().manual_seed(0)
 
     def some(self, data):
-        """Neighbouring rows."""
+        """Neighbouring rows, often all of them."""
+        if data.draw(st.booleans()):
+            return slice(0, len(self.rows))
         start = data.draw(st.integers(0, len(self.rows) - 1))
         return slice(start, data.draw(st.integers(start + 1, len(self.rows))))
 
@@ -71,10 +74,18 @@ class PlainRows(RuleBasedStateMachine):
             of_rows.pop()
 
     @precondition(lambda self: self.rows)
-    @rule(data=st.data(), layers=ranges, tokens=st.integers(1, 5))
-    def append(self, data, layers, tokens):
-        rows, (start, stop) = self.some(data), layers
-        view, chosen = self.cache.view(rows), range(rows.start, rows.stop)
+    @rule(data=st.data(), layers=ranges, passes=st.lists(st.integers(1, 4), min_size=1, max_size=2))
+    def append(self, data, layers, passes):
+        """One or two passes, of which some tokens may stay and others not."""
+        rows = self.some(data)
+        view = self.cache.view(rows)
+        for tokens in passes:
+            self.run(data, view, layers, tokens)
+        if data.draw(st.booleans()):
+            self.commit(data, rows, layers, sum(passes))
+
+    def run(self, data, view, layers, tokens):
+        (start, stop), chosen = layers, range(view.rows.start, view.rows.stop)
         positions = torch.randint(99, (len(chosen), tokens), generator=self.random)
         middle = data.draw(st.integers(start, stop))  # a pass may be of several ranges of layers
         for first, last in ((start, middle), (middle, stop)):
@@ -120,13 +131,9 @@ class PlainRows(RuleBasedStateMachine):
             for layer in chosen_layers:
                 self.rows[row][layer] = _cut(self.rows[row][layer], list(range(length)))
 
-    @precondition(lambda self: self.rows)
-    @rule(data=st.data(), layers=ranges)
-    def commit(self, data, layers):
+    def commit(self, data, rows, layers, appended):
         """Of the last tokens some stay: those of a path through a tree, or the first ones."""
-        rows, chosen_layers = self.some(data), range(*layers)
-        chosen = range(rows.start, rows.stop)
-        appended = data.draw(st.integers(0, min(self.held(layer, row) for layer in chosen_layers for row in chosen)))
+        chosen, chosen_layers = range(rows.start, rows.stop), range(*layers)
         places = st.permutations(range(appended)) if data.draw(st.booleans()) else st.just(list(range(appended)))
         paths = [data.draw(places)[: data.draw(st.integers(0, appended))] for _ in chosen]
         in_order = all(path == list(range(len(path))) for path in paths)

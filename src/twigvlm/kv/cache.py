@@ -175,6 +175,8 @@ class KVCache:
         first = self.starts[segment]
         last = self.starts[segment + 1] if segment + 1 < len(self.starts) else self.layers
         positions = self._positions[segment]
+        if positions is not None and positions.shape[1] < self._host[segment, rows].max():
+            positions = None  # noted before a split, for layers that are in another segment now
         layers = (buffer for layer in range(first, last) for buffer in (self.keys[layer], self.values[layer]))
         for buffer in (*layers, None if positions is None else positions[:, None]):
             if buffer is not None:
