@@ -187,6 +187,74 @@ def test_a_quantised_base(tmp_path, name, family):
         TwigVLM.from_pretrained(families.tiny(family, seed=1), tmp_path / "quantised")
 
 
+@pytest.mark.skipif(torch.backends.quantized.engine == "none", reason="this build of torch has no quantised layers")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"], ids=["without bias", "with bias"])
+def test_a_dynamically_quantised_base(tmp_path, family):
+    """torch's own layers, whose weights and biases are methods."""
+    whole = TwigVLM.grow(families.tiny(family), CONFIG)
+    whole.save_pretrained(tmp_path)
+    inputs = families.prompt(whole.model, family, "images")
+    base = torch.ao.quantization.quantize_dynamic(families.tiny(family), {nn.Linear}, dtype=torch.qint8)
+    grown = TwigVLM.grow(base, CONFIG)
+    source, copied = base.model.language_model.layers[2], grown.twig.layers[0]
+    for part in ("self_attn.q_proj", "mlp.down_proj"):
+        linear, quantised = copied.get_submodule(part), source.get_submodule(part)
+        torch.testing.assert_close(linear.weight, quantised.weight().dequantize(), rtol=0.01, atol=0.01)
+        assert (linear.bias is None) == (quantised.bias() is None)
+    for model in (grown, TwigVLM.from_pretrained(base, tmp_path)):
+        for way in ({}, CHAIN, TREE, {"speculate": "auto"}):
+            answer = model.generate(**inputs, **way, keep=3, max_new_tokens=4)
+            assert answer.shape[1] == inputs["input_ids"].shape[1] + 4
+        with model.disabled():
+            assert torch.equal(model.generate(**inputs, max_new_tokens=4), base.generate(**inputs, max_new_tokens=4))
+
+
+def compile_model(base):
+    return torch.compile(base, backend="eager")
+
+
+def compile_in_place(base):
+    base.model.language_model.compile(backend="eager")
+    return base
+
+
+def compile_layers(base):
+    layers = base.model.language_model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = torch.compile(layer, backend="eager")
+    return base
+
+
+def compile_parts(base):
+    for layer in base.model.language_model.layers:
+        layer.mlp = torch.compile(layer.mlp, backend="eager")
+        layer.self_attn.q_proj.compile(backend="eager")
+    base.model.language_model.norm = torch.compile(base.model.language_model.norm, backend="eager")
+    base.lm_head = torch.compile(base.lm_head, backend="eager")
+    return base
+
+
+@pytest.mark.parametrize("compiled", [compile_model, compile_in_place, compile_layers, compile_parts])
+def test_a_compiled_base(tmp_path, compiled):
+    torch._dynamo.reset()
+    whole = TwigVLM.grow(tiny_llava(), CONFIG)
+    whole.save_pretrained(tmp_path / "whole")
+    expected = answers(whole, prompt())
+    base = compiled(tiny_llava())
+    base.generate(**prompt(), max_new_tokens=2)  # what is compiled now knows of no twig
+    grown = TwigVLM.grow(base, CONFIG)
+    grown.twig.load_state_dict(whole.twig.state_dict())  # P-Heads are drawn at random
+    grown.save_pretrained(tmp_path / "compiled")
+    for model in (
+        grown,
+        TwigVLM.from_pretrained(base, tmp_path / "whole"),
+        TwigVLM.from_pretrained(tiny_llava(), tmp_path / "compiled"),
+    ):
+        assert answers(model, prompt()) == expected
+
+
 def test_a_base_with_strange_layers_takes_a_grown_twig_only(tmp_path):
     TwigVLM.grow(tiny_llava(), CONFIG).save_pretrained(tmp_path)
     base = tiny_llava()
