@@ -11,8 +11,8 @@ DEMO_FLAGS ?=
 FAST_TESTS := tests/base tests/pruning tests/twig \
 	tests/speculation/test_costs.py tests/speculation/test_nodes.py tests/speculation/test_policies.py \
 	tests/speculation/test_walk.py tests/engine/test_sampling.py \
-	tests/evaluation/test_journal.py tests/evaluation/test_metrics.py tests/evaluation/test_provenance.py \
-	tests/evaluation/test_report.py tests/evaluation/test_tasks.py \
+	tests/evaluation/test_results_log.py tests/evaluation/test_metrics.py tests/evaluation/test_token_origins.py \
+	tests/evaluation/test_report.py tests/evaluation/test_questions.py \
 	tests/training/test_losses.py tests/training/test_plackett_luce.py tests/training/test_samples.py \
 	tests/test_documents.py tests/test_images.py tests/test_imports.py tests/test_inputs.py tests/test_makefile.py \
 	tests/test_placeholders.py tests/test_visualize.py tests/test_families.py

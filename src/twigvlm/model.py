@@ -353,7 +353,6 @@ class TwigVLM(nn.Module):
         if rows > 1:
             check_mask_attention(self.base.attention, f"batch of {rows} prompts")
 
-    @torch.inference_mode()
     def _rows(
         self,
         pruning: PruningConfig,
@@ -367,7 +366,8 @@ class TwigVLM(nn.Module):
         pruner, schedule = self._pruning(pruning, scorer, pruner)
         adapter = HFGenerateAdapter(self.base, pruner, schedule, kwargs.get("streamer"), generator, prefix)
         try:
-            self.model.generate(custom_generate=adapter, **with_stop_strings(kwargs, self.model.generation_config))
+            with torch.inference_mode():
+                self.model.generate(custom_generate=adapter, **with_stop_strings(kwargs, self.model.generation_config))
         except Exception as error:
             if adapter.entered or not is_refusal(error):
                 raise

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+import torch
+
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.engine.memory import free_bytes, row_bytes
 from twigvlm.engine.row import Request, Row
@@ -138,10 +140,11 @@ class Engine:
             TwigVLMError: a prompt cannot be taken up; its rows are given up, and all others go on with the next step.
         """
         events: list[Event] = []
-        while group := self._next_group():
-            events += self._prefill(group)
-        if self.active:
-            events += self._decode()
+        with torch.inference_mode():
+            while group := self._next_group():
+                events += self._prefill(group)
+            if self.active:
+                events += self._decode()
         return events
 
     def stream(self) -> Iterator[Event]:
@@ -204,7 +207,8 @@ class Engine:
         return [Event(row.id, new, row.finished) for row, new in zip(rows, taken, strict=True)]
 
     def _leave(self, place: int) -> None:
-        self.runner.leave(place)
+        with torch.inference_mode():
+            self.runner.leave(place)
         self.active[place] = self.active[-1]
         self.active.pop()
 

@@ -90,7 +90,6 @@ class EagerRunner:
         self.rows: list[Row] = []
         self.chooser = Chooser([], base.device)
 
-    @torch.inference_mode()
     def prefill(self, rows: Sequence[Row]) -> Step:
         """Trunk with everything, then the layers between the cuts, each with the tokens that are left (§3.3).
 
@@ -215,7 +214,6 @@ class EagerRunner:
         eos = eos_table([row.eos_token_ids for row in rows], newest.device)
         return RowState(newest, torch.zeros_like(newest), limit, position, length, eos)
 
-    @torch.inference_mode()
     def draft(self) -> Draft:
         """The drafts of all rows, by the engine's policy."""
         furthest = max(row.next_position + len(row.tokens) for row in self.rows) + self.policy.depth
@@ -225,7 +223,6 @@ class EagerRunner:
         ids = self.twig.draft_token_ids
         return lambda logits, depths, deepest: chooser.rescore(logits, depths, deepest, ids)
 
-    @torch.inference_mode()
     def verify(self, draft: Draft) -> Step:
         """Layers K+1..L on all drafts in one pass; of each row the longest path that the base agrees with stays in the caches."""
         base, batch, trunk = self.base, self.batch, self.twig.config.trunk_layers
@@ -249,7 +246,6 @@ class EagerRunner:
         batch.state.newest = accepted.tokens.gather(1, accepted.counts[:, None] - 1)[:, 0]
         batch.state.count = batch.state.count + accepted.counts
 
-    @torch.inference_mode()
     def leave(self, row: int) -> None:
         """Drop a row; the last one takes its place."""
         self.batch.leave(row)
