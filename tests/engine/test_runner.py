@@ -1,7 +1,7 @@
 """The runner's static shapes, which an accelerator runs, change nothing: no token, no draft, no draw."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.engine.engines import engine_on, make_runner
@@ -70,6 +70,13 @@ def decoded(model, static, speculation, requests, ends):
 
 
 @settings(max_examples=40)
+# Of one level, all nodes are verified that no pass ran, and the less probable ones are accepted now and then.
+@example(
+    {"agreeing": False},
+    {"speculate": "tree", "tree_depth": 1, "tree_width": 30, "tree_nodes": 30},
+    [(seed, seed, {}, 40, 0, None) for seed in range(4)],
+    [],
+)
 @given(models, st.one_of(chains, trees, adaptive), requests, st.lists(st.integers(0, 99), max_size=6, unique=True))
 def test_static_shapes_change_nothing(shape, speculation, requests, ends):
     model = grown(**shape)
