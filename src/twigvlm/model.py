@@ -226,9 +226,10 @@ class TwigVLM(nn.Module):
     ) -> Tensor | TwigOutput | Any:
         """Generate as the base's `generate` does, greedily or by sampling, with pruning and speculation.
 
-        Each prompt of a batch (padded on the left) gets the answer that it would get alone; processors and criteria see it
-        without its padding. Sampling draws as the base's `generate` would: the same seed gives the same answer, however it is
-        speculated. In a batch each row draws from a stream of its own.
+        Each prompt of a batch (padded on the left) gets the answer that it would get alone; Hugging Face's
+        processors and criteria see it without its padding. The caller's own see the whole padded batch, once per
+        position, and the rows of such a batch advance together. Sampling draws as the base's `generate` would: the
+        same seed gives the same answer, however it is speculated. In a batch each row draws from a stream of its own.
 
         Args:
             inputs: prompt ids, or pass them as `input_ids`.
@@ -307,7 +308,7 @@ class TwigVLM(nn.Module):
     ) -> Engine:
         """An engine that answers several requests at once: they join while others decode, and leave when they end.
 
-        `engine.add(inputs, ...)` takes what `generate` takes, but for the options of speculation, which are the engine's.
+        `engine.add(inputs, ...)` takes what `generate` takes, except for the options of speculation, which are the engine's.
 
         Args:
             max_rows: requests that decode together at most; None: as many as memory allows.

@@ -149,7 +149,7 @@ def test_a_prompt_that_cannot_be_taken_up_leaves_the_others_be():
             got[event.id] += event.tokens
     assert failures == 1
     assert got[bad] == []
-    assert got[first][-5:] == alone("none", 0, 1, 6, 97)[-5:]
+    assert got[first] == alone("none", 0, 1, 6, 97)
 
 
 def test_what_is_not_there_cannot_be_cancelled_or_forked():

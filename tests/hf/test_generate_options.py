@@ -310,3 +310,24 @@ def test_timings_add_up(model):
     assert timings.draft + timings.verify <= timings.decode
     assert timings.prefill + timings.decode <= whole
     assert timings.total < 60
+
+
+@pytest.mark.parametrize("way", [{}, {"speculate": "chain", "draft_threshold": 0.0}])
+def test_a_batch_with_a_prompt_of_text_alone_is_shown_once_per_position(way):
+    """Pruning does not part rows that a caller's processor sees together."""
+    model = TwigVLM.grow(tiny_llava(), TwigConfig(2, 2))
+    with_image = prompt(0)
+    text = {"input_ids": with_image["input_ids"][:, -6:], "attention_mask": with_image["attention_mask"][:, -6:]}
+    batch = batched([with_image, text])
+    shapes = []
+
+    def watch(ids, scores):
+        shapes.append(tuple(ids.shape))
+        return scores
+
+    output = model.generate(**batch, keep=5, max_new_tokens=6, logits_processor=[watch], **way)
+    start = batch["input_ids"].shape[1]
+    assert shapes == [(2, start + position) for position in range(6)]
+    for row, alone in zip(output, (with_image, text), strict=True):
+        expected = model.generate(**alone, **({"keep": 5} if "pixel_values" in alone else {}), max_new_tokens=6)
+        assert row[start:].tolist() == expected[0, alone["input_ids"].shape[1] :].tolist()

@@ -16,7 +16,7 @@ from twigvlm import compat
 MAX_TOKENS = 64
 """A pass over more tokens is left to torch."""
 WEIGHT_FIRST = 5
-"""Up to so many tokens (W·xᵀ)ᵀ is the fastest product; beyond, oneDNN's is."""
+"""Largest number of tokens for which (W·xᵀ)ᵀ is the fastest product; for more, oneDNN's is."""
 
 _active: ContextVar[bool] = ContextVar("twigvlm_cpu_linear", default=False)
 """Whether this thread or task runs such a pass: other threads may call the same layers meanwhile."""

@@ -112,7 +112,7 @@ class BaseVLM:
                 self._check_counts(visual, counts, pixels, inputs)
 
     def _check_counts(self, visual: Visual, counts: list[int], pixels: Tensor, inputs: dict[str, Any]) -> None:
-        """Raise TwigVLMError unless every prompt of a batch, with so many placeholders, has those of whole images."""
+        """Raise TwigVLMError unless every prompt of a batch has the placeholders of whole images."""
         if visual.grid is not None:
             grid = inputs.get(visual.grid)
             if grid is None:

@@ -57,6 +57,8 @@ class Engine:
         self.active: list[Row] = []
         """Row i is row i of the cache."""
         self._ids = count()
+        self._events: list[Event] = []
+        """Not yet returned: a step that raises leaves them to the next one."""
         self._clock = None if timings is None else clock_of(self.base.device)
 
     def add(self, inputs: Any, **options: Any) -> int:
@@ -130,21 +132,22 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request waits or decodes."""
-        return bool(self.waiting or self.active)
+        """Whether any request waits or decodes, or events of one are to be returned."""
+        return bool(self.waiting or self.active or self._events)
 
     def step(self) -> list[Event]:
         """Take up what fits, then draft, verify and commit once for all rows.
 
         Raises:
-            TwigVLMError: a prompt cannot be taken up; its rows are given up, and all others go on with the next step.
+            TwigVLMError: a prompt cannot be taken up; its rows are given up, and all others go on with the next step, which also
+                returns what they got in this one.
         """
-        events: list[Event] = []
         with torch.inference_mode():
             while group := self._next_group():
-                events += self._prefill(group)
+                self._events += self._prefill(group)
             if self.active:
-                events += self._decode()
+                self._events += self._decode()
+        events, self._events = self._events, []
         return events
 
     def stream(self) -> Iterator[Event]:

@@ -165,9 +165,7 @@ class EagerRunner:
         for row, position in zip(rows, _next_positions(trunk), strict=True):
             row.next_position = position
         ends = torch.tensor(trunk.tokens.lengths, device=base.device)[:, None] - 1
-        roots = trunk.prompt.input_ids.gather(1, torch.tensor(trunk.prompt.lengths, device=base.device)[:, None] - 1)[
-            :, 0
-        ]
+        roots = last_token(trunk.prompt.input_ids[..., None], trunk.prompt.lengths)[:, 0]
         part = batch.newcomers(claimed.start, self._state(rows, roots), trunk)
         chooser = Chooser(rows, base.device)
         choose = self._choose(rows, trunk.prompt, trunk)
@@ -178,15 +176,12 @@ class EagerRunner:
             left = run_cuts(base, tokens, trunk_layers, base.num_layers, cuts, choose, trunk.masks, trunk.view)
             first = chooser.choose(base.logits(left.last)[:, None])
             accepted = walk(Nodes.rooted(roots), 0, first)
-            on_host = torch.cat((torch.zeros_like(ends), accepted.tokens), dim=1).cpu().numpy()
             self._advance(part, accepted)
-            return part, Step([[int(token)] for token in on_host[:, 1]], [0] * len(rows))
+            return part, Step(accepted.tokens.tolist(), [0] * len(rows))
         # The prompts' last tokens are the roots: trunk and twig see them once more, as they see a newest token.
         for start, stop in ((0, trunk_layers), (self.twig.first_slot, self.twig.last_slot + 1)):
             if stop > start:
-                batch.cache.advance(
-                    start, stop, claimed, -1
-                )  # their layers hold unequally many after a cut between them
+                batch.cache.advance(start, stop, claimed, -1)
         furthest = max(row.next_position for row in rows) + self.policy.depth
         drafted = draft(part, self.policy, self._rescore(chooser), furthest, self.exact)
         joined, nodes = _behind(tokens, drafted, part)

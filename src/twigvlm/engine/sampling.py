@@ -90,7 +90,7 @@ class _Lane:
 
     def choose(self, scores: Float[Tensor, "rows vocabulary"], walked: Tensor, walking: Tensor) -> Int[Tensor, " rows"]:
         """The base's choices after one node of each row."""
-        scores = scores.to(torch.float32, copy=True)
+        scores = scores.float()
         processors = self.request.processors
         if processors is not None:
             process = self._on_ids if processors.needs_ids else lambda scores, *_: processors.on_scores(scores)

@@ -17,8 +17,8 @@ class Origin:
 def origins(accepted_lengths: Sequence[int], count: int) -> list[Origin]:
     """The origin of each of an answer's `count` tokens (Algorithms 1 and 2).
 
-    Each step, the prefill first, gives its accepted tokens and one of the base's own, but for a last step that a drafted token
-    ended.
+    Each step, the prefill first, gives its accepted tokens and one of the base's own, except for a last step that a drafted
+    token ended.
 
     Raises:
         ValueError: the lengths do not make that many tokens.

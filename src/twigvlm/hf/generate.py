@@ -112,8 +112,11 @@ class HFGenerateAdapter:
         request = Request(input_ids, padding, lanes, criteria, 0 if pad is None else int(pad))
         self.config = generation_config
         visual = prompt.visual_mask.sum(dim=1).tolist()
+        schedules = [self.schedule(count) for count in visual]
+        # Prompts without visual tokens pass the cuts of the others, so that one prefill takes up the whole batch.
+        empty = tuple(Cut(cut.layer, 0) for cut in max(schedules, key=len))
         for index, noise in enumerate(noises):
-            cuts = self.schedule(visual[index])
+            cuts = schedules[index] or empty
             request.rows.append(
                 Row(
                     request,

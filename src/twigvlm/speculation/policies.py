@@ -45,7 +45,7 @@ class Policy(Protocol):
         """Drafts were verified, and of each row that many drafted nodes were accepted."""
 
     def join(self, rows: int, deferred_tokens: int) -> None:
-        """So many rows join behind the others; of one that joins alone the twig may not have seen so many prompt tokens."""
+        """Rows join behind the others. `deferred_tokens`: prompt tokens that the twig has not seen, of a row that joins alone."""
 
     def leave(self, row: int) -> None:
         """A row leaves, and the last one takes its place."""

@@ -28,7 +28,7 @@ class EvaluateOptions(ModelOptions):
     kinds: tuple[str, ...] = ()
     """Kinds of questions to ask. None given: all."""
     limit: int | None = None
-    """Ask only the first so many questions. None: no limit."""
+    """Ask only this many questions, the first ones. None: no limit."""
     max_new_tokens: int = 16
     """Longest short answer, in tokens."""
     max_description_tokens: int = 192
