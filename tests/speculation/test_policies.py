@@ -2,6 +2,7 @@
 
 import math
 import random as rng
+from collections import Counter
 from itertools import combinations
 
 import pytest
@@ -57,12 +58,13 @@ def drafted(policy, children, rows=1, room=50, watch=None):
 
 
 def any_children(seed, width):
-    """Probabilities of children that differ from path to path."""
+    """Probabilities of children that differ from path to path, the best one first, as a twig's are."""
 
     def children(row, path):
         random = rng.Random(f"{seed} {row} {path}")
         shares = sorted((random.uniform(0.05, 1.0) for _ in range(width)), reverse=True)
-        return [share / (sum(shares) + random.uniform(0.0, 0.5)) for share in shares]
+        total = sum(shares) + random.uniform(0.0, 0.5)
+        return [share / total for share in shares]
 
     return children
 
@@ -141,16 +143,18 @@ def test_no_selection_of_a_fixed_tree_is_accepted_longer(seed, count):
 
 
 class PlainAdaptive:
-    """The objective of `AdaptiveTree` for every row by itself, over lists: tokens per second, by trying all there is."""
+    """The objective of `AdaptiveTree` for every row by itself, over lists: tokens above the rate so far, by trying all."""
+
+    LIKELY, LEVELS, FADE = AdaptiveTree.LIKELY, AdaptiveTree.LEVELS, AdaptiveTree.FADE
 
     def __init__(self, costs):
         self.alone = self.costs = costs
-        self.rows = []  # expected and accepted tokens, probabilities of best children and their number
-        self.spent = 0.0
-        self.fill = self.lost = 0.0
+        self.rows = []
+        self.fill = self.lost = self.spent = 0.0
 
     def join(self, rows, deferred_tokens):
-        self.rows += [(0.0, 0.0, 0.8, 1.0)] * rows
+        names = ("accepted", "steps", "seconds", "likely", "seen")
+        self.rows += [{**dict.fromkeys(names, 0.0), "promised": Counter()} for _ in range(rows)]
         self.fill, self.lost = self.alone.fill * deferred_tokens, 0.0
         self.costs = self.alone.of_rows(len(self.rows))
 
@@ -159,83 +163,117 @@ class PlainAdaptive:
         self.rows.pop()
         self.costs = self.alone.of_rows(len(self.rows))
 
-    def trust(self, row):
-        expected, accepted, _, _ = self.rows[row]
-        return (1 + accepted) / (1 + expected)
+    def begin(self):
+        self.spent = 0.0
+        for row in self.rows:
 
-    def stopping(self, row, tree, started):
-        """Rate of having the n most probable nodes verified now, for every n."""
-        ranked = sorted((tree.scores[node] for node in tree.drafted[1:]), reverse=True)
-        rates, most = [], self.costs.most
-        for count in range(min(len(ranked), most - 1) + 1):
-            mass = sum(map(math.exp, ranked[:count]))
-            late = min(count if started else count + 1, most)
-            seconds = self.spent + self.costs.trunk[late] + self.costs.verify[1 + count]
-            rates.append(((1 + self.trust(row) * mass) / seconds, mass))
-        return rates
+            def lacks(trust, row=row):
+                promised = sum(mass * trust**depth for depth, mass in row["promised"].items())
+                return trust + promised - 1 - row["accepted"]
 
-    def going_on(self, row, tree, able, kept, mass):
-        """Best rate of running the n most probable nodes next, for every n, over how many levels may follow."""
-        _, _, likely, seen = self.rows[row]
-        most, trust = self.costs.most, self.trust(row)
-        ranked = sorted((tree.scores[node] for node in able), reverse=True)
-        rates = {}
-        for count in range(1, min(len(ranked), most) + 1):
-            promised, running = mass, sum(map(math.exp, ranked[:count]))
-            for levels in range(1, AdaptiveTree.LEVELS + 1):
-                promised += running * (likely / seen) ** levels
-                size = kept + levels * count
-                if size > most:
+            low, high = 0.0, 2.0
+            while high - low > 1 / 2048:  # as finely as the policy does
+                middle = (low + high) / 2
+                low, high = (middle, high) if lacks(middle) < 0 else (low, middle)
+            row["trust"] = (low + high) / 2
+            row["child"] = min(1.0, row["trust"] * (self.LIKELY + row["likely"]) / (1 + row["seen"]))
+            plain = self.costs.trunk[1] + self.costs.verify[1]
+            row["rate"] = max(1 / plain, (1 + row["accepted"] + row["steps"]) / (plain + row["seconds"]))
+
+    def chance(self, row, tree, node):
+        return min(1.0, math.exp(tree.scores[node]) * self.rows[row]["trust"] ** tree.depths[node])
+
+    def stopping(self, row, tree, ran):
+        """Of having the n most probable nodes verified now, for every n: worth, accepted nodes, nodes that have not run."""
+        ranked = sorted(tree.drafted, key=lambda node: -tree.scores[node])  # the root first
+        found = []
+        for count in range(1, min(len(ranked), self.costs.most) + 1):
+            mass = sum(self.chance(row, tree, node) for node in ranked[1:count])
+            late = sum(node not in ran for node in ranked[:count])
+            seconds = self.spent + self.costs.trunk[late] + self.costs.verify[count]
+            found.append((1 + mass - self.rows[row]["rate"] * seconds, mass, late))
+        return found
+
+    def going_on(self, row, tree, able, kept, mass, late, levels):
+        """Most that running the n most probable nodes next is worth, and the tokens that it promises then, for every n, over how
+        many levels may follow."""
+        ranked = sorted(able, key=lambda node: -tree.scores[node])
+        worth = {}
+        for count in range(1, min(len(ranked), self.costs.most) + 1):
+            promised, running = 1 + mass, sum(self.chance(row, tree, node) for node in ranked[:count])
+            for level in range(1, levels + 1):
+                promised += running * self.rows[row]["child"] ** level
+                size = kept + level * count
+                if size > self.costs.most:
                     break
-                drafting = levels * self.costs.draft[count] + self.costs.trunk[count]
+                drafting = level * self.costs.draft[count] + self.costs.trunk[max(count, late)]
                 seconds = self.spent + drafting + self.costs.verify[size]
-                rates[count] = max(rates.get(count, 0.0), (1 + trust * promised) / seconds)
-        return rates
+                found = promised - self.rows[row]["rate"] * seconds, promised
+                worth[count] = max(worth.get(count, found), found)
+        return worth
 
-    def learn(self, trees, accepted):
-        for row, (tree, count) in enumerate(zip(trees, accepted, strict=True)):
-            best = {}
-            for node in tree.drafted[1:]:
-                parent = tree.parents[node]
-                given = math.exp(tree.scores[node] - tree.scores[parent])
-                best[parent] = max(best.get(parent, 0.0), given)
-            mass = sum(math.exp(tree.scores[node]) for node in tree.drafted[1:])
-            new = mass, count, sum(best.values()), len(best)
-            self.rows[row] = tuple(
-                AdaptiveTree.FADE * old + more for old, more in zip(self.rows[row], new, strict=True)
+    def children(self, trees, ran):
+        """Note the best children of the nodes that have run in this step, each once."""
+        for row, tree, fresh in zip(self.rows, trees, ran, strict=True):
+            for parent in fresh:
+                given = [tree.scores[node] for node in tree.drafted[1:] if tree.parents[node] == parent]
+                if given:
+                    row["likely"] += math.exp(max(given) - tree.scores[parent])
+                    row["seen"] += 1
+
+    def learn(self, trees, accepted, late):
+        verify = self.costs.verify[max(len(tree.drafted) for tree in trees)]
+        seconds = self.spent + self.costs.trunk[max(late)] + verify
+        for row, tree, count in zip(self.rows, trees, accepted, strict=True):
+            for name in ("accepted", "steps", "seconds", "likely", "seen"):
+                row[name] *= self.FADE
+            row["accepted"], row["steps"], row["seconds"] = (
+                row["accepted"] + count,
+                row["steps"] + 1,
+                row["seconds"] + seconds,
             )
+            row["promised"] = Counter({depth: mass * self.FADE for depth, mass in row["promised"].items()})
+            for node in tree.drafted[1:]:
+                row["promised"][tree.depths[node]] += math.exp(tree.scores[node])
 
 
 def check_step(policy, plain, children, rows, room=50):
-    """One draft, each decision of which is the best that there is; what is verified."""
+    """One draft, each decision of which is the best that there is; what is verified, and how much of it has not run before."""
+    ran = [set() for _ in range(rows)]
+    fresh = [set() for _ in range(rows)]
+    late = [0] * rows
     level = 0
 
     def watch(nodes, able, chosen):
         nonlocal level
-        trees, best, stops = as_lists(nodes), [], []
+        trees, gains = as_lists(nodes), []
         if level == 0:
-            plain.spent = 0.0
+            plain.begin()
+        plain.children(trees, fresh)
         sizes = [len(trimmed(row)) for row in policy.select(nodes).tolist()]
         counts = [0] * rows if chosen is None else [len(trimmed(row)) for row in chosen.tolist()]
         for row, (tree, kept, count) in enumerate(zip(trees, sizes, counts, strict=True)):
-            stopping = plain.stopping(row, tree, level > 0)
-            stop, mass = stopping[kept - 1]
-            assert stop >= (1 - 1e-6) * max(rate for rate, _ in stopping)
+            stopping = plain.stopping(row, tree, ran[row])
+            stop, mass, late[row] = stopping[kept - 1]
+            assert stop >= max(worth for worth, _, _ in stopping) - 1e-6
             may = [node for node, allowed in enumerate(able[row].tolist()) if allowed]
-            rates = plain.going_on(row, tree, may, kept, mass) if level < AdaptiveTree.LEVELS else {}
-            best.append(max(rates.values(), default=0.0))
-            stops.append(stop)
-            decided = stop if count == 0 else rates[count]
+            worth = plain.going_on(row, tree, may, kept, mass, late[row], plain.LEVELS - level)
+            best, tokens = max(worth.values(), default=(-math.inf, 1))
+            gains.append((best - stop) / plain.rows[row]["rate"] / tokens)
+            decided = stop if count == 0 else worth[count][0]
             waits = level == 0 and plain.lost < plain.fill  # a deferred prompt is not paid for yet
-            assert waits or decided >= (1 - 1e-6) * max(stop, best[-1])
+            assert waits or decided >= max(stop, best) - 1e-6
             assert not (waits and count)
             if count:  # the most probable of those that may be expanded
                 expanded = trimmed(chosen[row].tolist())
                 assert min(tree.scores[node] for node in expanded) >= max(
                     (tree.scores[node] for node in may if node not in expanded), default=-math.inf
                 )
-        if level == 0 and chosen is None and best[0] > stops[0]:
-            plain.lost += 1 / stops[0] - 1 / best[0]
+        if level == 0 and chosen is None and gains[0] > 0:
+            plain.lost += gains[0]
+        for row in range(rows):
+            fresh[row] = set() if chosen is None else set(trimmed(chosen[row].tolist()))
+            ran[row] |= fresh[row]
         if any(counts):
             plain.fill = 0.0
             plain.spent += plain.costs.draft[max(counts)]
@@ -246,7 +284,7 @@ def check_step(policy, plain, children, rows, room=50):
     for tree in as_lists(taken):
         assert len(tree.drafted) <= plain.costs.most
         assert max(tree.depths[node] for node in tree.drafted) <= room
-    return taken
+    return taken, late
 
 
 def any_costs(random):
@@ -280,11 +318,11 @@ def test_adaptive_drafts_are_the_best_by_their_costs_while_rows_come_and_go(rand
             policy.join(new, deferred)
             plain.join(new, deferred)
             rows += new
-        taken = check_step(policy, plain, any_children(f"{random.random()} {step}", width), rows, room)
+        taken, late = check_step(policy, plain, any_children(f"{random.random()} {step}", width), rows, room)
         trees = as_lists(taken)
         accepted = [random.randint(0, max(tree.depths[node] for node in tree.drafted)) for tree in trees]
-        policy.learn(taken, torch.tensor(accepted).numpy())
-        plain.learn(trees, accepted)
+        policy.learn(torch.tensor(accepted).numpy())
+        plain.learn(trees, accepted, late)
 
 
 def adaptive(costs, width=1, deferred_tokens=0):
@@ -333,9 +371,9 @@ def test_trust_is_lost_by_rejections_and_comes_back():
     policy = adaptive(step_costs(draft=4.0))
     sizes = []
     for _ in range(12):
-        nodes, selected = drafted(policy, lambda row, path: [0.9])
+        _, selected = drafted(policy, lambda row, path: [0.9])
         sizes.append(selected.shape[1] - 1)
-        policy.learn(nodes.take(selected), torch.zeros(1, dtype=torch.long).numpy())
+        policy.learn(torch.zeros(1, dtype=torch.long).numpy())
     assert sizes[0] > 0
     assert 0 in sizes, "drafts that are never accepted must end"
     assert any(later > 0 for later in sizes[sizes.index(0) :]), "and be tried again"
@@ -346,7 +384,7 @@ def test_a_deferred_prompt_enters_the_twig_when_as_many_seconds_were_lost():
     policy, plain = adaptive(step_costs(fill=1.0), deferred_tokens=30), PlainAdaptive(step_costs(fill=1.0))
     plain.join(1, 30)
     steps = 0
-    while not (drafted_now := len(as_lists(check_step(policy, plain, lambda row, path: [0.9], 1))[0].drafted) - 1):
+    while not (drafted_now := len(as_lists(check_step(policy, plain, lambda row, path: [0.9], 1)[0])[0].drafted) - 1):
         steps += 1
         assert steps < 50
     assert steps > 2
@@ -364,7 +402,7 @@ def test_rows_are_trusted_for_themselves():
         for _ in range(4):
             nodes, selected = drafted(policy, lambda row, path: [0.9], rows=3)
             taken = nodes.take(selected)
-            policy.learn(taken, torch.tensor([0, int(taken.valid[1].sum()) - 1, 0]).numpy())
+            policy.learn(torch.tensor([0, int(taken.valid[1].sum()) - 1, 0]).numpy())
         policy.leave(leaving)
         nodes, selected = drafted(policy, lambda row, path: [0.9], rows=2)
         return (nodes.take(selected).valid.sum(dim=1) - 1).tolist()

@@ -87,13 +87,15 @@ class EagerRunner:
         self.exact = base.device.type == "cpu" if static is None else not static
         self.batch = Batch(base, twig, reserve + speculation.step_tokens)
         self.policy = _policy(speculation, costs, self.exact)
+        # A tree behind a prompt would need a mask over the prompt.
+        self.first_policy = self.policy if self.policy.linear else Chain(speculation, self.exact)
         self.rows: list[Row] = []
         self.chooser = Chooser([], base.device)
 
     def prefill(self, rows: Sequence[Row]) -> Step:
         """Trunk with everything, then the layers between the cuts, each with the tokens that are left (§3.3).
 
-        Chains are drafted from the prompts' last tokens already and verified in the same pass, which saves one of each answer.
+        Drafts from the prompts' last tokens, chains in any case, are verified in the same pass, which saves one of each answer.
         """
         cache = self.batch.cache
         claimed = cache.claim(len(rows))
@@ -102,7 +104,7 @@ class EagerRunner:
             defer = self._defer(trunk, alone=claimed.start == 0 and len(rows) == 1)
             if self.policy.depth and not defer and not trunk.in_twig:
                 trunk.fill_twig()
-            part, step = self._first_step(rows, claimed, trunk, tokens, cuts)
+            part, step = self._first_step(rows, claimed, trunk, tokens, cuts, NoDraft() if defer else self.first_policy)
         except BaseException:
             for index in reversed(range(claimed.start, claimed.stop)):
                 cache.release(index)
@@ -158,7 +160,13 @@ class EagerRunner:
         return choose
 
     def _first_step(
-        self, rows: Sequence[Row], claimed: slice, trunk: TrunkOutput, tokens: Tokens, cuts: list[Sequence[Cut]]
+        self,
+        rows: Sequence[Row],
+        claimed: slice,
+        trunk: TrunkOutput,
+        tokens: Tokens,
+        cuts: list[Sequence[Cut]],
+        policy: Policy,
     ) -> tuple[Batch, Step]:
         """The layers after the trunk, with drafts behind the prompts where that is possible, and the rows' first tokens."""
         base, batch, trunk_layers = self.base, self.batch, self.twig.config.trunk_layers
@@ -169,8 +177,8 @@ class EagerRunner:
         part = batch.newcomers(claimed.start, self._state(rows, roots), trunk)
         chooser = Chooser(rows, base.device)
         choose = self._choose(rows, trunk.prompt, trunk)
-        # A later cut may rank by the last token of the prompt, and a tree would need a mask over the prompt.
-        drafts = self.policy.linear and self.policy.depth > 0 and not any(cut.keep for row in cuts for cut in row)
+        # A later cut may rank by the last token of the prompt.
+        drafts = policy.depth > 0 and not any(cut.keep for row in cuts for cut in row)
         drafts = drafts and not bool(trunk.tokens.visual.gather(1, ends).any())
         if not drafts:
             left = run_cuts(base, tokens, trunk_layers, base.num_layers, cuts, choose, trunk.masks, trunk.view)
@@ -182,8 +190,8 @@ class EagerRunner:
         for start, stop in ((0, trunk_layers), (self.twig.first_slot, self.twig.last_slot + 1)):
             if stop > start:
                 batch.cache.advance(start, stop, claimed, -1)
-        furthest = max(row.next_position for row in rows) + self.policy.depth
-        drafted = draft(part, self.policy, self._rescore(chooser), furthest, self.exact)
+        furthest = max(row.next_position for row in rows) + policy.depth
+        drafted = draft(part, policy, self._rescore(chooser), furthest, self.exact)
         joined, nodes = _behind(tokens, drafted, part)
         left = run_cuts(base, joined, trunk_layers, base.num_layers, cuts, choose, trunk.masks, trunk.view)
         last = torch.tensor(left.lengths, device=base.device)[:, None] - nodes[:, None]
@@ -194,7 +202,7 @@ class EagerRunner:
         committed, on_host = self._walk(drafted, chooser, logits)
         dropped = committed.accepted.counts - nodes
         batch.cache.advance(trunk_layers, base.num_layers, claimed, on_host[:, 0] - on_host[:, 2] - 1, dropped)
-        commit_draft(part, self.policy, drafted, committed, on_host)
+        commit_draft(part, policy, drafted, committed, on_host)
         self._advance(part, committed.accepted)
         return part, _step(on_host)
 
@@ -225,7 +233,7 @@ class EagerRunner:
         hidden = base.run_layers(draft.hidden, trunk, base.num_layers, draft.inputs, draft.masks, view)
         committed, on_host = self._walk(draft, self.chooser, base.logits(hidden))
         commit(batch, self.policy, draft, committed, on_host)
-        self.policy.learn(draft.nodes, on_host[:, 0] - 1)
+        self.policy.learn(on_host[:, 0] - 1)
         self._advance(batch, committed.accepted)
         return _step(on_host)
 

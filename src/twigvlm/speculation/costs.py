@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from twigvlm import compat
+from twigvlm.base.masks import TreeMasks
 from twigvlm.base.token_inputs import slice_tokens
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import MOST_NODES
@@ -26,9 +27,9 @@ from twigvlm.kv.cache import KVCache
 from twigvlm.timing import clock_of
 from twigvlm.twig.block import Twig
 
-NODES = (1, 2, 4, 8, 16, 32, MOST_NODES)
+NODES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, MOST_NODES)
 """Sizes of a pass that are timed."""
-PROMPT = 256
+PROMPT = 512
 """Tokens of the prompt that they follow."""
 PATIENCE = 15.0
 """Seconds after which a calibration starts no further round: on a busy machine each takes long."""
@@ -63,7 +64,7 @@ class StepCosts:
 
 
 @torch.inference_mode()
-def calibrate(base: BaseVLM, twig: Twig, repeats: int = 6) -> StepCosts:
+def calibrate(base: BaseVLM, twig: Twig, repeats: int = 4) -> StepCosts:
     """Time passes of several sizes after a prompt of text, and how it enters the twig; the sizes between are interpolated.
 
     What else the machine does must not count. On a CPU the time is that of this thread on its core, which stands still while
@@ -95,12 +96,14 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 6) -> StepCosts:
     def seconds(nodes: int) -> tuple[float, float, float]:
         rows = hidden[:, :nodes]
         part = slice_tokens(inputs, 0, nodes)
+        seen = torch.ones(1, nodes, nodes, dtype=torch.bool, device=base.device).tril()
+        of_tree = TreeMasks(base.attention, seen, base.dtype) if nodes > 1 else masks
         began = clock()
-        states = base.run_layers(rows, 0, trunk, part, masks, view)
+        states = base.run_layers(rows, 0, trunk, part, of_tree, view)
         middle = clock()
-        twig.logits(twig(states, part, masks, view)).float().log_softmax(dim=-1)
+        twig.logits(twig(states, part, of_tree, view)).float().log_softmax(dim=-1)
         late = clock()
-        base.logits(base.run_layers(states, trunk, layers, part, masks, view)).argmax(dim=-1).tolist()
+        base.logits(base.run_layers(states, trunk, layers, part, of_tree, view)).argmax(dim=-1).tolist()
         ended = clock()
         cache.advance(0, twig.last_slot + 1, row, -nodes)
         return middle - began, late - began, ended - late

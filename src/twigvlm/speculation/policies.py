@@ -1,6 +1,6 @@
 """Which drafted nodes to expand, and which to have verified: by fixed settings, or by what they cost and promise."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from twigvlm.config import SpeculationConfig
 from twigvlm.speculation.costs import StepCosts
 from twigvlm.speculation.nodes import INVALID, Nodes, most_probable
+
+Numbers = NDArray[np.float64]
 
 
 @runtime_checkable
@@ -41,7 +43,7 @@ class Policy(Protocol):
     def select(self, nodes: Nodes) -> Int[Tensor, "rows selected"]:
         """Nodes to have verified, ascending: the root, and each with its parent; INVALID behind."""
 
-    def learn(self, nodes: Nodes, accepted: NDArray[np.int64]) -> None:
+    def learn(self, accepted: NDArray[np.int64]) -> None:
         """Drafts were verified, and of each row that many drafted nodes were accepted."""
 
     def join(self, rows: int, deferred_tokens: int) -> None:
@@ -70,7 +72,7 @@ class NoDraft:
         """The root."""
         return torch.zeros_like(nodes.parents)
 
-    def learn(self, nodes: Nodes, accepted: NDArray[np.int64]) -> None:
+    def learn(self, accepted: NDArray[np.int64]) -> None:
         """No-op: nothing was drafted."""
 
     def join(self, rows: int, deferred_tokens: int) -> None:
@@ -139,11 +141,13 @@ class FixedTree(NoDraft):
         return most_probable(nodes, nodes.valid, 1 + self.verified)
 
 
-class AdaptiveTree:
-    """Drafts as long as it raises the expected tokens per second of the step, and not at all where plain steps are faster.
+class AdaptiveTree(NoDraft):
+    """Drafts as long as what a pass promises is worth its seconds, and not at all where plain steps are faster.
 
-    The expected number of accepted tokens is the sum of the nodes' path probabilities, times the trust that earlier drafts of
-    this row earned: accepted over expected tokens, both fading, so that a draft is tried again after a bad stretch. Only
+    A step is worth its expected tokens, less those that its seconds bring at the rate of this row so far: by this measure the
+    best steps make the highest rate of the whole answer. A node counts as much as its path is probable by the twig, times
+    trust^depth, for the twig errs by a factor per token: the one by which the earlier drafts of this row would have been
+    accepted as often as they were. What is earlier counts less, so that a draft is tried again after a bad stretch. Only
     calibrated costs count, never the clock: the same request drafts the same on every run of one calibration.
 
     Args:
@@ -151,117 +155,166 @@ class AdaptiveTree:
         width: E.
     """
 
-    FADE = 0.8
+    FADE = 0.9
     LEVELS = 16
     """Deepest node that is drafted."""
+    LIKELY = 0.8
+    """Probability of a best child, as long as nothing is known of a row."""
 
     linear, depth = False, LEVELS
-
-    def grows(self, nodes: Nodes) -> Bool[Tensor, "rows nodes"]:
-        """Every node."""
-        return nodes.valid
 
     def __init__(self, costs: StepCosts, width: int) -> None:
         self.alone = self.costs = costs
         self.width = width
-        # Of each row: expected and accepted tokens, and of the best children the sum of their probabilities and their number.
-        self.history: NDArray[np.float64] = np.zeros((4, 0))
-        self.fill = self.lost = 0.0
-        self._spent = 0.0
-        self._kept: NDArray[np.int64] = np.zeros(0, np.int64)
+        # Of each row: probabilities of the paths to verified nodes, added up for each depth.
+        self.promised: Numbers = np.zeros((0, self.LEVELS + 1))
+        # Of each row: accepted nodes, steps and their seconds; probabilities of best children, added up, and their number.
+        self.history: Numbers = np.zeros((0, 5))
+        # Of the step: what the history says of each row, what was spent, and what is drafted, run and to be verified.
+        self.fill = self.lost = self._spent = 0.0
+        self._trust = self._rate = np.zeros(0)
+        self._descent = np.zeros((0, self.LEVELS))
+        self._scores: Numbers = np.zeros((0, 0))
+        self._depths = self._ranked = self._chosen = np.zeros((0, 0), np.int64)
+        self._ran = np.zeros((0, 0), bool)
+        self._kept, self._late = np.zeros((2, 0), np.int64)
 
     def join(self, rows: int, deferred_tokens: int) -> None:
         """Rows without a history. Putting a deferred prompt into the twig's cache is paid for by its first draft: as many seconds
         must have been lost by not drafting before they are spent, so that a short answer never pays them."""
-        fresh = np.tile(np.array([[0.0], [0.0], [0.8], [1.0]]), rows)
-        self.history = np.concatenate((self.history, fresh), axis=1)
+        self.promised, self.history = (np.pad(part, ((0, rows), (0, 0))) for part in (self.promised, self.history))
         self.fill, self.lost = self.alone.fill * deferred_tokens, 0.0
-        self.costs = self.alone.of_rows(self.history.shape[1])
+        self.costs = self.alone.of_rows(len(self.history))
 
     def leave(self, row: int) -> None:
         """Forget a row."""
-        self.history[:, row] = self.history[:, -1]
-        self.history = self.history[:, :-1]
-        self.costs = self.alone.of_rows(max(1, self.history.shape[1]))
+        self.promised[row], self.history[row] = self.promised[-1], self.history[-1]
+        self.promised, self.history = self.promised[:-1], self.history[:-1]
+        self.costs = self.alone.of_rows(max(1, len(self.history)))
 
     def expand(
         self, nodes: Nodes, expandable: Bool[Tensor, "rows nodes"], level: int
     ) -> Int[Tensor, "rows chosen"] | None:
-        """As many of the most probable nodes as promise the best rate, if that is better than to stop here.
+        """As many of the most probable nodes as are worth most, if that is more than to stop here is worth.
 
         Of a node that is run the best child is reckoned, of that one the best child, and so on for as many levels as pay: a pass
         of two nodes may cost nearly what one of eight does, so that it looks further than the next level.
         """
-        scores, able = nodes.scores.cpu().numpy().astype(np.float64), expandable.cpu().numpy()
-        if level == 0:
-            self._spent = 0.0
-        expected, accepted, likely_sum, seen = self.history
-        trust, likely = ((1 + accepted) / (1 + expected))[:, None], (likely_sum / seen)[:, None]
-        stop, mass = self._stop(scores, trust, level > 0)
-        if level >= self.LEVELS:
+        of_nodes = torch.stack((nodes.scores, nodes.depths.float(), expandable.float())).cpu().numpy()
+        self._see(of_nodes[0].astype(np.float64), of_nodes[1].astype(np.int64), level)
+        able = of_nodes[2] > 0
+        chances = np.minimum(1.0, np.exp(self._scores) * self._trust[:, None] ** self._depths)
+        stop, mass = self._stop(chances)
+        counts = able.sum(axis=1)
+        if level >= self.LEVELS or not counts.any():
             return None
-        ranked = np.argsort(np.where(able, -scores, np.inf), axis=1, kind="stable")
-        running = np.cumsum(np.exp(np.take_along_axis(np.where(able, scores, -np.inf), ranked, axis=1)), axis=1)
-        counts = np.arange(1, min(scores.shape[1], self.costs.most) + 1)
-        room = self.costs.most - self._kept
-        best = np.zeros(len(scores), np.int64)
-        rate = stop.copy()
-        promised = np.broadcast_to(mass, running[:, : len(counts)].shape).copy()
-        draft, trunk, verify = (np.asarray(table) for table in (self.costs.draft, self.costs.trunk, self.costs.verify))
-        for levels in range(1, self.LEVELS + 1):
-            promised = promised + running[:, : len(counts)] * likely**levels
-            size = self._kept[:, None] + levels * counts
-            possible = (size <= self.costs.most) & (counts <= able.sum(axis=1, keepdims=True)) & (room[:, None] >= 1)
-            if not possible.any():
-                break
-            drafting = levels * draft[counts] + trunk[counts]
-            seconds = self._spent + drafting + verify[np.minimum(size, self.costs.most)]
-            rates = np.where(possible, (1 + trust * promised) / seconds, 0.0)
-            better = rates.max(axis=1) > rate
-            best = np.where(better, counts[rates.argmax(axis=1)], best)
-            rate = np.maximum(rate, rates.max(axis=1))
+        ranked = np.argsort(np.where(able, -self._scores, np.inf), axis=1, kind="stable")
+        ranked = ranked[:, : min(self.costs.most, counts.max())]
+        running = np.cumsum(np.take_along_axis(chances * able, ranked, axis=1), axis=1)
+        worth, tokens = self._going_on(running, counts, mass, self.LEVELS - level)
+        most = worth.max(axis=1)
+        best = np.where(most > stop, 1 + worth.argmax(axis=1), 0)
         if level == 0 and best.any() and self.lost < self.fill:
-            self.lost += float(1 / stop[0] - 1 / rate[0])
+            self.lost += float(
+                (most - stop)[0] / self._rate[0] / tokens[0, 0]
+            )  # of one token: a plain step brings no more
             return None
         if not best.any():
             return None
         self.fill = 0.0
-        self._spent += float(draft[best.max()])
-        chosen = np.sort(
-            np.where(np.arange(best.max()) < best[:, None], ranked[:, : best.max()], scores.shape[1]), axis=1
-        )
-        chosen[chosen == scores.shape[1]] = INVALID
-        return torch.from_numpy(chosen).to(nodes.tokens.device)
+        self._spent += self.costs.draft[best.max()]
+        self._chosen = _ascending(ranked[:, : best.max()], best)
+        np.put_along_axis(self._ran, np.maximum(self._chosen, 0), True, axis=1)  # the root has run in any case
+        return torch.from_numpy(self._chosen).to(nodes.tokens.device)
 
     def select(self, nodes: Nodes) -> Int[Tensor, "rows selected"]:
-        """The most probable nodes, as many as promise the best rate: `expand` found their number when it chose to stop."""
-        rank = nodes.scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        allowed = torch.from_numpy(self._kept).to(rank.device)[:, None]
-        return most_probable(nodes, nodes.valid & (rank < allowed), int(self._kept.max()))
+        """The most probable nodes, as many as are worth most: `expand` found them when it chose to stop."""
+        return torch.from_numpy(_ascending(self._ranked[:, : self._kept.max()], self._kept)).to(nodes.tokens.device)
 
-    def learn(self, nodes: Nodes, accepted: NDArray[np.int64]) -> None:
-        """Compare what was accepted with what was expected."""
-        scores, parents = (part.cpu().numpy() for part in (nodes.scores, nodes.parents))
-        path = np.exp(scores[:, 1:].astype(np.float64))
-        best = np.zeros(scores.shape)
-        given = np.exp(
-            scores[:, 1:] - np.take_along_axis(scores, parents[:, 1:], axis=1), where=path > 0, out=np.zeros(path.shape)
-        )
-        rows = np.broadcast_to(np.arange(len(scores))[:, None], parents[:, 1:].shape)
-        np.maximum.at(best, (rows, parents[:, 1:]), given)
-        new = np.stack((path.sum(axis=1), accepted, best.sum(axis=1), (best > 0).sum(axis=1)))
-        self.history = self.FADE * self.history + new
+    def learn(self, accepted: NDArray[np.int64]) -> None:
+        """Compare what was accepted with what was promised."""
+        self._spent += self.costs.trunk[self._late.max()] + self.costs.verify[self._kept.max()]
+        self.promised *= self.FADE
+        self.history *= self.FADE
+        self.history[:, 0] += accepted
+        self.history[:, 1] += 1
+        self.history[:, 2] += self._spent
+        for row, count in enumerate(self._kept):
+            drafted = self._ranked[row, 1:count]
+            np.add.at(self.promised[row], self._depths[row, drafted], np.exp(self._scores[row, drafted]))
 
-    def _stop(self, scores: Any, trust: Any, root_ran: bool) -> tuple[Any, Any]:
-        """The best rate (tokens per second) that stopping here promises, and the sum of the probabilities of what is verified."""
-        drafted = np.sort(scores[:, 1:], axis=1)[:, ::-1][:, : self.costs.most - 1]
-        mass = np.concatenate((np.zeros((len(scores), 1)), np.cumsum(np.exp(drafted), axis=1)), axis=1)
-        count = np.arange(mass.shape[1])
-        # Drafted nodes have not run through the trunk yet, as a rule; the root has, once anything is drafted.
-        late = np.minimum(count if root_ran else count + 1, self.costs.most)
-        seconds = self._spent + np.asarray(self.costs.trunk)[late] + np.asarray(self.costs.verify)[1 + count]
-        finite = np.concatenate((np.ones((len(scores), 1), bool), np.isfinite(drafted)), axis=1)
-        rates = np.where(finite, (1 + trust * mass) / seconds, 0.0)
-        size = rates.argmax(axis=1)
-        self._kept = size + 1
-        return rates.max(axis=1), np.take_along_axis(mass, size[:, None], axis=1)
+    def _begin(self) -> None:
+        """What the rows' history says of a new step.
+
+        Trust is the factor per token by which the promises, and one sure token that was accepted, amount to what was accepted;
+        the rate is that of accepted and own tokens, one plain step included, and never less than that of plain steps.
+        """
+        accepted, steps, seconds, likely, seen = self.history.T
+        powers = np.arange(self.LEVELS + 1)
+        low, high = np.zeros(len(accepted)), np.full(len(accepted), 2.0)
+        for _ in range(12):
+            middle = (low + high) / 2
+            less = middle + (self.promised * middle[:, None] ** powers).sum(axis=1) < 1 + accepted
+            low, high = np.where(less, middle, low), np.where(less, high, middle)
+        self._trust = (low + high) / 2
+        plain = self.costs.trunk[1] + self.costs.verify[1]
+        self._rate = np.maximum(1 / plain, (1 + accepted + steps) / (plain + seconds))
+        child = np.minimum(1.0, (self.LIKELY + likely) / (1 + seen) * self._trust)
+        self._descent = np.cumsum(child[:, None] ** powers[1:], axis=1)
+        self._spent = 0.0
+
+    def _see(self, scores: Numbers, depths: NDArray[np.int64], level: int) -> None:
+        """Nodes as far as they are drafted; the last ones are children of those that ran last, E of each, the best one first."""
+        if level == 0:
+            self._begin()
+            self._ran = np.zeros(scores.shape, bool)
+        else:
+            known = self._ran.shape[1]
+            self._ran = np.pad(self._ran, ((0, 0), (0, scores.shape[1] - known)))
+            best = scores[:, known :: (scores.shape[1] - known) // self._chosen.shape[1]]
+            given = np.exp(best - np.take_along_axis(scores, np.maximum(self._chosen, 0), axis=1))
+            self.history[:, 3:] += np.stack((given.sum(axis=1), (given > 0).sum(axis=1)), axis=1)
+        self._scores, self._depths = scores, depths
+
+    def _stop(self, chances: Numbers) -> tuple[Numbers, Numbers]:
+        """What it is worth to stop here, and the accepted nodes that it promises."""
+        self._ranked = np.argsort(-self._scores, axis=1, kind="stable")[:, : self.costs.most]
+        mass = np.cumsum(np.take_along_axis(chances, self._ranked, axis=1), axis=1) - 1
+        late = np.cumsum(~np.take_along_axis(self._ran, self._ranked, axis=1), axis=1)
+        seconds = self._spent + np.array(self.costs.trunk)[late] + np.array(self.costs.verify[1 : 1 + mass.shape[1]])
+        drafted = np.isfinite(np.take_along_axis(self._scores, self._ranked, axis=1))
+        worth = np.where(drafted, 1 + mass - self._rate[:, None] * seconds, -np.inf)
+        best = worth.argmax(axis=1)
+        rows = np.arange(len(best))
+        self._kept, self._late = 1 + best, late[rows, best]
+        return worth[rows, best], mass[rows, best]
+
+    def _going_on(
+        self, running: Numbers, counts: NDArray[np.int64], mass: Numbers, levels: int
+    ) -> tuple[Numbers, Numbers]:
+        """What it is worth to run the n most probable nodes, for the best number of levels that may follow, and the tokens that
+        it promises; entry n - 1.
+
+        Args:
+            running: chances of the n most probable nodes that may be run, added up.
+            counts: of nodes that may be run.
+            mass: accepted nodes that stopping promises.
+            levels: that may follow.
+        """
+        most, sizes, level = self.costs.most, np.arange(1, running.shape[1] + 1), np.arange(1, levels + 1)[:, None]
+        promised = 1 + mass[:, None, None] + self._descent[:, :levels, None] * running[:, None, :]
+        verified = self._kept[:, None, None] + level * sizes
+        draft, trunk, verify = (np.array(table) for table in (self.costs.draft, self.costs.trunk, self.costs.verify))
+        late = trunk[np.maximum(sizes, self._late[:, None])][:, None, :]
+        seconds = self._spent + level * draft[sizes] + late + verify[np.minimum(verified, most)]
+        possible = (verified <= most) & (sizes <= counts[:, None])[:, None, :]
+        worth = np.where(possible, promised - self._rate[:, None, None] * seconds, -np.inf)
+        best = worth.argmax(axis=1)[:, None]
+        return np.take_along_axis(worth, best, axis=1)[:, 0], np.take_along_axis(promised, best, axis=1)[:, 0]
+
+
+def _ascending(nodes: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of each row the first ones of some nodes, ascending, INVALID behind."""
+    last = np.iinfo(np.int64).max
+    kept = np.sort(np.where(np.arange(nodes.shape[1]) < counts[:, None], nodes, last), axis=1)
+    return np.where(kept == last, INVALID, kept)
