@@ -75,7 +75,7 @@ def test_speculation_changes_nothing(case, end_places):
         assert 0 <= accepted <= drafted <= (size or speculation["draft_length"])
         assert accepted <= (length or drafted)
     own = len(accepts)  # each step adds one of the base's tokens, unless a drafted one ended the answer
-    assert 1 + sum(accepts) <= new_tokens <= 1 + sum(accepts) + own
+    assert sum(accepts) <= new_tokens <= sum(accepts) + own
 
 
 @pytest.mark.parametrize("pruning", [{}, {"keep": 5, "final_wipe": 4}])
@@ -121,10 +121,10 @@ def perfect():
 @pytest.mark.parametrize(
     ("speculation", "drafted", "steps"),
     [
-        # Chains are drafted from the prompt's last token on, trees from the answer's first.
+        # The first draft, from the prompt's last token, is a chain.
         ({"speculate": "chain", "draft_length": 4, "draft_threshold": 0.0}, 4, [4, 4, 4, 4]),
-        ({"speculate": "tree"}, 60, [0, 4, 4, 4, 4]),
-        ({"speculate": "tree", "tree_width": 1}, 4, [0, 4, 4, 4, 4]),
+        ({"speculate": "tree"}, 60, [4, 4, 4, 4]),
+        ({"speculate": "tree", "tree_width": 1}, 4, [4, 4, 4, 4]),
     ],
 )
 def test_with_a_perfect_twig_every_step_adds_a_whole_draft(perfect, speculation, drafted, steps):
@@ -132,7 +132,7 @@ def test_with_a_perfect_twig_every_step_adds_a_whole_draft(perfect, speculation,
     output = perfect.generate(**prompt(), max_new_tokens=new, **speculation, return_dict_in_generate=True)
     assert output.sequences.tolist() == perfect.model.generate(**prompt(), max_new_tokens=new).tolist()
     assert output.accepted_lengths == [steps]
-    assert output.drafted_lengths == [[drafted if accepted else 0 for accepted in steps]]
+    assert output.drafted_lengths == [[4] + [drafted] * (len(steps) - 1)]
 
 
 @pytest.mark.parametrize("place", range(6))

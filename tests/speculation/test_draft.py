@@ -140,9 +140,9 @@ def check_drafts(model, static, ways, expected):
             assert len(set(got)) == len(got)
             assert set(got) == expected(definition, answer, new - len(answer) - 1, ends)
     for (request, drafted), (definition, new) in zip(runner.first.items(), rows.values(), strict=True):
-        # Chains begin with the prompt's last token.
-        first = expected(definition, [], new - 1, ends) if runner.runner.policy.linear else {()}
-        assert drafted == len(first) - 1, request
+        # From the prompt's last token chains are drafted in any case.
+        first = runner.runner.first_policy
+        assert drafted == len(definition.chain([], min(first.depth, new - 1), first.threshold, ends)) - 1, request
 
 
 @static

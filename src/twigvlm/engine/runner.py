@@ -88,7 +88,7 @@ class EagerRunner:
         self.batch = Batch(base, twig, reserve + speculation.step_tokens)
         self.policy = _policy(speculation, costs, self.exact)
         # A tree behind a prompt would need a mask over the prompt.
-        self.first_policy = self.policy if self.policy.linear else Chain(speculation, self.exact)
+        self.first_policy = self.policy if self.policy.linear else _chain_before(speculation, self.exact)
         self.rows: list[Row] = []
         self.chooser = Chooser([], base.device)
 
@@ -282,6 +282,14 @@ def _policy(speculation: SpeculationConfig, costs: StepCosts | None, exact: bool
     if speculation.speculate == "tree":
         return FixedTree(speculation, exact)
     return Chain(speculation, exact) if speculation.active else NoDraft()
+
+
+def _chain_before(speculation: SpeculationConfig, exact: bool) -> Chain:
+    """The chains that are drafted before the first trees, no deeper than those."""
+    length = speculation.draft_length
+    if speculation.speculate == "tree":
+        length = min(speculation.tree_depth, speculation.tree_nodes)
+    return Chain(SpeculationConfig("chain", draft_length=length), exact)
 
 
 def _next_positions(trunk: TrunkOutput) -> list[int]:
