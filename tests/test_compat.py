@@ -6,11 +6,13 @@ from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from tokenizers.pre_tokenizers import CharDelimiterSplit
 from torch import nn
+from transformers import PrefixConstrainedLogitsProcessor, TrainingArguments
 
 from tests.test_loading import place_of_parts
 from tests.tiny import prompt, tiny_llava
 from tests.tiny_processor import tiny_processor
 from twigvlm import compat
+from twigvlm.compat.trainer import StagedTrainer, use_one_gpu
 
 
 @pytest.mark.skipif(not compat.HAS_ONEDNN_LINEAR, reason="this build of torch has no oneDNN")
@@ -63,6 +65,40 @@ def test_the_tokenizer_inside_another_is_exchanged():
     backend.pre_tokenizer = CharDelimiterSplit(" ")
     compat.set_backend_tokenizer(tokenizer, backend)
     assert len(tokenizer("a b").input_ids) == 2
+
+
+def test_the_function_of_a_prefix_constraint():
+    def allowed(row, ids):
+        return [1]
+
+    assert compat.prefix_function(PrefixConstrainedLogitsProcessor(allowed, 1)) is allowed
+
+
+def test_a_checkpoint_is_written_into_a_folder(tmp_path):
+    """Once into another folder than the Trainer's own; then, as anywhere, into that."""
+    saved = []
+
+    class Into(StagedTrainer):
+        def write_checkpoint(self, model, write):
+            write("apart" if not saved else "")
+            saved.append(model)
+
+    class Squared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return {"loss": (x * self.weight).square().sum()}
+
+    arguments = TrainingArguments(tmp_path, max_steps=2, save_steps=1, report_to="none", use_cpu=True)
+    use_one_gpu(arguments)
+    assert arguments.n_gpu in (0, 1)
+    Into(Squared(), arguments, train_dataset=[{"x": torch.ones(2)}] * 4).train()
+    assert len(saved) == 2
+    assert (tmp_path / "apart" / "checkpoint-1" / "trainer_state.json").exists()
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+    assert not (tmp_path / "checkpoint-1").exists()
 
 
 def test_where_accelerate_runs_a_module():

@@ -4,15 +4,12 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.evaluation.metrics import overlap
 from twigvlm.evaluation.questions import Namer, Question, Questions, exact_match
 from twigvlm.evaluation.results_log import Record, ResultsLog
-from twigvlm.evaluation.variants import Outcome, Variant, answer_all
+from twigvlm.evaluation.run import InputsOf, Item, one_by_one, run
+from twigvlm.evaluation.variants import Variant, answer_all
 from twigvlm.model import TwigVLM
-
-InputsOf = Callable[[Question], dict[str, Any]]
-"""A question as the base's inputs, batch 1. Raises TwigVLMError where it has none: the question failed, and the run goes on."""
 
 
 def run_accuracy(
@@ -45,39 +42,21 @@ def run_accuracy(
         question that failed: `id`, `kind` and `failed`, the reason.
     """
     namer = Namer(questions.vocabulary)
-    records = []
-    for question in questions.items:
-        record = results_log.results(question.id)
-        if record is None:
-            most = question.limit(max_new_tokens, max_description_tokens)
-            own_seed = zlib.crc32(f"{seed} {question.id}".encode())
-            try:
-                inputs = inputs_of(question)
-            except TwigVLMError as error:
-                record = results_log.append(failure(question, error))
-            else:
-                outcomes = answer_all(model, inputs, variants, most, own_seed)
-                record = results_log.append(_record(question, outcomes, tokenizer, namer))
-        records.append(record)
-        advance(record)
-    return records
 
+    def measure(item: Item, inputs: dict[str, Any], place: int) -> Record:
+        (question,) = item.questions
+        most = item.limit(max_new_tokens, max_description_tokens)
+        own_seed = zlib.crc32(f"{seed} {question.id}".encode())
+        outcomes = answer_all(model, inputs, variants, most, own_seed)
+        given = {name: tokenizer.decode(one.ids, skip_special_tokens=True).strip() for name, one in outcomes.items()}
+        return {
+            "answer": question.answer,
+            "kept": {name: outcome.kept for name, outcome in outcomes.items()},
+            "given": given,
+            "score": {name: score(question, text, namer) for name, text in given.items()},
+        }
 
-def failure(question: Question, error: TwigVLMError) -> Record:
-    """The record of a question that failed."""
-    return {"id": question.id, "kind": question.group, "failed": one_line(error)}
-
-
-def _record(question: Question, outcomes: dict[str, Outcome], tokenizer: Any, namer: Namer) -> Record:
-    given = {name: tokenizer.decode(one.ids, skip_special_tokens=True).strip() for name, one in outcomes.items()}
-    return {
-        "id": question.id,
-        "kind": question.group,
-        "answer": question.answer,
-        "kept": {name: outcome.kept for name, outcome in outcomes.items()},
-        "given": given,
-        "score": {name: score(question, text, namer) for name, text in given.items()},
-    }
+    return run(one_by_one(questions.items), inputs_of, measure, results_log, advance)
 
 
 def score(question: Question, text: str, namer: Namer) -> int | list[int]:

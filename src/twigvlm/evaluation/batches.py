@@ -1,22 +1,21 @@
 """Speed and peak memory of batches of several sizes, alternating in one run, on the same prompts for every size."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation import peak_memory
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record, ResultsLog
-from twigvlm.evaluation.speed import System, attention_of, in_turn
+from twigvlm.evaluation.run import InputsOf, Item, run
+from twigvlm.evaluation.speed import System, alternating, attention_of
 from twigvlm.model import TwigVLM
 from twigvlm.timing import clock_of
-
-BatchOf = Callable[[Sequence[Question]], dict[str, Any]]
-"""Questions as the base's inputs, padded on the left."""
 
 
 def batch_systems(retain: float, attentions: Sequence[str]) -> list[System]:
@@ -52,7 +51,7 @@ def run_batches(
     questions: Sequence[Question],
     sizes: Sequence[int],
     systems: Sequence[System],
-    batch_of: BatchOf,
+    inputs_of: InputsOf,
     results_log: ResultsLog,
     max_new_tokens: int,
     max_description_tokens: int,
@@ -71,36 +70,22 @@ def run_batches(
     Raises:
         TwigVLMError: a size that does not divide the number of prompts.
     """
-    plan = [(size, number, batch) for size in sizes for number, batch in enumerate(split(questions, size))]
-    records = []
-    warm = False
-    for size, number, batch in plan:
-        key = f"{size}-{number}"
-        record = results_log.results(key)
-        if record is None:
-            try:
-                inputs = batch_of(batch)
-            except TwigVLMError as error:
-                records.append(results_log.append({"id": key, "size": size, "failed": one_line(error)}))
-                advance(records[-1])
-                continue
-            most = max(question.limit(max_new_tokens, max_description_tokens) for question in batch)
-            if not warm:
-                for system in systems:
-                    _measure(model, inputs, system, most)
-                warm = True
-            runs: dict[str, Any] = {system.name: {"tokens": [], "total": [], "peak": []} for system in systems}
-            for turn in range(repeats):
-                for system in in_turn(systems, number + turn):
-                    tokens, seconds, held = _measure(model, inputs, system, most)
-                    run = runs[system.name]
-                    run["tokens"] = tokens
-                    run["total"].append(seconds)
-                    run["peak"].append(held)
-            record = results_log.append({"id": key, "size": size, "runs": runs})
-        records.append(record)
-        advance(record)
-    return records
+    taken = alternating(systems, repeats, partial(_measure, model))
+
+    def times(item: Item, inputs: dict[str, Any], place: int) -> Record:
+        most = item.limit(max_new_tokens, max_description_tokens)
+        runs = {}
+        for name, some in taken(inputs, most, place).items():
+            tokens, seconds, peaks = zip(*some, strict=True)
+            runs[name] = {"tokens": tokens[-1], "total": seconds, "peak": peaks}
+        return {"runs": runs}
+
+    items = [
+        Item({"id": f"{size}-{number}", "size": size}, batch)
+        for size in sizes
+        for number, batch in enumerate(split(questions, size))
+    ]
+    return run(items, inputs_of, times, results_log, advance)
 
 
 def _measure(

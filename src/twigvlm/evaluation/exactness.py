@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation.accuracy import InputsOf, failure
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record, ResultsLog
+from twigvlm.evaluation.run import InputsOf, Item, one_by_one, run
 from twigvlm.model import TwigVLM
 
 CHECKS = {
@@ -69,29 +70,22 @@ def run_exactness(
         The records, in the order of the questions: `id`, `kind`, `tokens` (length of the base's answer, or if no check asks for
         that, of the answer without speculation), `same` by check. Of a question that failed: `id`, `kind` and `failed`.
     """
-    todo = [question for question in questions if results_log.results(question.id) is None]
-
-    limits = max_new_tokens, max_description_tokens
     before = {}
-    failures = {}
-    for question in todo:
-        try:
-            inputs = inputs_of(question)
-        except TwigVLMError as error:
-            failures[question.id] = failure(question, error)
-        else:
+    for item in one_by_one(questions):
+        if results_log.results(item.about["id"]) is None:
             if OF_THE_BASE & set(checks):
-                before[question.id] = _reference(base.generate, inputs, question.limit(*limits))
-        advance({})
+                with suppress(TwigVLMError):  # such a question fails once more, and is recorded, with the twig
+                    most = item.limit(max_new_tokens, max_description_tokens)
+                    before[item.about["id"]] = _reference(base.generate, inputs_of(*item.questions), most)
+            advance({})
     model = grow()
-    for question in todo:
-        record = failures.get(question.id)
-        if record is None:
-            reference = before.get(question.id)
-            tokens, same = _check(model, inputs_of(question), reference, retain, checks, question.limit(*limits))
-            record = {"id": question.id, "kind": question.group, "tokens": tokens, "same": same}
-        advance(results_log.append(record))
-    return [results_log.records[question.id] for question in questions]
+
+    def measure(item: Item, inputs: dict[str, Any], place: int) -> Record:
+        most = item.limit(max_new_tokens, max_description_tokens)
+        tokens, same = _check(model, inputs, before.get(item.about["id"]), retain, checks, most)
+        return {"tokens": tokens, "same": same}
+
+    return run(one_by_one(questions), inputs_of, measure, results_log, advance)
 
 
 def _check(

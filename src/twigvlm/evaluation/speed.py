@@ -7,18 +7,21 @@ way, by a streamer that notes the first new token: prefill is everything up to i
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
 from twigvlm import compat
 from twigvlm.errors import TwigVLMError, one_line
-from twigvlm.evaluation.accuracy import InputsOf, failure
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record, ResultsLog
+from twigvlm.evaluation.run import InputsOf, Item, one_by_one, run
 from twigvlm.model import TwigVLM
 from twigvlm.timing import clock_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,36 @@ def standard_systems(
     ]
 
 
-def in_turn(systems: Sequence[System], turn: int) -> list[System]:
-    """All of them; another one begins in each turn."""
-    first = turn % len(systems)
-    return [*systems[first:], *systems[:first]]
+def alternating(
+    systems: Sequence[System], repeats: int, once: Callable[[dict[str, Any], System, int], T]
+) -> Callable[[dict[str, Any], int, int], dict[str, list[T]]]:
+    """How to measure all systems on the same inputs several times; another one begins in each turn.
+
+    The first inputs are answered once by everyone before any time counts.
+
+    Args:
+        systems: with different names.
+        repeats: measurements of each.
+        once: (inputs, system, longest answer) -> one measurement.
+
+    Returns:
+        (inputs, longest answer, which inputs of the run these are) -> measurements by the systems' names.
+    """
+    warm = False
+
+    def measurements(inputs: dict[str, Any], most: int, place: int) -> dict[str, list[T]]:
+        nonlocal warm
+        for system in () if warm else systems:
+            once(inputs, system, most)
+        warm = True
+        taken: dict[str, list[T]] = {system.name: [] for system in systems}
+        for turn in range(place, place + repeats):
+            first = turn % len(systems)
+            for system in (*systems[first:], *systems[:first]):
+                taken[system.name].append(once(inputs, system, most))
+        return taken
+
+    return measurements
 
 
 def draft_systems(retain: float, lengths: Sequence[int], thresholds: Sequence[float]) -> list[System]:
@@ -197,31 +226,13 @@ def run_speed(
         accepted lengths of each step, and lists of seconds (`prefill`, `total`, `draft`, `verify`), one per repeat. Of a
         question that failed: `id`, `kind` and `failed`, the reason.
     """
-    records = []
-    warm = False
-    for number, question in enumerate(questions):
-        record = results_log.results(question.id)
-        if record is None:
-            try:
-                inputs = inputs_of(question)
-            except TwigVLMError as error:
-                records.append(results_log.append(failure(question, error)))
-                advance(records[-1])
-                continue
-            most = question.limit(max_new_tokens, max_description_tokens)
-            if not warm:
-                for system in systems:
-                    measure(model, inputs, system, most)
-                warm = True
-            taken: dict[str, list[Measurement]] = {system.name: [] for system in systems}
-            for turn in range(repeats):
-                for system in in_turn(systems, number + turn):
-                    taken[system.name].append(measure(model, inputs, system, most))
-            runs = {name: _run(measurements, tokenizer) for name, measurements in taken.items()}
-            record = results_log.append({"id": question.id, "kind": question.group, "runs": runs})
-        records.append(record)
-        advance(record)
-    return records
+    taken = alternating(systems, repeats, partial(measure, model))
+
+    def times(item: Item, inputs: dict[str, Any], place: int) -> Record:
+        measurements = taken(inputs, item.limit(max_new_tokens, max_description_tokens), place)
+        return {"runs": {name: _run(some, tokenizer) for name, some in measurements.items()}}
+
+    return run(one_by_one(questions), inputs_of, times, results_log, advance)
 
 
 def _run(measurements: list[Measurement], tokenizer: Any) -> dict[str, Any]:

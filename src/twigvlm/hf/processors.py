@@ -60,6 +60,7 @@ from transformers.generation import (
     WatermarkLogitsProcessor,
 )
 
+from twigvlm import compat
 from twigvlm.errors import TwigVLMError
 
 Lane = Literal["scores", "rows", "batch"]
@@ -332,7 +333,7 @@ def _encoder_ngrams(processor: Any, row: _Row) -> Any:
 
 
 def _prefix_constrained(processor: Any, row: _Row) -> Any:
-    function = processor._prefix_allowed_tokens_fn
+    function = compat.prefix_function(processor)
 
     def allowed(_: int, ids: Tensor) -> Any:
         # The function is the user's, who counts on the row's number in the batch and on its padding.

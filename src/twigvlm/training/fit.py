@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from twigvlm.checkpoints.twig_files import fingerprint
+from twigvlm.compat.trainer import StagedTrainer, use_one_gpu
 from twigvlm.errors import TwigVLMError
 from twigvlm.files import replacing, reserved, writing
 from twigvlm.model import TwigVLM
@@ -44,12 +45,10 @@ class LogLastStep(TrainerCallback):
             control.should_log = True
 
 
-class TermTrainer(Trainer):
+class TermTrainer(StagedTrainer):
     """A Trainer that logs, beside the loss, all that the model returns with it: means over the passes of all processes since
     the last log. Its checkpoints are whole or not there, and never hold weights that are not finite.
     """
-
-    _writing_checkpoint = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -114,27 +113,25 @@ class TermTrainer(Trainer):
         fsdp.set_up(self.accelerator)
         self.is_fsdp_enabled = fsdp.wanted()
 
-    def _get_output_dir(self, trial: Any) -> str:
-        directory = super()._get_output_dir(trial)
-        return os.path.join(directory, UNFINISHED) if self._writing_checkpoint else directory
+    def write_checkpoint(self, model: nn.Module, write: Callable[[str], None]) -> None:
+        """Write it where nobody looks for checkpoints, and publish it when it is whole.
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        Raises:
+            TwigVLMError: weights are not finite, or the disk refuses.
+        """
         self.check_weights(model)
         directory, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         # The Trainer's own is not whole when trainer_state.json is there: that file may be cut off, and other processes may
         # still be writing the state of their random streams.
-        self._writing_checkpoint = True
         try:
             with self._writing(name):
-                super()._save_checkpoint(model, trial)
+                write(UNFINISHED)
                 self.accelerator.wait_for_everyone()
                 if processes.is_main():
                     _publish(directory, name)
         except TwigVLMError:
             shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
             raise
-        finally:
-            self._writing_checkpoint = False
 
     def _writing(self, name: str) -> AbstractContextManager[None]:
         """One line for what the disk refuses, which says how to go on."""
@@ -202,8 +199,7 @@ def fit(
             _check_room(directory, module, math.ceil(steps / config.save_steps))
         arguments = _arguments(config, directory, steps, model.device)
         _check_device(arguments.device, model.device)
-        # Of several GPUs one process uses one: the Trainer would copy the twig, but not the base, to all of them.
-        arguments._n_gpu = min(1, arguments.n_gpu)
+        use_one_gpu(arguments)
         model.twig.float()
         processes.broadcast_weights(module)
         trainer = trainer_class(

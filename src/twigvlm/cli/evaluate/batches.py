@@ -39,7 +39,7 @@ class EvaluateBatches(BaselineOptions):
                 questions,
                 self.sizes,
                 systems,
-                lambda batch: bench.inputs_of(*batch),
+                bench.inputs_of,
                 log,
                 self.max_new_tokens,
                 self.max_description_tokens,

@@ -3,7 +3,7 @@
 `tests/test_compat.py` holds each of them to what it is for: a new version that renames one fails there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -80,6 +80,14 @@ def set_backend_tokenizer(tokenizer: Any, backend: Any) -> None:
     `PreTrainedTokenizerFast._tokenizer` (transformers 5.23.0); its public name `backend_tokenizer` cannot be set.
     """
     tokenizer._tokenizer = backend
+
+
+def prefix_function(processor: Any) -> Callable[[int, Tensor], list[int]]:
+    """The user's `prefix_allowed_tokens_fn` that a logits processor asks.
+
+    `PrefixConstrainedLogitsProcessor._prefix_allowed_tokens_fn` (transformers 5.23.0).
+    """
+    return cast(Callable[[int, Tensor], list[int]], processor._prefix_allowed_tokens_fn)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:

@@ -1,0 +1,71 @@
+"""The one loop of every evaluation: a stopped run continues, and a question that fails is recorded as failed."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.evaluation.questions import Question
+from twigvlm.evaluation.results_log import Record, ResultsLog
+
+
+class Item(NamedTuple):
+    """What has one record: a question, or several that are asked together."""
+
+    about: Record
+    """What the record begins with; it has an `id`."""
+    questions: Sequence[Question]
+
+    def limit(self, max_new_tokens: int, max_description_tokens: int) -> int:
+        """Longest answer, in tokens."""
+        return max(question.limit(max_new_tokens, max_description_tokens) for question in self.questions)
+
+
+class InputsOf(Protocol):
+    """Questions as the base's inputs, several as a batch padded on the left."""
+
+    def __call__(self, *questions: Question) -> dict[str, Any]:
+        """Raises TwigVLMError where a question has no inputs: it failed, and the run goes on."""
+
+
+Measure = Callable[[Item, dict[str, Any], int], Record]
+"""(item, its inputs, its place among all) -> what the record holds beside `about`."""
+
+
+def one_by_one(questions: Iterable[Question]) -> list[Item]:
+    """Questions that are asked by themselves; their records have `id` and `kind`."""
+    return [Item({"id": question.id, "kind": question.group}, (question,)) for question in questions]
+
+
+def run(
+    items: Sequence[Item],
+    inputs_of: InputsOf,
+    measure: Measure,
+    results_log: ResultsLog,
+    advance: Callable[[Record], None] = lambda record: None,
+) -> list[Record]:
+    """Measure every item that the log does not hold already.
+
+    Args:
+        items: in the order in which they are measured.
+        inputs_of: prepares the questions of an item.
+        measure: gives the results.
+        results_log: where records go.
+        advance: called with each record.
+
+    Returns:
+        The records, in the order of the items: `about` and the results; of an item whose inputs could not be made `about` and
+        the reason, `failed`.
+    """
+    records = []
+    for place, item in enumerate(items):
+        record = results_log.results(item.about["id"])
+        if record is None:
+            try:
+                inputs = inputs_of(*item.questions)
+            except TwigVLMError as error:
+                record = results_log.append({**item.about, "failed": one_line(error)})
+            else:
+                record = results_log.append({**item.about, **measure(item, inputs, place)})
+        records.append(record)
+        advance(record)
+    return records
