@@ -23,6 +23,14 @@ def test_onednn_multiplies_as_torch_does(bias):
     torch.testing.assert_close(compat.onednn_linear(states, layer.weight, layer.bias), layer(states))
 
 
+@pytest.mark.skipif(not compat.HAS_ONEDNN_SWITCH, reason="this build of torch has no oneDNN")
+def test_onednn_is_switched_off_for_a_while():
+    enabled = torch.backends.mkldnn.enabled
+    with compat.without_onednn():
+        assert not torch.backends.mkldnn.enabled
+    assert torch.backends.mkldnn.enabled == enabled
+
+
 def test_whether_a_cpu_has_instructions_for_bfloat16_is_known():
     assert compat.has_bfloat16_instructions() in (True, False)
 

@@ -6,14 +6,27 @@ from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
 from twigvlm.errors import TwigVLMError
 
 if TYPE_CHECKING:
+    from twigvlm.base.cpu_linear import alone_in_process
     from twigvlm.hf.generate import TwigOutput
     from twigvlm.model import TwigVLM
 
-__all__ = ["PruningConfig", "SpeculationConfig", "TwigConfig", "TwigOutput", "TwigVLM", "TwigVLMError"]
+__all__ = [
+    "PruningConfig",
+    "SpeculationConfig",
+    "TwigConfig",
+    "TwigOutput",
+    "TwigVLM",
+    "TwigVLMError",
+    "alone_in_process",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import the model, and torch and transformers with it, only when it is asked for: `twigvlm --help` needs neither."""
+    if name == "alone_in_process":
+        from twigvlm.base.cpu_linear import alone_in_process
+
+        return alone_in_process
     if name in ("TwigOutput", "TwigVLM"):
         from twigvlm import model
 

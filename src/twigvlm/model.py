@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from twigvlm.base.cpu_linear import is_alone
 from twigvlm.base.masks import check_mask_attention
 from twigvlm.base.vlm import BaseVLM, is_refusal
 from twigvlm.checkpoints import twig_files
@@ -409,7 +410,7 @@ class TwigVLM(nn.Module):
 
     def _costs_key(self) -> tuple[object, ...]:
         # Less than what a file goes by, which takes milliseconds to find out.
-        return self.base.dtype, self.model.device, self.base.attention, torch.get_num_threads()
+        return self.base.dtype, self.model.device, self.base.attention, torch.get_num_threads(), is_alone()
 
     def _pruning(
         self, pruning: PruningConfig, scorer: Scorer | None, pruner: Pruner | None

@@ -1,5 +1,6 @@
 """Faster linear layers against torch's own, and that nothing else notices them."""
 
+from contextlib import nullcontext
 from threading import Thread
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from twigvlm.base.cpu_linear import MAX_TOKENS, cpu_linear, linear
+from twigvlm import compat
+from twigvlm.base.cpu_linear import MAX_TOKENS, alone_in_process, cpu_linear, linear
 
 
 @given(
@@ -41,6 +43,43 @@ def test_other_passes_are_torchs_own(tokens, dtype):
     with cpu_linear(layer, states):
         assert torch.equal(layer(states), expected)
     assert torch.equal(linear(states, layer.weight, layer.bias), expected)
+
+
+@pytest.fixture
+def alone():
+    alone_in_process()
+    yield
+    alone_in_process(False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 33), (33,)])
+def test_one_token_in_bfloat16(alone, shape, bias):
+    layer, states = nn.Linear(33, 17, bias).bfloat16(), torch.randn(shape).bfloat16()
+    expected = layer.float()(states.float())
+    layer.bfloat16()
+    with cpu_linear(layer, states):
+        got = layer(states)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, rtol=0.02, atol=0.02)
+    assert torch.equal(linear(states, layer.weight, layer.bias), got)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_only_who_is_alone_in_the_process_switches_onednn_off(monkeypatch, tokens):
+    seen = []
+    monkeypatch.setattr(compat, "without_onednn", lambda: seen.append("off") or nullcontext())
+    layer, states = nn.Linear(33, 17).bfloat16(), torch.randn(1, tokens, 33).bfloat16()
+    linear(states, layer.weight, layer.bias)
+    assert not seen
+    alone_in_process()
+    try:
+        linear(states, layer.weight, layer.bias)
+    finally:
+        alone_in_process(False)
+    assert seen == ["off"] * (tokens == 1)
 
 
 def test_gradients_are_torchs_own():

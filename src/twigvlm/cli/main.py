@@ -24,6 +24,7 @@ def main(args: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after help (0) and usage errors (2).
     """
+    args_of_process = args is None
     args = list(sys.argv[1:] if args is None else args)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -43,7 +44,9 @@ def main(args: Sequence[str] | None = None) -> int:
         continuation = getattr(command, "continuation", continuation)
         if not isinstance(command, Families):
             with busy("Starting"):
-                import twigvlm.model  # noqa: F401 (torch and transformers take seconds)
+                import twigvlm.model  # torch and transformers take seconds
+            if args_of_process:
+                twigvlm.alone_in_process()
         code: int = command.run() or 0
         sys.stdout.flush()
         return code

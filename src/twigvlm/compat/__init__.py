@@ -6,6 +6,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,26 @@ from torch.utils.checkpoint import checkpoint
 
 HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether this build of torch has oneDNN's linear layer (torch 2.13.0)."""
+
+HAS_ONEDNN_SWITCH = torch.backends.mkldnn.is_available() and hasattr(torch._C, "_set_mkldnn_enabled")
+"""Whether oneDNN can be switched off (torch 2.13.0)."""
+_switching = Lock()
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Within this context torch multiplies without oneDNN, in all threads; one thread at a time has it switched off.
+
+    `torch._C._get_mkldnn_enabled` and `._set_mkldnn_enabled` (torch 2.13.0); `torch.backends.mkldnn.flags` sets more than this
+    switch and takes longer than a product.
+    """
+    with _switching:
+        before = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(before)
 
 
 def onednn_linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """The one loop of every evaluation: a stopped run continues, and a question that fails is recorded as failed."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.evaluation.questions import Question
@@ -20,6 +20,7 @@ class Item(NamedTuple):
         return max(question.limit(max_new_tokens, max_description_tokens) for question in self.questions)
 
 
+@runtime_checkable
 class InputsOf(Protocol):
     """Questions as the base's inputs, several as a batch padded on the left."""
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from twigvlm import compat
+from twigvlm.base.cpu_linear import is_alone
 from twigvlm.base.masks import TreeMasks
 from twigvlm.base.token_inputs import slice_tokens
 from twigvlm.base.vlm import BaseVLM
@@ -153,7 +154,7 @@ def _costs_file(base: BaseVLM, twig: Twig) -> Path:
     device = base.device
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
     versions = [version(library) for library in ("twigvlm", "torch", "transformers")]
-    machine = [processor, str(device), torch.get_num_threads(), *versions]
+    machine = [processor, str(device), torch.get_num_threads(), is_alone(), *versions]
     parts = [*machine, base.attention, *_layout(base.decoder), *_layout(base.head), *_layout(twig), NODES, PROMPT]
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
