@@ -143,7 +143,7 @@ def test_no_selection_of_a_fixed_tree_is_accepted_longer(seed, count):
 
 
 class PlainAdaptive:
-    """The objective of `AdaptiveTree` for every row by itself, over lists: tokens above the rate so far, by trying all."""
+    """The objective of `AdaptiveTree` over lists: tokens above the rates so far, by trying all numbers of nodes."""
 
     LIKELY, LEVELS, FADE = AdaptiveTree.LIKELY, AdaptiveTree.LEVELS, AdaptiveTree.FADE
 
@@ -183,32 +183,48 @@ class PlainAdaptive:
     def chance(self, row, tree, node):
         return min(1.0, math.exp(tree.scores[node]) * self.rows[row]["trust"] ** tree.depths[node])
 
-    def stopping(self, row, tree, ran):
-        """Of having the n most probable nodes verified now, for every n: worth, accepted nodes, nodes that have not run."""
-        ranked = sorted(tree.drafted, key=lambda node: -tree.scores[node])  # the root first
+    def worth(self, tokens, seconds):
+        return tokens - sum(row["rate"] for row in self.rows) * seconds
+
+    def ranked(self, tree, among):
+        return sorted(among, key=lambda node: -tree.scores[node])
+
+    def stopping(self, trees, ran):
+        """Of having the n most probable nodes of every row verified now, for every n: worth, accepted nodes, late ones."""
+        best = [self.ranked(tree, tree.drafted) for tree in trees]  # the root first
         found = []
-        for count in range(1, min(len(ranked), self.costs.most) + 1):
-            mass = sum(self.chance(row, tree, node) for node in ranked[1:count])
-            late = sum(node not in ran for node in ranked[:count])
+        for count in range(1, min(max(map(len, best)), self.costs.most) + 1):
+            chosen = [nodes[:count] for nodes in best]
+            mass = sum(
+                self.chance(row, tree, node)
+                for row, (tree, nodes) in enumerate(zip(trees, chosen, strict=True))
+                for node in nodes[1:]
+            )
+            late = max(sum(node not in seen for node in nodes) for nodes, seen in zip(chosen, ran, strict=True))
             seconds = self.spent + self.costs.trunk[late] + self.costs.verify[count]
-            found.append((1 + mass - self.rows[row]["rate"] * seconds, mass, late))
+            found.append((self.worth(len(trees) + mass, seconds), mass, late))
         return found
 
-    def going_on(self, row, tree, able, kept, mass, late, levels):
-        """Most that running the n most probable nodes next is worth, and the tokens that it promises then, for every n, over how
-        many levels may follow."""
-        ranked = sorted(able, key=lambda node: -tree.scores[node])
+    def going_on(self, trees, able, kept, mass, late, levels):
+        """Most that running the n most probable nodes of every row next is worth, and the tokens that it promises then, for
+        every n, over how many levels may follow."""
+        best = [self.ranked(tree, nodes) for tree, nodes in zip(trees, able, strict=True)]
         worth = {}
-        for count in range(1, min(len(ranked), self.costs.most) + 1):
-            promised, running = 1 + mass, sum(self.chance(row, tree, node) for node in ranked[:count])
+        for count in range(1, min(max(map(len, best)), self.costs.most) + 1):
+            promised = len(trees) + mass
+            running = [
+                sum(self.chance(row, tree, node) for node in nodes[:count])
+                for row, (tree, nodes) in enumerate(zip(trees, best, strict=True))
+            ]
             for level in range(1, levels + 1):
-                promised += running * self.rows[row]["child"] ** level
+                promised += sum(
+                    chances * row["child"] ** level for chances, row in zip(running, self.rows, strict=True)
+                )
                 size = kept + level * count
                 if size > self.costs.most:
                     break
                 drafting = level * self.costs.draft[count] + self.costs.trunk[max(count, late)]
-                seconds = self.spent + drafting + self.costs.verify[size]
-                found = promised - self.rows[row]["rate"] * seconds, promised
+                found = self.worth(promised, self.spent + drafting + self.costs.verify[size]), promised
                 worth[count] = max(worth.get(count, found), found)
         return worth
 
@@ -223,7 +239,7 @@ class PlainAdaptive:
 
     def learn(self, trees, accepted, late):
         verify = self.costs.verify[max(len(tree.drafted) for tree in trees)]
-        seconds = self.spent + self.costs.trunk[max(late)] + verify
+        seconds = self.spent + self.costs.trunk[late] + verify
         for row, tree, count in zip(self.rows, trees, accepted, strict=True):
             for name in ("accepted", "steps", "seconds", "likely", "seen"):
                 row[name] *= self.FADE
@@ -241,42 +257,41 @@ def check_step(policy, plain, children, rows, room=50):
     """One draft, each decision of which is the best that there is; what is verified, and how much of it has not run before."""
     ran = [set() for _ in range(rows)]
     fresh = [set() for _ in range(rows)]
-    late = [0] * rows
-    level = 0
+    level = late = 0
 
     def watch(nodes, able, chosen):
-        nonlocal level
-        trees, gains = as_lists(nodes), []
+        nonlocal level, late
+        trees = as_lists(nodes)
         if level == 0:
             plain.begin()
         plain.children(trees, fresh)
         sizes = [len(trimmed(row)) for row in policy.select(nodes).tolist()]
-        counts = [0] * rows if chosen is None else [len(trimmed(row)) for row in chosen.tolist()]
-        for row, (tree, kept, count) in enumerate(zip(trees, sizes, counts, strict=True)):
-            stopping = plain.stopping(row, tree, ran[row])
-            stop, mass, late[row] = stopping[kept - 1]
-            assert stop >= max(worth for worth, _, _ in stopping) - 1e-6
-            may = [node for node, allowed in enumerate(able[row].tolist()) if allowed]
-            worth = plain.going_on(row, tree, may, kept, mass, late[row], plain.LEVELS - level)
-            best, tokens = max(worth.values(), default=(-math.inf, 1))
-            gains.append((best - stop) / plain.rows[row]["rate"] / tokens)
-            decided = stop if count == 0 else worth[count][0]
-            waits = level == 0 and plain.lost < plain.fill  # a deferred prompt is not paid for yet
-            assert waits or decided >= max(stop, best) - 1e-6
-            assert not (waits and count)
-            if count:  # the most probable of those that may be expanded
-                expanded = trimmed(chosen[row].tolist())
-                assert min(tree.scores[node] for node in expanded) >= max(
-                    (tree.scores[node] for node in may if node not in expanded), default=-math.inf
-                )
-        if level == 0 and chosen is None and gains[0] > 0:
-            plain.lost += gains[0]
-        for row in range(rows):
-            fresh[row] = set() if chosen is None else set(trimmed(chosen[row].tolist()))
+        kept = max(sizes)
+        assert sizes == [min(kept, len(tree.drafted)) for tree in trees]
+        stopping = plain.stopping(trees, ran)
+        stop, mass, late = stopping[kept - 1]
+        assert stop >= max(worth for worth, _, _ in stopping) - 1e-6
+        may = [[node for node, allowed in enumerate(row) if allowed] for row in able.tolist()]
+        worth = plain.going_on(trees, may, kept, mass, late, plain.LEVELS - level)
+        best, tokens = max(worth.values(), default=(-math.inf, 1))
+        waits = level == 0 and plain.lost < plain.fill  # a deferred prompt is not paid for yet
+        if chosen is None:
+            assert waits or best <= stop + 1e-6
+            if level == 0 and best > stop:
+                plain.lost += (best - stop) / sum(row["rate"] for row in plain.rows) / tokens
+            return
+        assert not waits
+        expanded = [trimmed(row) for row in chosen.tolist()]
+        count = max(map(len, expanded))
+        assert worth[count][0] >= max(stop, best) - 1e-6
+        # of each row the most probable of those that may be expanded
+        for tree, nodes, row in zip(trees, may, expanded, strict=True):
+            assert row == sorted(plain.ranked(tree, nodes)[:count])
+        for row, new in enumerate(expanded):
+            fresh[row] = set(new)
             ran[row] |= fresh[row]
-        if any(counts):
-            plain.fill = 0.0
-            plain.spent += plain.costs.draft[max(counts)]
+        plain.fill = 0.0
+        plain.spent += plain.costs.draft[count]
         level += 1
 
     nodes, selected = drafted(policy, children, rows, room, watch)
@@ -407,9 +422,5 @@ def test_rows_are_trusted_for_themselves():
         nodes, selected = drafted(policy, lambda row, path: [0.9], rows=2)
         return (nodes.take(selected).valid.sum(dim=1) - 1).tolist()
 
-    first, second = settled(leaving=0)  # the last row stands where the first one stood
-    assert first < second
-    first, second = settled(leaving=2)
-    assert first < second
-    first, second = settled(leaving=1)
-    assert first == second
+    # Rows draft equally much, the more the more is trusted; when the first one leaves, the last one stands in its place.
+    assert settled(leaving=1) < settled(leaving=0) == settled(leaving=2)

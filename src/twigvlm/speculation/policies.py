@@ -144,8 +144,9 @@ class FixedTree(NoDraft):
 class AdaptiveTree(NoDraft):
     """Drafts as long as what a pass promises is worth its seconds, and not at all where plain steps are faster.
 
-    A step is worth its expected tokens, less those that its seconds bring at the rate of this row so far: by this measure the
-    best steps make the highest rate of the whole answer. A node counts as much as its path is probable by the twig, times
+    A step is worth the tokens that it promises to all rows, less those that its seconds bring at their rates so far: by this
+    measure the best steps make the highest rate of whole answers. All rows run equally many nodes, since a pass costs what its
+    longest row does. A node counts as much as its path is probable by the twig, times
     trust^depth, for the twig errs by a factor per token: the one by which the earlier drafts of this row would have been
     accepted as often as they were. What is earlier counts less, so that a draft is tried again after a bad stretch. Only
     calibrated costs count, never the clock: the same request drafts the same on every run of one calibration.
@@ -177,7 +178,7 @@ class AdaptiveTree(NoDraft):
         self._scores: Numbers = np.zeros((0, 0))
         self._depths = self._ranked = self._chosen = np.zeros((0, 0), np.int64)
         self._ran = np.zeros((0, 0), bool)
-        self._kept, self._late = np.zeros((2, 0), np.int64)
+        self._kept, self._late = np.zeros(0, np.int64), 0
 
     def join(self, rows: int, deferred_tokens: int) -> None:
         """Rows without a history. Putting a deferred prompt into the twig's cache is paid for by its first draft: as many seconds
@@ -211,19 +212,17 @@ class AdaptiveTree(NoDraft):
         ranked = np.argsort(np.where(able, -self._scores, np.inf), axis=1, kind="stable")
         ranked = ranked[:, : min(self.costs.most, counts.max())]
         running = np.cumsum(np.take_along_axis(chances * able, ranked, axis=1), axis=1)
-        worth, tokens = self._going_on(running, counts, mass, self.LEVELS - level)
-        most = worth.max(axis=1)
-        best = np.where(most > stop, 1 + worth.argmax(axis=1), 0)
-        if level == 0 and best.any() and self.lost < self.fill:
-            self.lost += float(
-                (most - stop)[0] / self._rate[0] / tokens[0, 0]
-            )  # of one token: a plain step brings no more
+        worth, tokens = self._going_on(running, mass, self.LEVELS - level)
+        best = int(worth.argmax())
+        if worth[best] <= stop:
             return None
-        if not best.any():
+        if level == 0 and self.lost < self.fill:
+            # Of one token: a plain step brings no more.
+            self.lost += float((worth[best] - stop) / self._rate.sum() / tokens[best])
             return None
         self.fill = 0.0
-        self._spent += self.costs.draft[best.max()]
-        self._chosen = _ascending(ranked[:, : best.max()], best)
+        self._spent += self.costs.draft[best + 1]
+        self._chosen = _ascending(ranked[:, : best + 1], np.minimum(counts, best + 1))
         np.put_along_axis(self._ran, np.maximum(self._chosen, 0), True, axis=1)  # the root has run in any case
         return torch.from_numpy(self._chosen).to(nodes.tokens.device)
 
@@ -233,7 +232,7 @@ class AdaptiveTree(NoDraft):
 
     def learn(self, accepted: NDArray[np.int64]) -> None:
         """Compare what was accepted with what was promised."""
-        self._spent += self.costs.trunk[self._late.max()] + self.costs.verify[self._kept.max()]
+        self._spent += self.costs.trunk[self._late] + self.costs.verify[self._kept.max()]
         self.promised *= self.FADE
         self.history *= self.FADE
         self.history[:, 0] += accepted
@@ -276,41 +275,36 @@ class AdaptiveTree(NoDraft):
             self.history[:, 3:] += np.stack((given.sum(axis=1), (given > 0).sum(axis=1)), axis=1)
         self._scores, self._depths = scores, depths
 
-    def _stop(self, chances: Numbers) -> tuple[Numbers, Numbers]:
-        """What it is worth to stop here, and the accepted nodes that it promises."""
+    def _stop(self, chances: Numbers) -> tuple[float, float]:
+        """What it is worth to stop here, and the accepted nodes that it promises, of all rows."""
         self._ranked = np.argsort(-self._scores, axis=1, kind="stable")[:, : self.costs.most]
         mass = np.cumsum(np.take_along_axis(chances, self._ranked, axis=1), axis=1) - 1
-        late = np.cumsum(~np.take_along_axis(self._ran, self._ranked, axis=1), axis=1)
-        seconds = self._spent + np.array(self.costs.trunk)[late] + np.array(self.costs.verify[1 : 1 + mass.shape[1]])
         drafted = np.isfinite(np.take_along_axis(self._scores, self._ranked, axis=1))
-        worth = np.where(drafted, 1 + mass - self._rate[:, None] * seconds, -np.inf)
-        best = worth.argmax(axis=1)
-        rows = np.arange(len(best))
-        self._kept, self._late = 1 + best, late[rows, best]
-        return worth[rows, best], mass[rows, best]
+        late = np.cumsum(drafted & ~np.take_along_axis(self._ran, self._ranked, axis=1), axis=1).max(axis=0)
+        seconds = self._spent + np.array(self.costs.trunk)[late] + np.array(self.costs.verify[1 : 1 + mass.shape[1]])
+        worth = (1 + mass).sum(axis=0) - self._rate.sum() * seconds
+        best = int(worth.argmax())
+        self._kept, self._late = np.minimum(1 + best, drafted.sum(axis=1)), int(late[best])
+        return float(worth[best]), float(mass[:, best].sum())
 
-    def _going_on(
-        self, running: Numbers, counts: NDArray[np.int64], mass: Numbers, levels: int
-    ) -> tuple[Numbers, Numbers]:
+    def _going_on(self, running: Numbers, mass: float, levels: int) -> tuple[Numbers, Numbers]:
         """What it is worth to run the n most probable nodes, for the best number of levels that may follow, and the tokens that
-        it promises; entry n - 1.
+        it promises, of all rows; entry n - 1.
 
         Args:
-            running: chances of the n most probable nodes that may be run, added up.
-            counts: of nodes that may be run.
+            running: of each row, chances of the n most probable nodes that may be run, added up.
             mass: accepted nodes that stopping promises.
             levels: that may follow.
         """
         most, sizes, level = self.costs.most, np.arange(1, running.shape[1] + 1), np.arange(1, levels + 1)[:, None]
-        promised = 1 + mass[:, None, None] + self._descent[:, :levels, None] * running[:, None, :]
-        verified = self._kept[:, None, None] + level * sizes
+        promised = len(running) + mass + self._descent[:, :levels].T @ running
+        verified = self._kept.max() + level * sizes
         draft, trunk, verify = (np.array(table) for table in (self.costs.draft, self.costs.trunk, self.costs.verify))
-        late = trunk[np.maximum(sizes, self._late[:, None])][:, None, :]
+        late = trunk[np.maximum(sizes, self._late)]
         seconds = self._spent + level * draft[sizes] + late + verify[np.minimum(verified, most)]
-        possible = (verified <= most) & (sizes <= counts[:, None])[:, None, :]
-        worth = np.where(possible, promised - self._rate[:, None, None] * seconds, -np.inf)
-        best = worth.argmax(axis=1)[:, None]
-        return np.take_along_axis(worth, best, axis=1)[:, 0], np.take_along_axis(promised, best, axis=1)[:, 0]
+        worth = np.where(verified <= most, promised - self._rate.sum() * seconds, -np.inf)
+        best = worth.argmax(axis=0)[None]
+        return np.take_along_axis(worth, best, axis=0)[0], np.take_along_axis(promised, best, axis=0)[0]
 
 
 def _ascending(nodes: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
