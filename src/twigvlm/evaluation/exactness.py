@@ -64,7 +64,7 @@ def run_exactness(
         checks: from `choose_checks`.
         max_new_tokens: longest short answer.
         max_description_tokens: longest description.
-        advance: called twice for each prompt that is asked: after the base alone, if a check asks for it, and with its record.
+        advance: called once for each prompt that is asked, after the base alone answered it, and with every record.
 
     Returns:
         The records, in the order of the questions: `id`, `kind`, `tokens` (length of the base's answer, or if no check asks for
