@@ -34,8 +34,8 @@ demo: $(STAMP)  ## Ask a question about a picture twice, plainly and through the
 test: $(STAMP)  ## All tests, warnings as errors, on all cores
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_FLAGS)
 
-test-fast: $(STAMP)  ## In less than a minute: pure functions, small parts and one family, in one process
-	$(BIN)/python -m pytest $(FAST_TESTS) --family llava $(PYTEST_FLAGS)
+test-fast: $(STAMP)  ## In less than a minute: pure functions, small parts and one family
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(FAST_TESTS) --family llava $(PYTEST_FLAGS)
 
 test-versions: $(PYTHONS:%=test-on-python-%)  ## The lowest torch and transformers, on every Python that is promised
 
