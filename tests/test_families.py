@@ -119,16 +119,42 @@ def test_pruning_hides_tokens_and_nothing_else(name, kind, keep):
     assert (expected - everything).abs().max() > 0.02  # hiding them matters in this model
 
 
+@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[1] != "text"])
+def test_tokens_that_are_chosen_again_are_seen(name, kind):
+    """Positions, masks and features of later layers of what refocusing takes up, against the base's own forward."""
+    model, inputs, recorded = grown(name), inputs_of(name, kind), Scores(IMAGE, VIDEO)
+    keep = visual_tokens(name, kind) // 4
+    options = {"keep": keep, "final_wipe": 5, "refocus": 0.9, "logits_processor": [recorded]}
+    output = model.generate(**inputs, **options, max_new_tokens=12, return_dict_in_generate=True)
+    tokens, looks, kept = answer(output, inputs), [], output.kept_indices[0]
+    gone = kept[:0]
+    for look in output.looks[0]:
+        if torch.isin(look.kept, gone).any():  # the reference holds each token once
+            tokens = tokens[: look.after]
+            break
+        looks.append(look)
+        before = looks[-2].kept if len(looks) > 1 else kept
+        gone = torch.cat((gone, before[~torch.isin(before, look.kept)]))
+    assert looks
+    cuts, left = (Cut(TRUNK, keep), Cut(5, 0)), (kept, kept[:0])
+    reference = grown(name, "eager")
+    expected = logits_by_hiding(reference, inputs, cuts, left, tokens[:-1], looks)
+    torch.testing.assert_close(torch.stack(recorded.rows[: len(tokens)]), expected, rtol=1e-3, atol=1e-3)
+    fixed = logits_by_hiding(reference, inputs, cuts, left, tokens[:-1])
+    assert (expected - fixed).abs().max() > 0.005  # it matters in this model
+
+
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_speculation_changes_nothing(name, kind, monkeypatch):
     model, inputs = grown(name), inputs_of(name, kind)
     monkeypatch.setattr(TwigVLM, "costs", lambda self: step_costs(draft=0.1))
     pruning = {"keep": max(1, visual_tokens(name, kind) // 3), "final_wipe": 5, "max_new_tokens": 12}
-    plain = model.generate(**inputs, **pruning)
-    for way, longest in ((CHAIN, 4), (TREE, 12), ({"speculate": "auto"}, 1)):
-        output = model.generate(**inputs, **pruning, **way, return_dict_in_generate=True)
-        assert output.sequences.tolist() == plain.tolist()
-        assert max(output.drafted_lengths[0]) >= longest
+    for refocus in (None, 0.9):
+        plain = model.generate(**inputs, **pruning, refocus=refocus)
+        for way, longest in ((CHAIN, 4), (TREE, 12), ({"speculate": "auto"}, 1)):
+            output = model.generate(**inputs, **pruning, **way, refocus=refocus, return_dict_in_generate=True)
+            assert output.sequences.tolist() == plain.tolist()
+            assert max(output.drafted_lengths[0]) >= longest
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -191,7 +217,7 @@ def test_rows_of_a_batch_are_as_if_alone(name, attention):
     model = grown(name, attention)
     rows = [inputs_of(name, "images"), preceded(inputs_of(name, "images", 1), 5)]
     batch = batched(rows)
-    for pruning in ({}, {"keep": 4, "final_wipe": 5}):
+    for pruning in ({}, {"keep": 4, "final_wipe": 5, "refocus": 0.9}):
         options, alone = {**pruning, "max_new_tokens": 8}, ScoresById()
         answers = [model.generate(**row, **options, logits_processor=[alone]) for row in rows]
         expected = [ids[0, row["input_ids"].shape[1] :].tolist() for ids, row in zip(answers, rows, strict=True)]

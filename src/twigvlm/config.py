@@ -67,6 +67,9 @@ class PruningConfig:
     """K_f: no visual token enters later layers; the base's number of layers switches this off. None: as the twig was tuned."""
     retain_per_image: bool = False
     """Split the budget evenly among the images, or the frames that text parts, instead of by their scores alone."""
+    refocus: float | None = None
+    """τ: choose the kept visual tokens again, while the answer grows, wherever they have less than this share of the scores
+    that as many others could have. None: the tokens that were chosen for the question stay."""
 
     def __post_init__(self) -> None:
         if self.retain is not None and self.keep is not None:
@@ -75,6 +78,15 @@ class PruningConfig:
             raise TwigVLMError(f"final_wipe={self.final_wipe}: needs a budget, give retain or keep too")
         if self.retain_per_image and not self.active:
             raise TwigVLMError("retain_per_image=True: needs a budget, give retain or keep too")
+        if self.refocus is not None:
+            if not 0 < self.refocus <= 1:
+                raise TwigVLMError(f"refocus={self.refocus:g}: must be more than 0, and at most 1")
+            if not self.active:
+                raise TwigVLMError(f"refocus={self.refocus:g}: needs a budget, give retain or keep too")
+            if self.retain_per_image:
+                raise TwigVLMError(
+                    "refocus and retain_per_image: give one of them, tokens are chosen again by scores alone"
+                )
 
     @property
     def active(self) -> bool:

@@ -212,6 +212,7 @@ class TwigVLM(nn.Module):
         keep: int | None = None,
         final_wipe: int | None = None,
         retain_per_image: bool = False,
+        refocus: float | None = None,
         scorer: Scorer | None = None,
         pruner: Pruner | None = None,
         speculate: str = "none",
@@ -238,6 +239,8 @@ class TwigVLM(nn.Module):
             keep: R, visual tokens kept in layers K+1..K_f, instead of `retain`. Neither: no pruning.
             final_wipe: K_f; None: the twig's; the base's number of layers: off.
             retain_per_image: split the budget evenly among a prompt's images, or the frames that text parts.
+            refocus: τ, choose the kept visual tokens again, while the answer grows, wherever they have less than this share of
+                the scores that as many others could have; None: they stay the same.
             scorer: ranks the visual tokens; None: the twig's P-Head, or without one its last layer's attention.
             pruner: another pruning method, with `retain` or with cuts of its own; None: the twig's.
             speculate: "none", "chain", "tree", or "auto": drafts of what size it pays on this machine, none where none does; the
@@ -259,7 +262,7 @@ class TwigVLM(nn.Module):
         Raises:
             TwigVLMError: an argument is out of range, does not apply or is not supported.
         """
-        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image)
+        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus)
         speculation = SpeculationConfig(
             speculate,  # type: ignore[arg-type]
             draft_length,
@@ -334,13 +337,14 @@ class TwigVLM(nn.Module):
         keep: int | None = None,
         final_wipe: int | None = None,
         retain_per_image: bool = False,
+        refocus: float | None = None,
         scorer: Scorer | None = None,
         pruner: Pruner | None = None,
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> Row:
         """The row of one request to an engine."""
-        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image)
+        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus)
         kwargs = {**inputs, **kwargs}
         check_arguments(kwargs, self.model.generation_config)
         self.base.check_images(kwargs["input_ids"], kwargs)
@@ -366,7 +370,9 @@ class TwigVLM(nn.Module):
     ) -> HFGenerateAdapter:
         """What the base's own `generate` makes of its arguments: rows for an engine."""
         pruner, schedule = self._pruning(pruning, scorer, pruner)
-        adapter = HFGenerateAdapter(self.base, pruner, schedule, kwargs.get("streamer"), generator, prefix)
+        adapter = HFGenerateAdapter(
+            self.base, pruner, schedule, pruning.refocus, kwargs.get("streamer"), generator, prefix
+        )
         try:
             with torch.inference_mode():
                 self.model.generate(custom_generate=adapter, **with_stop_strings(kwargs, self.model.generation_config))
@@ -419,8 +425,19 @@ class TwigVLM(nn.Module):
         layers, retain = self.base.num_layers, pruning.retain
         if scorer is not None and not pruning.active:
             raise TwigVLMError("scorer: needs a budget, give retain or keep too")
+        if pruning.refocus is not None:
+            if scorer not in (None, default_scorer(self.twig)):
+                raise TwigVLMError(
+                    f"refocus={pruning.refocus:g}: this scorer ranks at the prompt's end alone; leave it or refocus out"
+                )
+            check_mask_attention(self.base.attention, f"refocus={pruning.refocus:g}")
         if pruner is not None:
-            others = ("keep", pruning.keep), ("final_wipe", pruning.final_wipe), ("scorer", scorer)
+            others = (
+                ("keep", pruning.keep),
+                ("final_wipe", pruning.final_wipe),
+                ("scorer", scorer),
+                ("refocus", pruning.refocus),
+            )
             for name, value in (*others, ("retain_per_image", pruning.retain_per_image or None)):
                 if value is not None:
                     raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")

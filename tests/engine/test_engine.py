@@ -34,7 +34,7 @@ class ThreeCuts:
         return top_visual(order.expand_as(view.tokens.visual), view.tokens.visual, keep)
 
 
-PRUNINGS = ({}, {"keep": 5}, {"retain": 8, "final_wipe": 4}, {"pruner": ThreeCuts()})
+PRUNINGS = ({}, {"keep": 5}, {"retain": 8, "final_wipe": 4}, {"pruner": ThreeCuts()}, {"keep": 6, "refocus": 0.9})
 
 
 @cache

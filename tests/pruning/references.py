@@ -11,6 +11,7 @@ from twigvlm import TwigVLM
 from twigvlm.base.masks import causal_mask
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.pruning.cut import Cut
+from twigvlm.pruning.refocus import Look
 from twigvlm.pruning.select import top_visual
 from twigvlm.pruning.view import CutView
 
@@ -97,11 +98,17 @@ def answer_by_dropping(base: BaseVLM, inputs: dict[str, Any], cuts: Sequence[Cut
 
 @torch.no_grad()
 def logits_by_hiding(
-    model: TwigVLM, inputs: dict[str, Any], cuts: Sequence[Cut], left: Sequence[Tensor], tokens: Sequence[int]
+    model: TwigVLM,
+    inputs: dict[str, Any],
+    cuts: Sequence[Cut],
+    left: Sequence[Tensor],
+    tokens: Sequence[int],
+    looks: Sequence[Look] = (),
 ) -> Tensor:
     """Logits after a prompt and after each of the tokens that follow it: the base's own forward, of any family.
 
-    Its own masks (of eager attention), in which tokens that have left are hidden from the layer on that no longer has them.
+    Its own masks (of eager attention), in which tokens that have left are hidden from the layer on that no longer has them,
+    and those that are chosen again are seen by each other and by what follows.
 
     Args:
         model: whose base attends eagerly.
@@ -109,6 +116,7 @@ def logits_by_hiding(
         cuts: where tokens leave.
         left: positions of the visual tokens that each cut leaves.
         tokens: ids that follow.
+        looks: later choices between the first cut and the second one; none of them takes up a token that had gone.
     """
     extended = dict(inputs)
     for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
@@ -117,10 +125,23 @@ def logits_by_hiding(
             extended[name] = torch.cat((inputs[name], torch.tensor([new], dtype=torch.long)), dim=1)
     visual = model.base.visual_mask(inputs["input_ids"])[0].nonzero()[:, 0]
 
-    def hide(hidden: Tensor) -> Any:
+    length = inputs["input_ids"].shape[1]
+
+    def hide(here: Tensor, later: Sequence[Look]) -> Any:
         def hook(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             mask = kwargs["attention_mask"].expand(1, -1, -1, -1).clone()
-            mask[..., hidden] = torch.finfo(mask.dtype).min
+            smallest, before = torch.finfo(mask.dtype).min, here
+            mask[..., visual[~torch.isin(visual, here)]] = smallest
+            for look in later:
+                asking = [
+                    *look.kept[~torch.isin(look.kept, before)].tolist(),
+                    *range(length + look.after - 1, mask.shape[2]),
+                ]
+                rows = kwargs["attention_mask"][0, 0, asking].clone()
+                rows[:, visual[~torch.isin(visual, look.kept)]] = smallest
+                mask[0, :, asking], before = rows, look.kept
+            ran = torch.cat((here, *(look.kept for look in later)))
+            hidden = visual[~torch.isin(visual, ran)]
             mask[..., hidden, hidden] = 0  # no row may be empty; nobody looks at these
             return args, {**kwargs, "attention_mask": mask}
 
@@ -128,10 +149,73 @@ def logits_by_hiding(
 
     hooks = []
     for index, layer in enumerate(model.base.layers):
-        here = [visual, *(some for cut, some in zip(cuts, left, strict=True) if cut.layer <= index)][-1]
-        hooks.append(layer.register_forward_pre_hook(hide(visual[~torch.isin(visual, here)]), with_kwargs=True))
+        passed = [some for cut, some in zip(cuts, left, strict=True) if cut.layer <= index]
+        later = looks if len(passed) == 1 else ()
+        hooks.append(layer.register_forward_pre_hook(hide([visual, *passed][-1], later), with_kwargs=True))
     try:
         return model.model(**extended, use_cache=False).logits[0, inputs["input_ids"].shape[1] - 1 :]
     finally:
         for each in hooks:
             each.remove()
+
+
+@torch.no_grad()
+def logits_by_looking(
+    model: TwigVLM, inputs: dict[str, Any], keep: Tensor, looks: Sequence[Look], final_wipe: int, tokens: Sequence[int]
+) -> Tensor:
+    """Logits after a prompt and after each of the tokens that follow it, in one pass over all that pruned layers ever held.
+
+    A visual token that is chosen again after it had gone is another entry of that pass; each entry sees what was held when
+    it ran.
+
+    Args:
+        model: of LLaVA's family; its base attends eagerly.
+        inputs: the prompt.
+        keep: positions of the visual tokens that the prompt kept.
+        looks: what was chosen later.
+        final_wipe: K_f.
+        tokens: ids that follow.
+    """
+    base, trunk = model.base, model.twig.config.trunk_layers
+    captured = base.prompt(**inputs)
+    length = captured.hidden.shape[1]
+    hidden = torch.cat((captured.hidden[0], base.embed(torch.tensor([tokens], dtype=torch.long))[0]))
+    everything = Alone(hidden, torch.zeros(len(hidden), dtype=torch.bool), torch.arange(len(hidden)))
+    everything.through(base, 0, trunk, ())
+
+    text = [position for position in range(length) if not captured.visual_mask[0, position]]
+    positions = sorted([*text, *keep.tolist()])
+    is_text = [position in text for position in positions]
+    sees = [{other for other, place in enumerate(positions) if place <= position} for position in positions]
+    entries_of_text = [entry for entry, flag in enumerate(is_text) if flag]
+    held = {position: entry for entry, position in enumerate(positions) if position not in text}
+    after = {look.after: look for look in looks}
+    for index in range(len(tokens)):
+        if index + 1 in after:
+            chosen = after[index + 1].kept.tolist()
+            new = [position for position in chosen if position not in held]
+            held = {position: held[position] for position in chosen if position in held}
+            for position in new:
+                held[position] = len(positions)
+                positions.append(position)
+                is_text.append(False)
+            before = [*entries_of_text, *held.values()]
+            sees += [{entry for entry in before if positions[entry] <= position} for position in new]
+        entries_of_text.append(len(positions))
+        sees.append({*entries_of_text, *held.values()})
+        positions.append(length + index)
+        is_text.append(True)
+
+    states = everything.hidden[positions]
+    mask = torch.full((len(positions),) * 2, torch.finfo().min)
+    for entry, others in enumerate(sees):
+        mask[entry, sorted(others)] = 0
+    place = torch.tensor(positions)
+    for index in range(trunk, base.num_layers):
+        if index == final_wipe:
+            stays = torch.tensor(is_text)
+            states, place, mask = states[stays], place[stays], mask[stays][:, stays]
+        layer: Any = base.layers[index]
+        rotary = base.decoder.rotary_emb(states[None], place[None])
+        states = layer(states[None], attention_mask=mask[None, None], position_embeddings=rotary)[0]
+    return base.logits(states[place >= length - 1])

@@ -82,7 +82,7 @@ class Engine:
             self.waiting.append(row)
         return [row.id for row in rows]
 
-    def fork(self, id: int, pruner: Pruner | None, retain: float | None = None) -> int:
+    def fork(self, id: int, pruner: Pruner | None, retain: float | None = None, refocus: float | None = None) -> int:
         """Queue another answer to a waiting request's prompt, with another pruning; what they share is computed once.
 
         Vision, trunk, twig and scores are shared; everything else is as the request has it.
@@ -91,6 +91,7 @@ class Engine:
             id: of a request that waits.
             pruner: of the new row; None: no pruning.
             retain: R̄; None: the pruner states its cuts itself.
+            refocus: τ of the new row; None: its visual tokens stay the same.
 
         Raises:
             TwigVLMError: no such request waits, or the prompt cannot have this budget.
@@ -107,7 +108,15 @@ class Engine:
         cuts = () if pruner is None else schedule(pruner, retain, visual, self.base.num_layers)
         request = replace(source.request, rows=[])
         fork = replace(
-            source, request=request, pruner=pruner if cuts else None, cuts=cuts, tokens=[], drafted=[], accepted=[]
+            source,
+            request=request,
+            pruner=pruner if cuts else None,
+            cuts=cuts,
+            refocus=refocus,
+            tokens=[],
+            drafted=[],
+            accepted=[],
+            looks=[],
         )
         request.rows.append(fork)
         return self.submit([fork])[0]

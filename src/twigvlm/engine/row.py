@@ -12,6 +12,7 @@ from twigvlm.base.prompt import Prompt
 from twigvlm.engine.noise import Noise
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Cut, Pruner
+from twigvlm.pruning.refocus import Look
 
 
 @runtime_checkable
@@ -108,6 +109,7 @@ class Row:
         noise: that the base chooses with; None: greedy.
         prefix: what is known of the prompt from an earlier turn or a forked row, and learns of it.
         emit: called with each token as it is accepted.
+        refocus: τ, below which the kept visual tokens are chosen again; None: they stay the same.
     """
 
     request: Request
@@ -121,6 +123,7 @@ class Row:
     noise: Noise | None = None
     prefix: PrefixCache | None = None
     emit: Callable[[int], None] | None = None
+    refocus: float | None = None
     id: int = -1
     next_position: int = 0
     """Position, for rotary embeddings, of the first new token."""
@@ -132,6 +135,8 @@ class Row:
     """Drafted tokens accepted in each step."""
     kept: Bool[Tensor, " tokens"] | None = None
     """True at the visual tokens of the prompt that passed the first cut; None without pruning."""
+    looks: list[Look] = field(default_factory=list)
+    """Later choices of the kept visual tokens."""
     finished: bool = False
 
     @property

@@ -18,6 +18,7 @@ from twigvlm.engine.sampling import Chooser
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.cache import CacheView
 from twigvlm.pruning.cut import Cut
+from twigvlm.pruning.refocus import Sight
 from twigvlm.pruning.run import Choose, run_cuts
 from twigvlm.pruning.view import CutView, Tokens, TrunkOutput
 from twigvlm.speculation.batch import Batch, RowState, eos_table
@@ -174,7 +175,8 @@ class EagerRunner:
             row.next_position = position
         ends = torch.tensor(trunk.tokens.lengths, device=base.device)[:, None] - 1
         roots = last_token(trunk.prompt.input_ids[..., None], trunk.prompt.lengths)[:, 0]
-        part = batch.newcomers(claimed.start, self._state(rows, roots), trunk)
+        sights = [self._sight(row, trunk, index) for index, row in enumerate(rows)]
+        part = batch.newcomers(claimed.start, self._state(rows, roots), sights, trunk)
         chooser = Chooser(rows, base.device)
         choose = self._choose(rows, trunk.prompt, trunk)
         # A later cut may rank by the last token of the prompt.
@@ -199,7 +201,7 @@ class EagerRunner:
             max=left.hidden.shape[1] - 1
         )
         logits = base.logits(torch.take_along_dim(left.hidden, place[..., None], dim=1))
-        committed, on_host = self._walk(drafted, chooser, logits)
+        committed, on_host = self._walk(part, drafted, chooser, logits)
         dropped = committed.accepted.counts - nodes
         batch.cache.advance(trunk_layers, base.num_layers, claimed, on_host[:, 0] - on_host[:, 2] - 1, dropped)
         commit_draft(part, policy, drafted, committed, on_host)
@@ -209,6 +211,13 @@ class EagerRunner:
     def _defer(self, trunk: TrunkOutput, alone: bool) -> bool:
         """Whether only the first draft that pays shall show the prompt to the twig."""
         return self.speculation.speculate == "auto" and alone and not trunk.in_twig
+
+    def _sight(self, row: Row, trunk: TrunkOutput, index: int) -> Sight | None:
+        """What a row can look at again; None: it does not, or nothing was pruned of its prompt."""
+        if row.refocus is None or row.kept is None or bool(row.kept.eq(trunk.tokens.visual[index]).all()):
+            return None
+        wiped = [cut.layer for cut in row.cuts if not cut.keep]
+        return Sight.of(trunk, index, row.kept, row.refocus, wiped[0] if wiped else self.base.num_layers)
 
     def _state(self, rows: Sequence[Row], newest: Int[Tensor, " rows"]) -> RowState:
         """Rows without new tokens, whose newest are the prompts' last."""
@@ -229,19 +238,35 @@ class EagerRunner:
     def verify(self, draft: Draft) -> Step:
         """Layers K+1..L on all drafts in one pass; of each row the longest path that the base agrees with stays in the caches."""
         base, batch, trunk = self.base, self.batch, self.twig.config.trunk_layers
+        self._look_again(draft)
         view = batch.cache.view(batch.rows)
         hidden = base.run_layers(draft.hidden, trunk, base.num_layers, draft.inputs, draft.masks, view)
-        committed, on_host = self._walk(draft, self.chooser, base.logits(hidden))
+        committed, on_host = self._walk(batch, draft, self.chooser, base.logits(hidden))
         commit(batch, self.policy, draft, committed, on_host)
         self.policy.learn(on_host[:, 0] - 1)
         self._advance(batch, committed.accepted)
         return _step(on_host)
 
+    def _look_again(self, draft: Draft) -> None:
+        """Rows whose newest token asks for it choose their visual tokens again."""
+        refocus = self.batch.refocus
+        if refocus is None or draft.scores is None:
+            return
+        roots = draft.scores[:, 0]
+        for index in refocus.asks(roots[:, None])[:, 0].nonzero()[:, 0].tolist():
+            row = self.rows[index]
+            look = refocus.look(self.base, self.batch.cache, index, roots[index], len(row.tokens))
+            if look is not None:
+                row.looks.append(look)
+
     def _walk(
-        self, draft: Draft, chooser: Chooser, logits: Tensor
+        self, batch: Batch, draft: Draft, chooser: Chooser, logits: Tensor
     ) -> tuple[Committed, Int[np.ndarray, "rows numbers"]]:
         couple = chooser.couple if chooser.coupled else None
-        committed = Committed.of(draft, walk(draft.nodes, draft.depth, chooser.choose(logits), couple))
+        nodes = draft.nodes
+        if batch.refocus is not None and draft.scores is not None:
+            nodes = nodes.without(batch.refocus.asks(draft.scores))  # what follows needs another look first
+        committed = Committed.of(draft, walk(nodes, draft.depth, chooser.choose(logits), couple))
         return committed, committed.to_host()
 
     def _advance(self, batch: Batch, accepted: Accepted) -> None:

@@ -24,6 +24,7 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.hf.processors import split_criteria, split_processors
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Cut, Pruner
+from twigvlm.pruning.refocus import Look
 from twigvlm.speculation.costs import StepCosts
 from twigvlm.timing import Timings
 
@@ -36,6 +37,8 @@ class TwigOutput:
     """Prompt ids and new ids; behind the end of a shorter answer the padding token."""
     kept_indices: list[Int[Tensor, " _"]] | None
     """For each prompt, positions of the visual tokens kept after layer K, ascending; None without pruning."""
+    looks: list[list[Look]] | None
+    """For each prompt, later choices of the kept visual tokens; None without `refocus`."""
     drafted_lengths: list[list[int]]
     """For each prompt, tokens drafted for each step, the prefill first; of a tree, its nodes that were verified."""
     accepted_lengths: list[list[int]]
@@ -61,6 +64,7 @@ class HFGenerateAdapter:
         base: the base.
         pruner: chooses the visual tokens that go on; None: all do.
         schedule: its cuts.
+        refocus: τ; None: the kept visual tokens stay the same.
         streamer: of `generate`.
         generator: what sampling draws from; None: torch's own.
         prefix: of a conversation.
@@ -69,6 +73,7 @@ class HFGenerateAdapter:
     base: BaseVLM
     pruner: Pruner | None
     schedule: Schedule
+    refocus: float | None
     streamer: Any
     generator: torch.Generator | None
     prefix: PrefixCache | None
@@ -130,6 +135,7 @@ class HFGenerateAdapter:
                     noise,
                     self.prefix,
                     _emitter(self.streamer),
+                    self.refocus,
                 )
             )
         self.rows = request.rows
@@ -151,7 +157,8 @@ def run_rows(
     if timings is None:
         return ids
     kept = _kept_positions(rows, request.padding) if any(row.cuts for row in rows) else None
-    return TwigOutput(ids, kept, [row.drafted for row in rows], [row.accepted for row in rows], timings, costs)
+    looks = None if adapter.refocus is None else _looks(rows, request.padding)
+    return TwigOutput(ids, kept, looks, [row.drafted for row in rows], [row.accepted for row in rows], timings, costs)
 
 
 def _check_rows(rows: int, streamer: Any, prefix: PrefixCache | None) -> None:
@@ -246,6 +253,12 @@ def _kept_positions(rows: Sequence[Row], padding: Sequence[int]) -> list[Tensor]
         mask = row.prompt.visual_mask[row.index] if row.kept is None else row.kept
         found.append(mask.nonzero()[:, 0].clone() + count)
     return found
+
+
+def _looks(rows: Sequence[Row], padding: Sequence[int]) -> list[list[Look]]:
+    """Looks with positions as in the prompts as they were given."""
+    pairs = zip(rows, padding, strict=True)
+    return [[look._replace(kept=look.kept + count) for look in row.looks] for row, count in pairs]
 
 
 def _noises(

@@ -303,6 +303,37 @@ class CacheView:
         return part[:, :, :total]
 
 
+class ReplacingView(CacheView):
+    """One row during a pass whose tokens take the places of others, instead of standing behind them.
+
+    Args:
+        cache: the cache.
+        row: its row.
+        slots: of the tokens that give way, in the order of the new ones.
+        count: tokens that the pass sees, the first ones of the row.
+    """
+
+    def __init__(self, cache: KVCache, row: int, slots: Int[Tensor, " new"], count: int) -> None:
+        super().__init__(cache, slice(row, row + 1))
+        self.slots, self.count = slots, count
+
+    def positions(self, layer: int, new: Int[Tensor, "1 new"]) -> Int[Tensor, "1 count"]:
+        """Positions in the unpruned sequence of the tokens that the pass sees."""
+        known = self.cache._positions[self.cache.segment(layer)]
+        assert known is not None, "the prompt has been noted"
+        known[self.rows, self.slots] = new
+        return known[self.rows, : self.count]
+
+    def advance(self, start: int, stop: int, tokens: int) -> None:
+        """No-op: the row holds as many tokens as before."""
+
+    def _written(self, buffers: list[Tensor | None], layer: int, new: Tensor) -> Tensor:
+        buffer = buffers[layer]
+        assert buffer is not None, "it holds the prompt"
+        buffer[self.rows.start, :, self.slots.to(buffer.device)] = new[0].to(buffer.dtype)
+        return buffer[self.rows, :, : self.count]
+
+
 def _grown(old: Tensor | None, like: Tensor, axis: int, capacity: int) -> Tensor:
     """A larger buffer with the same beginning. Zero-filled: even masked slots must be finite, since 0 × NaN is NaN."""
     if old is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from twigvlm.base.masks import Masks
 from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.kv.cache import KVCache
+from twigvlm.pruning.refocus import Refocus, Sight
 from twigvlm.pruning.view import TrunkOutput
 from twigvlm.twig.block import Twig
 
@@ -96,6 +98,15 @@ class Pending:
         return Pending(torch.take_along_dim(both, index[..., None], dim=1), self.counts + counts, total)
 
 
+class InTwig(NamedTuple):
+    """What the twig makes of tokens."""
+
+    states: Float[Tensor, "rows tokens width"]
+    """After its last layer."""
+    scores: Float[Tensor, "rows tokens visual"] | None
+    """Shares of the visual tokens; None where no row looks again."""
+
+
 class Batch:
     """Rows that draft and verify together. Row i of every part is row i of the cache.
 
@@ -114,6 +125,10 @@ class Batch:
         self.pending: Pending | None = None
         self.deferred: TrunkOutput | None = None
         """The prompt of the only row, until the twig has seen it."""
+        self.sights: list[Sight | None] = []
+        """Of each row what it can look at again; None: it does not."""
+        self.refocus: Refocus | None = None
+        """The same for all rows at once; None: no row looks again."""
         self._table: TokenInputs | None = None
         self._axes: tuple[int, ...] = ()
         self._first = 0
@@ -123,12 +138,13 @@ class Batch:
         """All of them."""
         return slice(self._first, self.cache.rows)
 
-    def newcomers(self, first: int, state: RowState, trunk: TrunkOutput) -> "Batch":
+    def newcomers(self, first: int, state: RowState, sights: list[Sight | None], trunk: TrunkOutput) -> "Batch":
         """The rows from `first` on, whose prompts the cache holds, as a batch of their own until they join."""
         self._axes = (3,) if trunk.prompt.position_ids.ndim == 3 else ()
         part = copy(self)
         part._first, part.state, part.deferred = first, state, None
         part.pending = Pending.none(len(state.newest), trunk.tokens.hidden)
+        part._look_with(sights)
         return part
 
     def join(self, part: "Batch", deferred: TrunkOutput | None) -> None:
@@ -146,6 +162,7 @@ class Batch:
         else:
             self.state, self.pending = self.state.join(part.state), self.pending.join(part.pending)
         self.deferred = deferred
+        self._look_with([*self.sights, *part.sights])
 
     def leave(self, row: int) -> None:
         """Drop a row; the last one takes its place."""
@@ -157,6 +174,12 @@ class Batch:
             self.state, self.pending = self.state.leave(row), self.pending.leave(row)
         else:
             self.state = self.pending = None
+        self.sights[row] = self.sights[-1]
+        self._look_with(self.sights[:-1])
+
+    def _look_with(self, sights: list[Sight | None]) -> None:
+        self.sights = sights
+        self.refocus = None if all(sight is None for sight in sights) else Refocus(self.twig, sights)
 
     def _show_deferred(self) -> None:
         if self.deferred is not None:
@@ -193,33 +216,35 @@ class Batch:
         layers = self.twig.config.trunk_layers
         return self.base.run_layers(self.base.embed(tokens), 0, layers, inputs, masks, self.cache.view(self.rows))
 
-    def twig_logits(
-        self, hidden: Float[Tensor, "rows nodes width"], inputs: TokenInputs, masks: Masks
-    ) -> Float[Tensor, "rows nodes draft_vocabulary"]:
-        """The twig's logits after states of layer K."""
-        return self.twig.logits(self.twig(hidden, inputs, masks, self.cache.view(self.rows))).float()
+    def in_twig(self, hidden: Float[Tensor, "rows nodes width"], inputs: TokenInputs, masks: Masks) -> InTwig:
+        """Run the twig on states of layer K."""
+        view = self.cache.view(self.rows)
+        if self.refocus is None:
+            return InTwig(self.twig(hidden, inputs, masks, view), None)
+        before_last, states = self.twig.forward_in_two(hidden, inputs, masks, view)
+        return InTwig(states, self.refocus.scores(before_last, inputs))
 
-    def root_logits(
-        self, roots: Float[Tensor, "rows 1 width"], inputs: TokenInputs, furthest: int
-    ) -> Float[Tensor, "rows 1 draft_vocabulary"]:
-        """The twig's logits after the newest tokens; the twig first sees what it has not seen yet, in the same pass."""
+    def roots_in_twig(self, roots: Float[Tensor, "rows 1 width"], inputs: TokenInputs, furthest: int) -> InTwig:
+        """Run the twig on the newest tokens; it first sees what it has not seen yet, in the same pass."""
         assert self.state is not None, "there are rows"
         assert self.pending is not None, "there are rows"
         self._show_deferred()
         pending = self.pending
         if not pending.on_host.any():
-            return self.twig_logits(roots, inputs, self.masks)
+            return self.in_twig(roots, inputs, self.masks)
         size = int(pending.on_host.max()) + 1
         at = pending.counts[:, None]
         states = torch.cat((pending.states, roots), dim=1)
         states = states.scatter(1, at[..., None].expand_as(roots), roots)
         offsets = torch.arange(size, device=at.device) - at
-        view = self.cache.view(self.rows)
-        hidden = self.twig(states, self.inputs(self.state, offsets, furthest), self.masks, view)
+        all_new = self.in_twig(states, self.inputs(self.state, offsets, furthest), self.masks)
         first, last = self.twig.first_slot, self.twig.last_slot + 1
         self.cache.commit(first, last, self.rows, size, pending.on_host + 1, pending.counts + 1)
         self.pending = Pending.none(len(states), states)
-        return self.twig.logits(torch.take_along_dim(hidden, at[..., None], dim=1)).float()
+        states = torch.take_along_dim(all_new.states, at[..., None], dim=1)
+        if all_new.scores is None:
+            return InTwig(states, None)
+        return InTwig(states, torch.take_along_dim(all_new.scores, at[..., None], dim=1))
 
 
 def without(tensor: Tensor, row: int) -> Tensor:

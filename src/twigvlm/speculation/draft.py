@@ -36,6 +36,8 @@ class Draft(NamedTuple):
     """Tokens that the trunk's cache got."""
     in_twig: int
     """Tokens that the twig's cache got: the first ones of the trunk's."""
+    scores: Float[Tensor, "rows nodes visual"] | None
+    """Shares of the visual tokens at each node; None where no row looks again."""
 
 
 def draft(batch: Batch, policy: Policy, rescore: Rescore, furthest: int, exact: bool) -> Draft:
@@ -56,6 +58,7 @@ def draft(batch: Batch, policy: Policy, rescore: Rescore, furthest: int, exact: 
     nodes = Nodes.rooted(state.newest)
     ran = nodes.tokens[:, :0]
     states: list[Tensor] = []
+    scores: list[Tensor] = []
     expandable = torch.zeros_like(nodes.tokens, dtype=torch.bool)
     room = (state.limit - state.count)[:, None]
     level = 0
@@ -70,15 +73,18 @@ def draft(batch: Batch, policy: Policy, rescore: Rescore, furthest: int, exact: 
         ran = torch.cat((ran, chosen), dim=1)
         hidden, inputs, masks = _run(batch, policy, nodes, ran, chosen, level, furthest)
         states.append(hidden)
-        logits = batch.root_logits(hidden, inputs, furthest) if level == 0 else batch.twig_logits(hidden, inputs, masks)
+        in_twig = batch.roots_in_twig(hidden, inputs, furthest) if level == 0 else batch.in_twig(hidden, inputs, masks)
+        if in_twig.scores is not None:
+            scores.append(in_twig.scores)
         known = chosen.clamp(min=0)
-        scores = rescore(logits, nodes.depths.gather(1, known), level)
-        best = scores.topk(min(policy.width, scores.shape[-1]))
+        logits = batch.twig.logits(in_twig.states).float()
+        log_probabilities = rescore(logits, nodes.depths.gather(1, known), level)
+        best = log_probabilities.topk(min(policy.width, log_probabilities.shape[-1]))
         ids = batch.twig.draft_token_ids
         parents = chosen.masked_fill(~expandable.gather(1, known), INVALID)
         nodes = nodes.add(parents, best.indices if ids is None else ids[best.indices], best.values)
         level += 1
-    return _selected(batch, policy, nodes, ran, states, level, furthest, exact)
+    return _selected(batch, policy, nodes, ran, states, scores, level, furthest, exact)
 
 
 def _selected(
@@ -87,23 +93,37 @@ def _selected(
     nodes: Nodes,
     ran: Int[Tensor, "rows ran"],
     states: list[Tensor],
+    scores: list[Tensor],
     level: int,
     furthest: int,
     exact: bool,
 ) -> Draft:
-    """What the policy selects of drafted nodes, of which `ran` have these layer-K states; the others run through the trunk."""
+    """What the policy selects of drafted nodes, of which `ran` have these layer-K states; the others run through the trunk.
+
+    Where rows look again, they run through the twig too: whether to look is asked of each node.
+    """
     in_twig = ran.shape[1]
     selected = policy.select(nodes)
     late = _late(policy, selected, ran, exact)
     if late.shape[1]:
         ran = torch.cat((ran, late), dim=1)
-        states.append(_run(batch, policy, nodes, ran, late, level, furthest)[0])
+        more, late_inputs, late_masks = _run(batch, policy, nodes, ran, late, level, furthest)
+        states.append(more)
+        if batch.refocus is not None:
+            in_twig = ran.shape[1]
+            if level == 0:
+                last = batch.roots_in_twig(more, late_inputs, furthest)
+            else:
+                last = batch.in_twig(more, late_inputs, late_masks)
+            assert last.scores is not None, "rows look again"
+            scores.append(last.scores)
     hidden = states[0] if len(states) == 1 else torch.cat(states, dim=1)
+    shares = torch.cat(scores, dim=1) if scores else None
     chosen = nodes.take(selected)
     assert batch.state is not None, "there are rows"
     inputs = batch.inputs(batch.state, chosen.depths, furthest)
     if policy.linear:
-        return Draft(chosen, level, hidden, inputs, batch.masks, None, ran.shape[1], in_twig)
+        return Draft(chosen, level, hidden, inputs, batch.masks, None, ran.shape[1], in_twig, shares)
     equal = selected[:, :, None] == ran[:, None, :]
     slots = equal.int().argmax(dim=2)
     order = torch.arange(selected.shape[1], device=selected.device).expand_as(selected)
@@ -113,7 +133,8 @@ def _selected(
         seen = ancestor_mask(chosen.parents, order, order, level)
         masks = TreeMasks(batch.base.attention, seen, hidden.dtype)
     gathered = torch.take_along_dim(hidden, slots[..., None], dim=1)
-    return Draft(chosen, level, gathered, inputs, masks, slots, ran.shape[1], in_twig)
+    shares = None if shares is None else torch.take_along_dim(shares, slots[..., None], dim=1)
+    return Draft(chosen, level, gathered, inputs, masks, slots, ran.shape[1], in_twig, shares)
 
 
 def _late(policy: Policy, selected: Tensor, ran: Tensor, exact: bool) -> Int[Tensor, "rows late"]:

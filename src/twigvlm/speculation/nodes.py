@@ -35,6 +35,10 @@ class Nodes(NamedTuple):
         """True at nodes that were drafted, the root included."""
         return self.scores.isfinite()
 
+    def without(self, some: Bool[Tensor, "rows nodes"]) -> "Nodes":
+        """With some of them, and so all behind them, out of reach of what is accepted."""
+        return self._replace(scores=self.scores.masked_fill(some, float("-inf")))
+
     def add(
         self,
         parents: Int[Tensor, "rows expanded"],

@@ -125,6 +125,15 @@ class Twig(nn.Module):
             view.advance(self.first_slot, self.last_slot + 1, hidden.shape[1])
         return after
 
+    def forward_in_two(
+        self, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, masks: Masks, view: CacheView
+    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens width"]]:
+        """The input of the last layer, which visual tokens are ranked by, and what `forward` returns."""
+        before_last = run(self.layers[:-1], hidden, inputs, masks, view, self.first_slot)
+        after = run(self.layers[-1:], before_last, inputs, masks, view, self.last_slot)
+        view.advance(self.first_slot, self.last_slot + 1, hidden.shape[1])
+        return before_last, after
+
     def checkpoint_gradients(self, on: bool) -> None:
         """In training, keep of each layer its input alone, and run it again for its gradients."""
         for layer in self.layers:

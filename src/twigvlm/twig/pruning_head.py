@@ -59,11 +59,20 @@ class PruningHead(nn.Module):
             queries: rotated queries.
             keys: rotated keys of the visual tokens.
         """
-        heads, head_dim = queries.shape[1], queries.shape[3]
-        keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)
-        query_gates = _gate(self.query_gate(query_inputs)).unflatten(-1, (heads, head_dim)).transpose(1, 2)
-        key_gates = _gate(self.key_gate(key_inputs)).unflatten(-1, (heads, head_dim)).transpose(1, 2)
-        return query_gates * queries, key_gates * keys
+        return self.gate_queries(query_inputs, queries), self.gate_keys(key_inputs, keys)
+
+    def gate_queries(
+        self, inputs: Float[Tensor, "batch queries width"], queries: Float[Tensor, "batch heads queries head_dim"]
+    ) -> Float[Tensor, "batch heads queries head_dim"]:
+        """Gated queries; arguments as of `forward`."""
+        return _gate(self.query_gate(inputs)).unflatten(-1, (-1, queries.shape[3])).transpose(1, 2) * queries
+
+    def gate_keys(
+        self, inputs: Float[Tensor, "batch visual width"], keys: Float[Tensor, "batch kv_heads visual head_dim"]
+    ) -> Float[Tensor, "batch heads visual head_dim"]:
+        """Gated keys, repeated to H heads; arguments as of `forward`."""
+        gates = _gate(self.key_gate(inputs)).unflatten(-1, (-1, keys.shape[3])).transpose(1, 2)
+        return gates * keys.repeat_interleave(gates.shape[1] // keys.shape[1], dim=1)
 
 
 def _gate(inputs: Tensor) -> Tensor:

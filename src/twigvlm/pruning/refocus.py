@@ -1,0 +1,193 @@
+"""Refocusing: while an answer grows, the kept visual tokens are chosen again where it turns to something else.
+
+Trunk and twig hold all visual tokens for the whole answer, so the twig can rank them at every new token for the price of one
+query. Where the kept ones have less than τ of what the best R have, pruned layers take up the best ones in their stead:
+these run from their stored states after layer K, at their positions in the prompt. The rule looks at accepted tokens alone,
+so that an answer does not depend on how it was drafted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from twigvlm.base.layers import project_keys, project_queries
+from twigvlm.base.masks import additive
+from twigvlm.base.token_inputs import TokenInputs, select_rows, select_tokens
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.kv.cache import KVCache, ReplacingView
+from twigvlm.pruning.attention_rows import visual_attention
+from twigvlm.pruning.select import gather_tokens, top_visual
+from twigvlm.pruning.view import TrunkOutput
+from twigvlm.twig.block import Twig
+
+
+class Look(NamedTuple):
+    """A new choice of the kept visual tokens."""
+
+    after: int
+    """New tokens of the answer before it."""
+    kept: Int[Tensor, " keep"]
+    """Positions of the kept tokens in the prompt, ascending."""
+    ran: int
+    """How many of them were not kept before, and ran through the pruned layers."""
+
+
+@dataclass
+class Sight:
+    """What one row can look at again: the visual tokens of its prompt, of which pruned layers hold some."""
+
+    threshold: float
+    """τ."""
+    layers: tuple[int, int]
+    """K and K_f: visual tokens are pruned in layers K+1..K_f."""
+    states: Float[Tensor, "1 visual width"]
+    """Of all visual tokens after layer K."""
+    inputs: TokenInputs
+    """Of all visual tokens."""
+    keys: Float[Tensor, "heads visual head_dim"]
+    """Of all visual tokens in the last twig layer, gated where the twig has a P-Head."""
+    visual: Int[Tensor, " visual"]
+    """Positions of the visual tokens in the prompt."""
+    held: Int[Tensor, " left"]
+    """Position in the prompt of each token that pruned layers hold."""
+    slots: Int[Tensor, " visual"]
+    """Which of the held tokens each visual token is; -1: none."""
+
+    @classmethod
+    def of(
+        cls, trunk: TrunkOutput, row: int, kept: Bool[Tensor, " tokens"], threshold: float, final_wipe: int
+    ) -> "Sight":
+        """After the cut that follows layer K.
+
+        Args:
+            trunk: the prompts before the cut.
+            row: which of them.
+            kept: True at the visual tokens that passed the cut.
+            threshold: τ.
+            final_wipe: K_f.
+        """
+        twig, tokens = trunk.twig, trunk.tokens
+        mask = tokens.visual[row]
+        visual = mask.nonzero()[:, 0]
+        stays = tokens.text[row] | kept
+        slots = torch.where(kept, stays.long().cumsum(0) - 1, -1)[visual]
+        inputs = select_rows(tokens.inputs, torch.tensor([row], device=mask.device))
+        inputs = select_tokens(inputs, visual[None])
+        keys = later_keys(twig, gather_tokens(trunk.fill_twig()[row : row + 1], visual[None]), inputs)
+        states = gather_tokens(tokens.hidden[row : row + 1], visual[None])
+        layers = twig.config.trunk_layers, final_wipe
+        return cls(threshold, layers, states, inputs, keys[0], visual, stays.nonzero()[:, 0], slots)
+
+    @property
+    def keep(self) -> int:
+        """R."""
+        return int((self.slots >= 0).sum())
+
+
+def later_keys(
+    twig: Twig, hidden: Float[Tensor, "batch visual width"], inputs: TokenInputs
+) -> Float[Tensor, "batch heads visual head_dim"]:
+    """What new tokens rank visual tokens by: keys of the last twig layer, gated by the P-Head where there is one (Eq. 7)."""
+    layer: Any = twig.layers[-1]
+    keys = project_keys(layer, hidden, inputs)
+    if twig.pruning_head is not None:
+        return twig.pruning_head.gate_keys(layer.input_layernorm(hidden), keys)
+    return keys.repeat_interleave(layer.self_attn.config.num_attention_heads // keys.shape[1], dim=1)
+
+
+def later_queries(
+    twig: Twig, hidden: Float[Tensor, "batch new width"], inputs: TokenInputs
+) -> Float[Tensor, "batch heads new head_dim"]:
+    """Queries of new tokens for `later_keys`, from the input of the last twig layer."""
+    layer: Any = twig.layers[-1]
+    queries = project_queries(layer, hidden, inputs)
+    if twig.pruning_head is None:
+        return queries
+    return twig.pruning_head.gate_queries(layer.input_layernorm(hidden), queries)
+
+
+class Refocus:
+    """What is asked of all rows of a batch at every step; entry i of every part is row i of the cache.
+
+    Args:
+        twig: ranks visual tokens at new tokens, by its P-Head, or its last layer's attention to visual tokens.
+        rows: None: this row does not look again; at least one does.
+    """
+
+    def __init__(self, twig: Twig, rows: Sequence[Sight | None]) -> None:
+        self.twig, self.rows = twig, rows
+        some = next(row for row in rows if row is not None)
+        none = some.slots[:0]
+        keys = [(some.keys[:, :0] if row is None else row.keys).transpose(0, 1) for row in rows]
+        self.keys = pad_sequence(keys, batch_first=True).transpose(1, 2)
+        self.slots = pad_sequence(
+            [none if row is None else row.slots for row in rows], batch_first=True, padding_value=-1
+        )
+        counts = torch.tensor([0 if row is None else len(row.visual) for row in rows], device=none.device)
+        self.visible = torch.arange(self.keys.shape[2], device=none.device) < counts[:, None]
+        keep = [0 if row is None else row.keep for row in rows]
+        self.most, self.last = max(keep), torch.tensor(keep, device=none.device).sub(1).clamp(min=0)
+        thresholds = [0.0 if row is None else row.threshold for row in rows]
+        self.threshold = torch.tensor(thresholds, device=none.device)[:, None]
+
+    def scores(self, hidden: Float[Tensor, "rows new width"], inputs: TokenInputs) -> Float[Tensor, "rows new visual"]:
+        """Shares of all visual tokens at new tokens.
+
+        Args:
+            hidden: the input of the last twig layer.
+            inputs: of the new tokens.
+        """
+        queries = later_queries(self.twig, hidden, inputs)
+        visible = self.visible[:, None].expand(-1, hidden.shape[1], -1)
+        scaling = cast(Any, self.twig.layers[-1]).self_attn.scaling
+        return visual_attention(queries, self.keys, scaling, visible).exp()
+
+    def asks(self, scores: Float[Tensor, "rows new visual"]) -> Bool[Tensor, "rows new"]:
+        """Where the kept tokens have less than τ of what as many others could have."""
+        kept = (scores * (self.slots >= 0)[:, None]).sum(dim=-1)
+        best = scores.topk(self.most, dim=-1).values.cumsum(dim=-1)
+        best = best.gather(2, self.last[:, None, None].expand(-1, scores.shape[1], 1))[..., 0]
+        return kept < self.threshold * best
+
+    def look(
+        self, base: BaseVLM, cache: KVCache, row: int, scores: Float[Tensor, " visual"], after: int
+    ) -> Look | None:
+        """Let pruned layers hold the best visual tokens in place of those that are not among them; None: all of them are.
+
+        Args:
+            base: the base.
+            cache: whose row changes.
+            row: of cache and batch.
+            scores: of the newest token.
+            after: new tokens so far.
+        """
+        sight = self.rows[row]
+        assert sight is not None, "it has asked"
+        visual, slots = sight.visual, sight.slots
+        best = top_visual(scores[None, : len(visual)], torch.ones_like(slots, dtype=torch.bool)[None], [sight.keep])[0]
+        new, gone = (best & (slots < 0)).nonzero()[:, 0], (~best & (slots >= 0)).nonzero()[:, 0]
+        if not len(new):
+            return None
+        places = slots[gone]
+        slots[new], slots[gone] = places, -1
+        self.slots[row, : len(visual)] = slots
+        sight.held[places] = visual[new]
+        inputs = select_tokens(sight.inputs, new[None])
+        until = visual[new] if inputs.attends_until is None else inputs.attends_until[0]
+        mask = (sight.held <= until[:, None])[None, None]
+        if base.attention == "eager":
+            mask = additive(mask, base.dtype)
+        view = ReplacingView(cache, row, places, len(sight.held))
+        base.run_layers(
+            gather_tokens(sight.states, new[None]),
+            *sight.layers,
+            inputs._replace(attends_until=None),
+            lambda tokens, held: mask,
+            view,
+        )
+        return Look(after, visual[best], len(new))

@@ -1,0 +1,175 @@
+"""Refocusing: kept visual tokens are chosen again by the rule, and the answer is that of a pass that sees them."""
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.pruning.references import logits_by_looking
+from tests.tiny import VISUAL, prompt, tiny_llava
+from tests.twigs import step_costs
+from twigvlm import TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
+from twigvlm.pruning.methods.random import RandomScores
+from twigvlm.pruning.methods.twig import TwigPruner
+from twigvlm.pruning.methods.twig_attention import TwigAttention
+
+LAYERS, TRUNK, TOKENS = 6, 2, 12
+WAYS = {
+    "none": {},
+    "chain": {"speculate": "chain", "draft_threshold": 0.0, "draft_length": 4},
+    "tree": {"speculate": "tree", "tree_depth": 3, "tree_width": 4, "tree_expand": 3, "tree_nodes": 12},
+    "auto": {"speculate": "auto"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _drafts_pay(monkeypatch):
+    monkeypatch.setattr(TwigVLM, "costs", lambda self: step_costs(draft=0.1))
+
+
+@cache
+def grown(pruning_head=True, attention="eager"):
+    torch.manual_seed(0)
+    base = tiny_llava(attention=attention, deep_scale=0.3, from_layer=4)
+    return TwigVLM.grow(base, TwigConfig(TRUNK, 2, pruning_head=pruning_head))
+
+
+def answered(model, inputs, **options):
+    options = {"keep": 5, "final_wipe": 5, "refocus": 0.9, "max_new_tokens": TOKENS, **options}
+    return model.generate(**inputs, **options, return_dict_in_generate=True)
+
+
+def tokens_of(output, inputs):
+    return output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+class Scores:
+    """A logits processor that keeps what the base chose by; no placeholder is chosen, which a reference could not embed."""
+
+    def __init__(self):
+        self.rows = []
+
+    def __call__(self, ids, scores):
+        self.rows.append(scores[0].clone())
+        scores[:, 99] = float("-inf")
+        return scores
+
+
+@torch.no_grad()
+def shares(model, inputs, tokens):
+    """The twig's scores of the visual tokens at each of the tokens, by one pass over all of them without a cache."""
+    base, twig = model.base, model.twig
+    ids = torch.cat((inputs["input_ids"], torch.tensor([tokens])), dim=1)
+    captured = base.prompt(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    per_token, masks = base.token_inputs(captured), base.masks()
+    hidden = base.run_layers(captured.hidden, 0, TRUNK, per_token, masks)
+    asking = torch.zeros_like(captured.visual_mask)
+    asking[:, inputs["input_ids"].shape[1] :] = True
+    query = VisualQuery.at(asking, captured.visual_mask)
+    hidden = twig.last_input(hidden, per_token, masks)
+    return log_visual_attention(twig.layers[-1], hidden, per_token, query, twig.pruning_head)[0].exp(), query.visual[0]
+
+
+@pytest.mark.parametrize("pruning_head", [True, False])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("way", WAYS)
+@given(seed=st.integers(0, 50), keep=st.integers(1, VISUAL - 1), threshold=st.floats(0.2, 1.0))
+@settings(max_examples=5)
+def test_tokens_are_chosen_again_by_the_rule(way, attention, pruning_head, seed, keep, threshold):
+    """Where the kept ones have less than τ of the best share, and nowhere else; then they are the best ones."""
+    model, inputs = grown(pruning_head, attention), prompt(seed)
+    output = answered(model, inputs, keep=keep, refocus=threshold, logits_processor=[Scores()], **WAYS[way])
+    scores, visual = shares(model, inputs, tokens_of(output, inputs)[:-1])
+    kept, looks = output.kept_indices[0], {look.after: look for look in output.looks[0]}
+    for after, row in enumerate(scores, start=1):
+        best = row.topk(keep)
+        share = float(row[torch.isin(visual, kept)].sum() / best.values.sum())
+        if abs(share - threshold) < 1e-4 or (1 - share < 1e-5 and after not in looks):
+            kept = looks[after].kept if after in looks else kept
+            continue  # rounding decides
+        assert (after in looks) == (share < threshold)
+        if after in looks:
+            chosen = visual[best.indices].sort().values
+            assert torch.equal(looks[after].kept, chosen)
+            assert looks[after].ran == keep - int(torch.isin(chosen, kept).sum())
+            kept = chosen
+
+
+@pytest.mark.parametrize("final_wipe", [5, LAYERS])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_answer_sees_what_is_held(way, attention, final_wipe):
+    """Positions, masks, slots of the cache and stored states, against one pass without a cache."""
+    looked = 0
+    for seed in range(4):
+        inputs, recorded = prompt(seed, before=seed, after=3 + seed), Scores()
+        options = {"final_wipe": final_wipe, "logits_processor": [recorded], **WAYS[way]}
+        output = answered(grown(attention=attention), inputs, **options)
+        tokens = tokens_of(output, inputs)
+        expected = logits_by_looking(grown(), inputs, output.kept_indices[0], output.looks[0], final_wipe, tokens[:-1])
+        torch.testing.assert_close(torch.stack(recorded.rows), expected, rtol=1e-3, atol=1e-3)
+        fixed = logits_by_looking(grown(), inputs, output.kept_indices[0], [], final_wipe, tokens[:-1])
+        looked += int((expected - fixed).abs().max() > 0.02)
+    assert looked == 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sampled_answers_do_not_depend_on_drafts(way):
+    for seed in range(2):
+        drawn = [
+            answered(
+                grown(),
+                prompt(seed),
+                do_sample=True,
+                temperature=1.5,
+                generator=torch.Generator().manual_seed(seed),
+                **options,
+            )
+            for options in ({}, WAYS[way])
+        ]
+        assert torch.equal(drawn[0].sequences, drawn[1].sequences)
+        assert [look.after for look in drawn[0].looks[0]] == [look.after for look in drawn[1].looks[0]]
+
+
+def test_positions_count_the_padding():
+    model, inputs = grown(), prompt(1)
+    alone = answered(model, inputs)
+    padded = {
+        "input_ids": torch.nn.functional.pad(inputs["input_ids"], (3, 0)),
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (3, 0)),
+        "pixel_values": inputs["pixel_values"],
+    }
+    output = answered(model, padded)
+    assert alone.looks[0]
+    for look, other in zip(alone.looks[0], output.looks[0], strict=True):
+        assert torch.equal(look.kept + 3, other.kept)
+
+
+def test_nothing_is_chosen_again_where_everything_is_kept():
+    model, inputs = grown(), prompt(0)
+    output = answered(model, inputs, keep=VISUAL, final_wipe=LAYERS, refocus=1.0)
+    assert output.looks == [[]]
+    assert torch.equal(output.sequences, model.generate(**inputs, max_new_tokens=TOKENS))
+
+
+def test_without_refocus_there_are_no_looks():
+    assert answered(grown(), prompt(0), refocus=None).looks is None
+
+
+def test_what_refocus_needs():
+    model, inputs = grown(), prompt(0)
+    pruner = TwigPruner(RandomScores(), TRUNK, 5)
+    for options, message in (
+        ({"refocus": 0.9}, "refocus=0.9: needs a budget"),
+        ({"refocus": 1.5, "keep": 5}, "refocus=1.5: must be more than 0, and at most 1"),
+        ({"refocus": 0.0, "keep": 5}, "refocus=0: must be more than 0"),
+        ({"refocus": 0.9, "keep": 5, "scorer": RandomScores()}, "ranks at the prompt's end alone"),
+        ({"refocus": 0.9, "keep": 5, "scorer": TwigAttention()}, "ranks at the prompt's end alone"),
+        ({"refocus": 0.9, "keep": 5, "retain_per_image": True}, "give one of them"),
+        ({"refocus": 0.9, "retain": 8, "pruner": pruner}, "belongs to the twig's own pruning"),
+    ):
+        with pytest.raises(TwigVLMError, match=message):
+            model.generate(**inputs, **options, max_new_tokens=2)
