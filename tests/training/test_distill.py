@@ -13,7 +13,7 @@ from tests.training.events import logged
 from tests.training.stop import StopAt
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
-from twigvlm.pruning.methods.pruning_head import HeadScores
+from twigvlm.pruning.methods.pruning_head import HeadScores, VisualQuery, log_visual_attention
 from twigvlm.training.data.dataset import Collator, ConversationDataset, frequent_answer_tokens
 from twigvlm.training.distill import Student, train_stage1
 from twigvlm.training.options import Stage1Config
@@ -419,6 +419,33 @@ def test_a_reduced_vocabulary_learns_the_bases_shares_of_it(make_model, dataset)
     assert float(loss) == pytest.approx(float(F.kl_div(student, shares, reduction="none").sum(-1).mean()), rel=1e-3)
 
 
+def test_the_p_head_learns_at_answer_tokens_too(make_model, dataset):
+    """At every token that predicts one of an answer, but at the prompts' ends the weight is γ's."""
+    model, item = make_model(pruning_head=True), dataset[1]
+    with torch.no_grad():
+        one = full_loss(model, item, alpha=0.0, gamma=0.0, teacher_layer=4)
+        terms = full_loss(model, item, alpha=0.0, gamma=2.0, gamma_answers=0.5, teacher_layer=4)
+        ends = full_loss(model, item, alpha=0.0, gamma=2.0, teacher_layer=4)
+        prompt = model.base.prompt(input_ids=item["input_ids"], pixel_values=item["pixel_values"])
+        inputs, masks = model.base.token_inputs(prompt), model.base.masks()
+        hidden = model.base.run_layers(prompt.hidden, 0, 1, inputs, masks)
+        labels = item["labels"][0]
+        inside = [at for at in range(len(labels) - 1) if labels[at] != -100 and labels[at + 1] != -100]
+        asking = torch.zeros_like(prompt.visual_mask)
+        asking[0, inside] = True
+        query = VisualQuery.at(asking, prompt.visual_mask)
+        deep = model.base.run_layers(hidden, 1, 3, inputs, masks)
+        wanted = log_visual_attention(model.base.layers[3], deep, inputs, query)
+        last = model.twig.last_input(hidden, inputs, masks)
+        got = log_visual_attention(model.twig.layers[-1], last, inputs, query, model.twig.pruning_head)
+        expected = (wanted.exp() * (wanted - got)).sum(-1).mean()
+    assert inside
+    assert float(terms["answer_attention_kl"]) == pytest.approx(float(expected), rel=1e-3)
+    assert float(terms["attention_kl"]) == pytest.approx(float(ends["attention_kl"]), rel=1e-5)
+    total = one["loss"] + 2.0 * terms["attention_kl"] + 0.5 * terms["answer_attention_kl"]
+    assert float(terms["loss"]) == pytest.approx(float(total), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "deepest"), [({"alpha": 0.0, "gamma": 0.0}, 1), ({"alpha": 0.0}, 3), ({}, 6)]
 )  # of layer 4 queries and keys
@@ -435,6 +462,8 @@ def test_the_teacher_runs_once_and_no_further_than_needed(make_model, dataset, o
 def test_what_cannot_be_taught_is_refused(make_model, dataset, tmp_path):
     with pytest.raises(TwigVLMError, match=r"gamma=1: .* has none.*pruning_head=True or set gamma=0"):
         run(make_model(), dataset, tmp_path / "out", gamma=1.0)
+    with pytest.raises(TwigVLMError, match=r"gamma_answers=1: .* has none.*or set gamma_answers=0"):
+        run(make_model(), dataset, tmp_path / "out", gamma_answers=1.0)
     for layer in (1, 7):
         with pytest.raises(TwigVLMError, match=f"teacher_layer={layer}: must be 2 to 6"):
             run(make_model(pruning_head=True), dataset, tmp_path / "out", gamma=1.0, teacher_layer=layer)

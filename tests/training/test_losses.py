@@ -65,6 +65,8 @@ def test_attention_is_the_mean_over_real_queries():
     hidden = [row.masked_fill(~visible, float("-inf")) for row in (teacher, student)]
     rows = divergence(teacher, student)
     torch.testing.assert_close(attention_loss(*hidden), (rows[0].sum() + rows[1, 0]) / 3)
+    first = torch.tensor([[True, False], [False, True]])
+    torch.testing.assert_close(attention_loss(*hidden, first), rows[0, 0])  # the other one sees nothing
     nothing = torch.full_like(teacher, float("-inf"))
     assert attention_loss(nothing, nothing) == 0
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from twigvlm.evaluation.metrics import overlap
-from twigvlm.evaluation.questions import Namer, Question, Questions, exact_match
+from twigvlm.evaluation.questions import Namer, Question, Questions, exact_match, quoted
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.evaluation.run import InputsOf, Item, one_by_one, run
 from twigvlm.evaluation.variants import Variant, answer_all
@@ -37,9 +37,9 @@ def run_accuracy(
         advance: called with each record.
 
     Returns:
-        The records, in the order of the questions: `id`, `kind`, `answer`, and by variant `kept` (R),
-        `given` (its answer) and `score` (1 or 0; of a description the numbers of objects found, present and named). Of a
-        question that failed: `id`, `kind` and `failed`, the reason.
+        The records, in the order of the questions: `id`, `kind`, `answer`, and by variant `kept` (R), `ran` (visual tokens
+        that were chosen again), `given` (its answer) and `score` (1 or 0; of a description the numbers of objects found,
+        present and named, and of texts quoted and written). Of a question that failed: `id`, `kind` and `failed`, the reason.
     """
     namer = Namer(questions.vocabulary)
 
@@ -52,6 +52,7 @@ def run_accuracy(
         return {
             "answer": question.answer,
             "kept": {name: outcome.kept for name, outcome in outcomes.items()},
+            "ran": {name: outcome.ran for name, outcome in outcomes.items()},
             "given": given,
             "score": {name: score(question, text, namer) for name, text in given.items()},
         }
@@ -60,7 +61,8 @@ def run_accuracy(
 
 
 def score(question: Question, text: str, namer: Namer) -> int | list[int]:
-    """1 or 0 for a short answer; (found, present, named) objects of a description."""
+    """1 or 0 for a right or wrong answer; of a description found, present and named objects, and quoted and written texts."""
     if question.objects is None:
         return int(exact_match(text, question.answer))
-    return list(overlap(set(question.objects), namer(text)))
+    read = sum(quoted(written, text) for written in question.texts)
+    return [*overlap(set(question.objects), namer(text)), read, len(question.texts)]

@@ -26,7 +26,11 @@ class Question:
     held_out: bool = False
     """The answer turns on something that training never showed; reported apart."""
     objects: tuple[str, ...] | None = None
-    """A description: the objects in the picture, by names of the vocabulary. None: a short answer."""
+    """A description: the objects in the picture, by names of the vocabulary. None: an answer that is right or wrong."""
+    texts: tuple[str, ...] = ()
+    """A description: what is written in the picture and should be quoted."""
+    long: bool = False
+    """Whether an answer that is right or wrong may be as long as a description."""
 
     @property
     def group(self) -> str:
@@ -35,7 +39,7 @@ class Question:
 
     def limit(self, short: int, description: int) -> int:
         """Most tokens of an answer, by what it is."""
-        return short if self.objects is None else description
+        return short if self.objects is None and not self.long else description
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ class Questions:
 def load_questions(path: Path) -> Questions:
     """Read `{"split": …, "vocabulary": {name: [forms]}, "questions": [{"id", "image", "question", "answer", "kind"}]}`.
 
-    `split`, `vocabulary`, and a question's `held_out` and `objects` may be missing. Image paths are relative to the file; an
-    image may also be a data URI.
+    `split`, `vocabulary`, and a question's `held_out`, `objects`, `texts` and `long` may be missing. Image paths are relative to
+    the file; an image may also be a data URI.
 
     Raises:
         TwigVLMError: names the file or the question, what is wrong with it, and the remedy.
@@ -127,16 +131,26 @@ def _question(row: Any, number: int, folder: Path, vocabulary: Mapping[str, Any]
         for thing in objects:
             if thing not in vocabulary:
                 raise TwigVLMError(f"{where}: object {thing!r} is not in the vocabulary; add it there")
-    held_out = row.get("held_out", False)
-    if not isinstance(held_out, bool):
-        raise TwigVLMError(f"{where}: 'held_out' must be true or false")
+    flags = {key: row.get(key, False) for key in ("held_out", "long")}
+    for key, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TwigVLMError(f"{where}: {key!r} must be true or false")
+    texts = row.get("texts", [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise TwigVLMError(f"{where}: 'texts' must be a list of what is written in the picture")
     things = None if objects is None else tuple(dict.fromkeys(objects))
-    return Question(row["id"], image, row["question"], row["answer"], row["kind"], held_out, things)
+    about = row["id"], image, row["question"], row["answer"], row["kind"]
+    return Question(*about, objects=things, texts=tuple(texts), **flags)
 
 
 def exact_match(given: str, expected: str) -> bool:
     """Whether two short answers are the same, letter case, outer space and one final period aside."""
     return _plain(given) == _plain(expected)
+
+
+def quoted(text: str, given: str) -> bool:
+    """Whether a text stands in an answer as whole words, in this letter case."""
+    return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", given) is not None
 
 
 def _plain(text: str) -> str:

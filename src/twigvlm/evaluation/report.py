@@ -79,8 +79,16 @@ def accuracy_sections(accuracies: Sequence[Accuracy], variants: Sequence[Variant
             _by_kind(list(figures.values()), base),
         ]
     if not isnan(base.recall):
-        rows = [[_label(one.name), percent(one.recall), percent(one.precision)] for one in figures.values()]
-        sections += ["## Objects named in descriptions, %", table(["pruning", "recall", "precision"], rows)]
+        rows = [
+            [_label(one.name), percent(one.recall), percent(one.precision), percent(one.read), f"{one.ran:.0f}"]
+            for one in figures.values()
+        ]
+        sections += [
+            "## Descriptions",
+            "Objects named (recall, precision) and texts quoted, in percent; and of all answers, visual tokens that were chosen "
+            "again, mean per answer.",
+            table(["pruning", "recall", "precision", "texts", "chosen again"], rows),
+        ]
     return sections
 
 

@@ -27,6 +27,8 @@ class Accuracy:
     name: str
     kept: float
     """R, mean over questions."""
+    ran: float
+    """Visual tokens of an answer that were chosen again and ran through the pruned layers, mean over questions."""
     exact: float
     """Exact match over the short questions; nan without any."""
     relative: float
@@ -39,6 +41,8 @@ class Accuracy:
     """Objects of descriptions that are named; nan without descriptions."""
     precision: float
     """Objects named in descriptions that are there."""
+    read: float
+    """Texts in pictures that descriptions quote right; nan without any."""
 
 
 def accuracies(records: Sequence[Record], pictures: Mapping[str, object], base: str = "none") -> list[Accuracy]:
@@ -59,17 +63,19 @@ def accuracies(records: Sequence[Record], pictures: Mapping[str, object], base: 
         kinds: dict[str, list[int]] = {}
         for record, right in zip(short, column, strict=True):
             kinds.setdefault(record["kind"], []).append(right)
-        found, present, named = (sum(score[name][i] for score in long) for i in range(3))
+        found, present, named, read, written = (sum(score[name][i] for score in long) for i in range(5))
         result.append(
             Accuracy(
                 name=name,
                 kept=float(np.mean([record["kept"][name] for record in records])),
+                ran=float(np.mean([record["ran"][name] for record in records])),
                 exact=_mean(column),
                 relative=relative_accuracy(column, reference) if short else float("nan"),
                 interval=bootstrap_interval(relative_accuracy, column, reference, groups=groups),
                 kinds={kind: (len(rights), _mean(rights)) for kind, rights in sorted(kinds.items())},
                 recall=found / present if present else float("nan"),
                 precision=found / named if named else float("nan"),
+                read=read / written if written else float("nan"),
             )
         )
     return result

@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from twigvlm.config import PruningConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.model import TwigVLM
@@ -17,7 +18,7 @@ from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.methods.twig_attention import TwigAttention
 from twigvlm.pruning.view import Scorer
 
-METHODS = "none, twig, attention, twig-text, random, fastv, deep:LAYER"
+METHODS = "none, twig, refocus:COVERAGE, attention, twig-text, random, fastv, deep:LAYER"
 _SCORED = ("twig", "attention", "twig-text", "random")
 
 
@@ -26,9 +27,9 @@ class Variant:
     """One way to prune, under one budget."""
 
     method: str
-    """none; twig: the twig's own ranking (its P-Head's where it has one); attention, twig-text: last twig layer's attention,
-    of the last or of all text queries; random; fastv: attention of base layer K; deep:N: attention of base layer N
-    (counted from 1), an oracle that needs a full pass."""
+    """none; twig: the twig's own ranking (its P-Head's where it has one); refocus:τ: the same, chosen again while the answer
+    grows; attention, twig-text: last twig layer's attention, of the last or of all text queries; random; fastv: attention of
+    base layer K; deep:N: attention of base layer N (counted from 1), an oracle that needs a full pass."""
     retain: float | None = None
     """R̄, by the same formula for every method; None for none."""
     final_wipe: int | None = None
@@ -54,7 +55,7 @@ def make_variants(
         TwigVLMError: an unknown method, or a layer that the base does not have.
     """
     for method in methods:
-        if method not in ("none", *_SCORED):
+        if method not in ("none", *_SCORED) and refocus_of(method) is None:
             watched_layer(method, model)
     layers = model.base.num_layers
     wipes = list(final_wipes) or [layers if model.twig.config.final_wipe is None else model.twig.config.final_wipe]
@@ -62,6 +63,19 @@ def make_variants(
     if not pruned:
         raise TwigVLMError("nothing to compare: give at least one method that prunes, and one budget")
     return [NONE, *pruned]
+
+
+def refocus_of(method: str) -> float | None:
+    """τ of a method that chooses again; None: it does not."""
+    name, _, number = method.partition(":")
+    if name != "refocus":
+        return None
+    try:
+        threshold = float(number)
+    except ValueError:
+        raise TwigVLMError(f"method {method!r}: must name a coverage, for example refocus:0.7") from None
+    PruningConfig(retain=1.0, refocus=threshold)  # for its error
+    return threshold
 
 
 def watched_layer(method: str, model: TwigVLM) -> int:
@@ -87,6 +101,8 @@ class Outcome:
     """New ids; the last one is the end token unless the answer was cut."""
     kept: int
     """R; M without pruning."""
+    ran: int
+    """Visual tokens that were chosen again while the answer grew, and ran through the pruned layers."""
 
 
 def answer_all(
@@ -117,14 +133,18 @@ def answer_all(
             names[plain], kept[plain] = variant.name, visual
             continue
         pruner = _pruner(model, variant, seed)
-        request = engine.fork(plain, pruner, variant.retain)
+        request = engine.fork(plain, pruner, variant.retain, refocus_of(variant.method))
         names[request], kept[request] = variant.name, pruner.cuts(variant.retain, visual, layers)[0].keep
     if plain not in names:
         engine.cancel(plain)
+    rows = {row.id: row for row in engine.waiting}
     ids: dict[int, list[int]] = {request: [] for request in names}
     for event in engine.stream():
         ids[event.id] += event.tokens
-    return {name: Outcome(ids[request], kept[request]) for request, name in names.items()}
+    return {
+        name: Outcome(ids[request], kept[request], sum(look.ran for look in rows[request].looks))
+        for request, name in names.items()
+    }
 
 
 def score_all(
@@ -154,9 +174,9 @@ def _pruner(model: TwigVLM, variant: Variant, seed: int) -> TwigPruner:
 
 
 def _scorer(method: str, model: TwigVLM, seed: int) -> Scorer:
-    if method not in _SCORED:
+    if method not in _SCORED and refocus_of(method) is None:
         return BaseLayerAttention(watched_layer(method, model))
-    if method == "twig":
+    if method == "twig" or refocus_of(method) is not None:
         return default_scorer(model.twig)
     if method == "random":
         return RandomScores(seed)

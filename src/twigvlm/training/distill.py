@@ -35,11 +35,12 @@ class Student(nn.Module):
         self.twig = model.twig
         self.settings = config  # the Trainer takes a `config` for a model's
         self._model = (model,)  # in a tuple, so that the base is no submodule
-        if config.gamma and model.twig.pruning_head is None:
-            raise TwigVLMError(
-                f"gamma={config.gamma:g}: teaches the P-Head, and this twig has none; "
-                "grow it with pruning_head=True or set gamma=0"
-            )
+        for name in ("gamma", "gamma_answers"):
+            if getattr(config, name) and model.twig.pruning_head is None:
+                raise TwigVLMError(
+                    f"{name}={getattr(config, name):g}: teaches the P-Head, and this twig has none; "
+                    f"grow it with pruning_head=True or set {name}=0"
+                )
         model.twig.checkpoint_gradients(config.gradient_checkpointing)
         trunk = model.twig.config.trunk_layers
         self.teacher_layer = resolve_teacher_layer(config.teacher_layer, model.base.num_layers, trunk)
@@ -50,8 +51,8 @@ class Student(nn.Module):
         """Loss of a batch (Eq. 9) and its terms, padded on the right: without a mask, causal attention hides padding from
         every real token.
 
-        The terms are means over the batch: of answer tokens (Eq. 10), and of turns (Eq. 11). Across the passes and processes
-        of an optimiser step, tokens weigh equally in L_NTP and L_PredKL, and samples in L_AttnKL.
+        The terms are means over the batch: of answer tokens (Eq. 10), and of turns or their answer tokens (Eq. 11). Across the
+        passes and processes of an optimiser step, tokens weigh equally in L_NTP and L_PredKL, and samples in L_AttnKL.
 
         Args:
             labels: ids at answers, -100 elsewhere.
@@ -62,14 +63,15 @@ class Student(nn.Module):
         base, twig, config = self._model[0].base, self.twig, self.settings
         trunk = twig.config.trunk_layers
         answers = labels[:, 1:] != IGNORE
-        query = None
+        query, ends = None, last_prompt_tokens(labels)
         with torch.no_grad():
             prompt = base.prompt(**inputs)
             masks = base.masks()
             token_inputs = base.token_inputs(prompt)
             hidden = base.run_layers(prompt.hidden, 0, trunk, token_inputs, masks)
-            if config.gamma:
-                query = VisualQuery.at(last_prompt_tokens(labels), prompt.visual_mask)
+            if config.gamma or config.gamma_answers:
+                asking = torch.nn.functional.pad(answers, (0, 1)) if config.gamma_answers else ends
+                query = VisualQuery.at(asking, prompt.visual_mask)
             wanted = answers if config.alpha else None
             teacher = run_teacher(base, hidden, trunk, token_inputs, masks, query, self.teacher_layer, wanted)
         with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
@@ -90,9 +92,13 @@ class Student(nn.Module):
             target = teacher.logits if twig.draft_token_ids is None else teacher.logits[:, twig.draft_token_ids]
             terms["prediction_kl"] = prediction_loss(target, logits, config.temperature, config.clip).mean()
             loss = loss + of_tokens * config.alpha * terms["prediction_kl"]
-        if teacher.attention is not None and scores is not None:
-            terms["attention_kl"] = attention_loss(teacher.attention, scores)
+        if teacher.attention is not None and scores is not None and query is not None:
+            at_ends = ends.gather(1, query.queries)
+            terms["attention_kl"] = attention_loss(teacher.attention, scores, at_ends)
             loss = loss + of_samples * config.gamma * terms["attention_kl"]
+            if config.gamma_answers:
+                terms["answer_attention_kl"] = attention_loss(teacher.attention, scores, ~at_ends)
+                loss = loss + of_samples * config.gamma_answers * terms["answer_attention_kl"]
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
 
@@ -122,7 +128,7 @@ def train_stage1(
             written to by another run, or the training diverges.
     """
     if model.twig.pruning_head is not None:
-        model.twig.pruning_head.requires_grad_(config.gamma > 0)
+        model.twig.pruning_head.requires_grad_(config.gamma + config.gamma_answers > 0)
     try:
         return fit(model, lambda steps: Student(model, config), TermTrainer, data, config, directory, resume, callbacks)
     finally:

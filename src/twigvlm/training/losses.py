@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -68,14 +68,18 @@ def prediction_loss(
 def attention_loss(
     teacher: Float[Tensor, "batch queries visual"],
     student: Float[Tensor, "batch queries visual"],
+    among: Bool[Tensor, "batch queries"] | None = None,
 ) -> Float[Tensor, ""]:
     """L_AttnKL (Eq. 11): KL(a_b ‖ s), as the mean over queries of which the base sees a visual token; 0 if there are none.
 
     Args:
         teacher: logarithm of the base's attention.
         student: logarithm of the P-Head's scores.
+        among: queries that count; None: all.
     """
     attends = (teacher > float("-inf")).any(dim=-1)
+    if among is not None:
+        attends = attends & among
     return divergence(teacher, student)[attends].sum() / attends.sum().clamp(min=1)
 
 

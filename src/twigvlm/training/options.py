@@ -72,6 +72,9 @@ class Stage1Config(TrainingConfig):
     """α: weight of the divergence from the base's predictions, L_PredKL. 0: off."""
     gamma: float = 1.0
     """γ: weight of the divergence from the base's attention, L_AttnKL; needs a twig with a P-Head. 0: off."""
+    gamma_answers: float = 0.0
+    """Weight of the same divergence at the tokens of answers, whose attention says what the next tokens need: for twigs that
+    refocus. 0: off, as published."""
     temperature: float = 5.0
     """Both predictions are softened by it; L_PredKL is multiplied by its square."""
     clip: float = 4.0
@@ -81,7 +84,7 @@ class Stage1Config(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._not_negative("alpha", "gamma")
+        self._not_negative("alpha", "gamma", "gamma_answers")
         self._more_than_0("temperature", "clip")
 
 

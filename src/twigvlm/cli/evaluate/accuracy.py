@@ -19,8 +19,9 @@ class EvaluateAccuracy(PruningOptions):
     name: ClassVar[str] = "accuracy"
 
     methods: tuple[str, ...] = ("twig", "random", "fastv")
-    """How to rank the visual tokens: twig (its P-Head if it has one), attention (last twig layer), twig-text (the same, all text
-    queries), random, fastv (base layer K), deep:N (base layer N, an oracle)."""
+    """How to rank the visual tokens: twig (its P-Head if it has one), refocus:τ (the same, again while the answer grows),
+    attention (last twig layer), twig-text (the same, all text queries), random, fastv (base layer K), deep:N (base layer N, an
+    oracle)."""
     final_wipe: int | None = None
 
     def run(self) -> None:
