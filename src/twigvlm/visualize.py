@@ -1,10 +1,10 @@
 """Show which visual tokens were kept, on the picture itself."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from twigvlm.errors import TwigVLMError
 
@@ -58,6 +58,45 @@ def highlight(
         result.paste(picture.crop(patch), patch[:2])
     _frame(ImageDraw.Draw(result), chosen, xs, ys, width=max(2, min(picture.size) // 300))
     return result
+
+
+def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 3) -> Image.Image:
+    """Pictures of one size in rows, each over its caption.
+
+    Args:
+        pictures: at least one.
+        captions: one for each.
+        columns: pictures of a row.
+    """
+    width, height = pictures[0].size
+    size = max(16, min(width, height) // 32)
+    font = ImageFont.load_default(size)
+    wrapped = [_wrapped(caption, font, width - size) for caption in captions]
+    strip = round(1.5 * size * (max(caption.count("\n") for caption in wrapped) + 1)) + size
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    gap = size
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + strip)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (picture, caption) in enumerate(zip(pictures, wrapped, strict=True)):
+        left, top = index % columns * (width + gap), index // columns * (height + strip)
+        sheet.paste(picture, (left, top))
+        draw.multiline_text(
+            (left + gap // 2, top + height + gap // 2), caption, fill="black", font=font, spacing=size // 3
+        )
+    return sheet
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """With line breaks where a line would be wider than that."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def _frame(

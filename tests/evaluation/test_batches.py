@@ -15,17 +15,18 @@ def batch_of(*questions):
     return batched([prompt(int(question.id)) for question in questions])
 
 
-def test_every_size_answers_the_same_prompts(model, questions, tmp_path):
+def test_every_size_answers_the_same_prompts(model, tokenizer, questions, tmp_path):
     model.model.generation_config.eos_token_id = list(range(0, 100, 3))
     model.model.generation_config.pad_token_id = 0
     systems = batch_systems(10, ["sdpa"])
     results_log = ResultsLog(tmp_path / "results.jsonl", {})
-    records = run_batches(model, questions.items, (1, 4), systems, batch_of, results_log, 12, 12, 1)
+    records = run_batches(model, tokenizer, questions, (1, 4), systems, batch_of, results_log, 12, 12, 1)
     assert [record["id"] for record in records] == ["1-0", "1-1", "1-2", "1-3", "4-0"]
     assert [record["size"] for record in records] == [1, 1, 1, 1, 4]
     alone = [record["runs"] for record in records[:4]]
     for name, run in records[-1]["runs"].items():
         assert run["tokens"] == [one[name]["tokens"][0] for one in alone]
+        assert run["scores"] == [one[name]["scores"][0] for one in alone]
         assert all(seconds > 0 for seconds in run["total"])
         assert len(run["total"]) == len(run["peak"]) == 1
     lengths = {count for one in alone for run in one.values() for count in run["tokens"]}
@@ -33,16 +34,18 @@ def test_every_size_answers_the_same_prompts(model, questions, tmp_path):
     assert max(lengths) <= 12
 
 
-def test_a_run_goes_on_where_it_was(model, questions, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_it_was(model, tokenizer, questions, tmp_path, monkeypatch):
     order = []
     monkeypatch.setattr(
-        batches, "_measure", lambda model, inputs, system, new: order.append(system.name) or ([1], 1.0, None)
+        batches,
+        "_measure",
+        lambda model, inputs, system, new: order.append(system.name) or ([[1]] * len(inputs["input_ids"]), 1.0, None),
     )
     systems = batch_systems(10, ["sdpa"])
 
     def run(sizes):
         results_log = ResultsLog(tmp_path / "results.jsonl", {})
-        return run_batches(model, questions.items, sizes, systems, batch_of, results_log, 2, 2, 1)
+        return run_batches(model, tokenizer, questions, sizes, systems, batch_of, results_log, 2, 2, 1)
 
     run((4,))
     assert order == [system.name for system in systems] * 2  # warm-up, then the turn
@@ -63,7 +66,10 @@ def test_sizes_must_divide(questions):
 
 def test_figures_of_all_rows_together():
     def record(size, number, **runs):
-        values = {name: {"tokens": t, "total": s, "peak": p} for name, (t, s, p) in runs.items()}
+        values = {
+            name: {"tokens": t, "scores": [int(n == 6) if size == 2 else number for n in t], "total": s, "peak": p}
+            for name, (t, s, p) in runs.items()
+        }
         return {"id": f"{size}-{number}", "size": size, "runs": values}
 
     records = [
@@ -88,9 +94,9 @@ def test_figures_of_all_rows_together():
     assert text.startswith("2 prompts")
     assert "3 alternating repeats" in text
     assert table.splitlines()[2:] == [
-        "| a | 2.0 · 0.40 · 0 MiB | 10.0 · **1.00** · 0 MiB |",
-        "| b | 5.0 · **1.00** · 0 MiB | 5.0 · 0.50 · 0 MiB |",
-        "| twig | 10.0 · 2.00 · – | 5.0 · 0.50 · 0 MiB |",
+        "| a | 2.0 · 0.40 · 0 MiB · exact 50.0 | 10.0 · **1.00** · 0 MiB · exact 50.0 |",
+        "| b | 5.0 · **1.00** · 0 MiB · exact 50.0 | 5.0 · 0.50 · 0 MiB · exact 50.0 |",
+        "| twig | 10.0 · 2.00 · – · exact 50.0 | 5.0 · 0.50 · 0 MiB · exact 50.0 |",
     ]
 
 

@@ -26,9 +26,11 @@ def records():
     for place, kind in enumerate(["place", "place", "count", "count"]):
         score = {name: int(f"{digits:04d}"[place]) for name, digits in right.items()}
         kept = {name: {"none": 16}.get(name, 9 if "10" in name else 3) for name in right}
-        rows.append({"id": str(place), "kind": kind, "score": score, "kept": kept})
-    found = {name: [min(2, index), 2, 2] for index, name in enumerate(reversed(right))}
-    rows.append({"id": "d", "kind": "description", "score": found, "kept": rows[0]["kept"]})
+        rows.append({"id": str(place), "kind": kind, "score": score, "kept": kept, "ran": dict.fromkeys(kept, 0)})
+    found = {name: [min(2, index), 2, 2, index, 5] for index, name in enumerate(reversed(right))}
+    rows.append(
+        {"id": "d", "kind": "description", "score": found, "kept": rows[0]["kept"], "ran": dict.fromkeys(found, 7)}
+    )
     return rows
 
 
@@ -41,6 +43,7 @@ def test_accuracies():
     assert math.isnan(twig.interval[0]), "four questions have no interval"
     assert twig.kinds == {"count": (2, 0.0), "place": (2, 1.0)}
     assert (figures["random@10/5"].recall, figures["random@7/5"].precision) == (0.5, 0)
+    assert (figures["random@10/5"].read, base.read, base.ran) == (0.2, 0.8, 1.4)
     only_descriptions = accuracies(records()[4:], PICTURES)
     assert math.isnan(only_descriptions[0].exact)
 
@@ -57,9 +60,9 @@ def test_accuracy_report():
     assert "| pruning | count (2) | place (2) |" in text
     assert "| none | 50.0 | 100.0 |" in text
     assert "| twig, R̄ 10, K_f 5 | 0.0 | 100.0 |" in text
-    assert "| random, R̄ 10, K_f 5 | 50.0 | 50.0 |" in text
+    assert "| random, R̄ 10, K_f 5 | 50.0 | 50.0 | 20.0 | 1 |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| random, R̄ 10")}
-    assert widths == {4}
+    assert widths == {4, 6}
 
 
 @pytest.mark.parametrize("name", ["figure.png", "figure.svg"])
@@ -72,7 +75,7 @@ def test_figure(tmp_path, name):
 def timed():
     def run(ids, prefill, total, draft=None, drafted=(), accepted=()):
         times = {"prefill": prefill, "total": total, "draft": [draft] * 3, "verify": [draft] * 3}
-        return {"ids": ids, "drafted": list(drafted), "accepted": list(accepted), **times}
+        return {"ids": ids, "score": int(ids == [1, 2]), "drafted": list(drafted), "accepted": list(accepted), **times}
 
     slow = {"prefill": [0.5] * 3, "total": [2.5] * 3}
     hf = {"prefill": [0.5, 0.1, 9.0], "total": [1.5, 2.0, 9.0]}
@@ -112,8 +115,8 @@ def test_speeds_are_medians_over_repeats():
 def test_speed_report():
     text = "\n".join(speed_sections(timed(), CONTENDERS))
     assert "1 prompts, 3 alternating repeats" in text
-    assert "**sdpa** (baseline) | 2.0 | 1.0 | 1.00 | 1.00 |" in text
-    assert "| chain | 2.0 | 4.0 | 4.00 | 2.00 | 250.0 | 250.0 | 100.0 | 100.0 | 50.0 | 1.50 | 1 |" in text
+    assert "**sdpa** (baseline) | 2.0 | 1.0 | 1.00 | exact 100.0 | 1.00 |" in text
+    assert "| chain | 2.0 | 4.0 | 4.00 | exact 0.0 | 2.00 | 250.0 | 250.0 | 100.0 | 100.0 | 50.0 | 1.50 | 1 |" in text
     without = "\n".join(speed_sections(timed(), [CONTENDERS[2], CONTENDERS[3]]))
     assert "**loop** (baseline)" in without
 

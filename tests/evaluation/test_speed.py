@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from tests.evaluation.conftest import inputs_of
@@ -7,6 +9,15 @@ from twigvlm.evaluation import speed
 from twigvlm.evaluation.results_log import ResultsLog
 from twigvlm.evaluation.speed import System, draft_systems, measure, run_speed, standard_systems
 
+
+def record_answer(record, questions):
+    return next(question.answer.lower() for question in questions.items if question.id == record["id"])
+
+
+def first(questions, count):
+    return dataclasses.replace(questions, items=questions.items[:count])
+
+
 CHAIN = {"draft_length": 4, "draft_threshold": 0.0}
 TREE = {"tree_depth": 3, "tree_nodes": 12}
 
@@ -14,7 +25,7 @@ TREE = {"tree_depth": 3, "tree_nodes": 12}
 def test_measures_every_contender(model, tokenizer, questions, tmp_path):
     systems = standard_systems(10, CHAIN, TREE, ["sdpa", "eager"])
     results_log = ResultsLog(tmp_path / "results.jsonl", {})
-    records = run_speed(model, tokenizer, questions.items[:2], systems, inputs_of, results_log, 8, 8, 2)
+    records = run_speed(model, tokenizer, first(questions, 2), systems, inputs_of, results_log, 8, 8, 2)
     assert [record["id"] for record in records] == ["0", "1"]
     for record in records:
         runs = record["runs"]
@@ -28,6 +39,7 @@ def test_measures_every_contender(model, tokenizer, questions, tmp_path):
         for name, run in runs.items():
             assert len(run["ids"]) == 8
             assert run["text"] == tokenizer.decode(run["ids"], skip_special_tokens=True).strip()
+            assert run["score"] == int(run["text"].lower() == record_answer(record, questions))
             assert len(run["total"]) == 2
             for prefill, total in zip(run["prefill"], run["total"], strict=True):
                 assert 0 < prefill < total
@@ -49,7 +61,7 @@ def test_contenders_take_turns_after_a_warm_up(model, tokenizer, questions, tmp_
 
     def run(count):
         results_log = ResultsLog(tmp_path / "results.jsonl", {})
-        return run_speed(model, tokenizer, questions.items[:count], systems, inputs_of, results_log, 2, 2, 2)
+        return run_speed(model, tokenizer, first(questions, count), systems, inputs_of, results_log, 2, 2, 2)
 
     first = run(1)
     assert "".join(order) == "abc" + "abc" + "bca"

@@ -12,6 +12,7 @@ from twigvlm.pruning.methods.twig_attention import TwigAttention
 
 SCORERS = {
     "twig": HeadScores(),
+    "refocus:0.9": HeadScores(),
     "attention": TwigAttention(),
     "twig-text": TwigAttention("text"),
     "random": RandomScores(7),
@@ -30,7 +31,7 @@ def grown(attention="sdpa", final_wipe=5):
 def test_every_variant_answers_as_generate_does(attention, seeds):
     model = grown(attention)
     variants = make_variants(model, list(SCORERS), [10, 7], [4, 6])
-    assert len(variants) == 1 + 8 * 2 * 2
+    assert len(variants) == 1 + 9 * 2 * 2
     different = 0
     for seed in range(seeds):
         inputs = prompt(seed)
@@ -45,8 +46,11 @@ def test_every_variant_answers_as_generate_does(attention, seeds):
             if variant.retain is not None:
                 scorer = SCORERS[variant.method]
                 options = {"retain": variant.retain, "final_wipe": variant.final_wipe, "scorer": scorer}
+                if variant.method == "refocus:0.9":
+                    options["refocus"] = 0.9
             one = model.generate(**inputs, **options, max_new_tokens=7, return_dict_in_generate=True)
             assert outcomes[variant.name].ids == one.sequences[0, length:].tolist(), variant
+            assert outcomes[variant.name].ran == sum(look.ran for look in (one.looks or [[]])[0])
             assert outcomes[variant.name].kept == (VISUAL if variant is NONE else len(one.kept_indices[0]))
         different += len({tuple(outcome.ids) for outcome in outcomes.values()})
         model.model.generation_config.eos_token_id = None
@@ -81,7 +85,14 @@ def test_the_model_is_left_as_it_was():
 
 @pytest.mark.parametrize(
     ("method", "words"),
-    [("deep:7", "1 to 6"), ("deep:0", "1 to 6"), ("deep:x", "must be one of"), ("visionzip", "must be one of")],
+    [
+        ("deep:7", "1 to 6"),
+        ("deep:0", "1 to 6"),
+        ("deep:x", "must be one of"),
+        ("visionzip", "must be one of"),
+        ("refocus:x", "must name a coverage"),
+        ("refocus:2", "at most 1"),
+    ],
 )
 def test_unknown_methods_are_refused(method, words):
     with pytest.raises(TwigVLMError, match=words):

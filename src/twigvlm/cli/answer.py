@@ -13,7 +13,21 @@ from twigvlm.config import SamplingConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.speed import FirstToken, attention_of
 from twigvlm.inputs import Message, build_inputs
+from twigvlm.pruning.budget import average_kept
+from twigvlm.pruning.refocus import Look
 from twigvlm.timing import clock_of
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptAgain:
+    """A later choice of the kept visual tokens."""
+
+    after: int
+    """New tokens of the answer before it."""
+    ran: int
+    """How many of the tokens were not kept before."""
+    kept_indices: list[int]
+    """Counted from the first visual token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +45,22 @@ class Answer:
     kept_tokens: int
     kept_indices: list[int] | None
     """Which visual tokens were kept after layer K, counted from the first one; None without pruning."""
+    average_visual: float | None
+    """R̄: average number of visual tokens over all layers; None without pruning."""
+    looks: list[KeptAgain] | None
+    """Later choices of the kept tokens; None without `refocus`."""
     drafted_lengths: list[int] | None
     accepted_lengths: list[int] | None
 
     @property
+    def seconds(self) -> float:
+        """The whole time, prefill and decoding."""
+        return (self.prefill_ms + self.decode_ms) / 1000
+
+    @property
     def tokens_per_second(self) -> float:
         """Generated tokens over the whole time, prefill and decoding."""
-        return 1000 * self.num_tokens / (self.prefill_ms + self.decode_ms)
+        return self.num_tokens / self.seconds
 
     def as_json(self) -> dict[str, Any]:
         """The answer as a JSON object."""
@@ -142,6 +165,7 @@ def answer_question(
     tokens = output.sequences[0, length:].tolist()
     visual = _visual_positions(base.config, inputs["input_ids"][0].tolist())
     kept = None if not accelerated or output.kept_indices is None else output.kept_indices[0].tolist()
+    looks = output.looks[0] if accelerated and output.looks is not None else None
     timings = output.timings if accelerated else None
     return Answer(
         text=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
@@ -154,9 +178,22 @@ def answer_question(
         visual_tokens=len(visual),
         kept_tokens=len(visual if kept is None else kept),
         kept_indices=None if kept is None else [visual[position] for position in kept],
+        average_visual=None if kept is None else _average_visual(session, len(visual), len(kept)),
+        looks=looks and [_kept_again(look, visual) for look in looks],
         drafted_lengths=output.drafted_lengths[0] if accelerated else None,
         accepted_lengths=output.accepted_lengths[0] if accelerated else None,
     )
+
+
+def _average_visual(session: Session, visual: int, keep: int) -> float:
+    assert session.model is not None
+    base, twig, wipe = session.model.base, session.model.twig.config, session.config.pruning.final_wipe
+    wipes = (k for k in (wipe, twig.final_wipe, base.num_layers) if k is not None)
+    return average_kept(keep, visual, base.num_layers, twig.trunk_layers, next(wipes))
+
+
+def _kept_again(look: Look, visual: dict[int, int]) -> KeptAgain:
+    return KeptAgain(look.after, look.ran, [visual[position] for position in look.kept.tolist()])
 
 
 def _visual_positions(config: Any, ids: list[int]) -> dict[int, int]:

@@ -1,126 +1,238 @@
-"""`twigvlm demo`: the same question, plainly and through the twig, side by side."""
+"""`twigvlm demo`: the same questions plainly, drafted by the twig, and pruned and drafted, side by side."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twigvlm.cli.options import QuestionOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from PIL import Image
     from rich.table import Table
+    from rich.text import Text
 
     from twigvlm.cli.answer import Answer
+    from twigvlm.cli.session import Session
 
 ATTENTIONS = ("sdpa", "eager")
 """Implementations that plain runs may use; the faster one here is what the twig is compared with."""
 
+QUESTIONS = ("What does the sign say?", "Describe this image in detail.")
+PLAIN, EXACT, PRUNED = "plain", "speculation", "pruning + speculation"
+PANELS = 6
+"""Sets of kept patches that the picture shows at most."""
+
 
 @dataclass(frozen=True)
 class Demo(QuestionOptions):
-    """Compare answers and speed of a question asked plainly and through a twig."""
+    """Compare answers and speed: plain, with speculation alone (the same answer), and with pruning too (which may differ)."""
 
+    prompt: str | None = None
+    """Question about the image. None: a short question and a description."""
+    refocus: float | None = 0.7
+    """τ: choose the kept visual tokens again, while the answer grows, wherever they have less than this share of the scores
+    that as many others could have. None: the tokens that were chosen for the question stay."""
     max_new_tokens: int = 128
-    runs: int = 5
+    runs: int = 3
     """Timed runs of each kind, alternating, after one of each to warm up; the medians are shown. Plain runs use the base's
     faster attention implementation, sdpa or eager."""
     out: Path = Path("twigvlm-demo.png")
     """Picture to write: the image with the kept patches highlighted."""
 
     def run(self) -> None:
-        """Ask, print the table on stdout and write the picture."""
+        """Ask, print a table for each question and a summary on stdout, and write the picture."""
         from rich.console import Console
 
-        from twigvlm.cli.answer import answer_question, check_request
+        from twigvlm.cli.answer import check_request
         from twigvlm.cli.output import check_picture_path, steps, write_picture
-        from twigvlm.cli.session import SessionConfig, default_picture, open_session, patch_grid, seen_box
+        from twigvlm.cli.session import SessionConfig, default_picture, open_session
         from twigvlm.config import PruningConfig
         from twigvlm.errors import TwigVLMError
         from twigvlm.images import load_image
-        from twigvlm.inputs import user_turn
-        from twigvlm.visualize import highlight
 
         if self.runs < 1:
             raise TwigVLMError(f"runs={self.runs}: must be 1 or more")
-        config = SessionConfig.resolve(self.model, self.twig, PruningConfig(self.retain), self.speculate)
+        pruning = PruningConfig(self.retain, refocus=None if self.retain is None else self.refocus)
+        config = SessionConfig.resolve(self.model, self.twig, pruning, self.speculate)
         if not config.accelerated:
             raise TwigVLMError(
                 "retain=None with speculate=none: nothing to compare; add --retain 64 or --speculate chain"
             )
-        check_request(self.prompt, self.max_new_tokens)
+        questions = QUESTIONS if self.prompt is None else (self.prompt,)
+        for question in questions:
+            check_request(question, self.max_new_tokens)
         check_picture_path(self.out)
         image = load_image(self.image or default_picture())
         session = open_session(config, self.dtype, self.device)
+        ways = {PLAIN: session}
+        if config.speculate != "none":
+            ways[EXACT] = replace(session, config=replace(config, pruning=PruningConfig()))
+        if pruning.active:
+            ways[PRUNED] = session
 
-        assert session.model is not None
-        question = user_turn(self.prompt, image)
-
-        total = 1 + 2 * len(ATTENTIONS) + 2 * self.runs
+        console, results = Console(), []
+        total = len(questions) * (len(ways) - 1 + 2 * len(ATTENTIONS) + len(ways) * self.runs)
         with steps("Asking plainly and through the twig", total, last_line=False) as advance:
-
-            def ask(attention: str | None) -> Answer:
-                """Plainly with an attention implementation; None: through the twig."""
-                accelerated = attention is None
-                answer = answer_question(
-                    session, question, self.max_new_tokens, accelerated=accelerated, attention=attention
-                )
-                advance()
-                return answer
-
-            ask(None)
-            for attention in ATTENTIONS:
-                ask(attention)
-            speeds = {attention: ask(attention).tokens_per_second for attention in ATTENTIONS}
-            fastest = max(speeds, key=lambda attention: speeds[attention])
-            plain, twig = [], []
-            for _ in range(self.runs):
-                plain.append(ask(fastest))
-                twig.append(ask(None))
-        console = Console()
-        console.print(compare(self.prompt, plain, twig, (fastest, session.model.base.attention)))
-
-        grid = patch_grid(session.base, twig[0].visual_tokens)
-        if grid is None:
+            for question in questions:
+                results.append(self._ask(question, image, ways, advance))
+        for question, (answers, attention) in zip(questions, results, strict=True):
+            console.print(compare(question, answers, attention))
+        console.print(summary([answers for answers, _ in results]))
+        picture = show_kept(session, image, results[-1][0][list(ways)[-1]][0])
+        if picture is None:
             console.print("No picture written: this model's visual tokens form no square grid.")
             return
-        kept = twig[0].kept_indices
-        kept = list(range(twig[0].visual_tokens)) if kept is None else kept
-        write_picture(highlight(image, kept, grid, seen_box(session.processor, image)), self.out)
+        write_picture(picture, self.out)
         console.print(f"Kept patches: {self.out}", markup=False, highlight=False, soft_wrap=True)
 
+    def _ask(
+        self, question: str, image: Image.Image, ways: Mapping[str, Session], advance: Callable[[], None]
+    ) -> tuple[dict[str, list[Answer]], str]:
+        """Timed answers by way, and the attention implementation of the plain ones."""
+        from twigvlm.cli.answer import answer_question
+        from twigvlm.inputs import user_turn
 
-def compare(question: str, plain: list[Answer], twig: list[Answer], attentions: tuple[str, str]) -> Table:
-    """One table of both answers, with medians over the runs; the speed-up is the ratio of tokens per second.
+        turn = user_turn(question, image)
 
-    `attentions` are the implementations that plain runs and the twig used.
+        def ask(way: str, attention: str | None = None) -> Answer:
+            accelerated = way != PLAIN
+            answer = answer_question(ways[way], turn, self.max_new_tokens, accelerated=accelerated, attention=attention)
+            advance()
+            return answer
+
+        for way in list(ways)[1:]:
+            ask(way)
+        for attention in ATTENTIONS:
+            ask(PLAIN, attention)
+        speeds = {attention: ask(PLAIN, attention).tokens_per_second for attention in ATTENTIONS}
+        fastest = max(speeds, key=lambda attention: speeds[attention])
+        answers: dict[str, list[Answer]] = {way: [] for way in ways}
+        for _ in range(self.runs):
+            for way, given in answers.items():
+                given.append(ask(way, fastest if way == PLAIN else None))
+        return answers, fastest
+
+
+def compare(question: str, answers: Mapping[str, Sequence[Answer]], attention: str) -> Table:
+    """One table of a question's answers, with medians over the runs; the speed-up is the ratio of tokens per second.
+
+    Args:
+        question: for the title.
+        answers: by way, plain ones first.
+        attention: implementation that the plain runs used.
     """
-    from statistics import median
-
     from rich.table import Table
     from rich.text import Text
 
-    def middle(answers: list[Answer], name: str) -> float:
-        return median(getattr(answer, name) for answer in answers)
-
-    both = plain, twig
-    speeds = [middle(answers, "tokens_per_second") for answers in both]
+    first = {way: given[0] for way, given in answers.items()}
+    plain = first[PLAIN]
     table = Table(title=Text(question), show_lines=True)
     table.add_column("")
-    table.add_column("plain", ratio=1)
-    table.add_column("through the twig", ratio=1)
-    table.add_row("answer", Text(plain[0].text), Text(twig[0].text))
-    table.add_row("same answer", "", "yes" if plain[0].text == twig[0].text else "no")
-    table.add_row(
-        "visual tokens kept", *(f"{answers[0].kept_tokens} of {answers[0].visual_tokens}" for answers in both)
-    )
-    table.add_row("answer tokens", *(str(answers[0].num_tokens) for answers in both))
-    drafted, accepted = sum(twig[0].drafted_lengths or []), sum(twig[0].accepted_lengths or [])
-    if drafted:
-        table.add_row("drafted tokens accepted", "", f"{accepted} of {drafted}")
-    table.add_row("attention", *attentions)
-    table.add_row("prefill, ms", *(f"{middle(answers, 'prefill_ms'):.0f}" for answers in both))
-    table.add_row("decoding, ms", *(f"{middle(answers, 'decode_ms'):.0f}" for answers in both))
+    for way in answers:
+        table.add_column(way, ratio=1)
+    table.add_row("answer", *(differences(plain.text, answer.text) for answer in first.values()))
+    table.add_row("same answer", *("" if way == PLAIN else _same(plain, answer) for way, answer in first.items()))
+    table.add_row("visual tokens", *(_visual(answer) for answer in first.values()))
+    table.add_row("answer tokens", *(str(answer.num_tokens) for answer in first.values()))
+    if any(answer.drafted_lengths for answer in first.values()):
+        table.add_row("drafted tokens accepted", *(_accepted(answer) for answer in first.values()))
+    for title, name in (("prefill, ms", "prefill_ms"), ("decoding, ms", "decode_ms")):
+        table.add_row(title, *(f"{_middle(given, name):.0f}" for given in answers.values()))
+    speeds = [_middle(given, "tokens_per_second") for given in answers.values()]
     table.add_row("tokens/s", *(f"{speed:.1f}" for speed in speeds))
-    table.add_row("speed-up", "1.00x", f"{speeds[1] / speeds[0]:.2f}x")
+    table.add_row("speed-up", *(f"{speed / speeds[0]:.2f}x" for speed in speeds))
+    table.caption = f"The plain runs attend by {attention}, the base's faster implementation here."
     return table
+
+
+def summary(results: Sequence[Mapping[str, Sequence[Answer]]]) -> Text:
+    """What each way gains and loses, over all questions together."""
+    from rich.text import Text
+
+    def speed(way: str) -> float:
+        tokens = sum(answers[way][0].num_tokens for answers in results)
+        seconds = sum(_middle(answers[way], "seconds") for answers in results)
+        return tokens / seconds
+
+    count = len(results)
+    lines = []
+    for way in results[0]:
+        if way == PLAIN:
+            continue
+        different = sum(answers[way][0].token_ids != answers[PLAIN][0].token_ids for answers in results)
+        answers_are = "answer is" if count == 1 else f"{count} answers are"
+        kept = (
+            f"the {answers_are} the same as the base's"
+            if not different
+            else (f"{different} of {count} answers {'differs' if different == 1 else 'differ'} from the base's")
+        )
+        lines.append(f"{way[0].upper()}{way[1:]}: {speed(way) / speed(PLAIN):.2f} times the tokens per second; {kept}.")
+    return Text("\n".join(lines))
+
+
+def differences(plain: str, given: str) -> Text:
+    """An answer, with what the plain one does not say in bold, and what only the plain one says struck through."""
+    from difflib import SequenceMatcher
+
+    from rich.text import Text
+
+    before, after, text = plain.split(), given.split(), Text()
+    for tag, start, stop, new_start, new_stop in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if tag in ("replace", "delete"):
+            text.append(" ".join(before[start:stop]) + " ", style="strike red")
+        if new_stop > new_start:
+            style = "" if tag == "equal" else "bold green"
+            text.append(" ".join(after[new_start:new_stop]) + " ", style=style)
+    text.rstrip()
+    return text
+
+
+def show_kept(session: Session, image: Image.Image, answer: Answer) -> Image.Image | None:
+    """The image with the patches kept for the question and, beside it, those that were chosen again; None: no square grid."""
+    from twigvlm.cli.session import patch_grid, seen_box
+    from twigvlm.visualize import highlight, side_by_side
+
+    grid = patch_grid(session.base, answer.visual_tokens)
+    if grid is None:
+        return None
+    box, tokenizer = seen_box(session.processor, image), session.processor.tokenizer
+    everything = list(range(answer.visual_tokens))
+    sets = [(_visual(answer), everything if answer.kept_indices is None else answer.kept_indices)]
+    looks = answer.looks or []
+    for look in looks[: PANELS - 1]:
+        words = tokenizer.decode(answer.token_ids[: look.after], skip_special_tokens=True).split()
+        sets.append((f"after “… {' '.join(words[-4:])}”: {look.ran} chosen again", look.kept_indices))
+    captions = [caption for caption, _ in sets]
+    if len(looks) >= PANELS:
+        captions[-1] += f" (and {len(looks) - PANELS + 1} more times)"
+    return side_by_side([highlight(image, kept, grid, box) for _, kept in sets], captions)
+
+
+def _visual(answer: Answer) -> str:
+    if answer.kept_indices is None:
+        return f"{answer.visual_tokens} of {answer.visual_tokens}"
+    kept = f"{answer.kept_tokens} of {answer.visual_tokens} kept"
+    if answer.average_visual is not None:
+        kept += f", R̄ {answer.average_visual:.0f}"
+    if answer.looks:
+        ran = sum(look.ran for look in answer.looks)
+        kept += f"; chosen again {len(answer.looks)} times, {ran} tokens in all"
+    return kept
+
+
+def _same(plain: Answer, answer: Answer) -> str:
+    return "yes" if plain.token_ids == answer.token_ids else "no"
+
+
+def _accepted(answer: Answer) -> str:
+    return f"{sum(answer.accepted_lengths or [])} of {sum(answer.drafted_lengths)}" if answer.drafted_lengths else ""
+
+
+def _middle(answers: Sequence[Answer], name: str) -> float:
+    from statistics import median
+
+    return median(getattr(answer, name) for answer in answers)

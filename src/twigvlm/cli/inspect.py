@@ -26,6 +26,8 @@ _DEPTH = 0.6  # of the base: where the deep layer lies unless one is chosen
 class Inspect(QuestionOptions):
     """Show which patches a twig keeps and which tokens of an answer it drafts."""
 
+    prompt: str = "Describe this image in detail."
+    """Question about the image."""
     budgets: tuple[float, ...] = (192, 128, 64)
     """Budgets R̄ to show the kept patches of."""
     deep_layer: int | None = None

@@ -37,11 +37,9 @@ class AnswerOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionOptions(AnswerOptions):
-    """One question about one image, through a twig; Sapling's own question unless told otherwise."""
+    """Questions about one image, through a twig; Sapling's own image unless told otherwise."""
 
     image: str | None = None
     """Image file, or a data URI. None: the scene that ships with the package."""
-    prompt: str = "Describe this image in detail."
-    """Question about the image."""
     retain: float | None = 64
     speculate: Speculate = "chain"

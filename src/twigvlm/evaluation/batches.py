@@ -10,7 +10,8 @@ from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation import peak_memory
-from twigvlm.evaluation.questions import Question
+from twigvlm.evaluation.accuracy import score
+from twigvlm.evaluation.questions import Namer, Question, Questions
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.evaluation.run import InputsOf, Item, run
 from twigvlm.evaluation.speed import System, alternating, attention_of
@@ -48,7 +49,8 @@ def split(questions: Sequence[Question], size: int) -> list[Sequence[Question]]:
 
 def run_batches(
     model: TwigVLM,
-    questions: Sequence[Question],
+    tokenizer: Any,
+    questions: Questions,
     sizes: Sequence[int],
     systems: Sequence[System],
     inputs_of: InputsOf,
@@ -64,34 +66,43 @@ def run_batches(
     before any time counts.
 
     Returns:
-        The records: `id`, `size`, and by system `runs`: new `tokens` of each row, up to its end token, and lists of
-        `total` seconds and `peak` bytes, one per repeat. Of a batch with a question that failed: `id`, `size` and `failed`.
+        The records: `id`, `size`, and by system `runs`: new `tokens` of each row, up to its end token, `scores` of its answer,
+        and lists of `total` seconds and `peak` bytes, one per repeat. Of a batch with a question that failed: `id`, `size` and
+        `failed`.
 
     Raises:
         TwigVLMError: a size that does not divide the number of prompts.
     """
     taken = alternating(systems, repeats, partial(_measure, model))
+    namer = Namer(questions.vocabulary)
 
     def times(item: Item, inputs: dict[str, Any], place: int) -> Record:
         most = item.limit(max_new_tokens, max_description_tokens)
         runs = {}
         for name, some in taken(inputs, most, place).items():
-            tokens, seconds, peaks = zip(*some, strict=True)
-            runs[name] = {"tokens": tokens[-1], "total": seconds, "peak": peaks}
+            answers, seconds, peaks = zip(*some, strict=True)
+            pairs = zip(item.questions, answers[-1], strict=True)
+            texts = [(question, tokenizer.decode(ids, skip_special_tokens=True)) for question, ids in pairs]
+            runs[name] = {
+                "tokens": [len(ids) for ids in answers[-1]],
+                "scores": [score(question, text.strip(), namer) for question, text in texts],
+                "total": seconds,
+                "peak": peaks,
+            }
         return {"runs": runs}
 
     items = [
         Item({"id": f"{size}-{number}", "size": size}, batch)
         for size in sizes
-        for number, batch in enumerate(split(questions, size))
+        for number, batch in enumerate(split(questions.items, size))
     ]
     return run(items, inputs_of, times, results_log, advance)
 
 
 def _measure(
     model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int
-) -> tuple[list[int], float, int | None]:
-    """New tokens of each row, seconds, and peak bytes of one greedy answer to a batch."""
+) -> tuple[list[list[int]], float, int | None]:
+    """New ids of each row, seconds, and peak bytes of one greedy answer to a batch."""
     device = model.model.device
     clock = clock_of(device)
     generate: Callable[..., Any] = model.generate if system.attention is None else model.model.generate
@@ -101,7 +112,9 @@ def _measure(
         ids = generate(**inputs, **system.options, max_new_tokens=max_new_tokens, do_sample=False)
         ended = clock()
     new = ids[:, inputs["input_ids"].shape[1] :]
-    return _lengths(new, model.model.generation_config.eos_token_id), ended - began, peak_memory.peak(device)
+    lengths = _lengths(new, model.model.generation_config.eos_token_id)
+    answers = [row[:length] for row, length in zip(new.tolist(), lengths, strict=True)]
+    return answers, ended - began, peak_memory.peak(device)
 
 
 def _lengths(new: Int[Tensor, "rows tokens"], ends: int | list[int] | None) -> list[int]:

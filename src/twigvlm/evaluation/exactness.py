@@ -51,6 +51,7 @@ def run_exactness(
     results_log: ResultsLog,
     retain: float,
     checks: Sequence[str],
+    refocus: float | None = None,
     max_new_tokens: int = 16,
     max_description_tokens: int = 192,
     advance: Callable[[Record], None] = lambda record: None,
@@ -62,6 +63,7 @@ def run_exactness(
         grow: puts the twig on it.
         retain: R̄ of the pruned checks.
         checks: from `choose_checks`.
+        refocus: τ of the pruned checks; None: the kept visual tokens stay the same.
         max_new_tokens: longest short answer.
         max_description_tokens: longest description.
         advance: called once for each prompt that is asked, after the base alone answered it, and with every record.
@@ -79,10 +81,11 @@ def run_exactness(
                     before[item.about["id"]] = _reference(base.generate, inputs_of(*item.questions), most)
             advance({})
     model = grow()
+    pruning = {"retain": retain, "refocus": refocus}
 
     def measure(item: Item, inputs: dict[str, Any], place: int) -> Record:
         most = item.limit(max_new_tokens, max_description_tokens)
-        tokens, same = _check(model, inputs, before.get(item.about["id"]), retain, checks, most)
+        tokens, same = _check(model, inputs, before.get(item.about["id"]), pruning, checks, most)
         return {"tokens": tokens, "same": same}
 
     return run(one_by_one(questions), inputs_of, measure, results_log, advance)
@@ -92,7 +95,7 @@ def _check(
     model: TwigVLM,
     inputs: dict[str, Any],
     before: tuple[list[int], str] | None,
-    retain: float,
+    pruning: dict[str, float | None],
     checks: Sequence[str],
     max_new_tokens: int,
 ) -> tuple[int, dict[str, bool]]:
@@ -101,7 +104,8 @@ def _check(
 
     @cache
     def ids(pruned: bool, speculate: str) -> list[int]:
-        output: Any = model.generate(**options, retain=retain if pruned else None, speculate=speculate)
+        more: dict[str, Any] = pruning if pruned else {}
+        output: Any = model.generate(**options, **more, speculate=speculate)
         return _new(output, inputs)
 
     def same(check: str) -> bool:

@@ -10,6 +10,7 @@ from twigvlm.evaluation.speed import System
 from twigvlm.evaluation.summary import (
     Accuracy,
     Interval,
+    Quality,
     compare_batches,
     compare_speeds,
     exactness_counts,
@@ -115,6 +116,18 @@ def _by_kind(figures: Sequence[Accuracy], base: Accuracy) -> str:
     return table(head, [[_label(one.name), *(percent(right) for _, right in one.kinds.values())] for one in figures])
 
 
+def quality_cell(one: Quality) -> str:
+    """What a system's answers are worth, beside its speed."""
+    parts = []
+    if not isnan(one.exact):
+        parts.append(f"exact {percent(one.exact)}")
+    if not isnan(one.recall):
+        parts.append(f"objects {percent(one.recall)}/{percent(one.precision)}")
+    if not isnan(one.read):
+        parts.append(f"texts {percent(one.read)}")
+    return ", ".join(parts)
+
+
 def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list[str]:
     """Tokens per second, RelSpd against the faster baseline, parts of the time, and drafts."""
     baselines = [one.name for one in systems if one.attention is not None] or [systems[0].name]
@@ -130,6 +143,7 @@ def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list
             f"{one.tokens:.1f}",
             f"{one.speed:.1f}",
             f"{one.relative:.2f}{span(one.interval, 1, 2)}",
+            quality_cell(one),
             f"{one.relative_prefill:.2f}",
             *(ms(part) for part in (one.prefill, one.decode, one.draft, one.verify)),
             percent(one.acceptance),
@@ -138,7 +152,7 @@ def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list
         ]
         for one in figures
     ]
-    head = ["system", "tokens", "tokens/s", "RelSpd", "prefill ratio", "prefill, ms", "decode, ms"]
+    head = ["system", "tokens", "tokens/s", "RelSpd", "quality, %", "prefill ratio", "prefill, ms", "decode, ms"]
     head += ["draft, ms", "verify, ms", "TokAR, %", "accepted per step", "different outputs"]
     repeats = len(records[0]["runs"][baseline]["total"])
     return [
@@ -147,7 +161,8 @@ def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list
         "mean over prompts. RelSpd is the ratio of tokens per second (prefill and decoding) to the baseline's on the same "
         "prompt, with its paired 95 % bootstrap interval (from 10 prompts on). The prefill ratio is the baseline's mean prefill "
         "time over a system's; draft and verify are parts of decode. Different outputs: prompts where speculation did not "
-        "repeat what the same pruning gives without it.",
+        "repeat what the same pruning gives without it. Quality is that of the same answers: exact match, objects named (recall/"
+        "precision) and texts quoted by descriptions.",
         table(head, rows),
     ]
 
@@ -163,7 +178,7 @@ def batch_sections(records: Sequence[Record], systems: Sequence[System]) -> list
             if one.name == system.name:
                 ratio = "**1.00**" if one.is_baseline else f"{one.relative:.2f}"
                 held = "–" if isnan(one.peak) else f"{one.peak / 2**20:.0f} MiB"
-                cells.append(f"{one.speed:.1f} · {ratio} · {held}")
+                cells.append(f"{one.speed:.1f} · {ratio} · {held} · {quality_cell(one)}")
         rows.append([system.name, *cells])
     first = next(iter(records[0]["runs"].values()))
     prompts = sum(record["size"] for record in records if record["size"] == sizes[0])
@@ -171,8 +186,9 @@ def batch_sections(records: Sequence[Record], systems: Sequence[System]) -> list
         "## Batches",
         f"{prompts} prompts, the same at every size; {len(first['total'])} alternating repeats after a warm-up. New tokens per "
         "second of all rows together (median over repeats), their ratio to the faster baseline of the same size (bold), and "
-        "the most memory held at once, weights included, those of the twig in all.",
-        table(["system", *(f"batch {size}: tokens/s · ratio · peak" for size in sizes)], rows),
+        "the most memory held at once, weights included, those of the twig in all. Quality as of single prompts: exact match, "
+        "objects named (recall/precision) and texts quoted.",
+        table(["system", *(f"batch {size}: tokens/s · ratio · peak · quality, %" for size in sizes)], rows),
     ]
 
 

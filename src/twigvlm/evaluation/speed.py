@@ -15,7 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from twigvlm import compat
 from twigvlm.errors import TwigVLMError, one_line
-from twigvlm.evaluation.questions import Question
+from twigvlm.evaluation.accuracy import score
+from twigvlm.evaluation.questions import Namer, Questions
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.evaluation.run import InputsOf, Item, one_by_one, run
 from twigvlm.model import TwigVLM
@@ -38,7 +39,12 @@ class System:
 
 
 def standard_systems(
-    retain: float, chain: dict[str, Any], tree: dict[str, Any], attentions: Sequence[str], names: Sequence[str] = ()
+    retain: float,
+    chain: dict[str, Any],
+    tree: dict[str, Any],
+    attentions: Sequence[str],
+    names: Sequence[str] = (),
+    refocus: float | None = None,
 ) -> list[System]:
     """The base's `generate` per attention implementation, and the twig's parts alone and together.
 
@@ -48,6 +54,7 @@ def standard_systems(
         tree: options of tree speculation (`tree_depth`, `tree_width`, `tree_expand`, `tree_nodes`).
         attentions: implementations that the base's `generate` is measured with.
         names: of those among the others that are wanted, together with what their output is compared to; none: all.
+        refocus: τ of further systems that choose their visual tokens again; None: there are none.
 
     Raises:
         TwigVLMError: there is no system of a name.
@@ -64,6 +71,13 @@ def standard_systems(
         System("pruning + tree", options={"retain": retain, **tree}, same_as="pruning"),
         System("pruning + auto", options={"retain": retain, "speculate": "auto"}, same_as="pruning"),
     ]
+    if refocus is not None:
+        again = {"retain": retain, "refocus": refocus}
+        twigs += [
+            System("refocus", options=again),
+            System("refocus + chain", options={**again, **chain}, same_as="refocus"),
+            System("refocus + auto", options={**again, "speculate": "auto"}, same_as="refocus"),
+        ]
     known = {system.name: system for system in twigs}
     for name in names:
         if name not in known:
@@ -212,7 +226,7 @@ def measure(model: TwigVLM, inputs: dict[str, Any], system: System, max_new_toke
 def run_speed(
     model: TwigVLM,
     tokenizer: Any,
-    questions: Sequence[Question],
+    questions: Questions,
     systems: Sequence[System],
     inputs_of: InputsOf,
     results_log: ResultsLog,
@@ -227,17 +241,21 @@ def run_speed(
     any time counts.
 
     Returns:
-        The records, in the order of the questions: `id`, `kind`, and by system `runs`: `ids`, `text`, drafted and
+        The records, in the order of the questions: `id`, `kind`, and by system `runs`: `ids`, `text`, `score`, drafted and
         accepted lengths of each step, and lists of seconds (`prefill`, `total`, `draft`, `verify`), one per repeat. Of a
         question that failed: `id`, `kind` and `failed`, the reason.
     """
     taken = alternating(systems, repeats, partial(measure, model))
+    namer = Namer(questions.vocabulary)
 
     def times(item: Item, inputs: dict[str, Any], place: int) -> Record:
         measurements = taken(inputs, item.limit(max_new_tokens, max_description_tokens), place)
-        return {"runs": {name: _run(some, tokenizer) for name, some in measurements.items()}}
+        runs = {name: _run(some, tokenizer) for name, some in measurements.items()}
+        for one in runs.values():
+            one["score"] = score(item.questions[0], one["text"], namer)
+        return {"runs": runs}
 
-    return run(one_by_one(questions), inputs_of, times, results_log, advance)
+    return run(one_by_one(questions.items), inputs_of, times, results_log, advance)
 
 
 def _run(measurements: list[Measurement], tokenizer: Any) -> dict[str, Any]:

@@ -20,29 +20,47 @@ from twigvlm.evaluation.results_log import Record
 Interval = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """One variant on all questions; shares from 0 to 1."""
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """What answers are worth; shares from 0 to 1, nan where no answer is of the kind."""
+
+    exact: float
+    """Exact match, of answers that are right or wrong."""
+    recall: float
+    """Objects in pictures that descriptions name."""
+    precision: float
+    """Objects that descriptions name and that are there."""
+    read: float
+    """Texts in pictures that descriptions quote right."""
+
+
+def quality(scores: Sequence[int | list[int]]) -> Quality:
+    """Of answers by their scores, as `accuracy.score` gives them."""
+    counts = [score for score in scores if isinstance(score, list)]
+    found, present, named, read, written = (sum(score[i] for score in counts) for i in range(5))
+    return Quality(
+        exact=_mean([score for score in scores if not isinstance(score, list)]),
+        recall=found / present if present else float("nan"),
+        precision=found / named if named else float("nan"),
+        read=read / written if written else float("nan"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy(Quality):
+    """One variant on all questions."""
 
     name: str
     kept: float
     """R, mean over questions."""
     ran: float
     """Visual tokens of an answer that were chosen again and ran through the pruned layers, mean over questions."""
-    exact: float
-    """Exact match over the short questions; nan without any."""
     relative: float
     """RelAcc."""
     interval: Interval
     """Of RelAcc, 95 %, paired, over pictures."""
     kinds: dict[str, tuple[int, float]]
     """Number of questions and exact match per kind."""
-    recall: float
-    """Objects of descriptions that are named; nan without descriptions."""
-    precision: float
-    """Objects named in descriptions that are there."""
-    read: float
-    """Texts in pictures that descriptions quote right; nan without any."""
 
 
 def accuracies(records: Sequence[Record], pictures: Mapping[str, object], base: str = "none") -> list[Accuracy]:
@@ -54,7 +72,6 @@ def accuracies(records: Sequence[Record], pictures: Mapping[str, object], base: 
         base: the variant without pruning.
     """
     short = [record for record in records if not isinstance(record["score"][base], list)]
-    long = [record["score"] for record in records if isinstance(record["score"][base], list)]
     reference = [record["score"][base] for record in short]
     groups = [pictures[record["id"]] for record in short]
     result = []
@@ -63,26 +80,22 @@ def accuracies(records: Sequence[Record], pictures: Mapping[str, object], base: 
         kinds: dict[str, list[int]] = {}
         for record, right in zip(short, column, strict=True):
             kinds.setdefault(record["kind"], []).append(right)
-        found, present, named, read, written = (sum(score[name][i] for score in long) for i in range(5))
         result.append(
             Accuracy(
+                **vars(quality([record["score"][name] for record in records])),
                 name=name,
                 kept=float(np.mean([record["kept"][name] for record in records])),
                 ran=float(np.mean([record["ran"][name] for record in records])),
-                exact=_mean(column),
                 relative=relative_accuracy(column, reference) if short else float("nan"),
                 interval=bootstrap_interval(relative_accuracy, column, reference, groups=groups),
                 kinds={kind: (len(rights), _mean(rights)) for kind, rights in sorted(kinds.items())},
-                recall=found / present if present else float("nan"),
-                precision=found / named if named else float("nan"),
-                read=read / written if written else float("nan"),
             )
         )
     return result
 
 
-@dataclass(frozen=True)
-class Speed:
+@dataclass(frozen=True, kw_only=True)
+class Speed(Quality):
     """One system on all prompts; times in seconds, means over prompts of the median over repeats."""
 
     name: str
@@ -135,6 +148,7 @@ def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, 
         drafts = any(drafted)
         result.append(
             Speed(
+                **vars(quality([run["score"] for run in runs])),
                 name=name,
                 tokens=_mean([len(run["ids"]) for run in runs]),
                 speed=_mean(speed),
@@ -155,8 +169,8 @@ def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, 
     return result
 
 
-@dataclass(frozen=True)
-class BatchSpeed:
+@dataclass(frozen=True, kw_only=True)
+class BatchSpeed(Quality):
     """One system at one batch size."""
 
     name: str
@@ -188,7 +202,17 @@ def compare_batches(records: Sequence[Record], baselines: Sequence[str]) -> list
         for name in runs[0]:
             peaks = [held for run in runs for held in run[name]["peak"]]
             most = float("nan") if None in peaks else float(max(peaks))
-            result.append(BatchSpeed(name, size, speed[name], speed[name] / speed[baseline], most, name == baseline))
+            result.append(
+                BatchSpeed(
+                    **vars(quality([score for run in runs for score in run[name]["scores"]])),
+                    name=name,
+                    size=size,
+                    speed=speed[name],
+                    relative=speed[name] / speed[baseline],
+                    peak=most,
+                    is_baseline=name == baseline,
+                )
+            )
     return result
 
 

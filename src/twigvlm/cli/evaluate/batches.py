@@ -36,7 +36,8 @@ class EvaluateBatches(BaselineOptions):
         with showing("Batches", ids, log) as show:
             records = run_batches(
                 model,
-                questions,
+                bench.processor.tokenizer,
+                bench.questions,
                 self.sizes,
                 systems,
                 bench.inputs_of,

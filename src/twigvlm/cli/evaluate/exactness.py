@@ -14,6 +14,8 @@ class EvaluateExactness(BudgetOptions):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights. auto: as the base's files say; in half precision, ties may flip."""
+    refocus: float | None = None
+    """τ of the pruned checks: the kept visual tokens are chosen again while an answer grows. None: they stay the same."""
     checks: tuple[str, ...] = ()
     """What to compare: chain, tree, auto, "pruned chain", "pruned tree", "pruned auto", "no pruning", disabled. None given:
     all."""
@@ -21,13 +23,15 @@ class EvaluateExactness(BudgetOptions):
     def run(self) -> None:
         """Compare, and write results.jsonl and report.md."""
         from twigvlm.cli.evaluate.bench import open_bench, open_log, showing, write_report
+        from twigvlm.config import PruningConfig
         from twigvlm.evaluation.exactness import choose_checks, run_exactness
         from twigvlm.evaluation.report import exactness_sections
         from twigvlm.evaluation.results_log import answered
 
         checks = choose_checks(self.checks)
         bench = open_bench(self)
-        more = {"retain": self.retain}
+        PruningConfig(self.retain, refocus=self.refocus)  # for its errors
+        more = {"retain": self.retain, "refocus": self.refocus}
         log = open_log(self, {**bench.settings, **more, "checks": checks})
         questions = bench.questions.items
         with showing("Exactness", (question.id for question in questions), log, passes=2) as show:
@@ -39,6 +43,7 @@ class EvaluateExactness(BudgetOptions):
                 log,
                 self.retain,
                 checks,
+                self.refocus,
                 self.max_new_tokens,
                 self.max_description_tokens,
                 show,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from tyro.conf import arg
 
 from twigvlm.cli.evaluate.options import BaselineOptions, TimingOptions
-from twigvlm.config import SpeculationConfig
+from twigvlm.config import PruningConfig, SpeculationConfig
 
 if TYPE_CHECKING:
     from twigvlm.evaluation.speed import System
@@ -30,7 +30,9 @@ class EvaluateSpeed(BaselineOptions):
     tree_nodes: int = SpeculationConfig.tree_nodes
     systems: Annotated[tuple[str, ...], arg(aliases=("--contenders",))] = ()
     """What to time beside the baselines: "own loop", pruning, chain, tree, auto, "pruning + chain", "pruning + tree",
-    "pruning + auto". None given: all."""
+    "pruning + auto", and with refocus also refocus, "refocus + chain", "refocus + auto". None given: all."""
+    refocus: float | None = None
+    """τ of further systems, which choose the kept visual tokens again while an answer grows. None: there are none."""
 
     def run(self) -> None:
         """Measure, and write results.jsonl and report.md."""
@@ -43,7 +45,9 @@ class EvaluateSpeed(BaselineOptions):
         }
         SpeculationConfig("chain", **chain)  # for their errors
         SpeculationConfig("tree", **tree)
-        time_systems(self, "Speed", standard_systems(self.retain, chain, tree, self.baselines, self.systems))
+        PruningConfig(self.retain, refocus=self.refocus)
+        systems = standard_systems(self.retain, chain, tree, self.baselines, self.systems, self.refocus)
+        time_systems(self, "Speed", systems)
 
 
 def time_systems(options: TimingOptions, title: str, systems: Sequence[System], validation: str = "") -> None:
@@ -70,7 +74,7 @@ def time_systems(options: TimingOptions, title: str, systems: Sequence[System], 
         records = run_speed(
             model,
             bench.processor.tokenizer,
-            questions,
+            bench.questions,
             systems,
             bench.inputs_of,
             log,
