@@ -75,7 +75,7 @@ def test_what_was_chosen_again_is_shown(capsys, arguments, tmp_path):
     with Image.open(tmp_path / "kept.png") as again:
         size = again.size
     assert main(arguments(refocus="None", **{"max-new-tokens": 12})) == 0
-    assert "again" not in capsys.readouterr().out
+    assert "again" not in rows(capsys.readouterr().out)["visual tokens"][2]
     with Image.open(tmp_path / "kept.png") as once:
         assert once.width < size[0]
 
@@ -84,7 +84,8 @@ def test_without_pruning_the_answer_is_the_same(capsys, arguments):
     assert main(arguments(retain="None")) == 0
     out = capsys.readouterr().out
     assert out.count("16 of 16") == 2
-    assert "pruning" not in out
+    assert "Speculation: " in out
+    assert "Pruning" not in out
 
 
 @pytest.mark.parametrize("faster", ["eager", "sdpa"])

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from tests.evaluation.conftest import inputs_of
@@ -66,5 +68,8 @@ def test_random_choice_differs_between_questions_and_seeds(model, tokenizer, que
 def test_descriptions_count_objects(tmp_path):
     namer = Namer({"dog": ("dog", "dogs"), "cat": ("cat",), "cow": ("cow",)})
     question = Question("a", tmp_path, "?", "…", "description", objects=("dog", "cat"))
-    assert score(question, "Two dogs, a cow and a dog.", namer) == [1, 2, 2]
-    assert score(question, "Nothing.", namer) == [0, 2, 0]
+    assert score(question, "Two dogs, a cow and a dog.", namer) == [1, 2, 2, 0, 0]
+    assert score(question, "Nothing.", namer) == [0, 2, 0, 0, 0]
+    written = dataclasses.replace(question, texts=("STOP", "42", "A.B"))
+    assert score(written, "A red sign says STOP. Another says 421, one AxB.", namer) == [0, 2, 0, 1, 3]
+    assert score(written, "It reads stop, 42 and A.B.", namer)[3:] == [2, 3]

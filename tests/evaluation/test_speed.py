@@ -63,10 +63,10 @@ def test_contenders_take_turns_after_a_warm_up(model, tokenizer, questions, tmp_
         results_log = ResultsLog(tmp_path / "results.jsonl", {})
         return run_speed(model, tokenizer, first(questions, count), systems, inputs_of, results_log, 2, 2, 2)
 
-    first = run(1)
+    before = run(1)
     assert "".join(order) == "abc" + "abc" + "bca"
     order.clear()
-    assert run(2)[:1] == first
+    assert run(2)[:1] == before
     assert "".join(order) == "abc" + "bca" + "cab"  # a run that goes on warms up again
 
 

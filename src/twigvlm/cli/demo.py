@@ -34,8 +34,6 @@ class Demo(QuestionOptions):
     prompt: str | None = None
     """Question about the image. None: a short question and a description."""
     refocus: float | None = 0.7
-    """τ: choose the kept visual tokens again, while the answer grows, wherever they have less than this share of the scores
-    that as many others could have. None: the tokens that were chosen for the question stay."""
     max_new_tokens: int = 128
     runs: int = 3
     """Timed runs of each kind, alternating, after one of each to warm up; the medians are shown. Plain runs use the base's

@@ -51,10 +51,10 @@ def run_exactness(
     results_log: ResultsLog,
     retain: float,
     checks: Sequence[str],
-    refocus: float | None = None,
     max_new_tokens: int = 16,
     max_description_tokens: int = 192,
     advance: Callable[[Record], None] = lambda record: None,
+    refocus: float | None = None,
 ) -> list[Record]:
     """Compare answers token for token; prompts that the results_log holds already are not asked again.
 
@@ -63,10 +63,10 @@ def run_exactness(
         grow: puts the twig on it.
         retain: R̄ of the pruned checks.
         checks: from `choose_checks`.
-        refocus: τ of the pruned checks; None: the kept visual tokens stay the same.
         max_new_tokens: longest short answer.
         max_description_tokens: longest description.
         advance: called once for each prompt that is asked, after the base alone answered it, and with every record.
+        refocus: τ of the pruned checks; None: the kept visual tokens stay the same.
 
     Returns:
         The records, in the order of the questions: `id`, `kind`, `tokens` (length of the base's answer, or if no check asks for

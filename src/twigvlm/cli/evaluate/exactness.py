@@ -15,7 +15,6 @@ class EvaluateExactness(BudgetOptions):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights. auto: as the base's files say; in half precision, ties may flip."""
     refocus: float | None = None
-    """τ of the pruned checks: the kept visual tokens are chosen again while an answer grows. None: they stay the same."""
     checks: tuple[str, ...] = ()
     """What to compare: chain, tree, auto, "pruned chain", "pruned tree", "pruned auto", "no pruning", disabled. None given:
     all."""
@@ -43,9 +42,9 @@ class EvaluateExactness(BudgetOptions):
                 log,
                 self.retain,
                 checks,
-                self.refocus,
                 self.max_new_tokens,
                 self.max_description_tokens,
                 show,
+                self.refocus,
             )
         write_report(self, "Exactness", bench, more, exactness_sections(answered(records)), records)

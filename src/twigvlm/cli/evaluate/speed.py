@@ -32,7 +32,6 @@ class EvaluateSpeed(BaselineOptions):
     """What to time beside the baselines: "own loop", pruning, chain, tree, auto, "pruning + chain", "pruning + tree",
     "pruning + auto", and with refocus also refocus, "refocus + chain", "refocus + auto". None given: all."""
     refocus: float | None = None
-    """τ of further systems, which choose the kept visual tokens again while an answer grows. None: there are none."""
 
     def run(self) -> None:
         """Measure, and write results.jsonl and report.md."""
