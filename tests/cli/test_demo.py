@@ -46,7 +46,7 @@ def test_tables_and_picture(capsys, arguments, tmp_path):
     table = rows(out)
     plain, exact, pruned = table["visual tokens"]
     assert plain == exact == "16 of 16"
-    assert pruned.startswith("5 of 16 kept, R̄ 8")
+    assert pruned.startswith("5 of 16 kept (8 on average over the layers)")
     assert table["same answer"][1] == "yes"
     assert table["speed-up"][0] == "1.00x"
     summary = " ".join(out.split())

@@ -215,7 +215,7 @@ def _visual(answer: Answer) -> str:
         return f"{answer.visual_tokens} of {answer.visual_tokens}"
     kept = f"{answer.kept_tokens} of {answer.visual_tokens} kept"
     if answer.average_visual is not None:
-        kept += f", R̄ {answer.average_visual:.0f}"
+        kept += f" ({answer.average_visual:.0f} on average over the layers)"
     if answer.looks:
         ran = sum(look.ran for look in answer.looks)
         kept += f"; chosen again {len(answer.looks)} times, {ran} tokens in all"

@@ -84,7 +84,8 @@ class Pending:
         """Without a row, whose place the last one takes."""
         on_host = self.on_host.copy()
         on_host[row] = on_host[-1]
-        return Pending(without(self.states, row), without(self.counts, row), on_host[:-1])
+        on_host = on_host[:-1]
+        return Pending(without(self.states, row)[:, : int(on_host.max())], without(self.counts, row), on_host)
 
     def append(self, states: Float[Tensor, "rows new width"], counts: Tensor, on_host: NDArray[np.int64]) -> "Pending":
         """With the first `counts` of new states behind those of each row."""
