@@ -68,8 +68,8 @@ class PruningConfig:
     retain_per_image: bool = False
     """Split the budget evenly among the images, or the frames that text parts, instead of by their scores alone."""
     refocus: float | None = None
-    """τ: choose the kept visual tokens again, while the answer grows, wherever they have less than this share of the scores
-    that as many others could have. None: the tokens that were chosen for the question stay."""
+    """τ: while the answer grows, exchange kept visual tokens for better ones wherever they have less than this share of the
+    scores that as many others could have. None: the tokens that were chosen for the question stay."""
 
     def __post_init__(self) -> None:
         if self.retain is not None and self.keep is not None:

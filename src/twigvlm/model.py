@@ -239,8 +239,8 @@ class TwigVLM(nn.Module):
             keep: R, visual tokens kept in layers K+1..K_f, instead of `retain`. Neither: no pruning.
             final_wipe: K_f; None: the twig's; the base's number of layers: off.
             retain_per_image: split the budget evenly among a prompt's images, or the frames that text parts.
-            refocus: τ, choose the kept visual tokens again, while the answer grows, wherever they have less than this share of
-                the scores that as many others could have; None: they stay the same.
+            refocus: τ, exchange kept visual tokens for better ones, while the answer grows, wherever they have less than this
+                share of the scores that as many others could have; None: they stay the same.
             scorer: ranks the visual tokens; None: the twig's P-Head, or without one its last layer's attention.
             pruner: another pruning method, with `retain` or with cuts of its own; None: the twig's.
             speculate: "none", "chain", "tree", or "auto": drafts of what size it pays on this machine, none where none does; the

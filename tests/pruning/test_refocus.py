@@ -15,6 +15,7 @@ from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attenti
 from twigvlm.pruning.methods.random import RandomScores
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.methods.twig_attention import TwigAttention
+from twigvlm.pruning.refocus import exchanged
 
 LAYERS, TRUNK, TOKENS = 6, 2, 12
 WAYS = {
@@ -79,7 +80,7 @@ def shares(model, inputs, tokens):
 @given(seed=st.integers(0, 50), keep=st.integers(1, VISUAL - 1), threshold=st.floats(0.2, 1.0))
 @settings(max_examples=5)
 def test_tokens_are_chosen_again_by_the_rule(way, attention, pruning_head, seed, keep, threshold):
-    """Where the kept ones have less than τ of the best share, and nowhere else; then they are the best ones."""
+    """Where the kept ones have less than τ of the best share, and nowhere else; then the best of the others replace the worst."""
     model, inputs = grown(pruning_head, attention), prompt(seed)
     output = answered(model, inputs, keep=keep, refocus=threshold, logits_processor=[Scores()], **WAYS[way])
     scores, visual = shares(model, inputs, tokens_of(output, inputs)[:-1])
@@ -92,10 +93,41 @@ def test_tokens_are_chosen_again_by_the_rule(way, attention, pruning_head, seed,
             continue  # rounding decides
         assert (after in looks) == (share < threshold)
         if after in looks:
-            chosen = visual[best.indices].sort().values
-            assert torch.equal(looks[after].kept, chosen)
-            assert looks[after].ran == keep - int(torch.isin(chosen, kept).sum())
-            kept = chosen
+            share_of = dict(zip(visual.tolist(), row.tolist(), strict=True))
+            chosen, wanted = set(kept.tolist()), (1 + threshold) / 2 * float(best.values.sum())
+            while sum(share_of[token] for token in chosen) < wanted - 1e-6:
+                out = min(chosen, key=share_of.get)
+                chosen = chosen - {out} | {max(share_of.keys() - chosen, key=share_of.get)}
+            assert looks[after].ran == len(chosen - {*kept.tolist()})
+            assert {*looks[after].kept.tolist()} == chosen
+            kept = looks[after].kept
+
+
+shares_of_tokens = st.lists(st.integers(0, 50), min_size=2, max_size=12)
+
+
+@given(shares_of_tokens, st.data())
+def test_exchanges_are_the_fewest_that_suffice(values, data):
+    scores = torch.tensor(values).float()
+    held = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values))))
+    share = data.draw(st.sampled_from([0.1, 0.5, 0.75, 0.9, 1.0]))
+    count = int(held.sum())
+    if not count:
+        return
+    after = exchanged(scores, held, share)
+    assert int(after.sum()) == count
+    new, gone = after & ~held, held & ~after
+    best = scores.topk(count).values.sum()
+    enough = scores[after].sum() >= share * best
+    others = scores[~after].max() if (~after).any() else torch.tensor(-1.0)
+    assert enough or others <= scores[after].min()
+    if new.any():
+        assert scores[new].min() > scores[gone].max()
+        assert scores[new].min() >= (scores[~held & ~new].max() if (~held & ~new).any() else -1)
+        fewer = after.clone()  # without the last exchange
+        fewer[new.nonzero()[scores[new].argmin(), 0]] = False
+        fewer[gone.nonzero()[scores[gone].argmax(), 0]] = True
+        assert scores[fewer].sum() < share * best or int(new.sum()) == 1
 
 
 @pytest.mark.parametrize("final_wipe", [5, LAYERS])

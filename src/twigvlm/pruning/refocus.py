@@ -1,9 +1,10 @@
 """Refocusing: while an answer grows, the kept visual tokens are chosen again where it turns to something else.
 
 Trunk and twig hold all visual tokens for the whole answer, so the twig can rank them at every new token for the price of one
-query. Where the kept ones have less than τ of what the best R have, pruned layers take up the best ones in their stead:
-these run from their stored states after layer K, at their positions in the prompt. The rule looks at accepted tokens alone,
-so that an answer does not depend on how it was drafted.
+query. Where the kept ones have less than τ of what the best R have, the best of the others take the places of the worst in
+the pruned layers, as many as bring the share halfway from τ to all: they run from their stored states after layer K, at
+their positions in the prompt. The rule looks at accepted tokens alone, so that an answer does not depend on how it was
+drafted.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from twigvlm.base.token_inputs import TokenInputs, select_rows, select_tokens
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.kv.cache import KVCache, ReplacingView
 from twigvlm.pruning.attention_rows import visual_attention
-from twigvlm.pruning.select import gather_tokens, top_visual
+from twigvlm.pruning.select import gather_tokens
 from twigvlm.pruning.view import TrunkOutput
 from twigvlm.twig.block import Twig
 
@@ -111,6 +112,28 @@ def later_queries(
     return twig.pruning_head.gate_queries(layer.input_layernorm(hidden), queries)
 
 
+def exchanged(scores: Float[Tensor, " visual"], held: Bool[Tensor, " visual"], share: float) -> Bool[Tensor, " visual"]:
+    """The held tokens after the fewest exchanges that give them this share of what the best ones have.
+
+    Each exchange takes up the best token that is not held for the worst that is, as long as it is better.
+
+    Args:
+        scores: of all visual tokens.
+        held: True at those that are held now.
+        share: of the sum of the highest scores of as many tokens, 0 to 1.
+    """
+    count = int(held.sum())
+    best = scores.topk(count).values.sum()
+    order = scores.argsort(descending=True, stable=True)
+    new, old = order[~held[order]][:count], order[held[order]].flip(0)
+    gain = (scores[new] - scores[old[: len(new)]]).clamp(min=0)
+    short = scores[held].sum() + gain.cumsum(0) < share * best
+    number = min(int(short.sum()) + 1, int((gain > 0).sum()))
+    after = held.clone()
+    after[new[:number]], after[old[:number]] = True, False
+    return after
+
+
 class Refocus:
     """What is asked of all rows of a batch at every step; entry i of every part is row i of the cache.
 
@@ -157,7 +180,7 @@ class Refocus:
     def look(
         self, base: BaseVLM, cache: KVCache, row: int, scores: Float[Tensor, " visual"], after: int
     ) -> Look | None:
-        """Let pruned layers hold the best visual tokens in place of those that are not among them; None: all of them are.
+        """Let pruned layers hold better visual tokens in place of some; None: there are none.
 
         Args:
             base: the base.
@@ -169,8 +192,9 @@ class Refocus:
         sight = self.rows[row]
         assert sight is not None, "it has asked"
         visual, slots = sight.visual, sight.slots
-        best = top_visual(scores[None, : len(visual)], torch.ones_like(slots, dtype=torch.bool)[None], [sight.keep])[0]
-        new, gone = (best & (slots < 0)).nonzero()[:, 0], (~best & (slots >= 0)).nonzero()[:, 0]
+        held = slots >= 0
+        kept = exchanged(scores[: len(visual)], held, (1 + sight.threshold) / 2)
+        new, gone = (kept & ~held).nonzero()[:, 0], (held & ~kept).nonzero()[:, 0]
         if not len(new):
             return None
         places = slots[gone]
@@ -190,4 +214,4 @@ class Refocus:
             lambda tokens, held: mask,
             view,
         )
-        return Look(after, visual[best], len(new))
+        return Look(after, visual[kept], len(new))
