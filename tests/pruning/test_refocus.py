@@ -94,7 +94,7 @@ def test_tokens_are_chosen_again_by_the_rule(way, attention, pruning_head, seed,
         assert (after in looks) == (share < threshold)
         if after in looks:
             share_of = dict(zip(visual.tolist(), row.tolist(), strict=True))
-            chosen, wanted = set(kept.tolist()), (1 + threshold) / 2 * float(best.values.sum())
+            chosen, wanted = set(kept.tolist()), (3 + threshold) / 4 * float(best.values.sum())
             while sum(share_of[token] for token in chosen) < wanted - 1e-6:
                 out = min(chosen, key=share_of.get)
                 chosen = chosen - {out} | {max(share_of.keys() - chosen, key=share_of.get)}

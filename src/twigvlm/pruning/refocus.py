@@ -2,9 +2,9 @@
 
 Trunk and twig hold all visual tokens for the whole answer, so the twig can rank them at every new token for the price of one
 query. Where the kept ones have less than τ of what the best R have, the best of the others take the places of the worst in
-the pruned layers, as many as bring the share halfway from τ to all: they run from their stored states after layer K, at
-their positions in the prompt. The rule looks at accepted tokens alone, so that an answer does not depend on how it was
-drafted.
+the pruned layers, as many as bring the share three quarters of the way from τ to 1: they run from their stored states
+after layer K, at their positions in the prompt. The rule looks at accepted tokens alone, so that an answer does not depend
+on how it was drafted.
 """
 
 from collections.abc import Sequence
@@ -193,7 +193,7 @@ class Refocus:
         assert sight is not None, "it has asked"
         visual, slots = sight.visual, sight.slots
         held = slots >= 0
-        kept = exchanged(scores[: len(visual)], held, (1 + sight.threshold) / 2)
+        kept = exchanged(scores[: len(visual)], held, (3 + sight.threshold) / 4)
         new, gone = (kept & ~held).nonzero()[:, 0], (held & ~kept).nonzero()[:, 0]
         if not len(new):
             return None
