@@ -103,9 +103,11 @@ RUNS = {
     "distilled": _stage1(MANY, 16, **DISTILLED),
     "distilled-slow": _stage1(MANY, 16, 5e-4, **DISTILLED),
     "distilled-K1": _shaped(_stage1(MANY, 16, **DISTILLED), trunk_layers=1),
+    "distilled-K1-answers": _shaped(_stage1(MANY, 16, gamma_answers=1.0, **DISTILLED), trunk_layers=1),
     "few": dataclasses.replace(_few(**DISTILLED), budgets=BUDGETS, wipes=(20, 22, WIPE, 26, 28, 30)),
     "few-first": _first(_few(alpha=0.0, gamma=0.0)),
     "few-attention": _few(alpha=0.0),
+    "few-answers": _few(gamma_answers=1.0, **DISTILLED),
     "few-published": _few(),
     **{f"T{layers}": _shaped(_few(**DISTILLED), twig_layers=layers) for layers in (1, 2, 4)},
     **{f"K{layers}": _shaped(_few(**DISTILLED), trunk_layers=layers) for layers in (0, 1, 3)},
@@ -204,7 +206,9 @@ class Asker:
         self.descriptions: dict[str, list[Batch]] = {}
         for folder in options.questions:
             file = load_questions(folder / "questions.json")
-            self.short[file.split] = self._batches([one for one in file.items if one.objects is None], options.batch)
+            self.short[file.split] = self._batches(
+                [one for one in file.items if one.objects is None and not one.long], options.batch
+            )
             long = [one for one in file.items if one.objects is not None]
             self.descriptions[file.split] = self._batches(long, options.batch)
 
@@ -267,7 +271,7 @@ class Reporter:
     def __init__(self, folder: Path, output: Path) -> None:
         file = load_questions(folder / "questions.json")
         self.split = file.split
-        self.questions = [one for one in file.items if one.objects is None]
+        self.questions = [one for one in file.items if one.objects is None and not one.long]
         self.pictures = [one.image for one in self.questions]
         files = {name: asked_file(output / name, file.split) for name in (PLAIN, *RUNS)}
         self.found = {name: json.loads(path.read_text()) for name, path in files.items() if path.is_file()}

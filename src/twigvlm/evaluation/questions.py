@@ -144,7 +144,7 @@ def _question(row: Any, number: int, folder: Path, vocabulary: Mapping[str, Any]
 
 
 def exact_match(given: str, expected: str) -> bool:
-    """Whether two short answers are the same, letter case, outer space and one final period aside."""
+    """Whether two answers are the same, letter case, outer space and one final period aside."""
     return _plain(given) == _plain(expected)
 
 

@@ -72,7 +72,7 @@ def accuracy_sections(accuracies: Sequence[Accuracy], variants: Sequence[Variant
         asked = sum(count for count, _ in base.kinds.values())
         sections += [
             "## Accuracy",
-            f"Exact match of {asked} short answers in percent, and RelAcc (the base without pruning: 100) with its paired "
+            f"Exact match of {asked} answers in percent, and RelAcc (the base without pruning: 100) with its paired "
             "95 % bootstrap interval, over pictures. Without pruning: "
             f"**{percent(base.exact)} %** at {base.kept:g} visual tokens.",
             _by_budget(figures, variants),
