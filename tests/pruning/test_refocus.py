@@ -75,13 +75,12 @@ def shares(model, inputs, tokens):
 
 
 @pytest.mark.parametrize("pruning_head", [True, False])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("way", WAYS)
 @given(seed=st.integers(0, 50), keep=st.integers(1, VISUAL - 1), threshold=st.floats(0.2, 1.0))
 @settings(max_examples=5)
-def test_tokens_are_chosen_again_by_the_rule(way, attention, pruning_head, seed, keep, threshold):
+def test_tokens_are_chosen_again_by_the_rule(way, pruning_head, seed, keep, threshold):
     """Where the kept ones have less than τ of the best share, and nowhere else; then the best of the others replace the worst."""
-    model, inputs = grown(pruning_head, attention), prompt(seed)
+    model, inputs = grown(pruning_head), prompt(seed)
     output = answered(model, inputs, keep=keep, refocus=threshold, logits_processor=[Scores()], **WAYS[way])
     scores, visual = shares(model, inputs, tokens_of(output, inputs)[:-1])
     kept, looks = output.kept_indices[0], {look.after: look for look in output.looks[0]}
