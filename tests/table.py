@@ -17,6 +17,7 @@ PROPERTIES: dict[str, tuple[str, dict[str, Any]]] = {
     "… eager": ("test_keeping_everything_is_plain_generate", {"attention": "eager"}),
     "… SDPA": ("test_keeping_everything_is_plain_generate", {"attention": "sdpa"}),
     "pruning hides tokens, nothing else": ("test_pruning_hides_tokens_and_nothing_else", {}),
+    "what is chosen again is seen, nothing else": ("test_tokens_that_are_chosen_again_are_seen", {}),
     "chain, tree, auto change nothing": ("test_speculation_changes_nothing", {}),
     "scores are the attention": ("test_scores_are_the_base_s_own_attention", {}),
     "budget per image": ("test_a_budget_is_split_among_images", {}),
