@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.engine.memory import row_bytes
 from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.select import top_visual
 from twigvlm.speculation.costs import StepCosts
@@ -113,6 +114,16 @@ def test_forks_share_their_prompt_and_nothing_else(way):
     assert got[plain] == alone(way, 1, 0, 12, 97)
     for request, pruning in forks.items():
         assert got[request] == alone(way, 1, pruning, 12, 97)
+
+
+def test_a_row_that_looks_again_needs_more_memory():
+    """States of 16 tokens of width 32, and twice their keys in 4 heads of 8, in float32."""
+    vlm, needed = model(), []
+    for pruning in ({"keep": 6}, {"keep": 6, "refocus": 0.9}):
+        engine = vlm.engine()
+        engine.add(prompt(0), **pruning, max_new_tokens=4)
+        needed.append(row_bytes(vlm.base, vlm.twig, engine.waiting[0]))
+    assert needed[1] - needed[0] == 16 * (32 + 2 * 32) * 4
 
 
 def test_what_does_not_fit_into_memory_waits():

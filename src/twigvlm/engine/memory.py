@@ -13,7 +13,8 @@ _ANSWER = 256  # new tokens that a row is admitted with; longer answers grow int
 
 
 def row_bytes(base: BaseVLM, twig: Twig, row: Row) -> int:
-    """Bytes of keys and values that a row needs: its prompt between the cuts, and the beginning of its answer."""
+    """Bytes that a row needs: keys and values of its prompt between the cuts and of the beginning of its answer, and where it looks
+    again, states of its visual tokens and the keys that rank them."""
     config = base.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_key_value_heads * width * base.dtype.itemsize
@@ -25,7 +26,9 @@ def row_bytes(base: BaseVLM, twig: Twig, row: Row) -> int:
     tokens = sum(
         (stop - start) * (text + count + answer) for (start, stop), count in zip(pairwise(borders), kept, strict=True)
     )
-    return per_token * (tokens + len(twig.layers) * (row.length + answer))
+    again = 0 if row.refocus is None else config.hidden_size + 2 * config.num_attention_heads * width
+    states = visual * again * base.dtype.itemsize
+    return per_token * (tokens + len(twig.layers) * (row.length + answer)) + states
 
 
 def free_bytes(device: torch.device) -> int:
