@@ -13,8 +13,8 @@ _ANSWER = 256  # new tokens that a row is admitted with; longer answers grow int
 
 
 def row_bytes(base: BaseVLM, twig: Twig, row: Row) -> int:
-    """Bytes that a row needs: keys and values of its prompt between the cuts and of the beginning of its answer, and where it looks
-    again, states of its visual tokens and the keys that rank them."""
+    """Bytes that a row needs: keys and values of its prompt between the cuts and of the beginning of its answer, and where it
+    looks again, states of its visual tokens and the keys that rank them."""
     config = base.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_key_value_heads * width * base.dtype.itemsize
