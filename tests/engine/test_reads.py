@@ -44,6 +44,12 @@ def test_a_step_reads_once(way, rows, attention):
 
 
 @ways
+def test_refocusing_reads_once_more_where_nothing_is_exchanged(way):
+    prompts = [prompt(seed, 2 + seed) for seed in range(3)]
+    assert counted(grown(), way, prompts, keep=5, refocus=0.01) == [(2, 0)] * 4
+
+
+@ways
 def test_sampling_reads_nothing_more(way):
     options = {"do_sample": True, "temperature": 0.9, "top_k": 20, "top_p": 0.9}
     assert counted(grown(), way, [prompt(seed, 2 + seed) for seed in range(3)], **options) == [(1, 0)] * 4

@@ -253,8 +253,10 @@ class EagerRunner:
         if refocus is None or draft.scores is None:
             return
         roots = draft.scores[:, 0]
-        for index in refocus.asks(roots[:, None])[:, 0].nonzero()[:, 0].tolist():
-            row = self.rows[index]
+        asks = refocus.asks(roots[:, None])[:, 0].tolist()
+        for index, row in enumerate(self.rows):
+            if not asks[index]:
+                continue
             look = refocus.look(self.base, self.batch.cache, index, roots[index], len(row.tokens))
             if look is not None:
                 row.looks.append(look)
