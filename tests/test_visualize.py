@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.visualize import MAX_SIDE, highlight
+from twigvlm.visualize import MAX_SIDE, highlight, side_by_side
 
 
 @pytest.fixture
@@ -58,3 +58,9 @@ def test_index_outside_the_grid(picture, index):
 def test_a_long_strip_is_not_enlarged_without_bounds():
     strip = Image.new("RGB", (1, 3000))
     assert highlight(strip, [0], (2, 2)).height == MAX_SIDE
+
+
+def test_pictures_side_by_side_stay_below_the_limit():
+    sheet = side_by_side([Image.new("RGB", (6720, 672), "red")] * 4, ["a " * 200, "b", "c", "d"])
+    assert max(sheet.size) <= MAX_SIDE
+    assert sheet.getpixel((5, 5)) == (255, 0, 0)

@@ -67,14 +67,21 @@ def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str], colum
         pictures: at least one.
         captions: one for each.
         columns: pictures of a row.
+
+    Returns:
+        A new image; no side is longer than `MAX_SIDE`, by smaller pictures where necessary.
     """
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
     width, height = pictures[0].size
+    scale = min(1.0, 0.9 * MAX_SIDE / (columns * width), 0.8 * MAX_SIDE / (rows * height))
+    if scale < 1:
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        pictures = [picture.resize((width, height), Image.Resampling.LANCZOS) for picture in pictures]
     size = max(16, min(width, height) // 32)
     font = ImageFont.load_default(size)
     wrapped = [_wrapped(caption, font, width - size) for caption in captions]
     strip = round(1.5 * size * (max(caption.count("\n") for caption in wrapped) + 1)) + size
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
     gap = size
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + strip)), "white")
     draw = ImageDraw.Draw(sheet)

@@ -112,6 +112,7 @@ def test_bad_input(refused, arguments, tmp_path):
     refused(*arguments(out=tmp_path / "none" / "kept.png"), words=["no writable directory"])
     refused(*arguments(retain="None", speculate="none"), words=["nothing to do"])
     refused(*arguments(retain=100), words=["retain"])
+    refused(*arguments(retain="None", refocus=0.5), words=["refocus=0.5", "needs a budget"])
     assert not (tmp_path / "kept.png").exists()
 
 

@@ -1,6 +1,6 @@
 """Continuous batching: a row gets the answer that it gets alone, whatever joins, leaves or is cancelled beside it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -12,6 +12,9 @@ from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
 from twigvlm.engine.memory import row_bytes
 from twigvlm.pruning.cut import Cut
+from twigvlm.pruning.methods.pruning_head import default_scorer
+from twigvlm.pruning.methods.random import RandomScores
+from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.select import top_visual
 from twigvlm.speculation.costs import StepCosts
 
@@ -114,6 +117,30 @@ def test_forks_share_their_prompt_and_nothing_else(way):
     assert got[plain] == alone(way, 1, 0, 12, 97)
     for request, pruning in forks.items():
         assert got[request] == alone(way, 1, pruning, 12, 97)
+
+
+def test_a_fork_looks_again_by_the_twig_s_own_ranking_alone():
+    vlm = model()
+    own = TwigPruner(default_scorer(vlm.twig), 2, 5, keep=6)
+    others = (
+        ThreeCuts(),
+        replace(own, scorer=RandomScores()),
+        replace(own, per_image=True),
+        replace(own, trunk_layers=3),
+        None,
+    )
+    engine = vlm.engine()
+    plain = engine.add(prompt(0), max_new_tokens=4)
+    for pruner in others:
+        with pytest.raises(TwigVLMError, match="at the prompt's end alone"):
+            engine.fork(plain, pruner, refocus=0.9)
+    with pytest.raises(TwigVLMError, match=r"refocus=2: must be"):
+        engine.fork(plain, own, refocus=2.0)
+    fork, got = engine.fork(plain, own, refocus=0.9), []
+    for event in engine.stream():
+        got += event.tokens if event.id == fork else []
+    output = vlm.generate(**prompt(0), keep=6, final_wipe=5, refocus=0.9, max_new_tokens=4)
+    assert got == output[0, prompt(0)["input_ids"].shape[1] :].tolist()
 
 
 def test_a_row_that_looks_again_needs_more_memory():

@@ -54,7 +54,8 @@ class Demo(QuestionOptions):
 
         if self.runs < 1:
             raise TwigVLMError(f"runs={self.runs}: must be 1 or more")
-        pruning = PruningConfig(self.retain, refocus=None if self.retain is None else self.refocus)
+        idle = self.retain is None and self.refocus == Demo.refocus
+        pruning = PruningConfig(self.retain, refocus=None if idle else self.refocus)
         config = SessionConfig.resolve(self.model, self.twig, pruning, self.speculate)
         if not config.accelerated:
             raise TwigVLMError(

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.engine.memory import free_bytes, row_bytes
+from twigvlm.config import PruningConfig
+from twigvlm.engine.memory import free_bytes, row_bytes, sight_bytes
 from twigvlm.engine.row import Request, Row
 from twigvlm.engine.runner import Runner, Step
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Pruner, schedule
+from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.timing import Timings, clock_of
 
 
@@ -94,13 +96,19 @@ class Engine:
             refocus: τ of the new row; None: its visual tokens stay the same.
 
         Raises:
-            TwigVLMError: no such request waits, or the prompt cannot have this budget.
+            TwigVLMError: no such request waits, the prompt cannot have this budget, or the pruner cannot choose again.
         """
         source = next((row for row in self.waiting if row.id == id), None)
         if source is None:
             raise TwigVLMError(f"request {id}: is not waiting; fork it before the next step")
         if source.noise is not None or len(source.request.rows) > 1:
             raise TwigVLMError(f"request {id}: only greedy requests of one row can be forked")
+        if refocus is not None:
+            PruningConfig(1.0 if retain is None else retain, refocus=refocus)  # for its errors
+            if not isinstance(pruner, TwigPruner) or not pruner.ranks_later(self.runner.batch.twig):
+                raise TwigVLMError(
+                    f"refocus={refocus:g}: this pruner ranks at the prompt's end alone; leave it or refocus out"
+                )
         if source.prefix is None:
             source.prompt, source.index = source.prompt.rows([source.index]), 0
             source.prefix = PrefixCache()
@@ -167,7 +175,9 @@ class Engine:
     def _next_group(self) -> list[Row]:
         """Waiting rows, in their order, that one prefill takes up: those that fit and share prompts and cuts with the first."""
         group: list[Row] = []
-        used = self.runner.batch.cache.bytes()
+        if not self.waiting:
+            return group
+        used = self.runner.batch.cache.bytes() + sum(sight_bytes(self.base, row) for row in self.active)
         for row in self.waiting:
             first = group[0] if group else row
             together = row.prompt is first.prompt and row.pruner == first.pruner and row.prefix is None

@@ -26,9 +26,17 @@ def row_bytes(base: BaseVLM, twig: Twig, row: Row) -> int:
     tokens = sum(
         (stop - start) * (text + count + answer) for (start, stop), count in zip(pairwise(borders), kept, strict=True)
     )
-    again = 0 if row.refocus is None else config.hidden_size + 2 * config.num_attention_heads * width
-    states = visual * again * base.dtype.itemsize
-    return per_token * (tokens + len(twig.layers) * (row.length + answer)) + states
+    return per_token * (tokens + len(twig.layers) * (row.length + answer)) + sight_bytes(base, row)
+
+
+def sight_bytes(base: BaseVLM, row: Row) -> int:
+    """Bytes of what a row needs, beside keys and values, to look again; 0 where it does not."""
+    if row.refocus is None:
+        return 0
+    config = base.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    visual = int(row.prompt.visual_mask[row.index].sum())
+    return visual * (config.hidden_size + 2 * config.num_attention_heads * width) * base.dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from twigvlm.base.layers import project_keys, project_queries
+from twigvlm.base.layers import project_keys, project_queries, window_of
 from twigvlm.base.masks import additive
 from twigvlm.base.token_inputs import TokenInputs, select_rows, select_tokens
 from twigvlm.base.vlm import BaseVLM
@@ -25,6 +25,8 @@ from twigvlm.pruning.attention_rows import visual_attention
 from twigvlm.pruning.select import gather_tokens
 from twigvlm.pruning.view import TrunkOutput
 from twigvlm.twig.block import Twig
+
+_ROUNDING = 1e-5  # sums of the same scores in another order are no reason to look
 
 
 class Look(NamedTuple):
@@ -138,7 +140,8 @@ class Refocus:
     """What is asked of all rows of a batch at every step; entry i of every part is row i of the cache.
 
     Args:
-        twig: ranks visual tokens at new tokens, by its P-Head, or its last layer's attention to visual tokens.
+        twig: ranks visual tokens at new tokens, by its P-Head, or without one by its last layer's attention restricted to
+            visual tokens: what ranks the prompt also weighs how much each head attends to text.
         rows: None: this row does not look again; at least one does.
     """
 
@@ -151,6 +154,8 @@ class Refocus:
         self.slots = pad_sequence(
             [none if row is None else row.slots for row in rows], batch_first=True, padding_value=-1
         )
+        places = [none if row is None else row.visual for row in rows]
+        self.places = pad_sequence(places, batch_first=True)
         counts = torch.tensor([0 if row is None else len(row.visual) for row in rows], device=none.device)
         self.visible = torch.arange(self.keys.shape[2], device=none.device) < counts[:, None]
         keep = [0 if row is None else row.keep for row in rows]
@@ -166,8 +171,12 @@ class Refocus:
             inputs: of the new tokens.
         """
         queries = later_queries(self.twig, hidden, inputs)
-        visible = self.visible[:, None].expand(-1, hidden.shape[1], -1)
-        scaling = cast(Any, self.twig.layers[-1]).self_attn.scaling
+        visible, layer = self.visible[:, None].expand(-1, hidden.shape[1], -1), self.twig.layers[-1]
+        window = window_of(layer)
+        if window is not None and self.twig.pruning_head is None:  # a P-Head looks at all visual tokens
+            assert inputs.positions is not None, "the base has windows"
+            visible = visible & (self.places[:, None] > inputs.positions[..., None] - window)
+        scaling = cast(Any, layer).self_attn.scaling
         return visual_attention(queries, self.keys, scaling, visible).exp()
 
     def asks(self, scores: Float[Tensor, "rows new visual"]) -> Bool[Tensor, "rows new"]:
@@ -175,7 +184,7 @@ class Refocus:
         kept = (scores * (self.slots >= 0)[:, None]).sum(dim=-1)
         best = scores.topk(self.most, dim=-1).values.cumsum(dim=-1)
         best = best.gather(2, self.last[:, None, None].expand(-1, scores.shape[1], 1))[..., 0]
-        return kept < self.threshold * best
+        return kept < self.threshold * best * (1 - _ROUNDING)
 
     def look(
         self, base: BaseVLM, cache: KVCache, row: int, scores: Float[Tensor, " visual"], after: int

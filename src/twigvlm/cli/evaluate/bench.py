@@ -109,9 +109,13 @@ def _versions() -> dict[str, Any]:
     return {"torch": torch.__version__, "transformers": transformers.__version__, "twigvlm": version("twigvlm")}
 
 
+RECORDS = 2
+"""Version of what records hold; results of another one cannot be continued."""
+
+
 def open_log(options: EvaluateOptions, settings: dict[str, Any]) -> ResultsLog:
     """The raw results in the output directory, made under these settings."""
-    return ResultsLog(options.output / RAW, settings)
+    return ResultsLog(options.output / RAW, {**settings, "records": RECORDS})
 
 
 @contextmanager

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from twigvlm.pruning.budget import average_kept, solve_keep
 from twigvlm.pruning.cut import Cut
+from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.select import evenly, top_visual
 from twigvlm.pruning.view import CutView, Scorer, TrunkOutput
+from twigvlm.twig.block import Twig
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class TwigPruner:
     """R, if it is given instead of an average."""
     per_image: bool = False
     """Whether R is split evenly among a prompt's images."""
+
+    def ranks_later(self, twig: Twig) -> bool:
+        """Whether its ranking can be asked again at new tokens, as refocusing does."""
+        whole = not self.per_image and self.trunk_layers == twig.config.trunk_layers
+        return whole and self.scorer == default_scorer(twig)
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
         """One cut to R after layer K, and one to 0 after layer K_f.
