@@ -11,6 +11,7 @@ from tests.pruning.references import logits_by_hiding
 from tests.twigs import step_costs
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.base.families import FAMILIES, LANGUAGE_MODELS
+from twigvlm.base.layers import window_of
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
@@ -144,6 +145,22 @@ def test_tokens_that_are_chosen_again_are_seen(name, kind):
     torch.testing.assert_close(torch.stack(recorded.rows[: len(tokens)]), expected, rtol=1e-3, atol=1e-3)
     fixed = logits_by_hiding(reference, inputs, cuts, left, tokens[:-1])
     assert (expected - fixed).abs().max() > 0.005  # it matters in this model
+
+
+@pytest.mark.parametrize("pruning_head", [False, True])
+def test_what_a_window_hides_is_not_chosen_again(pruning_head):
+    """The last twig layer's attention ranks what it sees; a P-Head looks at all visual tokens."""
+    model, inputs = grown("llava_next", pruning_head=pruning_head), inputs_of("llava_next", "images")
+    options = {"keep": 4, "final_wipe": 5, "refocus": 1.0, "max_new_tokens": 12, "return_dict_in_generate": True}
+    output = model.generate(**inputs, **options)
+    length, window = inputs["input_ids"].shape[1], window_of(model.twig.layers[-1])
+    kept, hidden = output.kept_indices[0], 0
+    for look in output.looks[0]:
+        new = look.kept[~torch.isin(look.kept, kept)]
+        hidden += int((new <= length + look.after - 1 - window).sum())
+        kept = look.kept
+    assert output.looks[0]
+    assert (hidden > 0) == pruning_head
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

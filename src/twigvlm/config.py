@@ -79,8 +79,7 @@ class PruningConfig:
         if self.retain_per_image and not self.active:
             raise TwigVLMError("retain_per_image=True: needs a budget, give retain or keep too")
         if self.refocus is not None:
-            if not 0 < self.refocus <= 1:
-                raise TwigVLMError(f"refocus={self.refocus:g}: must be more than 0, and at most 1")
+            check_coverage(self.refocus)
             if not self.active:
                 raise TwigVLMError(f"refocus={self.refocus:g}: needs a budget, give retain or keep too")
             if self.retain_per_image:
@@ -176,6 +175,12 @@ class SamplingConfig:
         if self.temperature is None:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": self.top_p or 1.0}
+
+
+def check_coverage(refocus: float) -> None:
+    """Raise TwigVLMError if τ is no share."""
+    if not 0 < refocus <= 1:
+        raise TwigVLMError(f"refocus={refocus:g}: must be more than 0, and at most 1")
 
 
 def _at_least(low: int, **option: int) -> None:

@@ -29,6 +29,7 @@ from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Pruner, schedule
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.twig import TwigPruner
+from twigvlm.pruning.refocus import check_refocus
 from twigvlm.pruning.view import Scorer
 from twigvlm.speculation.costs import StepCosts, cached_costs
 from twigvlm.timing import Timings, clock_of
@@ -425,12 +426,6 @@ class TwigVLM(nn.Module):
         layers, retain = self.base.num_layers, pruning.retain
         if scorer is not None and not pruning.active:
             raise TwigVLMError("scorer: needs a budget, give retain or keep too")
-        if pruning.refocus is not None:
-            if scorer not in (None, default_scorer(self.twig)):
-                raise TwigVLMError(
-                    f"refocus={pruning.refocus:g}: this scorer ranks at the prompt's end alone; leave it or refocus out"
-                )
-            check_mask_attention(self.base.attention, f"refocus={pruning.refocus:g}")
         if pruner is not None:
             others = (
                 ("keep", pruning.keep),
@@ -449,4 +444,6 @@ class TwigVLM(nn.Module):
             pruner = TwigPruner(
                 ranking, self.twig.config.trunk_layers, final_wipe, pruning.keep, pruning.retain_per_image
             )
+        if pruning.refocus is not None:
+            check_refocus(pruning.refocus, pruner, self.base, self.twig)
         return pruner, lambda visual: schedule(pruner, retain, visual, layers)

@@ -51,7 +51,7 @@ def test_tables_and_picture(capsys, arguments, tmp_path):
     assert table["speed-up"][0] == "1.00x"
     summary = " ".join(out.split())
     assert "Speculation: " in summary
-    assert "the answer is the same as the base's" in summary
+    assert "same answers as the base's: 1 of 1" in summary
     assert "Pruning + speculation: " in summary
     with Image.open(tmp_path / "kept.png") as shown:
         assert shown.width >= 1008
@@ -66,7 +66,7 @@ def test_a_short_question_and_a_description_are_asked_unless_told_otherwise(caps
     out = " ".join(capsys.readouterr().out.split())
     assert "What does the sign say?" in out
     assert "Describe this image in detail." in out
-    assert "the 2 answers are the same as the base's" in out
+    assert "same answers as the base's: 2 of 2" in out
 
 
 def test_what_was_chosen_again_is_shown(capsys, arguments, tmp_path):

@@ -211,6 +211,13 @@ def test_batches_of_other_kinds_are_other_results(refused, arguments, tmp_path):
     refused(*arguments("batches", kinds="count", limit=1), words=("other settings", "kinds"))
 
 
+def test_records_of_another_version_are_not_continued(refused, arguments, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr("twigvlm.cli.evaluate.bench.RECORDS", 1)
+        assert main(arguments("accuracy")) == 0
+    refused(*arguments("accuracy"), words=("other settings", "records"))
+
+
 def test_a_batch_needs_no_padding_token(picture):
     processor = tiny_processor()
     processor.tokenizer.pad_token = None

@@ -153,6 +153,22 @@ def test_a_row_that_looks_again_needs_more_memory():
     assert needed[1] - needed[0] == 16 * (32 + 2 * 32) * 4
 
 
+def test_rows_that_decode_and_look_again_keep_their_memory():
+    vlm = model()
+    engine = vlm.engine()
+    options = {"keep": 6, "refocus": 0.9, "max_new_tokens": 20}
+    engine.add(prompt(0), **options)
+    engine.step()
+    engine.add(prompt(1), **options)
+    wanted = row_bytes(vlm.base, vlm.twig, engine.waiting[0])
+    engine.max_bytes = engine.runner.batch.cache.bytes() + wanted  # which leaves out what the first row looks at
+    engine.step()
+    assert len(engine.waiting) == 1
+    engine.max_bytes = 10**9
+    engine.step()
+    assert not engine.waiting
+
+
 def test_what_does_not_fit_into_memory_waits():
     vlm = model()
     engine = vlm.engine(max_bytes=1)

@@ -11,11 +11,12 @@ from tests.pruning.references import logits_by_looking
 from tests.tiny import VISUAL, prompt, tiny_llava
 from tests.twigs import step_costs
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.pruning.methods.random import RandomScores
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.methods.twig_attention import TwigAttention
-from twigvlm.pruning.refocus import exchanged
+from twigvlm.pruning.refocus import Refocus, Sight, exchanged
 
 LAYERS, TRUNK, TOKENS = 6, 2, 12
 WAYS = {
@@ -100,6 +101,19 @@ def test_tokens_are_chosen_again_by_the_rule(way, pruning_head, seed, keep, thre
             assert looks[after].ran == len(chosen - {*kept.tolist()})
             assert {*looks[after].kept.tolist()} == chosen
             kept = looks[after].kept
+
+
+@given(st.integers(0, 10**6), st.integers(2, 60))
+def test_the_best_tokens_ask_for_no_others_however_sums_are_rounded(seed, count):
+    """Or else τ = 1 would reject every draft."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(1, 3, count, generator=generator).softmax(dim=-1)
+    scores[:] = scores[:, :1]  # three tokens that look at the same
+    keep = int(torch.randint(1, count + 1, (), generator=generator))
+    slots = torch.full((count,), -1).scatter(0, scores[0, 0].topk(keep).indices, torch.arange(keep))
+    states, keys = torch.zeros(1, count, 4), torch.zeros(1, count, 4)
+    row = Sight(1.0, (2, 5), states, TokenInputs(states, states), keys, torch.arange(count), torch.arange(keep), slots)
+    assert not Refocus(grown().twig, [row]).asks(scores).any()
 
 
 shares_of_tokens = st.lists(st.integers(0, 50), min_size=2, max_size=12)

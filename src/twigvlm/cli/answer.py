@@ -13,7 +13,6 @@ from twigvlm.config import SamplingConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.speed import FirstToken, attention_of
 from twigvlm.inputs import Message, build_inputs
-from twigvlm.pruning.budget import average_kept
 from twigvlm.pruning.refocus import Look
 from twigvlm.timing import clock_of
 
@@ -178,18 +177,11 @@ def answer_question(
         visual_tokens=len(visual),
         kept_tokens=len(visual if kept is None else kept),
         kept_indices=None if kept is None else [visual[position] for position in kept],
-        average_visual=None if kept is None else _average_visual(session, len(visual), len(kept)),
+        average_visual=None if kept is None else output.average_visual[0],
         looks=looks and [_kept_again(look, visual) for look in looks],
         drafted_lengths=output.drafted_lengths[0] if accelerated else None,
         accepted_lengths=output.accepted_lengths[0] if accelerated else None,
     )
-
-
-def _average_visual(session: Session, visual: int, keep: int) -> float:
-    assert session.model is not None
-    base, twig, wipe = session.model.base, session.model.twig.config, session.config.pruning.final_wipe
-    wipes = (k for k in (wipe, twig.final_wipe, base.num_layers) if k is not None)
-    return average_kept(keep, visual, base.num_layers, twig.trunk_layers, next(wipes))
 
 
 def _kept_again(look: Look, visual: dict[int, int]) -> KeptAgain:

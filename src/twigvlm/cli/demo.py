@@ -157,19 +157,13 @@ def summary(results: Sequence[Mapping[str, Sequence[Answer]]]) -> Text:
         seconds = sum(_middle(answers[way], "seconds") for answers in results)
         return tokens / seconds
 
-    count = len(results)
     lines = []
     for way in results[0]:
         if way == PLAIN:
             continue
-        different = sum(answers[way][0].token_ids != answers[PLAIN][0].token_ids for answers in results)
-        answers_are = "answer is" if count == 1 else f"{count} answers are"
-        kept = (
-            f"the {answers_are} the same as the base's"
-            if not different
-            else (f"{different} of {count} answers {'differs' if different == 1 else 'differ'} from the base's")
-        )
-        lines.append(f"{way[0].upper()}{way[1:]}: {speed(way) / speed(PLAIN):.2f} times the tokens per second; {kept}.")
+        same = sum(answers[way][0].token_ids == answers[PLAIN][0].token_ids for answers in results)
+        faster = f"{speed(way) / speed(PLAIN):.2f} times the tokens per second"
+        lines.append(f"{way.capitalize()}: {faster}; same answers as the base's: {same} of {len(results)}.")
     return Text("\n".join(lines))
 
 

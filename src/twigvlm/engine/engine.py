@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.config import PruningConfig
 from twigvlm.engine.memory import free_bytes, row_bytes, sight_bytes
 from twigvlm.engine.row import Request, Row
 from twigvlm.engine.runner import Runner, Step
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Pruner, schedule
-from twigvlm.pruning.methods.twig import TwigPruner
+from twigvlm.pruning.refocus import check_refocus
 from twigvlm.timing import Timings, clock_of
 
 
@@ -104,11 +103,7 @@ class Engine:
         if source.noise is not None or len(source.request.rows) > 1:
             raise TwigVLMError(f"request {id}: only greedy requests of one row can be forked")
         if refocus is not None:
-            PruningConfig(1.0 if retain is None else retain, refocus=refocus)  # for its errors
-            if not isinstance(pruner, TwigPruner) or not pruner.ranks_later(self.runner.batch.twig):
-                raise TwigVLMError(
-                    f"refocus={refocus:g}: this pruner ranks at the prompt's end alone; leave it or refocus out"
-                )
+            check_refocus(refocus, pruner, self.base, self.runner.batch.twig)
         if source.prefix is None:
             source.prompt, source.index = source.prompt.rows([source.index]), 0
             source.prefix = PrefixCache()

@@ -250,8 +250,9 @@ class EagerRunner:
     def _look_again(self, draft: Draft) -> None:
         """Rows whose newest token asks for it choose their visual tokens again."""
         refocus = self.batch.refocus
-        if refocus is None or draft.scores is None:
+        if refocus is None:
             return
+        assert draft.scores is not None, "rows look again"
         roots = draft.scores[:, 0]
         asks = refocus.asks(roots[:, None])[:, 0].tolist()
         for index, row in enumerate(self.rows):
@@ -266,7 +267,8 @@ class EagerRunner:
     ) -> tuple[Committed, Int[np.ndarray, "rows numbers"]]:
         couple = chooser.couple if chooser.coupled else None
         nodes = draft.nodes
-        if batch.refocus is not None and draft.scores is not None:
+        if batch.refocus is not None and draft.depth:
+            assert draft.scores is not None, "rows look again"
             nodes = nodes.without(batch.refocus.asks(draft.scores))  # what follows needs another look first
         committed = Committed.of(draft, walk(nodes, draft.depth, chooser.choose(logits), couple))
         return committed, committed.to_host()

@@ -89,12 +89,6 @@ def standard_systems(
     ]
 
 
-def in_turn(systems: Sequence[System], turn: int) -> list[System]:
-    """All of them; another one begins in each turn."""
-    first = turn % len(systems)
-    return [*systems[first:], *systems[:first]]
-
-
 def alternating(
     systems: Sequence[System], repeats: int, once: Callable[[dict[str, Any], System, int], T]
 ) -> Callable[[dict[str, Any], int, int], dict[str, list[T]]]:
@@ -119,7 +113,8 @@ def alternating(
         warm = True
         taken: dict[str, list[T]] = {system.name: [] for system in systems}
         for turn in range(place, place + repeats):
-            for system in in_turn(systems, turn):
+            first = turn % len(systems)
+            for system in (*systems[first:], *systems[:first]):
                 taken[system.name].append(once(inputs, system, most))
         return taken
 

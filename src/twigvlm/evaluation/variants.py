@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from twigvlm.config import PruningConfig
+from twigvlm.config import check_coverage
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.model import TwigVLM
@@ -74,7 +74,7 @@ def refocus_of(method: str) -> float | None:
         threshold = float(number)
     except ValueError:
         raise TwigVLMError(f"method {method!r}: must name a coverage, for example refocus:0.7") from None
-    PruningConfig(retain=1.0, refocus=threshold)  # for its error
+    check_coverage(threshold)
     return threshold
 
 

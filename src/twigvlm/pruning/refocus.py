@@ -16,12 +16,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from twigvlm.base.layers import project_keys, project_queries, window_of
-from twigvlm.base.masks import additive
+from twigvlm.base.layers import window_of
+from twigvlm.base.masks import additive, check_mask_attention
 from twigvlm.base.token_inputs import TokenInputs, select_rows, select_tokens
 from twigvlm.base.vlm import BaseVLM
+from twigvlm.config import check_coverage
+from twigvlm.errors import TwigVLMError
 from twigvlm.kv.cache import KVCache, ReplacingView
 from twigvlm.pruning.attention_rows import visual_attention
+from twigvlm.pruning.cut import Pruner
+from twigvlm.pruning.methods.pruning_head import ranking_keys, ranking_queries
+from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.select import gather_tokens
 from twigvlm.pruning.view import TrunkOutput
 from twigvlm.twig.block import Twig
@@ -52,7 +57,7 @@ class Sight:
     """Of all visual tokens after layer K."""
     inputs: TokenInputs
     """Of all visual tokens."""
-    keys: Float[Tensor, "heads visual head_dim"]
+    keys: Float[Tensor, "key_heads visual head_dim"]
     """Of all visual tokens in the last twig layer, gated where the twig has a P-Head."""
     visual: Int[Tensor, " visual"]
     """Positions of the visual tokens in the prompt."""
@@ -81,7 +86,8 @@ class Sight:
         slots = torch.where(kept, stays.long().cumsum(0) - 1, -1)[visual]
         inputs = select_rows(tokens.inputs, torch.tensor([row], device=mask.device))
         inputs = select_tokens(inputs, visual[None])
-        keys = later_keys(twig, gather_tokens(trunk.fill_twig()[row : row + 1], visual[None]), inputs)
+        in_twig = gather_tokens(trunk.fill_twig()[row : row + 1], visual[None])
+        keys = ranking_keys(twig.layers[-1], twig.pruning_head, in_twig, inputs)
         states = gather_tokens(tokens.hidden[row : row + 1], visual[None])
         layers = twig.config.trunk_layers, final_wipe
         return cls(threshold, layers, states, inputs, keys[0], visual, stays.nonzero()[:, 0], slots)
@@ -92,26 +98,21 @@ class Sight:
         return int((self.slots >= 0).sum())
 
 
-def later_keys(
-    twig: Twig, hidden: Float[Tensor, "batch visual width"], inputs: TokenInputs
-) -> Float[Tensor, "batch heads visual head_dim"]:
-    """What new tokens rank visual tokens by: keys of the last twig layer, gated by the P-Head where there is one (Eq. 7)."""
-    layer: Any = twig.layers[-1]
-    keys = project_keys(layer, hidden, inputs)
-    if twig.pruning_head is not None:
-        return twig.pruning_head.gate_keys(layer.input_layernorm(hidden), keys)
-    return keys.repeat_interleave(layer.self_attn.config.num_attention_heads // keys.shape[1], dim=1)
+def check_refocus(refocus: float, pruner: Pruner | None, base: BaseVLM, twig: Twig) -> None:
+    """Raise TwigVLMError where kept tokens cannot be chosen again.
 
-
-def later_queries(
-    twig: Twig, hidden: Float[Tensor, "batch new width"], inputs: TokenInputs
-) -> Float[Tensor, "batch heads new head_dim"]:
-    """Queries of new tokens for `later_keys`, from the input of the last twig layer."""
-    layer: Any = twig.layers[-1]
-    queries = project_queries(layer, hidden, inputs)
-    if twig.pruning_head is None:
-        return queries
-    return twig.pruning_head.gate_queries(layer.input_layernorm(hidden), queries)
+    Args:
+        refocus: τ.
+        pruner: has chosen them; None: nothing is pruned.
+        base: whose attention must take a mask.
+        twig: ranks the tokens again.
+    """
+    check_coverage(refocus)
+    if not isinstance(pruner, TwigPruner) or not pruner.ranks_later(twig):
+        raise TwigVLMError(
+            f"refocus={refocus:g}: this pruning ranks at the prompt's end alone; leave it or refocus out"
+        )
+    check_mask_attention(base.attention, f"refocus={refocus:g}")
 
 
 def exchanged(scores: Float[Tensor, " visual"], held: Bool[Tensor, " visual"], share: float) -> Bool[Tensor, " visual"]:
@@ -170,10 +171,11 @@ class Refocus:
             hidden: the input of the last twig layer.
             inputs: of the new tokens.
         """
-        queries = later_queries(self.twig, hidden, inputs)
-        visible, layer = self.visible[:, None].expand(-1, hidden.shape[1], -1), self.twig.layers[-1]
+        layer, head = self.twig.layers[-1], self.twig.pruning_head
+        queries = ranking_queries(layer, head, hidden, inputs)
+        visible = self.visible[:, None].expand(-1, hidden.shape[1], -1)
         window = window_of(layer)
-        if window is not None and self.twig.pruning_head is None:  # a P-Head looks at all visual tokens
+        if window is not None and head is None:  # a P-Head looks at all visual tokens
             assert inputs.positions is not None, "the base has windows"
             visible = visible & (self.places[:, None] > inputs.positions[..., None] - window)
         scaling = cast(Any, layer).self_attn.scaling

@@ -36,7 +36,7 @@ class Nodes(NamedTuple):
         return self.scores.isfinite()
 
     def without(self, some: Bool[Tensor, "rows nodes"]) -> "Nodes":
-        """With some of them, and so all behind them, out of reach of what is accepted."""
+        """The same nodes, of which some, and so their descendants, can no longer be accepted."""
         return self._replace(scores=self.scores.masked_fill(some, float("-inf")))
 
     def add(

@@ -44,33 +44,26 @@ class PruningHead(nn.Module):
         for linear in (self.query_gate, self.key_gate):
             linear.weight.mul_(_SPREAD / size).add_((_OPEN / length * direction).to(linear.weight))
 
-    def forward(
-        self,
-        query_inputs: Float[Tensor, "batch queries width"],
-        key_inputs: Float[Tensor, "batch visual width"],
-        queries: Float[Tensor, "batch heads queries head_dim"],
-        keys: Float[Tensor, "batch kv_heads visual head_dim"],
-    ) -> tuple[Float[Tensor, "batch heads queries head_dim"], Float[Tensor, "batch heads visual head_dim"]]:
-        """Gated queries and keys; keys are repeated to H heads.
-
-        Args:
-            query_inputs: normed inputs of the self-attention at the queries.
-            key_inputs: the same at the visual tokens.
-            queries: rotated queries.
-            keys: rotated keys of the visual tokens.
-        """
-        return self.gate_queries(query_inputs, queries), self.gate_keys(key_inputs, keys)
-
     def gate_queries(
         self, inputs: Float[Tensor, "batch queries width"], queries: Float[Tensor, "batch heads queries head_dim"]
     ) -> Float[Tensor, "batch heads queries head_dim"]:
-        """Gated queries; arguments as of `forward`."""
+        """Gated queries.
+
+        Args:
+            inputs: normed inputs of the self-attention at the queries.
+            queries: rotated queries.
+        """
         return _gate(self.query_gate(inputs)).unflatten(-1, (-1, queries.shape[3])).transpose(1, 2) * queries
 
     def gate_keys(
         self, inputs: Float[Tensor, "batch visual width"], keys: Float[Tensor, "batch kv_heads visual head_dim"]
     ) -> Float[Tensor, "batch heads visual head_dim"]:
-        """Gated keys, repeated to H heads; arguments as of `forward`."""
+        """Gated keys, repeated to H heads.
+
+        Args:
+            inputs: normed inputs of the self-attention at the visual tokens.
+            keys: rotated keys of the visual tokens.
+        """
         gates = _gate(self.key_gate(inputs)).unflatten(-1, (-1, keys.shape[3])).transpose(1, 2)
         return gates * keys.repeat_interleave(gates.shape[1] // keys.shape[1], dim=1)
 

@@ -42,6 +42,41 @@ class VisualQuery:
         return cls(queries, visual, both & before)
 
 
+def ranking_queries(
+    layer: nn.Module, head: PruningHead | None, hidden: Float[Tensor, "batch queries width"], inputs: TokenInputs
+) -> Float[Tensor, "batch heads queries head_dim"]:
+    """A decoder layer's rotated queries, gated where there is a P-Head (Eq. 7).
+
+    Args:
+        layer: base or twig layer.
+        head: P-Head on it; None: there is none.
+        hidden: its input at the tokens that ask.
+        inputs: of the same tokens.
+    """
+    queries = project_queries(layer, hidden, inputs)
+    return queries if head is None else head.gate_queries(cast(Any, layer).input_layernorm(hidden), queries)
+
+
+def ranking_keys(
+    layer: nn.Module,
+    head: PruningHead | None,
+    hidden: Float[Tensor, "batch visual width"],
+    inputs: TokenInputs,
+    rotated: Float[Tensor, "batch kv_heads visual head_dim"] | None = None,
+) -> Float[Tensor, "batch key_heads visual head_dim"]:
+    """A decoder layer's rotated keys, in kv_heads; gated where there is a P-Head, then in all H heads (Eq. 7).
+
+    Args:
+        layer: base or twig layer.
+        head: P-Head on it; None: there is none.
+        hidden: its input at the visual tokens.
+        inputs: of the same tokens.
+        rotated: the layer's rotated keys, where they are known.
+    """
+    keys = project_keys(layer, hidden, inputs) if rotated is None else rotated
+    return keys if head is None else head.gate_keys(cast(Any, layer).input_layernorm(hidden), keys)
+
+
 def log_visual_attention(
     layer: nn.Module,
     hidden: Float[Tensor, "batch tokens width"],
@@ -61,17 +96,13 @@ def log_visual_attention(
         keys: the layer's rotated keys of all tokens, where they are known.
     """
     asking, seen = gather_tokens(hidden, query.queries), gather_tokens(hidden, query.visual)
-    queries = project_queries(layer, asking, select_tokens(inputs, query.queries))
-    if keys is None:
-        keys = project_keys(layer, seen, select_tokens(inputs, query.visual))
-    else:
+    queries = ranking_queries(layer, head, asking, select_tokens(inputs, query.queries))
+    if keys is not None:
         keys = torch.take_along_dim(keys, query.visual[:, None, :, None], dim=2)
+    keys = ranking_keys(layer, head, seen, select_tokens(inputs, query.visual), keys)
     visible, window = query.visible, window_of(layer)
     if head is None and window is not None:  # a P-Head looks at all visual tokens
         visible = visible & (query.visual[:, None, :] > query.queries[:, :, None] - window)
-    if head is not None:
-        normed = cast(Any, layer).input_layernorm
-        queries, keys = head(normed(asking), normed(seen), queries, keys)
     return visual_attention(queries, keys, cast(Any, layer).self_attn.scaling, visible)
 
 
