@@ -89,6 +89,12 @@ def standard_systems(
     ]
 
 
+def in_turn(systems: Sequence[System], turn: int) -> list[System]:
+    """All of them; another one begins in each turn."""
+    first = turn % len(systems)
+    return [*systems[first:], *systems[:first]]
+
+
 def alternating(
     systems: Sequence[System], repeats: int, once: Callable[[dict[str, Any], System, int], T]
 ) -> Callable[[dict[str, Any], int, int], dict[str, list[T]]]:
@@ -113,8 +119,7 @@ def alternating(
         warm = True
         taken: dict[str, list[T]] = {system.name: [] for system in systems}
         for turn in range(place, place + repeats):
-            first = turn % len(systems)
-            for system in (*systems[first:], *systems[:first]):
+            for system in in_turn(systems, turn):
                 taken[system.name].append(once(inputs, system, most))
         return taken
 
