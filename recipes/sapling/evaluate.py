@@ -7,10 +7,11 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -18,12 +19,13 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
 
-from recipes.sapling.questions import SHORT_KINDS, Turn, conversation
-from recipes.sapling.scenes import KINDS, Scene, make_scene, render
+from recipes.sapling.questions import LONG_KINDS, SHORT_KINDS, Turn, evaluation_turns
+from recipes.sapling.scenes import KINDS, Scene, drawable, make_scene, render
 from twigvlm import sapling
 
 NAMES = {form: index for index, kind in enumerate(KINDS) for form in (kind.name, kind.plural)}
-DESCRIPTION, SHORT_ANSWER = 160, 12  # most tokens of an answer
+LONG_ANSWER, SHORT_ANSWER = 160, 12  # most tokens of an answer
+PER_SCENE = 4  # short questions
 
 
 def named(text: str) -> set[int]:
@@ -40,8 +42,10 @@ class Tally:
     found: int = 0
     claimed: int = 0
     present: int = 0
+    quoted: int = 0
+    written: int = 0
 
-    def short(self, turn: Turn, answer: str) -> None:
+    def exact(self, turn: Turn, answer: str) -> None:
         name = turn.kind + (", held out" if turn.held_out else "")
         self.asked[name] += 1
         self.right[name] += answer.strip().lower() == turn.answer.lower()
@@ -51,16 +55,19 @@ class Tally:
         self.found += len(there & claimed)
         self.claimed += len(claimed)
         self.present += len(there)
+        self.quoted += sum(re.search(rf"\b{sign.text}\b", answer) is not None for sign in scene.signs)
+        self.written += len(scene.signs)
 
     def table(self) -> str:
         """Markdown."""
-        seen = [kind for kind in SHORT_KINDS if self.asked[kind]]
-        rows = [*seen, *sorted(kind for kind in self.asked if kind not in SHORT_KINDS)]
+        seen = [kind for kind in (*SHORT_KINDS, *LONG_KINDS) if self.asked[kind]]
+        rows = [*seen, *sorted(kind for kind in self.asked if kind not in seen)]
         lines = ["| questions | number | exact match |", "|---|---|---|"]
         lines += [
             f"| {kind} | {self.asked[kind]} | {100 * self.right[kind] / self.asked[kind]:.1f} % |" for kind in rows
         ]
-        right, asked = sum(self.right.values()), sum(self.asked.values())
+        short = [kind for kind in rows if kind.removesuffix(", held out") in SHORT_KINDS]
+        right, asked = (sum(counter[kind] for kind in short) for counter in (self.right, self.asked))
         if asked:
             lines.append(f"| **all short answers** | {asked} | **{100 * right / asked:.1f} %** |")
         if self.claimed:
@@ -68,17 +75,23 @@ class Tally:
             lines.append(
                 f"| things in descriptions | {self.present} | recall {recall:.1f} %, precision {precision:.1f} % |"
             )
+        if self.written:
+            lines.append(
+                f"| signs quoted in descriptions | {self.written} | {100 * self.quoted / self.written:.1f} % |"
+            )
         return "\n".join(lines)
 
 
 class SharedPicture:
     """Answers questions about one picture, whose part of the prompt is computed once."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, scene: Scene) -> None:
+    def __init__(
+        self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, scene: Scene, style: str
+    ) -> None:
         self.model, self.processor = model, processor
         prompt = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
         self.opening = prompt[: prompt.index(processor.image_token) + len(processor.image_token)]
-        inputs = processor(images=render(scene), text=self.opening, return_tensors="pt")
+        inputs = processor(images=render(scene, style), text=self.opening, return_tensors="pt")
         self.cache = DynamicCache()
         model(**inputs.to(model.dtype), past_key_values=self.cache, logits_to_keep=1)
         self.length = self.cache.get_seq_length()
@@ -100,39 +113,36 @@ class SharedPicture:
         return tokenizer.decode(answer)
 
 
-def questions(scene: Scene, most: int) -> Iterator[Turn]:
-    """The first short questions of a scene's conversation."""
-    yield from [turn for turn in conversation(scene) if turn.kind != "description"][:most]
-
-
 @torch.inference_mode()
 def evaluate(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    split: str,
-    count: int,
-    descriptions: int,
+    options: "Options",
     log: Callable[[dict[str, object]], None],
-    per_scene: int = 4,
 ) -> Tally:
     tally = Tally()
+    left = Counter(dict.fromkeys(LONG_KINDS, options.long) | {"description": options.descriptions})
+    left["short"] = options.questions
     with Progress() as progress:
-        task = progress.add_task("answers", total=count + descriptions)
+        task = progress.add_task("answers", total=left.total())
         for index in itertools.count():
-            left = count - tally.asked.total()
-            if not left and index >= descriptions:
+            if not left.total():
                 return tally
-            scene = make_scene(split, index)
-            picture = SharedPicture(model, processor, scene)
-            for turn in questions(scene, min(per_scene, left)):
-                answer = picture.ask(turn.question, SHORT_ANSWER)
-                tally.short(turn, answer)
-                log({"scene": index, **vars(turn), "given": answer})
-                progress.advance(task)
-            if index < descriptions:
-                turn = next(turn for turn in conversation(scene) if turn.kind == "description")
-                answer = picture.ask(turn.question, DESCRIPTION)
-                tally.description(scene, answer)
+            scene = make_scene(options.split, index)
+            if not drawable(scene, options.style):
+                continue
+            picture = None
+            for turn in evaluation_turns(scene, PER_SCENE):
+                kind = turn.kind if turn.kind in LONG_KINDS else "short"
+                if not left[kind]:
+                    continue
+                left[kind] -= 1
+                picture = picture or SharedPicture(model, processor, scene, options.style)
+                answer = picture.ask(turn.question, SHORT_ANSWER if kind == "short" else LONG_ANSWER)
+                if kind == "description":
+                    tally.description(scene, answer)
+                else:
+                    tally.exact(turn, answer)
                 log({"scene": index, **vars(turn), "given": answer})
                 progress.advance(task)
     raise AssertionError("the scenes of a split do not end")
@@ -142,7 +152,12 @@ def evaluate(
 class Options:
     split: str = "test"
     questions: int = 2000
+    """Short ones, at most four about a picture."""
     descriptions: int = 200
+    long: int = 50
+    """Questions of each other kind that has a long answer."""
+    style: Literal["noto", "emojione"] = "noto"
+    """Sprites of the pictures; training sees noto alone. Scenes with a thing that the other style lacks are left out."""
     log: Path | None = None
     """File for every answer, one JSON object per line."""
 
@@ -152,12 +167,7 @@ def main(options: Options) -> None:
     model.set_attn_implementation("eager")  # much the faster one here: single queries, grouped heads, bf16, a CPU
     with options.log.open("w") if options.log else nullcontext() as log:
         tally = evaluate(
-            model,
-            processor,
-            options.split,
-            options.questions,
-            options.descriptions,
-            lambda entry: print(json.dumps(entry), file=log, flush=True) if log else None,
+            model, processor, options, lambda entry: print(json.dumps(entry), file=log, flush=True) if log else None
         )
     print(tally.table())
 

@@ -43,6 +43,7 @@ PLACES = (
 MARGIN = 10  # pixels between a thing's centre and the border of its ninth of the picture
 NUMBERS = ("no", "one", "two", "three", "four", "five")
 SHORT_KINDS = ("place", "where", "relation", "exists", "count", "sign text", "sign colour", "next to")
+LONG_KINDS = ("description", "all signs", "rows", "halves", "three questions")
 
 ASK = {
     "place": (
@@ -135,6 +136,30 @@ ASK = {
         "Please describe the scene.",
         "Write a description of this image.",
     ),
+    "all signs": (
+        "Read all signs from {order}.",
+        "What do the signs say, from {order}?",
+        "List the text of every sign from {order}.",
+        "From {order}, what is written on the signs?",
+    ),
+    "rows": (
+        "List everything row by row.",
+        "What is in each row of the picture?",
+        "Go through the picture row by row.",
+        "Name what you see, one row after another.",
+    ),
+    "halves": (
+        "Compare the {first} half with the {second} half.",
+        "How do the {first} half and the {second} half differ?",
+        "What is in the {first} half, and what in the {second} half?",
+        "Tell me what the {first} and the {second} half show.",
+    ),
+    "three questions": (
+        "Answer three questions. {questions}",
+        "Please answer these questions. {questions}",
+        "I have three questions. {questions}",
+        "Three questions about the picture: {questions}",
+    ),
 }
 
 
@@ -164,6 +189,10 @@ def _clear(thing: Thing | Sign) -> bool:
 
 def _name(thing: Thing) -> str:
     return KINDS[thing.kind].name
+
+
+def _a_sign(sign: Sign) -> str:
+    return f"{'an' if sign.colour == 'orange' else 'a'} {sign.colour} sign"
 
 
 def short_turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
@@ -263,9 +292,9 @@ def description_turn(scene: Scene, rng: np.random.Generator) -> Turn:
         verb = "there are" if len(listed) > 1 or max(counts.values()) > 1 else "there is"
         sentences.append(f"{opening}{verb} {_join(listed)}.")
     for sign in scene.signs:
-        a = "an" if sign.colour == "orange" else "a"
         shows = str(rng.choice(["reads", "says"]))
-        sentences.append(f"{a.capitalize()} {sign.colour} sign {at(place(sign.x, sign.y))} {shows} {sign.text}.")
+        opening = _a_sign(sign).capitalize()
+        sentences.append(f"{opening} {at(place(sign.x, sign.y))} {shows} {sign.text}.")
     if not scene.signs:
         sentences.append("No sign can be seen.")
     total = len(things)
@@ -274,11 +303,77 @@ def description_turn(scene: Scene, rng: np.random.Generator) -> Turn:
     return Turn("description", str(rng.choice(ASK["description"])), " ".join(sentences))
 
 
+def long_turns(scene: Scene, short: list[Turn], rng: np.random.Generator) -> list[Turn]:
+    """One question of every long kind, other than a description, that has one clear answer in this scene."""
+    turns: list[Turn] = []
+
+    def ask(kind: str, answer: str, held_out: bool = False, **words: str) -> None:
+        turns.append(Turn(kind, str(rng.choice(ASK[kind])).format(**words), answer, held_out))
+
+    def named(member: Thing | Sign) -> str:
+        return _a_sign(member) if isinstance(member, Sign) else KINDS[member.kind].with_article
+
+    def listed(members: list[Thing | Sign]) -> str:
+        return _join([named(member) for member in sorted(members, key=lambda member: member.x)] or ["nothing"])
+
+    def ordered(members: list[Thing | Sign], along: str) -> bool:
+        places = sorted(getattr(member, along) for member in members)
+        return all(b - a > MARGIN for a, b in itertools.pairwise(places))
+
+    order, along = [("left to right", "x"), ("top to bottom", "y")][rng.integers(2)]
+    signs = sorted(scene.signs, key=lambda sign: getattr(sign, along))
+    if signs and ordered(signs, along):
+        verb = "The sign says" if len(signs) == 1 else "The signs say"
+        held_out = any(held_out_word(sign.text) for sign in signs)
+        ask("all signs", f"{verb} {_join([sign.text for sign in signs])}.", held_out, order=order)
+
+    everything = [*scene.things, *scene.signs]
+    rows = [[member for member in everything if int(3 * member.y / SIZE) == row] for row in range(3)]
+    borders = (SIZE / 3, 2 * SIZE / 3)
+    if all(ordered(row, "x") for row in rows) and all(
+        abs(member.y - border) > MARGIN for member in everything for border in borders
+    ):
+        names = ("Top", "Middle", "Bottom")
+        ask("rows", " ".join(f"{name}: {listed(row)}." for name, row in zip(names, rows, strict=True)))
+
+    first, second, along = [("left", "right", "x"), ("top", "bottom", "y")][rng.integers(2)]
+    halves = [[member for member in everything if int(2 * getattr(member, along) / SIZE) == half] for half in range(2)]
+    if all(ordered(half, "x") for half in halves) and all(
+        abs(getattr(member, along) - SIZE / 2) > MARGIN for member in everything
+    ):
+        more = len(halves[0]) - len(halves[1])
+        verdict = f"The {first if more > 0 else second} half shows more." if more else "Both halves show as much."
+        parts = (f"The {name} half shows {listed(half)}." for name, half in zip((first, second), halves, strict=True))
+        ask("halves", f"{' '.join(parts)} {verdict}", first=first, second=second)
+
+    if len(short) >= 3:
+        three = [short[i] for i in rng.permutation(len(short))[:3]]
+        questions = " ".join(f"{n}. {turn.question}" for n, turn in enumerate(three, 1))
+        answers = " ".join(f"{n}. {turn.answer}" for n, turn in enumerate(three, 1))
+        ask("three questions", answers, any(turn.held_out for turn in three), questions=questions)
+    return [turns[i] for i in rng.permutation(len(turns))]
+
+
 def conversation(scene: Scene, count: int = 12) -> list[Turn]:
-    """Up to `count` short turns, rarer kinds first served, and one description."""
+    """Up to `count` short turns, rarer kinds first served, one description, and one turn of another long kind."""
     rng = _rng(scene.split, scene.index, purpose=7)
+    short = short_turns(scene, rng)
+    chosen = _balanced(short, count)
+    for turn in [description_turn(scene, rng), *long_turns(scene, short, rng)[:1]]:
+        chosen.insert(int(rng.integers(len(chosen) + 1)), turn)
+    return chosen
+
+
+def evaluation_turns(scene: Scene, short: int) -> list[Turn]:
+    """Up to `short` short turns, rarer kinds first served, then one of every long kind that this scene allows."""
+    rng = _rng(scene.split, scene.index, purpose=7)
+    turns = short_turns(scene, rng)
+    return [*_balanced(turns, short), description_turn(scene, rng), *long_turns(scene, turns, rng)]
+
+
+def _balanced(turns: list[Turn], count: int) -> list[Turn]:
     by_kind: dict[str, list[Turn]] = {}
-    for turn in short_turns(scene, rng):
+    for turn in turns:
         by_kind.setdefault(turn.kind, []).append(turn)
     chosen: list[Turn] = []
     while by_kind and len(chosen) < count:
@@ -286,9 +381,7 @@ def conversation(scene: Scene, count: int = 12) -> list[Turn]:
             chosen.append(by_kind[kind].pop())
             if not by_kind[kind]:
                 del by_kind[kind]
-    chosen = chosen[:count]
-    chosen.insert(int(rng.integers(len(chosen) + 1)), description_turn(scene, rng))
-    return chosen
+    return chosen[:count]
 
 
 def llava_sample(scene: Scene, image: str) -> dict[str, object]:
@@ -308,30 +401,36 @@ def write_sample(folder: Path, split: str, index: int) -> dict[str, object]:
     return llava_sample(scene, name)
 
 
-def evaluation_file(folder: Path, split: str, count: int, descriptions: int, per_scene: int) -> None:
-    """Questions with answers for `twigvlm evaluate`: `count` short ones, most `per_scene` to a scene, and some descriptions."""
+def evaluation_file(folder: Path, options: "Options") -> None:
+    """Questions with answers for `twigvlm evaluate`: short ones, descriptions and other long answers."""
     rows: list[dict[str, object]] = []
-    asked = 0
-    with steps("Writing questions", count + descriptions) as advance:
+    wanted = dict.fromkeys(LONG_KINDS, options.long) | {"description": options.descriptions}
+    left = Counter(wanted) + Counter(short=options.count)
+    with steps("Writing questions", left.total()) as advance:
         for index in itertools.count():
-            if asked == count and index >= descriptions:
+            if not left.total():
                 break
-            scene = make_scene(split, index)
-            turns = conversation(scene)
-            short = [turn for turn in turns if turn.kind != "description"][: min(per_scene, count - asked)]
-            asked += len(short)
-            chosen = short + [turn for turn in turns if turn.kind == "description" and index < descriptions]
-            picture = f"{split}-{index:06d}.png"
+            scene = make_scene(options.split, index)
+            chosen: list[Turn] = []
+            for turn in evaluation_turns(scene, options.per_scene):
+                kind = turn.kind if turn.kind in LONG_KINDS else "short"
+                if left[kind]:
+                    left[kind] -= 1
+                    chosen.append(turn)
+            picture = f"{options.split}-{index:06d}.png"
             if chosen:
                 render(scene).save(folder / picture)
             for number, turn in enumerate(chosen):
-                row = {"id": f"{split}-{index:06d}-{number}", "image": picture, **asdict(turn)}
+                row = {"id": f"{options.split}-{index:06d}-{number}", "image": picture, **asdict(turn)}
                 if turn.kind == "description":
                     row["objects"] = sorted({_name(thing) for thing in scene.things})
+                    row["texts"] = [sign.text for sign in scene.signs]
+                elif turn.kind in LONG_KINDS:
+                    row["long"] = True
                 rows.append(row)
             advance(count=len(chosen))
     vocabulary = {kind.name: sorted({kind.name, kind.plural}) for kind in KINDS}
-    record = {"split": split, "vocabulary": vocabulary, "questions": rows}
+    record = {"split": options.split, "vocabulary": vocabulary, "questions": rows}
     (folder / "questions.json").write_text(json.dumps(record, indent=1))
 
 
@@ -345,7 +444,9 @@ class Options:
     evaluation: bool = False
     """Write questions with answers for `twigvlm evaluate` instead of conversations to train on."""
     descriptions: int = 100
-    """Descriptions among them."""
+    """Descriptions, beside the short questions."""
+    long: int = 0
+    """Questions of each other kind that has a long answer."""
     per_scene: int = 4
     """Most short questions about one scene among them."""
 
@@ -355,7 +456,7 @@ def main(options: Options) -> None:
         raise SystemExit(f"per_scene={options.per_scene}: must be 1 or more")
     options.output.mkdir(parents=True, exist_ok=True)
     if options.evaluation:
-        evaluation_file(options.output, options.split, options.count, options.descriptions, options.per_scene)
+        evaluation_file(options.output, options)
         return
     with ProcessPoolExecutor() as pool:
         write = partial(write_sample, options.output, options.split)

@@ -1,28 +1,31 @@
 import json
+from collections import Counter
 
 from PIL import Image
 
-from recipes.sapling.questions import Options, conversation, evaluation_file, llava_sample, main
+from recipes.sapling.questions import LONG_KINDS, Options, evaluation_turns, llava_sample, main
 from recipes.sapling.scenes import make_scene
 from twigvlm.evaluation.questions import Namer, exact_match, load_questions
 
 
 def test_the_recipe_exports_questions_that_can_be_read(tmp_path):
-    evaluation_file(tmp_path, "validation", count=7, descriptions=3, per_scene=3)
+    options = Options(tmp_path, "validation", count=7, evaluation=True, descriptions=3, long=2, per_scene=3)
+    main(options)
     questions = load_questions(tmp_path / "questions.json")
     assert questions.split == "validation"
-    short = [item for item in questions.items if item.objects is None]
-    long = [item for item in questions.items if item.objects is not None]
-    assert (len(short), len(long)) == (7, 3)
-    assert all(item.kind == "description" for item in long)
+    kinds = Counter(item.kind if item.kind in LONG_KINDS else "short" for item in questions.items)
+    assert kinds == {"short": 7, "description": 3} | {kind: 2 for kind in LONG_KINDS if kind != "description"}
     named = Namer(questions.vocabulary)
-    for item in long:  # its own answer names exactly what is there
-        assert named(item.answer) == set(item.objects)
-    turns = {(turn.question, turn.answer) for i in range(3) for turn in conversation(make_scene("validation", i))}
     for item in questions.items:
-        assert (item.prompt, item.answer) in turns
+        scene = make_scene("validation", int(item.id.split("-")[1]))
+        assert (item.prompt, item.answer) in {(turn.question, turn.answer) for turn in evaluation_turns(scene, 3)}
         assert exact_match(item.answer, item.answer)
-    assert len(list(tmp_path.glob("*.png"))) == 3
+        assert item.long == (item.kind in LONG_KINDS and item.kind != "description")
+        if item.kind == "description":  # its own answer names exactly what is there
+            assert named(item.answer) == set(item.objects)
+            assert set(item.texts) == {sign.text for sign in scene.signs}
+        else:
+            assert item.objects is None
 
 
 def test_conversations_are_exported_in_the_order_of_their_scenes(tmp_path):
