@@ -1,0 +1,171 @@
+"""Measure the shipped weights and write docs/results/ from what comes out.
+
+    make results
+    python -m recipes.sapling.results --pages speed
+
+What a page says above its first heading is written by hand and kept; all below it is made here. Each command keeps its raw results
+in `runs/results` and goes on where it was stopped. Speeds want an idle machine.
+"""
+
+import hashlib
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from twigvlm import sapling
+from twigvlm.checkpoints.twig_files import WEIGHTS
+from twigvlm.files import replacing
+from twigvlm.sapling import assemble
+
+DOCS = Path("docs/results")
+RUNS = "runs/results"
+SHORT, LONG = f"{RUNS}/short", f"{RUNS}/long"
+VALIDATION = f"{RUNS}/validation"
+SETTINGS = ("dtype", "device", "number of questions", "threads", "CPU", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    says: str
+    """What is measured, in one sentence."""
+    command: str
+    """`twigvlm evaluate …` without its --output, or a recipe that prints a table."""
+
+
+def _evaluate(what: str, questions: str, options: str) -> str:
+    return f"twigvlm evaluate {what} --questions {questions}/questions.json {options}"
+
+
+QUESTIONS = {
+    SHORT: "--split test --count 1000 --descriptions 0",
+    LONG: "--split test --count 0 --descriptions 200 --long 50",
+    VALIDATION: "--split validation --count 200 --descriptions 40 --long 10",
+}
+PAGES = {
+    "sapling": [
+        Section(
+            "Sprites that training saw",
+            "Scenes of the test split, greedy, no pruning.",
+            "python -m recipes.sapling.evaluate --questions 2000 --descriptions 200 --long 50",
+        ),
+        Section(
+            "Sprites of another style",
+            "The same kinds of things as another artist draws them, in the scenes that need no other.",
+            "python -m recipes.sapling.evaluate --questions 1000 --descriptions 100 --long 25 --style emojione",
+        ),
+    ],
+    "accuracy": [
+        Section(
+            "Short answers",
+            "The shipped twig, its last layer's attention, and what needs no training, under equal budgets.",
+            _evaluate("accuracy", SHORT, "--methods twig attention fastv random --budgets 192 128 64 48"),
+        ),
+        Section(
+            "Long answers",
+            "The choice made once at the end of the prompt, and the choice that is made again while the answer grows.",
+            _evaluate("accuracy", LONG, "--methods twig refocus:0.8 --budgets 192 128 64"),
+        ),
+        Section(
+            "When to choose again, on the validation split",
+            "The lower τ, the rarer a choice is made again.",
+            _evaluate(
+                "accuracy", VALIDATION, "--methods twig refocus:0.6 refocus:0.7 refocus:0.8 refocus:0.9 --budgets 64"
+            ),
+        ),
+    ],
+    "speed": [
+        Section(
+            "Descriptions and other long answers",
+            "One prompt at a time.",
+            _evaluate("speed", LONG, "--kinds description rows halves --limit 30 --refocus 0.8 --budgets 64"),
+        ),
+        Section("Short answers", "One prompt at a time.", _evaluate("speed", SHORT, "--limit 50 --budgets 64 --kinds")),
+        Section("Batches", "Descriptions.", _evaluate("batches", LONG, "--limit 16 --budgets 64 --sizes 1 4 8")),
+    ],
+    "exactness": [
+        Section(
+            "One choice",
+            "Answers of every way to draft against those without drafts, token for token.",
+            _evaluate("exactness", SHORT, "--limit 250 --budgets 64"),
+        ),
+        Section(
+            "Long answers, with refocusing",
+            "The same where kept tokens are exchanged while the answer grows.",
+            _evaluate("exactness", LONG, "--limit 250 --refocus 0.8 --budgets 64"),
+        ),
+    ],
+}
+
+
+def measure(command: str, folder: Path) -> str:
+    """Run a command, unless it has finished before; what it found, as markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report = folder / "report.md"
+    words = shlex.split(command)
+    if words[0] == "twigvlm":
+        subprocess.run([sys.executable, "-m", *words, "--output", str(folder)], check=True)
+        return evaluated(report.read_text(encoding="utf8"))
+    if not report.exists():
+        printed = subprocess.run([sys.executable, *words[1:]], check=True, stdout=subprocess.PIPE, text=True).stdout
+        with replacing(report) as temporary:
+            temporary.write_text(
+                "\n".join(line for line in printed.splitlines() if line.startswith("|")), encoding="utf8"
+            )
+    return report.read_text(encoding="utf8")
+
+
+def evaluated(report: str) -> str:
+    """The sections of an evaluation's report, one heading lower, and what it was measured on in a line."""
+    about, *sections = re.split(r"^## ", report, flags=re.MULTILINE)
+    settings = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", about, flags=re.MULTILINE))
+    line = ", ".join(f"{name} {settings[name]}" for name in SETTINGS if name in settings)
+    return "\n\n".join([f"*Measured with: {line}.*", *(f"### {section.strip()}" for section in sections)])
+
+
+def write(page: str, sections: list[str]) -> None:
+    """Replace all from the first heading on."""
+    path = DOCS / f"{page}.md"
+    opening = re.split(r"^## ", path.read_text(encoding="utf8"), maxsplit=1, flags=re.MULTILINE)[0]
+    with replacing(path) as temporary:
+        temporary.write_text("\n\n".join([opening.strip(), *sections]) + "\n", encoding="utf8")
+
+
+@dataclass(frozen=True)
+class Options:
+    pages: tuple[str, ...] = tuple(PAGES)
+
+
+def main(options: Options) -> None:
+    for page in options.pages:
+        if page not in PAGES:
+            raise SystemExit(f"page {page!r}: must be one of {', '.join(PAGES)}")
+    weights = hashlib.sha256(
+        assemble.weights_file().read_bytes() + (sapling.twig_path() / WEIGHTS).read_bytes()
+    ).hexdigest()
+    stamp = Path(RUNS) / "weights"
+    if stamp.exists() and stamp.read_text() != weights:
+        raise SystemExit(f"{RUNS}: holds figures of other weights; delete it")
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(weights)
+    for folder, of in QUESTIONS.items():
+        if not (Path(folder) / "questions.json").exists():
+            making = f"-m recipes.sapling.questions --evaluation --output {folder} {of}"
+            subprocess.run([sys.executable, *shlex.split(making)], check=True)
+    for page in options.pages:
+        found = []
+        for number, section in enumerate(PAGES[page]):
+            figures = measure(section.command, Path(RUNS) / f"{page}-{number}")
+            found.append(
+                f"## {section.title}\n\n{section.says}\n\n```bash\n{section.command}\n```\n\n{figures.strip()}"
+            )
+        write(page, found)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,67 @@
+"""Pages of results: what is written by hand stays, what was measured is replaced."""
+
+import pytest
+
+from recipes.sapling import results
+
+REPORT = """# Accuracy
+
+```
+twigvlm evaluate accuracy --limit 3
+```
+
+| setting | value |
+| --- | ---: |
+| dtype | float32 |
+| seed | 0 |
+| number of questions | 3, test split |
+
+## Accuracy
+
+Of 3 answers.
+
+## Descriptions
+
+| a | b |
+"""
+
+
+def test_a_report_becomes_sections_with_what_they_were_measured_on():
+    text = results.evaluated(REPORT)
+    assert text.startswith(
+        "*Measured with: dtype float32, number of questions 3, test split.*\n\n### Accuracy\n\nOf 3 answers."
+    )
+    assert text.endswith("### Descriptions\n\n| a | b |")
+    assert "seed" not in text
+
+
+def test_what_is_above_the_first_heading_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "DOCS", tmp_path)
+    (tmp_path / "speed.md").write_text("# Speed\n\nBy hand.\n\n## Old\n\nfigures\n")
+    results.write("speed", ["## New\n\nother figures"])
+    assert (tmp_path / "speed.md").read_text() == "# Speed\n\nBy hand.\n\n## New\n\nother figures\n"
+
+
+def test_tables_that_a_recipe_prints_are_measured_once(tmp_path):
+    (tmp_path / "measured.py").write_text("print('noise')\nprint('| a | 1 |')\nopen('count', 'a').write('x')\n")
+    command = f"python {tmp_path / 'measured.py'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert results.measure(command, tmp_path / "out") == "| a | 1 |"
+        assert results.measure(command, tmp_path / "out") == "| a | 1 |"
+    assert (tmp_path / "count").read_text() == "x"
+
+
+def test_figures_of_other_weights_are_not_mixed_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RUNS", str(tmp_path))
+    (tmp_path / "weights").write_text("others")
+    with pytest.raises(SystemExit, match="delete it"):
+        results.main(results.Options())
+
+
+def test_every_command_can_be_read():
+    for sections in results.PAGES.values():
+        for section in sections:
+            assert section.command.split()[0] in ("twigvlm", "python")
+    with pytest.raises(SystemExit, match="must be one of"):
+        results.main(results.Options(pages=("none",)))
