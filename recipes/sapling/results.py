@@ -3,8 +3,8 @@
     make results
     python -m recipes.sapling.results --pages speed
 
-What a page says above its first heading is written by hand and kept; all below it is made here. Each command keeps its raw results
-in `runs/results` and goes on where it was stopped. Speeds want an idle machine.
+What a page says above its first heading is written by hand and kept; all below it is made here. Each command keeps its raw
+results in `runs/results` and goes on where it was stopped. Speeds want an idle machine.
 """
 
 import hashlib

@@ -158,6 +158,25 @@ def test_earlier_turns_are_context_and_later_ones_unseen(make_policy, dataset, m
     assert found == {0, 1}
 
 
+def test_a_choice_within_an_answer_is_rewarded_by_what_follows(make_policy, dataset, monkeypatch):
+    model, item, seen = make_policy(), dataset[1], recorded(monkeypatch)
+    policy = Policy(model, settings(budgets=(5.0,), span=2), 10)
+    possible = []
+    for asked in last_prompt_tokens(item["labels"])[0].nonzero()[:, 0].tolist():
+        length = answer_length(item["labels"][0], asked)
+        possible += [(asked + start, asked + min(start + 2, length)) for start in range(0, length, 2)]
+    assert any(end - start == 2 for start, end in possible)
+    found = set()
+    for step in range(6 * len(possible)):
+        policy(**item, step=step, part=0)
+        reward, kept = float(seen[-1]["rewards"][0]), seen[-1]["kept"][0]
+        for start, end in set(possible) - found:
+            cut = {**item, "input_ids": item["input_ids"][:, : end + 1]}
+            if reward == pytest.approx(one_by_one(model, cut, kept, start), abs=2e-5):
+                found.add((start, end))
+    assert found == set(possible)
+
+
 def test_equal_rewards_give_no_gradient(make_policy, dataset):
     model = make_policy()
     policy = Policy(model, settings(budgets=(12.0 + 5 / 6,), gamma=(0.0, 0.0)), 10)  # R = M - 1 ... M
@@ -288,6 +307,11 @@ def test_drawn_turns():
     assert all(turns in ([[0, 1], [1, 3]], [[0, 5], [1, 3]]) for turns in drawn)
     assert drawn.count(drawn[0]) < len(drawn)
     assert [answer_length(labels[0], 1), answer_length(labels[0], 5), answer_length(labels[1], 3)] == [2, 1, 4]
+    parts = [
+        draw_turns(labels, visual, torch.Generator().manual_seed(seed), span=2).nonzero().tolist() for seed in range(30)
+    ]
+    assert {turns[1][1] for turns in parts} == {3, 5}
+    assert {turns[0][1] for turns in parts} == {1, 5}
 
 
 def test_what_cannot_be_trained_is_refused(make_model, make_policy, dataset, tmp_path):
@@ -305,7 +329,7 @@ def test_what_cannot_be_trained_is_refused(make_model, make_policy, dataset, tmp
 @pytest.mark.parametrize(
     "option",
     [
-        {"group": 1}, {"chunk": 0}, {"budgets": ()}, {"budgets": (5.0, 4.0)}, {"beta": -1.0}, {"power": 0.0},
+        {"group": 1}, {"chunk": 0}, {"span": 0}, {"budgets": ()}, {"budgets": (5.0, 4.0)}, {"beta": -1.0}, {"power": 0.0},
         {"gamma": (1.0, -1.0)}, {"batch_size": 0}, {"keep_budgets": ()}, {"keep_budgets": (5, 4)}, {"keep_budgets": (0, 4)},
         {"budgets": (5.0,), "keep_budgets": (5,)},
     ],

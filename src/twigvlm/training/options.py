@@ -98,6 +98,9 @@ class Stage2Config(TrainingConfig):
     """G: prunings that are drawn for each sample."""
     chunk: int | None = None
     """Prunings that the base runs at once. None: those of a whole batch, batch_size x G; fewer need less memory."""
+    span: int | None = None
+    """For twigs that refocus: choose at the end of the prompt or, alike, behind every span-th token of the answer, and reward
+    the choice with the next `span` tokens alone. None: at the end of the prompt, with the whole answer, as published."""
     keep_budgets: tuple[int, ...] | None = None
     """R, visual tokens kept in layers K+1..K_f, ascending: each step draws one (dynamic pruning ratio); a single one is static.
     None: 41 72 103 134 165 196 227, as published, unless budgets are given."""
@@ -117,6 +120,8 @@ class Stage2Config(TrainingConfig):
             raise TwigVLMError(f"group={self.group}: must be 2 or more, to have a mean to compare with")
         if self.chunk is not None and self.chunk < 1:
             raise TwigVLMError(f"chunk={self.chunk}: must be 1 or more")
+        if self.span is not None and self.span < 1:
+            raise TwigVLMError(f"span={self.span}: must be 1 or more")
         if self.budgets is not None and self.keep_budgets is not None:
             raise TwigVLMError(
                 f"budgets={spaced(self.budgets)} and keep_budgets={spaced(self.keep_budgets)}: give one of them"

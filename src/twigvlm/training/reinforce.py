@@ -51,9 +51,9 @@ class Case:
     row: int
     """Of the batch."""
     end: int
-    """Tokens of the prompt and of all but the last answer token."""
+    """Tokens up to the last but one that is scored."""
     answer: Int[Tensor, " answer"]
-    """Ids of the answer."""
+    """Ids of the answer, or of the part of it that the choice is made for."""
     kept: Int[Tensor, "group keep"]
     """Positions of the visual tokens that each pruning keeps."""
 
@@ -145,7 +145,8 @@ class Policy(nn.Module):
         A sample without an image, or one that cannot have the budget that was drawn, teaches nothing.
 
         Args:
-            labels: ids at answers, -100 elsewhere. Of each sample's turns one is drawn; the turns before it are context.
+            labels: ids at answers, -100 elsewhere. Of each sample's turns one is drawn; the turns before it are context. With a
+                `span` so is the answer up to the choice, whose tokens see what that choice keeps.
             step: optimiser steps done.
             part: passes done within this step, those of other processes counted before in turn. Seed, step and part decide all
                 that is drawn.
@@ -160,7 +161,8 @@ class Policy(nn.Module):
             masks = base.masks()
             token_inputs = base.token_inputs(prompt)
             hidden = base.run_layers(prompt.hidden, 0, self.trunk, token_inputs, masks)
-            query = VisualQuery.at(draw_turns(labels, prompt.visual_mask, generator), prompt.visual_mask)
+            choosing = draw_turns(labels, prompt.visual_mask, generator, config.span)
+            query = VisualQuery.at(choosing, prompt.visual_mask)
         with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
             with torch.no_grad():
                 last_input = twig.last_input(hidden.float(), token_inputs, masks)
@@ -178,7 +180,8 @@ class Policy(nn.Module):
                 continue
             actions = plackett_luce.sample(log_scores.detach(), config.group, keep, generator)
             drawn.append((log_scores, actions))
-            end = asking + answer_length(labels[row], asking)
+            length = answer_length(labels[row], asking)
+            end = asking + (length if config.span is None else min(length, config.span))
             cases.append(Case(row, end, labels[row, asking + 1 : end + 1], positions[actions]))
             figures["keep"].append(torch.tensor(float(keep)))
             average = average_kept(keep, visual, base.num_layers, self.trunk, self.final_wipe)

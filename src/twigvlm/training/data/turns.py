@@ -16,19 +16,29 @@ def last_prompt_tokens(labels: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "bat
 
 
 def draw_turns(
-    labels: Int[Tensor, "batch tokens"], visual_mask: Bool[Tensor, "batch tokens"], generator: torch.Generator
+    labels: Int[Tensor, "batch tokens"],
+    visual_mask: Bool[Tensor, "batch tokens"],
+    generator: torch.Generator,
+    span: int | None = None,
 ) -> Bool[Tensor, "batch tokens"]:
-    """True at the last prompt token of one turn in each row, among the turns that follow a visual token; all False without."""
+    """True at one token in each row: the last prompt token of one of the turns that follow a visual token; all False without.
+
+    With `span`, the token is that one, or any that comes a multiple of `span` tokens behind it and has answer tokens behind it.
+    """
     asking = last_prompt_tokens(labels) & (visual_mask.cumsum(dim=1) > 0)
     chosen = torch.zeros_like(asking)
     for row, turns in enumerate(asking):
         positions = turns.nonzero()[:, 0]
         if len(positions):
-            chosen[row, positions[int(torch.randint(len(positions), (), generator=generator))]] = True
+            token = int(positions[int(torch.randint(len(positions), (), generator=generator))])
+            if span is not None:
+                parts = -(-answer_length(labels[row], token) // span)
+                token += span * int(torch.randint(parts, (), generator=generator))
+            chosen[row, token] = True
     return chosen
 
 
 def answer_length(labels: Int[Tensor, " tokens"], query: int) -> int:
-    """Tokens of the answer that follows the last prompt token at `query`."""
+    """Tokens of an answer that follow the token at `query`: the last one of the prompt, or one of the answer."""
     ends = (labels[query + 1 :] == IGNORE).nonzero()
     return int(ends[0]) if len(ends) else len(labels) - query - 1
