@@ -70,10 +70,14 @@ class PruningConfig:
     refocus: float | None = None
     """τ: while the answer grows, exchange kept visual tokens for better ones wherever they have less than this share of the
     scores that as many others could have. None: the tokens that were chosen for the question stay."""
+    pruner: str | None = None
+    """Another pruning method, by name (`twigvlm methods`), under the budget `retain`. None: the twig's own."""
 
     def __post_init__(self) -> None:
         if self.retain is not None and self.keep is not None:
             raise TwigVLMError(f"retain={self.retain:g} and keep={self.keep}: give one of them")
+        if self.pruner is not None:
+            self._check_pruner()
         if self.final_wipe is not None and not self.active:
             raise TwigVLMError(f"final_wipe={self.final_wipe}: needs a budget, give retain or keep too")
         if self.retain_per_image and not self.active:
@@ -86,6 +90,14 @@ class PruningConfig:
                 raise TwigVLMError(
                     "refocus and retain_per_image: give one of them, tokens are chosen again by scores alone"
                 )
+
+    def _check_pruner(self) -> None:
+        if self.retain is None:
+            raise TwigVLMError(f"pruner={self.pruner!r}: needs a budget, give retain")
+        others = ("keep", self.keep), ("final_wipe", self.final_wipe), ("refocus", self.refocus)
+        for name, value in (*others, ("retain_per_image", self.retain_per_image or None)):
+            if value is not None and self.pruner != "twig":
+                raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
 
     @property
     def active(self) -> bool:

@@ -1,7 +1,7 @@
 """TwigVLM: a frozen base and its twig, as one model."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from os import PathLike
 from pathlib import Path
@@ -26,7 +26,8 @@ from twigvlm.engine.runner import EagerRunner
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.hf.generate import HFGenerateAdapter, Schedule, TwigOutput, check_arguments, run_rows, with_stop_strings
 from twigvlm.kv.prefix_cache import PrefixCache
-from twigvlm.pruning.cut import Pruner, schedule
+from twigvlm.pruning.cut import Need, Pruner, schedule
+from twigvlm.pruning.methods import make_pruner
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.refocus import check_refocus
@@ -215,7 +216,7 @@ class TwigVLM(nn.Module):
         retain_per_image: bool = False,
         refocus: float | None = None,
         scorer: Scorer | None = None,
-        pruner: Pruner | None = None,
+        pruner: Pruner | str | None = None,
         speculate: str = "none",
         draft_length: int = 5,
         draft_threshold: float = 0.6,
@@ -243,7 +244,8 @@ class TwigVLM(nn.Module):
             refocus: τ, exchange kept visual tokens for better ones, while the answer grows, wherever they have less than this
                 share of the scores that as many others could have; None: they stay the same.
             scorer: ranks the visual tokens; None: the twig's P-Head, or without one its last layer's attention.
-            pruner: another pruning method, with `retain` or with cuts of its own; None: the twig's.
+            pruner: another pruning method, by its name (`twigvlm methods`) under the budget `retain`, or as an object, which may
+                have cuts of its own; None, "twig": the twig's.
             speculate: "none", "chain", "tree", or "auto": drafts of what size it pays on this machine, none where none does; the
                 first time on a machine it measures that for a few seconds (see `calibrate`). The output is the same.
             draft_length: δ, most tokens of a chain.
@@ -263,7 +265,9 @@ class TwigVLM(nn.Module):
         Raises:
             TwigVLMError: an argument is out of range, does not apply or is not supported.
         """
-        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus)
+        name = pruner if isinstance(pruner, str) else None
+        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name)
+        pruner = _by_name(pruner)
         speculation = SpeculationConfig(
             speculate,  # type: ignore[arg-type]
             draft_length,
@@ -288,7 +292,8 @@ class TwigVLM(nn.Module):
         check_arguments(kwargs, self.model.generation_config)
         self._check_attention(speculation, len(kwargs["input_ids"]))
         self.base.check_images(kwargs["input_ids"], kwargs)
-        if memory is not None and not memory.needs_vision(self.base, kwargs["input_ids"]):
+        looks = pruner is not None and Need.VISION in pruner.needs
+        if memory is not None and not looks and not memory.needs_vision(self.base, kwargs["input_ids"]):
             kwargs = self.base.without_pixels(kwargs)
         costs = self.costs() if speculation.speculate == "auto" else None
         clock = clock_of(self.model.device)
@@ -340,12 +345,14 @@ class TwigVLM(nn.Module):
         retain_per_image: bool = False,
         refocus: float | None = None,
         scorer: Scorer | None = None,
-        pruner: Pruner | None = None,
+        pruner: Pruner | str | None = None,
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> Row:
         """The row of one request to an engine."""
-        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus)
+        name = pruner if isinstance(pruner, str) else None
+        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name)
+        pruner = _by_name(pruner)
         kwargs = {**inputs, **kwargs}
         check_arguments(kwargs, self.model.generation_config)
         self.base.check_images(kwargs["input_ids"], kwargs)
@@ -371,21 +378,22 @@ class TwigVLM(nn.Module):
     ) -> HFGenerateAdapter:
         """What the base's own `generate` makes of its arguments: rows for an engine."""
         pruner, schedule = self._pruning(pruning, scorer, pruner)
-        adapter = HFGenerateAdapter(
-            self.base, pruner, schedule, pruning.refocus, kwargs.get("streamer"), generator, prefix
-        )
-        try:
-            with torch.inference_mode():
+        looks = pruner is not None and Need.VISION in pruner.needs
+        with torch.inference_mode(), self.base.watch_vision() if looks else nullcontext() as vision:
+            adapter = HFGenerateAdapter(
+                self.base, pruner, schedule, pruning.refocus, kwargs.get("streamer"), generator, prefix, vision
+            )
+            try:
                 self.model.generate(custom_generate=adapter, **with_stop_strings(kwargs, self.model.generation_config))
-        except Exception as error:
-            if adapter.entered or not is_refusal(error):
-                raise
-            if isinstance(error, ValueError):
-                raise TwigVLMError(one_line(error)) from error
-            if not any(visual.grid for visual in self.base.family.visuals):
-                raise
-            # Families with grids lay out the positions of images before the adapter is called.
-            raise TwigVLMError(f"the base refuses this prompt: {one_line(error)}") from error
+            except Exception as error:
+                if adapter.entered or not is_refusal(error):
+                    raise
+                if isinstance(error, ValueError):
+                    raise TwigVLMError(one_line(error)) from error
+                if not any(visual.grid for visual in self.base.family.visuals):
+                    raise
+                # Families with grids lay out the positions of images before the adapter is called.
+                raise TwigVLMError(f"the base refuses this prompt: {one_line(error)}") from error
         return adapter
 
     def chat(self, processor: Any, **options: Any) -> Conversation:
@@ -447,3 +455,10 @@ class TwigVLM(nn.Module):
         if pruning.refocus is not None:
             check_refocus(pruning.refocus, pruner, self.base, self.twig)
         return pruner, lambda visual: schedule(pruner, retain, visual, layers)
+
+
+def _by_name(pruner: Pruner | str | None) -> Pruner | None:
+    """A pruner as it was given; None: the twig's own."""
+    if isinstance(pruner, str):
+        return None if pruner == "twig" else make_pruner(pruner)
+    return pruner

@@ -30,6 +30,8 @@ WAYS = {
 class ThreeCuts:
     """A schedule like PyramidDrop's: three cuts, each of which keeps the first tokens of what is left."""
 
+    needs = frozenset()
+
     def cuts(self, retain, visual, layers):
         return Cut(1, 12), Cut(3, 7), Cut(5, 2)
 

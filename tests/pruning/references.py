@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from twigvlm import TwigVLM
 from twigvlm.base.masks import causal_mask
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.pruning.cut import Cut
+from twigvlm.pruning.cut import Cut, Need
 from twigvlm.pruning.refocus import Look
 from twigvlm.pruning.select import top_visual
 from twigvlm.pruning.view import CutView
@@ -26,6 +26,7 @@ class Loudest:
     """A pruner of the cuts that it is told."""
 
     schedule: tuple[Cut, ...]
+    needs: ClassVar[frozenset[Need]] = frozenset()
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
         return self.schedule

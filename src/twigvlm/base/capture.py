@@ -1,15 +1,17 @@
-"""What a base hands to its language model, taken from its own forward."""
+"""What a base hands to its language model and what its vision tower computes, taken from its own forward."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import nn
 
 _captured: ContextVar[nn.Module | None] = ContextVar("twigvlm_captured", default=None)
 """The module whose call ends the forward of this thread or task: other threads may call the same module meanwhile."""
+_calls: ContextVar["list[Call] | None"] = ContextVar("twigvlm_calls", default=None)
+"""Where calls of watched modules by this thread or task are noted."""
 _hooking: Final = Lock()
 """torch numbers hooks without a lock: of two that get one number, one would be lost."""
 
@@ -54,3 +56,39 @@ def _hooked(module: nn.Module) -> Iterator[None]:
         _captured.reset(before)
         with _hooking:
             hook.remove()
+
+
+class Call(NamedTuple):
+    """One call of a module."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def states(self) -> Any:
+        """Its first argument, however it was passed."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+
+
+@contextmanager
+def watch(modules: Sequence[nn.Module]) -> Iterator[list[Call]]:
+    """Note the calls that this thread or task makes of some modules, in their order. The modules have hooks meanwhile."""
+    calls: list[Call] = []
+
+    def note(called: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        noted = _calls.get()
+        if noted is not None and len(rest) == 2:
+            noted.append(Call(called, args, *rest))
+
+    with _hooking:
+        hooks = [module.register_forward_hook(note, with_kwargs=True) for module in dict.fromkeys(modules)]
+    before = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(before)
+        with _hooking:
+            for hook in hooks:
+                hook.remove()

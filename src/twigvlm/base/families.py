@@ -32,6 +32,19 @@ GRIDS = (replace(IMAGES, grid="image_grid_thw"), replace(VIDEOS, grid="video_gri
 
 
 @dataclass(frozen=True)
+class Tower:
+    """Where a family's pixels become visual tokens. Paths are dotted, from the model's top."""
+
+    path: str = "model.vision_tower"
+    """The vision tower; its blocks are in the first list of modules in it."""
+    projector: str = "model.multi_modal_projector"
+    """Makes visual tokens of the tower's features."""
+    pools: bool = False
+    """Whether the projector mixes features that do not follow each other: what the tower attends to is then not known
+    of a visual token."""
+
+
+@dataclass(frozen=True)
 class Family:
     """Where a family keeps the parts that pruning and speculation need. Paths are dotted, from the model's top."""
 
@@ -45,6 +58,8 @@ class Family:
     """The language-model head."""
     visuals: tuple[Visual, ...] = (IMAGES,)
     """Its kinds of visual input."""
+    tower: Tower = Tower()
+    """Where its pixels become visual tokens."""
     notes: str = ""
     """What a user should know of it."""
 
@@ -61,6 +76,9 @@ class LanguageModel:
     """What a user should know of it."""
 
 
+_MERGES = Tower("model.visual", "model.visual.merger")
+_POOLS = Tower(pools=True)
+_SHUFFLES = Tower("model.vision_model", "model.connector", pools=True)
 _FRAMES = "its processor makes images of a video's frames"
 _WINDOW = "with sliding-window layers: no flash attention"
 
@@ -73,15 +91,16 @@ FAMILIES: tuple[Family, ...] = (
         "Video-LLaVA",
         "video_llava",
         visuals=(Visual("image", "image_token_id", ("pixel_values_images", "pixel_values")), VIDEOS),
+        tower=Tower("model.image_tower"),
     ),
-    Family("Mistral 3", "mistral3"),
-    Family("Idefics3", "idefics3", decoder="model.text_model"),
-    Family("SmolVLM", "smolvlm", decoder="model.text_model", notes=_FRAMES),
-    Family("InternVL 3", "internvl", notes=_FRAMES),
-    Family("Qwen2-VL", "qwen2_vl", visuals=GRIDS),
-    Family("Qwen2.5-VL", "qwen2_5_vl", visuals=GRIDS),
-    Family("Qwen3-VL", "qwen3_vl", visuals=GRIDS),
-    Family("Gemma 3", "gemma3"),
+    Family("Mistral 3", "mistral3", tower=_POOLS),
+    Family("Idefics3", "idefics3", decoder="model.text_model", tower=_SHUFFLES),
+    Family("SmolVLM", "smolvlm", decoder="model.text_model", tower=_SHUFFLES, notes=_FRAMES),
+    Family("InternVL 3", "internvl", tower=_POOLS, notes=_FRAMES),
+    Family("Qwen2-VL", "qwen2_vl", visuals=GRIDS, tower=_MERGES),
+    Family("Qwen2.5-VL", "qwen2_5_vl", visuals=GRIDS, tower=_MERGES),
+    Family("Qwen3-VL", "qwen3_vl", visuals=GRIDS, tower=_MERGES),
+    Family("Gemma 3", "gemma3", tower=_POOLS),
 )
 
 LANGUAGE_MODELS: tuple[LanguageModel, ...] = (

@@ -1,7 +1,7 @@
 """What a base hands to its language model, batches of different lengths included."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from twigvlm.base.packing import Lengths, left_pack
+from twigvlm.base.vision import Vision
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Prompt:
     """Index of the last token that each token sees, where some see beyond themselves."""
     deepstack: tuple[Tensor, ...] = ()
     """Entry i is added to the states after layer i, [batch, tokens, width]: 0 at text tokens."""
+    vision: Vision | None = None
+    """What the vision tower made of the pixels, where it was asked for."""
 
     def rows(self, rows: Sequence[int]) -> "Prompt":
         """Some of the prompts, padded to the longest of them; a prompt may be taken several times."""
@@ -48,6 +51,7 @@ class Prompt:
             lengths,
             None if self.attends_until is None else pick(self.attends_until),
             tuple(pick(features) for features in self.deepstack),
+            self.vision and replace(self.vision, source=pick(self.vision.source)),
         )
 
 
@@ -91,6 +95,7 @@ def packed(prompt: Prompt, real: Bool[Tensor, "batch tokens"]) -> Prompt:
         lengths,
         attends_until,
         tuple(move(features) for features in prompt.deepstack),
+        prompt.vision and replace(prompt.vision, source=move(prompt.vision.source)),
     )
 
 

@@ -1,5 +1,7 @@
 """BaseVLM: an unmodified Hugging Face vision-language model, opened at its layers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
 from itertools import accumulate
 from typing import Any, cast
@@ -9,13 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from twigvlm import compat
-from twigvlm.base.capture import capture
+from twigvlm.base.capture import capture, watch
 from twigvlm.base.cpu_linear import cpu_linear
 from twigvlm.base.families import Visual, family_of, language_model_of
 from twigvlm.base.layers import run, window_of
 from twigvlm.base.masks import CausalMasks, Masks, check_attention
 from twigvlm.base.prompt import Prompt, attention_ends_of, deepstack_of, packed
 from twigvlm.base.token_inputs import TokenInputs
+from twigvlm.base.vision import See, VisionModules
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.kv.cache import CacheView
 
@@ -147,7 +150,17 @@ class BaseVLM:
     def _visuals(self) -> list[tuple[int, Visual]]:
         return [(getattr(self.model.config, visual.placeholder), visual) for visual in self.family.visuals]
 
-    def prompt(self, input_ids: Int[Tensor, "batch tokens"], **inputs: Any) -> Prompt:
+    @contextmanager
+    def watch_vision(self) -> Iterator[See]:
+        """Keep what this thread's vision tower computes, for prompts that are made within this context.
+
+        The model is not changed: modules that vision passes through have hooks meanwhile.
+        """
+        modules = VisionModules.of(self.model, self.family.tower)
+        with watch(modules.watched) as calls:
+            yield lambda hidden, visual_mask: modules.vision(calls, hidden, visual_mask)
+
+    def prompt(self, input_ids: Int[Tensor, "batch tokens"], vision: See | None = None, **inputs: Any) -> Prompt:
         """Run the base's own forward up to its language model, and take what it passes in.
 
         So every family's handling of images is reused instead of rewritten. Nothing of the model is changed: while this runs,
@@ -155,10 +168,12 @@ class BaseVLM:
 
         Args:
             input_ids: prompt ids with placeholders of visual tokens.
+            vision: from `watch_vision`, within it, for methods that rank visual tokens by the vision tower.
             inputs: whatever else the base's forward takes (pixel_values, attention_mask, position_ids, …).
 
         Raises:
-            TwigVLMError: the prompt is longer than the context, or the base refuses it.
+            TwigVLMError: the prompt is longer than the context, or the base refuses it, or its visual tokens are not those
+                of its projector and `vision` is asked for.
         """
         self.check_context(input_ids)
         try:
@@ -176,14 +191,16 @@ class BaseVLM:
         elif positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
         positions, attends_until = positions.to(self.device), attention_ends_of(kwargs.get("attention_mask"))
+        visual_mask = self.visual_mask(input_ids)
         prompt = Prompt(
             hidden,
             positions.expand(*positions.shape[:-2], len(hidden), -1),
-            self.visual_mask(input_ids),
+            visual_mask,
             input_ids,
             (hidden.shape[1],) * len(hidden),
             None if attends_until is None else attends_until.to(self.device),
             deepstack_of(hidden, kwargs),
+            None if vision is None else vision(hidden, visual_mask),
         )
         return prompt if mask is None else packed(prompt, mask.bool())
 
@@ -242,6 +259,22 @@ class BaseVLM:
         if view is not None and stop > start:
             view.advance(start, stop, hidden.shape[1])
         return after
+
+    def run_layers_in_two(
+        self,
+        hidden: Float[Tensor, "batch tokens width"],
+        start: int,
+        stop: int,
+        inputs: TokenInputs,
+        masks: Masks,
+        view: CacheView | None = None,
+    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens width"]]:
+        """The input of layer stop-1, and what `run_layers` returns; start < stop."""
+        before_last = run(self.layers[start : stop - 1], hidden, inputs, masks, view, start)
+        after = run(self.layers[stop - 1 : stop], before_last, inputs, masks, view, stop - 1)
+        if view is not None:
+            view.advance(start, stop, hidden.shape[1])
+        return before_last, after
 
     def logits(self, hidden: Float[Tensor, "*positions width"]) -> Float[Tensor, "*positions vocabulary"]:
         """Final norm and head, on the given positions only."""

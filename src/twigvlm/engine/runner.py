@@ -17,7 +17,7 @@ from twigvlm.engine.row import Row
 from twigvlm.engine.sampling import Chooser
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.cache import CacheView
-from twigvlm.pruning.cut import Cut
+from twigvlm.pruning.cut import Choice, Cut, Need
 from twigvlm.pruning.refocus import Sight
 from twigvlm.pruning.run import Choose, run_cuts
 from twigvlm.pruning.view import CutView, Tokens, TrunkOutput
@@ -126,9 +126,11 @@ class EagerRunner:
         tokens = Tokens(prompt.hidden, base.token_inputs(prompt), prompt.visual_mask, prompt.lengths)
         masks = self.batch.masks
         early = [[cut for cut in row.cuts if cut.layer < trunk_layers] for row in rows]
-        if prefix is None or any(early):
+        in_two = pruner is not None and Need.LAST_LAYER in pruner.needs
+        if prefix is None or any(early) or in_two:
             prefix = None
-            tokens = run_cuts(base, tokens, 0, trunk_layers, early, self._choose(rows, prompt, None), masks, view)
+            choose = self._choose(rows, prompt, None)
+            tokens = run_cuts(base, tokens, 0, trunk_layers, early, choose, masks, view, prompt, in_two)
         else:
             known = prefix.known(prompt.input_ids)
             prefix.load(base, twig, view, known)
@@ -144,19 +146,20 @@ class EagerRunner:
         late = [row.cuts[len(cuts) :] for row, cuts in zip(rows, early, strict=True)]
         here = [[cut for cut in cuts if cut.layer == trunk_layers] for cuts in late]
         choose = self._choose(rows, prompt, trunk)
-        left = run_cuts(base, tokens, trunk_layers, trunk_layers, here, choose, masks, view)
+        left = run_cuts(base, tokens, trunk_layers, trunk_layers, here, choose, masks, view, prompt)
         return trunk, left, [cuts[len(at_trunk) :] for cuts, at_trunk in zip(late, here, strict=True)]
 
     def _choose(self, rows: Sequence[Row], prompt: Prompt, trunk: TrunkOutput | None) -> Choose:
         """The rows' pruner as `run_cuts` asks it; what passes a prompt's first cut is noted."""
 
-        def choose(tokens: Tokens, layer: int, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
+        def choose(tokens: Tokens, layer: int, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"] | Choice:
             pruner = rows[0].pruner
             assert pruner is not None, "there are cuts"
-            stays = pruner.choose(CutView(self.base, prompt, layer, tokens, trunk), keep)
+            chosen = pruner.choose(CutView(self.base, prompt, layer, tokens, trunk), keep)
+            stays = chosen.stays if isinstance(chosen, Choice) else chosen
             for row, kept in zip(rows, stays, strict=True):
                 row.kept = kept if row.kept is None else row.kept
-            return stays
+            return chosen
 
         return choose
 
@@ -183,7 +186,9 @@ class EagerRunner:
         drafts = policy.depth > 0 and not any(cut.keep for row in cuts for cut in row)
         drafts = drafts and not bool(trunk.tokens.visual.gather(1, ends).any())
         if not drafts:
-            left = run_cuts(base, tokens, trunk_layers, base.num_layers, cuts, choose, trunk.masks, trunk.view)
+            in_two = any(row.pruner is not None and Need.LAST_LAYER in row.pruner.needs for row in rows)
+            where = (trunk.masks, trunk.view, trunk.prompt, in_two)
+            left = run_cuts(base, tokens, trunk_layers, base.num_layers, cuts, choose, *where)
             first = chooser.choose(base.logits(left.last)[:, None])
             accepted = walk(Nodes.rooted(roots), 0, first)
             self._advance(part, accepted)

@@ -16,6 +16,7 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
+from twigvlm.base.vision import See
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.engine.engine import Engine
 from twigvlm.engine.noise import Noise
@@ -70,6 +71,7 @@ class HFGenerateAdapter:
         streamer: of `generate`.
         generator: what sampling draws from; None: torch's own.
         prefix: of a conversation.
+        vision: what the vision tower computes, for pruners that rank by it.
     """
 
     base: BaseVLM
@@ -79,6 +81,7 @@ class HFGenerateAdapter:
     streamer: Any
     generator: torch.Generator | None
     prefix: PrefixCache | None
+    vision: See | None = None
     entered: bool = False
     """Whether Hugging Face's `generate` accepted the arguments."""
     rows: list[Row] = field(default_factory=list)
@@ -110,7 +113,10 @@ class HFGenerateAdapter:
         if self.prefix is not None and any(padding):
             raise TwigVLMError(f"attention_mask: hides {padding[0]} tokens; a conversation's prompt has no padding")
         inputs = {"input_ids": input_ids, **model_kwargs}
-        prompt = self.base.prompt(**inputs) if self.prefix is None else self.prefix.open(self.base, inputs)
+        if self.prefix is None:
+            prompt = self.base.prompt(vision=self.vision, **inputs)
+        else:
+            prompt = self.prefix.open(self.base, inputs, self.vision)
         stopping = split_criteria(stopping_criteria, input_ids, padding)
         noises = _noises(self.base, len(input_ids), generation_config, self.generator)
         lanes = split_processors(logits_processor, input_ids, padding, generation_config) if logits_processor else None

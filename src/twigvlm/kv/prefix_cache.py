@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twigvlm.base.prompt import Prompt
+from twigvlm.base.vision import See
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.kv.cache import CacheView
 from twigvlm.twig.block import Twig
@@ -51,12 +52,12 @@ class PrefixCache:
         """Whether a visual token is among what is new."""
         return bool(base.visual_mask(input_ids[:, self.known(input_ids) :]).any())
 
-    def open(self, base: BaseVLM, inputs: dict[str, Any]) -> Prompt:
-        """The next prompt, for which vision runs only if it is needed."""
+    def open(self, base: BaseVLM, inputs: dict[str, Any], vision: See | None = None) -> Prompt:
+        """The next prompt, for which the vision tower runs only if that is needed, or where `vision` watches it."""
         ids = inputs["input_ids"]
         known, before = self.known(ids), self.prompt
-        if before is None or not known or self.needs_vision(base, ids):
-            return base.prompt(**inputs)
+        if vision is not None or before is None or not known or self.needs_vision(base, ids):
+            return base.prompt(vision=vision, **inputs)
         if known == ids.shape[1]:
             return before
         base.check_context(ids)

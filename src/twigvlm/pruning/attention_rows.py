@@ -1,5 +1,6 @@
 """Importance of visual tokens: rows of an attention map that is never materialised (§3.3, Eq. 3)."""
 
+from collections.abc import Iterator
 from math import log
 
 import torch
@@ -7,6 +8,41 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from twigvlm.base.packing import Lengths, valid_mask
+
+
+def attention_chunks(
+    queries: Float[Tensor, "batch heads queries head_dim"],
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+    scaling: float,
+    query_positions: Int[Tensor, "batch queries"],
+    window: int | None = None,
+    chunk: int = 32,
+) -> Iterator[tuple[slice, Float[Tensor, "batch heads part tokens"]]]:
+    """Rows of a causal attention map, a few queries at a time: which queries, and their softmax over *all* keys.
+
+    Works beside any attention kernel, because it needs the rotated queries and keys only, and for grouped-query attention.
+
+    Args:
+        queries: rotated queries.
+        keys: rotated keys of all tokens.
+        scaling: factor of the dot product (1/sqrt(head_dim) as a rule).
+        query_positions: index of each query among the tokens; a query sees keys up to itself.
+        window: how many tokens a query looks back, itself included; None: all.
+        chunk: queries per matrix product, so that many queries need little memory.
+    """
+    batch, heads, count, _ = queries.shape
+    groups, tokens = keys.shape[1], keys.shape[2]
+    keys_at = torch.arange(tokens, device=keys.device)
+    for start in range(0, count, chunk):
+        part = slice(start, min(start + chunk, count))
+        grouped = queries[:, :, part].reshape(batch, groups, -1, queries.shape[-1])  # heads of a group share its keys
+        logits = (grouped @ keys.transpose(-1, -2)).float() * scaling
+        logits = logits.view(batch, heads, -1, tokens)
+        positions = query_positions[:, part, None]
+        unseen = keys_at > positions
+        if window is not None:
+            unseen |= keys_at <= positions - window
+        yield part, logits.masked_fill(unseen[:, None], float("-inf")).softmax(dim=-1)
 
 
 def attention_scores(
@@ -21,8 +57,7 @@ def attention_scores(
 ) -> Float[Tensor, "batch tokens"]:
     """Attention that visual tokens get: softmax over *all* keys, mean over heads, sum over the queries (Eq. 3).
 
-    With the last prompt token as the only query this is the row that the published code ranks by. Works beside any
-    attention kernel, because it needs the rotated queries and keys only, and for grouped-query attention.
+    With the last prompt token as the only query this is the row that the published code ranks by.
 
     Args:
         queries: rotated queries.
@@ -37,21 +72,10 @@ def attention_scores(
     Returns:
         Scores in float32; 0 at text tokens.
     """
-    batch, heads, _, _ = queries.shape
-    groups, tokens = keys.shape[1], keys.shape[2]
-    scores = torch.zeros(batch, tokens, dtype=torch.float32, device=keys.device)
-    keys_at = torch.arange(tokens, device=keys.device)
+    scores = torch.zeros(visual_mask.shape, dtype=torch.float32, device=keys.device)
     asks = valid_mask(counts, query_positions.shape[1], keys.device)
-    parts = zip(*(each.split(chunk, dim=-1) for each in (query_positions, asks)), strict=True)
-    for part, (positions, asking) in zip(queries.split(chunk, dim=2), parts, strict=True):
-        grouped = part.reshape(batch, groups, -1, part.shape[-1])  # heads of a group share its keys
-        logits = (grouped @ keys.transpose(-1, -2)).float() * scaling
-        logits = logits.view(batch, heads, -1, tokens)
-        unseen = keys_at > positions[..., None]
-        if window is not None:
-            unseen |= keys_at <= positions[..., None] - window
-        logits = logits.masked_fill(unseen[:, None], float("-inf"))
-        scores += (logits.softmax(dim=-1).mean(dim=1) * asking[..., None]).sum(dim=1)
+    for part, shares in attention_chunks(queries, keys, scaling, query_positions, window, chunk):
+        scores += (shares.mean(dim=1) * asks[:, part, None]).sum(dim=1)
     return scores.masked_fill(~visual_mask, 0.0)
 
 

@@ -1,10 +1,11 @@
 """Cuts: where visual tokens leave the sequence. A pruning method is a list of cuts and a rule that chooses who stays."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
@@ -23,9 +24,34 @@ class Cut:
     """0: none (FinalWipe)."""
 
 
+class Need(Enum):
+    """What a method looks at that is computed or kept for its sake."""
+
+    VISION = "vision features"
+    TOWER_ATTENTION = "vision attention"
+    LAST_LAYER = "attention of the layer before a cut"
+    NEXT_LAYER = "attention of the layer after a cut"
+    TWIG = "a trained twig"
+
+
+class Choice(NamedTuple):
+    """Who goes on after a cut."""
+
+    stays: Bool[Tensor, "batch tokens"]
+    """True at the visual tokens that go on."""
+    hidden: Float[Tensor, "batch tokens width"] | None = None
+    """States of all tokens, where dropped ones merge into others; None: nobody's state changes."""
+    compacted: bool = False
+    """Whether what is left gets consecutive positions."""
+
+
 @runtime_checkable
 class Pruner(Protocol):
     """A pruning method."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it looks at, beside the states of the tokens and the twig's own scores."""
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
         """Its schedule for a prompt, at layers that depend on nothing but the method.
@@ -39,8 +65,8 @@ class Pruner(Protocol):
             TwigVLMError: it cannot have this budget.
         """
 
-    def choose(self, view: "CutView", keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
-        """True at the visual tokens that go on: `keep` of each row. Text always stays. Not asked where all leave."""
+    def choose(self, view: "CutView", keep: Sequence[int]) -> Bool[Tensor, "batch tokens"] | Choice:
+        """The visual tokens that go on: `keep` of each row, True in a mask. Text always stays. Not asked where all leave."""
 
 
 def schedule(pruner: Pruner, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
@@ -74,3 +100,62 @@ def average_visual(cuts: Sequence[Cut], visual: int, layers: int) -> float:
         total += visual * (cut.layer - start)
         start, visual = cut.layer, cut.keep
     return (total + visual * (layers - start)) / layers
+
+
+def solve_cuts(
+    layers_of_cuts: Sequence[int],
+    kept: Callable[[float], Sequence[float]],
+    retain: float | None,
+    visual: int,
+    layers: int,
+) -> tuple[Cut, ...]:
+    """The schedule of a family of schedules that has an average R̄; numbers of tokens are rounded to the nearest integer.
+
+    Args:
+        layers_of_cuts: after which layers it cuts.
+        kept: from a parameter in 0..1 to the shares of M that each cut keeps: at 0 none, at 1 all, ascending between.
+        retain: R̄.
+        visual: M.
+        layers: L.
+
+    Raises:
+        TwigVLMError: no schedule of the family has this average; names the range that has one.
+    """
+    if retain is None:
+        raise TwigVLMError("pruner: needs a budget, give retain")
+    if layers_of_cuts[-1] >= layers:
+        raise TwigVLMError(f"cut after layer {layers_of_cuts[-1]}: needs a base of more layers than {layers}")
+
+    def counts(parameter: float) -> list[float]:
+        exact, most = [], float(visual)
+        for share in kept(parameter):
+            most = min(most, max(visual * share, 1.0))
+            exact.append(most)
+        return exact
+
+    def average(sizes: Sequence[float]) -> float:
+        spans = zip(layers_of_cuts, [*layers_of_cuts[1:], layers], sizes, strict=True)
+        return (visual * layers_of_cuts[0] + sum((stop - start) * size for start, stop, size in spans)) / layers
+
+    low, high = average(counts(0.0)), average(counts(1.0))
+    slack = (layers - layers_of_cuts[0]) / (2 * layers)  # half a token in the pruned layers
+    if not low - slack <= retain <= high + slack:
+        where = ", ".join(map(str, layers_of_cuts))
+        raise TwigVLMError(
+            f"retain={retain:g}: must be {low:.1f} to {high:.1f} for {visual} visual tokens and cuts after layer {where} of "
+            f"{layers}"
+        )
+    below, above = 0.0, 1.0
+    for _ in range(60):
+        middle = (below + above) / 2
+        below, above = (middle, above) if average(counts(middle)) < retain else (below, middle)
+    sizes = [int(size + 0.5) for size in counts(above)]
+    return tuple(Cut(layer, size) for layer, size in zip(layers_of_cuts, sizes, strict=True))
+
+
+def scaled_layers(published: Sequence[int], layers: int, of: int = 32) -> tuple[int, ...]:
+    """Layers of cuts that were published for a base of `of` layers, at the same depths of a base of L."""
+    at: list[int] = []
+    for layer in published:
+        at.append(max(round(layer * layers / of), at[-1] + 1 if at else 1))
+    return tuple(at)

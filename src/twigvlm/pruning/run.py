@@ -1,18 +1,20 @@
 """Layers between cuts: the one way in which visual tokens are dropped, in a prefill and in the rewards of stage 2."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from jaxtyping import Bool
 from torch import Tensor
 
 from twigvlm.base.masks import Masks
+from twigvlm.base.prompt import Prompt
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.kv.cache import CacheView
-from twigvlm.pruning.cut import Cut
+from twigvlm.pruning.cut import Choice, Cut
 from twigvlm.pruning.view import Tokens
 
-Choose = Callable[[Tokens, int, Sequence[int]], Bool[Tensor, "batch tokens"]]
-"""(tokens at a cut, its layer, how many visual tokens each row keeps) -> True at the visual tokens that go on."""
+Choose = Callable[[Tokens, int, Sequence[int]], Bool[Tensor, "batch tokens"] | Choice]
+"""(tokens at a cut, its layer, how many visual tokens each row keeps) -> those that go on; a mask changes nothing else."""
 
 
 def run_cuts(
@@ -24,6 +26,8 @@ def run_cuts(
     choose: Choose,
     masks: Masks,
     view: CacheView | None = None,
+    prompt: Prompt | None = None,
+    in_two: bool = False,
 ) -> Tokens:
     """Layers start..stop-1 (from 0); at each cut the visual tokens that are not chosen leave (§3.3).
 
@@ -36,16 +40,24 @@ def run_cuts(
         choose: who stays; not asked where all leave.
         masks: of the prompt.
         view: of the cache that gets keys and values; None: they are not kept.
+        prompt: whose tokens these are, for choices that compact positions.
+        in_two: whether the input of the layer before each cut, and of the last one, is kept for methods that rank by it.
 
     Returns:
         The tokens that are left, after layer `stop`.
     """
     for at_layer in zip(*cuts, strict=True):
         layer, keep = at_layer[0].layer, [cut.keep for cut in at_layer]
-        tokens = tokens.through(base, start, layer, masks, view)
+        tokens = tokens.through(base, start, layer, masks, view, in_two)
         start = layer
-        stays = tokens.text
+        choice = Choice(tokens.text)
         if any(keep):
-            stays = stays | choose(tokens, layer, keep)
-        tokens = tokens.keep(stays)
-    return tokens.through(base, start, stop, masks, view)
+            chosen = choose(tokens, layer, keep)
+            choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
+        if choice.hidden is not None:
+            tokens = replace(tokens, hidden=choice.hidden)
+        tokens = tokens.keep(choice.stays | tokens.text)
+        if choice.compacted:
+            assert prompt is not None, "it has positions"
+            tokens = tokens.compacted(base, prompt)
+    return tokens.through(base, start, stop, masks, view, in_two)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from twigvlm.base.masks import Masks
@@ -13,6 +13,7 @@ from twigvlm.base.packing import Lengths, last_token, left_pack, valid_mask
 from twigvlm.base.prompt import Prompt
 from twigvlm.base.token_inputs import TokenInputs, select_tokens, slice_tokens
 from twigvlm.base.vlm import BaseVLM
+from twigvlm.errors import TwigVLMError
 from twigvlm.kv.cache import CacheView
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.select import gather_tokens
@@ -30,6 +31,10 @@ class Tokens:
     visual: Bool[Tensor, "batch tokens"]
     """True at visual tokens."""
     lengths: Lengths
+    index: Int[Tensor, "batch tokens"] | None = None
+    """Index of each in the prompt; None: they are the prompt's, in its order."""
+    before: Float[Tensor, "batch tokens width"] | None = None
+    """States before the layer that ran last, where they are kept."""
 
     @property
     def last(self) -> Float[Tensor, "batch width"]:
@@ -41,12 +46,20 @@ class Tokens:
         """True at text tokens."""
         return valid_mask(self.lengths, self.hidden.shape[1], self.hidden.device) & ~self.visual
 
-    def through(self, base: BaseVLM, start: int, stop: int, masks: Masks, view: CacheView | None) -> "Tokens":
-        """After layers start..stop-1, which a cache, if there is one, has got."""
-        hidden = base.run_layers(self.hidden, start, stop, self.inputs, masks, view)
-        if view is not None and stop > start and min(self.lengths) < hidden.shape[1]:
+    def through(
+        self, base: BaseVLM, start: int, stop: int, masks: Masks, view: CacheView | None, in_two: bool = False
+    ) -> "Tokens":
+        """After layers start..stop-1, which a cache, if there is one, has got; `in_two` keeps the input of the last one."""
+        if stop == start:
+            return self
+        before, args = None, (self.hidden, start, stop, self.inputs, masks, view)
+        if in_two:
+            before, hidden = base.run_layers_in_two(*args)
+        else:
+            hidden = base.run_layers(*args)
+        if view is not None and min(self.lengths) < hidden.shape[1]:
             view.cache.set_lengths(start, stop, view.rows, self.lengths)
-        return replace(self, hidden=hidden)
+        return replace(self, hidden=hidden, before=before)
 
     def keep(self, stays: Bool[Tensor, "batch tokens"]) -> "Tokens":
         """Only the tokens that stay, in their order and with their positions."""
@@ -56,7 +69,27 @@ class Tokens:
         if inputs.positions is not None:
             inputs = inputs._replace(positions=inputs.positions.masked_fill(padding, _BEYOND))
         visual = torch.gather(self.visual, 1, indices) & ~padding
-        return Tokens(gather_tokens(self.hidden, indices), inputs, visual, lengths)
+        index = indices if self.index is None else torch.gather(self.index, 1, indices)
+        return Tokens(gather_tokens(self.hidden, indices), inputs, visual, lengths, index)
+
+    def compacted(self, base: BaseVLM, prompt: Prompt) -> "Tokens":
+        """With consecutive positions that end where the prompt's do.
+
+        Rotary embeddings make attention depend on distances alone, so to count from the end is to count from the start,
+        and the tokens of the answer have one position in all layers, whatever was cut before them.
+
+        Raises:
+            TwigVLMError: positions have several axes, in which no order is consecutive.
+        """
+        if prompt.position_ids.ndim == 3:
+            raise TwigVLMError("positions='compacted': the positions of this base have three axes; use 'kept'")
+        count, device = self.hidden.shape[1], self.hidden.device
+        ends = torch.tensor(prompt.lengths, device=device)[:, None] - 1
+        last = prompt.position_ids.gather(1, ends)
+        lengths = torch.tensor(self.lengths, device=device)[:, None]
+        positions = (last - lengths + 1 + torch.arange(count, device=device)).clamp(min=0)
+        rotary = base.rotary(self.hidden, positions)
+        return replace(self, inputs=self.inputs._replace(cos=rotary.cos, sin=rotary.sin))
 
 
 @dataclass(frozen=True)
@@ -116,3 +149,9 @@ class CutView:
     """Those that are left."""
     trunk: TrunkOutput | None
     """The prompt after layer K; None before that."""
+
+    @property
+    def before(self) -> Float[Tensor, "batch tokens width"]:
+        """States of the tokens before the last layer that they have passed; for methods with `Need.LAST_LAYER`."""
+        assert self.tokens.before is not None, "the method needs it"
+        return self.tokens.before

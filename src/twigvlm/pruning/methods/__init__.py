@@ -1,1 +1,47 @@
-"""Ways to rank visual tokens, one file each."""
+"""Ways to rank visual tokens, one file each, and the published methods by name."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Final
+
+from twigvlm.errors import TwigVLMError
+from twigvlm.pruning.cut import Pruner
+from twigvlm.pruning.methods.fastervlm import FasterVLM
+from twigvlm.pruning.methods.fastv import FastV
+from twigvlm.pruning.methods.mustdrop import MustDrop
+from twigvlm.pruning.methods.pyramiddrop import PyramidDrop
+from twigvlm.pruning.methods.random import RandomTokens
+from twigvlm.pruning.methods.sparsevlm import SparseVLM
+from twigvlm.pruning.methods.visionzip import VisionZip
+
+METHODS: Final[Mapping[str, Callable[..., Pruner]]] = {
+    "fastv": FastV,
+    "pyramiddrop": PyramidDrop,
+    "sparsevlm": SparseVLM,
+    "sparsevlm-v2": partial(SparseVLM, "v2"),
+    "mustdrop": MustDrop,
+    "visionzip": VisionZip,
+    "fastervlm": FasterVLM,
+    "random": RandomTokens,
+}
+"""Published methods that need no trained twig. `fastv:LAYER` and `random:LAYER` name the layer that they cut after."""
+_AT_A_LAYER = ("fastv", "random")
+
+
+def make_pruner(name: str) -> Pruner:
+    """A method by its name, for example "visionzip", "fastv:3" or "random:0".
+
+    Raises:
+        TwigVLMError: there is no such method, or it cannot cut after this layer.
+    """
+    method, colon, layer = name.partition(":")
+    if method not in METHODS:
+        known = ", ".join("random:LAYER" if known == "random" else known for known in METHODS)
+        raise TwigVLMError(f"pruner {name!r}: must be one of twig, {known}")
+    if not colon and method == "random":
+        raise TwigVLMError("pruner 'random': needs the layer to cut after, for example random:0 (before the decoder)")
+    if not colon:
+        return METHODS[method]()
+    if method not in _AT_A_LAYER or not layer.isdigit():
+        raise TwigVLMError(f"pruner {name!r}: a layer goes with {' and '.join(_AT_A_LAYER)} only, for example fastv:3")
+    return METHODS[method](layer=int(layer))

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from twigvlm.pruning.budget import average_kept, solve_keep
-from twigvlm.pruning.cut import Cut
+from twigvlm.pruning.cut import Cut, Need
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.select import evenly, top_visual
 from twigvlm.pruning.view import CutView, Scorer, TrunkOutput
@@ -28,6 +29,7 @@ class TwigPruner:
     """R, if it is given instead of an average."""
     per_image: bool = False
     """Whether R is split evenly among a prompt's images."""
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.TWIG})
 
     def ranks_later(self, twig: Twig) -> bool:
         """Whether its ranking can be asked again at new tokens, as refocusing does."""

@@ -1,0 +1,174 @@
+"""Cuts before the decoder: methods that choose among the visual tokens of each image by what the vision tower made of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from twigvlm.base.vision import Vision
+from twigvlm.errors import TwigVLMError
+from twigvlm.pruning.cut import Choice, Cut, solve_cuts
+from twigvlm.pruning.view import CutView
+
+Positions = Literal["kept", "compacted"]
+"""Whether the tokens that stay have the positions that they had in the prompt, or consecutive ones."""
+T = TypeVar("T")
+_CHUNK = 64  # rows of similarities that are computed at a time
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The visual tokens of one image, tile or pair of frames that are left in a prompt, in the order of the prompt."""
+
+    vision: Vision
+    rows: Int[Tensor, " tokens"]
+    """Of `vision`'s tensors."""
+    question: Float[Tensor, "text width"]
+    """Embeddings of the text behind the last visual token of the prompt."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def features(self) -> Float[Tensor, "tokens features"]:
+        """Before the projector; where it merges patches, behind it."""
+        return self.vision.features[self.rows]
+
+    @property
+    def projected(self) -> Float[Tensor, "tokens width"]:
+        """As the language model gets them."""
+        return self.vision.projected[self.rows]
+
+    @property
+    def importance(self) -> Float[Tensor, " tokens"]:
+        """The CLS token's attention, mean over heads, or the attention that a patch receives where there is no CLS."""
+        return self.vision.importance()[self.rows]
+
+    @property
+    def keys(self) -> Float[Tensor, "tokens head_dim"]:
+        """Keys of the block whose output the features are, mean over heads."""
+        return self.vision.keys[self.rows]
+
+    @property
+    def cls(self) -> Float[Tensor, "1 features"] | None:
+        """Features of the image's CLS token."""
+        return None if self.vision.cls is None else self.vision.cls[self.vision.image[self.rows[:1]]]
+
+
+class Picked(NamedTuple):
+    """What a method keeps of one image."""
+
+    slots: Int[Tensor, " kept"]
+    """Which of the tokens' positions are used."""
+    states: Float[Tensor, "kept width"] | None = None
+    """What stands there, in the order in which the method's authors line it up; None: the tokens themselves."""
+
+
+Pick = Callable[[ImageTokens, int], Picked]
+"""(tokens of an image, how many of them stay: less than all) -> those."""
+
+
+def nearest_published(by_budget: Mapping[int, T], retain: float | None, visual: int) -> T:
+    """What was published for 576 visual tokens and the budget that is nearest to this one of M.
+
+    Args:
+        by_budget: by R̄ of 576 tokens.
+        retain: R̄.
+        visual: M.
+    """
+    wanted = 0.0 if retain is None else 576 * retain / visual
+    return by_budget[min(by_budget, key=lambda budget: abs(budget - wanted))]
+
+
+def cut_at_input(retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+    """One cut before the decoder: R = R̄. Arguments and errors as of `Pruner.cuts`."""
+    return solve_cuts((0,), lambda share: (share,), retain, visual, layers)
+
+
+def choose_per_image(view: CutView, keep: Sequence[int], pick: Pick, positions: Positions) -> Choice:
+    """Every prompt's budget split among its images in proportion to their tokens, and a choice in each.
+
+    Visual tokens that are no patch, such as the ends of lines between tiles, go first. An image that keeps all is left as it
+    is.
+
+    Args:
+        view: the prompts before the decoder.
+        keep: of each prompt.
+        pick: chooses in one image.
+        positions: of the tokens that stay.
+
+    Raises:
+        TwigVLMError: the base does not tell what the method needs.
+    """
+    vision = view.prompt.vision
+    if vision is None:
+        raise TwigVLMError("pruner: ranks by the vision tower, which did not run for this prompt; pass its pixels")
+    stays, hidden = torch.zeros_like(view.tokens.visual), view.tokens.hidden.clone()
+    for row, count in enumerate(keep):
+        source, visual = vision.source[row], view.tokens.visual[row]
+        patches = (visual & (source >= 0)).nonzero()[:, 0]
+        others = (visual & (source < 0)).nonzero()[:, 0]
+        stays[row, others[: max(0, count - len(patches))]] = True
+        last = int(visual.nonzero()[-1]) if count else 0
+        question = view.tokens.hidden[row, last + 1 : view.tokens.lengths[row]]
+        groups = _by_image(vision.image[source[patches]], patches)
+        for places, share in zip(groups, shares(min(count, len(patches)), list(map(len, groups))), strict=True):
+            if share == len(places):
+                stays[row, places] = True
+            elif share:
+                slots, states = pick(ImageTokens(vision, source[places], question), share)
+                if positions == "compacted":
+                    slots = slots.sort().values
+                stays[row, places[slots]] = True
+                if states is not None:
+                    hidden[row, places[slots]] = states.to(hidden)
+    return Choice(stays, hidden, positions == "compacted" and not bool(stays.eq(view.tokens.visual).all()))
+
+
+def _by_image(image: Int[Tensor, " patches"], patches: Int[Tensor, " patches"]) -> list[Tensor]:
+    """The patches of each image, in the order of the prompt."""
+    return [patches[image == number] for number in image.unique().tolist()]
+
+
+def shares(keep: int, sizes: Sequence[int]) -> list[int]:
+    """A number of tokens split in proportion to `sizes`, which sum up to at least that number; largest remainders first."""
+    total = max(sum(sizes), 1)
+    split = [keep * size // total for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda index: (-(keep * sizes[index] % total), index))
+    for index in by_remainder[: keep - sum(split)]:
+        split[index] += 1
+    return split
+
+
+def top(scores: Float[Tensor, " tokens"], keep: int) -> Int[Tensor, " kept"]:
+    """The tokens with the highest scores, in their order; of equal scores the earlier one."""
+    return scores.argsort(descending=True, stable=True)[:keep].sort().values
+
+
+def unit(features: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
+    """Features of length 1, in float32: their products are cosines."""
+    return torch.nn.functional.normalize(features.float(), dim=-1)
+
+
+def nearest(
+    rows: Float[Tensor, "tokens width"], among: Float[Tensor, "others width"], exclude_self: bool = False
+) -> tuple[Float[Tensor, " tokens"], Int[Tensor, " tokens"]]:
+    """For each row the largest product with another set of rows, and which one has it; no table of all is made.
+
+    Args:
+        rows: of length 1.
+        among: of length 1.
+        exclude_self: whether both sets are the same, and a row is not its own nearest.
+    """
+    values, indices = [], []
+    for start in range(0, len(rows), _CHUNK):
+        products = rows[start : start + _CHUNK] @ among.T
+        if exclude_self:
+            products.diagonal(start).fill_(-2.0)
+        value, index = products.max(dim=1)
+        values.append(value)
+        indices.append(index)
+    return torch.cat(values), torch.cat(indices)

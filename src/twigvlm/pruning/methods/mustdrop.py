@@ -1,0 +1,71 @@
+"""MustDrop under a budget: cuts after four layers, by the attention of the whole question; key tokens stay."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from twigvlm.pruning.cut import Choice, Cut, Need, scaled_layers, solve_cuts
+from twigvlm.pruning.images import Positions
+from twigvlm.pruning.question import attention_from, question_mask
+from twigvlm.pruning.select import top_visual
+from twigvlm.pruning.view import CutView
+
+_LAYERS = (3, 7, 11, 15)
+
+
+@dataclass(frozen=True)
+class MustDrop:
+    """At each cut, after the key tokens, those stay that exceed a published threshold the furthest.
+
+    Liu et al., "Multi-Stage Vision Token Dropping" (2024), §3. As published a token goes if the question gives it less than a
+    share g of what it gives to all visual tokens, and no token of the question more than i; how many go differs from
+    prompt to prompt. Here the tokens with the largest max(sum/(g·total), max/i) stay, a share λ at each cut, so that a
+    budget holds. Key tokens are the 8 % that the vision tower's last block attends to most.
+    """
+
+    key_share: float = 0.08
+    positions: Positions = "kept"
+    """"compacted" as published."""
+    thresholds: tuple[float, float] = (0.001, 0.001)
+    """g and i, as published for TextVQA and R̄ 192; under a budget only their ratio matters."""
+    paper: ClassVar[str] = "Liu et al., 2024, arXiv:2411.10803"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.LAST_LAYER, Need.VISION, Need.TOWER_ATTENTION})
+
+    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+        """Cuts that keep λM, λ²M, λ³M, λ⁴M; raises TwigVLMError if no λ has this average."""
+        at = scaled_layers(_LAYERS, layers)
+        return solve_cuts(at, lambda share: [share**power for power in (1, 2, 3, 4)], retain, visual, layers)
+
+    def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"] | Choice:
+        """The key tokens, then those that the question looks at."""
+        visual = view.tokens.visual
+        total, largest = self._attention(view)
+        share, single = self.thresholds
+        scores = torch.maximum(total / (share * total.sum(dim=1, keepdim=True)), largest / single)
+        scores = scores + self._is_key(view) * (1 + scores.max())
+        return Choice(top_visual(scores, visual, keep), None, self.positions == "compacted")
+
+    def _attention(self, view: CutView) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch tokens"]]:
+        """Sum and maximum over the question of the attention to each visual token, mean over heads."""
+        total = torch.zeros(view.tokens.visual.shape, device=view.tokens.hidden.device)
+        largest = total
+        for shares, asks, _ in attention_from(view, question_mask(view.prompt)):
+            given = shares.mean(dim=1) * asks[..., None] * view.tokens.visual[:, None]
+            total, largest = total + given.sum(dim=1), torch.maximum(largest, given.max(dim=1).values)
+        return total, largest
+
+    def _is_key(self, view: CutView) -> Bool[Tensor, "batch tokens"]:
+        """Which of the tokens that are left are key tokens of their prompt."""
+        prompt, vision = view.prompt, view.prompt.vision
+        if vision is None:
+            return torch.zeros_like(view.tokens.visual)
+        patch = prompt.visual_mask & (vision.source >= 0)
+        ranked = vision.last_importance[vision.source.clamp(min=0)]
+        counts = [int(self.key_share * count) for count in patch.sum(dim=1).tolist()]
+        keys = top_visual(ranked, patch, counts)
+        index = view.tokens.index
+        return (keys if index is None else keys.gather(1, index)) & view.tokens.visual

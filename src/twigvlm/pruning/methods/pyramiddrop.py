@@ -1,0 +1,44 @@
+"""PyramidDrop: a cut after each of several stages, by the attention of the layer that follows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from twigvlm.base.layers import project_keys
+from twigvlm.pruning.cut import Choice, Cut, Need, scaled_layers, solve_cuts
+from twigvlm.pruning.images import Positions
+from twigvlm.pruning.methods.twig_attention import layer_scores
+from twigvlm.pruning.select import top_visual
+from twigvlm.pruning.view import CutView
+
+
+@dataclass(frozen=True)
+class PyramidDrop:
+    """At each cut a share λ of the visual tokens stays, those that the last prompt token attends to most in the next layer.
+
+    Xing et al., "PyramidDrop", CVPR 2025, §3.2. The authors cut after layers 8, 16 and 24 of 32, which has no average below
+    a quarter of M; so the default cuts earlier, and λ follows from the budget.
+    """
+
+    layers: tuple[int, ...] = (2, 8, 16)
+    """After which it cuts, of a base of 32 layers; at the same depths of others."""
+    positions: Positions = "kept"
+    """"compacted" as published."""
+    paper: ClassVar[str] = "Xing et al., CVPR 2025, arXiv:2410.17247"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.NEXT_LAYER})
+
+    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+        """Cuts that keep λM, λ²M, λ³M, …; raises TwigVLMError if no λ has this average."""
+        powers = range(1, len(self.layers) + 1)
+        at = scaled_layers(self.layers, layers)
+        return solve_cuts(at, lambda share: [share**power for power in powers], retain, visual, layers)
+
+    def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"] | Choice:
+        """The visual tokens with the most attention."""
+        layer, tokens = view.base.layers[view.layer], view.tokens
+        keys = project_keys(layer, tokens.hidden, tokens.inputs)
+        stays = top_visual(layer_scores(layer, tokens.hidden, keys, tokens, "last"), tokens.visual, keep)
+        return Choice(stays, None, self.positions == "compacted")

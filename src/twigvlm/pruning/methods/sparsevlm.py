@@ -1,0 +1,145 @@
+"""SparseVLM: cuts after three layers, by the attention of the words that the image is about."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from twigvlm.base.prompt import Prompt
+from twigvlm.base.token_inputs import rotate
+from twigvlm.pruning.cut import Choice, Cut, Need, scaled_layers, solve_cuts
+from twigvlm.pruning.images import Positions, nearest_published
+from twigvlm.pruning.methods.density_peaks import density_peaks
+from twigvlm.pruning.question import attention_from, question_mask
+from twigvlm.pruning.select import top_visual
+from twigvlm.pruning.view import CutView
+
+_LAYERS = (3, 7, 16)
+_PUBLISHED = {
+    "v1": {192: (309, 204, 113), 128: (312, 117, 39), 64: (82, 32, 18)},  # 300, 200, 110, …, and what is recycled
+    "v2": {192: (300, 200, 118), 128: (238, 108, 60), 64: (66, 34, 20)},
+}
+"""Tokens of 576 behind each cut, by what their authors call the budget."""
+_FLOOR = 0.05  # of the distance kernel, which a division by it would not survive
+
+
+@dataclass(frozen=True)
+class SparseVLM:
+    """At each cut the visual tokens stay that the raters attend to most in the layer before it.
+
+    Zhang et al., "SparseVLM", ICML 2025, §3. Raters are the text tokens behind the image whose embeddings fit the visual
+    ones better than the mean. v1 recycles: the best third of what is dropped is clustered, and the clusters' means stay
+    too. v2 recycles nothing, divides attention by what rotary embeddings alone make of a distance, and asks the half of the
+    heads that look at the image most.
+    """
+
+    version: Literal["v1", "v2"] = "v1"
+    accounting: Literal["true", "published"] = "true"
+    """"published": R̄ as the authors count it, the layers before a cut with what it leaves."""
+    positions: Positions = "kept"
+    """"compacted" as published for v1, with the means behind the other tokens."""
+    paper: ClassVar[str] = "Zhang et al., ICML 2025, arXiv:2410.04417"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.LAST_LAYER})
+
+    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+        """The published list whose budget is nearest, scaled. Raises TwigVLMError if no scale has this average."""
+        sizes = nearest_published(_PUBLISHED[self.version], retain, visual)
+        at = scaled_layers(_LAYERS, layers)
+        counted = tuple(layer - 1 for layer in at) if self.accounting == "published" else at
+        cuts = solve_cuts(counted, lambda share: [share * size / sizes[-1] for size in sizes], retain, visual, layers)
+        return tuple(Cut(layer, cut.keep) for layer, cut in zip(at, cuts, strict=True))
+
+    def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"] | Choice:
+        """The visual tokens with the most attention, and in v1 the means of clusters of others."""
+        scores, visual = self._scores(view), view.tokens.visual
+        if self.version == "v2":
+            return Choice(top_visual(scores, visual, keep), None, self.positions == "compacted")
+        stays, hidden = torch.zeros_like(visual), view.tokens.hidden.clone()
+        for row, count in enumerate(keep):
+            slots, states = _recycled(scores[row], view.tokens.hidden[row], visual[row].nonzero()[:, 0], count)
+            if self.positions == "compacted":
+                slots = slots.sort().values
+            stays[row, slots] = True
+            hidden[row, slots] = states
+        return Choice(stays, hidden, self.positions == "compacted")
+
+    def _scores(self, view: CutView) -> Float[Tensor, "batch tokens"]:
+        visual = view.tokens.visual
+        total: Tensor | None = None
+        looks: Tensor | None = None
+        for shares, asks, inputs in attention_from(view, raters(view.prompt)):
+            given = shares * asks[:, None, :, None]
+            mass = (given * visual[:, None, None]).sum(dim=(2, 3))
+            if self.version == "v2":
+                everyone = view.tokens.inputs
+                given = given / distance_kernel((inputs.cos, inputs.sin), (everyone.cos, everyone.sin))[:, None]
+            summed = given.sum(dim=2)
+            total, looks = (summed, mass) if total is None or looks is None else (total + summed, looks + mass)
+        assert total is not None, "somebody asks"
+        assert looks is not None, "somebody asks"
+        if self.version == "v1":
+            return total.mean(dim=1)
+        heads = looks.topk(max(1, looks.shape[1] // 2), dim=1).indices
+        return total.gather(1, heads[..., None].expand(-1, -1, total.shape[2])).mean(dim=1)
+
+
+def raters(prompt: Prompt) -> Bool[Tensor, "batch tokens"]:
+    """True at text tokens behind the image to which visual tokens give more than the mean of a softmax over that text."""
+    chosen = question_mask(prompt)
+    for row in range(len(prompt.lengths)):
+        text, visual = chosen[row].nonzero()[:, 0], prompt.hidden[row, prompt.visual_mask[row]]
+        if len(text) < 2 or not len(visual):
+            continue
+        given = (visual @ prompt.hidden[row, text].T).float().softmax(dim=-1).mean(dim=0)
+        if bool((given > given.mean()).any()):
+            chosen[row, text] = given > given.mean()
+    return chosen
+
+
+def distance_kernel(
+    queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]
+) -> Float[Tensor, "batch queries tokens"]:
+    """What rotary embeddings make of the product of a query and a key of ones, over its value without them.
+
+    Args:
+        queries: cosines and sines of their positions, [batch, queries, rotary_dim].
+        keys: of theirs.
+    """
+
+    def ones(rotary: tuple[Tensor, Tensor]) -> Tensor:
+        cos, sin = rotary
+        return rotate(torch.ones_like(cos)[:, None].float(), cos.float(), sin.float())[:, 0]
+
+    width = keys[0].shape[-1]
+    return (ones(queries) @ ones(keys).transpose(1, 2) / width).clamp(min=_FLOOR)
+
+
+def recycling(visual: int, keep: int) -> tuple[int, int]:
+    """How many tokens stay, and how many clusters are made of the others, so that there are `keep` together."""
+    for count in range(keep, 0, -1):
+        if visual == count:
+            return count, 0
+        clusters = (int((visual - count) * 0.3) + 1) // 10 + 1
+        if count + clusters == keep:
+            return count, clusters
+    return keep, 0
+
+
+def _recycled(
+    scores: Float[Tensor, " tokens"], hidden: Float[Tensor, "tokens width"], visual: Int[Tensor, " visual"], keep: int
+) -> tuple[Int[Tensor, " keep"], Float[Tensor, "keep width"]]:
+    """Slots and states of the tokens that stay, in their order, and behind them of the clusters' means."""
+    count, clusters = recycling(len(visual), keep)
+    ranked = visual[scores[visual].argsort(descending=True, stable=True)]
+    kept = ranked[:count].sort().values
+    if not clusters:
+        return kept, hidden[kept]
+    recycled = ranked[count : count + int((len(visual) - count) * 0.3) + 1].sort().values
+    centers, cluster = density_peaks(hidden[recycled].float(), clusters)
+    sums = torch.zeros(clusters, hidden.shape[1], device=hidden.device)
+    sums.index_add_(0, cluster, hidden[recycled].float())
+    means = sums / torch.bincount(cluster, minlength=clusters)[:, None]
+    return torch.cat((kept, recycled[centers])), torch.cat((hidden[kept], means.to(hidden)))

@@ -1,0 +1,64 @@
+"""VisionZip: the patches that the CLS token attends to most, and a few that the others merge into."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from twigvlm.pruning.cut import Choice, Cut, Need
+from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, nearest, top, unit
+from twigvlm.pruning.view import CutView
+
+
+@dataclass(frozen=True)
+class VisionZip:
+    """Before the decoder: d dominant tokens, which are the CLS token and patches that it attends to, and c contextual ones.
+
+    Yang et al., "VisionZip", CVPR 2025, §3.2. Of the patches that are not dominant every ⌊n/c⌋-th is a contextual token; the
+    others are added to the most similar of them (by keys) as the mean of its group, before the projector.
+    """
+
+    contextual: float = 5 / 32
+    """c of c + d: 30 of 192, 20 of 128, 10 of 64."""
+    positions: Positions = "kept"
+    """"compacted" as published: the CLS token, dominant patches, contextual tokens."""
+    paper: ClassVar[str] = "Yang et al., CVPR 2025, arXiv:2412.04467"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
+
+    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+        """One cut before the decoder. Raises TwigVLMError if R̄ is not in 1..M."""
+        return cut_at_input(retain, visual, layers)
+
+    def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
+        """Image by image."""
+        return choose_per_image(view, keep, self.pick, self.positions)
+
+    def pick(self, image: ImageTokens, keep: int) -> Picked:
+        """Of one image. The CLS token takes the position of the first patch that is gone."""
+        contextual = min(int(keep * self.contextual + 0.5), keep - 1)
+        dominant, cls = keep - contextual, image.cls
+        if dominant < 2:
+            cls = None
+        patches = top(image.importance, dominant - (cls is not None))
+        rest = torch.ones(len(image), dtype=torch.bool, device=patches.device)
+        rest[patches] = False
+        others = rest.nonzero()[:, 0]
+        features = image.features.float()
+        states, slots = [features[patches]], [patches]
+        if contextual:
+            step = max(1, len(others) // contextual)
+            targets = others[::step][:contextual]
+            rest[targets] = False
+            merged = rest.nonzero()[:, 0]
+            keys = unit(image.keys)
+            _, nearest_target = nearest(keys[merged], keys[targets])
+            sums = torch.zeros_like(features[targets]).index_add_(0, nearest_target, features[merged])
+            sizes = torch.bincount(nearest_target, minlength=contextual).clamp(min=1)
+            states.append(features[targets] + sums / sizes[:, None])
+            slots.append(targets)
+        if cls is not None:
+            states.insert(0, cls.float())
+            slots.insert(0, rest.nonzero()[:1, 0])
+        projected = image.vision.project(torch.cat(states).to(image.vision.features))
+        return Picked(torch.cat(slots), projected)
