@@ -82,6 +82,20 @@ class TwigVLM(nn.Module):
         return cls(base, twig)
 
     @classmethod
+    def without_twig(cls, model: Any) -> "TwigVLM":
+        """A Hugging Face VLM with pruning methods that need no trained twig; it drafts nothing.
+
+        Its twig is a single untrained layer that never runs.
+
+        Args:
+            model: the base; unmodified, any attention implementation.
+
+        Raises:
+            TwigVLMError: the base is not supported.
+        """
+        return cls.grow(model, TwigConfig(trunk_layers=0, twig_layers=1, head="shared"))
+
+    @classmethod
     def from_pretrained(
         cls, model: Any, path: str | PathLike[str], *, revision: str | None = None, token: str | None = None
     ) -> "TwigVLM":

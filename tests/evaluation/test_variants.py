@@ -7,7 +7,7 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.variants import NONE, Variant, answer_all, make_variants
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
 from twigvlm.pruning.methods.pruning_head import HeadScores
-from twigvlm.pruning.methods.random import RandomScores
+from twigvlm.pruning.methods.random import RandomScores, RandomTokens
 from twigvlm.pruning.methods.twig_attention import TwigAttention
 
 SCORERS = {
@@ -16,7 +16,7 @@ SCORERS = {
     "attention": TwigAttention(),
     "twig-text": TwigAttention("text"),
     "random": RandomScores(7),
-    "fastv": BaseLayerAttention(2),
+    "deep:2": BaseLayerAttention(2),
     "deep:1": BaseLayerAttention(1),
     "deep:4": BaseLayerAttention(4),
     "deep:6": BaseLayerAttention(6),
@@ -89,7 +89,8 @@ def test_the_model_is_left_as_it_was():
         ("deep:7", "1 to 6"),
         ("deep:0", "1 to 6"),
         ("deep:x", "must be one of"),
-        ("visionzip", "must be one of"),
+        ("visionzap", "must be one of"),
+        ("visionzip:3", "a layer goes with"),
         ("refocus:x", "must name a coverage"),
         ("refocus:2", "at most 1"),
     ],
@@ -99,10 +100,20 @@ def test_unknown_methods_are_refused(method, words):
         make_variants(grown(), [method], [10])
 
 
-def test_fastv_needs_a_trunk():
-    model = TwigVLM.grow(tiny_llava(), TwigConfig(trunk_layers=0, twig_layers=2))
-    with pytest.raises(TwigVLMError, match="K = 0"):
-        make_variants(model, ["fastv"], [10])
+def test_published_methods_answer_as_generate_does():
+    """Whether they look at the vision tower or not, beside rankings by the twig."""
+    model, inputs = grown(), prompt()
+    methods = ["twig", "random:0", "visionzip", "fastv", "fastervlm", "random"]
+    variants = make_variants(model, methods, [10], [5])
+    assert [v.name for v in variants] == ["none", "twig@10/5", *(f"{m}@10" for m in methods[1:5]), "random@10/5"]
+    outcomes = answer_all(model, inputs, variants, 7, seed=7)
+    for method in methods[1:5]:
+        pruner = RandomTokens(0, 7) if method == "random:0" else method
+        expected = model.generate(**inputs, retain=10, pruner=pruner, max_new_tokens=7, return_dict_in_generate=True)
+        assert outcomes[f"{method}@10"].ids == expected.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        assert outcomes[f"{method}@10"].kept == len(expected.kept_indices[0])
+    expected = answer_all(model, inputs, make_variants(model, ["twig", "random"], [10]), 7, seed=7)
+    assert {name: outcomes[name] for name in expected} == expected
 
 
 def test_impossible_budgets_are_refused():

@@ -10,6 +10,7 @@ from twigvlm.cli.evaluate import Evaluate
 from twigvlm.cli.families import Families
 from twigvlm.cli.generate import Generate
 from twigvlm.cli.inspect import Inspect
+from twigvlm.cli.methods import Methods
 from twigvlm.cli.train import Train
 
 COMMANDS = (
@@ -19,6 +20,7 @@ COMMANDS = (
     | Annotated[Train, subcommand("train")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Families, subcommand("families")]
+    | Annotated[Methods, subcommand("methods")]
     | Annotated[Convert, subcommand("convert")]
 )
 DESCRIPTION = (

@@ -18,6 +18,7 @@ from twigvlm.images import Picture
 from twigvlm.inputs import user_turn
 from twigvlm.loading import SAPLING
 from twigvlm.model import TwigVLM
+from twigvlm.pruning.methods import make_pruner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,13 @@ class SessionConfig:
 
     @property
     def accelerated(self) -> bool:
-        """Whether the twig takes part."""
-        return self.twig is not None
+        """Whether the base's own `generate` is not enough: a twig takes part, or a pruning method that needs none."""
+        return self.twig is not None or self.without_twig
+
+    @property
+    def without_twig(self) -> bool:
+        """Whether visual tokens are pruned by a method that needs no twig, and there is none."""
+        return self.twig is None and self.pruning.pruner not in (None, "twig")
 
     @property
     def generate_options(self) -> dict[str, Any]:
@@ -56,9 +62,12 @@ class SessionConfig:
             from twigvlm import sapling
 
             twig = str(sapling.twig_path())
-        if twig is None and (pruning.active or speculate in ("chain", "tree", "auto")):
+        prunes = pruning.active and pruning.pruner in (None, "twig")  # by the twig
+        if pruning.pruner is not None and not prunes:
+            make_pruner(pruning.pruner)  # for its errors, before a model is loaded
+        if twig is None and (prunes or speculate in ("chain", "tree", "auto")):
             asked = f"--speculate {speculate}"
-            if pruning.active:
+            if prunes:
                 asked = f"--keep {pruning.keep}" if retain is None else f"--retain {retain:g}"
             raise TwigVLMError(
                 f"{asked}: needs a twig grown on {model!r}; give --twig DIR, or grow one with 'twigvlm train --model {model}'"
@@ -87,7 +96,10 @@ def open_session(config: SessionConfig, dtype: str, device: str) -> Session:
     """Load what the config names, and show that this goes on."""
     _silence_libraries()
     with busy(f"Loading {config.model}"):
-        session = Session(config, *loading.load(config.model, config.twig, dtype, device))
+        base, processor, model = loading.load(config.model, config.twig, dtype, device)
+        if config.without_twig:
+            model = TwigVLM.without_twig(base)
+        session = Session(config, base, processor, model)
     if session.model is not None and config.speculate == "auto":
         with busy("Measuring what drafts cost on this machine"):
             session.model.costs()  # kept for all answers, and part of no answer's time

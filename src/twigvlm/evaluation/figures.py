@@ -87,7 +87,7 @@ def draw_accuracy(accuracies: Sequence[Accuracy], variants: Sequence[Variant], p
     for variant in variants:
         if variant.retain is not None:
             lines.setdefault((variant.method, variant.final_wipe), []).append(variant)
-    several = len({final_wipe for _, final_wipe in lines}) > 1
+    several = len({final_wipe for _, final_wipe in lines} - {None}) > 1
     for (method, final_wipe), members in lines.items():
         members = sorted(members, key=lambda variant: variant.retain or 0.0)
         points = [figures[variant.name] for variant in members]
@@ -97,7 +97,7 @@ def draw_accuracy(accuracies: Sequence[Accuracy], variants: Sequence[Variant], p
         style = {"twig": "-", "attention": "-", "twig-text": "-"}.get(
             method, "--" if method.startswith("deep") else ":"
         )
-        label = f"{method}, K_f {final_wipe}" if several else method
+        label = f"{method}, K_f {final_wipe}" if several and final_wipe is not None else method
         axes.errorbar(
             [variant.retain or 0.0 for variant in members],
             middle,

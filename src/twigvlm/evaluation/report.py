@@ -94,7 +94,8 @@ def accuracy_sections(accuracies: Sequence[Accuracy], variants: Sequence[Variant
 
 
 def _label(name: str) -> str:
-    return name if name == NONE.name else "{}, R̄ {}, K_f {}".format(*name.replace("/", "@").split("@"))
+    parts = name.replace("/", "@").split("@")
+    return ", ".join(f"{label}{part}" for label, part in zip(("", "R̄ ", "K_f "), parts, strict=False))
 
 
 def _by_budget(figures: Mapping[str, Accuracy], variants: Sequence[Variant]) -> str:
@@ -107,7 +108,7 @@ def _by_budget(figures: Mapping[str, Accuracy], variants: Sequence[Variant]) -> 
         for budget in budgets:
             one = by_place[method, final_wipe, budget]
             cells.append(f"{percent(one.exact)} · {percent(one.relative)}{span(one.interval)} · R {one.kept:g}")
-        rows.append([method, str(final_wipe), *cells])
+        rows.append([method, "" if final_wipe is None else str(final_wipe), *cells])
     return table(["method", "K_f", *(f"R̄ {budget:g}: exact · RelAcc · R" for budget in budgets)], rows)
 
 

@@ -1,7 +1,7 @@
 """One question answered under many prunings: forks of one request, which share vision, prompt, trunk, twig and scores."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxtyping import Float
@@ -11,14 +11,16 @@ from twigvlm.config import check_coverage
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.model import TwigVLM
+from twigvlm.pruning.cut import Need, Pruner, schedule
+from twigvlm.pruning.methods import METHODS, make_pruner
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
 from twigvlm.pruning.methods.pruning_head import default_scorer
-from twigvlm.pruning.methods.random import RandomScores
+from twigvlm.pruning.methods.random import RandomScores, RandomTokens
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.methods.twig_attention import TwigAttention
 from twigvlm.pruning.view import Scorer
 
-METHODS = "none, twig, refocus:COVERAGE, attention, twig-text, random, fastv, deep:LAYER"
+RANKINGS = "none, twig, refocus:COVERAGE, attention, twig-text, random, deep:LAYER"
 _SCORED = ("twig", "attention", "twig-text", "random")
 
 
@@ -28,18 +30,21 @@ class Variant:
 
     method: str
     """none; twig: the twig's own ranking (its P-Head's where it has one); refocus:τ: the same, chosen again while the answer
-    grows; attention, twig-text: last twig layer's attention, of the last or of all text queries; random; fastv: attention of
-    base layer K; deep:N: attention of base layer N (counted from 1), an oracle that needs a full pass."""
+    grows; attention, twig-text: last twig layer's attention, of the last or of all text queries; random; deep:N: attention of
+    base layer N (counted from 1), an oracle that needs a full pass; or any published method (`twigvlm methods`) with the
+    cuts that are its own."""
     retain: float | None = None
     """R̄, by the same formula for every method; None for none."""
     final_wipe: int | None = None
-    """K_f; None for none."""
+    """K_f; None for none, and for methods with cuts of their own."""
 
     @property
     def name(self) -> str:
-        """For example `twig@64`, K_f aside: `twig@64/24`."""
+        """For example `twig@64/24`, K_f last, or `visionzip@64`."""
         if self.retain is None:
             return self.method
+        if self.final_wipe is None:
+            return f"{self.method}@{self.retain:g}"
         return f"{self.method}@{self.retain:g}/{self.final_wipe}"
 
 
@@ -55,14 +60,22 @@ def make_variants(
         TwigVLMError: an unknown method, or a layer that the base does not have.
     """
     for method in methods:
-        if method not in ("none", *_SCORED) and refocus_of(method) is None:
+        if is_published(method):
+            make_pruner(method)
+        elif method not in ("none", *_SCORED) and refocus_of(method) is None:
             watched_layer(method, model)
     layers = model.base.num_layers
     wipes = list(final_wipes) or [layers if model.twig.config.final_wipe is None else model.twig.config.final_wipe]
-    pruned = [Variant(m, b, k) for m in dict.fromkeys(methods) if m != "none" for b in budgets for k in wipes]
+    of_method = {method: [None] if is_published(method) else wipes for method in methods if method != "none"}
+    pruned = [Variant(m, b, k) for m, own_wipes in of_method.items() for b in budgets for k in own_wipes]
     if not pruned:
         raise TwigVLMError("nothing to compare: give at least one method that prunes, and one budget")
     return [NONE, *pruned]
+
+
+def is_published(method: str) -> bool:
+    """Whether a method has cuts of its own; `random` alone ranks under the twig's."""
+    return method != "random" and method.partition(":")[0] in METHODS
 
 
 def refocus_of(method: str) -> float | None:
@@ -82,12 +95,8 @@ def watched_layer(method: str, model: TwigVLM) -> int:
     """The base layer (from 1) whose attention a method ranks by."""
     layers = model.base.num_layers
     name, _, number = method.partition(":")
-    if method == "fastv":
-        if not model.twig.config.trunk_layers:
-            raise TwigVLMError("method 'fastv': ranks by the last trunk layer, and this twig has none (K = 0)")
-        return model.twig.config.trunk_layers
     if name != "deep" or not number.isdigit():
-        raise TwigVLMError(f"method {method!r}: must be one of {METHODS}")
+        raise TwigVLMError(f"method {method!r}: must be one of {RANKINGS}, or of 'twigvlm methods'")
     if not 1 <= int(number) <= layers:
         raise TwigVLMError(f"method {method!r}: the layer must be 1 to {layers}, the layers of this base")
     return int(number)
@@ -100,7 +109,7 @@ class Outcome:
     ids: list[int]
     """New ids; the last one is the end token unless the answer was cut."""
     kept: int
-    """R; M without pruning."""
+    """Visual tokens behind the first cut; M without pruning."""
     ran: int
     """Visual tokens that were chosen again while the answer grew, and ran through the pruned layers."""
 
@@ -126,17 +135,20 @@ def answer_all(
     """
     layers, visual = model.base.num_layers, int(model.base.visual_mask(inputs["input_ids"]).sum())
     engine = model.engine()
-    plain = engine.add(inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    # The request that all others are forks of; of methods that rank by the vision tower, if there are any.
+    pruners = {variant: _pruner(model, variant, seed) for variant in variants if variant.retain is not None}
+    first = next((variant for variant, pruner in pruners.items() if Need.VISION in pruner.needs), NONE)
+    how = {} if first is NONE else {"pruner": pruners[first], "retain": first.retain}
+    source = engine.add(inputs, **how, max_new_tokens=max_new_tokens, do_sample=False)
     names, kept = {}, {}
     for variant in variants:
-        if variant.retain is None:
-            names[plain], kept[plain] = variant.name, visual
-            continue
-        pruner = _pruner(model, variant, seed)
-        request = engine.fork(plain, pruner, variant.retain, refocus_of(variant.method))
-        names[request], kept[request] = variant.name, pruner.cuts(variant.retain, visual, layers)[0].keep
-    if plain not in names:
-        engine.cancel(plain)
+        pruner, request = pruners.get(variant), source
+        if variant != first:
+            request = engine.fork(source, pruner, variant.retain, refocus_of(variant.method))
+        cuts = () if pruner is None else schedule(pruner, variant.retain, visual, layers)
+        names[request], kept[request] = variant.name, cuts[0].keep if cuts else visual
+    if source not in names:
+        engine.cancel(source)
     rows = {row.id: row for row in engine.waiting}
     ids: dict[int, list[int]] = {request: [] for request in names}
     for event in engine.stream():
@@ -168,7 +180,10 @@ def score_all(
     return {method: prefix.scores[scorer] for method, scorer in scorers.items()}
 
 
-def _pruner(model: TwigVLM, variant: Variant, seed: int) -> TwigPruner:
+def _pruner(model: TwigVLM, variant: Variant, seed: int) -> Pruner:
+    if is_published(variant.method):
+        pruner = make_pruner(variant.method)
+        return replace(pruner, seed=seed) if isinstance(pruner, RandomTokens) else pruner
     final_wipe = model.base.num_layers if variant.final_wipe is None else variant.final_wipe
     return TwigPruner(_scorer(variant.method, model, seed), model.twig.config.trunk_layers, final_wipe)
 

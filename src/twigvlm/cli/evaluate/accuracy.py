@@ -20,8 +20,8 @@ class EvaluateAccuracy(PruningOptions):
 
     methods: tuple[str, ...] = ("twig", "random", "fastv")
     """How to rank the visual tokens: twig (its P-Head if it has one), refocus:τ (the same, again while the answer grows),
-    attention (last twig layer), twig-text (the same, all text queries), random, fastv (base layer K), deep:N (base layer N, an
-    oracle)."""
+    attention (last twig layer), twig-text (the same, all text queries), random, deep:N (base layer N, an oracle), or any of
+    `twigvlm methods`, with cuts of its own."""
     final_wipe: int | None = None
 
     def run(self) -> None:

@@ -45,3 +45,14 @@ def make_pruner(name: str) -> Pruner:
     if method not in _AT_A_LAYER or not layer.isdigit():
         raise TwigVLMError(f"pruner {name!r}: a layer goes with {' and '.join(_AT_A_LAYER)} only, for example fastv:3")
     return METHODS[method](layer=int(layer))
+
+
+def described(name: str) -> tuple[str, str, str, str]:
+    """A method's name, where it cuts (of a base of 32 layers), what it needs, and its paper."""
+    if name == "random":
+        return "random:LAYER", "after that layer; 0: before the decoder", "", "the floor that any ranking must beat"
+    pruner = make_pruner(name)
+    at = [cut.layer for cut in pruner.cuts(192, 576, 32)]
+    where = "before the decoder" if at == [0] else f"after {', '.join(map(str, at))} of 32 layers"
+    paper = getattr(pruner, "paper", "")
+    return name, where, ", ".join(sorted(need.value for need in pruner.needs)), paper
