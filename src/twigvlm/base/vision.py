@@ -128,6 +128,22 @@ class Vision:
         """Keys of the block whose output the features are, mean over heads, before any rotation; of merged patches the mean."""
         return self._merged(self._known.keys(self.has_cls).float().mean(dim=1))
 
+    @cached_property
+    def last_keys(self) -> Float[Tensor, "rows width"]:
+        """Keys of the last block, its heads side by side; of merged patches the mean."""
+        self._known  # noqa: B018 (for its error)
+        return self._merged(cast(TowerAttention, self.last_attention).keys(self.has_cls).float().flatten(1))
+
+    @cached_property
+    def single_head(self) -> Float[Tensor, " rows"]:
+        """The CLS token's attention in the last block as if its heads were one; without a CLS token as `last_importance`."""
+        if not self.has_cls:
+            return self.last_importance
+        last = cast(TowerAttention, self.last_attention)
+        queries, keys = last.queries().float().flatten(1), last.keys(cls=False).float().flatten(1)
+        logits = (keys.view(len(queries), -1, keys.shape[1]) @ queries[..., None])[..., 0] * keys.shape[1] ** -0.5
+        return logits.softmax(dim=-1)[:, 1:].flatten()
+
     def _merged(self, values: Tensor) -> Tensor:
         return values.unflatten(0, (-1, self.patches)).mean(dim=1)
 

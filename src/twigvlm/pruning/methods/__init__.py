@@ -6,13 +6,18 @@ from typing import Final
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Pruner
+from twigvlm.pruning.methods.dart import Dart
+from twigvlm.pruning.methods.divprune import DivPrune
 from twigvlm.pruning.methods.fastervlm import FasterVLM
 from twigvlm.pruning.methods.fastv import FastV
 from twigvlm.pruning.methods.mustdrop import MustDrop
+from twigvlm.pruning.methods.prumerge import PruMerge
 from twigvlm.pruning.methods.pyramiddrop import PyramidDrop
 from twigvlm.pruning.methods.random import RandomTokens
+from twigvlm.pruning.methods.scope import Scope
 from twigvlm.pruning.methods.sparsevlm import SparseVLM
 from twigvlm.pruning.methods.visionzip import VisionZip
+from twigvlm.pruning.methods.vispruner import VisPruner
 
 METHODS: Final[Mapping[str, Callable[..., Pruner]]] = {
     "fastv": FastV,
@@ -22,10 +27,15 @@ METHODS: Final[Mapping[str, Callable[..., Pruner]]] = {
     "mustdrop": MustDrop,
     "visionzip": VisionZip,
     "fastervlm": FasterVLM,
+    "divprune": DivPrune,
+    "scope": Scope,
+    "dart": Dart,
+    "vispruner": VisPruner,
+    "prumerge+": PruMerge,
     "random": RandomTokens,
 }
-"""Published methods that need no trained twig. `fastv:LAYER` and `random:LAYER` name the layer that they cut after."""
-_AT_A_LAYER = ("fastv", "random")
+"""Published methods that need no trained twig. Behind a colon, those of `_AT_A_LAYER` take the layer that they cut after."""
+_AT_A_LAYER = ("dart", "fastv", "random")
 
 
 def make_pruner(name: str) -> Pruner:
@@ -43,7 +53,7 @@ def make_pruner(name: str) -> Pruner:
     if not colon:
         return METHODS[method]()
     if method not in _AT_A_LAYER or not layer.isdigit():
-        raise TwigVLMError(f"pruner {name!r}: a layer goes with {' and '.join(_AT_A_LAYER)} only, for example fastv:3")
+        raise TwigVLMError(f"pruner {name!r}: a layer goes with {', '.join(_AT_A_LAYER)} only, for example fastv:3")
     return METHODS[method](layer=int(layer))
 
 

@@ -1,0 +1,60 @@
+"""PruMerge+: attended patches and evenly spaced ones, each of which takes up similar ones that go."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from twigvlm.pruning.cut import Choice, Cut, Need
+from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, top, unit
+from twigvlm.pruning.view import CutView
+
+_CHUNK = 64  # centres whose neighbours are found at a time
+
+
+@dataclass(frozen=True)
+class PruMerge:
+    """Before the decoder: R − 1 centres with the attention-weighted sum of their neighbours, and one token of all that go.
+
+    Shang et al., "LLaVA-PruMerge", ICCV 2025, §3. The attention is the CLS token's in the tower's last block, of a single head
+    over the whole width. The authors count centres by outliers, which differ from image to image; here a quarter of a
+    budget goes by attention and the rest is evenly spaced, as outliers and the samples of PruMerge+ are three to one.
+    """
+
+    neighbours: int = 32
+    """Of a centre, by the keys of the last block, among the patches that go."""
+    attended: float = 0.25
+    """Share of the centres that are chosen by attention; 1: PruMerge, without +."""
+    positions: Positions = "kept"
+    """"compacted" as published, the token of all others last."""
+    paper: ClassVar[str] = "Shang et al., ICCV 2025, arXiv:2403.15388"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
+
+    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+        """One cut before the decoder. Raises TwigVLMError if R̄ is not in 1..M."""
+        return cut_at_input(retain, visual, layers)
+
+    def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
+        """Image by image."""
+        return choose_per_image(view, keep, self.pick, self.positions)
+
+    def pick(self, image: ImageTokens, keep: int) -> Picked:
+        """Of one image. The token of all others takes the position of the first patch that is gone."""
+        attention, keys = image.vision.single_head[image.rows], unit(image.vision.last_keys[image.rows])
+        attended = min(keep - 1, int((keep - 1) * self.attended + 0.5))
+        is_center = torch.zeros(len(image), dtype=torch.bool, device=attention.device)
+        is_center[top(attention, attended)] = True
+        others = (~is_center).nonzero()[:, 0]
+        spaced = keep - 1 - attended
+        is_center[others[torch.arange(spaced, device=others.device) * len(others) // max(spaced, 1)]] = True
+        centers, gone = is_center.nonzero()[:, 0], (~is_center).nonzero()[:, 0]
+        weighted = image.features.float()[gone] * attention[gone, None]
+        states = [image.features.float()[centers]]
+        for part in torch.arange(len(centers), device=centers.device).split(_CHUNK):
+            similar = keys[centers[part]] @ keys[gone].T
+            index = similar.topk(min(self.neighbours, len(gone)), dim=1).indices
+            states[0][part] += torch.zeros_like(similar).scatter(1, index, 1.0) @ weighted
+        states.append(weighted.sum(dim=0, keepdim=True))
+        projected = image.vision.project(torch.cat(states).to(image.vision.features))
+        return Picked(torch.cat((centers, gone[:1])), projected)

@@ -1,0 +1,66 @@
+"""VisPruner: the patches that the CLS token attends to most, and diverse ones among the others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from twigvlm.pruning.cut import Choice, Cut, Need
+from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, nearest, unit
+from twigvlm.pruning.view import CutView
+
+_REMOVED = 8  # tokens that a round of deduplication removes at most
+
+
+@dataclass(frozen=True)
+class VisPruner:
+    """Before the decoder: ⌊rR⌋ important patches by the CLS token's attention, and R − ⌊rR⌋ by removing duplicates of others.
+
+    Zhang et al., "Beyond Text-Visual Attention", ICCV 2025, §4.
+    """
+
+    important: float = 0.5
+    """r."""
+    positions: Positions = "kept"
+    """"compacted" as published."""
+    paper: ClassVar[str] = "Zhang et al., ICCV 2025, arXiv:2412.01818v2"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
+
+    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+        """One cut before the decoder. Raises TwigVLMError if R̄ is not in 1..M."""
+        return cut_at_input(retain, visual, layers)
+
+    def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
+        """Image by image."""
+        return choose_per_image(view, keep, self.pick, self.positions)
+
+    def pick(self, image: ImageTokens, keep: int) -> Picked:
+        """Of one image."""
+        ranked = image.importance.argsort(descending=True, stable=True)
+        important = int(keep * self.important)
+        diverse = without_duplicates(unit(image.features), ranked[important:], keep - important)
+        return Picked(torch.cat((ranked[:important], diverse)).sort().values)
+
+
+def without_duplicates(
+    tokens: Float[Tensor, "tokens width"], ranked: Int[Tensor, " pool"], keep: int
+) -> Int[Tensor, " keep"]:
+    """Of a ranked pool, round by round those of even rank go that are the most similar to one of odd rank, until `keep` are left.
+
+    Args:
+        tokens: of length 1.
+        ranked: the pool, the most important ones first.
+        keep: how many are left; at least 1.
+    """
+    while len(ranked) > keep:
+        even, odd = ranked[::2], ranked[1::2]
+        count = min(_REMOVED, len(ranked) - keep, len(even))
+        similar = nearest(tokens[even], tokens[odd])[0]
+        gone = similar.argsort(descending=True, stable=True)[:count] * 2
+        stays = torch.ones(len(ranked), dtype=torch.bool, device=ranked.device)
+        stays[gone] = False
+        ranked = ranked[stays]
+    return ranked
