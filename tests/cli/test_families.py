@@ -1,5 +1,6 @@
 from twigvlm.base.families import FAMILIES, LANGUAGE_MODELS
 from twigvlm.cli.main import main
+from twigvlm.pruning.methods import METHODS
 
 
 def test_every_family_and_language_model_is_listed(capsys):
@@ -9,3 +10,9 @@ def test_every_family_and_language_model_is_listed(capsys):
     for entry in (*FAMILIES, *LANGUAGE_MODELS):
         assert any(entry.model_type in row.split("│")[1 if entry in LANGUAGE_MODELS else 2] for row in rows)
     assert "images, videos" in out
+
+
+def test_every_pruning_method_is_listed(capsys):
+    assert main(["methods"]) == 0
+    rows = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert {"twig", "random:LAYER", *METHODS} - {"random"} <= set(rows)

@@ -14,7 +14,8 @@ from twigvlm.cli.main import main
 KEYS = {
     "text", "num_tokens", "tokens_per_second", "prefill_ms", "decode_ms", "draft_ms", "verify_ms", "visual_tokens",
     "kept_tokens", "kept_indices", "token_ids", "drafted_lengths", "accepted_lengths", "model", "twig", "dtype", "device",
-    "average_visual", "looks", "retain", "keep", "final_wipe", "retain_per_image", "refocus", "speculate",
+    "average_visual", "looks", "retain", "keep", "final_wipe", "retain_per_image", "refocus", "pruner",
+    "speculate",
 }  # fmt: skip
 
 
@@ -52,6 +53,23 @@ def test_plain_base(capsys, arguments):
     assert answer["dtype"] == "float32"
     seconds = (answer["prefill_ms"] + answer["decode_ms"]) / 1000
     assert answer["tokens_per_second"] == pytest.approx(12 / seconds, rel=1e-3)
+
+
+def test_published_methods_need_no_twig(capsys, arguments, twig_directory, refused):
+    answer = ask(capsys, arguments(pruner="visionzip", retain=9))
+    assert answer.keys() == KEYS
+    assert (answer["pruner"], answer["kept_tokens"], answer["average_visual"], answer["twig"]) == (
+        "visionzip",
+        9,
+        9.0,
+        None,
+    )
+    drafted = ask(capsys, arguments(pruner="visionzip", retain=9, twig=twig_directory))
+    assert drafted["token_ids"] == answer["token_ids"]
+    assert drafted["drafted_lengths"]
+    refused(*arguments(pruner="visionzap", retain=9), words=["visionzap", "must be one of"])
+    refused(*arguments(pruner="visionzip"), words=["needs a budget"])
+    refused(*arguments(pruner="twig", retain=9), words=["--retain 9: needs a twig"])
 
 
 def test_speculation_is_the_default_with_a_twig_and_changes_nothing(capsys, arguments, twig_directory):

@@ -17,7 +17,7 @@ from twigvlm.config import PruningConfig, SpeculationConfig
 
 SUBCOMMANDS = [
     "generate", "demo", "inspect", "train stage1", "train stage2", "evaluate accuracy", "evaluate sweep", "evaluate speed",
-    "evaluate drafts", "evaluate batches", "evaluate exactness", "families", "convert",
+    "evaluate drafts", "evaluate batches", "evaluate exactness", "families", "methods", "convert",
 ]  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def test_an_option_given_again_replaces_one_value(refused):
     )
 
 
-@pytest.mark.parametrize("command", [c for c in SUBCOMMANDS if c != "families"])
+@pytest.mark.parametrize("command", [c for c in SUBCOMMANDS if c not in ("families", "methods")])
 def test_ctrl_c_ends_a_command_with_one_line(command, tmp_path, capsys, monkeypatch):
     """Wherever it comes; here, while the base loads."""
 

@@ -13,11 +13,14 @@ from twigvlm.base.vision import Vision, match_rows
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.pruning.images import ImageTokens, shares
 from twigvlm.pruning.methods import make_pruner
+from twigvlm.pruning.methods.cdpruner import CDPruner
 from twigvlm.pruning.methods.dart import least_similar
 from twigvlm.pruning.methods.density_peaks import density_peaks
 from twigvlm.pruning.methods.divprune import DivPrune
 from twigvlm.pruning.methods.fastervlm import FasterVLM
+from twigvlm.pruning.methods.holov import HoloV
 from twigvlm.pruning.methods.prumerge import PruMerge
+from twigvlm.pruning.methods.prunesid import PruneSID, quotas
 from twigvlm.pruning.methods.scope import Scope
 from twigvlm.pruning.methods.sparsevlm import distance_kernel, raters, recycling
 from twigvlm.pruning.methods.visionzip import VisionZip
@@ -332,3 +335,74 @@ def test_first_cut_is_by_the_base_s_own_attention(name):
     expected = visual[scores[visual].topk(first.keep).indices].sort().values
     output = model.generate(**inputs, pruner=name, retain=20, max_new_tokens=1, return_dict_in_generate=True)
     assert output.kept_indices[0].tolist() == expected.tolist()
+
+
+@given(SIZES)
+def test_cdpruner(size):
+    tokens, keep = of(*size)
+    keep = min(keep, WIDTH - 2)  # of more vectors than dimensions every determinant is 0
+    relevance = cosines(tokens.projected, tokens.question).mean(1)
+    relevance = (relevance - relevance.min()) / (relevance.max() - relevance.min())
+    kernel = (cosines(tokens.projected, tokens.projected) * relevance[:, None] * relevance).double()
+    chosen = []
+    while len(chosen) < keep:
+        left = [j for j in range(len(tokens)) if j not in chosen]
+        chosen.append(max(left, key=lambda j: float(torch.linalg.det(kernel[[*chosen, j]][:, [*chosen, j]]))))
+    assert CDPruner().pick(tokens, keep).slots.tolist() == sorted(chosen)
+
+
+@given(SIZES)
+def test_holov(size):
+    tokens, keep = of(*size)
+    attention = tokens.importance
+    segments = [part.tolist() for part in torch.arange(len(tokens)).tensor_split(min(16, len(tokens)))]
+    similar, scores = cosines(tokens.projected, tokens.projected), []
+    for segment in segments:
+        others = similar[segment][:, segment] * (1 - torch.eye(len(segment)))
+        mean = others.sum(1, keepdim=True) / max(1, len(segment) - 1)
+        variance = (others - mean).square().sum(1) / max(1, len(segment) - 1)
+        scaled = 1000 * attention[segment]
+        variance = variance * scaled.mean() / variance.mean() if len(segment) > 1 else scaled
+        scores.append(float((scaled + 0.09 * variance).mean()))
+    order = sorted(range(len(segments)), key=lambda j: -scores[j])
+    quota = [int(keep * score / sum(scores)) for score in scores]
+    for j in order[: keep - sum(quota)]:
+        quota[j] += 1
+    quota = [min(count, len(segment)) for count, segment in zip(quota, segments, strict=True)]
+    for j in order:
+        quota[j] += min(keep - sum(quota), len(segments[j]) - quota[j])
+    chosen = [sorted(part, key=lambda j: -float(attention[j]))[:n] for part, n in zip(segments, quota, strict=True)]
+    assert HoloV().pick(tokens, keep).slots.tolist() == sorted(j for part in chosen for j in part)
+
+
+@given(SIZES)
+def test_prunesid(size):
+    tokens, keep = of(*size)
+    slots, states = PruneSID().pick(tokens, keep)
+    patches = slots[keep > 1 :].tolist()
+    assert len(set(slots.tolist())) == keep
+    kept = tokens.features[patches] if keep == 1 else torch.cat((tokens.cls, tokens.features[patches]))
+    torch.testing.assert_close(states, tokens.projected[patches] if keep == 1 else tokens.vision.project(kept))
+    variables = tokens.features.sigmoid().T
+    variables = variables - variables.mean(0)
+    _, vectors = torch.linalg.eigh((variables.T @ variables).double())
+    loadings = vectors.flip(1)[:, : max(1, keep // 4)].abs()
+    group = loadings.argmax(1)
+    cosine = cosines(tokens.features, tokens.features)
+    most = keep / 32 * cosine.triu(1).sum() / (len(tokens) * (len(tokens) - 1) / 2)
+    for index in group.unique().tolist():
+        order = sorted((group == index).nonzero()[:, 0].tolist(), key=lambda j: -float(tokens.importance[j]))
+        different = []
+        for j in order:
+            if all(cosine[j, other] <= most for other in different):
+                different.append(j)
+        ranked = different + [j for j in order if j not in different]
+        of_group = [j for j in patches if group[j] == index]
+        assert of_group == ranked[: len(of_group)]
+        assert of_group
+
+
+def test_quotas_of_groups():
+    assert quotas([9, 9, 9], [4, 2, 2], 9, True) == [4, 2, 2]
+    assert quotas([9, 1, 9], [9, 1, 2], 9, False) == [6, 1, 2]
+    assert quotas([20, 1, 1], [1, 1, 1], 11, True) == [8, 1, 1]

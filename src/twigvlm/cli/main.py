@@ -37,12 +37,13 @@ def main(args: Sequence[str] | None = None) -> int:
         # Imported here, so that Ctrl-C ends even the start with one line.
         from twigvlm.cli.commands import COMMANDS, DESCRIPTION
         from twigvlm.cli.families import Families
+        from twigvlm.cli.methods import Methods
         from twigvlm.cli.output import busy
         from twigvlm.cli.parsing import parse
 
         command = parse(COMMANDS, DESCRIPTION, args)
         continuation = getattr(command, "continuation", continuation)
-        if not isinstance(command, Families):
+        if not isinstance(command, Families | Methods):
             with busy("Starting"):
                 import twigvlm.model  # torch and transformers take seconds
             if args_of_process:

@@ -6,12 +6,15 @@ from typing import Final
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Pruner
+from twigvlm.pruning.methods.cdpruner import CDPruner
 from twigvlm.pruning.methods.dart import Dart
 from twigvlm.pruning.methods.divprune import DivPrune
 from twigvlm.pruning.methods.fastervlm import FasterVLM
 from twigvlm.pruning.methods.fastv import FastV
+from twigvlm.pruning.methods.holov import HoloV
 from twigvlm.pruning.methods.mustdrop import MustDrop
 from twigvlm.pruning.methods.prumerge import PruMerge
+from twigvlm.pruning.methods.prunesid import PruneSID
 from twigvlm.pruning.methods.pyramiddrop import PyramidDrop
 from twigvlm.pruning.methods.random import RandomTokens
 from twigvlm.pruning.methods.scope import Scope
@@ -31,6 +34,9 @@ METHODS: Final[Mapping[str, Callable[..., Pruner]]] = {
     "scope": Scope,
     "dart": Dart,
     "vispruner": VisPruner,
+    "cdpruner": CDPruner,
+    "prunesid": PruneSID,
+    "holov": HoloV,
     "prumerge+": PruMerge,
     "random": RandomTokens,
 }

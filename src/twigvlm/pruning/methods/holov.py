@@ -1,0 +1,50 @@
+"""HoloV: attended patches, with a quota for each segment of the image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from twigvlm.pruning.cut import Choice, Cut, Need
+from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, top
+from twigvlm.pruning.view import CutView
+
+
+@dataclass(frozen=True)
+class HoloV:
+    """Before the decoder each of 16 segments of an image keeps its patches with the most attention, as many as its quota.
+
+    Zou et al., "Don't Just Chase Highlighted Tokens in MLLMs", NeurIPS 2025, §3. Segments are runs of patches in raster
+    order, quotas are in proportion to the mean attention in a segment. The paper adds the variance of similarities, scaled in
+    each segment to the mean of its attention: a factor that all segments have, so that it cancels out of the quotas.
+    """
+
+    segments: int = 16
+    positions: Positions = "kept"
+    """"compacted" as published."""
+    paper: ClassVar[str] = "Zou et al., NeurIPS 2025, arXiv:2510.02912"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
+
+    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+        """One cut before the decoder. Raises TwigVLMError if R̄ is not in 1..M."""
+        return cut_at_input(retain, visual, layers)
+
+    def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
+        """Image by image."""
+        return choose_per_image(view, keep, self.pick, self.positions)
+
+    def pick(self, image: ImageTokens, keep: int) -> Picked:
+        """Of one image. What exceeds a segment goes to those with the largest means that have room."""
+        attention = image.importance
+        segments = torch.arange(len(image), device=attention.device).tensor_split(min(self.segments, len(image)))
+        means = torch.stack([attention[segment].mean() for segment in segments])
+        ranked = means.argsort(descending=True, stable=True).tolist()
+        quota = [int(share) for share in (means / means.sum() * keep).tolist()]
+        for index in ranked[: max(0, keep - sum(quota))]:
+            quota[index] += 1
+        quota = [min(count, len(segment)) for count, segment in zip(quota, segments, strict=True)]
+        for index in ranked:
+            quota[index] += min(keep - sum(quota), len(segments[index]) - quota[index])
+        chosen = [segment[top(attention[segment], count)] for segment, count in zip(segments, quota, strict=True)]
+        return Picked(torch.cat(chosen))

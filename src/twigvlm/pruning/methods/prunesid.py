@@ -1,0 +1,110 @@
+"""PruneSID: groups of patches by their main components, and in each the important ones that differ."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from twigvlm.pruning.cut import Choice, Cut, Need
+from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, unit
+from twigvlm.pruning.view import CutView
+
+
+@dataclass(frozen=True)
+class PruneSID:
+    """Before the decoder: the CLS token and R − 1 patches, of each group as many as its patches that do not resemble others.
+
+    Fang et al., "Prune Redundancy, Preserve Essence" (2025), §3. R/4 groups: a patch is in that of the principal component of
+    sigmoid(features) with its largest loading. In a group non-maximum suppression ranks by the CLS token's attention and drops
+    what is more similar than R/32 of the mean cosine. The components are exact, where the authors' are randomised.
+    """
+
+    positions: Positions = "kept"
+    """"compacted" as published: the CLS token, then group by group."""
+    paper: ClassVar[str] = "Fang et al., 2025, github.com/ZhengyaoFang/PruneSID"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
+
+    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+        """One cut before the decoder. Raises TwigVLMError if R̄ is not in 1..M."""
+        return cut_at_input(retain, visual, layers)
+
+    def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
+        """Image by image."""
+        return choose_per_image(view, keep, self.pick, self.positions)
+
+    def pick(self, image: ImageTokens, keep: int) -> Picked:
+        """Of one image. The CLS token takes the position of the first patch that is gone."""
+        cls = image.cls if keep > 1 else None
+        tokens, importance = unit(image.features), image.vision.importance("sum")[image.rows]
+        count = len(tokens)
+        mean = (tokens.sum(dim=0).square().sum() - count) / (count * (count - 1))
+        group = principal_groups(image.features.float(), max(1, keep // 4))
+        members = [(group == index).nonzero()[:, 0] for index in group.unique().tolist()]
+        ranked = [suppressed(tokens, importance, each, float(mean) * keep / 32) for each in members]
+        counts = quotas([len(each) for each in members], [different for _, different in ranked], keep, cls is not None)
+        patches = torch.cat([order[:number] for (order, _), number in zip(ranked, counts, strict=True)])
+        if cls is None:
+            return Picked(patches, image.projected[patches])
+        gone = torch.ones(count, dtype=torch.bool, device=patches.device)
+        gone[patches] = False
+        projected = image.vision.project(torch.cat((cls, image.features[patches])))
+        return Picked(torch.cat((gone.nonzero()[:1, 0], patches)), projected)
+
+
+def principal_groups(features: Float[Tensor, "tokens width"], groups: int) -> Int[Tensor, " tokens"]:
+    """For each token the principal component of sigmoid(features), tokens as variables, with its largest absolute loading."""
+    states = features.sigmoid().T
+    loadings = torch.linalg.svd(states - states.mean(dim=0), full_matrices=False).Vh[:groups]
+    return loadings.abs().argmax(dim=0)
+
+
+def suppressed(
+    tokens: Float[Tensor, "tokens width"],
+    importance: Float[Tensor, " tokens"],
+    members: Int[Tensor, " group"],
+    most: float,
+) -> tuple[Int[Tensor, " group"], int]:
+    """A group's tokens, first those that resemble no more important one, and how many these are.
+
+    Args:
+        tokens: of length 1.
+        importance: ranks them.
+        members: of the group.
+        most: cosine above which a token resembles another.
+    """
+    order = members[importance[members].argsort(descending=True, stable=True)]
+    left, kept = order, []
+    while len(left):
+        kept.append(left[0])
+        left = left[1:][tokens[left[1:]] @ tokens[left[0]] <= most]
+    different = torch.stack(kept)
+    return torch.cat((different, order[~torch.isin(order, different)])), len(kept)
+
+
+def quotas(sizes: Sequence[int], different: Sequence[int], keep: int, with_cls: bool) -> list[int]:
+    """How many tokens each group keeps.
+
+    Args:
+        sizes: tokens of each group.
+        different: those that resemble no other.
+        keep: R.
+        with_cls: whether one of R is the CLS token.
+    """
+    total = keep - with_cls
+    most = [min(5 * ceil(keep / 64), size, each) for size, each in zip(sizes, different, strict=True)]
+    while sum(most) < total:
+        most = [min(each + 1, size) for each, size in zip(most, sizes, strict=True)]
+    split, seen, before = [], 0, 0
+    for each in different:
+        seen += each
+        up_to = round(seen / sum(different) * (total - len(sizes)))
+        split.append(1 + up_to - before)
+        before = up_to
+    split = [min(count, limit) for count, limit in zip(split, most, strict=True)]
+    for index in sorted(range(len(sizes)), key=lambda index: -different[index]):
+        split[index] += min(most[index] - split[index], total - sum(split))
+    return split
