@@ -105,24 +105,21 @@ class HFGenerateAdapter:
         self.entered = True
         _check_generation(generation_config)
         _check_rows(len(input_ids), self.streamer, self.prefix)
-        for name in ("past_key_values", "use_cache"):
-            model_kwargs.pop(name, None)
-        model_kwargs = {name: value for name, value in model_kwargs.items() if value is not None}
+        dropped = ("past_key_values", "use_cache")
+        model_kwargs = {
+            name: value for name, value in model_kwargs.items() if value is not None and name not in dropped
+        }
         mask = model_kwargs.get("attention_mask")
         padding = [0] * len(input_ids) if mask is None else (mask == 0).sum(dim=1).tolist()
         if self.prefix is not None and any(padding):
             raise TwigVLMError(f"attention_mask: hides {padding[0]} tokens; a conversation's prompt has no padding")
         inputs = {"input_ids": input_ids, **model_kwargs}
-        if self.prefix is None:
-            prompt = self.base.prompt(vision=self.vision, **inputs)
-        else:
-            prompt = self.prefix.open(self.base, inputs, self.vision)
+        prompt = (self.prefix or PrefixCache()).open(self.base, inputs, self.vision)
         stopping = split_criteria(stopping_criteria, input_ids, padding)
         noises = _noises(self.base, len(input_ids), generation_config, self.generator)
         lanes = split_processors(logits_processor, input_ids, padding, generation_config) if logits_processor else None
-        pad = generation_config.pad_token_id
         criteria = stopping if stopping.needs_ids else None
-        request = Request(input_ids, padding, lanes, criteria, 0 if pad is None else int(pad))
+        request = Request(input_ids, padding, lanes, criteria, int(generation_config.pad_token_id or 0))
         self.config = generation_config
         visual = prompt.visual_mask.sum(dim=1).tolist()
         schedules = [self.schedule(count) for count in visual]
@@ -204,7 +201,7 @@ def check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
 
 def _check_generation(config: GenerationConfig) -> None:
     """Refuse ways to generate that the loop does not know."""
-    if config.num_beams is not None and config.num_beams > 1:
+    if (config.num_beams or 1) > 1:
         raise TwigVLMError(
             f"num_beams={config.num_beams}: beams are not supported with a twig; pass num_beams=1, or sample several answers "
             "with do_sample=True and num_return_sequences"
@@ -218,10 +215,8 @@ def _check_generation(config: GenerationConfig) -> None:
             raise TwigVLMError(f"{name}=True is not supported with a twig: leave it out, or use model.disabled()")
     if config.use_cache is False:
         raise TwigVLMError("use_cache=False: a twig needs the cache; leave it out")
-    if config.cache_implementation is not None:
-        raise TwigVLMError(
-            f"cache_implementation={config.cache_implementation!r}: pruning needs its own cache; leave it out"
-        )
+    if (cache := config.cache_implementation) is not None:
+        raise TwigVLMError(f"cache_implementation={cache!r}: pruning needs its own cache; leave it out")
 
 
 def with_stop_strings(kwargs: dict[str, Any], defaults: GenerationConfig) -> dict[str, Any]:
@@ -284,9 +279,9 @@ def _noises(
         config: of `generate`; says whether to sample.
         generator: what sampling draws from; None: torch's own.
     """
-    if generator is not None and not config.do_sample:
-        raise TwigVLMError("generator: needs do_sample=True, greedy decoding draws nothing")
     if not config.do_sample:
+        if generator is not None:
+            raise TwigVLMError("generator: needs do_sample=True, greedy decoding draws nothing")
         return [None] * rows
     device = base.device
     if generator is not None and generator.device.type != device.type and rows == 1:

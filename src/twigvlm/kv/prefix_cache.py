@@ -54,8 +54,8 @@ class PrefixCache:
 
     def open(self, base: BaseVLM, inputs: dict[str, Any], vision: See | None = None) -> Prompt:
         """The next prompt, for which the vision tower runs only if that is needed, or where `vision` watches it."""
-        ids = inputs["input_ids"]
-        known, before = self.known(ids), self.prompt
+        ids, before = inputs["input_ids"], self.prompt
+        known = 0 if before is None else self.known(ids)
         if vision is not None or before is None or not known or self.needs_vision(base, ids):
             return base.prompt(vision=vision, **inputs)
         if known == ids.shape[1]:
