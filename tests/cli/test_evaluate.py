@@ -48,6 +48,18 @@ def arguments(tmp_path, base_directory, twig_directory):
     return build
 
 
+def test_accuracy_of_published_methods_needs_no_twig(capsys, arguments, tmp_path, refused):
+    def without_twig(**changes):
+        words = arguments("accuracy", **changes)
+        place = words.index("--twig")
+        return [*words[:place], *words[place + 2 :]]
+
+    assert main(without_twig(methods="visionzip")) == 0
+    assert "| visionzip |  |" in (tmp_path / "out" / "report.md").read_text()
+    refused(*without_twig(methods="twig"), words=["needs a twig"])
+    refused(*arguments("accuracy", **{"final-wipe": 5}), words=["cuts of their own"])
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_writes_raw_results_and_a_report(capsys, arguments, tmp_path, command):
     assert main(arguments(command)) == 0

@@ -70,6 +70,8 @@ def make_variants(
     pruned = [Variant(m, b, k) for m, own_wipes in of_method.items() for b in budgets for k in own_wipes]
     if not pruned:
         raise TwigVLMError("nothing to compare: give at least one method that prunes, and one budget")
+    if final_wipes and all(variant.final_wipe is None for variant in pruned):
+        raise TwigVLMError("final_wipe: published methods have cuts of their own; leave it out")
     return [NONE, *pruned]
 
 

@@ -48,11 +48,12 @@ def compare_prunings(
     from twigvlm.evaluation.report import accuracy_sections
     from twigvlm.evaluation.results_log import answered
     from twigvlm.evaluation.summary import accuracies
-    from twigvlm.evaluation.variants import make_variants
+    from twigvlm.evaluation.variants import is_published, make_variants
 
     if options.figure:
         figure_class()  # for its error, before hours of work
-    bench = bench or open_bench(options)
+    needs_twig = not all(is_published(method) for method in methods if method != "none")
+    bench = bench or open_bench(options, needs_twig=needs_twig)
     model = bench.grow()
     variants = make_variants(model, methods, options.budgets, final_wipes)
     names = [variant.name for variant in variants]

@@ -37,13 +37,16 @@ class Bench:
     body: BaseVLM
     """The base, opened at its layers."""
     processor: Any
-    twig: str
+    twig: str | None
+    """None: none, for pruning methods that need none."""
     questions: Questions
     settings: dict[str, Any]
     """What every result depends on."""
 
     def grow(self) -> TwigVLM:
-        """The base with its twig."""
+        """The base with its twig, if there is one."""
+        if self.twig is None:
+            return TwigVLM.without_twig(self.base)
         return TwigVLM.from_pretrained(self.base, self.twig)
 
     def inputs_of(self, *questions: Question) -> dict[str, Any]:
@@ -58,8 +61,14 @@ class Bench:
         return inputs
 
 
-def open_bench(options: EvaluateOptions, validation: str = "") -> Bench:
-    """Load what the options name; `validation`: what is chosen by it, so that the test split is refused."""
+def open_bench(options: EvaluateOptions, validation: str = "", needs_twig: bool = True) -> Bench:
+    """Load what the options name.
+
+    Args:
+        options: of the command.
+        validation: what is chosen by it, so that the test split is refused.
+        needs_twig: whether a base without a twig is refused.
+    """
     check_directory(options.output, "output")
     for name in ("max_new_tokens", "max_description_tokens"):
         if getattr(options, name) < 1:
@@ -69,14 +78,14 @@ def open_bench(options: EvaluateOptions, validation: str = "") -> Bench:
         everything.refuse_test(validation)
     questions = everything.chosen(options.kinds, options.limit)
     twig = options.twig
-    if twig is None:
+    if twig is None and (needs_twig or options.model == SAPLING):
         if options.model != SAPLING:
             raise TwigVLMError(f"model {options.model!r}: needs a twig grown on it; give --twig DIR")
         from twigvlm import sapling
 
         twig = str(sapling.twig_path())
-    weights = fetch(twig, FILES, None, None) / WEIGHTS
-    if not weights.is_file():
+    weights = None if twig is None else fetch(twig, FILES, None, None) / WEIGHTS
+    if weights is not None and not weights.is_file():
         raise TwigVLMError(f"twig {twig!r}: no twig here ({WEIGHTS} is missing); give a directory made by training")
     with busy(f"Loading {options.model}"):
         base, processor = load_base(options.model, options.dtype, options.device)
@@ -85,7 +94,7 @@ def open_bench(options: EvaluateOptions, validation: str = "") -> Bench:
     body = BaseVLM(base)
     settings = {
         "model": _digest(json.dumps(fingerprint(body), sort_keys=True).encode()),
-        "twig": _digest(weights.read_bytes()),
+        "twig": "none" if weights is None else _digest(weights.read_bytes()),
         "questions": _digest(options.questions.read_bytes()),
         "dtype": str(base.dtype).removeprefix("torch."),
         "attention": body.attention,
