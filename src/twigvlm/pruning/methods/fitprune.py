@@ -1,0 +1,106 @@
+"""FitPrune: a cut after every layer, by a schedule that is calibrated on a few prompts."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.errors import TwigVLMError
+from twigvlm.pruning.cut import Cut, Need, solve_cuts
+from twigvlm.pruning.question import attention_from, question_mask
+from twigvlm.pruning.select import top_visual
+from twigvlm.pruning.view import CutView, Tokens
+
+
+@dataclass(frozen=True)
+class FitPrune:
+    """After each layer the visual tokens stay that visual tokens and the question attend to most: the product of both.
+
+    Ye et al., "Fit and Prune", AAAI 2025, §3; attention is the maximum over heads. The authors prune inside a layer, between
+    attention and feed-forward network; here tokens go behind the layer.
+    """
+
+    kept: tuple[float, ...]
+    """Share of M that goes on behind layers 1..L−1, from `calibrated`; scaled to other budgets."""
+    paper: ClassVar[str] = "Ye et al., AAAI 2025, arXiv:2409.10197"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.LAST_LAYER})
+
+    @classmethod
+    @torch.no_grad()
+    def calibrated(cls, base: BaseVLM, prompts: Iterable[dict[str, Any]], share: float) -> "FitPrune":
+        """The schedule under which both distributions of attention lose as little as possible in every layer.
+
+        In each layer go the tokens that are in the tails of both, each of mass α; α follows from the budget.
+
+        Args:
+            base: the base.
+            prompts: the processor's outputs of single prompts; a few tens are enough.
+            share: R̄/M.
+
+        Raises:
+            TwigVLMError: no prompt has visual tokens, or the share is not in 1/L..1.
+        """
+        if not 1 / base.num_layers < share <= 1:
+            raise TwigVLMError(f"share={share:g}: must be more than 1/{base.num_layers}, and at most 1")
+        measured = [_by_layer(base, inputs) for inputs in prompts]
+        measured = [each for each in measured if each.shape[-1]]
+        if not measured:
+            raise TwigVLMError("prompts: none has visual tokens; give some with images")
+        below, above = 0.0, 1.0
+        for _ in range(30):
+            alpha = (below + above) / 2
+            kept = _left(measured, alpha)
+            average = float(1 + kept.sum()) / base.num_layers
+            below, above = (alpha, above) if average > share else (below, alpha)
+        return cls(tuple(_left(measured, below).tolist()))
+
+    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+        """The calibrated schedule, scaled. Raises TwigVLMError if no scale has this average."""
+        if len(self.kept) != layers - 1:
+            raise TwigVLMError(f"kept: has {len(self.kept)} shares, but this base needs {layers - 1}; calibrate on it")
+        return solve_cuts(
+            range(1, layers), lambda scale: [scale * each / self.kept[-1] for each in self.kept], retain, visual, layers
+        )
+
+    def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
+        """The visual tokens with the largest products."""
+        of_visual, of_question = attention_received(view)
+        return top_visual(of_visual * of_question, view.tokens.visual, keep)
+
+
+def attention_received(view: CutView) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch tokens"]]:
+    """Attention, maximum over heads, that each visual token gets from visual tokens (mean) and from the question (sum)."""
+    received = []
+    for asking in (view.prompt.visual_mask, question_mask(view.prompt)):
+        total = torch.zeros(view.tokens.visual.shape, device=asking.device)
+        for shares, asks, _ in attention_from(view, asking):
+            total += (shares.amax(dim=1) * asks[..., None]).sum(dim=1)
+        received.append(total * view.tokens.visual)
+    return received[0] / view.tokens.visual.sum(dim=1, keepdim=True).clamp(min=1), received[1]
+
+
+def _by_layer(base: BaseVLM, inputs: dict[str, Any]) -> Float[Tensor, "layers 2 visual"]:
+    """Both distributions of a prompt behind layers 1..L−1, without pruning."""
+    prompt = base.prompt(**inputs)
+    tokens = Tokens(prompt.hidden, base.token_inputs(prompt), prompt.visual_mask, prompt.lengths)
+    found = []
+    for layer in range(1, base.num_layers):
+        tokens = tokens.through(base, layer - 1, layer, base.masks(), None, in_two=True)
+        received = attention_received(CutView(base, prompt, layer, tokens, None))
+        found.append(torch.stack([each[0, prompt.visual_mask[0]] for each in received]))
+    return torch.stack(found)
+
+
+def _left(measured: Sequence[Float[Tensor, "layers 2 visual"]], alpha: float) -> Float[Tensor, " layers"]:
+    """Share of the visual tokens that is left behind each layer; a token that went stays away. At least one of 1,000 is left."""
+    shares = []
+    for received in measured:
+        order = received.argsort(dim=-1)
+        mass = received.gather(-1, order).cumsum(dim=-1)
+        in_tail = torch.zeros_like(received).scatter(-1, order, (mass <= alpha * mass[..., -1:]).to(received))
+        shares.append(1 - in_tail.prod(dim=1).mean(dim=-1))
+    return torch.stack(shares).mean(dim=0).cummin(dim=0).values.clamp(min=0.001)
