@@ -24,7 +24,7 @@ def embedded_relevance(image: ImageTokens) -> Float[Tensor, " tokens"]:
 class CDPruner:
     """Before the decoder R tokens stay that are likely together under a determinantal point process given the question.
 
-    Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity", NeurIPS 2025, §3. The kernel is r_i ·
+    Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity", NeurIPS 2025. The kernel is r_i ·
     cos(i, j) · r_j of projected tokens, with relevances r scaled to 0..1 in each image; the choice is greedy (Chen et al.,
     NeurIPS 2018, Algorithm 1).
     """

@@ -22,7 +22,7 @@ _PIVOTS = 4  # of the image, and as many of the text
 class Dart:
     """After layer K: four visual pivots, and for each of them and of four text pivots the tokens that are least similar to it.
 
-    Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025, §4.
+    Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025.
     Pivots have the largest L1 norm of layer K's keys; similarity is the cosine of states after the final norm.
     """
 

@@ -15,7 +15,7 @@ from twigvlm.pruning.view import CutView
 class DivPrune:
     """Before the decoder R tokens stay whose smallest distance, 1 − cosine, is large: greedily the farthest from all chosen.
 
-    Alvar et al., "DivPrune", CVPR 2025, §3.2. The first is the token whose nearest neighbour is the farthest away.
+    Alvar et al., "DivPrune", CVPR 2025. The first is the token whose nearest neighbour is the farthest away.
     """
 
     positions: Positions = "kept"

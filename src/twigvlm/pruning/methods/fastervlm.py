@@ -13,7 +13,7 @@ from twigvlm.pruning.view import CutView
 class FasterVLM:
     """Before the decoder the R patches stay that the CLS token attends to most, in the block whose output the features are.
 
-    Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning" (2024), §3.2.
+    Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning" (2024).
     """
 
     positions: Positions = "kept"

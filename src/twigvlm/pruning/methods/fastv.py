@@ -19,7 +19,7 @@ from twigvlm.pruning.view import CutView
 class FastV:
     """After layer K the R visual tokens stay that the last prompt token attends to most: mean over heads of layer K.
 
-    Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, §4.1; as in the authors' code the query is the last
+    Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024; as in the authors' code the query is the last
     token, where the text says the mean over all.
     """
 

@@ -20,7 +20,7 @@ from twigvlm.pruning.view import CutView, Tokens
 class FitPrune:
     """After each layer the visual tokens stay that visual tokens and the question attend to most: the product of both.
 
-    Ye et al., "Fit and Prune", AAAI 2025, §3; attention is the maximum over heads. The authors prune inside a layer, between
+    Ye et al., "Fit and Prune", AAAI 2025; attention is the maximum over heads. The authors prune inside a layer, between
     attention and feed-forward network; here tokens go behind the layer.
     """
 

@@ -15,7 +15,7 @@ from twigvlm.pruning.view import CutView
 class HoloV:
     """Before the decoder each of 16 segments of an image keeps its patches with the most attention, as many as its quota.
 
-    Zou et al., "Don't Just Chase Highlighted Tokens in MLLMs", NeurIPS 2025, §3. Segments are runs of patches in raster
+    Zou et al., "Don't Just Chase Highlighted Tokens in MLLMs", NeurIPS 2025. Segments are runs of patches in raster
     order, quotas are in proportion to the mean attention in a segment. The paper adds the variance of similarities, scaled in
     each segment to the mean of its attention: a factor that all segments have, so that it cancels out of the quotas.
     """

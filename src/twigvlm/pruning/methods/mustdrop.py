@@ -21,7 +21,7 @@ _LAYERS = (3, 7, 11, 15)
 class MustDrop:
     """At each cut, after the key tokens, those stay that exceed a published threshold the furthest.
 
-    Liu et al., "Multi-Stage Vision Token Dropping" (2024), §3. As published a token goes if the question gives it less than a
+    Liu et al., "Multi-Stage Vision Token Dropping" (2024). As published a token goes if the question gives it less than a
     share g of what it gives to all visual tokens, and no token of the question more than i; how many go differs from
     prompt to prompt. Here the tokens with the largest max(sum/(g·total), max/i) stay, a share λ at each cut, so that a
     budget holds. Key tokens are the 8 % that the vision tower's last block attends to most.

@@ -17,7 +17,7 @@ _CHUNK = 64  # centres whose neighbours are found at a time
 class PruMerge:
     """Before the decoder: R − 1 centres with the attention-weighted sum of their neighbours, and one token of all that go.
 
-    Shang et al., "LLaVA-PruMerge", ICCV 2025, §3. The attention is the CLS token's in the tower's last block, of a single head
+    Shang et al., "LLaVA-PruMerge", ICCV 2025. The attention is the CLS token's in the tower's last block, of a single head
     over the whole width. The authors count centres by outliers, which differ from image to image; here a quarter of a
     budget goes by attention and the rest is evenly spaced, as outliers and the samples of PruMerge+ are three to one.
     """

@@ -18,7 +18,7 @@ from twigvlm.pruning.view import CutView
 class PruneSID:
     """Before the decoder: the CLS token and R − 1 patches, of each group as many as its patches that do not resemble others.
 
-    Fang et al., "Prune Redundancy, Preserve Essence" (2025), §3. R/4 groups: a patch is in that of the principal component of
+    Fang et al., "Prune Redundancy, Preserve Essence" (2025). R/4 groups: a patch is in that of the principal component of
     sigmoid(features) with its largest loading. In a group non-maximum suppression ranks by the CLS token's attention and drops
     what is more similar than R/32 of the mean cosine. The components are exact, where the authors' are randomised.
     """

@@ -19,7 +19,7 @@ from twigvlm.pruning.view import CutView
 class PyramidDrop:
     """At each cut a share λ of the visual tokens stays, those that the last prompt token attends to most in the next layer.
 
-    Xing et al., "PyramidDrop", CVPR 2025, §3.2. The authors cut after layers 8, 16 and 24 of 32, which has no average below
+    Xing et al., "PyramidDrop", CVPR 2025. The authors cut after layers 8, 16 and 24 of 32, which has no average below
     a quarter of M; so the default cuts earlier, and λ follows from the budget.
     """
 

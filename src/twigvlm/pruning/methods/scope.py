@@ -20,7 +20,7 @@ _CANDIDATES = 16
 class Scope:
     """Before the decoder R patches stay, greedily those with the largest gain in coverage times importance to the power α.
 
-    Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning", NeurIPS 2025, §3. The coverage is Σ_i max_j cos(i, j)
+    Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning", NeurIPS 2025. The coverage is Σ_i max_j cos(i, j)
     over the chosen j (facility location, on features before the projector), the importance the CLS token's attention.
     """
 

@@ -30,7 +30,7 @@ _FLOOR = 0.05  # of the distance kernel, which a division by it would not surviv
 class SparseVLM:
     """At each cut the visual tokens stay that the raters attend to most in the layer before it.
 
-    Zhang et al., "SparseVLM", ICML 2025, §3. Raters are the text tokens behind the image whose embeddings fit the visual
+    Zhang et al., "SparseVLM", ICML 2025. Raters are the text tokens behind the image whose embeddings fit the visual
     ones better than the mean. v1 recycles: the best third of what is dropped is clustered, and the clusters' means stay
     too. v2 recycles nothing, divides attention by what rotary embeddings alone make of a distance, and asks the half of the
     heads that look at the image most.

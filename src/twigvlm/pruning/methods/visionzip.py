@@ -15,7 +15,7 @@ from twigvlm.pruning.view import CutView
 class VisionZip:
     """Before the decoder: d dominant tokens, which are the CLS token and patches that it attends to, and c contextual ones.
 
-    Yang et al., "VisionZip", CVPR 2025, §3.2. Of the patches that are not dominant every ⌊n/c⌋-th is a contextual token; the
+    Yang et al., "VisionZip", CVPR 2025. Of the patches that are not dominant every ⌊n/c⌋-th is a contextual token; the
     others are added to the most similar of them (by keys) as the mean of its group, before the projector.
     """
 

@@ -19,7 +19,7 @@ _REMOVED = 8  # tokens that a round of deduplication removes at most
 class VisPruner:
     """Before the decoder: ⌊rR⌋ important patches by the CLS token's attention, and R − ⌊rR⌋ by removing duplicates of others.
 
-    Zhang et al., "Beyond Text-Visual Attention", ICCV 2025, §4.
+    Zhang et al., "Beyond Text-Visual Attention", ICCV 2025.
     """
 
     important: float = 0.5
