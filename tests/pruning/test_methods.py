@@ -277,7 +277,7 @@ def test_memory_of_a_prefill_is_linear_in_the_visual_tokens():
     ids = torch.cat((torch.full((1, count), 99), torch.randint(2, 99, (1, 8))), dim=1)
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 216, 216), "attention_mask": torch.ones_like(ids)}
     for name in NAMES:
-        share = 0.02 if make_pruner(name).cuts(count, count, 6)[0].layer == 0 else 0.55
+        share = 0.01 if make_pruner(name).cuts(count, count, 6)[0].layer == 0 else 0.4
         with Largest() as largest:
             model.generate(**inputs, pruner=name, retain=count * share, max_new_tokens=1)
         assert largest.elements < count**2 / 10, name
