@@ -110,7 +110,7 @@ def rankings(model: TwigVLM, deep_layer: int | None) -> dict[str, str]:
         else {TWIG_RANKING: "P-Head", "attention": attention}
     )
     if trunk:
-        found["fastv"] = f"attention of base layer {trunk} (K)"
+        found[f"deep:{trunk}"] = f"attention of base layer {trunk} (K)"
     return {**found, f"deep:{deep}": f"attention of base layer {deep} of {layers}"}
 
 
