@@ -15,8 +15,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_processor(chat_template: str = CHAT_TEMPLATE) -> LlavaProcessor:
-    characters = "\n " + string.ascii_letters + string.digits + ".,:;!?'-"
+def tiny_processor(chat_template: str = CHAT_TEMPLATE, more: str = "") -> LlavaProcessor:
+    characters = "\n " + string.ascii_letters + string.digits + ".,:;!?'-" + more
     words = [PAD, START, END, "<unk>", *characters]
     words += [f"<unused{number}>" for number in range(VOCABULARY - 1 - len(words))]
     tokenizer = Tokenizer(models.WordLevel({**{word: i for i, word in enumerate(words)}, IMAGE: IMAGE_TOKEN}, "<unk>"))

@@ -1,6 +1,7 @@
 """Show which visual tokens were kept, on the picture itself."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,22 @@ FRAME = (255, 140, 0)
 
 MAX_SIDE = 8192
 """Pixels of the longer side beyond which no picture is enlarged: picture formats have limits."""
+
+
+def patch_grid(base: Any, visual_tokens: int) -> tuple[int, int] | None:
+    """Rows and columns of the visual tokens where they are the square of one whole image; None for tiles and other shapes."""
+    side = round(visual_tokens**0.5)
+    whole = getattr(base.config, "image_seq_length", None) == visual_tokens
+    return (side, side) if whole and side * side == visual_tokens else None
+
+
+def seen_box(processor: Any, image: Image.Image) -> tuple[int, int, int, int] | None:
+    """The part of the image that reaches the model: the middle square where the processor crops to one, else all of it."""
+    if not getattr(processor.image_processor, "do_center_crop", False):
+        return None
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return left, top, left + side, top + side
 
 
 def highlight(

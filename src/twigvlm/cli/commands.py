@@ -4,6 +4,7 @@ from typing import Annotated
 
 from tyro.conf import subcommand
 
+from twigvlm.cli.batch import Batch
 from twigvlm.cli.convert import Convert
 from twigvlm.cli.demo import Demo
 from twigvlm.cli.evaluate import Evaluate
@@ -11,12 +12,15 @@ from twigvlm.cli.families import Families
 from twigvlm.cli.generate import Generate
 from twigvlm.cli.inspect import Inspect
 from twigvlm.cli.methods import Methods
+from twigvlm.cli.serve import Serve
 from twigvlm.cli.train import Train
 
 COMMANDS = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Demo, subcommand("demo")]
     | Annotated[Inspect, subcommand("inspect")]
+    | Annotated[Serve, subcommand("serve")]
+    | Annotated[Batch, subcommand("batch")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Families, subcommand("families")]

@@ -186,8 +186,7 @@ def differences(plain: str, given: str) -> Text:
 
 def show_kept(session: Session, image: Image.Image, answer: Answer) -> Image.Image | None:
     """The image with the patches kept for the question and, beside it, those that were chosen again; None: no square grid."""
-    from twigvlm.cli.session import patch_grid, seen_box
-    from twigvlm.visualize import highlight, side_by_side
+    from twigvlm.visualize import highlight, patch_grid, seen_box, side_by_side
 
     grid = patch_grid(session.base, answer.visual_tokens)
     if grid is None:

@@ -40,7 +40,7 @@ class Inspect(QuestionOptions):
         from twigvlm.cli.answer import answer_question, check_request
         from twigvlm.cli.inspect_page import answer_page
         from twigvlm.cli.output import busy, check_directory, steps
-        from twigvlm.cli.session import SessionConfig, default_picture, open_session, patch_grid, seen_box
+        from twigvlm.cli.session import SessionConfig, default_picture, open_session
         from twigvlm.config import PruningConfig
         from twigvlm.errors import TwigVLMError
         from twigvlm.evaluation.figures import draw_patches, figure_class
@@ -48,6 +48,7 @@ class Inspect(QuestionOptions):
         from twigvlm.files import replacing
         from twigvlm.images import load_image
         from twigvlm.inputs import build_inputs, user_turn
+        from twigvlm.visualize import patch_grid, seen_box
 
         config = SessionConfig.resolve(self.model, self.twig, PruningConfig(self.retain), self.speculate)
         if not config.accelerated:

@@ -8,7 +8,6 @@ from typing import Any
 
 import huggingface_hub
 import transformers
-from PIL import Image
 
 from twigvlm import inputs, loading
 from twigvlm.cli.output import busy
@@ -124,22 +123,6 @@ def build_inputs(
     """One user turn for each row, of a prompt after its picture or list of pictures, which may be empty."""
     turns = [[user_turn(prompt, given)] for prompt, given in zip(prompts, images, strict=True)]
     return inputs.build_inputs(processor, turns, base.device, base.dtype)
-
-
-def patch_grid(base: Any, visual_tokens: int) -> tuple[int, int] | None:
-    """Rows and columns of the visual tokens where they are the square of one whole image; None for tiles and other shapes."""
-    side = round(visual_tokens**0.5)
-    whole = getattr(base.config, "image_seq_length", None) == visual_tokens
-    return (side, side) if whole and side * side == visual_tokens else None
-
-
-def seen_box(processor: Any, image: Image.Image) -> tuple[int, int, int, int] | None:
-    """The part of the image that reaches the model: the middle square where the processor crops to one, else all of it."""
-    if not getattr(processor.image_processor, "do_center_crop", False):
-        return None
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return left, top, left + side, top + side
 
 
 def default_picture() -> Path:

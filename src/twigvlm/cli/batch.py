@@ -1,0 +1,59 @@
+"""`twigvlm batch`: answer a batch file in OpenAI's format on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from twigvlm.cli.serving import ServiceOptions, check_installed
+from twigvlm.errors import TwigVLMError
+
+
+@dataclass(frozen=True)
+class Batch(ServiceOptions):
+    """Answer a batch file in OpenAI's format; a run that was interrupted goes on where it stopped."""
+
+    input: Annotated[Path, Positional, arg(metavar="INPUT")]
+    """File of requests: JSON objects with `custom_id` and `body`, one a line."""
+    output: Annotated[Path, Positional, arg(metavar="OUTPUT")]
+    """File of results, in the order in which they are complete; requests that have theirs there are not answered again."""
+
+    @property
+    def continuation(self) -> str:
+        """What to do after Ctrl-C."""
+        return "run the command again to go on where it stopped"
+
+    def run(self) -> int:
+        """Answer all requests; the exit code is 2 if one failed."""
+        check_installed()
+        from twigvlm.cli.output import check_directory, steps
+        from twigvlm.serving.batch import BatchRun, open_results, read_batch
+
+        if self.output.is_dir():
+            raise TwigVLMError(f"output {str(self.output)!r}: is a directory; name a file")
+        check_directory(self.output.parent, "output")
+        lines = read_batch(self.input)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        failed = 0
+        with open_results(self.output, {line.custom_id for line in lines}) as (file, answered):
+            left = [line for line in lines if line.custom_id not in answered]
+            if not left:
+                print(f"All {len(lines)} requests have their results in {self.output}")
+                return 0
+            service = self.open_service()
+            try:
+                with steps("Answering", len(lines), len(answered)) as advance:
+
+                    def on_result(fine: bool) -> None:
+                        nonlocal failed
+                        failed += not fine
+                        advance()
+
+                    BatchRun(service, file, on_result).run(left)
+            finally:
+                service.stop()
+        print(f"Results: {self.output}" + (f"; {failed} of {len(left)} requests failed" if failed else ""))
+        return 2 if failed else 0

@@ -1,0 +1,69 @@
+"""`twigvlm serve`: an OpenAI-compatible server, with a page at `/`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from twigvlm.cli.serving import ServiceOptions
+from twigvlm.errors import TwigVLMError
+
+KEY_VARIABLE = "TWIGVLM_API_KEY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(ServiceOptions):
+    """Serve a model behind OpenAI's chat completions API, with a page to try it at /."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. The default is reached from this machine alone."""
+    port: int = 8000
+    """Port to listen on; 0: any that is free."""
+    api_key: str | None = None
+    """Key that clients must send. Others on this machine can read the command line: better set the environment variable
+    TWIGVLM_API_KEY. None: the variable's value, or no key."""
+    allow_host: tuple[str, ...] = ()
+    """Names by which clients may call this server, beside those of this machine. None: any, unless it listens on this machine
+    alone."""
+    shutdown_seconds: float = 30.0
+    """Time that answers under way have left after SIGTERM or Ctrl-C; requests that wait are refused at once."""
+    engine: Literal["twigvlm", "vllm"] = "twigvlm"
+    """Who generates: this library, or vLLM with an export of the twig."""
+    export: Path | None = None
+    """With --engine vllm: directory for the exported base and drafter, which are made there unless they exist. None: no
+    export, so that vLLM cannot be used."""
+
+    @property
+    def continuation(self) -> str:
+        """What to do after Ctrl-C."""
+        return "the server has shut down"
+
+    def run(self) -> None:
+        """Serve until a signal ends the process."""
+        if not 0 <= self.port < 65536:
+            raise TwigVLMError(f"port={self.port}: must be 0 to 65535")
+        key = self.api_key or os.environ.get(KEY_VARIABLE) or None
+        if self.engine == "vllm":
+            from twigvlm.cli.serve_vllm import serve_with_vllm
+
+            serve_with_vllm(self, key)
+        if self.export is not None:
+            raise TwigVLMError("export: goes with --engine vllm; leave it out")
+        service = self.open_service()
+        from twigvlm.serving.app import create_app
+        from twigvlm.serving.server import LOCAL, allowed_hosts, make_server
+
+        if key is None and self.host not in LOCAL:
+            print("twigvlm: warning: no --api-key, so everyone who reaches this port can use it", file=sys.stderr)
+        app = create_app(service, key, allowed_hosts(self.host, self.allow_host))
+        server = make_server(app, service, self.host, self.port, self.shutdown_seconds)
+        server.on_start = lambda address: print(f"Serving {service.name!r} at {address}", flush=True)
+        try:
+            server.run()
+        except SystemExit:  # uvicorn's way to say that the port is taken
+            raise TwigVLMError(f"port {self.port}: cannot be listened on at {self.host}; choose another") from None
+        finally:
+            service.stop()

@@ -1,0 +1,188 @@
+"""The HTTP interface: OpenAI's chat completions, health, metrics and the page."""
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from twigvlm.serving.errors import RequestError
+from twigvlm.serving.failures import request_error
+from twigvlm.serving.page import add_page
+from twigvlm.serving.protocol import parse_request
+from twigvlm.serving.running import HUNG_UP, ClientGone, EventStream, Running
+from twigvlm.serving.service import Service
+
+
+def create_app(
+    service: Service, api_key: str | None = None, hosts: Collection[str] = (), stop_with_app: bool = True
+) -> FastAPI:
+    """The application.
+
+    Args:
+        service: answers requests.
+        api_key: that clients must send; None: none.
+        hosts: names in the Host header that are answered, so that a foreign page whose name leads here (DNS rebinding) is not;
+            none: any.
+        stop_with_app: whether the service ends with the application.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        if stop_with_app:
+            await asyncio.to_thread(service.stop)
+
+    # FastAPI's own pages of documentation load scripts from elsewhere.
+    app = FastAPI(title="twigvlm", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service = service
+    if hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
+    _add_errors(app, service)
+    handler = ChatHandler(service)
+
+    def authorize(request: Request) -> None:
+        _authorize(request, api_key)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        authorize(request)
+        return await handler.answer(request)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        authorize(request)
+        return JSONResponse({"object": "list", "data": [_model(service)]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> Response:
+        authorize(request)
+        if name != service.name:
+            raise RequestError(
+                f"model: this server has {service.name!r} alone", 404, param="model", code="model_not_found"
+            )
+        return JSONResponse(_model(service))
+
+    @app.get("/health")
+    async def health() -> Response:
+        alive = service.worker.alive
+        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        authorize(request)
+        return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    add_page(app, service, needs_key=api_key is not None)
+    return app
+
+
+class ChatHandler:
+    """Answers `/v1/chat/completions`.
+
+    Args:
+        service: answers requests.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="twigvlm-prepare")
+
+    async def answer(self, http: Request) -> Response:
+        """The response to a request; what is wrong with it is found before a stream begins."""
+        arrived, service = time.monotonic(), self._service
+        with ExitStack() as stack:
+            stack.enter_context(service.place())
+            request = parse_request(await _body(http, service.limits.max_body, service.limits.upload_seconds))
+            running = Running(service, request, http)
+            stack.callback(running.close)
+            await running.start(self._preparing, arrived)
+            if not request.stream:
+                whole = await running.whole()
+                service.metrics.add("twigvlm_requests_total", label='status="200"')
+                service.metrics.observe("twigvlm_request_seconds", time.monotonic() - arrived)
+                return JSONResponse(whole)
+            kept = stack.pop_all()  # the response closes it
+
+        def done() -> None:
+            kept.close()
+            service.metrics.add("twigvlm_requests_total", label=f'status="{running.status}"')
+            service.metrics.observe("twigvlm_request_seconds", time.monotonic() - arrived)
+
+        return EventStream(running.chunks(), done)
+
+
+async def _body(http: Request, limit: int, seconds: float) -> bytes:
+    """The body of a request.
+
+    Raises:
+        RequestError: it is no JSON by its header, too large, or too slow.
+        ClientGone: the client has hung up.
+    """
+    # Browsers send other types to foreign servers without asking them first.
+    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise RequestError("Content-Type: must be application/json", 415)
+    too_large = RequestError(f"the request has more than {limit:,} bytes", 413, code="request_too_large")
+    length = http.headers.get("content-length", "0")
+    if not length.isascii() or not length.isdigit() or len(length) > 18 or int(length) > limit:
+        raise too_large
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                message = await http.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > limit:
+                    raise too_large
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError:
+        raise RequestError(f"the request did not arrive within {seconds:g} seconds", 408, code="timeout") from None
+
+
+def _authorize(request: Request, api_key: str | None) -> None:
+    if api_key is None:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    # Header values arrive as latin-1; the comparison takes the same time wherever the keys differ.
+    same = hmac.compare_digest(given.strip().encode("latin-1", errors="replace"), api_key.encode())
+    if scheme.lower() != "bearer" or not same:
+        raise RequestError("the API key is missing or wrong", 401, code="invalid_api_key")
+
+
+def _add_errors(app: FastAPI, service: Service) -> None:
+    def respond(error: RequestError, headers: dict[str, str] | None = None) -> Response:
+        service.metrics.add("twigvlm_requests_total", label=f'status="{error.status}"')
+        extra = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        return JSONResponse(error.as_json(), error.status, headers={**(headers or {}), **extra})
+
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> Response:
+        return respond(error)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_page(_: Request, error: HTTPException) -> Response:
+        return respond(RequestError(str(error.detail), error.status_code), dict(error.headers or {}))
+
+    @app.exception_handler(ClientGone)
+    async def gone(_: Request, error: ClientGone) -> Response:
+        service.metrics.add("twigvlm_requests_total", label=f'status="{HUNG_UP}"')
+        return Response(status_code=HUNG_UP)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        return respond(request_error(error))
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "twigvlm"}

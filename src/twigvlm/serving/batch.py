@@ -1,0 +1,198 @@
+"""Batch files in OpenAI's format: requests in, results out, as lines of JSON; resumable wherever it was killed."""
+
+import json
+import os
+import queue
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.files import writing
+from twigvlm.serving.completion import Completion
+from twigvlm.serving.errors import RequestError
+from twigvlm.serving.jobs import Failed, Job, JobEvent
+from twigvlm.serving.protocol import ChatRequest, parse_request
+from twigvlm.serving.service import Service
+
+URL = "/v1/chat/completions"
+_AHEAD = 2  # requests that are prepared before there is room for them
+
+
+@dataclass(frozen=True)
+class BatchLine:
+    """One request of a batch file."""
+
+    custom_id: str
+    body: dict[str, Any]
+    method: str = "POST"
+    url: str = URL
+
+    def request(self) -> ChatRequest:
+        """The request.
+
+        Raises:
+            RequestError: it is not one that is answered here.
+        """
+        if self.method != "POST" or self.url != URL:
+            raise RequestError(f"{self.method} {self.url}: only POST {URL} is answered"[:200])
+        request = parse_request(json.dumps(self.body))
+        if request.stream:
+            raise RequestError("stream: does not apply to batch files; leave it out", param="stream")
+        return request
+
+
+def read_batch(path: Path) -> list[BatchLine]:
+    """The requests of a batch file. What is wrong inside of a request is its result; what is wrong with the file is an error.
+
+    Raises:
+        TwigVLMError: the file cannot be read, or a line is no request or has the `custom_id` of an earlier one.
+    """
+    name = f"input {str(path)!r}"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise TwigVLMError(f"{name}: cannot be read as text ({one_line(error)})") from None
+    lines: dict[str, BatchLine] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TwigVLMError(f"{name}: line {number}: not JSON ({one_line(error)})") from None
+        known = isinstance(record, dict) and isinstance(record.get("custom_id"), str)
+        if not known or not isinstance(record.get("body"), dict):
+            raise TwigVLMError(f"{name}: line {number}: needs a text `custom_id` and an object `body`")
+        if record["custom_id"] in lines:
+            raise TwigVLMError(f"{name}: line {number}: custom_id {record['custom_id']!r} is used twice")
+        found = BatchLine(
+            record["custom_id"], record["body"], str(record.get("method", "POST")), str(record.get("url", URL))
+        )
+        lines[found.custom_id] = found
+    if not lines:
+        raise TwigVLMError(f"{name}: holds no request")
+    return list(lines.values())
+
+
+@contextmanager
+def open_results(path: Path, known: set[str]) -> Iterator[tuple[BinaryIO, set[str]]]:
+    """The file of results, open for more, and which requests have theirs.
+
+    A result is one line, written whole and flushed to the disk. A run that was killed leaves at most one line without an end,
+    which is removed.
+
+    Args:
+        path: of the file.
+        known: `custom_id`s of the batch.
+
+    Raises:
+        TwigVLMError: it cannot be written, another run writes to it, or it has results of another batch.
+    """
+    name = f"output {str(path)!r}"
+    lock = FileLock(path.with_name(f".{path.name}.lock"))  # the system frees it when the process is killed
+    with writing(name):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise TwigVLMError(f"{name}: another run is writing there; wait until it ends") from None
+    try:
+        with writing(name), open(path, "ab+") as file:
+            file.seek(0)
+            data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            file.truncate(len(whole))
+            yield file, _answered(name, whole, known)
+    finally:
+        lock.release()
+
+
+def _answered(name: str, data: bytes, known: set[str]) -> set[str]:
+    answered: set[str] = set()
+    for number, line in enumerate(data.splitlines(), start=1):
+        try:
+            answered.add(json.loads(line)["custom_id"])
+        except (ValueError, KeyError, TypeError):
+            raise TwigVLMError(f"{name}: line {number}: is no result; choose another file") from None
+    if not answered <= known:
+        raise TwigVLMError(f"{name}: has results of another batch; choose another file")
+    return answered
+
+
+class BatchRun:
+    """Answers the requests of a batch, several at once.
+
+    Args:
+        service: answers requests.
+        file: of results.
+        on_result: called after each result was written, with whether it is an answer.
+    """
+
+    def __init__(self, service: Service, file: BinaryIO, on_result: Callable[[bool], None]) -> None:
+        self._service, self._file, self._on_result = service, file, on_result
+        self._events: queue.Queue[tuple[str, JobEvent]] = queue.Queue()
+        self._running: dict[str, tuple[Job, Completion]] = {}
+
+    def run(self, lines: list[BatchLine]) -> None:
+        """Answer them; results are written in the order in which they are complete."""
+        most = self._service.limits.max_rows + _AHEAD
+        for line in lines:
+            while len(self._running) >= most:
+                self._take()
+            self._start(line)
+        while self._running:
+            self._take()
+
+    def _start(self, line: BatchLine) -> None:
+        service, key = self._service, line.custom_id
+        try:
+            request = line.request()
+            job = service.prepare(request, lambda event: self._events.put((key, event)))
+        except RequestError as error:
+            self._write(key, error.status, error.as_json())
+            return
+        completion = Completion(
+            service.name,
+            len(job.choices),
+            job.prompt_tokens,
+            lambda: service.text(request),
+            request.details,
+            lambda index: service.worker.cancel(job, index),
+        )
+        self._running[key] = job, completion
+        service.worker.submit(job)
+
+    def _take(self) -> None:
+        """Wait for one event."""
+        key, event = self._events.get()
+        if key not in self._running:
+            return
+        completion = self._running[key][1]
+        if isinstance(event, Failed):
+            del self._running[key]
+            self._write(key, event.error.status, event.error.as_json())
+            return
+        completion.take(event)
+        if completion.finished:
+            del self._running[key]
+            self._write(key, 200, completion.as_json())
+
+    def _write(self, custom_id: str, status: int, body: dict[str, Any]) -> None:
+        fine = status == 200
+        response = {"status_code": status, "request_id": f"req_{secrets.token_hex(12)}", "body": body}
+        error = None if fine else {"code": body["error"]["code"], "message": body["error"]["message"]}
+        record = {
+            "id": f"batch_req_{secrets.token_hex(12)}",
+            "custom_id": custom_id,
+            "response": response,
+            "error": error,
+        }
+        self._file.write(json.dumps(record, ensure_ascii=True).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._on_result(fine)

@@ -1,0 +1,38 @@
+"""Errors of requests, with what HTTP says of them."""
+
+from typing import Any
+
+from twigvlm.errors import TwigVLMError
+
+MAX_MESSAGE = 500  # characters: a message may quote what a client sent
+
+
+class RequestError(TwigVLMError):
+    """A request that is refused or has failed.
+
+    Args:
+        message: one line.
+        status: of HTTP.
+        param: the field of the request that is at fault.
+        code: for programs; as OpenAI names it where OpenAI has such an error.
+        retry_after: seconds after which another try makes sense.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        # A lone surrogate, which JSON can spell, is no text that could be sent back.
+        clean = message.encode(errors="replace").decode()
+        super().__init__(clean if len(clean) <= MAX_MESSAGE else f"{clean[:MAX_MESSAGE]}…")
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+
+    def as_json(self) -> dict[str, Any]:
+        """The error as OpenAI's clients read it."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}

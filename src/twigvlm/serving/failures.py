@@ -1,0 +1,58 @@
+"""Exceptions, as what clients are told of them."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.serving.errors import RequestError
+
+_log = logging.getLogger(__name__)
+
+
+def request_error(error: Exception) -> RequestError:
+    """An exception as what the client is told; of our own failures it learns no more than that."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, TwigVLMError):
+        return RequestError(str(error))
+    if any(_is_out_of_memory(each) for each in _causes(error)):
+        return RequestError(
+            "there is not enough memory for this request; ask with fewer or smaller images", 503, code="out_of_memory"
+        )
+    _log.error("a request failed: %s", one_line(error), exc_info=error)
+    return RequestError("the server failed at this request; its log tells why", 500)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _is_out_of_memory(error: Any) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def shutting_down() -> RequestError:
+    """The server ends."""
+    return RequestError("the server is shutting down", 503, code="shutting_down", retry_after=10)
+
+
+def waited_too_long(seconds: float) -> RequestError:
+    """No place was free in time."""
+    return RequestError(
+        f"the request has waited for {seconds:g} seconds; try again later",
+        429,
+        code="rate_limit_exceeded",
+        retry_after=max(1, round(seconds)),
+    )
+
+
+def too_late(seconds: float) -> RequestError:
+    """The answer was not complete in time."""
+    return RequestError(f"the request took longer than {seconds:g} seconds", 408, code="timeout")

@@ -1,0 +1,109 @@
+"""Images from hosts that the server's owner allowed by name; nothing else is ever fetched."""
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Callable, Collection
+from urllib.parse import urlsplit
+
+from twigvlm.errors import one_line
+from twigvlm.serving.errors import RequestError
+
+_CHUNK = 1 << 16
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet: not this machine, its network or a reserved range."""
+    found = ipaddress.ip_address(address)
+    mapped = getattr(found, "ipv4_mapped", None)  # ::ffff:127.0.0.1 is 127.0.0.1
+    return (mapped or found).is_global and not (mapped or found).is_multicast
+
+
+class Fetcher:
+    """Fetches images by https from allowed hosts.
+
+    Redirects are refused. The name is resolved once, every address of it must be public, and the connection goes to the
+    address that was checked, so that a name which changes its answer (DNS rebinding) leads nowhere else.
+
+    Args:
+        hosts: names that are allowed, without wildcards; none: nothing is fetched.
+        max_bytes: largest file.
+        seconds: longest time of one file.
+        allowed: whether an address may be connected to.
+        context: of TLS; None: the machine's certificates.
+        port: of all hosts.
+    """
+
+    def __init__(
+        self,
+        hosts: Collection[str],
+        max_bytes: int,
+        seconds: float = 10.0,
+        allowed: Callable[[str], bool] = is_public,
+        context: ssl.SSLContext | None = None,
+        port: int = 443,
+    ) -> None:
+        self.hosts = frozenset(host.lower().rstrip(".") for host in hosts)
+        self.max_bytes, self.seconds, self.allowed, self.port = max_bytes, seconds, allowed, port
+        self._context = context
+
+    def fetch(self, url: str) -> bytes:
+        """The file at an address.
+
+        Raises:
+            RequestError: the address is not allowed, or its host does not deliver an image of allowed size in time.
+        """
+        host, target = self._split(url)
+        deadline = time.monotonic() + self.seconds
+        try:
+            return self._get(host, self._address(host), target, deadline)
+        except (OSError, http.client.HTTPException) as error:
+            raise RequestError(f"image_url: {host} does not deliver it ({one_line(error)})") from None
+
+    def _split(self, url: str) -> tuple[str, str]:
+        """The host and what to ask it for."""
+        refusal = RequestError(
+            "image_url: must be a data URI (data:image/png;base64,…)"
+            + (f", or an https address on {', '.join(sorted(self.hosts))}" if self.hosts else "; nothing is fetched")
+        )
+        try:
+            parts = urlsplit(url)
+            plain = parts.scheme == "https" and parts.port in (None, self.port) and "@" not in parts.netloc
+            host = (parts.hostname or "").rstrip(".")
+        except ValueError:
+            raise refusal from None
+        if not plain or host not in self.hosts:
+            raise refusal
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        if not target.isascii() or not target.isprintable() or " " in target:
+            raise RequestError("image_url: write characters beyond ASCII and spaces as %XX")
+        return host, target
+
+    def _address(self, host: str) -> str:
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM)]
+        if not found or not all(self.allowed(address) for address in found):
+            raise RequestError(f"image_url: {host} is no public address")
+        return found[0]
+
+    def _get(self, host: str, address: str, target: str, deadline: float) -> bytes:
+        context = self._context or ssl.create_default_context()
+        with socket.create_connection((address, self.port), timeout=self.seconds) as plain:
+            connection = http.client.HTTPSConnection(host, self.port)
+            connection.sock = context.wrap_socket(plain, server_hostname=host)
+            try:
+                connection.request("GET", target, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
+                response = connection.getresponse()
+                if response.status != 200:
+                    raise RequestError(f"image_url: {host} answers with status {response.status}")
+                data = bytearray()
+                while chunk := response.read1(_CHUNK):
+                    data += chunk
+                    if len(data) > self.max_bytes:
+                        raise RequestError(f"image_url: the image has more than {self.max_bytes:,} bytes")
+                    if time.monotonic() > deadline:
+                        raise RequestError(f"image_url: {host} takes longer than {self.seconds:g} seconds")
+                return bytes(data)
+            finally:
+                connection.close()

@@ -1,0 +1,117 @@
+"""Answers that follow a JSON schema: a logits processor on the grammar library llguidance, which is optional."""
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from twigvlm.serving.errors import RequestError
+
+_log = logging.getLogger(__name__)
+MAX_SCHEMA = 50_000  # characters
+
+
+class Grammars:
+    """Makes grammars of schemas for one model.
+
+    Args:
+        tokenizer: the base's, a fast one.
+        vocabulary: size of the base's logits.
+        eos: ids that end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]) -> None:
+        self._hf_tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, list(eos)
+        self.tokenizer: Any = None
+        """The tokenizer as llguidance knows it; made when it is first needed."""
+
+    def compile(self, schema: dict[str, Any]) -> "Grammar":
+        """The grammar of a JSON schema.
+
+        Raises:
+            RequestError: llguidance is not installed, or the schema is too large or uses what llguidance does not know.
+        """
+        try:
+            import llguidance
+            import llguidance.hf
+        except ImportError:
+            raise RequestError(
+                "response_format: this server has no grammar library; install it by: pip install 'twigvlm[serve]'",
+                param="response_format",
+            ) from None
+        # Without this a model may fill the whole answer with spaces, which JSON allows between all tokens.
+        text = json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})
+        if len(text) > MAX_SCHEMA:
+            raise RequestError(
+                f"response_format: a schema of {len(text):,} characters is longer than {MAX_SCHEMA:,}",
+                param="response_format",
+            )
+        try:
+            if self.tokenizer is None:
+                self.tokenizer = llguidance.hf.from_tokenizer(self._hf_tokenizer, self._vocabulary, self._eos)
+            matcher = llguidance.LLMatcher(self.tokenizer, llguidance.LLMatcher.grammar_from_json_schema(text), log_level=0)
+            reason = matcher.get_error() if matcher.is_error() else ""
+        except ValueError as error:  # also of tokenizers that it does not know
+            reason = str(error)
+        if reason:
+            reason = "an internal error" if "panic" in reason else reason.partition("\n")[0]
+            raise RequestError(f"response_format: the grammar library refuses it ({reason})", param="response_format")
+        return Grammar(matcher, self._vocabulary)
+
+
+class Grammar:
+    """A compiled schema; makes a processor for each answer.
+
+    Args:
+        matcher: at the start of an answer.
+        vocabulary: size of the base's logits.
+    """
+
+    def __init__(self, matcher: Any, vocabulary: int) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
+
+    def processor(self, prompt: int) -> "GrammarProcessor":
+        """A logits processor for one answer.
+
+        Args:
+            prompt: tokens of its prompt.
+        """
+        return GrammarProcessor(self._matcher.deep_copy(), prompt, self._vocabulary)
+
+
+class GrammarProcessor(LogitsProcessor):
+    """Rules out all tokens that the grammar does not allow next. Each position is asked for once, in order.
+
+    Args:
+        matcher: of this answer.
+        prompt: tokens of the prompt.
+        vocabulary: size of the logits.
+    """
+
+    def __init__(self, matcher: Any, prompt: int, vocabulary: int) -> None:
+        self._matcher, self._seen, self._vocabulary = matcher, prompt, vocabulary
+
+    def __call__(
+        self, input_ids: Int[Tensor, "1 tokens"], scores: Float[Tensor, "1 vocabulary"]
+    ) -> Float[Tensor, "1 vocabulary"]:
+        """Scores of which those of other tokens are −∞.
+
+        Raises:
+            RequestError: the grammar has come to an end that it cannot go on from, or takes more work than is allowed.
+        """
+        for token in input_ids[0, self._seen :].tolist():
+            self._matcher.consume_token(token)
+        self._seen = input_ids.shape[1]
+        words = torch.zeros((self._vocabulary + 31) // 32, dtype=torch.int32)
+        self._matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.numel() * words.element_size())
+        if self._matcher.is_error():
+            _log.warning("a grammar failed: %s", self._matcher.get_error())
+            raise RequestError("response_format: this schema takes too much work", param="response_format")
+        bits = (words[:, None] >> torch.arange(32, dtype=torch.int32)) & 1
+        allowed = bits.flatten()[: scores.shape[1]].bool().to(scores.device)
+        return scores.masked_fill(~allowed, float("-inf"))

@@ -1,0 +1,89 @@
+"""The page at `/`: drop a picture, ask, and watch the answer come. Plain HTML and JavaScript, nothing from elsewhere."""
+
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
+from PIL import Image
+
+from twigvlm.pruning.budget import average_kept
+from twigvlm.serving.service import Service
+from twigvlm.visualize import patch_grid, seen_box
+
+EXAMPLES = (
+    ("scene", "Describe this image in detail."),
+    ("signs", "Read all signs from top to bottom."),
+    ("halves", "Tell me what the top and the bottom half show."),
+)
+"""Pictures that are there at first sight, and what to ask about them."""
+
+_FILES = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/patches.js": ("patches.js", "text/javascript; charset=utf-8"),
+    "/stream.js": ("stream.js", "text/javascript; charset=utf-8"),
+}
+_HEADERS = {
+    # Scripts and styles are the page's files alone: text of an answer can never become code.
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def add_page(app: FastAPI, service: Service, needs_key: bool) -> None:
+    """Serve the page.
+
+    Args:
+        app: where.
+        service: what the page asks.
+        needs_key: whether the page must ask its user for the API key.
+    """
+
+    def serve(path: str, data: bytes, kind: str) -> None:
+        @app.get(path, include_in_schema=False)
+        async def file() -> Response:
+            return Response(data, media_type=kind, headers=_HEADERS)
+
+    for path, (name, kind) in _FILES.items():
+        serve(path, _file("twigvlm.serving.page", name), kind)
+    serve("/examples/scene", _file("twigvlm.sapling", "demo.png"), "image/png")
+    for name, _ in EXAMPLES[1:]:
+        serve(f"/examples/{name}", _file("twigvlm.serving.page", f"{name}.webp"), "image/webp")
+    settings = page_settings(service, needs_key)
+
+    @app.get("/page/settings", include_in_schema=False)
+    async def page() -> Response:
+        return JSONResponse(settings, headers=_HEADERS)
+
+
+def page_settings(service: Service, needs_key: bool) -> dict[str, Any]:
+    """What the page must know of the model."""
+    base, twig, defaults = service.model.base, service.model.twig.config, service.defaults
+    visual = getattr(service.model.config, "image_seq_length", None)
+    low, high = 32.0, 576.0  # of bases whose visual tokens depend on the picture
+    if visual is not None:
+        final_wipe = base.num_layers if twig.final_wipe is None else twig.final_wipe
+        low, high = (average_kept(keep, visual, base.num_layers, twig.trunk_layers, final_wipe) for keep in (1, visual))
+    ways = ["none", "chain", "tree"]
+    return {
+        "model": service.name,
+        "needs_key": needs_key,
+        "visual": visual,
+        "retain": {"low": low, "high": high, "default": defaults.pruning.retain},
+        "ways": [*ways, "auto"] if defaults.speculate == "auto" else ways,
+        "way": defaults.speculate,
+        "refocus": defaults.pruning.refocus,
+        "max_tokens": min(256, service.limits.max_tokens),
+        "max_pixels": service.limits.max_pixels,
+        "grid": None if visual is None else patch_grid(service.model, visual),
+        "crops": seen_box(service.processor, Image.new("RGB", (1, 1))) is not None,
+        "examples": [{"picture": f"/examples/{name}", "question": question} for name, question in EXAMPLES],
+    }
+
+
+def _file(package: str, name: str) -> bytes:
+    return (files(package) / name).read_bytes()

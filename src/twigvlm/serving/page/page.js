@@ -1,0 +1,225 @@
+// The page: a picture, a question, settings, and one lane or three in which answers appear.
+import { draw } from "/patches.js";
+import { streamAnswer } from "/stream.js";
+
+const MAX_SIDE = 2048; // pixels of the longer side that are sent
+const at = (id) => document.getElementById(id);
+const state = { settings: null, picture: null, uri: null, running: null };
+
+async function start() {
+  const response = await fetch("/page/settings");
+  const settings = (state.settings = await response.json());
+  at("model").textContent = settings.model;
+  const { low, high } = settings.retain;
+  const budget = Math.round(settings.retain.default ?? Math.max(low, Math.min(64, high)));
+  Object.assign(at("retain"), { min: Math.ceil(low), max: Math.floor(high), value: budget });
+  at("retain-value").textContent = at("retain").value;
+  at("prune").checked = settings.retain.default !== null;
+  at("refocus").checked = settings.refocus !== null;
+  at("length").value = settings.max_tokens;
+  for (const way of settings.ways) at("way").add(new Option(way === "none" ? "none (plain decoding)" : way, way));
+  at("way").value = settings.way;
+  at("key").hidden = at("key-label").hidden = !settings.needs_key;
+  settings.examples.forEach(addExample);
+  const first = settings.examples[0];
+  if (first) await showExample(first);
+}
+
+function addExample(example, index) {
+  const button = document.createElement("button");
+  button.type = "button";
+  const image = document.createElement("img");
+  image.src = example.picture;
+  image.alt = `Example ${index + 1}: ${example.question}`;
+  button.append(image);
+  button.addEventListener("click", () => guarded(() => showExample(example)));
+  at("examples").append(button);
+}
+
+async function showExample(example) {
+  const response = await fetch(example.picture);
+  await setPicture(await response.blob());
+  at("question").value = example.question;
+}
+
+async function setPicture(blob) {
+  let picture;
+  try {
+    picture = await createImageBitmap(blob);
+  } catch {
+    throw new Error("this file is no picture that the browser can read");
+  }
+  const scale = Math.min(1, MAX_SIDE / Math.max(picture.width, picture.height));
+  const copy = document.createElement("canvas");
+  copy.width = Math.max(1, Math.round(picture.width * scale));
+  copy.height = Math.max(1, Math.round(picture.height * scale));
+  copy.getContext("2d").drawImage(picture, 0, 0, copy.width, copy.height);
+  state.picture = copy;
+  // As it is where it is small, so that the model sees what was given; otherwise as it was scaled.
+  state.uri = scale === 1 && blob.size < 4e6 && blob.type ? await dataUri(blob) : copy.toDataURL("image/png");
+  draw(at("picture"), state.picture, null, null, false);
+  at("hint").textContent = "Drop another picture, paste one, or press Enter to choose a file.";
+  at("error").textContent = "";
+}
+
+function dataUri(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(new Error("this file cannot be read"));
+    reader.readAsDataURL(blob);
+  });
+}
+
+function requestBody(pruned, way) {
+  const parts = [{ type: "text", text: at("question").value }];
+  if (state.uri) parts.unshift({ type: "image_url", image_url: { url: state.uri } });
+  const body = {
+    model: state.settings.model,
+    messages: [{ role: "user", content: parts }],
+    max_completion_tokens: Number(at("length").value),
+    speculate: way,
+    retain: pruned ? Number(at("retain").value) : null,
+  };
+  if (pruned && at("refocus").checked) body.refocus = state.settings.refocus ?? 0.7;
+  return body;
+}
+
+function newLane(title) {
+  const lane = at("lane-template").content.cloneNode(true).firstElementChild;
+  lane.querySelector("h2").textContent = title;
+  at("answers").append(lane);
+  return lane;
+}
+
+// Runs one lane; its clock stops with the answer.
+async function runLane(lane, body, signal) {
+  const [clock, answer] = [lane.querySelector(".clock"), lane.querySelector(".answer")];
+  const begun = performance.now();
+  const tick = () => {
+    clock.textContent = `${((performance.now() - begun) / 1000).toFixed(2)} s`;
+  };
+  const timer = setInterval(tick, 50);
+  answer.setAttribute("aria-busy", "true");
+  let looks = 0;
+  let reason = null;
+  try {
+    const usage = await streamAnswer(body, at("key").value, signal, (choice) => {
+      for (const piece of choice.twigvlm?.pieces ?? []) {
+        const span = document.createElement("span");
+        span.className = piece.drafted ? "drafted" : "base";
+        span.textContent = piece.text;
+        answer.append(span);
+      }
+      if (choice.twigvlm?.kept) {
+        looks += 1;
+        const kept = choice.twigvlm.kept;
+        const all = kept.length === state.settings.visual;
+        draw(at("picture"), state.picture, all ? null : kept, state.settings.grid, state.settings.crops);
+      }
+      reason = choice.finish_reason ?? reason;
+    });
+    tick();
+    lane.querySelector(".figures").textContent = figures(usage, looks, (performance.now() - begun) / 1000, reason);
+  } finally {
+    clearInterval(timer);
+    tick();
+    answer.setAttribute("aria-busy", "false");
+  }
+}
+
+function figures(usage, looks, seconds, reason) {
+  const { visual_tokens: visual, average_visual_tokens: average } = usage.prompt_tokens_details;
+  const { accepted_prediction_tokens: accepted, drafted_tokens: drafted } = usage.completion_tokens_details;
+  const count = usage.completion_tokens;
+  const found = [`${count} tokens, ${(count / seconds).toFixed(1)} per second`];
+  if (visual) found.push(`R̄ = ${average} of ${visual} visual tokens`);
+  if (drafted) found.push(`${accepted} of ${drafted} drafted tokens accepted`);
+  if (looks > 1) found.push(`patches chosen again ${looks - 1} times`);
+  if (reason === "length") found.push("cut at the longest answer");
+  return `${found.join("; ")}.`;
+}
+
+async function run(lanes) {
+  at("answers").replaceChildren();
+  at("error").textContent = "";
+  const aborter = (state.running = new AbortController());
+  setBusy(true);
+  try {
+    const made = lanes.map(({ title, body }) => ({ lane: newLane(title), body }));
+    for (const { lane, body } of made) await runLane(lane, body, aborter.signal);
+  } catch (error) {
+    if (error.name !== "AbortError") throw error;
+  } finally {
+    setBusy(false);
+  }
+}
+
+function setBusy(busy) {
+  for (const id of ["send", "compare"]) at(id).disabled = busy;
+  at("stop").disabled = !busy;
+}
+
+function ask() {
+  const [pruned, way] = [at("prune").checked, at("way").value];
+  return run([{ title: "Answer", body: requestBody(pruned, way) }]);
+}
+
+function compare() {
+  const way = at("way").value === "none" ? "chain" : at("way").value;
+  return run([
+    { title: "Plain", body: requestBody(false, "none") },
+    { title: `Exact: drafts by ${way}`, body: requestBody(false, way) },
+    { title: `Pruned to R̄ ${at("retain").value}, drafts by ${way}`, body: requestBody(true, way) },
+  ]);
+}
+
+async function guarded(work) {
+  try {
+    await work();
+  } catch (error) {
+    at("error").textContent = error.message;
+  }
+}
+
+function takeFile(files) {
+  if (files?.length) guarded(() => setPicture(files[0]));
+}
+
+at("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  guarded(ask);
+});
+at("compare").addEventListener("click", () => {
+  if (at("form").reportValidity()) guarded(compare);
+});
+at("stop").addEventListener("click", () => state.running?.abort());
+at("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    if (!at("send").disabled) at("form").requestSubmit();
+  }
+});
+at("retain").addEventListener("input", () => {
+  at("retain-value").textContent = at("retain").value;
+  at("prune").checked = true;
+});
+at("drop").addEventListener("click", () => at("file").click());
+at("drop").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" && event.key !== " ") return;
+  event.preventDefault();
+  at("file").click();
+});
+at("file").addEventListener("change", () => takeFile(at("file").files));
+at("drop").addEventListener("dragover", (event) => {
+  event.preventDefault();
+  at("drop").classList.add("over");
+});
+at("drop").addEventListener("dragleave", () => at("drop").classList.remove("over"));
+at("drop").addEventListener("drop", (event) => {
+  event.preventDefault();
+  at("drop").classList.remove("over");
+  takeFile(event.dataTransfer.files);
+});
+document.addEventListener("paste", (event) => takeFile(event.clipboardData?.files));
+guarded(start);

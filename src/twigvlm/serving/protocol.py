@@ -1,0 +1,188 @@
+"""Requests in the format of OpenAI's chat completions, and the options of this library beside them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from twigvlm.config import Speculate
+from twigvlm.serving.errors import RequestError
+
+MAX_STOPS, MAX_STOP_LENGTH, MAX_MESSAGES = 4, 200, 512
+
+_Positive = Annotated[int, Field(ge=1, le=2**31)]
+_NOT_OFFERED: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "frequency_penalty": (None, 0),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "logprobs": (None, False),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "presence_penalty": (None, 0),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "web_search_options": (None,),
+}
+"""Fields of OpenAI's that are not offered, and the values at which they ask for nothing."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class TextPart(_Strict):
+    """Text of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageAddress(_Strict):
+    """Where an image is: a data URI, or an address on a host that the server may fetch from."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+    """Taken and ignored: the base decides in what resolution it looks."""
+
+
+class ImagePart(_Strict):
+    """An image of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageAddress
+
+
+class ChatMessage(_Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    name: str | None = None
+    """Taken and ignored: chat templates know no names."""
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        """The content as parts."""
+        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
+
+class StreamOptions(_Strict):
+    """What a stream tells beside the answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+    """Taken and ignored."""
+
+
+class JsonSchema(_Strict):
+    """A schema that the answer must follow."""
+
+    name: str = "answer"
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class ChatRequest(_Strict):
+    """A request for an answer. Fields that are taken and ignored carry no meaning for this server."""
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: _Positive | None = None
+    max_tokens: _Positive | None = None
+    max_completion_tokens: _Positive | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    response_format: ResponseFormat | None = None
+
+    retain: float | None = None
+    """R̄, average number of visual tokens over all layers; null: no pruning."""
+    keep: _Positive | None = None
+    """R, visual tokens kept after the twig's trunk, instead of an average."""
+    final_wipe: _Positive | None = None
+    """K_f: no visual token enters later layers."""
+    refocus: float | None = None
+    """τ, below which the kept visual tokens are chosen again."""
+    pruner: str | None = None
+    """Another pruning method than the twig's, by name."""
+    speculate: Speculate | None = None
+    """How the twig drafts; the answer does not depend on it."""
+    details: bool = False
+    """Whether the answer tells which tokens were drafted, and which visual tokens were kept."""
+
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    parallel_tool_calls: Any = None
+
+    audio: Any = None
+    frequency_penalty: Any = None
+    function_call: Any = None
+    functions: Any = None
+    logit_bias: Any = None
+    logprobs: Any = None
+    modalities: Any = None
+    prediction: Any = None
+    presence_penalty: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    top_logprobs: Any = None
+    web_search_options: Any = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ChatRequest":
+        for name, idle in _NOT_OFFERED.items():
+            if getattr(self, name) not in idle:
+                raise ValueError(f"{name}: is not offered by this server; leave it out")
+        stops = self.stops
+        if len(stops) > MAX_STOPS or any(not 1 <= len(stop) <= MAX_STOP_LENGTH for stop in stops):
+            raise ValueError(f"stop: must be up to {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
+        limits = (self.max_tokens, self.max_completion_tokens)
+        if None not in limits and limits[0] != limits[1]:
+            raise ValueError("max_tokens and max_completion_tokens: give one of them")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: needs stream=true; leave it out")
+        for message in self.messages:
+            if message.role != "user" and any(isinstance(part, ImagePart) for part in message.parts):
+                raise ValueError(f"messages: only users can show images, not the role {message.role!r}")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end the answer, which does not contain them."""
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def parse_request(body: bytes | str) -> ChatRequest:
+    """A request from JSON.
+
+    Raises:
+        RequestError: it is not JSON, or not a request that this server takes.
+    """
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        # The names of union members and of discriminators are pydantic's, not the client's.
+        path = [str(step) for step in first["loc"] if not str(step).startswith(("list[", "str", "text", "image_url"))]
+        param = ".".join(path)[:100] or None
+        text = str(first["msg"]).removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            text = "this server knows no such field; leave it out"
+        raise RequestError(f"{param}: {text}" if param else text, param=param or text.partition(":")[0][:100]) from None

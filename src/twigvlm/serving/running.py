@@ -1,0 +1,161 @@
+"""One request over HTTP, between the event loop and the worker's thread."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from twigvlm.serving.completion import Completion
+from twigvlm.serving.errors import RequestError
+from twigvlm.serving.jobs import Failed, Job, JobEvent, Tokens
+from twigvlm.serving.protocol import ChatRequest
+from twigvlm.serving.service import Service
+
+HUNG_UP = 499
+"""Status of requests whose client has hung up. Nobody reads it; the metrics count it."""
+
+
+class ClientGone(Exception):
+    """The client has hung up."""
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events.
+
+    Args:
+        chunks: the events.
+        done: called when the stream has ended, the client has hung up, or the stream never began.
+    """
+
+    def __init__(self, chunks: AsyncIterator[str], done: Callable[[], None]) -> None:
+        super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._done()
+
+
+class Running:
+    """One request while it is answered.
+
+    Args:
+        service: answers it.
+        request: what was asked.
+        http: the connection.
+    """
+
+    def __init__(self, service: Service, request: ChatRequest, http: Request) -> None:
+        self._service, self._request, self._http = service, request, http
+        self._events: asyncio.Queue[JobEvent] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._job: Job | None = None
+        self._gone: asyncio.Task[None] | None = None
+        self._first: Tokens | None = None
+        self.status = HUNG_UP
+        """Of HTTP, once the stream has ended."""
+        self._completion: Completion | None = None
+
+    async def start(self, pool: ThreadPoolExecutor, arrived: float) -> None:
+        """Prepare, submit, and wait for the first tokens.
+
+        Raises:
+            RequestError: the request cannot be answered.
+            ClientGone: the client has hung up.
+        """
+        service, request = self._service, self._request
+        job = await self._loop.run_in_executor(pool, service.prepare, request, self._listen, arrived)
+        self._job = job
+        self._completion = Completion(
+            service.name,
+            len(job.choices),
+            job.prompt_tokens,
+            lambda: service.text(request),
+            request.details,
+            lambda index: service.worker.cancel(job, index),
+        )
+        self._gone = asyncio.create_task(self._watch())
+        service.worker.submit(job)
+        self._first = await self._next()
+
+    async def chunks(self) -> AsyncIterator[str]:
+        """The server-sent events of a stream."""
+        completion = self._completion
+        assert completion is not None, "it has started"
+        try:
+            async for event in self._tokens():
+                for chunk in completion.take(event):
+                    yield _sse(chunk)
+        except RequestError as error:
+            self.status = error.status
+            yield _sse(error.as_json())
+            return
+        except ClientGone:
+            return
+        options = self._request.stream_options
+        if options is not None and options.include_usage:
+            yield _sse(completion.usage_chunk())
+        self.status = 200
+        yield "data: [DONE]\n\n"
+
+    async def whole(self) -> dict[str, Any]:
+        """The whole completion.
+
+        Raises:
+            RequestError: the request has failed.
+            ClientGone: the client has hung up.
+        """
+        completion = self._completion
+        assert completion is not None, "it has started"
+        async for event in self._tokens():
+            completion.take(event)
+        return completion.as_json()
+
+    async def _tokens(self) -> AsyncIterator[Tokens]:
+        """All events, the first one included, until the answers are complete."""
+        assert self._completion is not None
+        assert self._first is not None
+        yield self._first
+        while not self._completion.finished:
+            yield await self._next()
+
+    async def _next(self) -> Tokens:
+        assert self._gone is not None, "it has been submitted"
+        coming = asyncio.create_task(self._events.get())
+        try:
+            await asyncio.wait({coming, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                raise ClientGone
+            event = coming.result()
+        finally:
+            coming.cancel()
+        if isinstance(event, Failed):
+            raise event.error
+        return event
+
+    def _listen(self, event: JobEvent) -> None:
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def _watch(self) -> None:
+        """Ends when the client hangs up."""
+        while (await self._http.receive())["type"] != "http.disconnect":
+            pass
+
+    def close(self) -> None:
+        """The request has ended, or nobody waits for it any more."""
+        if self._gone is not None:
+            self._gone.cancel()
+        if self._job is not None and not (self._completion is not None and self._completion.finished):
+            self._service.worker.cancel(self._job)
+
+
+def _sse(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

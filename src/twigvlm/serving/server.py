@@ -1,0 +1,79 @@
+"""Run the application until a signal ends it."""
+
+from collections.abc import Callable
+from socket import socket
+from threading import Thread
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from twigvlm.serving.service import Service
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+"""Hosts that only this machine can reach."""
+
+
+def allowed_hosts(host: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names that a request's Host header may have; none: any.
+
+    A server that only this machine can reach is still reached by the pages that its user visits, if their name is made to lead
+    here. Such a request has that name in its header.
+
+    Args:
+        host: that the server listens on.
+        names: that its owner allows beside those of this machine.
+    """
+    return (*LOCAL, "[::1]", *names) if host in LOCAL or names else ()
+
+
+def make_server(app: FastAPI, service: Service, host: str, port: int, seconds: float) -> "Server":
+    """A server that SIGTERM and SIGINT end gracefully: what waits is refused, and what is under way has some time left.
+
+    Args:
+        app: of `create_app`.
+        service: its service.
+        host: address to listen on.
+        port: 0: any that is free.
+        seconds: that answers under way have left.
+    """
+    config = uvicorn.Config(
+        app,
+        host,
+        port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(seconds)),
+        timeout_keep_alive=30,
+        ws="none",
+    )
+    return Server(config, service)
+
+
+class Server(uvicorn.Server):
+    """Says when it has started, and tells the worker at once when it ends; uvicorn waits for open connections first."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self.on_start: Callable[[str], None] = lambda address: None
+        """Called with the address, once requests are taken."""
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        if self.started:
+            self.on_start(self.address)
+
+    @property
+    def address(self) -> str:
+        """What clients call, once it has started."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Of a signal; a second SIGINT ends the server without waiting."""
+        # In a thread: the code that the signal interrupted may hold the worker's lock.
+        Thread(target=self._service.worker.drain, daemon=True).start()
+        super().handle_exit(sig, frame)

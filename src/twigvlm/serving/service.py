@@ -1,0 +1,249 @@
+"""From a request to a job and from its events to an answer: what the server, batch files and Ray share."""
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from threading import Lock
+from typing import Any
+
+from twigvlm.config import PruningConfig
+from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.inputs import build_inputs
+from twigvlm.model import TwigVLM
+from twigvlm.pruning import methods
+from twigvlm.serving.errors import RequestError
+from twigvlm.serving.failures import waited_too_long
+from twigvlm.serving.fetch import Fetcher
+from twigvlm.serving.grammar import Grammar, Grammars
+from twigvlm.serving.jobs import Job, JobEvent
+from twigvlm.serving.limits import Limits
+from twigvlm.serving.metrics import Metrics, server_metrics
+from twigvlm.serving.pictures import read_picture
+from twigvlm.serving.protocol import ChatRequest, ImagePart, TextPart
+from twigvlm.serving.text import AnswerText
+from twigvlm.serving.worker import Worker
+
+_TEXT_PER_TOKEN = 64  # characters; no prompt that fits into the context has more
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets that does not say."""
+
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    speculate: str = "none"
+
+
+class Service:
+    """A model that answers requests.
+
+    Args:
+        model: what answers.
+        processor: the base's.
+        name: that requests call the model by.
+        defaults: of requests.
+        limits: of requests.
+        fetcher: of images that are no data URIs; None: there are none.
+        max_bytes: of keys and values; None: as many as are free.
+    """
+
+    def __init__(
+        self,
+        model: TwigVLM,
+        processor: Any,
+        name: str,
+        defaults: Defaults | None = None,
+        limits: Limits | None = None,
+        fetcher: Fetcher | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
+        self.model, self.processor, self.name = model, processor, name
+        self.defaults, self.limits = defaults or Defaults(), limits or Limits()
+        self.fetcher = fetcher or Fetcher((), 0)
+        self.created = int(time.time())
+        self.metrics: Metrics = server_metrics()
+        self.tokenizer = processor.tokenizer
+        eos = model.generation_config.eos_token_id
+        eos = processor.tokenizer.eos_token_id if eos is None else eos
+        self.eos: list[int] = [eos] if isinstance(eos, int) else list(eos or ())
+        self.context: int = getattr(model.base.config, "max_position_embeddings", None) or 2**31
+        self.grammars = Grammars(self.tokenizer, model.base.vocabulary, self.eos)
+        self._preparing = Lock()
+        self._inside = 0
+        self.worker = Worker(model, self.limits, self.metrics, max_bytes)
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place for one request while the block runs; called from one thread.
+
+        Raises:
+            RequestError: all places are taken.
+        """
+        if self._inside >= self.limits.max_rows + self.limits.max_waiting:
+            raise RequestError(
+                f"all {self._inside} places are taken; try again later", 429, code="rate_limit_exceeded", retry_after=1
+            )
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    def prepare(self, request: ChatRequest, listen: Callable[[JobEvent], None], arrived: float | None = None) -> Job:
+        """A job for the worker: images read and text tokenized. One thread at a time does this.
+
+        Args:
+            request: what was asked.
+            listen: gets the events of the job.
+            arrived: by the monotonic clock; None: now.
+
+        Raises:
+            RequestError: the request cannot be answered.
+        """
+        arrived = time.monotonic() if arrived is None else arrived
+        self._check(request)
+        with self._preparing:  # tokenizers are not for several threads
+            if time.monotonic() - arrived > self.limits.waiting_seconds:
+                raise waited_too_long(self.limits.waiting_seconds)
+            messages = self._messages(request)
+            try:
+                inputs = build_inputs(self.processor, [messages], self.model.device, self.model.dtype)
+            except TwigVLMError as error:
+                raise RequestError(str(error), param="messages") from None
+            grammar = self._grammar(request)
+        options = {
+            **self._pruning(request),
+            **self._sampling(request),
+            "max_new_tokens": self._length(request, inputs["input_ids"].shape[1]),
+            "eos_token_id": self.eos or None,
+        }
+        speculate = request.speculate or self.defaults.speculate
+        return Job(inputs, options, speculate, self._seeds(request), listen, grammar, request.details, arrived)
+
+    def text(self, request: ChatRequest) -> AnswerText:
+        """What turns the tokens of one answer into text."""
+        return AnswerText(
+            lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)), frozenset(self.eos), request.stops
+        )
+
+    def stop(self, seconds: float = 0.0) -> None:
+        """End the worker; jobs under way have that many seconds left."""
+        self.worker.stop(seconds)
+
+    def _check(self, request: ChatRequest) -> None:
+        limits = self.limits
+        if request.model != self.name:
+            raise RequestError(
+                f"model: this server has {self.name!r} alone", 404, param="model", code="model_not_found"
+            )
+        if (request.n or 1) > limits.max_choices:
+            raise RequestError(f"n: must be 1 to {limits.max_choices}", param="n")
+        parts = [part for message in request.messages for part in message.parts]
+        images = sum(isinstance(part, ImagePart) for part in parts)
+        if images > limits.max_images:
+            raise RequestError(f"messages: {images} images are more than {limits.max_images}", param="messages")
+        length = sum(len(part.text) for part in parts if isinstance(part, TextPart))
+        if length > _TEXT_PER_TOKEN * self.context:
+            raise self._too_long(f"{length:,} characters")
+
+    def _messages(self, request: ChatRequest) -> list[dict[str, Any]]:
+        """The messages as chat templates take them, with images read."""
+        messages = []
+        for number, message in enumerate(request.messages):
+            parts: list[dict[str, Any]] = []
+            for part in message.parts:
+                if isinstance(part, TextPart):
+                    parts.append({"type": "text", "text": _text(part.text, number)})
+                    continue
+                try:
+                    image = read_picture(part.image_url.url, self.limits.max_pixels, self.fetcher)
+                except RequestError as error:
+                    raise RequestError(f"messages.{number}: {error}", param=f"messages.{number}") from None
+                parts.append({"type": "image", "image": image})
+            role = "system" if message.role == "developer" else message.role
+            messages.append({"role": role, "content": parts})
+        return messages
+
+    def _pruning(self, request: ChatRequest) -> dict[str, Any]:
+        """Options of pruning: those of the request, or else the server's."""
+        names = ("retain", "keep", "final_wipe", "refocus")
+        given = {name: getattr(request, name) for name in (*names, "pruner") if name in request.model_fields_set}
+        pruner = given.pop("pruner", None)
+        pruner = None if pruner == "twig" else pruner
+        if given or pruner is not None:
+            found: dict[str, Any] = {"retain": None, "keep": None, **given}
+            if pruner is not None:
+                found["pruner"] = _pruner(pruner)
+        else:
+            default = self.defaults.pruning
+            found = {option.name: getattr(default, option.name) for option in fields(default)}
+        try:
+            if pruner is None:
+                PruningConfig(**found)
+        except TwigVLMError as error:
+            raise RequestError(str(error)) from None
+        return found
+
+    def _sampling(self, request: ChatRequest) -> dict[str, Any]:
+        if not request.temperature:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": request.temperature, "top_k": 0, "top_p": request.top_p or 1.0}
+
+    def _seeds(self, request: ChatRequest) -> list[int | None]:
+        """Of each answer; the first one's is the request's."""
+        if not request.temperature:
+            return [None] * (request.n or 1)
+        first = secrets.randbits(62) if request.seed is None else request.seed % 2**63
+        return [(first + number) % 2**63 for number in range(request.n or 1)]
+
+    def _length(self, request: ChatRequest, prompt: int) -> int:
+        """Most new tokens."""
+        asked = request.max_completion_tokens or request.max_tokens
+        room = self.context - prompt
+        if room < (asked or 1):
+            raise self._too_long(f"{prompt:,} tokens" + (f" and an answer of {asked:,}" if asked else ""))
+        if asked is not None and asked > self.limits.max_tokens:
+            raise RequestError(f"max_completion_tokens: must be at most {self.limits.max_tokens}")
+        return asked or min(self.limits.max_tokens, room)
+
+    def _grammar(self, request: ChatRequest) -> Grammar | None:
+        form = request.response_format
+        if form is None or form.type == "text":
+            return None
+        if form.type == "json_object":
+            return self.grammars.compile({"type": "object"})
+        if form.json_schema is None:
+            raise RequestError("response_format: needs json_schema", param="response_format")
+        return self.grammars.compile(form.json_schema.schema_)
+
+    def _too_long(self, length: str) -> RequestError:
+        return RequestError(
+            f"messages: {length} do not fit into the model's context of {self.context:,} tokens",
+            param="messages",
+            code="context_length_exceeded",
+        )
+
+
+def _text(text: str, number: int) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"messages.{number}: is no text in UTF-8", param=f"messages.{number}") from None
+    return text
+
+
+def _pruner(name: str) -> Any:
+    """A pruning method by name.
+
+    Raises:
+        RequestError: there is no such method.
+    """
+    make_pruner = getattr(methods, "make_pruner", None)
+    if make_pruner is None:
+        raise RequestError("pruner: this version knows no methods by name", param="pruner")
+    try:
+        return make_pruner(name)
+    except ValueError as error:  # TwigVLMError is one, and so is what int() says of odd digits
+        raise RequestError(f"pruner: {one_line(error)}", param="pruner") from None

@@ -1,0 +1,261 @@
+"""The worker: one thread owns the engines. Jobs join, are given up and fail one by one; the thread lives on."""
+
+import logging
+import time
+from collections import deque
+from threading import Condition, Thread
+
+import torch
+
+from twigvlm.engine.engine import Engine
+from twigvlm.model import TwigVLM
+from twigvlm.serving.failures import request_error, shutting_down, too_late, waited_too_long
+from twigvlm.serving.jobs import Choice, Failed, Job, JobEvent
+from twigvlm.serving.limits import Limits
+from twigvlm.serving.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+_ADMITTED = 2
+"""Jobs that are taken up between two steps at most, so that answers under way do not stand still for long."""
+
+
+class Worker:
+    """Generates the answers of jobs, several at once.
+
+    An engine drafts in one way for all of its rows; the worker makes one for each way that is asked for, and they take turns.
+
+    Args:
+        model: what answers.
+        limits: rows, and seconds of waiting and in total.
+        metrics: where it counts.
+        max_bytes: of keys and values of all engines together; None: as many as are free at the start.
+    """
+
+    def __init__(self, model: TwigVLM, limits: Limits, metrics: Metrics, max_bytes: int | None = None) -> None:
+        self._model, self._limits, self._metrics = model, limits, metrics
+        self._changed = Condition()
+        self._waiting: deque[Job] = deque()
+        self._cancelled: list[tuple[Job, int | None]] = []
+        self._draining = self._stopped = False
+        # Only the thread touches what follows.
+        self._engines: dict[str, Engine] = {}
+        self._choices: dict[tuple[str, int], tuple[Job, Choice]] = {}
+        self._max_bytes = model.engine().max_bytes if max_bytes is None else max_bytes
+        self._threads = torch.get_num_threads()
+        self._thread = Thread(target=self._run, name="twigvlm-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; its events come to `job.listen`.
+
+        Raises:
+            RequestError: the server is shutting down.
+        """
+        with self._changed:
+            if self._draining:
+                raise shutting_down()
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job, choice: int | None = None) -> None:
+        """Give a job up, or one of its answers; no-op if that has ended. No event tells of it."""
+        with self._changed:
+            self._cancelled.append((job, choice))
+            self._changed.notify()
+
+    def drain(self) -> None:
+        """Refuse jobs that wait and that come; those under way go on."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify()
+
+    def stop(self, seconds: float = 0.0) -> None:
+        """End the thread.
+
+        Args:
+            seconds: that jobs under way have left; then they fail.
+        """
+        self.drain()
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and (self._choices or self._waiting):
+            time.sleep(0.02)
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)  # a number of each thread's own
+        while self._next_turn():
+            try:
+                self._turn()
+            except Exception as error:  # what no other handler foresaw must not end the thread
+                _log.exception("the worker failed; all answers under way are given up")
+                for job in self._jobs():
+                    self._fail(job, error)
+                self._engines.clear()
+                self._choices.clear()
+        for job in [*self._jobs(), *self._waiting]:
+            self._tell(job, Failed(shutting_down()))
+
+    def _next_turn(self) -> bool:
+        """Wait for work; False: the thread shall end."""
+        with self._changed:
+            while not (self._stopped or self._waiting or self._cancelled or self._choices):
+                self._metrics.set("twigvlm_rows", 0)
+                self._metrics.set("twigvlm_requests_waiting", 0)
+                self._changed.wait()
+            return not self._stopped
+
+    def _turn(self) -> None:
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, []
+        for job, choice in cancelled:
+            self._give_up(job, choice)
+        self._end_late_jobs()
+        for _ in range(_ADMITTED):
+            if (next_job := self._next_job()) is None:
+                break
+            self._admit(next_job)
+        self._metrics.set("twigvlm_rows", len(self._choices))
+        self._metrics.set("twigvlm_requests_waiting", len(self._waiting))
+        for way in list(self._engines):
+            if self._engines[way].busy:
+                self._step(way)
+
+    def _jobs(self) -> list[Job]:
+        """Jobs with rows."""
+        return list(dict.fromkeys(job for job, _ in self._choices.values()))
+
+    def _next_job(self) -> Job | None:
+        """The first job that waits, if there is room for it."""
+        with self._changed:
+            if not self._waiting:
+                return None
+            job, rows = self._waiting[0], len(self._choices)
+            alone = job.suspect or any(other.suspect for other in self._jobs())
+            if rows and (alone or rows + len(job.choices) > self._limits.max_rows):
+                return None
+            return self._waiting.popleft()
+
+    def _admit(self, job: Job) -> None:
+        """Give the job's rows to the engine that drafts as it wants."""
+        way = job.speculate
+        try:
+            engine = self._engines.get(way)
+            if engine is None:
+                engine = self._engines[way] = self._model.engine(max_bytes=self._max_bytes, speculate=way)
+            assert engine.make_row is not None, "the model makes its engines so"
+            open_choices = [choice for choice in job.choices if not choice.ended]
+            for choice in open_choices:
+                choice.row = engine.make_row(job.inputs, **job.row_options(choice, self._model.device))
+            for choice in open_choices:
+                choice.key = way, engine.submit([choice.row])[0]  # type: ignore[list-item]
+                self._choices[choice.key] = job, choice
+        except Exception as error:
+            self._fail(job, error)
+
+    def _step(self, way: str) -> None:
+        engine = self._engines[way]
+        others = sum(other.runner.batch.cache.bytes() for other in self._engines.values() if other is not engine)
+        engine.max_bytes = self._max_bytes - others
+        try:
+            events = engine.step()
+        except Exception as error:
+            self._after_failure(way, error)
+            return
+        for event in events:
+            if (found := self._choices.get((way, event.id))) is None:
+                continue
+            job, choice = found
+            if event.finished:
+                del self._choices[way, event.id]
+            told = job.tell(choice, event.tokens, event.finished, self._model.base.num_layers)
+            self._count(job, choice, len(told.tokens))
+            self._tell(job, told)
+
+    def _count(self, job: Job, choice: Choice, new: int) -> None:
+        metrics, row = self._metrics, choice.row
+        assert row is not None, "it has got tokens"
+        metrics.add("twigvlm_generated_tokens_total", new)
+        metrics.add("twigvlm_steps_total")
+        metrics.add("twigvlm_drafted_tokens_total", row.drafted[choice.steps - 1])
+        metrics.add("twigvlm_accepted_tokens_total", row.accepted[choice.steps - 1])
+        if not job.started:
+            job.started = True
+            metrics.observe("twigvlm_time_to_first_token_seconds", time.monotonic() - job.arrived)
+            metrics.add("twigvlm_prompt_tokens_total", job.prompt_tokens)
+        if choice.ended and choice.counts is not None:
+            metrics.add("twigvlm_visual_tokens_total", choice.counts.visual)
+            metrics.add("twigvlm_kept_visual_tokens_total", choice.counts.kept)
+
+    def _after_failure(self, way: str, error: Exception) -> None:
+        """A step raised. Whose prompt could not be taken up fails; otherwise all rows of the engine are generated again.
+
+        The engine's state is unknown after a failed step of decoding, and so is whose fault that was. Answers do not depend on
+        what runs beside them, so each job starts over by itself, and gives out what is new; one that fails alone is at fault.
+        """
+        here = [(job, choice) for key, (job, choice) in self._choices.items() if key[0] == way]
+        refused = [job for job, choice in here if choice.row is not None and choice.row.finished and not choice.steps]
+        refused = [job for job in refused if not any(choice.row and choice.row.drafted for choice in job.choices)]
+        if refused:
+            for job in dict.fromkeys(refused):
+                self._fail(job, error)
+            return
+        self._metrics.add("twigvlm_engine_failures_total")
+        _log.error("a step failed", exc_info=error)
+        del self._engines[way]
+        jobs = list(dict.fromkeys(job for job, _ in here))
+        self._choices = {key: value for key, value in self._choices.items() if key[0] != way}
+        if len(jobs) == 1:
+            self._fail(jobs[0], error)
+            return
+        for job in jobs:
+            job.restart()
+            job.suspect = True
+        with self._changed:
+            self._waiting.extendleft(reversed(jobs))
+
+    def _end_late_jobs(self) -> None:
+        now, limits = time.monotonic(), self._limits
+        for job in self._jobs():
+            if now - job.arrived > limits.total_seconds:
+                self._fail(job, too_late(limits.total_seconds))
+        with self._changed:
+            # Jobs that start over have waited before.
+            late = [job for job in self._waiting if now - job.arrived > limits.waiting_seconds and not job.suspect]
+            refused = [job for job in self._waiting if self._draining and not job.suspect]
+            for job in {*late, *refused}:
+                self._waiting.remove(job)
+        for job in refused:
+            self._tell(job, Failed(shutting_down()))
+        for job in late:
+            if job not in refused:
+                self._tell(job, Failed(waited_too_long(limits.waiting_seconds)))
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self._give_up(job, None)
+        self._tell(job, Failed(request_error(error)))
+
+    def _give_up(self, job: Job, index: int | None) -> None:
+        """Take a job's rows out of their engines, and the job out of the queue."""
+        for choice in job.choices if index is None else [job.choices[index]]:
+            if choice.key is not None and self._choices.pop(choice.key, None) is not None:
+                engine = self._engines.get(choice.key[0])
+                if engine is not None and choice.row is not None and not choice.row.finished:
+                    engine.cancel(choice.key[1])
+            choice.ended = True
+        with self._changed:
+            if job.ended and job in self._waiting:
+                self._waiting.remove(job)
+
+    def _tell(self, job: Job, event: JobEvent) -> None:
+        try:
+            job.listen(event)
+        except Exception:  # nobody listens any more, for example because the event loop is closed
+            _log.debug("an event reached nobody", exc_info=True)

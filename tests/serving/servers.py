@@ -1,0 +1,120 @@
+"""Services on tiny models, and servers around them that listen on a port of this machine."""
+
+import base64
+import contextlib
+import threading
+import time
+from io import BytesIO
+
+import torch
+from PIL import Image
+
+from tests.tiny import tiny_llava
+from tests.tiny_processor import tiny_processor
+from twigvlm import TwigConfig, TwigVLM
+from twigvlm.serving.app import create_app
+from twigvlm.serving.limits import Limits
+from twigvlm.serving.server import allowed_hosts, make_server
+from twigvlm.serving.service import Service
+
+NAME = "tiny"
+
+
+def tiny_model(context=128):
+    """A twig with a P-Head, whose drafts are often accepted."""
+    torch.manual_seed(0)
+    model = TwigVLM.grow(
+        tiny_llava(deep_scale=0.03, from_layer=2, context=context), TwigConfig(2, 2, pruning_head=True)
+    )
+    model.generation_config.eos_token_id = 2  # as the processor's
+    return model
+
+
+def tiny_service(model=None, **options):
+    """A service; options as of `Service`."""
+    service = Service(model or tiny_model(), tiny_processor(more='{}[]"'), NAME, **options)
+    service.grammars.tokenizer = _grammar_tokenizer(service.tokenizer)
+    return service
+
+
+class _Characters:
+    """The tiny tokenizer as llguidance asks for it: it knows no decoder that only joins characters."""
+
+    eos_token_id, bos_token_id, special_token_ids = 2, None, (0, 1, 2, 3, 99)
+
+    def __init__(self, tokenizer):
+        words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        self.tokens = [b"\xff" + word.encode() if len(word) > 1 else word.encode() for word in words]
+
+    def __call__(self, text):
+        return [self.tokens.index(bytes([byte])) for byte in (text if isinstance(text, bytes) else text.encode())]
+
+
+def _grammar_tokenizer(tokenizer):
+    import llguidance
+
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Characters(tokenizer)))
+
+
+@contextlib.contextmanager
+def served(service, **options):
+    """Serve until the block ends; yields the server's address. Options as of `create_app`."""
+    app = create_app(service, **{"hosts": allowed_hosts("127.0.0.1", ()), **options})
+    server = make_server(app, service, "127.0.0.1", 0, 5)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.005)
+        yield server.address
+    finally:
+        service.worker.drain()
+        server.should_exit = True
+        thread.join()
+
+
+def slow_down(service, seconds):
+    """Make each step of the service's engines last longer."""
+    make = service.model.engine
+
+    def engine(**options):
+        made = make(**options)
+        step = made.step
+        made.step = lambda: (time.sleep(seconds), step())[1]
+        return made
+
+    service.model.engine = engine
+
+
+def picture(colour="red", size=(20, 12), form="PNG"):
+    """A picture as a data URI."""
+    data = BytesIO()
+    image = Image.radial_gradient("L").resize(size).convert("RGB")
+    image.paste(colour, (0, 0, size[0] // 2, size[1] // 2))
+    image.save(data, form)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def chat(question="what is it?", images=(), **options):
+    """The body of a request; `None` leaves a default out."""
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+    body = {"model": NAME, "messages": messages, "max_completion_tokens": 12, **options}
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def expected(service, question, images=(), **options):
+    """The ids of a single run of `generate` for the same question."""
+    from twigvlm.inputs import build_inputs, user_turn
+
+    inputs = build_inputs(
+        service.processor, [[user_turn(question, list(images))]], service.model.device, torch.float32
+    )
+    output = service.model.generate(**inputs, eos_token_id=service.eos, **options)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def decoded(service, ids):
+    """As the server writes them."""
+    return service.tokenizer.decode([token for token in ids if token not in service.eos], skip_special_tokens=True)
