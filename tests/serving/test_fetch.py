@@ -1,0 +1,138 @@
+"""Nothing is fetched but from hosts that are allowed, at the public address that was checked."""
+
+import socket
+import ssl
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from twigvlm.serving.errors import RequestError
+from twigvlm.serving.fetch import Fetcher, is_public
+
+LOCAL = "127.0.0.1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "http://169.254.169.254/secret")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"x" * (5000 if self.path == "/large" else 5))
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def https(tmp_path_factory):
+    """A server at this machine, and the context that trusts it."""
+    folder = tmp_path_factory.mktemp("certificate")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "2", "-subj", "/CN=pictures.test", "-addext", "subjectAltName=DNS:pictures.test"]
+    try:
+        subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("openssl is not installed")
+    server = HTTPServer((LOCAL, 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server.server_port, ssl.create_default_context(cafile=str(certificate))
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def fetcher(https, monkeypatch):
+    port, context = https
+    asked = []
+
+    def resolve(host, *_, **__):
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (LOCAL, port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    made = Fetcher(["pictures.test"], 1000, 5, allowed=lambda address: address == LOCAL, context=context, port=port)
+    made.asked = asked
+    return made
+
+
+def test_an_allowed_host_is_fetched_from(fetcher):
+    assert fetcher.fetch("https://pictures.test/a.png") == b"xxxxx"
+    # The connection goes to the address that was checked, without asking for the name again.
+    assert fetcher.asked[0] == "pictures.test"
+    assert set(fetcher.asked[1:]) <= {LOCAL}
+
+
+@pytest.mark.parametrize(("path", "words"), [("/moved", "302"), ("/large", "more than 1,000 bytes")])
+def test_redirects_and_large_files_are_refused(fetcher, path, words):
+    with pytest.raises(RequestError, match=words):
+        fetcher.fetch(f"https://pictures.test{path}")
+
+
+def test_a_name_that_leads_to_a_private_address_is_refused(fetcher):
+    strict = Fetcher(["pictures.test"], 1000, port=fetcher.port)
+    with pytest.raises(RequestError, match="no public address"):
+        strict.fetch("https://pictures.test/a.png")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://pictures.test/a.png",
+        "https://other.test/a.png",
+        "https://pictures.test.evil.test/a.png",
+        "https://pictures.test@evil.test/a.png",
+        "https://evil.test#@pictures.test/",
+        "https://pictures.test:22/a.png",
+        "https://pictures.test:x/",
+        "https://[::1]/",
+        "https://[/",
+        "file:///etc/passwd",
+        "ftp://pictures.test/a.png",
+        "//pictures.test/a.png",
+        "/etc/passwd",
+        "",
+        "https://pictures.test/a\r\nHost: evil",
+        "https://pictures.test/a b",
+        "https://pictures.test/é",
+        "gopher://pictures.test/",
+    ],
+)
+def test_all_other_addresses_are_refused_without_asking_anyone(fetcher, url):
+    with pytest.raises(RequestError) as refused:
+        fetcher.fetch(url)
+    assert refused.value.status == 400
+    assert fetcher.asked == []
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("192.168.0.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("fe80::1", False),
+        ("fd00::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:8.8.8.8", True),
+    ],
+)
+def test_what_counts_as_public(address, public):
+    assert is_public(address) == public

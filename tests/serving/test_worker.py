@@ -1,0 +1,192 @@
+"""The worker's thread: jobs join, are given up and fail, and it lives on."""
+
+import queue
+import time
+
+import pytest
+import torch
+
+from tests.serving.servers import chat, decoded, expected, picture, slow_down, tiny_model, tiny_service
+from twigvlm.serving.errors import RequestError
+from twigvlm.serving.jobs import Failed
+from twigvlm.serving.limits import Limits
+from twigvlm.serving.protocol import ChatRequest
+
+
+@pytest.fixture
+def fresh():
+    """Makes services that end with the test."""
+    made = []
+
+    def make(model=None, **limits):
+        made.append(tiny_service(model, limits=Limits(**limits)))
+        return made[-1]
+
+    yield make
+    for service in made:
+        service.stop()
+
+
+def submit(service, question="hello", **options):
+    events = queue.Queue()
+    job = service.prepare(ChatRequest.model_validate(chat(question, [picture()], **options)), events.put)
+    service.worker.submit(job)
+    return job, events
+
+
+def outcome(events):
+    """The ids of the first answer, or the error."""
+    ids = []
+    while True:
+        event = events.get(timeout=20)
+        if isinstance(event, Failed):
+            return event.error
+        ids += [token for token, _ in event.tokens]
+        if event.finished:
+            return ids
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def value(service, name):
+    (line,) = (line for line in service.metrics.text().splitlines() if line.startswith(f"{name} "))
+    return float(line.split()[-1])
+
+
+def break_engines(model, method, times, error):
+    """Let a method of the runners of all engines that are made from now on raise, after some calls."""
+    make, calls = model.engine, iter(times)
+
+    def engine(**options):
+        made = make(**options)
+        work = getattr(made.runner, method)
+
+        def broken(*arguments):
+            if next(calls, False):
+                raise error
+            return work(*arguments)
+
+        setattr(made.runner, method, broken)
+        return made
+
+    model.engine = engine
+
+
+def test_a_cancelled_job_leaves_and_tells_nothing_more(fresh):
+    service = fresh()
+    slow_down(service, 0.02)
+    job, events = submit(service, max_completion_tokens=80)
+    events.get(timeout=10)
+    service.worker.cancel(job)
+    wait_until(lambda: value(service, "twigvlm_rows") == 0)
+    told = events.qsize()
+    assert told < 40
+    assert outcome(submit(service)[1]) == expected(service, "hello", [picture()], max_new_tokens=12)
+    assert events.qsize() == told
+    service.worker.cancel(job)  # once more is no error
+    assert service.worker.alive
+
+
+def test_a_prompt_that_cannot_be_taken_up_fails_alone(fresh):
+    model = tiny_model()
+    service = fresh(model)
+    slow_down(service, 0.01)
+    break_engines(model, "prefill", [False, True], torch.OutOfMemoryError("no memory"))
+    _, first = submit(service, max_completion_tokens=40)
+    first.get(timeout=10)
+    error = outcome(submit(service, "another")[1])
+    assert (error.status, error.code) == (503, "out_of_memory")
+    wait_until(lambda: value(service, "twigvlm_rows") == 0)
+    assert outcome(submit(service)[1]) == expected(service, "hello", [picture()], max_new_tokens=12)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}])
+def test_after_a_failed_step_the_others_get_the_same_answers(fresh, sampling):
+    model = tiny_model()
+    service = fresh(model)
+    options = {"max_completion_tokens": 20, **sampling}
+    alone = [outcome(submit(service, f"question {n}", **options)[1]) for n in range(3)]
+    service = fresh(model)
+    slow_down(service, 0.02)
+    break_engines(model, "verify", [False] * 6 + [True], RuntimeError("a broken kernel"))
+    jobs = [submit(service, f"question {n}", **options) for n in range(3)]
+    assert [outcome(events) for _, events in jobs] == alone
+    assert value(service, "twigvlm_engine_failures_total") == 1
+
+
+def test_the_job_at_fault_fails_alone(fresh):
+    model = tiny_model()
+    service = fresh(model)
+    slow_down(service, 0.01)
+    poison = "poison"
+    make = model.engine
+
+    def engine(**options):
+        made = make(**options)
+        verify = made.runner.verify
+
+        def broken(draft):
+            if any(row.max_new_tokens == 33 for row in made.runner.rows):
+                raise RuntimeError(poison)
+            return verify(draft)
+
+        made.runner.verify = broken
+        return made
+
+    model.engine = engine
+    good = [submit(service, f"question {n}", max_completion_tokens=15)[1] for n in range(2)]
+    bad = submit(service, max_completion_tokens=33)[1]
+    error = outcome(bad)
+    assert error.status == 500
+    assert poison not in str(error)
+    for number, events in enumerate(good):
+        assert outcome(events) == expected(service, f"question {number}", [picture()], max_new_tokens=15)
+    assert service.worker.alive
+
+
+def test_what_waits_or_takes_too_long_is_refused(fresh):
+    service = fresh(max_rows=1, waiting_seconds=0.15, total_seconds=0.6)
+    slow_down(service, 0.05)
+    long, waiting = (submit(service, max_completion_tokens=80)[1] for _ in range(2))
+    assert outcome(waiting).status == 429
+    assert outcome(long).status == 408
+
+
+def test_draining_refuses_what_waits_and_finishes_what_runs(fresh):
+    service = fresh(max_rows=1)
+    slow_down(service, 0.01)
+    running, events = submit(service)
+    waiting = submit(service)[1]
+    wait_until(lambda: running.started)
+    service.worker.drain()
+    assert outcome(waiting).code == "shutting_down"
+    assert outcome(events) == expected(service, "hello", [picture()], max_new_tokens=12)
+    with pytest.raises(RequestError, match="shutting down"):
+        submit(service)
+
+
+def test_stopping_ends_the_thread_and_tells_everyone(fresh):
+    service = fresh()
+    slow_down(service, 0.05)
+    job, events = submit(service, max_completion_tokens=80)
+    wait_until(lambda: job.started)
+    service.stop()
+    assert outcome(events).code == "shutting_down"
+    assert not service.worker.alive
+
+
+def test_more_answers_than_rows_wait_for_each_other(fresh):
+    service = fresh(max_rows=2)
+    jobs = [submit(service, f"question {n}", n=1 + n % 3, temperature=0.7, seed=n) for n in range(4)]
+    for job, events in jobs:
+        finished = set()
+        while len(finished) < len(job.choices):
+            event = events.get(timeout=20)
+            if event.finished:
+                finished.add(event.choice)
+    assert decoded(service, [4, 5])
