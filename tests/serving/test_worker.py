@@ -109,11 +109,11 @@ def test_a_prompt_that_cannot_be_taken_up_fails_alone(fresh):
 def test_after_a_failed_step_the_others_get_the_same_answers(fresh, sampling):
     model = tiny_model()
     service = fresh(model)
-    options = {"max_completion_tokens": 20, **sampling}
+    options = {"max_completion_tokens": 12, **sampling}
     alone = [outcome(submit(service, f"question {n}", **options)[1]) for n in range(3)]
     service = fresh(model)
     slow_down(service, 0.02)
-    break_engines(model, "verify", [False] * 6 + [True], RuntimeError("a broken kernel"))
+    break_engines(model, "verify", [False] * 3 + [True], RuntimeError("a broken kernel"))
     jobs = [submit(service, f"question {n}", **options) for n in range(3)]
     assert [outcome(events) for _, events in jobs] == alone
     assert value(service, "twigvlm_engine_failures_total") == 1

@@ -1,0 +1,134 @@
+"""Batch files: every request has one result, whatever fails and whenever the run is killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.serving.servers import chat, decoded, expected, picture, tiny_service
+from twigvlm.errors import TwigVLMError
+from twigvlm.serving.batch import URL, BatchRun, open_results, read_batch
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(path, bodies, **more):
+    records = [
+        {"custom_id": f"r{number}", "method": "POST", "url": URL, "body": body, **more}
+        for number, body in enumerate(bodies)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def results(path):
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({record["custom_id"] for record in found}) == len(found), "a request has two results"
+    return {record["custom_id"]: record for record in found}
+
+
+def run(service, source, out):
+    lines = read_batch(source)
+    told = []
+    with open_results(out, {line.custom_id for line in lines}) as (file, answered):
+        BatchRun(service, file, told.append).run([line for line in lines if line.custom_id not in answered])
+    return told
+
+
+def test_answers_and_errors(service, tmp_path):
+    good = [chat(f"question {n}", [picture()]) for n in range(4)]
+    bad = [chat(temperature=9), {"x": 1}, {**chat(), "stream": True}]
+    source = write(tmp_path / "in.jsonl", [*good, *bad])
+    told = run(service, source, tmp_path / "out.jsonl")
+    found = results(tmp_path / "out.jsonl")
+    assert sorted(told) == [False] * 3 + [True] * 4
+    for number in range(4):
+        response = found[f"r{number}"]["response"]
+        assert response["status_code"] == 200
+        text = response["body"]["choices"][0]["message"]["content"]
+        assert text == decoded(service, expected(service, f"question {number}", [picture()], max_new_tokens=12))
+    for number in (4, 5, 6):
+        assert found[f"r{number}"]["response"]["status_code"] == 400
+        assert found[f"r{number}"]["error"]["message"]
+
+
+def test_a_run_goes_on_after_a_line_without_its_end(service, tmp_path):
+    source, out = write(tmp_path / "in.jsonl", [chat(f"question {n}") for n in range(5)]), tmp_path / "out.jsonl"
+    run(service, source, out)
+    whole = out.read_bytes()
+    first = whole.splitlines(keepends=True)[0]
+    out.write_bytes(first + whole[len(first) : len(first) + 40])
+    assert len(run(service, source, out)) == 4
+    assert out.read_bytes().startswith(first)
+    assert len(results(out)) == 5
+
+
+def test_results_of_another_batch_and_two_runs_at_once_are_refused(service, tmp_path):
+    out = tmp_path / "out.jsonl"
+    run(service, write(tmp_path / "in.jsonl", [chat()] * 2), out)
+    with pytest.raises(TwigVLMError, match="another batch"):
+        run(service, write(tmp_path / "other.jsonl", [chat()]), out)
+    with open_results(out, {"r0", "r1"}):
+        code = f"from twigvlm.serving.batch import *\nwith open_results(Path({str(out)!r}), set('r0 r1'.split())): pass"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "another run is writing there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds no request"),
+        ("{", "line 1: not JSON"),
+        ("[1]", "needs a text"),
+        ('{"custom_id": "a"}', "needs a text"),
+        ('{"custom_id": "a", "body": {}}\n{"custom_id": "a", "body": {}}', "line 2: custom_id 'a' is used twice"),
+    ],
+)
+def test_broken_files_are_refused_in_one_line(tmp_path, text, words):
+    (tmp_path / "in.jsonl").write_text(text)
+    with pytest.raises(TwigVLMError, match=words):
+        read_batch(tmp_path / "in.jsonl")
+
+
+def work(source, out):
+    """What the killed process does."""
+    service = tiny_service()
+    run(service, Path(source), Path(out))
+    service.stop()
+
+
+@pytest.mark.parametrize("kills", [2])
+def test_no_result_is_lost_or_repeated_by_kills(service, tmp_path, kills):
+    source = write(tmp_path / "in.jsonl", [chat(f"question {n}", max_completion_tokens=25) for n in range(30)])
+    out, draw = tmp_path / "out.jsonl", random.Random(0)
+    code = f"from tests.serving.test_batch import work\nwork({str(source)!r}, {str(out)!r})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
+    for _ in range(kills):
+        before = out.stat().st_size if out.exists() else 0
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT)
+        deadline = time.monotonic() + 60
+        while (out.stat().st_size if out.exists() else 0) == before and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.03)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = results_so_far(out)
+    run(service, source, out)
+    found = results(out)
+    assert sorted(found) == sorted(f"r{n}" for n in range(30))
+    assert out.read_bytes().startswith(done)
+    for number in (0, 11, 29):
+        text = found[f"r{number}"]["response"]["body"]["choices"][0]["message"]["content"]
+        assert text == decoded(service, expected(service, f"question {number}", max_new_tokens=25))
+
+
+def results_so_far(out):
+    data = out.read_bytes()
+    return data[: data.rfind(b"\n") + 1]

@@ -1,0 +1,167 @@
+"""Whatever is sent, the answer is no 5xx, and the server goes on. `recipes/serving_bench.py` sends many more."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.serving import hostile
+from tests.serving.servers import NAME, chat, picture, served, slow_down, tiny_service
+from twigvlm.serving.limits import Limits
+
+COUNT = 300
+
+
+def connect(address):
+    parts = urlsplit(address)
+    return http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+
+
+def post(address, body, **headers):
+    connection = connect(address)
+    connection.request(
+        "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json", **headers}
+    )
+    response = connection.getresponse()
+    status, data = response.status, response.read()
+    connection.close()
+    return status, json.loads(data) if data[:1] == b"{" else {}
+
+
+def test_malformed_and_hostile_requests(address, service):
+    statuses = {}
+    connection = connect(address)
+    for seed in range(COUNT):
+        try:
+            status = hostile.send(connection, seed)
+        except (http.client.HTTPException, ConnectionError):  # it may hang up on what is no HTTP
+            connection.close()
+            continue
+        statuses.setdefault(status, []).append(seed)
+    connection.close()
+    assert {status: seeds for status, seeds in statuses.items() if status >= 500} == {}
+    assert len(statuses.get(400, ())) > COUNT // 3
+    assert len(statuses.get(200, ())) < COUNT // 5
+    assert service.worker.alive
+    assert post(address, chat())[0] == 200
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A server with narrow limits."""
+    limits = Limits(
+        max_rows=1, max_waiting=1, max_body=5000, max_pixels=400, max_images=1, upload_seconds=0.3, max_tokens=100
+    )
+    service = tiny_service(limits=limits)
+    slow_down(service, 0.02)
+    with served(service) as address:
+        yield address, service
+
+
+def test_limits_of_size(small):
+    address, _ = small
+    assert post(address, chat("x" * 6000))[0] == 413
+    status, body = post(address, chat(images=[picture(size=(21, 20))]))
+    assert (status, body["error"]["param"]) == (400, "messages.0")
+    assert "more than the limit of 400" in body["error"]["message"]
+    assert post(address, chat(images=[picture(size=(20, 20))], max_completion_tokens=1))[0] == 200
+    assert post(address, chat(images=[picture(size=(2, 2))] * 2))[0] == 400
+
+
+def test_a_body_without_end_or_length_is_cut_off(small):
+    address, _ = small
+    parts = urlsplit(address)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for rest, status in (
+        (b"Content-Length: 100\r\n\r\n{", b"408"),
+        (b"Transfer-Encoding: chunked\r\n\r\n" + b"800\r\n" + b" " * 2048 + b"\r\n", b"413"),
+    ):
+        with socket.create_connection((parts.hostname, parts.port), timeout=10) as raw:
+            raw.sendall(head + rest + (rest[rest.index(b"\r\n\r\n") + 4 :] * 3 if status == b"413" else b""))
+            assert raw.recv(100).split()[1] == status
+
+
+def test_overload_is_429_and_a_client_that_hangs_up_makes_room(small):
+    address, service = small
+    held = [connect(address) for _ in range(2)]
+    for connection in held:
+        body = json.dumps(chat(max_completion_tokens=90, stream=True))
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    deadline = time.monotonic() + 10
+    while (refused := post(address, chat(max_completion_tokens=1)))[0] != 429:
+        assert time.monotonic() < deadline
+    assert refused[1]["error"]["type"] == "rate_limit_error"
+    held[0].getresponse().read(10)  # it has begun
+    for connection in held:
+        connection.close()
+    while post(address, chat(max_completion_tokens=1))[0] != 200:
+        assert time.monotonic() < deadline
+    assert 'status="499"' in service.metrics.text()
+
+
+def test_a_client_that_hangs_up_on_a_whole_answer_makes_room(small):
+    address, service = small
+    connection = connect(address)
+    body = json.dumps(chat(max_completion_tokens=90))
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    time.sleep(0.3)
+    connection.close()
+    deadline = time.monotonic() + 1.2  # ninety steps take longer
+    while "twigvlm_rows 1" in service.metrics.text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_foreign_pages_reach_nothing(address):
+    assert post(address, chat(), Host="evil.test")[0] == 400
+    assert post(address, chat(), **{"Content-Type": "text/plain"})[0] == 415
+    connection = connect(address)
+    connection.request("OPTIONS", "/v1/chat/completions", headers={"Origin": "https://evil.test"})
+    response = connection.getresponse()
+    assert response.status == 405
+    assert not [name for name, _ in response.getheaders() if name.lower().startswith("access-control")]
+    connection.close()
+
+
+def test_health_metrics_and_the_page(address):
+    found = {}
+    for path in ("/health", "/metrics", "/", "/page.js", "/page/settings", "/examples/signs"):
+        connection = connect(address)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        assert response.status == 200, path
+        found[path] = response.read()
+        connection.close()
+    assert json.loads(found["/health"]) == {"status": "ok"}
+    assert b"# TYPE twigvlm_time_to_first_token_seconds histogram" in found["/metrics"]
+    assert json.loads(found["/page/settings"])["model"] == NAME
+    assert b"<title>twigvlm</title>" in found["/"]
+
+
+def test_an_engine_thread_that_has_ended_shows_in_health():
+    service = tiny_service()
+    with served(service) as address:
+        service.worker.stop()
+        connection = connect(address)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 503
+        connection.close()
+
+
+def test_many_threads_at_once_leave_no_place_taken(small):
+    address, service = small
+
+    def one():
+        post(address, chat(max_completion_tokens=2))
+
+    threads = [threading.Thread(target=one) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert post(address, chat(max_completion_tokens=1))[0] == 200
+    assert service._inside == 0
