@@ -26,7 +26,7 @@ LOWEST := $(shell sed -nE 's/^ *"(torch|transformers)>=([0-9.]+)",$$/\1==\2/p' p
 VERSIONS_TESTS := tests/base tests/twig tests/hf/test_generate_options.py tests/training/test_distill.py \
 	tests/training/test_reinforce.py tests/test_checkpoint.py tests/test_families.py
 
-.PHONY: demo test test-fast test-versions results lint format clean
+.PHONY: demo test test-fast test-versions test-page test-ray results lint format clean
 
 demo: $(STAMP)  ## Ask two questions plainly, with drafts, and pruned with drafts, and compare
 	$(BIN)/twigvlm demo $(DEMO_FLAGS)
@@ -41,6 +41,15 @@ test-versions: $(PYTHONS:%=test-on-python-%)  ## The lowest torch and transforme
 
 test-on-python-%: $(VERSIONS_DIR)/%/.installed
 	$(VERSIONS_DIR)/$*/bin/python -m pytest --numprocesses auto --dist worksteal $(VERSIONS_TESTS) $(PYTEST_FLAGS)
+
+test-page: $(STAMP)  ## The server's page in Chromium, which is installed from Debian where it is missing and one may
+	$(PIP) 'playwright>=1.49'
+	command -v chromium >/dev/null || (apt-get update && apt-get install --yes --no-install-recommends chromium) || true
+	$(BIN)/python -m pytest tests/page $(PYTEST_FLAGS)
+
+test-ray: $(STAMP)  ## Ray Data and Ray Serve, on a local Ray with two workers
+	$(PIP) -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest tests/ray $(PYTEST_FLAGS)
 
 results: $(STAMP)  ## Measure the shipped weights and write docs/results/; takes hours, goes on where it was stopped
 	$(BIN)/python -m recipes.sapling.results

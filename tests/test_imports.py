@@ -105,6 +105,26 @@ def test_pure_modules_import_no_transformers():
 
 
 @pytest.mark.parametrize(
+    ("module", "without"),
+    [
+        ("cli.commands", "fastapi"),  # options and their help
+        ("cli.commands", "torch"),
+        ("serving.protocol", "torch"),
+        ("serving.fetch", "torch"),
+        ("serving.batch", "fastapi"),  # batch files and Ray Data answer requests without HTTP
+        ("serving.service", "fastapi"),
+        ("serving.service", "llguidance"),  # only requests with a schema need it
+    ],
+)
+def test_serving_imports_what_it_needs_alone(module, without):
+    if module.startswith("serving"):
+        pytest.importorskip("pydantic")
+    code = f"import sys\nsys.modules[{without!r}] = None\nimport twigvlm.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "import shop.shelf",

@@ -17,7 +17,7 @@ from twigvlm.config import PruningConfig, SpeculationConfig
 
 SUBCOMMANDS = [
     "generate", "demo", "inspect", "train stage1", "train stage2", "evaluate accuracy", "evaluate sweep", "evaluate speed",
-    "evaluate drafts", "evaluate batches", "evaluate exactness", "families", "methods", "convert",
+    "evaluate drafts", "evaluate batches", "evaluate exactness", "families", "methods", "convert", "serve", "batch",
 ]  # fmt: skip
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-for package in ("fastapi", "uvicorn"):
-    pytest.importorskip(package)
-
 from twigvlm.cli.serve_vllm import vllm_command
+
+pytest.importorskip("uvicorn")
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -72,7 +71,7 @@ def test_a_model_without_a_twig_is_refused(refused, base_directory):
 
 
 def test_the_command_line_of_vllm_is_found_in_what_export_prints():
-    printed = "Drafter: d\n\nServe:\nA=0 vllm serve base --speculative-config '{\"model\": \"d e\"}'\n\nIn Python:\nllm\n"
+    printed = 'Drafter: d\n\nServe:\nA=0 vllm serve base --speculative-config \'{"model": "d e"}\'\n\nIn Python:\nllm\n'
     environment, arguments = vllm_command(printed, Path("note"))
     assert environment == {"A": "0"}
     assert arguments == ["serve", "base", "--speculative-config", '{"model": "d e"}']

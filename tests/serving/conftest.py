@@ -3,7 +3,7 @@ import pytest
 for package in ("fastapi", "uvicorn", "openai", "llguidance"):
     pytest.importorskip(package)
 
-from tests.serving.servers import served, tiny_service
+from tests.serving.servers import served, tiny_service  # noqa: E402
 
 
 @pytest.fixture(scope="session")

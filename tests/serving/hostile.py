@@ -46,7 +46,7 @@ _PICTURES = [
 
 def _nested(draw):
     depth = draw.choice([50, 500, 20000])
-    opening, closing = draw.choice(["[]", ("{\"a\":", "}")])
+    opening, closing = draw.choice(["[]", ('{"a":', "}")])
     return f'{{"model":"{NAME}","messages":{opening * depth}{closing * depth}}}'.encode()
 
 
@@ -98,8 +98,8 @@ _HEADERS = [
     {"Authorization": "Bearer \xff"}, {"Cookie": "x" * 3000}, {"Content-Encoding": "gzip"}, {"Origin": "https://evil.test"},
 ]  # fmt: skip
 _PATHS = [
-    *["/v1/chat/completions"] * 12, "/v1/completions", "/v1/models/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1/models/%00",
-    "/examples/../index.html", "//", "/v1/chat/completions/",
+    *["/v1/chat/completions"] * 12, "/v1/completions", "/v1/models/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd",
+    "/v1/models/%00", "/examples/../index.html", "//", "/v1/chat/completions/",
 ]  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from tests.tiny import tiny_llava
 from tests.tiny_processor import tiny_processor
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.serving.app import create_app
-from twigvlm.serving.limits import Limits
 from twigvlm.serving.server import allowed_hosts, make_server
 from twigvlm.serving.service import Service
 
@@ -108,9 +107,7 @@ def expected(service, question, images=(), **options):
     """The ids of a single run of `generate` for the same question."""
     from twigvlm.inputs import build_inputs, user_turn
 
-    inputs = build_inputs(
-        service.processor, [[user_turn(question, list(images))]], service.model.device, torch.float32
-    )
+    inputs = build_inputs(service.processor, [[user_turn(question, list(images))]], service.model.device, torch.float32)
     output = service.model.generate(**inputs, eos_token_id=service.eos, **options)
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 

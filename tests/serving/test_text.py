@@ -1,5 +1,7 @@
 """Tokens to text, and stop texts: however the tokens come, the text is the same."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +18,7 @@ def decode(ids):
 def run(ids, cuts, stops, drafted=lambda place: place % 2 == 0):
     text = AnswerText(decode, {EOS}, stops)
     pieces, borders = [], [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in pairwise(borders):
         if not text.cut:
             pieces += text.push([(ids[at], drafted(at)) for at in range(start, end)], finished=end == len(ids))
     return text, pieces

@@ -49,7 +49,9 @@ class Serve(ServiceOptions):
         if self.engine == "vllm":
             from twigvlm.cli.serve_vllm import serve_with_vllm
 
-            serve_with_vllm(self, key)
+            if self.allow_host:
+                raise TwigVLMError("allow_host: is this library's own; leave it or --engine vllm out")
+            serve_with_vllm(self, self.export, self.host, self.port, key)
         if self.export is not None:
             raise TwigVLMError("export: goes with --engine vllm; leave it out")
         service = self.open_service()

@@ -14,31 +14,36 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.serving.limits import Limits
 
 if TYPE_CHECKING:
-    from twigvlm.cli.serve import Serve
+    from twigvlm.cli.serving import ServiceOptions
 
 
-def serve_with_vllm(options: Serve, api_key: str | None) -> NoReturn:
+def serve_with_vllm(
+    options: ServiceOptions, folder: Path | None, host: str, port: int, api_key: str | None
+) -> NoReturn:
     """Replace this process by `vllm serve`.
 
     Args:
         options: of the command.
+        folder: for the export.
+        host: address to listen on.
+        port: to listen on.
         api_key: that clients must send.
 
     Raises:
         TwigVLMError: vLLM or the export is not there, or an option does not apply to vLLM.
     """
-    check_applies(options)
+    folder = check_applies(options, folder)
     if find_spec("twigvlm.integrations") is None or find_spec("twigvlm.integrations.vllm") is None:
         raise TwigVLMError("engine 'vllm': this version of twigvlm has no export for vLLM; leave --engine out")
     program = shutil.which("vllm")
     if program is None:
         raise TwigVLMError("engine 'vllm': there is no command 'vllm'; install vLLM, or leave --engine out")
-    environment, command = export(options)
+    environment, command = export(options, folder)
     command += [
         "--host",
-        options.host,
+        host,
         "--port",
-        str(options.port),
+        str(port),
         "--served-model-name",
         options.name or options.model,
     ]
@@ -47,27 +52,33 @@ def serve_with_vllm(options: Serve, api_key: str | None) -> NoReturn:
     os.execve(program, [program, *command], {**os.environ, **environment})
 
 
-def check_applies(options: Serve) -> None:
-    """Raise TwigVLMError where vLLM could not do what the options say."""
-    if options.export is None:
+def check_applies(options: ServiceOptions, folder: Path | None) -> Path:
+    """The directory of the export; raises TwigVLMError where vLLM could not do what the options say."""
+    if folder is None:
         raise TwigVLMError("engine 'vllm': needs --export DIRECTORY, where the twig is exported to")
     idle = options.pruning == PruningConfig() and options.limits == Limits() and options.speculate == "chain"
-    if not idle or options.allow_host or options.allow_image_host:
+    if not idle or options.allow_image_host:
         raise TwigVLMError(
-            "engine 'vllm': options of pruning, speculation, limits and hosts are this library's own; leave them out, or --engine"
+            "engine 'vllm': options of pruning, speculation, limits and image hosts are this library's own; leave them out, or "
+            "--engine"
         )
+    return folder
 
 
-def export(options: Serve) -> tuple[dict[str, str], list[str]]:
-    """Export base and twig unless that was done before; the environment and arguments of `vllm` that `export` prints."""
+def export(options: ServiceOptions, folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Export base and twig unless that was done before; the environment and arguments of `vllm` that `export` prints.
+
+    Args:
+        options: of the command.
+        folder: for both.
+    """
     import contextlib
     import io
 
     from twigvlm.cli.export import Export  # type: ignore[import-not-found, unused-ignore]
 
-    assert options.export is not None, "it was checked"
-    base, drafter = options.export / "base", options.export / "drafter"
-    printed, note = io.StringIO(), options.export / "command.txt"
+    base, drafter = folder / "base", folder / "drafter"
+    printed, note = io.StringIO(), folder / "command.txt"
     if not note.exists():
         with contextlib.redirect_stdout(printed):
             Export(to="vllm", out=drafter, twig=options.twig, model=options.model, base=base, dtype=options.dtype).run()

@@ -54,7 +54,9 @@ class Grammars:
         try:
             if self.tokenizer is None:
                 self.tokenizer = llguidance.hf.from_tokenizer(self._hf_tokenizer, self._vocabulary, self._eos)
-            matcher = llguidance.LLMatcher(self.tokenizer, llguidance.LLMatcher.grammar_from_json_schema(text), log_level=0)
+            matcher = llguidance.LLMatcher(
+                self.tokenizer, llguidance.LLMatcher.grammar_from_json_schema(text), log_level=0
+            )
             reason = matcher.get_error() if matcher.is_error() else ""
         except ValueError as error:  # also of tokenizers that it does not know
             reason = str(error)
