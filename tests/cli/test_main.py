@@ -186,7 +186,10 @@ def test_ctrl_c_ends_a_command_with_one_line(command, tmp_path, capsys, monkeypa
     Path("samples.json").write_text(
         '[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]'
     )
+    Path("batch.jsonl").write_text('{"custom_id": "a", "body": {}}')
     twig = Path(twigvlm.__file__).parent / "sapling" / "twig"
+    if command in ("serve", "batch"):
+        pytest.importorskip("uvicorn")
     options = {
         "generate": "--prompt a",
         "demo": "",
@@ -194,6 +197,8 @@ def test_ctrl_c_ends_a_command_with_one_line(command, tmp_path, capsys, monkeypa
         "train": f"--data samples.json --out out{f' --start {twig}' if 'stage2' in command else ''}",
         "evaluate": "--questions questions.json --output out",
         "convert": "source out --model sapling",
+        "serve": "",
+        "batch": "batch.jsonl out",
     }
     assert main([*command.split(), *options[command.split()[0]].split()]) == 130
     out, err = capsys.readouterr()

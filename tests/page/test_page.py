@@ -16,6 +16,7 @@ from twigvlm.serving.service import Defaults
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+expect.set_options(timeout=30_000)
 PHONE = {"width": 360, "height": 740}
 
 
@@ -50,7 +51,7 @@ def page(request, browser, address):
     made.goto(address)
     expect(made.locator("#model")).to_have_text("tiny")
     expect(made.locator("#question")).not_to_have_value("")
-    made.set_default_timeout(20_000)
+    made.set_default_timeout(30_000)
     yield made
     assert [text for text in problems if "status of 4" not in text] == []
     made.close()
@@ -81,7 +82,7 @@ def test_an_answer_streams_by_origin_with_its_patches(page):
     expect(page.locator(".figures")).to_contain_text("40 tokens")
     assert answer.locator(".drafted").count() > 0
     assert answer.locator(".base").count() > 0
-    expect(page.locator("#picture")).to_have_attribute("data-kept", "12")
+    expect(page.locator("#picture")).to_have_attribute("data-kept", "4")
     expect(page.locator(".figures")).to_contain_text("of 16 visual tokens")
     expect(page.locator("#send")).to_be_enabled()
     shoot(page, "answer")

@@ -39,7 +39,7 @@ class Serve(ServiceOptions):
     @property
     def continuation(self) -> str:
         """What to do after Ctrl-C."""
-        return "the server has shut down"
+        return "the server has ended; start it again to go on"
 
     def run(self) -> None:
         """Serve until a signal ends the process."""

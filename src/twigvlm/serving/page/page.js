@@ -101,6 +101,7 @@ async function runLane(lane, body, signal) {
   };
   const timer = setInterval(tick, 50);
   answer.setAttribute("aria-busy", "true");
+  lane.scrollIntoView({ block: "nearest" }); // on a phone it begins below the screen
   let looks = 0;
   let reason = null;
   try {

@@ -1,0 +1,259 @@
+"""Load, soak and faults of `twigvlm serve` on Sapling, in float32; writes docs/results/serving.md.
+
+python -m recipes.serving_bench baseline   # Hugging Face's generate, one question at a time
+python -m recipes.serving_bench load       # 1, 4, 16 and 64 clients, three settings
+python -m recipes.serving_bench soak       # 5,000 requests
+python -m recipes.serving_bench hostile    # 10,000 malformed and hostile requests
+python -m recipes.serving_bench kills      # 50 times kill -9 of `twigvlm batch`
+python -m recipes.serving_bench report     # the page, of what has been measured
+
+Each keeps its figures in `--folder`. Measure on a machine that does nothing else.
+"""
+
+import base64
+import http.client
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import psutil
+import tyro
+
+from recipes.sapling.evaluate import LONG_ANSWER, SHORT_ANSWER, Tally
+from recipes.sapling.questions import Turn, evaluation_turns
+from recipes.sapling.scenes import Scene, make_scene, render
+from recipes.serving_client import serving, stream
+
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "serving.md"
+CLIENTS = (1, 4, 16, 64)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "no twig": {"speculate": "none", "retain": None},
+    "chains, exact": {"speculate": "chain", "retain": None},
+    "pruned to R̄ 64, chains": {"speculate": "chain", "retain": 64},
+}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question about a scene."""
+
+    scene: Scene
+    turn: Turn
+    uri: str
+
+    @property
+    def length(self) -> int:
+        return LONG_ANSWER if self.turn.kind == "description" else SHORT_ANSWER
+
+    def body(self, **options: Any) -> dict[str, Any]:
+        parts = [{"type": "image_url", "image_url": {"url": self.uri}}, {"type": "text", "text": self.turn.question}]
+        messages = [{"role": "user", "content": parts}]
+        return {"model": "sapling", "messages": messages, "max_completion_tokens": self.length, **options}
+
+
+def questions(count: int) -> list[Ask]:
+    """Mixed: of each scene three short questions and a description."""
+    found: list[Ask] = []
+    index = 0
+    while len(found) < count:
+        scene = make_scene("test", 5000 + index)
+        data = BytesIO()
+        render(scene).save(data, "PNG")
+        uri = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+        turns = evaluation_turns(scene, 3)
+        short = [turn for turn in turns if turn.kind != "description"][:3]
+        found += [Ask(scene, turn, uri) for turn in [*short, *(t for t in turns if t.kind == "description")]]
+        index += 1
+    return found[:count]
+
+
+def quality(asked: list[Ask], answers: list[str]) -> dict[str, float]:
+    """Of short answers the share of exact ones, of descriptions what they name and quote, in per cent."""
+    tally = Tally()
+    for ask, answer in zip(asked, answers, strict=True):
+        if ask.turn.kind == "description":
+            tally.description(ask.scene, answer)
+        else:
+            tally.exact(ask.turn, answer)
+    return {
+        "exact": 100 * sum(tally.right.values()) / max(1, sum(tally.asked.values())),
+        "objects recall": 100 * tally.found / max(1, tally.present),
+        "objects precision": 100 * tally.found / max(1, tally.claimed),
+        "texts": 100 * tally.quoted / max(1, tally.written),
+    }
+
+
+def baseline(folder: Path, count: int) -> None:
+    """The base's own generate, one question at a time."""
+    from twigvlm.inputs import build_inputs, user_turn
+    from twigvlm.loading import load_base
+
+    base, processor = load_base("sapling", "float32")
+    asked = questions(count)
+
+    def answer(ask: Ask) -> list[int]:
+        inputs = build_inputs(processor, [[user_turn(ask.turn.question, ask.uri)]], base.device, base.dtype)
+        output = base.generate(**inputs, max_new_tokens=ask.length, do_sample=False)
+        return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+    answer(asked[0])
+    start = time.perf_counter()
+    ids = [answer(ask) for ask in asked]
+    seconds = time.perf_counter() - start
+    texts = [processor.tokenizer.decode(each, skip_special_tokens=True) for each in ids]
+    keep(folder, "baseline", {
+        "requests": count, "seconds": seconds, "tokens": sum(map(len, ids)), "quality": quality(asked, texts),
+    })  # fmt: skip
+
+
+def load(folder: Path, count: int) -> None:
+    """Clients that ask one question after another, for each setting and number of clients."""
+    found: list[dict[str, Any]] = []
+    asked = questions(count)
+    with serving() as (address, process):
+        for name, options in SETTINGS.items():
+            stream(address, asked[0].body(**options))
+            for clients in CLIENTS:
+                start = time.perf_counter()
+                with ThreadPoolExecutor(clients) as pool:
+                    results = list(pool.map(lambda ask, o=options: stream(address, ask.body(**o)), asked))
+                seconds = time.perf_counter() - start
+                good = [result for result in results if not result.error]
+                first = sorted(result.first for result in good)
+                found.append({
+                    "setting": name, "clients": clients, "requests": count, "failed": count - len(good), "seconds": seconds,
+                    "tokens": sum(result.tokens for result in good), "first p50": statistics.median(first),
+                    "first p95": first[int(0.95 * (len(first) - 1))], "megabytes": process.memory_info().rss / 1e6,
+                    "quality": quality(asked, [result.text for result in results]),
+                })  # fmt: skip
+                keep(folder, "load", found)
+
+
+def soak(folder: Path, count: int) -> None:
+    """Many requests of 16 clients; memory after each tenth; 200 answers are asked for again, one at a time."""
+    asked, draw = questions(400), random.Random(0)
+    settings = list(SETTINGS.values())
+    jobs = [(draw.choice(asked), draw.choice(settings)) for _ in range(count)]
+    memory, results = [], []
+    with serving() as (address, process):
+        for tenth in range(10):
+            part = jobs[tenth * count // 10 : (tenth + 1) * count // 10]
+            with ThreadPoolExecutor(16) as pool:
+                results += list(pool.map(lambda job: stream(address, job[0].body(**job[1])), part))
+            memory.append(process.memory_info().rss / 1e6)
+            print(f"{len(results)} requests, {memory[-1]:.0f} MB", flush=True)
+        sampled = draw.sample(range(count), min(200, count))
+        equal = sum(stream(address, jobs[at][0].body(**jobs[at][1])).text == results[at].text for at in sampled)
+    failed = sum(bool(result.error) for result in results)
+    keep(folder, "soak", {
+        "requests": count, "failed": failed, "sampled": len(sampled), "equal": equal, "megabytes": memory,
+    })  # fmt: skip
+
+
+def hostile_requests(folder: Path, count: int) -> None:
+    """Malformed and hostile requests, on a tiny model."""
+    from tests.serving import hostile
+    from tests.serving.servers import served, tiny_service
+
+    statuses: dict[str, int] = {}
+    process = psutil.Process()
+    with served(tiny_service()) as address:
+        parts = urlsplit(address)
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
+        before = 0.0
+        for seed in range(count):
+            try:
+                status = str(hostile.send(connection, seed))
+            except (http.client.HTTPException, OSError):
+                connection.close()
+                status = "hung up"
+            statuses[status] = statuses.get(status, 0) + 1
+            if seed == count // 10:
+                before = process.memory_info().rss / 1e6
+        after = process.memory_info().rss / 1e6
+    keep(folder, "hostile", {
+        "requests": count, "statuses": dict(sorted(statuses.items())), "megabytes": [before, after],
+    })  # fmt: skip
+
+
+def kills(folder: Path, count: int) -> None:
+    """kill -9 of `twigvlm batch`, at random times, until that many kills were survived; then the run ends."""
+    asked, draw = questions(20 * count), random.Random(0)
+    source, out = folder / "batch.jsonl", folder / "results.jsonl"
+    out.unlink(missing_ok=True)
+    records = [{"custom_id": f"r{n}", "body": ask.body(retain=64)} for n, ask in enumerate(asked)]
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    command = [sys.executable, "-m", "twigvlm", "batch", str(source), str(out), "--dtype", "float32"]
+
+    def size() -> int:
+        return out.stat().st_size if out.exists() else 0
+
+    done = 0
+    for _ in range(count):
+        process, before = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL), size()
+        while size() == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(draw.random() * 2)
+        done += process.poll() is None
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True)
+    ids = [json.loads(line)["custom_id"] for line in out.read_text().splitlines()]
+    keep(folder, "kills", {
+        "kills": done, "requests": len(records), "results": len(ids), "repeated": len(ids) - len(set(ids)),
+        "lost": len(records) - len(set(ids)),
+    })  # fmt: skip
+
+
+def keep(folder: Path, name: str, figures: Any) -> None:
+    """Keep figures in a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = {"cores": os.cpu_count(), "load": os.getloadavg()}
+    (folder / f"{name}.json").write_text(json.dumps({"figures": figures, "machine": machine}, indent=1))
+    print(f"{name}: {json.dumps(figures)}")
+
+
+def report(folder: Path) -> None:
+    """Write the page from what was measured."""
+    from recipes.serving_report import page
+
+    found = {path.stem: json.loads(path.read_text())["figures"] for path in sorted(folder.glob("*.json"))}
+    PAGE.write_text(page(found))
+    print(PAGE)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and how much of it."""
+
+    what: tyro.conf.Positional[Literal["baseline", "load", "soak", "hostile", "kills", "report"]]
+    folder: Path = Path("runs/serving")
+    """Where figures are kept."""
+    count: int | None = None
+    """Requests or kills. None: 128 of baseline and load, 5,000 of the soak, 10,000 hostile ones, 50 kills."""
+
+
+def main(options: Options) -> None:
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.what == "report":
+        report(options.folder)
+        return
+    work, count = {
+        "baseline": (baseline, 128), "load": (load, 128), "soak": (soak, 5000), "hostile": (hostile_requests, 10_000),
+        "kills": (kills, 50),
+    }[options.what]  # fmt: skip
+    work(options.folder, options.count or count)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

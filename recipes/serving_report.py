@@ -1,0 +1,75 @@
+"""The page docs/results/serving.md, from the figures of `recipes.serving_bench`."""
+
+from typing import Any
+
+
+def page(found: dict[str, Any]) -> str:
+    """The page.
+
+    Args:
+        found: figures by the name of what was measured; what was not measured is left out.
+    """
+    parts = [
+        "# Serving",
+        "Sapling in float32 behind `twigvlm serve`, on test scenes: of each scene three short questions and a description. "
+        "Commands: `recipes/serving_bench.py`. Exact: short answers that are right; objects: named in descriptions "
+        "(recall/precision); texts: signs that descriptions quote right; all in %.",
+    ]
+    single = found.get("baseline")
+    if "load" in found:
+        parts += ["## Load", _load(found["load"], single)]
+    if "soak" in found:
+        soak = found["soak"]
+        parts += ["## Soak", (
+            f"{soak['requests']:,} requests of 16 clients in mixed settings: {soak['failed']} failed. Of {soak['sampled']} "
+            f"that were asked again one at a time, {soak['equal']} got the same answer. Resident memory of the server after each tenth: "
+            f"{', '.join(f'{value:.0f}' for value in soak['megabytes'])} MB."
+        )]  # fmt: skip
+    faults = []
+    if "hostile" in found:
+        hostile = found["hostile"]
+        faults.append(
+            f"- {hostile['requests']:,} malformed and hostile requests, by status: "
+            + ", ".join(f"{status}: {count:,}" for status, count in hostile["statuses"].items())
+            + ". Resident memory after a tenth and at the end: "
+            + " and ".join(f"{value:.0f}" for value in hostile["megabytes"])
+            + " MB."
+        )
+    if "kills" in found:
+        kills = found["kills"]
+        faults.append(
+            f"- `twigvlm batch` was killed {kills['kills']} times by kill -9: of {kills['requests']:,} requests {kills['lost']} "
+            f"were lost and {kills['repeated']} have two results."
+        )
+    if faults:
+        parts += ["## Faults", "\n".join(faults)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _load(rows: list[dict[str, Any]], single: dict[str, Any] | None) -> str:
+    lines = [
+        "| setting | clients | failed | requests/s | tokens/s | × one at a time | first token p50, p95 in s "
+        "| exact | objects | texts |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = None
+    if single is not None:
+        base = single["tokens"] / single["seconds"]
+        speed = f"{single['requests'] / single['seconds']:.2f} | {base:.1f} | 1"
+        lines.append(
+            f"| Hugging Face `generate`, one at a time | – | 0 | {speed} | – | {_quality(single['quality'])} |"
+        )
+    for row in rows:
+        speed = row["tokens"] / row["seconds"]
+        lines.append(
+            f"| {row['setting']} | {row['clients']} | {row['failed']} | {row['requests'] / row['seconds']:.2f} | {speed:.1f} | "
+            f"{'–' if base is None else f'{speed / base:.2f}'} | {row['first p50']:.2f}, {row['first p95']:.2f} | "
+            f"{_quality(row['quality'])} |"
+        )
+    return "\n".join(lines)
+
+
+def _quality(found: dict[str, float]) -> str:
+    return (
+        f"{found['exact']:.1f} | {found['objects recall']:.1f}/{found['objects precision']:.1f} | {found['texts']:.1f}"
+    )

@@ -1,0 +1,26 @@
+"""The page of the measurements of serving, and the questions that they ask."""
+
+import pytest
+
+pytest.importorskip("psutil")
+
+from recipes import serving_bench
+from recipes.serving_report import page
+
+
+def test_the_page_shows_what_was_measured_and_nothing_else():
+    right = {"exact": 90.0, "objects recall": 80.0, "objects precision": 70.0, "texts": 60.0}
+    row = {"setting": "no twig", "clients": 4, "requests": 10, "failed": 0, "seconds": 5.0, "tokens": 100}
+    row |= {"first p50": 0.5, "first p95": 0.9, "megabytes": 1.0, "quality": right}
+    single = {"requests": 10, "seconds": 10.0, "tokens": 100, "quality": right}
+    shown = page({"baseline": single, "load": [row]})
+    assert "| no twig | 4 | 0 | 2.00 | 20.0 | 2.00 | 0.50, 0.90 | 90.0 | 80.0/70.0 | 60.0 |" in shown
+    assert "Soak" not in shown
+    assert "Faults" not in shown
+
+
+def test_questions_are_mixed_and_graded_by_their_kind():
+    asked = serving_bench.questions(8)
+    assert [ask.turn.kind == "description" for ask in asked] == [False, False, False, True] * 2
+    found = serving_bench.quality(asked, [ask.turn.answer for ask in asked])
+    assert found["exact"] == found["objects recall"] == found["texts"] == 100
