@@ -49,7 +49,7 @@ test-page: $(STAMP)  ## The server's page in Chromium, which is installed from D
 
 test-ray: $(STAMP)  ## Ray Data and Ray Serve, on a local Ray with two workers
 	$(PIP) -c constraints.txt -e '.[ray]'
-	$(BIN)/python -m pytest tests/ray $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -W default tests/ray $(PYTEST_FLAGS)
 
 results: $(STAMP)  ## Measure the shipped weights and write docs/results/; takes hours, goes on where it was stopped
 	$(BIN)/python -m recipes.sapling.results

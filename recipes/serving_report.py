@@ -22,7 +22,8 @@ def page(found: dict[str, Any]) -> str:
         soak = found["soak"]
         parts += ["## Soak", (
             f"{soak['requests']:,} requests of 16 clients in mixed settings: {soak['failed']} failed. Of {soak['sampled']} "
-            f"that were asked again one at a time, {soak['equal']} got the same answer. Resident memory of the server after each tenth: "
+            f"that were asked again one at a time, {soak['equal']} got the same answer. "
+            "Resident memory of the server after each tenth: "
             f"{', '.join(f'{value:.0f}' for value in soak['megabytes'])} MB."
         )]  # fmt: skip
     faults = []

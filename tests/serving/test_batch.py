@@ -13,7 +13,7 @@ import pytest
 
 from tests.serving.servers import chat, decoded, expected, picture, tiny_service
 from twigvlm.errors import TwigVLMError
-from twigvlm.serving.batch import URL, BatchRun, open_results, read_batch
+from twigvlm.serving.batch import URL, BatchRun, open_results, read_batch, write_result
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,12 @@ def run(service, source, out):
     lines = read_batch(source)
     told = []
     with open_results(out, {line.custom_id for line in lines}) as (file, answered):
-        BatchRun(service, file, told.append).run([line for line in lines if line.custom_id not in answered])
+
+        def on_result(custom_id, status, body):
+            write_result(file, custom_id, status, body)
+            told.append(status == 200)
+
+        BatchRun(service, on_result).run([line for line in lines if line.custom_id not in answered])
     return told
 
 

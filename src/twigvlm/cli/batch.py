@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -30,7 +30,7 @@ class Batch(ServiceOptions):
         """Answer all requests; the exit code is 2 if one failed."""
         check_installed()
         from twigvlm.cli.output import check_directory, steps
-        from twigvlm.serving.batch import BatchRun, open_results, read_batch
+        from twigvlm.serving.batch import BatchRun, open_results, patient, read_batch, write_result
 
         if self.output.is_dir():
             raise TwigVLMError(f"output {str(self.output)!r}: is a directory; name a file")
@@ -43,16 +43,17 @@ class Batch(ServiceOptions):
             if not left:
                 print(f"All {len(lines)} requests have their results in {self.output}")
                 return 0
-            service = self.open_service()
+            service = self.open_service(patient(self.limits))
             try:
                 with steps("Answering", len(lines), len(answered)) as advance:
 
-                    def on_result(fine: bool) -> None:
+                    def on_result(custom_id: str, status: int, body: dict[str, Any]) -> None:
                         nonlocal failed
-                        failed += not fine
+                        write_result(file, custom_id, status, body)
+                        failed += status != 200
                         advance()
 
-                    BatchRun(service, file, on_result).run(left)
+                    BatchRun(service, on_result).run(left)
             finally:
                 service.stop()
         print(f"Results: {self.output}" + (f"; {failed} of {len(left)} requests failed" if failed else ""))

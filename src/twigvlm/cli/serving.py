@@ -29,8 +29,12 @@ class ServiceOptions(ModelOptions):
     pruning: PruningConfig = field(default_factory=PruningConfig)
     limits: Limits = field(default_factory=Limits)
 
-    def open_service(self) -> Service:
-        """Load the model, and start its worker."""
+    def open_service(self, limits: Limits | None = None) -> Service:
+        """Load the model, and start its worker.
+
+        Args:
+            limits: None: those of the options.
+        """
         check_installed()
         from twigvlm.cli.session import SessionConfig, open_session
         from twigvlm.serving.fetch import Fetcher
@@ -43,7 +47,9 @@ class ServiceOptions(ModelOptions):
         assert session.model is not None, "it has a twig"
         defaults = Defaults(self.pruning, self.speculate)
         fetcher = Fetcher(self.allow_image_host, self.limits.max_body)
-        return Service(session.model, session.processor, self.name or self.model, defaults, self.limits, fetcher)
+        return Service(
+            session.model, session.processor, self.name or self.model, defaults, limits or self.limits, fetcher
+        )
 
 
 def own_twig(model: str) -> str | None:

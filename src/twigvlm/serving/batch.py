@@ -6,7 +6,7 @@ import queue
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,11 +17,18 @@ from twigvlm.files import writing
 from twigvlm.serving.completion import Completion
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.jobs import Failed, Job, JobEvent
+from twigvlm.serving.limits import Limits
 from twigvlm.serving.protocol import ChatRequest, parse_request
 from twigvlm.serving.service import Service
 
 URL = "/v1/chat/completions"
+_PATIENCE = 1e9  # seconds
 _AHEAD = 2  # requests that are prepared before there is room for them
+
+
+def patient(limits: Limits) -> Limits:
+    """The same limits for a caller who waits for all answers, however long that takes."""
+    return replace(limits, waiting_seconds=_PATIENCE, total_seconds=_PATIENCE)
 
 
 @dataclass(frozen=True)
@@ -124,22 +131,25 @@ def _answered(name: str, data: bytes, known: set[str]) -> set[str]:
     return answered
 
 
+OnResult = Callable[[str, int, dict[str, Any]], None]
+"""Takes `custom_id`, status and body of a result."""
+
+
 class BatchRun:
     """Answers the requests of a batch, several at once.
 
     Args:
         service: answers requests.
-        file: of results.
-        on_result: called after each result was written, with whether it is an answer.
+        on_result: called with each result as it is complete.
     """
 
-    def __init__(self, service: Service, file: BinaryIO, on_result: Callable[[bool], None]) -> None:
-        self._service, self._file, self._on_result = service, file, on_result
+    def __init__(self, service: Service, on_result: OnResult) -> None:
+        self._service, self._on_result = service, on_result
         self._events: queue.Queue[tuple[str, JobEvent]] = queue.Queue()
         self._running: dict[str, tuple[Job, Completion]] = {}
 
     def run(self, lines: list[BatchLine]) -> None:
-        """Answer them; results are written in the order in which they are complete."""
+        """Answer them; results come in the order in which they are complete."""
         most = self._service.limits.max_rows + _AHEAD
         for line in lines:
             while len(self._running) >= most:
@@ -154,7 +164,7 @@ class BatchRun:
             request = line.request()
             job = service.prepare(request, lambda event: self._events.put((key, event)))
         except RequestError as error:
-            self._write(key, error.status, error.as_json())
+            self._on_result(key, error.status, error.as_json())
             return
         completion = Completion(
             service.name,
@@ -175,24 +185,19 @@ class BatchRun:
         completion = self._running[key][1]
         if isinstance(event, Failed):
             del self._running[key]
-            self._write(key, event.error.status, event.error.as_json())
+            self._on_result(key, event.error.status, event.error.as_json())
             return
         completion.take(event)
         if completion.finished:
             del self._running[key]
-            self._write(key, 200, completion.as_json())
+            self._on_result(key, 200, completion.as_json())
 
-    def _write(self, custom_id: str, status: int, body: dict[str, Any]) -> None:
-        fine = status == 200
-        response = {"status_code": status, "request_id": f"req_{secrets.token_hex(12)}", "body": body}
-        error = None if fine else {"code": body["error"]["code"], "message": body["error"]["message"]}
-        record = {
-            "id": f"batch_req_{secrets.token_hex(12)}",
-            "custom_id": custom_id,
-            "response": response,
-            "error": error,
-        }
-        self._file.write(json.dumps(record, ensure_ascii=True).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._on_result(fine)
+
+def write_result(file: BinaryIO, custom_id: str, status: int, body: dict[str, Any]) -> None:
+    """Append a result to a file of `open_results`; it is on the disk when this returns."""
+    response = {"status_code": status, "request_id": f"req_{secrets.token_hex(12)}", "body": body}
+    error = None if status == 200 else {"code": body["error"]["code"], "message": body["error"]["message"]}
+    record = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id, "response": response, "error": error}
+    file.write(json.dumps(record).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""Twigs in other people's programs."""

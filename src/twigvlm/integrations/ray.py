@@ -1,0 +1,249 @@
+"""Ray: batch inference on Ray Data, and a Ray Serve application.
+
+    answer_dataset("questions.parquet", "answers", open_model("sapling"), workers=2)
+    serve.run(serve_app(open_model("sapling")))
+
+A worker holds a model and answers several records at once. Answers are written by the workers, each batch to a file of its
+own that is there whole or not at all, so that a worker which is lost, or a run that is started again, loses and repeats none.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from ray import serve
+
+from twigvlm.errors import TwigVLMError
+from twigvlm.files import replacing
+from twigvlm.images import load_image
+from twigvlm.serving.batch import BatchLine, BatchRun, patient
+from twigvlm.serving.limits import Limits
+from twigvlm.serving.service import Defaults, Service
+
+QUESTIONS = "questions.jsonl"
+"""File of a folder of pictures: objects with `question`, `image` (a path in the folder) and perhaps `id`."""
+
+MakeService = Callable[[Limits], Service]
+"""Loads a model, in a worker."""
+
+
+def open_model(
+    model: str,
+    twig: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    defaults: Defaults | None = None,
+) -> MakeService:
+    """What makes a service in a worker.
+
+    Args:
+        model: base: "sapling", a Hugging Face id or a directory that all workers reach.
+        twig: directory or hub id; None: Sapling's own.
+        dtype: as of `twigvlm.loading.load`.
+        device: of each worker.
+        defaults: pruning and speculation; None: neither.
+    """
+
+    def make(limits: Limits) -> Service:
+        from twigvlm.loading import SAPLING, load
+
+        name = twig
+        if name is None and model == SAPLING:
+            from twigvlm import sapling
+
+            name = str(sapling.twig_path())
+        if name is None:
+            raise TwigVLMError(f"model {model!r}: has no twig of its own; name one")
+        _, processor, loaded = load(model, name, dtype, device)
+        assert loaded is not None, "it has a twig"
+        return Service(loaded, processor, model, defaults, limits)
+
+    return make
+
+
+class Answerer:
+    """Answers batches of records; for `map_batches`.
+
+    Records have `id`, `question` and `image`: a file's bytes, a path that the worker reaches, a data URI, or null. Answers go to
+    files in a folder, and come back as `id`, `answer`, `error` (null if there is none), `tokens` and `visual_tokens`, the R̄ of
+    the answer.
+
+    Args:
+        make_service: of `open_model`.
+        out: folder of the answers.
+        options: further fields of each request, for example `retain` and `max_completion_tokens`.
+    """
+
+    def __init__(self, make_service: MakeService, out: str, options: dict[str, Any]) -> None:
+        self._service, self._out, self._options = make_service(patient(Limits())), Path(out), options
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The answers to one batch."""
+        found: dict[str, dict[str, Any]] = {}
+        lines = []
+        for key, question, image in zip(batch["id"], batch["question"], batch["image"], strict=True):
+            try:
+                lines.append(BatchLine(str(key), self._body(str(question), image)))
+            except TwigVLMError as error:
+                found[str(key)] = _record(None, str(error), {})
+
+        def on_result(key: str, status: int, body: dict[str, Any]) -> None:
+            if status == 200:
+                found[key] = _record(body["choices"][0]["message"]["content"], None, body["usage"])
+            else:
+                found[key] = _record(None, body["error"]["message"], {})
+
+        BatchRun(self._service, on_result).run(lines)
+        ids = [str(key) for key in batch["id"]]
+        columns = {"id": ids, **{name: [found[key][name] for key in ids] for name in found[ids[0]]}}
+        table = pa.table(columns, schema=_SCHEMA)
+        name = hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:32]
+        with replacing(self._out / f"part-{name}.parquet") as temporary:
+            pq.write_table(table, temporary)
+        return columns
+
+    def _body(self, question: str, image: Any) -> dict[str, Any]:
+        parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        if image is not None:
+            parts.insert(0, {"type": "image_url", "image_url": {"url": _data_uri(image)}})
+        messages = [{"role": "user", "content": parts}]
+        return {"model": self._service.name, "messages": messages, **self._options}
+
+
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("answer", pa.string()),
+        ("error", pa.string()),
+        ("tokens", pa.int64()),
+        ("visual_tokens", pa.float64()),
+    ]
+)
+
+
+def answer_dataset(
+    source: str | Path,
+    out: str | Path,
+    make_service: MakeService,
+    *,
+    workers: int = 1,
+    batch_size: int = 16,
+    cpus: float = 1,
+    gpus: float = 0,
+    **options: Any,
+) -> int:
+    """Answer the records of a Parquet file or folder, or of a folder of pictures with `questions.jsonl`; how many were left.
+
+    Records whose answers are in `out` are not answered again: a run that was interrupted goes on when it is started again.
+
+    Args:
+        source: what to answer; see `Answerer` for the columns.
+        out: folder of the answers, in Parquet.
+        make_service: of `open_model`.
+        workers: models that answer at the same time.
+        batch_size: records that are written together, and so are lost together with a worker.
+        cpus: of each worker.
+        gpus: of each worker.
+        options: further fields of each request.
+
+    Raises:
+        TwigVLMError: the source has not these columns, or an `id` twice.
+    """
+    out = Path(out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    records = _read(Path(source))
+    done = set(pa.concat_tables([pq.read_table(path, columns=["id"]) for path in sorted(out.glob("part-*.parquet"))] or [
+        pa.table({"id": pa.array([], pa.string())})
+    ]).column("id").to_pylist())  # fmt: skip
+    left = records.filter(pa.array([key not in done for key in records.column("id").to_pylist()], pa.bool_()))
+    if not len(left):
+        return 0
+    # Small blocks, so that all workers have something to do.
+    blocks = max(1, min(len(left) // batch_size, 4 * workers))
+    data = ray.data.from_arrow(left).repartition(blocks)
+    answered = data.map_batches(
+        Answerer,
+        fn_constructor_args=(make_service, str(out), options),
+        batch_size=batch_size,
+        batch_format="numpy",
+        num_cpus=cpus,
+        num_gpus=gpus,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+    )
+    for _ in answered.iter_batches(batch_size=None):
+        pass
+    return len(left)
+
+
+def read_answers(out: str | Path) -> pa.Table:
+    """All answers of a folder, one for each `id`, in the order of ids.
+
+    A worker that is lost after it wrote may have written under another grouping of records; the answers are the same.
+    """
+    tables = [pq.read_table(path) for path in sorted(Path(out).glob("part-*.parquet"))]
+    table = pa.concat_tables(tables or [_SCHEMA.empty_table()])
+    first: dict[str, int] = {}
+    for row, key in enumerate(table.column("id").to_pylist()):
+        first.setdefault(key, row)
+    return table.take([first[key] for key in sorted(first)])
+
+
+def serve_app(
+    make_service: MakeService, api_key: str | None = None, limits: Limits | None = None, **deployment: Any
+) -> Any:
+    """A Ray Serve application: the same HTTP interface, streams included, with a model in each replica.
+
+    Args:
+        make_service: of `open_model`.
+        api_key: that clients must send; None: none.
+        limits: of each replica; None: those of `twigvlm serve`.
+        deployment: of `serve.deployment`, for example `num_replicas=2`, `autoscaling_config={...}`, `ray_actor_options={...}`.
+    """
+
+    def build() -> Any:
+        from twigvlm.serving.app import create_app
+
+        return create_app(make_service(limits or Limits()), api_key)
+
+    options = {"max_ongoing_requests": 64, **deployment}
+    return serve.deployment(serve.ingress(build)(), **options).bind()
+
+
+def _read(source: Path) -> pa.Table:
+    name = f"source {str(source)!r}"
+    listed = source / QUESTIONS
+    if listed.exists():
+        lines = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+        images = [line.get("image") for line in lines]
+        table = pa.table({
+            "id": [str(line.get("id", number)) for number, line in enumerate(lines)],
+            "question": [str(line["question"]) for line in lines],
+            "image": pa.array([None if each is None else str((source / each).absolute()) for each in images], pa.string()),
+        })  # fmt: skip
+    else:
+        table = pq.read_table(source)
+    if missing := {"id", "question", "image"} - set(table.column_names):
+        raise TwigVLMError(f"{name}: has no column {', '.join(sorted(missing))}")
+    ids = [str(key) for key in table.column("id").to_pylist()]
+    if len(set(ids)) < len(ids):
+        raise TwigVLMError(f"{name}: has an id twice")
+    return table.select(["question", "image"]).add_column(0, "id", pa.array(ids, pa.string()))
+
+
+def _record(answer: str | None, error: str | None, usage: dict[str, Any]) -> dict[str, Any]:
+    visual = usage.get("prompt_tokens_details", {}).get("average_visual_tokens", 0.0)
+    return {"answer": answer, "error": error, "tokens": usage.get("completion_tokens", 0), "visual_tokens": visual}
+
+
+def _data_uri(image: Any) -> str:
+    """A picture as requests hold it."""
+    data = BytesIO()
+    load_image(image).save(data, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"

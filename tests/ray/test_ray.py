@@ -1,0 +1,151 @@
+"""Ray Data and Ray Serve on a local Ray with two workers: `make test-ray`."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray")
+
+ROOT = Path(__file__).parents[2]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import psutil  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import ray  # noqa: E402
+from PIL import Image  # noqa: E402
+from ray import serve  # noqa: E402
+
+from tests.serving.servers import chat, decoded, expected, picture, slow_down, tiny_service  # noqa: E402
+from twigvlm.errors import TwigVLMError  # noqa: E402
+from twigvlm.integrations.ray import answer_dataset, read_answers, serve_app  # noqa: E402
+
+
+def make_service(limits):
+    return tiny_service(limits=limits)
+
+
+def make_slow_service(limits):
+    service = tiny_service(limits=limits)
+    slow_down(service, 0.02)
+    return service
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def service():
+    found = tiny_service()
+    yield found
+    found.stop()
+
+
+def records(count):
+    ids = [f"r{number:03d}" for number in range(count)]
+    return pa.table({"id": ids, "question": [f"question {key}" for key in ids], "image": [picture()] * count})
+
+
+def check(service, out, count):
+    answers = read_answers(out).to_pylist()
+    assert [answer["id"] for answer in answers] == [f"r{number:03d}" for number in range(count)]
+    assert not [answer for answer in answers if answer["error"]]
+    for answer in answers[:: max(1, count // 4)]:
+        ids = expected(service, f"question {answer['id']}", [picture()], max_new_tokens=8)
+        assert answer["answer"] == decoded(service, ids)
+        assert answer["tokens"] == len(ids)
+
+
+def test_parquet_in_parquet_out_and_again(service, tmp_path):
+    pq.write_table(records(24), tmp_path / "in.parquet")
+    options = {"workers": 2, "batch_size": 4, "max_completion_tokens": 8, "speculate": "chain"}
+    assert answer_dataset(tmp_path / "in.parquet", tmp_path / "out", make_service, **options) == 24
+    check(service, tmp_path / "out", 24)
+    files = sorted((tmp_path / "out").glob("*.parquet"))
+    assert len(files) >= 2
+    lost = pq.read_table(files[0]).num_rows
+    files[0].unlink()
+    assert answer_dataset(tmp_path / "in.parquet", tmp_path / "out", make_service, **options) == lost
+    check(service, tmp_path / "out", 24)
+    assert answer_dataset(tmp_path / "in.parquet", tmp_path / "out", make_service, **options) == 0
+
+
+def test_a_folder_of_pictures_and_what_cannot_be_answered(tmp_path):
+    Image.new("RGB", (20, 12), "red").save(tmp_path / "a.png")
+    (tmp_path / "broken.png").write_text("no picture")
+    lines = [
+        {"question": "what?", "image": "a.png"},
+        {"question": "what?", "image": "broken.png"},
+        {"question": "text"},
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert answer_dataset(tmp_path, tmp_path / "out", make_service, max_completion_tokens=4, keep=5) == 3
+    found = read_answers(tmp_path / "out").to_pylist()
+    assert [bool(answer["error"]) for answer in found] == [False, True, False]
+    assert "broken.png" in found[1]["error"]
+    assert 0 < found[0]["visual_tokens"] < 16
+
+
+def test_a_source_without_its_columns_is_refused(tmp_path):
+    pq.write_table(pa.table({"id": ["a"], "question": ["b"]}), tmp_path / "in.parquet")
+    with pytest.raises(TwigVLMError, match="no column image"):
+        answer_dataset(tmp_path / "in.parquet", tmp_path / "out", make_service)
+
+
+def workers():
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "MapWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_lost_worker_loses_no_record(service, tmp_path):
+    pq.write_table(records(40), tmp_path / "in.parquet")
+    out, killed = tmp_path / "out", []
+
+    def kill():
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            if list(out.glob("part-*.parquet")) and (found := workers()):
+                os.kill(found[0].pid, signal.SIGKILL)
+                killed.append(found[0].pid)
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    answer_dataset(tmp_path / "in.parquet", out, make_slow_service, workers=2, batch_size=4, max_completion_tokens=8)
+    thread.join()
+    assert killed, "no worker was there to be killed"
+    check(service, out, 40)
+
+
+def test_an_application_with_two_replicas_streams(service):
+    from openai import OpenAI
+
+    serve.start(http_options={"host": "127.0.0.1", "port": 8765})
+    serve.run(serve_app(make_service, num_replicas=2, ray_actor_options={"num_cpus": 1}), route_prefix="/")
+    try:
+        with OpenAI(base_url="http://127.0.0.1:8765/v1", api_key="unused", max_retries=0) as client:
+            text = decoded(service, expected(service, "what is it?", [picture()], max_new_tokens=12))
+            for _ in range(4):
+                chunks = list(client.chat.completions.create(**chat(images=[picture()]), stream=True))
+                assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+                assert len(chunks) > 4
+            assert client.chat.completions.create(**chat(images=[picture()])).choices[0].message.content == text
+    finally:
+        serve.shutdown()
