@@ -66,8 +66,8 @@ def test_options_that_do_not_fit_are_refused(refused, options, words):
     refused("serve", *options, words=[words])
 
 
-def test_a_model_without_a_twig_is_refused(refused, base_directory):
-    refused("serve", "--model", base_directory, words=["twig"])
+def test_a_twig_that_is_asked_for_must_be_there(refused, base_directory):
+    refused("serve", "--model", base_directory, "--retain", "8", words=["needs a twig"])
 
 
 def test_the_command_line_of_vllm_is_found_in_what_export_prints():

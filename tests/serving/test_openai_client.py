@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from openai import APIStatusError, AuthenticationError, NotFoundError, OpenAI
 
-from tests.serving.servers import NAME, chat, decoded, expected, picture, served
+from tests.serving.servers import NAME, chat, decoded, expected, picture, served, tiny_service
+from tests.tiny import tiny_llava
+from twigvlm import TwigVLM
 
 
 def ask(client, *arguments, extra=None, **options):
@@ -142,6 +144,9 @@ def test_many_clients_get_what_each_would_get_alone(client, service):
         ({"extra": {"retain": 8, "keep": 4}}, "give one"),
         ({"extra": {"pruner": "nonsense"}}, "pruner"),
         ({"extra": {"speculate": "nonsense"}}, "speculate"),
+        ({"extra": {"pruner": "fastv:²", "retain": 8}}, "pruner"),
+        ({"extra": {"pruner": "fastv"}}, "needs a budget"),
+        ({"extra": {"speculate": "auto"}}, "started with it"),
         ({"extra": {"nonsense": 1}}, "nonsense"),
         ({"images": ["https://example.com/a.png"]}, "nothing is fetched"),
         ({"images": ["/etc/passwd"]}, "data URI"),
@@ -160,6 +165,22 @@ def test_models_are_listed_and_others_are_unknown(client):
     assert client.models.retrieve(NAME).owned_by == "twigvlm"
     with pytest.raises(NotFoundError):
         ask(client, model="gpt-9")
+
+
+def test_other_pruning_methods_by_name(client, service):
+    completion = ask(client, "hello", [picture()], extra={"pruner": "fastv:2", "retain": 8})
+    ids = expected(service, "hello", [picture()], max_new_tokens=12, pruner="fastv:2", retain=8)
+    assert text_of(completion) == decoded(service, ids)
+    assert completion.usage.prompt_tokens_details.average_visual_tokens == pytest.approx(8, abs=0.7)
+
+
+def test_a_model_without_a_twig_serves_what_needs_none():
+    service = tiny_service(TwigVLM.without_twig(tiny_llava()), has_twig=False)
+    with served(service) as address, OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0) as client:
+        assert text_of(ask(client, "hello", [picture()], extra={"pruner": "fastv:2", "retain": 8}))
+        for extra in ({"retain": 8}, {"speculate": "chain"}):
+            with pytest.raises(APIStatusError, match="no twig"):
+                ask(client, extra=extra)
 
 
 def test_keys_are_asked_for(service):

@@ -56,7 +56,7 @@ def check_applies(options: ServiceOptions, folder: Path | None) -> Path:
     """The directory of the export; raises TwigVLMError where vLLM could not do what the options say."""
     if folder is None:
         raise TwigVLMError("engine 'vllm': needs --export DIRECTORY, where the twig is exported to")
-    idle = options.pruning == PruningConfig() and options.limits == Limits() and options.speculate == "chain"
+    idle = options.pruning == PruningConfig() and options.limits == Limits() and options.speculate is None
     if not idle or options.allow_image_host:
         raise TwigVLMError(
             "engine 'vllm': options of pruning, speculation, limits and image hosts are this library's own; leave them out, or "

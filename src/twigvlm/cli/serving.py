@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 class ServiceOptions(ModelOptions):
     """A model that answers requests, and what a request gets that does not say."""
 
-    speculate: Annotated[Speculate, tyro.conf.arg(help_behavior_hint="(default: chain)")] = "chain"
+    speculate: Annotated[
+        Speculate | None, tyro.conf.arg(help_behavior_hint="(default: chain where there is a twig, otherwise none)")
+    ] = None
     name: str | None = None
     """What requests call the model. None: the name of the base."""
     allow_image_host: tuple[str, ...] = ()
@@ -37,18 +39,27 @@ class ServiceOptions(ModelOptions):
         """
         check_installed()
         from twigvlm.cli.session import SessionConfig, open_session
+        from twigvlm.model import TwigVLM
         from twigvlm.serving.fetch import Fetcher
         from twigvlm.serving.service import Defaults, Service
 
-        config = SessionConfig.resolve(self.model, self.twig or own_twig(self.model), self.pruning, self.speculate)
-        if config.twig is None:
-            raise TwigVLMError(f"model {self.model!r}: has no twig of its own; name one with --twig")
+        twig = self.twig or own_twig(self.model)
+        speculate = self.speculate or ("none" if twig is None else "chain")
+        # A twig that has nothing to do by default still serves requests that ask for it.
+        idle = twig is not None and speculate == "none" and not self.pruning.active
+        config = SessionConfig.resolve(self.model, twig, self.pruning, "chain" if idle else speculate)
         session = open_session(config, self.dtype, self.device)
-        assert session.model is not None, "it has a twig"
-        defaults = Defaults(self.pruning, self.speculate)
+        model = session.model or TwigVLM.without_twig(session.base)
+        defaults = Defaults(self.pruning, speculate)
         fetcher = Fetcher(self.allow_image_host, self.limits.max_body)
         return Service(
-            session.model, session.processor, self.name or self.model, defaults, limits or self.limits, fetcher
+            model,
+            session.processor,
+            self.name or self.model,
+            defaults,
+            limits or self.limits,
+            fetcher,
+            has_twig=twig is not None,
         )
 
 

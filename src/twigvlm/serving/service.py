@@ -12,7 +12,7 @@ from twigvlm.config import PruningConfig
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.inputs import build_inputs
 from twigvlm.model import TwigVLM
-from twigvlm.pruning import methods
+from twigvlm.pruning.methods import make_pruner
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import waited_too_long
 from twigvlm.serving.fetch import Fetcher
@@ -47,6 +47,7 @@ class Service:
         limits: of requests.
         fetcher: of images that are no data URIs; None: there are none.
         max_bytes: of keys and values; None: as many as are free.
+        has_twig: whether the model's twig was trained; of `TwigVLM.without_twig` it was not.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Service:
         limits: Limits | None = None,
         fetcher: Fetcher | None = None,
         max_bytes: int | None = None,
+        has_twig: bool = True,
     ) -> None:
+        self.has_twig = has_twig
         self.model, self.processor, self.name = model, processor, name
         self.defaults, self.limits = defaults or Defaults(), limits or Limits()
         self.fetcher = fetcher or Fetcher((), 0)
@@ -119,8 +122,9 @@ class Service:
             "max_new_tokens": self._length(request, inputs["input_ids"].shape[1]),
             "eos_token_id": self.eos or None,
         }
-        speculate = request.speculate or self.defaults.speculate
-        return Job(inputs, options, speculate, self._seeds(request), listen, grammar, request.details, arrived)
+        return Job(
+            inputs, options, self._speculate(request), self._seeds(request), listen, grammar, request.details, arrived
+        )
 
     def text(self, request: ChatRequest) -> AnswerText:
         """What turns the tokens of one answer into text."""
@@ -168,23 +172,26 @@ class Service:
 
     def _pruning(self, request: ChatRequest) -> dict[str, Any]:
         """Options of pruning: those of the request, or else the server's."""
-        names = ("retain", "keep", "final_wipe", "refocus")
-        given = {name: getattr(request, name) for name in (*names, "pruner") if name in request.model_fields_set}
-        pruner = given.pop("pruner", None)
-        pruner = None if pruner == "twig" else pruner
-        if given or pruner is not None:
-            found: dict[str, Any] = {"retain": None, "keep": None, **given}
-            if pruner is not None:
-                found["pruner"] = _pruner(pruner)
-        else:
-            default = self.defaults.pruning
-            found = {option.name: getattr(default, option.name) for option in fields(default)}
+        names = ("retain", "keep", "final_wipe", "refocus", "pruner")
+        given = {name: getattr(request, name) for name in names if name in request.model_fields_set}
         try:
-            if pruner is None:
-                PruningConfig(**found)
-        except TwigVLMError as error:
-            raise RequestError(str(error)) from None
-        return found
+            pruning = PruningConfig(**given) if given else self.defaults.pruning
+            if pruning.pruner not in (None, "twig"):
+                make_pruner(pruning.pruner)
+        except ValueError as error:  # TwigVLMError is one, and so is what int() says of odd digits
+            raise RequestError(one_line(error)) from None
+        if pruning.active and pruning.pruner in (None, "twig") and not self.has_twig:
+            raise RequestError("retain: this model has no twig; name another method by pruner", param="pruner")
+        return {option.name: getattr(pruning, option.name) for option in fields(pruning)}
+
+    def _speculate(self, request: ChatRequest) -> str:
+        speculate = request.speculate or self.defaults.speculate
+        if speculate != "none" and not self.has_twig:
+            raise RequestError("speculate: this model has no twig, which drafts", param="speculate")
+        if speculate == "auto" and self.defaults.speculate != "auto":
+            # It would be measured first, and all that is under way would wait.
+            raise RequestError("speculate: 'auto' needs a server that was started with it", param="speculate")
+        return speculate
 
     def _sampling(self, request: ChatRequest) -> dict[str, Any]:
         if not request.temperature:
@@ -232,18 +239,3 @@ def _text(text: str, number: int) -> str:
     except UnicodeEncodeError:
         raise RequestError(f"messages.{number}: is no text in UTF-8", param=f"messages.{number}") from None
     return text
-
-
-def _pruner(name: str) -> Any:
-    """A pruning method by name.
-
-    Raises:
-        RequestError: there is no such method.
-    """
-    make_pruner = getattr(methods, "make_pruner", None)
-    if make_pruner is None:
-        raise RequestError("pruner: this version knows no methods by name", param="pruner")
-    try:
-        return make_pruner(name)
-    except ValueError as error:  # TwigVLMError is one, and so is what int() says of odd digits
-        raise RequestError(f"pruner: {one_line(error)}", param="pruner") from None

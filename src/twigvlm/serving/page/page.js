@@ -19,6 +19,7 @@ async function start() {
   at("length").value = settings.max_tokens;
   for (const way of settings.ways) at("way").add(new Option(way === "none" ? "none (plain decoding)" : way, way));
   at("way").value = settings.way;
+  for (const id of ["prune", "retain", "refocus", "compare"]) at(id).disabled = !settings.has_twig;
   at("key").hidden = at("key-label").hidden = !settings.needs_key;
   settings.examples.forEach(addExample);
   const first = settings.examples[0];
@@ -157,7 +158,8 @@ async function run(lanes) {
 }
 
 function setBusy(busy) {
-  for (const id of ["send", "compare"]) at(id).disabled = busy;
+  at("send").disabled = busy;
+  at("compare").disabled = busy || !state.settings.has_twig;
   at("stop").disabled = !busy;
 }
 
