@@ -31,7 +31,12 @@ def test_serve_answers_until_sigterm(base_directory, twig_directory):
         request = urllib.request.Request(f"{address}/v1/chat/completions", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=60) as response:
             assert json.load(response)["usage"]["completion_tokens"] == 3
-        process.send_signal(signal.SIGTERM)
+        body |= {"max_tokens": 60, "stream": True}
+        request = urllib.request.Request(f"{address}/v1/chat/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            assert response.readline().startswith(b"data: {")
+            process.send_signal(signal.SIGTERM)
+            assert response.read().endswith(b"data: [DONE]\n\n")  # what is under way is finished
         out, err = process.communicate(timeout=60)
         assert (out, err) == ("", "")
         assert process.returncode == -signal.SIGTERM  # it ends as what sent the signal expects, after its shutdown

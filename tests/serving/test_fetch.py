@@ -1,9 +1,11 @@
 """Nothing is fetched but from hosts that are allowed, at the public address that was checked."""
 
+import contextlib
 import socket
 import ssl
 import subprocess
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -23,6 +25,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send_response(200)
         self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(100 if self.path == "/slow" else 0):
+                self.wfile.write(b"x")
+                time.sleep(0.05)
         self.wfile.write(b"x" * (5000 if self.path == "/large" else 5))
 
     def log_message(self, *_):
@@ -77,6 +83,14 @@ def test_an_allowed_host_is_fetched_from(fetcher):
 def test_redirects_and_large_files_are_refused(fetcher, path, words):
     with pytest.raises(RequestError, match=words):
         fetcher.fetch(f"https://pictures.test{path}")
+
+
+def test_a_host_that_sends_a_byte_now_and_then_is_given_up(fetcher):
+    fetcher.seconds = 0.4
+    start = time.monotonic()
+    with pytest.raises(RequestError, match=r"takes longer than 0\.4 seconds|does not deliver"):
+        fetcher.fetch("https://pictures.test/slow")
+    assert time.monotonic() - start < 2
 
 
 def test_a_name_that_leads_to_a_private_address_is_refused(fetcher):

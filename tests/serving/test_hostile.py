@@ -116,6 +116,25 @@ def test_a_client_that_hangs_up_on_a_whole_answer_makes_room(small):
         time.sleep(0.01)
 
 
+def test_requests_together_hold_bounded_memory():
+    service = tiny_service(limits=Limits(max_held=30_000))
+    slow_down(service, 0.02)
+    with served(service) as address:
+        held = connect(address)
+        body = json.dumps(chat("hello", [picture()], max_completion_tokens=90, stream=True, user="x" * 20_000))
+        held.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        response = held.getresponse()
+        response.read(10)
+        status, refused = post(address, chat(user="x" * 20_000))
+        assert (status, refused["error"]["code"]) == (429, "rate_limit_exceeded")
+        response.close()
+        held.close()
+        deadline = time.monotonic() + 10
+        while post(address, chat(max_completion_tokens=1, user="x" * 20_000))[0] != 200:
+            assert time.monotonic() < deadline
+    assert service._held == 0
+
+
 def test_foreign_pages_reach_nothing(address):
     assert post(address, chat(), Host="evil.test")[0] == 400
     assert post(address, chat(), **{"Content-Type": "text/plain"})[0] == 415

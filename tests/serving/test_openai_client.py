@@ -46,6 +46,7 @@ def test_a_stream_brings_the_same_text_and_the_usage(client):
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
 def test_several_images_turns_and_roles(client, service):
@@ -69,6 +70,10 @@ def test_seeds_and_several_choices(client):
     assert text_of(again) == texts[0]
     assert text_of(ask(client, **{**options, "seed": 8})) == texts[1]
     assert first.usage.completion_tokens == 3 * again.usage.completion_tokens
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy(client):
+    assert text_of(ask(client, temperature=1e-300, seed=1)) == text_of(ask(client))
 
 
 def test_stop_texts_end_an_answer_and_are_no_part_of_it(client, service):

@@ -149,6 +149,30 @@ def test_the_job_at_fault_fails_alone(fresh):
     assert service.worker.alive
 
 
+def test_a_grammar_that_fails_ends_its_own_request_alone(fresh, monkeypatch):
+    service = fresh()
+    slow_down(service, 0.01)
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    good = submit(service, "question", max_completion_tokens=30)[1]
+    bad, events = submit(service, max_completion_tokens=30, response_format=form)
+    wait_until(lambda: bad.started)
+    bad.choices[0].grammar.error = RequestError("too much work")
+    assert str(outcome(events)) == "too much work"
+    assert outcome(good) == expected(service, "question", [picture()], max_new_tokens=30)
+    assert value(service, "twigvlm_engine_failures_total") == 0
+
+
+def test_what_fails_unforeseen_fails_what_is_under_way_and_no_more(fresh, monkeypatch):
+    service = fresh()
+    slow_down(service, 0.01)
+    _, events = submit(service, max_completion_tokens=60)
+    events.get(timeout=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(service.worker, "_end_late_jobs", lambda: 1 / 0)
+        assert outcome(events).status == 500
+    assert outcome(submit(service)[1]) == expected(service, "hello", [picture()], max_new_tokens=12)
+
+
 def test_what_waits_or_takes_too_long_is_refused(fresh):
     service = fresh(max_rows=1, waiting_seconds=0.15, total_seconds=0.6)
     slow_down(service, 0.05)

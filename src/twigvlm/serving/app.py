@@ -100,7 +100,9 @@ class ChatHandler:
         arrived, service = time.monotonic(), self._service
         with ExitStack() as stack:
             stack.enter_context(service.place())
-            request = parse_request(await _body(http, service.limits.max_body, service.limits.upload_seconds))
+            body = await _body(http, service.limits.max_body, service.limits.upload_seconds)
+            stack.enter_context(service.memory(len(body)))
+            request = parse_request(body)
             running = Running(service, request, http)
             stack.callback(running.close)
             await running.start(self._preparing, arrived)
@@ -116,7 +118,7 @@ class ChatHandler:
             service.metrics.add("twigvlm_requests_total", label=f'status="{running.status}"')
             service.metrics.observe("twigvlm_request_seconds", time.monotonic() - arrived)
 
-        return EventStream(running.chunks(), done)
+        return EventStream(running.chunks(), done, 2 * service.limits.total_seconds)
 
 
 async def _body(http: Request, limit: int, seconds: float) -> bytes:

@@ -35,7 +35,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _is_out_of_memory(error: Any) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def shutting_down() -> RequestError:

@@ -5,7 +5,9 @@ import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from threading import Timer
 from urllib.parse import urlsplit
 
 from twigvlm.errors import one_line
@@ -89,7 +91,8 @@ class Fetcher:
 
     def _get(self, host: str, address: str, target: str, deadline: float) -> bytes:
         context = self._context or ssl.create_default_context()
-        with socket.create_connection((address, self.port), timeout=self.seconds) as plain:
+        plain = socket.create_connection((address, self.port), timeout=self.seconds)
+        with plain, _ended_after(plain, deadline - time.monotonic()):
             connection = http.client.HTTPSConnection(host, self.port)
             connection.sock = context.wrap_socket(plain, server_hostname=host)
             try:
@@ -102,8 +105,27 @@ class Fetcher:
                     data += chunk
                     if len(data) > self.max_bytes:
                         raise RequestError(f"image_url: the image has more than {self.max_bytes:,} bytes")
-                    if time.monotonic() > deadline:
-                        raise RequestError(f"image_url: {host} takes longer than {self.seconds:g} seconds")
+                if time.monotonic() > deadline:
+                    raise RequestError(f"image_url: {host} takes longer than {self.seconds:g} seconds")
                 return bytes(data)
             finally:
                 connection.close()
+
+
+@contextmanager
+def _ended_after(connection: socket.socket, seconds: float) -> Iterator[None]:
+    """End a connection after some seconds: its own timeout begins again with every byte that comes."""
+    copy = connection.dup()
+
+    def end() -> None:
+        with suppress(OSError):
+            copy.shutdown(socket.SHUT_RDWR)
+
+    timer = Timer(max(0.0, seconds), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        copy.close()

@@ -13,7 +13,6 @@ from transformers import LogitsProcessor
 from twigvlm.serving.errors import RequestError
 
 _log = logging.getLogger(__name__)
-MAX_SCHEMA = 50_000  # characters
 
 
 class Grammars:
@@ -34,7 +33,7 @@ class Grammars:
         """The grammar of a JSON schema.
 
         Raises:
-            RequestError: llguidance is not installed, or the schema is too large or uses what llguidance does not know.
+            RequestError: llguidance is not installed, or refuses the schema.
         """
         try:
             import llguidance
@@ -46,11 +45,6 @@ class Grammars:
             ) from None
         # Without this a model may fill the whole answer with spaces, which JSON allows between all tokens.
         text = json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})
-        if len(text) > MAX_SCHEMA:
-            raise RequestError(
-                f"response_format: a schema of {len(text):,} characters is longer than {MAX_SCHEMA:,}",
-                param="response_format",
-            )
         try:
             if self.tokenizer is None:
                 self.tokenizer = llguidance.hf.from_tokenizer(self._hf_tokenizer, self._vocabulary, self._eos)
@@ -63,7 +57,7 @@ class Grammars:
         if reason:
             reason = "an internal error" if "panic" in reason else reason.partition("\n")[0]
             raise RequestError(f"response_format: the grammar library refuses it ({reason})", param="response_format")
-        return Grammar(matcher, self._vocabulary)
+        return Grammar(matcher, self._vocabulary, self._eos)
 
 
 class Grammar:
@@ -72,10 +66,11 @@ class Grammar:
     Args:
         matcher: at the start of an answer.
         vocabulary: size of the base's logits.
+        eos: ids that end an answer.
     """
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
+    def __init__(self, matcher: Any, vocabulary: int, eos: Sequence[int]) -> None:
+        self._matcher, self._vocabulary, self._eos = matcher, vocabulary, eos
 
     def processor(self, prompt: int) -> "GrammarProcessor":
         """A logits processor for one answer.
@@ -83,7 +78,7 @@ class Grammar:
         Args:
             prompt: tokens of its prompt.
         """
-        return GrammarProcessor(self._matcher.deep_copy(), prompt, self._vocabulary)
+        return GrammarProcessor(self._matcher.deep_copy(), prompt, self._vocabulary, self._eos)
 
 
 class GrammarProcessor(LogitsProcessor):
@@ -93,19 +88,20 @@ class GrammarProcessor(LogitsProcessor):
         matcher: of this answer.
         prompt: tokens of the prompt.
         vocabulary: size of the logits.
+        eos: ids that end an answer.
     """
 
-    def __init__(self, matcher: Any, prompt: int, vocabulary: int) -> None:
-        self._matcher, self._seen, self._vocabulary = matcher, prompt, vocabulary
+    def __init__(self, matcher: Any, prompt: int, vocabulary: int, eos: Sequence[int]) -> None:
+        self._matcher, self._seen, self._vocabulary, self._eos = matcher, prompt, vocabulary, list(eos)
+        self.error: RequestError | None = None
+        """Why the grammar could not go on. It does not raise: that would fail the step, and with it the rows beside this one."""
 
     def __call__(
         self, input_ids: Int[Tensor, "1 tokens"], scores: Float[Tensor, "1 vocabulary"]
     ) -> Float[Tensor, "1 vocabulary"]:
-        """Scores of which those of other tokens are −∞.
-
-        Raises:
-            RequestError: the grammar has come to an end that it cannot go on from, or takes more work than is allowed.
-        """
+        """Scores of which those of other tokens are −∞; after an error only the answer's end is left."""
+        if self.error is not None:
+            return self._only_end(scores)
         for token in input_ids[0, self._seen :].tolist():
             self._matcher.consume_token(token)
         self._seen = input_ids.shape[1]
@@ -113,7 +109,15 @@ class GrammarProcessor(LogitsProcessor):
         self._matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.numel() * words.element_size())
         if self._matcher.is_error():
             _log.warning("a grammar failed: %s", self._matcher.get_error())
-            raise RequestError("response_format: this schema takes too much work", param="response_format")
+            self.error = RequestError("response_format: this schema takes too much work", param="response_format")
+            return self._only_end(scores)
         bits = (words[:, None] >> torch.arange(32, dtype=torch.int32)) & 1
         allowed = bits.flatten()[: scores.shape[1]].bool().to(scores.device)
         return scores.masked_fill(~allowed, float("-inf"))
+
+    def _only_end(self, scores: Float[Tensor, "1 vocabulary"]) -> Float[Tensor, "1 vocabulary"]:
+        if not self._eos:
+            return scores
+        ended = torch.full_like(scores, float("-inf"))
+        ended[:, self._eos] = 0
+        return ended

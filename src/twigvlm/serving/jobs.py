@@ -10,7 +10,7 @@ import torch
 from twigvlm.engine.row import Row
 from twigvlm.pruning.cut import average_visual
 from twigvlm.serving.errors import RequestError
-from twigvlm.serving.grammar import Grammar
+from twigvlm.serving.grammar import Grammar, GrammarProcessor
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Choice:
     seed: int | None
     """Of the sampling; None: greedy."""
     row: Row | None = None
+    grammar: GrammarProcessor | None = None
     key: tuple[str, int] | None = None
     """The engine that the row is in, and its id there; None: in none."""
     steps: int = 0
@@ -110,6 +111,11 @@ class Job:
         return int(self.inputs["input_ids"].shape[1])
 
     @property
+    def bytes(self) -> int:
+        """Of the inputs, without what the engine makes of them."""
+        return sum(value.numel() * value.element_size() for value in self.inputs.values() if torch.is_tensor(value))
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more is to come."""
         return all(choice.ended for choice in self.choices)
@@ -126,7 +132,8 @@ class Job:
         if choice.seed is not None:
             options["generator"] = torch.Generator(device).manual_seed(choice.seed)
         if self.grammar is not None:
-            options["logits_processor"] = [self.grammar.processor(self.prompt_tokens)]
+            choice.grammar = self.grammar.processor(self.prompt_tokens)
+            options["logits_processor"] = [choice.grammar]
         return options
 
     def tell(self, choice: Choice, tokens: Sequence[int], finished: bool, layers: int) -> Tokens:

@@ -11,7 +11,7 @@ class Limits:
     """Limits of a server: whatever is sent to it, its memory and the time of a request stay bounded."""
 
     max_rows: int = 16
-    """Answers that are generated together at most."""
+    """Answers that are generated together at most; a single request may ask for more by `n`."""
     max_waiting: int = 64
     """Requests that may wait for a place; further ones are refused with status 429."""
     max_tokens: int = 1024
@@ -24,6 +24,9 @@ class Limits:
     """Largest image, in pixels (width times height)."""
     max_body: int = 20_000_000
     """Largest body of a request, in bytes."""
+    max_held: int = 2_000_000_000
+    """Bodies and prepared images of all requests together, in bytes; further requests are refused with status 429. A request
+    alone may exceed it."""
     upload_seconds: float = 60.0
     """Longest time in which a request must have arrived."""
     waiting_seconds: float = 60.0

@@ -1,15 +1,20 @@
 """Requests in the format of OpenAI's chat completions, and the options of this library beside them."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from twigvlm.config import Speculate
 from twigvlm.serving.errors import RequestError
 
-MAX_STOPS, MAX_STOP_LENGTH, MAX_MESSAGES = 4, 200, 512
+MAX_STOPS, MAX_STOP_LENGTH, MAX_MESSAGES, MAX_PARTS = 4, 200, 512, 256
+MAX_SCHEMA = 50_000  # characters
 
 _Positive = Annotated[int, Field(ge=1, le=2**31)]
+_Ignored = Annotated[Any, AfterValidator(lambda _: None)]
+"""A field that is taken and ignored. Its value is dropped, so that waiting requests hold no memory for it."""
+
 _NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "frequency_penalty": (None, 0),
@@ -54,11 +59,14 @@ class ImagePart(_Strict):
     image_url: ImageAddress
 
 
+_Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class ChatMessage(_Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: str | Annotated[list[_Part], Field(max_length=MAX_PARTS)]
     name: str | None = None
     """Taken and ignored: chat templates know no names."""
 
@@ -83,6 +91,12 @@ class JsonSchema(_Strict):
     description: str | None = None
     schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "JsonSchema":
+        if (length := len(json.dumps(self.schema_))) > MAX_SCHEMA:
+            raise ValueError(f"a schema of {length:,} characters is longer than {MAX_SCHEMA:,}")
+        return self
 
 
 class ResponseFormat(_Strict):
@@ -123,13 +137,13 @@ class ChatRequest(_Strict):
     details: bool = False
     """Whether the answer tells which tokens were drafted, and which visual tokens were kept."""
 
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    parallel_tool_calls: Any = None
+    user: _Ignored = None
+    metadata: _Ignored = None
+    store: _Ignored = None
+    service_tier: _Ignored = None
+    safety_identifier: _Ignored = None
+    prompt_cache_key: _Ignored = None
+    parallel_tool_calls: _Ignored = None
 
     audio: Any = None
     frequency_penalty: Any = None

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 from fastapi import Request
@@ -30,16 +31,20 @@ class EventStream(StreamingResponse):
     Args:
         chunks: the events.
         done: called when the stream has ended, the client has hung up, or the stream never began.
+        seconds: that the client has to read it.
     """
 
-    def __init__(self, chunks: AsyncIterator[str], done: Callable[[], None]) -> None:
+    def __init__(self, chunks: AsyncIterator[str], done: Callable[[], None], seconds: float) -> None:
         super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._done = done
+        self._done, self._seconds = done, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(self._seconds):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:  # a client that stops reading must not keep its place; the server closes the connection
+            pass
         finally:
             self._done()
 
@@ -57,6 +62,7 @@ class Running:
         self._service, self._request, self._http = service, request, http
         self._events: asyncio.Queue[JobEvent] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
+        self._held = ExitStack()
         self._job: Job | None = None
         self._gone: asyncio.Task[None] | None = None
         self._first: Tokens | None = None
@@ -73,6 +79,7 @@ class Running:
         """
         service, request = self._service, self._request
         job = await self._loop.run_in_executor(pool, service.prepare, request, self._listen, arrived)
+        self._held.enter_context(service.memory(job.bytes))
         self._job = job
         self._completion = Completion(
             service.name,
@@ -90,18 +97,19 @@ class Running:
         """The server-sent events of a stream."""
         completion = self._completion
         assert completion is not None, "it has started"
+        options = self._request.stream_options
+        counted = options is not None and options.include_usage
         try:
             async for event in self._tokens():
                 for chunk in completion.take(event):
-                    yield _sse(chunk)
+                    yield _sse({**chunk, "usage": None} if counted else chunk)
         except RequestError as error:
             self.status = error.status
             yield _sse(error.as_json())
             return
         except ClientGone:
             return
-        options = self._request.stream_options
-        if options is not None and options.include_usage:
+        if counted:
             yield _sse(completion.usage_chunk())
         self.status = 200
         yield "data: [DONE]\n\n"
@@ -151,6 +159,7 @@ class Running:
 
     def close(self) -> None:
         """The request has ended, or nobody waits for it any more."""
+        self._held.close()
         if self._gone is not None:
             self._gone.cancel()
         if self._job is not None and not (self._completion is not None and self._completion.finished):

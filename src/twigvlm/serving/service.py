@@ -14,7 +14,7 @@ from twigvlm.inputs import build_inputs
 from twigvlm.model import TwigVLM
 from twigvlm.pruning.methods import make_pruner
 from twigvlm.serving.errors import RequestError
-from twigvlm.serving.failures import waited_too_long
+from twigvlm.serving.failures import shutting_down, waited_too_long
 from twigvlm.serving.fetch import Fetcher
 from twigvlm.serving.grammar import Grammar, Grammars
 from twigvlm.serving.jobs import Job, JobEvent
@@ -24,6 +24,9 @@ from twigvlm.serving.pictures import read_picture
 from twigvlm.serving.protocol import ChatRequest, ImagePart, TextPart
 from twigvlm.serving.text import AnswerText
 from twigvlm.serving.worker import Worker
+
+_COLDEST = 1e-4
+"""Temperature below which the most probable token is chosen, as a draw would: dividing by less overflows."""
 
 _TEXT_PER_TOKEN = 64  # characters; no prompt that fits into the context has more
 
@@ -74,7 +77,7 @@ class Service:
         self.context: int = getattr(model.base.config, "max_position_embeddings", None) or 2**31
         self.grammars = Grammars(self.tokenizer, model.base.vocabulary, self.eos)
         self._preparing = Lock()
-        self._inside = 0
+        self._inside = self._held = 0
         self.worker = Worker(model, self.limits, self.metrics, max_bytes)
 
     @contextmanager
@@ -94,6 +97,26 @@ class Service:
         finally:
             self._inside -= 1
 
+    @contextmanager
+    def memory(self, size: int) -> Iterator[None]:
+        """Room for what a request holds while the block runs; called from one thread.
+
+        Args:
+            size: in bytes.
+
+        Raises:
+            RequestError: other requests hold too much.
+        """
+        if self._held and self._held + size > self.limits.max_held:
+            raise RequestError(
+                "other requests hold too much memory; try again later", 429, code="rate_limit_exceeded", retry_after=1
+            )
+        self._held += size
+        try:
+            yield
+        finally:
+            self._held -= size
+
     def prepare(self, request: ChatRequest, listen: Callable[[JobEvent], None], arrived: float | None = None) -> Job:
         """A job for the worker: images read and text tokenized. One thread at a time does this.
 
@@ -108,6 +131,8 @@ class Service:
         arrived = time.monotonic() if arrived is None else arrived
         self._check(request)
         with self._preparing:  # tokenizers are not for several threads
+            if self.worker.draining:
+                raise shutting_down()
             if time.monotonic() - arrived > self.limits.waiting_seconds:
                 raise waited_too_long(self.limits.waiting_seconds)
             messages = self._messages(request)
@@ -179,7 +204,7 @@ class Service:
             if pruning.pruner not in (None, "twig"):
                 make_pruner(pruning.pruner)
         except ValueError as error:  # TwigVLMError is one, and so is what int() says of odd digits
-            raise RequestError(one_line(error)) from None
+            raise RequestError(f"{_cause(error)}{one_line(error)}") from None
         if pruning.active and pruning.pruner in (None, "twig") and not self.has_twig:
             raise RequestError("retain: this model has no twig; name another method by pruner", param="pruner")
         return {option.name: getattr(pruning, option.name) for option in fields(pruning)}
@@ -194,13 +219,13 @@ class Service:
         return speculate
 
     def _sampling(self, request: ChatRequest) -> dict[str, Any]:
-        if not request.temperature:
+        if not _is_drawn(request):
             return {"do_sample": False}
         return {"do_sample": True, "temperature": request.temperature, "top_k": 0, "top_p": request.top_p or 1.0}
 
     def _seeds(self, request: ChatRequest) -> list[int | None]:
         """Of each answer; the first one's is the request's."""
-        if not request.temperature:
+        if not _is_drawn(request):
             return [None] * (request.n or 1)
         first = secrets.randbits(62) if request.seed is None else request.seed % 2**63
         return [(first + number) % 2**63 for number in range(request.n or 1)]
@@ -231,6 +256,15 @@ class Service:
             param="messages",
             code="context_length_exceeded",
         )
+
+
+def _is_drawn(request: ChatRequest) -> bool:
+    return request.temperature is not None and request.temperature >= _COLDEST
+
+
+def _cause(error: ValueError) -> str:
+    """The option that an error of Python's own, which names none, is about."""
+    return "" if isinstance(error, TwigVLMError) else "pruner: "
 
 
 def _text(text: str, number: int) -> str:

@@ -85,6 +85,11 @@ class Worker:
         self._thread.join()
 
     @property
+    def draining(self) -> bool:
+        """Whether jobs that come are refused."""
+        return self._draining
+
+    @property
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
@@ -96,9 +101,10 @@ class Worker:
                 self._turn()
             except Exception as error:  # what no other handler foresaw must not end the thread
                 _log.exception("the worker failed; all answers under way are given up")
-                for job in self._jobs():
+                jobs = self._jobs()
+                self._engines.clear()  # first: they may be broken, and rows that fail would leave them one by one
+                for job in jobs:
                     self._fail(job, error)
-                self._engines.clear()
                 self._choices.clear()
         for job in [*self._jobs(), *self._waiting]:
             self._tell(job, Failed(shutting_down()))
@@ -173,6 +179,9 @@ class Worker:
             if (found := self._choices.get((way, event.id))) is None:
                 continue
             job, choice = found
+            if choice.grammar is not None and choice.grammar.error is not None:
+                self._fail(job, choice.grammar.error)
+                continue
             if event.finished:
                 del self._choices[way, event.id]
             told = job.tell(choice, event.tokens, event.finished, self._model.base.num_layers)
@@ -201,8 +210,8 @@ class Worker:
         what runs beside them, so each job starts over by itself, and gives out what is new; one that fails alone is at fault.
         """
         here = [(job, choice) for key, (job, choice) in self._choices.items() if key[0] == way]
-        refused = [job for job, choice in here if choice.row is not None and choice.row.finished and not choice.steps]
-        refused = [job for job in refused if not any(choice.row and choice.row.drafted for choice in job.choices)]
+        # Such a row was ended by the engine before its first token; the engine goes on with all others.
+        refused = [job for job, choice in here if choice.row and choice.row.finished and not choice.row.drafted]
         if refused:
             for job in dict.fromkeys(refused):
                 self._fail(job, error)
