@@ -1,5 +1,6 @@
 """Whatever is sent, the answer is no 5xx, and the server goes on. `recipes/serving_bench.py` sends many more."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -119,18 +120,17 @@ def test_a_client_that_hangs_up_on_a_whole_answer_makes_room(small):
 def test_requests_together_hold_bounded_memory():
     service = tiny_service(limits=Limits(max_held=30_000))
     slow_down(service, 0.02)
-    with served(service) as address:
-        held = connect(address)
-        body = json.dumps(chat("hello", [picture()], max_completion_tokens=90, stream=True, user="x" * 20_000))
+    large = {"user": "x" * 20_000}
+    with served(service) as address, contextlib.closing(connect(address)) as held:
+        body = json.dumps(chat(max_completion_tokens=90, stream=True, **large))
         held.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-        response = held.getresponse()
-        response.read(10)
-        status, refused = post(address, chat(user="x" * 20_000))
-        assert (status, refused["error"]["code"]) == (429, "rate_limit_exceeded")
-        response.close()
+        with held.getresponse() as response:
+            assert response.status == 200
+            status, refused = post(address, chat(**large))
+            assert (status, refused["error"]["code"]) == (429, "rate_limit_exceeded")
         held.close()
         deadline = time.monotonic() + 10
-        while post(address, chat(max_completion_tokens=1, user="x" * 20_000))[0] != 200:
+        while post(address, chat(max_completion_tokens=1, **large))[0] != 200:
             assert time.monotonic() < deadline
     assert service._held == 0
 
