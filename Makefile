@@ -20,6 +20,8 @@ FAST_TESTS := tests/base tests/pruning tests/twig \
 # What pyproject.toml promises is read from there: the Python versions of its classifiers, and the lower bounds of torch and
 # transformers ("torch>=2.13" is tried as torch==2.13). Each Python gets an environment in VERSIONS_DIR.
 VERSIONS_DIR ?= .versions
+# Ray gets an environment of its own: it brings many packages that nothing else needs.
+RAY_VENV ?= .venv-ray
 PYTHONS ?= $(shell sed -nE 's/.*Python :: (3\.[0-9]+)".*/\1/p' pyproject.toml)
 LOWEST := $(shell sed -nE 's/^ *"(torch|transformers)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml)
 # All families, the options of generate(), checkpoints and both stages of the training.
@@ -43,13 +45,12 @@ test-on-python-%: $(VERSIONS_DIR)/%/.installed
 	$(VERSIONS_DIR)/$*/bin/python -m pytest --numprocesses auto --dist worksteal $(VERSIONS_TESTS) $(PYTEST_FLAGS)
 
 test-page: $(STAMP)  ## The server's page in Chromium, which is installed from Debian where it is missing and one may
-	$(PIP) 'playwright>=1.49'
+	$(PIP) -c constraints.txt playwright
 	command -v chromium >/dev/null || (apt-get update && apt-get install --yes --no-install-recommends chromium) || true
 	$(BIN)/python -m pytest tests/page $(PYTEST_FLAGS)
 
-test-ray: $(STAMP)  ## Ray Data and Ray Serve, on a local Ray with two workers
-	$(PIP) -c constraints.txt -e '.[ray]'
-	$(BIN)/python -m pytest -W default tests/ray $(PYTEST_FLAGS)
+test-ray: $(RAY_VENV)/.installed  ## Ray Data and Ray Serve, on a local Ray with two workers
+	$(RAY_VENV)/bin/python -m pytest -W default tests/ray $(PYTEST_FLAGS)
 
 results: $(STAMP)  ## Measure the shipped weights and write docs/results/; takes hours, goes on where it was stopped
 	$(BIN)/python -m recipes.sapling.results
@@ -64,7 +65,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VERSIONS_DIR) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VERSIONS_DIR) $(RAY_VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 
 # torch first and alone, so that the build the index offers for this machine (the CPU build, where it offers one) is
 # settled before anything else asks for it.
@@ -85,4 +86,10 @@ $(VERSIONS_DIR)/%/.installed: pyproject.toml constraints.txt
 	grep -vE '^(torch|transformers)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -c $(@D)/constraints.txt $(filter torch==%,$(LOWEST))
 	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -c $(@D)/constraints.txt $(LOWEST) -e '.[test]'
+	touch $@
+
+$(RAY_VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt 'torch==2.13.0'
+	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[ray,test]'
 	touch $@

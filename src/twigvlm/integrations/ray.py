@@ -102,7 +102,7 @@ class Answerer:
 
         BatchRun(self._service, on_result).run(lines)
         ids = [str(key) for key in batch["id"]]
-        columns = {"id": ids, **{name: [found[key][name] for key in ids] for name in found[ids[0]]}}
+        columns = {"id": ids, **{name: [found[key][name] for key in ids] for name in _SCHEMA.names[1:]}}
         table = pa.table(columns, schema=_SCHEMA)
         name = hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:32]
         with replacing(self._out / f"part-{name}.parquet") as temporary:
