@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -46,10 +47,7 @@ def create_app(
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
     _add_errors(app, service)
-    handler = ChatHandler(service)
-
-    def authorize(request: Request) -> None:
-        _authorize(request, api_key)
+    handler, authorize = ChatHandler(service), partial(_authorize, api_key=api_key)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
