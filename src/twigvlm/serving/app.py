@@ -42,7 +42,7 @@ def create_app(
             await asyncio.to_thread(service.stop)
 
     # FastAPI's own pages of documentation load scripts from elsewhere.
-    app = FastAPI(title="twigvlm", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service = service
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
