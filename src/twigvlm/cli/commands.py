@@ -8,6 +8,7 @@ from twigvlm.cli.batch import Batch
 from twigvlm.cli.convert import Convert
 from twigvlm.cli.demo import Demo
 from twigvlm.cli.evaluate import Evaluate
+from twigvlm.cli.export import Export
 from twigvlm.cli.families import Families
 from twigvlm.cli.generate import Generate
 from twigvlm.cli.inspect import Inspect
@@ -26,6 +27,7 @@ COMMANDS = (
     | Annotated[Families, subcommand("families")]
     | Annotated[Methods, subcommand("methods")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Export, subcommand("export")]
 )
 DESCRIPTION = (
     "Make vision-language models answer faster: prune visual tokens and draft\nanswer tokens with one small twig.\n\n"

@@ -1,0 +1,93 @@
+"""`twigvlm export`: a twig for other programs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from twigvlm.errors import TwigVLMError
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a twig for another program, and print how to use it there."""
+
+    to: Annotated[Literal["vllm"], Positional, arg(metavar="{vllm}")]
+    """The program."""
+    out: Annotated[Path, Positional, arg(metavar="OUT")]
+    """Directory for the drafter."""
+    twig: str | None = None
+    """Twig: a directory or a hub id. None: Sapling's own."""
+    model: str = "sapling"
+    """The base that it grew on: `sapling` (embedded), a Hugging Face id or a directory."""
+    base: Path | None = None
+    """Write the base too, to this directory, with its weights under the names that vLLM's version of transformers knows. Sapling
+    needs it, and so does a base that transformers 5.20 or later saved. None: only the drafter."""
+    tokens: int = 4
+    """Drafted tokens per step, in what is printed."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of what is written. auto: as the base's files say."""
+
+    def run(self) -> None:
+        """Export, and print the command line of vLLM and the same in Python."""
+        from twigvlm.cli.output import busy, check_directory
+        from twigvlm.cli.session import load_base
+        from twigvlm.integrations.vllm.bases import is_readable, save_base
+        from twigvlm.integrations.vllm.export import check_exportable, export
+        from twigvlm.loading import SAPLING
+        from twigvlm.model import TwigVLM
+        from twigvlm.sapling import twig_path
+
+        check_directory(self.out)
+        sapling = self.model == SAPLING
+        if self.twig is None and not sapling:
+            raise TwigVLMError(f"model {self.model!r}: has no twig of its own; name one with --twig")
+        if sapling and self.base is None:
+            raise TwigVLMError("model 'sapling': has no directory that vLLM could load; add --base DIRECTORY")
+        if self.base is None and Path(self.model).is_dir() and not is_readable(Path(self.model)):
+            raise TwigVLMError(
+                f"model {self.model!r}: was saved by a newer transformers than vLLM has, under names that vLLM does not find; "
+                "add --base DIRECTORY, which writes it under the names that vLLM knows, and serve that"
+            )
+        with busy(f"Loading {self.model}"):
+            base, processor = load_base(self.model, self.dtype, "cpu")
+            model = TwigVLM.from_pretrained(base, twig_path() if self.twig is None else self.twig)
+        check_exportable(model.base)
+        with busy(f"Exporting to {self.out}"):
+            export(model, self.out)
+            if self.base is not None:
+                save_base(base, processor, self.base)
+        print(instructions(self.model if self.base is None else str(self.base), str(self.out), base.config, self.tokens))
+
+
+def instructions(base: str, drafter: str, config: Any, tokens: int) -> str:
+    """How to serve a base with an exported twig: the command line of vLLM, and the same in Python.
+
+    Args:
+        base: what vLLM loads.
+        drafter: directory of the export.
+        config: of the base.
+        tokens: drafted per step.
+    """
+    speculative: dict[str, Any] = {"method": "eagle3", "model": drafter, "num_speculative_tokens": tokens}
+    command = ["vllm", "serve", base, "--speculative-config", json.dumps(speculative)]
+    arguments = [repr(base), f"speculative_config={speculative!r}"]
+    environment: dict[str, str] = {}
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if "mrope_section" in rope:
+        # vLLM's second model runner gives drafters positions on one axis.
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if config.model_type == "qwen2_vl":
+        # vLLM 0.32 looks for this name on every target but those of a list, and Qwen2-VL is not in it.
+        override = {"image_token_index": config.image_token_id}
+        command += ["--hf-overrides", json.dumps(override)]
+        arguments.append(f"hf_overrides={override!r}")
+    shell = [*(f"{name}={value}" for name, value in environment.items()), *map(shlex.quote, command)]
+    python = [f'import os\nos.environ["{name}"] = "{value}"' for name, value in environment.items()]
+    python += ["from vllm import LLM", f"llm = LLM({', '.join(arguments)})"]
+    return f"Drafter: {drafter}\n\nServe:\n{' '.join(shell)}\n\nIn Python:\n" + "\n".join(python)

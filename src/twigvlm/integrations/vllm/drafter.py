@@ -1,0 +1,197 @@
+"""A twig as a drafter of vLLM (its method eagle3): trunk and twig as one stack of plain decoder layers.
+
+Imported by vLLM alone, in its worker processes. Tested with the versions in `twigvlm.integrations.vllm.TESTED`.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.interfaces import SupportsMultiModalEmbeddings
+from vllm.model_executor.models.llama import LlamaDecoderLayer
+from vllm.model_executor.models.llama_eagle3 import Eagle3LlamaForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    _merge_multimodal_embeddings,
+    get_draft_quant_config,
+    maybe_prefix,
+)
+
+from twigvlm.integrations.vllm.arithmetic import following_positions, slots_of_newest, split_deepstack
+from twigvlm.integrations.vllm.layout import check_target
+
+
+class _LlamaLayer(LlamaDecoderLayer):
+    """Llama's layer, and with a bias on queries, keys and values Qwen2's, in the draft's own quantisation."""
+
+    def get_quant_config(self, vllm_config: VllmConfig) -> Any:
+        """None: an exported twig is not quantised, even where the target is."""
+        return get_draft_quant_config(vllm_config)
+
+
+@support_torch_compile(dynamic_arg_dims={"embeddings": 0, "positions": -1, "deepstack": 0})
+class TwigLayers(nn.Module):
+    """Trunk layers 1..K, the twig's T layers and its norm."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".q_proj": (".qkv_proj", "q"),
+            ".k_proj": (".qkv_proj", "k"),
+            ".v_proj": (".qkv_proj", "v"),
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
+        }
+    )
+
+    def __init__(self, *, vllm_config: VllmConfig, first_layer: int = 0, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.speculative_config.draft_model_config.hf_config
+        self.config = config
+        self.trunk_layers = config.twigvlm["trunk_layers"]
+        # Both runners put the target's embedding here; a copy of its own would be made for nothing.
+        self.embed_tokens = nn.Embedding(1, config.hidden_size)
+        quantisation = get_draft_quant_config(vllm_config)
+
+        def layer(index: int) -> nn.Module:
+            # Layers of one engine are told apart by their numbers: the drafter's follow the target's.
+            name = maybe_prefix(prefix, f"layers.{first_layer + index}")
+            if config.twigvlm["layer"] == "qwen3":
+                return Qwen3DecoderLayer(config, vllm_config.cache_config, quantisation, name)
+            return _LlamaLayer(vllm_config, name, config)
+
+        self.layers = nn.ModuleList(layer(index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, embeddings: Tensor, positions: Tensor, deepstack: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Normed states [tokens, width], which the head takes, and those before the norm.
+
+        Args:
+            embeddings: of the tokens, images merged, [tokens, width].
+            positions: [tokens], or [3, tokens] with M-RoPE.
+            deepstack: added to the states after the trunk's first layers, [tokens, width × levels].
+        """
+        hidden, residual, width = embeddings, None, embeddings.shape[-1]
+        levels = 0 if deepstack is None else min(deepstack.shape[-1] // width, self.trunk_layers)
+        for index, layer in enumerate(self.layers):
+            hidden, residual = layer(positions, hidden, residual)
+            if deepstack is not None and index < levels:
+                hidden = hidden + deepstack[:, index * width : (index + 1) * width]
+        normed, before = self.norm(hidden, residual)
+        return normed, before
+
+
+class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
+    """Drafts as the twig does. vLLM's proposers insist on a subclass of their Eagle-3 class; nothing of it runs but
+    `compute_logits`, which maps the draft vocabulary to the target's."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        nn.Module.__init__(self)
+        config = vllm_config.speculative_config.draft_model_config.hf_config
+        check_target(config.twigvlm, vllm_config.model_config.hf_text_config, vllm_config.parallel_config)
+        self.config = config
+        first = vllm_config.model_config.get_total_num_hidden_layers()
+        config.target_layer_count = first
+        self.model = TwigLayers(vllm_config=vllm_config, first_layer=first, prefix=maybe_prefix(prefix, "model"))
+        self.has_own_embed_tokens = False
+        self.has_own_lm_head = bool(config.twigvlm["head"])
+        self.lm_head: nn.Module = nn.Identity()  # the target's takes its place
+        if self.has_own_lm_head:
+            name = maybe_prefix(prefix, "lm_head")
+            quantisation = get_draft_quant_config(vllm_config)
+            self.lm_head = ParallelLMHead(
+                config.draft_vocab_size, config.hidden_size, quant_config=quantisation, prefix=name
+            )
+        self.logits_processor = LogitsProcessor(config.draft_vocab_size)
+        reduced = config.draft_vocab_size != config.vocab_size
+        ids = nn.Parameter(torch.zeros(config.draft_vocab_size, dtype=torch.long), requires_grad=False)
+        self.draft_id_to_target_id = ids if reduced else None
+        self.use_parallel_drafting = False
+        self._cache = vllm_config.cache_config
+        levels = config.twigvlm["deepstack_levels"]
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        # At one address for as long as the model lives, because CUDA graphs read it there.
+        self.deepstack = torch.zeros(tokens, config.hidden_size * levels) if levels else None
+
+    def embed_input_ids(
+        self, input_ids: Tensor, multimodal_embeddings: Any = None, is_multimodal: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings [tokens, width], with those of images in their places; `forward` adds what Qwen3-VL has beside them."""
+        tokens, width = input_ids.shape[0], self.config.hidden_size
+        if self.deepstack is not None:
+            self.deepstack[:tokens].zero_()
+        if not multimodal_embeddings or is_multimodal is None:
+            return self.model.embed_tokens(input_ids)
+        is_multimodal = is_multimodal.to(input_ids.device)
+        embedded = self.model.embed_tokens(input_ids.masked_fill(is_multimodal, 0))
+        parts = [split_deepstack(features, width) for features in multimodal_embeddings]
+        if self.deepstack is not None and parts[0][1] is not None:
+            beside = [part for _, part in parts if part is not None]
+            _merge_multimodal_embeddings(self.deepstack[:tokens], beside, is_multimodal)
+        return _merge_multimodal_embeddings(embedded, [part for part, _ in parts], is_multimodal)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        hidden_states: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """States of the slots, [slots, width], normed and not; the target's `hidden_states` are not used."""
+        if inputs_embeds is None:
+            assert input_ids is not None, "a pass has ids or embeddings"
+            inputs_embeds = self.embed_input_ids(input_ids)
+        if positions.ndim == 2:
+            positions = self._mrope(positions)
+        deepstack = None if self.deepstack is None else self.deepstack[: inputs_embeds.shape[0]]
+        return self.model(inputs_embeds, positions, deepstack)
+
+    def _mrope(self, positions: Tensor) -> Tensor:
+        """Positions of the slots' tokens on three axes, and their places in the cache put right."""
+        context = get_forward_context()
+        metadata = context.attn_metadata
+        names = [layer.self_attn.attn.layer_name for layer in self.model.layers]
+        of_layer = metadata.get(names[0]) if isinstance(metadata, dict) else None
+        starts = getattr(of_layer, "query_start_loc", None)
+        if of_layer is None or starts is None:  # a trial run
+            return following_positions(positions, None)
+        if of_layer.max_query_len > 1:
+            return following_positions(positions, starts)
+        slots = slots_of_newest(of_layer.seq_lens, of_layer.block_table, self._cache.block_size)
+        for mapping in (context.slot_mapping.get(names[0]), of_layer.slot_mapping):
+            if mapping is not None:
+                mapping[: len(slots)] = slots  # one buffer for all layers of the drafter
+        return following_positions(positions, None)
+
+    def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
+        """As they are: runners copy them, and `forward` does not look at them."""
+        return hidden_states
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load an export.
+
+        Raises:
+            ValueError: a weight of the drafter is missing.
+        """
+
+        def named() -> Iterable[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                if name == "d2t":
+                    yield "draft_id_to_target_id", tensor
+                elif not name.startswith("pruning_head."):  # which scout mode loads
+                    yield (name if name.startswith("lm_head.") else f"model.{name}"), tensor
+
+        loaded = AutoWeightsLoader(self).load_weights(named(), mapper=TwigLayers.hf_to_vllm_mapper)
+        expected = {name for name, _ in self.named_parameters()} - {"model.embed_tokens.weight"}
+        if missing := sorted(expected - loaded):
+            raise ValueError(f"twigvlm: the export has no {', '.join(missing[:3])}; export the twig again")

@@ -1,0 +1,72 @@
+import json
+import shlex
+
+import pytest
+from safetensors.torch import load_file
+from transformers import LlavaConfig, Qwen2_5_VLConfig, Qwen2VLConfig
+
+from tests.tiny import tiny_llava
+from twigvlm.cli.export import instructions
+from twigvlm.cli.main import main
+from twigvlm.integrations.vllm.bases import is_readable, rename_weights, vllm_name
+
+
+def test_the_drafter_and_the_base_are_written_and_the_commands_printed(
+    capsys, tmp_path, base_directory, twig_directory
+):
+    out, base = tmp_path / "drafter", tmp_path / "base"
+    arguments = ["export", "vllm", str(out), "--twig", str(twig_directory), "--model", str(base_directory)]
+    assert main([*arguments, "--base", str(base), "--tokens", "3"]) == 0
+    printed = capsys.readouterr().out
+    command = shlex.split(next(line for line in printed.splitlines() if line.startswith("vllm serve")))
+    assert command[2:4] == [str(base), "--speculative-config"]
+    assert json.loads(command[4]) == {"method": "eagle3", "model": str(out), "num_speculative_tokens": 3}
+    compile(printed.partition("In Python:\n")[2], "printed", "exec")
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 4
+    assert is_readable(base)
+    assert {"config.json", "processor_config.json"} <= {file.name for file in base.iterdir()}
+    before, after = (load_file(folder / "model.safetensors") for folder in (base_directory, base))
+    assert {vllm_name(name, "clip_vision_model") for name in before} == after.keys()
+    assert "vision_tower.vision_model.pre_layrnorm.weight" in after
+    again = {name: tensor.clone() for name, tensor in after.items()}
+    rename_weights(base)  # what is right already stays
+    assert all((again[name] == tensor).all() for name, tensor in load_file(base / "model.safetensors").items())
+
+
+def test_a_sharded_base_has_its_index_renamed(tmp_path):
+    tiny_llava().save_pretrained(tmp_path, max_shard_size="40KB")
+    assert not is_readable(tmp_path)
+    rename_weights(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert all(name in load_file(tmp_path / file) for name, file in index.items())
+    assert is_readable(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ("'sapling'", "--base")),
+        (("--model", "BASE"), ("--twig",)),
+        (("--model", "BASE", "--twig", "TWIG"), ("newer transformers", "--base")),
+        (("--model", "BASE", "--twig", "TWIG", "--base", "BASE"), ("exists already",)),
+    ],
+)
+def test_what_vllm_could_not_load_is_refused(refused, tmp_path, base_directory, twig_directory, arguments, words):
+    named = {"BASE": base_directory, "TWIG": twig_directory}
+    given = [named.get(argument, argument) for argument in arguments]
+    refused("export", "vllm", tmp_path / "out", *given, words=words)
+
+
+def test_what_qwen_needs_is_in_the_instructions():
+    for config, runner, override in (
+        (LlavaConfig(), False, False),
+        (Qwen2_5_VLConfig(), True, False),
+        (Qwen2VLConfig(), True, True),
+    ):
+        text = config.get_text_config()
+        if runner:
+            text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+        printed = instructions("base", "drafter", config, 4)
+        assert ("VLLM_USE_V2_MODEL_RUNNER=0 vllm serve base" in printed) == runner
+        assert ("--hf-overrides" in printed) == ("hf_overrides={'image_token_index': " in printed) == override
+        compile(printed.partition("In Python:\n")[2], "printed", "exec")

