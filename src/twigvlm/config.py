@@ -72,6 +72,8 @@ class PruningConfig:
     scores that as many others could have. None: the tokens that were chosen for the question stay."""
     pruner: str | None = None
     """Another pruning method, by name (`twigvlm methods`), under the budget `retain`. None: the twig's own."""
+    scout: bool = False
+    """Rank by a pass of trunk and twig before the decoder, all of whose layers then hold the kept tokens alone."""
 
     def __post_init__(self) -> None:
         if self.retain is not None and self.keep is not None:
@@ -82,6 +84,8 @@ class PruningConfig:
             raise TwigVLMError(f"final_wipe={self.final_wipe}: needs a budget, give retain or keep too")
         if self.retain_per_image and not self.active:
             raise TwigVLMError("retain_per_image=True: needs a budget, give retain or keep too")
+        if self.scout:
+            self._check_scout()
         if self.refocus is not None:
             check_coverage(self.refocus)
             if not self.active:
@@ -95,9 +99,21 @@ class PruningConfig:
         if self.retain is None:
             raise TwigVLMError(f"pruner={self.pruner!r}: needs a budget, give retain")
         others = ("keep", self.keep), ("final_wipe", self.final_wipe), ("refocus", self.refocus)
-        for name, value in (*others, ("retain_per_image", self.retain_per_image or None)):
+        for name, value in (*others, ("retain_per_image", self.retain_per_image or None), ("scout", self.scout or None)):
             if value is not None and self.pruner != "twig":
                 raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
+
+    def _check_scout(self) -> None:
+        if not self.active:
+            raise TwigVLMError("scout=True: needs a budget, give retain or keep too")
+        if self.final_wipe is not None:
+            raise TwigVLMError(
+                f"scout and final_wipe={self.final_wipe}: give one of them, scouting keeps R in all layers"
+            )
+        if self.refocus is not None:
+            raise TwigVLMError(
+                f"scout and refocus={self.refocus:g}: give one of them, no layer holds the dropped tokens"
+            )
 
     @property
     def active(self) -> bool:

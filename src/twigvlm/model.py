@@ -29,6 +29,7 @@ from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Need, Pruner, schedule
 from twigvlm.pruning.methods import make_pruner
 from twigvlm.pruning.methods.pruning_head import default_scorer
+from twigvlm.pruning.methods.scout import ScoutPruner
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.refocus import check_refocus
 from twigvlm.pruning.view import Scorer
@@ -229,6 +230,7 @@ class TwigVLM(nn.Module):
         final_wipe: int | None = None,
         retain_per_image: bool = False,
         refocus: float | None = None,
+        scout: bool = False,
         scorer: Scorer | None = None,
         pruner: Pruner | str | None = None,
         speculate: str = "none",
@@ -257,6 +259,8 @@ class TwigVLM(nn.Module):
             retain_per_image: split the budget evenly among a prompt's images, or the frames that text parts.
             refocus: τ, exchange kept visual tokens for better ones, while the answer grows, wherever they have less than this
                 share of the scores that as many others could have; None: they stay the same.
+            scout: rank by a pass of trunk and twig over the whole prompt before the decoder, all of whose layers then hold the
+                kept tokens alone: R̄ = R + M·K/L, and no FinalWipe.
             scorer: ranks the visual tokens; None: the twig's P-Head, or without one its last layer's attention.
             pruner: another pruning method, by its name (`twigvlm methods`) under the budget `retain`, or as an object, which may
                 have cuts of its own; None, "twig": the twig's.
@@ -280,7 +284,7 @@ class TwigVLM(nn.Module):
             TwigVLMError: an argument is out of range, does not apply or is not supported.
         """
         name = pruner if isinstance(pruner, str) else None
-        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name)
+        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name, scout)
         pruner = _by_name(pruner)
         speculation = SpeculationConfig(
             speculate,  # type: ignore[arg-type]
@@ -358,6 +362,7 @@ class TwigVLM(nn.Module):
         final_wipe: int | None = None,
         retain_per_image: bool = False,
         refocus: float | None = None,
+        scout: bool = False,
         scorer: Scorer | None = None,
         pruner: Pruner | str | None = None,
         generator: torch.Generator | None = None,
@@ -365,7 +370,7 @@ class TwigVLM(nn.Module):
     ) -> Row:
         """The row of one request to an engine."""
         name = pruner if isinstance(pruner, str) else None
-        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name)
+        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name, scout)
         pruner = _by_name(pruner)
         kwargs = {**inputs, **kwargs}
         check_arguments(kwargs, self.model.generation_config)
@@ -454,12 +459,16 @@ class TwigVLM(nn.Module):
                 ("final_wipe", pruning.final_wipe),
                 ("scorer", scorer),
                 ("refocus", pruning.refocus),
+                ("scout", pruning.scout or None),
             )
             for name, value in (*others, ("retain_per_image", pruning.retain_per_image or None)):
                 if value is not None:
                     raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
         elif not pruning.active:
             return None, lambda visual: ()
+        elif pruning.scout:
+            ranking = scorer or default_scorer(self.twig)
+            pruner = ScoutPruner(self.twig, ranking, pruning.keep, pruning.retain_per_image)
         else:
             final_wipe = next((k for k in (pruning.final_wipe, self.twig.config.final_wipe) if k is not None), layers)
             ranking = scorer or default_scorer(self.twig)

@@ -62,7 +62,9 @@ class Export:
             export(model, self.out)
             if self.base is not None:
                 save_base(base, processor, self.base)
-        print(instructions(self.model if self.base is None else str(self.base), str(self.out), base.config, self.tokens))
+        print(
+            instructions(self.model if self.base is None else str(self.base), str(self.out), base.config, self.tokens)
+        )
 
 
 def instructions(base: str, drafter: str, config: Any, tokens: int) -> str:

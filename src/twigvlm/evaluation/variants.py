@@ -16,12 +16,13 @@ from twigvlm.pruning.methods import METHODS, make_pruner
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.random import RandomScores, RandomTokens
+from twigvlm.pruning.methods.scout import ScoutPruner
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.methods.twig_attention import TwigAttention
 from twigvlm.pruning.view import Scorer
 
-RANKINGS = "none, twig, refocus:COVERAGE, attention, twig-text, random, deep:LAYER"
-_SCORED = ("twig", "attention", "twig-text", "random")
+RANKINGS = "none, twig, scout, refocus:COVERAGE, attention, twig-text, random, deep:LAYER"
+_SCORED = ("twig", "scout", "attention", "twig-text", "random")
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ class Variant:
     """One way to prune, under one budget."""
 
     method: str
-    """none; twig: the twig's own ranking (its P-Head's where it has one); refocus:τ: the same, chosen again while the answer
-    grows; attention, twig-text: last twig layer's attention, of the last or of all text queries; random; deep:N: attention of
-    base layer N (counted from 1), an oracle that needs a full pass; or any published method (`twigvlm methods`) with the
-    cuts that are its own."""
+    """none; twig: the twig's own ranking (its P-Head's where it has one); scout: the same before the decoder; refocus:τ: the
+    same, chosen again while the answer grows; attention, twig-text: last twig layer's attention, of the last or of all text
+    queries; random; deep:N: attention of base layer N (counted from 1), an oracle that needs a full pass; or any published
+    method (`twigvlm methods`) with the cuts that are its own."""
     retain: float | None = None
     """R̄, by the same formula for every method; None for none."""
     final_wipe: int | None = None
-    """K_f; None for none, and for methods with cuts of their own."""
+    """K_f; None for none, for scout, and for methods with cuts of their own."""
 
     @property
     def name(self) -> str:
@@ -66,13 +67,17 @@ def make_variants(
             watched_layer(method, model)
     layers = model.base.num_layers
     wipes = list(final_wipes) or [layers if model.twig.config.final_wipe is None else model.twig.config.final_wipe]
-    of_method = {method: [None] if is_published(method) else wipes for method in methods if method != "none"}
+    of_method = {method: [None] if _has_own_cuts(method) else wipes for method in methods if method != "none"}
     pruned = [Variant(m, b, k) for m, own_wipes in of_method.items() for b in budgets for k in own_wipes]
     if not pruned:
         raise TwigVLMError("nothing to compare: give at least one method that prunes, and one budget")
     if final_wipes and all(variant.final_wipe is None for variant in pruned):
-        raise TwigVLMError("final_wipe: published methods have cuts of their own; leave it out")
+        raise TwigVLMError("final_wipe: scout and published methods have cuts of their own; leave it out")
     return [NONE, *pruned]
+
+
+def _has_own_cuts(method: str) -> bool:
+    return method == "scout" or is_published(method)
 
 
 def is_published(method: str) -> bool:
@@ -186,6 +191,8 @@ def _pruner(model: TwigVLM, variant: Variant, seed: int) -> Pruner:
     if is_published(variant.method):
         pruner = make_pruner(variant.method)
         return replace(pruner, seed=seed) if isinstance(pruner, RandomTokens) else pruner
+    if variant.method == "scout":
+        return ScoutPruner(model.twig, default_scorer(model.twig))
     final_wipe = model.base.num_layers if variant.final_wipe is None else variant.final_wipe
     return TwigPruner(_scorer(variant.method, model, seed), model.twig.config.trunk_layers, final_wipe)
 
@@ -193,7 +200,7 @@ def _pruner(model: TwigVLM, variant: Variant, seed: int) -> Pruner:
 def _scorer(method: str, model: TwigVLM, seed: int) -> Scorer:
     if method not in _SCORED and refocus_of(method) is None:
         return BaseLayerAttention(watched_layer(method, model))
-    if method == "twig" or refocus_of(method) is not None:
+    if method in ("twig", "scout") or refocus_of(method) is not None:
         return default_scorer(model.twig)
     if method == "random":
         return RandomScores(seed)

@@ -24,7 +24,7 @@ from twigvlm.engine.row import Request, Row
 from twigvlm.errors import TwigVLMError
 from twigvlm.hf.processors import split_criteria, split_processors
 from twigvlm.kv.prefix_cache import PrefixCache
-from twigvlm.pruning.cut import Cut, Pruner, average_visual
+from twigvlm.pruning.cut import Cut, Pruner, average_of
 from twigvlm.pruning.refocus import Look
 from twigvlm.speculation.costs import StepCosts
 from twigvlm.timing import Timings
@@ -37,9 +37,10 @@ class TwigOutput:
     sequences: Int[Tensor, "batch length"]
     """Prompt ids and new ids; behind the end of a shorter answer the padding token."""
     kept_indices: list[Int[Tensor, " _"]] | None
-    """For each prompt, positions of the visual tokens kept after layer K, ascending; None without pruning."""
+    """For each prompt, positions of the visual tokens kept after layer K (in scout mode before layer 1), ascending; None without
+    pruning."""
     average_visual: list[float]
-    """For each prompt R̄, the average over all layers of the visual tokens that enter a layer (Eq. 4 and 6)."""
+    """For each prompt R̄, the average over all layers of the visual tokens that enter a layer (Eq. 4 and 6), scouting included."""
     looks: list[list[Look]] | None
     """For each prompt, later choices of the kept visual tokens; None without `refocus`."""
     drafted_lengths: list[list[int]]
@@ -163,7 +164,8 @@ def run_rows(
         return ids
     kept = _kept_positions(rows, request.padding) if any(row.cuts for row in rows) else None
     averages = [
-        average_visual(row.cuts, int(row.prompt.visual_mask[row.index].sum()), adapter.base.num_layers) for row in rows
+        average_of(row.pruner, row.cuts, int(row.prompt.visual_mask[row.index].sum()), adapter.base.num_layers)
+        for row in rows
     ]
     looks = None if adapter.refocus is None else _looks(rows, request.padding)
     drafted, accepted = [row.drafted for row in rows], [row.accepted for row in rows]

@@ -80,6 +80,19 @@ def schedule(pruner: Pruner, retain: float | None, visual: int, layers: int) -> 
     return cuts
 
 
+def average_of(pruner: Pruner | None, cuts: Sequence[Cut], visual: int, layers: int) -> float:
+    """R̄ of a prompt that a pruner cuts, what it ran to rank the tokens included; arguments as of `average_visual`.
+
+    Args:
+        pruner: None: there are no cuts.
+        cuts: its schedule for the prompt.
+        visual: M.
+        layers: L.
+    """
+    scouting = getattr(pruner, "scouting_layers", 0) if cuts else 0
+    return average_visual(cuts, visual, layers) + visual * scouting / layers
+
+
 def average_visual(cuts: Sequence[Cut], visual: int, layers: int) -> float:
     """R̄ of any list of cuts: the average, over the L layers, of the visual tokens that enter a layer (Eq. 4 and 6).
 

@@ -71,9 +71,7 @@ class TwigLayers(nn.Module):
         self.layers = nn.ModuleList(layer(index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self, embeddings: Tensor, positions: Tensor, deepstack: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, embeddings: Tensor, positions: Tensor, deepstack: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normed states [tokens, width], which the head takes, and those before the norm.
 
         Args:
@@ -160,15 +158,16 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         """Positions of the slots' tokens on three axes, and their places in the cache put right."""
         context = get_forward_context()
         metadata = context.attn_metadata
-        names = [layer.self_attn.attn.layer_name for layer in self.model.layers]
-        of_layer = metadata.get(names[0]) if isinstance(metadata, dict) else None
+        first: Any = self.model.layers[0]
+        name = first.self_attn.attn.layer_name
+        of_layer = metadata.get(name) if isinstance(metadata, dict) else None
         starts = getattr(of_layer, "query_start_loc", None)
         if of_layer is None or starts is None:  # a trial run
             return following_positions(positions, None)
         if of_layer.max_query_len > 1:
             return following_positions(positions, starts)
         slots = slots_of_newest(of_layer.seq_lens, of_layer.block_table, self._cache.block_size)
-        for mapping in (context.slot_mapping.get(names[0]), of_layer.slot_mapping):
+        for mapping in (context.slot_mapping.get(name), of_layer.slot_mapping):
             if mapping is not None:
                 mapping[: len(slots)] = slots  # one buffer for all layers of the drafter
         return following_positions(positions, None)

@@ -1,0 +1,99 @@
+"""Scout mode: trunk and twig see the whole prompt once and rank it; all layers of the decoder then run on the kept tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+from math import floor, isfinite
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from twigvlm.errors import TwigVLMError
+from twigvlm.kv.cache import KVCache
+from twigvlm.pruning.cut import Cut, Need
+from twigvlm.pruning.select import evenly, top_visual
+from twigvlm.pruning.view import CutView, Scorer, TrunkOutput
+from twigvlm.twig.block import Twig
+
+
+def average_scouted(keep: int, visual: int, layers: int, trunk: int) -> float:
+    """R̄ = R + M·K/L: what the decoder keeps in all its layers, and the pass of the trunk that ranks.
+
+    The twig's layers do not count, as in the paper's Eq. 6.
+
+    Args:
+        keep: R.
+        visual: M.
+        layers: L.
+        trunk: K.
+    """
+    return keep + visual * trunk / layers
+
+
+def solve_scouted(retain: float, visual: int, layers: int, trunk: int) -> int:
+    """R, rounded to the nearest integer, for an average R̄ (`retain`); arguments as of `average_scouted`.
+
+    Raises:
+        TwigVLMError: no R in 1..M has this average; names the range that has one.
+    """
+    exact = retain - average_scouted(0, visual, layers, trunk)
+    keep = floor(exact + 0.5) if isfinite(exact) else 0
+    if not 1 <= keep <= visual:
+        low, high = (average_scouted(size, visual, layers, trunk) for size in (1, visual))
+        raise TwigVLMError(
+            f"retain={retain:g}: must be {low:.1f} to {high:.1f} for {visual} visual tokens that {trunk} trunk layers of "
+            f"{layers} scout"
+        )
+    return keep
+
+
+@dataclass(frozen=True)
+class ScoutPruner:
+    """One cut before the decoder, to the tokens that the twig ranks highest. All layers hold equally many tokens.
+
+    The trunk runs twice, on all tokens to rank them and on the kept ones in the decoder; in exchange a prompt's keys and
+    values have one length, which is what serving engines can run.
+    """
+
+    twig: Twig
+    scorer: Scorer
+    """Ranks the visual tokens."""
+    keep: int | None = None
+    """R, if it is given instead of an average."""
+    per_image: bool = False
+    """Whether R is split evenly among a prompt's images."""
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.TWIG})
+
+    @property
+    def scouting_layers(self) -> int:
+        """K: base layers that all tokens pass before the first cut, in addition to what the cuts say."""
+        return self.twig.config.trunk_layers
+
+    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+        """One cut to R before the first layer.
+
+        Raises:
+            TwigVLMError: R is not in 1..M, or no R has this average.
+        """
+        if retain is not None:
+            return (Cut(0, solve_scouted(retain, visual, layers, self.scouting_layers)),)
+        assert self.keep is not None, "one of them is given"
+        if not 1 <= self.keep <= visual:
+            raise TwigVLMError(f"keep={self.keep}: must be 1 to {visual}, the visual tokens of this prompt")
+        return (Cut(0, self.keep),)
+
+    def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
+        """The R visual tokens with the highest scores."""
+        scores, visual = self.scorer(self._scouted(view)), view.tokens.visual
+        return top_visual(evenly(scores, visual) if self.per_image else scores, visual, keep)
+
+    def _scouted(self, view: CutView) -> TrunkOutput:
+        """The whole prompt after layer K, in a cache that is gone after the ranking."""
+        if view.trunk is not None:  # K = 0
+            return view.trunk
+        base, twig, masks = view.base, self.twig, view.base.masks()
+        trunk_layers, rows = twig.config.trunk_layers, len(view.tokens.hidden)
+        cache = KVCache(twig.last_slot + 1, (trunk_layers, twig.first_slot), 1, base.device)
+        rows_view = cache.view(cache.claim(rows))
+        tokens = view.tokens.through(base, 0, trunk_layers, masks, rows_view)
+        return TrunkOutput(base, twig, view.prompt, tokens, masks, rows_view)
