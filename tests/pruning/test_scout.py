@@ -15,7 +15,7 @@ from tests.twigs import step_costs
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
 from twigvlm.evaluation.variants import answer_all, make_variants
 from twigvlm.kv.prefix_cache import PrefixCache
-from twigvlm.pruning.methods.scout import average_scouted, solve_scouted
+from twigvlm.pruning.budget import average_scouted, solve_scouted
 
 WAYS = {
     "chain": {"speculate": "chain", "draft_threshold": 0.0, "draft_length": 4},

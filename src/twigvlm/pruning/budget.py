@@ -44,6 +44,37 @@ def solve_keep(retain: float, visual: int, layers: int, trunk: int, final_wipe: 
     return keep
 
 
+def average_scouted(keep: int, visual: int, layers: int, trunk: int) -> float:
+    """R̄ = R + M·K/L: what the decoder keeps in all its layers, and the pass of the trunk that ranks.
+
+    The twig's layers do not count, as in the paper's Eq. 6.
+
+    Args:
+        keep: R.
+        visual: M.
+        layers: L.
+        trunk: K.
+    """
+    return keep + visual * trunk / layers
+
+
+def solve_scouted(retain: float, visual: int, layers: int, trunk: int) -> int:
+    """R, rounded to the nearest integer, for an average R̄ (`retain`); arguments as of `average_scouted`.
+
+    Raises:
+        TwigVLMError: no R in 1..M has this average; names the range that has one.
+    """
+    exact = retain - average_scouted(0, visual, layers, trunk)
+    keep = floor(exact + 0.5) if isfinite(exact) else 0
+    if not 1 <= keep <= visual:
+        low, high = (average_scouted(size, visual, layers, trunk) for size in (1, visual))
+        raise TwigVLMError(
+            f"retain={retain:g}: must be {low:.1f} to {high:.1f} for {visual} visual tokens that {trunk} trunk layers of "
+            f"{layers} scout"
+        )
+    return keep
+
+
 def _check_layers(layers: int, trunk: int, final_wipe: int) -> None:
     if not trunk < final_wipe <= layers:
         raise TwigVLMError(f"final_wipe={final_wipe}: must be {trunk + 1} to {layers} (no FinalWipe)")

@@ -8,8 +8,10 @@ TESTED = ("0.32.0",)
 """Versions of vLLM that the plug-in was tested with. Its classes build on parts of vLLM that change between releases."""
 DRAFTER = "Eagle3TwigForCausalLM"
 """Architecture of an exported twig; vLLM leaves names that begin with Eagle3 as they are."""
+SCOUT_LLAVA = "TwigScoutLlavaForConditionalGeneration"
+"""Architecture of a LLaVA in scout mode."""
 _HERE = "twigvlm.integrations.vllm"
-_CLASSES = {DRAFTER: f"{_HERE}.drafter:TwigDrafter"}
+_CLASSES = {DRAFTER: f"{_HERE}.drafter:TwigDrafter", SCOUT_LLAVA: f"{_HERE}.scout:ScoutLlava"}
 
 
 def register() -> None:

@@ -7,15 +7,18 @@ would use, are not needed, because the drafter has the trunk's layers itself.
 import torch
 from torch import Tensor
 
+BASE = 128
+"""Of the two digits that a place is written with: numbers below it are exact in every number format."""
+
 
 def following_positions(positions: Tensor, starts: Tensor | None) -> Tensor:
     """Positions of the tokens that the slots hold, from those of the slots.
 
-    With positions of one axis this is not needed: they are one less for all tokens of a request, and rotary attention sees
-    differences alone. On the three axes of M-RoPE the step from a token to the next differs inside an image.
+    Where positions count the tokens this is not needed: they are one less for all tokens of a request, and rotary attention sees
+    differences alone. With M-RoPE, and where visual tokens have left, the step from a token to the next differs.
 
     Args:
-        positions: of the slots, [3, tokens].
+        positions: of the slots, [tokens] or [3, tokens].
         starts: where the requests begin, and where the last one ends, [requests + 1]; None: every slot is a request.
 
     Returns:
@@ -25,9 +28,9 @@ def following_positions(positions: Tensor, starts: Tensor | None) -> Tensor:
     if starts is None:
         return following
     ends = starts[1:] - 1
-    inside = torch.ones(positions.shape[1], dtype=torch.bool, device=positions.device)
+    inside = torch.ones(positions.shape[-1], dtype=torch.bool, device=positions.device)
     inside[ends.clamp(min=0).long()] = False
-    shifted = positions.roll(-1, dims=1)
+    shifted = positions.roll(-1, dims=-1)
     return torch.where(inside, shifted, following)
 
 
@@ -44,6 +47,33 @@ def split_deepstack(embeddings: Tensor, width: int) -> tuple[Tensor, Tensor | No
     if embeddings.shape[-1] == width:
         return embeddings, None
     return embeddings[..., :width], embeddings[..., width:]
+
+
+def with_places(features: Tensor, places: Tensor) -> Tensor:
+    """Features with the tokens' places in their picture behind them, as pairs of digits.
+
+    Args:
+        features: of the kept visual tokens, [tokens, columns].
+        places: how far each is from its picture's first position, on each axis, [tokens, axes]; less than 16,384.
+
+    Returns:
+        [tokens, columns + 2 × axes].
+    """
+    digits = torch.stack((places // BASE, places % BASE), dim=-1).flatten(1)
+    return torch.cat((features, digits.to(features.dtype)), dim=1)
+
+
+def without_places(features: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Features [tokens, columns] and places [tokens, axes] again; without axes where none were written.
+
+    Args:
+        features: as `with_places` gives them.
+        columns: of the features.
+    """
+    digits = features[:, columns:].round().long().unflatten(1, (-1, 2)) if features.shape[1] > columns else None
+    if digits is None:
+        return features, torch.zeros(len(features), 0, dtype=torch.long, device=features.device)
+    return features[:, :columns], digits[..., 0] * BASE + digits[..., 1]
 
 
 def slots_of_newest(lengths: Tensor, blocks: Tensor, block_size: int) -> Tensor:

@@ -26,7 +26,12 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 
-from twigvlm.integrations.vllm.arithmetic import following_positions, slots_of_newest, split_deepstack
+from twigvlm.integrations.vllm.arithmetic import (
+    following_positions,
+    slots_of_newest,
+    split_deepstack,
+    without_places,
+)
 from twigvlm.integrations.vllm.layout import check_target
 
 
@@ -116,23 +121,32 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         self.draft_id_to_target_id = ids if reduced else None
         self.use_parallel_drafting = False
         self._cache = vllm_config.cache_config
+        self._target_mrope = vllm_config.model_config.uses_mrope
         levels = config.twigvlm["deepstack_levels"]
+        self._columns = config.hidden_size * (1 + levels)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         # At one address for as long as the model lives, because CUDA graphs read it there.
         self.deepstack = torch.zeros(tokens, config.hidden_size * levels) if levels else None
+        # In scout mode how far each visual token is from its picture's first position, on three axes or one.
+        self.places = torch.zeros(3, tokens, dtype=torch.long)
 
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, is_multimodal: Tensor | None = None
     ) -> Tensor:
         """Embeddings [tokens, width], with those of images in their places; `forward` adds what Qwen3-VL has beside them."""
         tokens, width = input_ids.shape[0], self.config.hidden_size
+        self.places.zero_()
         if self.deepstack is not None:
             self.deepstack[:tokens].zero_()
         if not multimodal_embeddings or is_multimodal is None:
             return self.model.embed_tokens(input_ids)
         is_multimodal = is_multimodal.to(input_ids.device)
         embedded = self.model.embed_tokens(input_ids.masked_fill(is_multimodal, 0))
-        parts = [split_deepstack(features, width) for features in multimodal_embeddings]
+        placed = [without_places(features, self._columns) for features in multimodal_embeddings]
+        places = torch.cat([place for _, place in placed])
+        if places.shape[1]:
+            self.places[:, :tokens][:, is_multimodal] = places.T
+        parts = [split_deepstack(features, width) for features, _ in placed]
         if self.deepstack is not None and parts[0][1] is not None:
             beside = [part for _, part in parts if part is not None]
             _merge_multimodal_embeddings(self.deepstack[:tokens], beside, is_multimodal)
@@ -149,28 +163,27 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         if inputs_embeds is None:
             assert input_ids is not None, "a pass has ids or embeddings"
             inputs_embeds = self.embed_input_ids(input_ids)
-        if positions.ndim == 2:
-            positions = self._mrope(positions)
+        if self._target_mrope:
+            places = self.places[:, : inputs_embeds.shape[0]]
+            positions = self._following(positions) + (places if positions.ndim == 2 else places[0])
         deepstack = None if self.deepstack is None else self.deepstack[: inputs_embeds.shape[0]]
         return self.model(inputs_embeds, positions, deepstack)
 
-    def _mrope(self, positions: Tensor) -> Tensor:
-        """Positions of the slots' tokens on three axes, and their places in the cache put right."""
+    def _following(self, positions: Tensor) -> Tensor:
+        """Positions of the slots' tokens where the target's have three axes, after their places in the cache are put right."""
         context = get_forward_context()
         metadata = context.attn_metadata
         first: Any = self.model.layers[0]
         name = first.self_attn.attn.layer_name
         of_layer = metadata.get(name) if isinstance(metadata, dict) else None
         starts = getattr(of_layer, "query_start_loc", None)
-        if of_layer is None or starts is None:  # a trial run
-            return following_positions(positions, None)
-        if of_layer.max_query_len > 1:
-            return following_positions(positions, starts)
-        slots = slots_of_newest(of_layer.seq_lens, of_layer.block_table, self._cache.block_size)
-        for mapping in (context.slot_mapping.get(name), of_layer.slot_mapping):
-            if mapping is not None:
-                mapping[: len(slots)] = slots  # one buffer for all layers of the drafter
-        return following_positions(positions, None)
+        if of_layer is not None and of_layer.max_query_len == 1:
+            slots = slots_of_newest(of_layer.seq_lens, of_layer.block_table, self._cache.block_size)
+            for mapping in (context.slot_mapping.get(name), of_layer.slot_mapping):
+                if mapping is not None:
+                    mapping[: len(slots)] = slots[: len(mapping)]  # one buffer for all layers of the drafter
+            starts = None
+        return following_positions(positions, starts)
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
         """As they are: runners copy them, and `forward` does not look at them."""

@@ -1,0 +1,90 @@
+"""The ranking of scout mode inside vLLM: trunk and twig in plain torch on one prompt, once for each picture and question.
+
+It runs where vLLM runs vision towers, outside the paged cache, and its result is cached with the picture's embeddings.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from twigvlm.base.layers import project_keys, run
+from twigvlm.base.masks import CausalMasks
+from twigvlm.base.token_inputs import TokenInputs
+from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
+from twigvlm.pruning.methods.twig_attention import layer_scores
+from twigvlm.twig.pruning_head import PruningHead
+
+class Ranking(nn.Module):
+    """Trunk and twig of an export, as transformers' decoder layers.
+
+    Args:
+        folder: of the export.
+        dtype: of the layers.
+        device: of the layers.
+    """
+
+    def __init__(self, folder: str | Path, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        exported = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        self.trunk_layers: int = exported["twigvlm"]["trunk_layers"]
+        self.base_layers: int = exported["twigvlm"]["base"]["num_hidden_layers"]
+        kind, config = _kind_of(exported)
+        config._attn_implementation = "sdpa"
+        weights = load_file(Path(folder) / "model.safetensors")
+        with torch.device("meta"):
+            self.layers = nn.ModuleList(kind(config, index) for index in range(config.num_hidden_layers))
+            head = PruningHead(config.hidden_size, config.num_attention_heads * exported["head_dim"])
+        self.pruning_head = head if any(name.startswith("pruning_head.") for name in weights) else None
+        self.to(dtype).to_empty(device=device)
+        own = {name: tensor for name, tensor in weights.items() if name.startswith(("layers.", "pruning_head."))}
+        self.load_state_dict(own)
+        self.requires_grad_(False)
+        self.rotary = LlamaRotaryEmbedding(config).to(device)
+        grouped = config.num_key_value_heads < config.num_attention_heads
+        half_on_cpu = device.type == "cpu" and dtype != torch.float32
+        self.masks = CausalMasks("sdpa", dtype, device, grouped and half_on_cpu)
+
+    @torch.no_grad()
+    def forward(self, embeddings: Tensor, visual: Tensor, keep: int) -> Tensor:
+        """Which visual tokens of a prompt stay: their indices among its visual tokens, ascending, [keep].
+
+        Args:
+            embeddings: of the prompt, the picture merged, [tokens, width].
+            visual: True at visual tokens, [tokens]; the last token is none.
+            keep: R.
+        """
+        hidden, mask = embeddings[None], visual[None]
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        inputs = TokenInputs(*self.rotary(hidden, positions))
+        hidden = run(self.layers[:-1], hidden, inputs, self.masks)
+        last: Any = self.layers[-1]
+        if self.pruning_head is None:
+            keys = project_keys(last, hidden, inputs)
+            tokens: Any = SimpleNamespace(lengths=(hidden.shape[1],), inputs=inputs, visual=mask, text=~mask)
+            scores = layer_scores(last, hidden, keys, tokens, "last")[0, visual]
+        else:
+            asking = torch.zeros_like(mask)
+            asking[:, -1] = True
+            query = VisualQuery.at(asking, mask)
+            scores = log_visual_attention(last, hidden, inputs, query, self.pruning_head)[0, 0].exp()
+        ranked = scores.nan_to_num(nan=torch.finfo(scores.dtype).min)
+        return torch.sort(ranked, descending=True, stable=True).indices[:keep].sort().values
+
+
+def _kind_of(exported: dict[str, Any]) -> tuple[type[nn.Module], Any]:
+    names = set(exported) - {"model_type", "architectures", "twigvlm", "eagle_config", "dtype"}
+    values = {name: exported[name] for name in names}
+    if exported["twigvlm"]["layer"] == "qwen3":
+        return Qwen3DecoderLayer, Qwen3Config(**values)
+    if exported["qkv_bias"] and not exported["attention_bias"]:
+        return Qwen2DecoderLayer, Qwen2Config(**values)
+    return LlamaDecoderLayer, LlamaConfig(**values)
