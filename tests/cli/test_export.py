@@ -57,6 +57,20 @@ def test_what_vllm_could_not_load_is_refused(refused, tmp_path, base_directory, 
     refused("export", "vllm", tmp_path / "out", *given, words=words)
 
 
+def test_scout_mode_is_in_the_instructions(capsys, refused, tmp_path, base_directory, twig_directory):
+    arguments = ["export", "vllm", tmp_path / "out", "--twig", twig_directory, "--model", base_directory]
+    arguments = [*map(str, arguments), "--base", str(tmp_path / "base")]
+    assert main([*arguments, "--retain", "10"]) == 0
+    printed = capsys.readouterr().out
+    command = shlex.split(next(line for line in printed.splitlines() if line.startswith("vllm serve")))
+    overrides = json.loads(command[command.index("--hf-overrides") + 1])
+    assert overrides["mrope_section"] == [0, 0, 0]
+    settings = overrides["twig_scout"]
+    assert settings["prompt"].count("{question}") == settings["prompt"].count("<image>") == 1
+    assert (settings["retain"], settings["layers"], settings["trunk_layers"]) == (10, 6, 2)
+    compile(printed.partition("In Python:\n")[2], "printed", "exec")
+
+
 def test_what_qwen_needs_is_in_the_instructions():
     for config, runner, override in (
         (LlavaConfig(), False, False),

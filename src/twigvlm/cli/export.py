@@ -6,11 +6,14 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from twigvlm.errors import TwigVLMError
+
+if TYPE_CHECKING:
+    from twigvlm.model import TwigVLM
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Export:
     needs it, and so does a base that transformers 5.20 or later saved. None: only the drafter."""
     tokens: int = 4
     """Drafted tokens per step, in what is printed."""
+    retain: float | None = None
+    """Prune too, in what is printed: R̄, average number of visual tokens over all layers, in scout mode. None: no pruning."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of what is written. auto: as the base's files say."""
 
@@ -62,12 +67,44 @@ class Export:
             export(model, self.out)
             if self.base is not None:
                 save_base(base, processor, self.base)
-        print(
-            instructions(self.model if self.base is None else str(self.base), str(self.out), base.config, self.tokens)
+        name = self.model if self.base is None else str(self.base)
+        overrides = None if self.retain is None else scout_overrides(model, processor, str(self.out), self.retain)
+        print(instructions(name, str(self.out), base.config, self.tokens, overrides))
+
+
+def scout_overrides(model: TwigVLM, processor: Any, drafter: str, retain: float) -> dict[str, Any]:
+    """What vLLM's `hf_overrides` have to say for scout mode.
+
+    Args:
+        model: base and twig.
+        processor: the base's; its chat template frames the question that the pictures are ranked for.
+        drafter: directory of the export.
+        retain: R̄ of requests that do not say theirs.
+
+    Raises:
+        TwigVLMError: the plug-in has no scout mode for this base.
+    """
+    from twigvlm.integrations.vllm import SCOUT_LLAVA
+
+    if model.base.family.model_type != "llava" or model.model.config.vision_config.model_type != "clip_vision_model":
+        raise TwigVLMError(
+            f"retain={retain:g}: in vLLM, scout mode is for LLaVA-1.5-type bases (llava with a CLIP tower), not for "
+            f"{model.base.family.model_type!r}; leave it out"
         )
+    content = [{"type": "image"}, {"type": "text", "text": "{question}"}]
+    chat = [{"role": "user", "content": content}]
+    settings = {
+        "path": drafter,
+        "retain": retain,
+        "question": "Describe the image in detail.",
+        "prompt": processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False),
+        "layers": model.base.num_layers,
+        "trunk_layers": model.twig.config.trunk_layers,
+    }
+    return {"architectures": [SCOUT_LLAVA], "mrope_section": [0, 0, 0], "twig_scout": settings}
 
 
-def instructions(base: str, drafter: str, config: Any, tokens: int) -> str:
+def instructions(base: str, drafter: str, config: Any, tokens: int, overrides: dict[str, Any] | None = None) -> str:
     """How to serve a base with an exported twig: the command line of vLLM, and the same in Python.
 
     Args:
@@ -75,7 +112,9 @@ def instructions(base: str, drafter: str, config: Any, tokens: int) -> str:
         drafter: directory of the export.
         config: of the base.
         tokens: drafted per step.
+        overrides: of the base's config, for scout mode; None: nothing is pruned.
     """
+    overrides = dict(overrides or {})
     speculative: dict[str, Any] = {"method": "eagle3", "model": drafter, "num_speculative_tokens": tokens}
     command = ["vllm", "serve", base, "--speculative-config", json.dumps(speculative)]
     arguments = [repr(base), f"speculative_config={speculative!r}"]
@@ -86,9 +125,10 @@ def instructions(base: str, drafter: str, config: Any, tokens: int) -> str:
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if config.model_type == "qwen2_vl":
         # vLLM 0.32 looks for this name on every target but those of a list, and Qwen2-VL is not in it.
-        override = {"image_token_index": config.image_token_id}
-        command += ["--hf-overrides", json.dumps(override)]
-        arguments.append(f"hf_overrides={override!r}")
+        overrides["image_token_index"] = config.image_token_id
+    if overrides:
+        command += ["--hf-overrides", json.dumps(overrides)]
+        arguments.append(f"hf_overrides={overrides!r}")
     shell = [*(f"{name}={value}" for name, value in environment.items()), *map(shlex.quote, command)]
     python = [f'import os\nos.environ["{name}"] = "{value}"' for name, value in environment.items()]
     python += ["from vllm import LLM", f"llm = LLM({', '.join(arguments)})"]

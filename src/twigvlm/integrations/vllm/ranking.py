@@ -23,6 +23,7 @@ from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attenti
 from twigvlm.pruning.methods.twig_attention import layer_scores
 from twigvlm.twig.pruning_head import PruningHead
 
+
 class Ranking(nn.Module):
     """Trunk and twig of an export, as transformers' decoder layers.
 
