@@ -14,6 +14,7 @@ from twigvlm.base.token_inputs import slice_tokens
 from twigvlm.integrations.vllm import DRAFTER
 from twigvlm.integrations.vllm.arithmetic import following_positions
 from twigvlm.integrations.vllm.export import drafter_config, drafter_weights, export
+from twigvlm.integrations.vllm.ranking import Ranking
 
 EXPORTED = ("llava", "pixtral", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 
@@ -132,3 +133,16 @@ def test_a_diverged_twig_is_not_exported(tmp_path):
         model.twig.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
     with pytest.raises(TwigVLMError, match="NaN"):
         export(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "pixtral"])
+@pytest.mark.parametrize("pruning_head", [True, False])
+def test_the_ranking_of_scout_mode_is_the_twig_s(tmp_path, name, pruning_head):
+    model = grown(name, pruning_head=pruning_head)
+    inputs = families.prompt(model.model, name, "images")
+    output = model.generate(**inputs, keep=9, scout=True, max_new_tokens=1, return_dict_in_generate=True)
+    prompt = model.base.prompt(**inputs)
+    ranking = Ranking(export(model, tmp_path), torch.float32, torch.device("cpu"))
+    visual = prompt.visual_mask[0]
+    kept = ranking(prompt.hidden[0], visual, 9)
+    assert torch.equal(visual.nonzero()[:, 0][kept], output.kept_indices[0])

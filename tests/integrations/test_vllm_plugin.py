@@ -10,8 +10,16 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from twigvlm import TwigVLMError
 from twigvlm.integrations.vllm import DRAFTER, TESTED, refusal_of, register
-from twigvlm.integrations.vllm.arithmetic import following_positions, slots_of_newest, split_deepstack
+from twigvlm.integrations.vllm.arithmetic import (
+    following_positions,
+    slots_of_newest,
+    split_deepstack,
+    with_places,
+    without_places,
+)
+from twigvlm.integrations.vllm.budget import kept_tokens, positions_around
 from twigvlm.integrations.vllm.layout import FORMAT, check_target
 
 ROOT = Path(__file__).parents[2]
@@ -108,3 +116,33 @@ def test_deepstack_is_split_off():
     own, beside = split_deepstack(features, 4)
     assert torch.equal(torch.cat((own, beside), dim=1), features)
     assert own.shape == (3, 4)
+
+
+def test_tokens_around_pruned_pictures_stay_where_they_were():
+    # Two of text, a picture of 5 that keeps 2, one of text, a picture of 5 that keeps 3, two of text.
+    positions, more = positions_around(10, [(5, 3), (2, 2)], 5)
+    assert positions.tolist() == [[0, 1, 2, 2, 7, 8, 8, 8, 13, 14]] * 3
+    assert more == 15 - 10
+    assert positions_around(3, [], 5)[0].tolist() == [[0, 1, 2]] * 3
+    assert positions_around(3, [], 5)[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_places_survive_every_number_format(dtype):
+    features, places = torch.randn(5, 4).to(dtype), torch.tensor([[0, 1], [127, 128], [575, 129], [16383, 3], [300, 2]])
+    again, found = without_places(with_places(features, places), 4)
+    assert torch.equal(again, features)
+    assert torch.equal(found, places)
+    again, found = without_places(features, 4)
+    assert torch.equal(again, features)
+    assert found.shape == (5, 0)
+
+
+def test_a_request_may_say_its_own_budget():
+    settings = {"retain": 64, "layers": 30, "trunk_layers": 1}
+    assert kept_tokens(settings, {}, 576) == 45
+    assert kept_tokens(settings, {"retain": 83.2}, 576) == 64
+    assert kept_tokens(settings, {"keep": 20, "question": "?"}, 576) == 20
+    for options in ({"keep": 0}, {"keep": 577}, {"retain": 10}):
+        with pytest.raises(TwigVLMError, match="must be"):
+            kept_tokens(settings, options, 576)

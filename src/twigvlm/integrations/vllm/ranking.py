@@ -5,7 +5,6 @@ It runs where vLLM runs vision towers, outside the paged cache, and its result i
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from twigvlm.base.masks import CausalMasks
 from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.pruning.methods.twig_attention import layer_scores
+from twigvlm.pruning.view import Tokens
 from twigvlm.twig.pruning_head import PruningHead
 
 
@@ -70,7 +70,7 @@ class Ranking(nn.Module):
         last: Any = self.layers[-1]
         if self.pruning_head is None:
             keys = project_keys(last, hidden, inputs)
-            tokens: Any = SimpleNamespace(lengths=(hidden.shape[1],), inputs=inputs, visual=mask, text=~mask)
+            tokens = Tokens(hidden, inputs, mask, (hidden.shape[1],))
             scores = layer_scores(last, hidden, keys, tokens, "last")[0, visual]
         else:
             asking = torch.zeros_like(mask)

@@ -26,28 +26,8 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 
 from twigvlm.integrations.vllm.arithmetic import with_places, without_places
+from twigvlm.integrations.vllm.budget import OPTIONS, kept_tokens, positions_around
 from twigvlm.integrations.vllm.ranking import Ranking
-from twigvlm.pruning.budget import solve_scouted
-
-OPTIONS = ("question", "retain", "keep")
-"""What a request may say in `mm_processor_kwargs`."""
-
-
-def kept_tokens(settings: Mapping[str, Any], options: Mapping[str, object], visual: int) -> int:
-    """R of a picture.
-
-    Args:
-        settings: `twig_scout` of the model's config.
-        options: of the request: `keep` (R) or `retain` (R̄), instead of those of the settings.
-        visual: M, the picture's visual tokens.
-
-    Raises:
-        TwigVLMError: no R has this average.
-    """
-    given: Any = options if {"keep", "retain"} & options.keys() else settings
-    if given.get("keep") is not None:
-        return max(1, min(int(given["keep"]), visual))
-    return solve_scouted(float(given["retain"]), visual, settings["layers"], settings["trunk_layers"])
 
 
 class ScoutInfo(LlavaProcessingInfo):
@@ -161,16 +141,8 @@ class ScoutLlava(LlavaForConditionalGeneration, SupportsMRoPE):
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
         """Positions [3, tokens] as in the whole prompt, of each picture's tokens its first one; and what a later token's position
         is more than its index."""
-        positions = torch.zeros(3, len(input_tokens), dtype=torch.long)
-        done, position = 0, 0
-        for feature in sorted(mm_features, key=lambda one: one.mm_position.offset):
-            start, length = feature.mm_position.offset, feature.mm_position.length
-            positions[:, done:start] = torch.arange(position, position + start - done)
-            position += start - done
-            positions[:, start : start + length] = position
-            done, position = start + length, position + self.visual
-        positions[:, done:] = torch.arange(position, position + len(input_tokens) - done)
-        return positions, position - done
+        places = [(feature.mm_position.offset, feature.mm_position.length) for feature in mm_features]
+        return positions_around(len(input_tokens), places, self.visual)
 
     def forward(
         self,

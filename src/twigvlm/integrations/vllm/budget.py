@@ -1,0 +1,55 @@
+"""What scout mode keeps of a picture, and where the tokens around it stand."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twigvlm.errors import TwigVLMError
+from twigvlm.pruning.budget import solve_scouted
+
+OPTIONS = ("question", "retain", "keep")
+"""What a request may say in `mm_processor_kwargs`."""
+
+
+def kept_tokens(settings: Mapping[str, Any], options: Mapping[str, object], visual: int) -> int:
+    """R of a picture.
+
+    Args:
+        settings: `twig_scout` of the model's config.
+        options: of the request: `keep` (R) or `retain` (R̄), instead of the settings' R̄.
+        visual: M, the picture's visual tokens.
+
+    Raises:
+        TwigVLMError: no R has this average, or R is not in 1..M.
+    """
+    given: Any = options if {"keep", "retain"} & options.keys() else settings
+    if given.get("keep") is None:
+        return solve_scouted(float(given["retain"]), visual, settings["layers"], settings["trunk_layers"])
+    keep = int(given["keep"])
+    if not 1 <= keep <= visual:
+        raise TwigVLMError(f"keep={keep}: must be 1 to {visual}, the visual tokens of this picture")
+    return keep
+
+
+def positions_around(tokens: int, pictures: Sequence[tuple[int, int]], visual: int) -> tuple[Tensor, int]:
+    """Positions as in the whole prompt, of each picture's tokens its first one.
+
+    Args:
+        tokens: of the prompt, as far as they are kept.
+        pictures: where each begins, and how many tokens it keeps.
+        visual: M, how many it had.
+
+    Returns:
+        [3, tokens], equal on all axes; and by how much a later token's position exceeds its index.
+    """
+    positions = torch.zeros(3, tokens, dtype=torch.long)
+    done, position = 0, 0
+    for start, length in sorted(pictures):
+        positions[:, done:start] = torch.arange(position, position + start - done)
+        position += start - done
+        positions[:, start : start + length] = position
+        done, position = start + length, position + visual
+    positions[:, done:] = torch.arange(position, position + tokens - done)
+    return positions, position - done

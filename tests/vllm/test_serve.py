@@ -1,0 +1,78 @@
+"""`vllm serve` with an exported twig, as the command line prints it, behind the OpenAI client."""
+
+import base64
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.vllm.conftest import ROOT
+
+
+@contextlib.contextmanager
+def served(command, folder):
+    """A server that the command line starts, and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "tests" / "vllm" / "site"),
+        "PATH": f"{Path(os.sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    options = ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, *options], env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        end = time.monotonic() + 900
+        while time.monotonic() < end:
+            assert process.poll() is None, (folder / "log").read_text()[-5000:]
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("scouting", [False, True], ids=["whole", "scouting"])
+def test_the_openai_client_gets_answers(capsys, pictures, tmp_path, scouting):
+    from openai import OpenAI
+
+    from twigvlm.cli.main import main
+
+    arguments = ["export", "vllm", str(tmp_path / "drafter"), "--base", str(tmp_path / "base"), "--dtype", "float32"]
+    assert main([*arguments, *(["--retain", "64"] if scouting else [])]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    command = shlex.split(next(line for line in printed if line.startswith("vllm serve")))
+    assert command[2] == str(tmp_path / "base")
+    url = "data:image/png;base64," + base64.b64encode(Path(pictures[0]).read_bytes()).decode()
+    text = "What is in the top left?"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+    more = {"extra_body": {"mm_processor_kwargs": {"question": text}}} if scouting else {}
+    with served(command, tmp_path) as address:
+        client = OpenAI(base_url=address, api_key="none")
+        chat = [{"role": "user", "content": content}]
+        answer = client.chat.completions.create(model=command[2], messages=chat, max_tokens=12, temperature=0.0, **more)
+        assert "crocodile" in answer.choices[0].message.content
+        assert (answer.usage.prompt_tokens < 100) == scouting
+        pieces = client.chat.completions.create(
+            model=command[2], messages=chat, max_tokens=12, temperature=0.0, stream=True, **more
+        )
+        streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+        assert streamed == answer.choices[0].message.content
