@@ -52,13 +52,13 @@ def engine(exported, pictures, tmp_path_factory):
     out, base = exported
 
     def run(jobs, tokens=TOKENS, environment=(), **options):
-        folder = tmp_path_factory.mktemp("engine")
+        folder, files = tmp_path_factory.mktemp("engine"), options.pop("pictures", pictures)
         settings = {"model": str(base), "dtype": "float32", "limit_mm_per_prompt": {"image": 2}, **options}
         if tokens:
             drafter = options.pop("drafter", str(out))
             settings["speculative_config"] = {"method": "eagle3", "model": drafter, "num_speculative_tokens": tokens}
             settings.pop("drafter", None)
-        (folder / "jobs.json").write_text(json.dumps({"engine": settings, "pictures": pictures, "jobs": jobs}))
+        (folder / "jobs.json").write_text(json.dumps({"engine": settings, "pictures": files, "jobs": jobs}))
         command = [sys.executable, "-m", "tests.vllm.engine_process", folder / "jobs.json", folder / "results.json"]
         path = os.pathsep.join([str(ROOT / "tests" / "vllm" / "site"), str(ROOT)])
         variables = {**os.environ, "PYTHONPATH": path, **dict(environment)}

@@ -1,0 +1,207 @@
+"""Speed of exported twigs in vLLM, with the quality of the same answers, against plain vLLM, Hugging Face and this library.
+
+    python -m recipes.vllm_bench --questions runs/eval-test/questions.json --output runs/vllm
+
+In an environment with vLLM (`make test-vllm` makes one), on a CPU or, with `--device cuda --dtype bfloat16`, on a GPU. On a CPU
+without its operators torchvision needs tests/vllm/site on PYTHONPATH. Every system has a process of its own; they take turns,
+another one begins each time, and only one works at any moment. `--systems` names some of them.
+"""
+
+import json
+import multiprocessing
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from recipes.vllm_worker import System, serve
+from twigvlm.cli.export import scout_overrides
+from twigvlm.evaluation.accuracy import score
+from twigvlm.evaluation.questions import Namer, Question, load_questions
+from twigvlm.evaluation.report import page, percent, table
+from twigvlm.evaluation.speed import in_turn
+from twigvlm.evaluation.summary import quality
+from twigvlm.images import load_image
+from twigvlm.inputs import render, user_turn
+from twigvlm.integrations.vllm.bases import save_base
+from twigvlm.integrations.vllm.export import export
+from twigvlm.loading import load
+from twigvlm.sapling import twig_path
+
+PLAIN = "vLLM"
+
+
+@dataclass(frozen=True)
+class Options:
+    questions: Path
+    """JSON file of questions; its descriptions are asked."""
+    output: Path
+    """Directory for the exports, raw results and the report."""
+    model: str = "sapling"
+    limit: int = 50
+    """Descriptions."""
+    batch: int = 8
+    """Rows of the larger batches."""
+    tokens: tuple[int, ...] = (2, 3, 4, 6)
+    """Drafted per step, one system each."""
+    retain: float = 64
+    """R̄ of the systems that prune."""
+    max_new_tokens: int = 192
+    dtype: str = "float32"
+    device: str = "cpu"
+    systems: tuple[str, ...] = ()
+    """Names of systems to run; none: all."""
+
+
+def prepare(options: Options) -> tuple[list[System], list[dict[str, Any]], list[Question], Any]:
+    """Export base and twig, and make the systems, and the questions as prompts."""
+    twig = twig_path()
+    _, processor, model = load(options.model, twig, options.dtype, "cpu")
+    assert model is not None, "it has a twig"
+    base, drafter = options.output / "base", options.output / "drafter"
+    if not base.exists():
+        save_base(model.model, processor, base)
+    export(model, drafter)
+    own = System(PLAIN, "vllm", str(base), str(drafter), dtype=options.dtype, device=options.device, rows=options.batch)
+    overrides = scout_overrides(model, processor, str(drafter), options.retain)
+    systems = [own, *(replace(own, name=f"vLLM + twig ({count})", tokens=count) for count in options.tokens)]
+    best = 4 if 4 in options.tokens else options.tokens[0]
+    scouting = f"scout R̄ {options.retain:g}"
+    systems += [
+        replace(own, name=f"vLLM, {scouting}", overrides=overrides, retain=options.retain),
+        replace(own, name=f"vLLM + twig ({best}), {scouting}", tokens=best, overrides=overrides, retain=options.retain),
+        replace(own, name="HF generate", engine="hf"),
+        replace(own, name="twigvlm, auto", engine="twigvlm"),
+        replace(own, name=f"twigvlm, auto, R̄ {options.retain:g}", engine="twigvlm", retain=options.retain),
+    ]
+    names = [system.name for system in systems]
+    if unknown := set(options.systems) - set(names):
+        raise SystemExit(f"--systems {', '.join(sorted(unknown))}: choose from {', '.join(names)}")
+    systems = [system for system in systems if not options.systems or system.name in options.systems]
+    loaded = load_questions(options.questions)
+    asked = [question for question in loaded.items if question.objects is not None][: options.limit]
+    prompts = []
+    for question in asked:
+        picture = load_image(question.image)
+        text = render(processor, [user_turn(question.prompt, picture)])
+        prompts.append({"text": text, "picture": picture, "question": question.prompt})
+    return systems, prompts, asked, Namer(loaded.vocabulary)
+
+
+def ask(connection: Any, prompts: Sequence[dict[str, Any]], most: int) -> dict[str, Any]:
+    """One answer of a system's process."""
+    connection.send((*([prompt[key] for prompt in prompts] for key in ("text", "picture", "question")), most))
+    return dict(connection.recv())
+
+
+def measure(options: Options, systems: Sequence[System], prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of every system on every batch: `system`, `rows`, `first` (index of its questions), and the answer."""
+    context = multiprocessing.get_context("spawn")
+    connections, processes, records = {}, [], []
+    for system in systems:
+        connections[system.name], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(theirs, system), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        assert connections[system.name].recv() == "ready"
+        print(f"{system.name}: loaded", flush=True)
+    for system in systems:  # what is compiled or measured at first counts for nobody
+        for rows in (1, options.batch):
+            ask(connections[system.name], prompts[:rows], 8)
+    with (options.output / "results.jsonl").open("w", encoding="utf-8") as file:
+        for rows in (1, options.batch):
+            for turn, first in enumerate(range(0, len(prompts) - rows + 1, rows)):
+                part = prompts[first : first + rows]
+                for system in in_turn(systems, turn):
+                    one = ask(connections[system.name], part, 1)["seconds"] if rows == 1 else None
+                    answer = ask(connections[system.name], part, options.max_new_tokens)
+                    record = {"system": system.name, "rows": rows, "first": first, "prefill": one, **answer}
+                    records.append(record)
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    file.flush()
+                print(f"{rows} at once: {first + rows}/{len(prompts)}", flush=True)
+    for connection, process in zip(connections.values(), processes, strict=True):
+        connection.send(None)
+        process.join()
+    return records
+
+
+def summarise(records: Sequence[dict[str, Any]], asked: Sequence[Question], namer: Namer) -> list[str]:
+    """A table for each size of batch: speed, and the quality of the same answers."""
+    sections = []
+    for rows in dict.fromkeys(record["rows"] for record in records):
+        of_size = [record for record in records if record["rows"] == rows]
+        plain = {record["first"]: record["ids"] for record in of_size if record["system"] == PLAIN}
+        lines, speed = [], {}
+        for name in dict.fromkeys(record["system"] for record in of_size):
+            own = [record for record in of_size if record["system"] == name]
+            tokens = sum(len(ids) for record in own for ids in record["ids"])
+            speed[name] = tokens / sum(record["seconds"] for record in own)
+            texts = [(record["first"] + at, text) for record in own for at, text in enumerate(record["texts"])]
+            worth = quality([score(asked[number], text, namer) for number, text in texts])
+            drafts, accepted = (sum(record[key] for record in own) for key in ("drafts", "accepted"))
+            prefills = [record["prefill"] for record in own if record["prefill"] is not None]
+            same = sum(
+                one == other
+                for record in own
+                for one, other in zip(record["ids"], plain.get(record["first"], []), strict=False)
+            )
+            lines.append(
+                [
+                    name,
+                    f"{speed[name]:.1f}",
+                    f"{speed[name] / speed[PLAIN]:.2f}" if PLAIN in speed else "–",
+                    f"{1000 * statistics.median(prefills):.0f}" if prefills else "–",
+                    f"{accepted / drafts:.2f}" if drafts else "–",
+                    f"{tokens / len(texts):.0f}",
+                    *(percent(share) for share in (worth.recall, worth.precision, worth.read)),
+                    f"{same}/{len(texts)}" if plain else "–",
+                ]
+            )
+        head = [
+            "system",
+            "tokens/s",
+            "× vLLM",
+            "prefill, ms",
+            "accepted",
+            "tokens",
+            "recall %",
+            "precision %",
+            "read %",
+        ]
+        sections += [f"## {rows} at once", table([*head, "as plain vLLM"], lines)]
+    note = (
+        "Speeds count new tokens over the whole time of the answers, preprocessing and vision included. Prefill is the median "
+        "time of answers of one token. Accepted are drafted tokens per step that verified some. Recall and precision are of the "
+        "things that descriptions name, read is the share of signs that they quote."
+    )
+    return [*sections, note]
+
+
+def main(options: Options) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
+    systems, prompts, asked, namer = prepare(options)
+    records = measure(options, systems, prompts)
+    import transformers
+    import vllm
+
+    settings = {
+        **{name: str(value) for name, value in asdict(options).items() if name not in ("questions", "output")},
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
+    }
+    command = f"python -m recipes.vllm_bench --questions {options.questions} --output {options.output}"
+    report = page("Twigs in vLLM", command, settings, summarise(records, asked, namer))
+    (options.output / "report.md").write_text(report, encoding="utf-8")
+    print(report)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
