@@ -14,7 +14,7 @@ JOBS = [
     {"name": "alone", "prompts": thirty()},
     {"name": "together", "prompts": thirty(), "together": True},
     # No top_k: where no row of a batch has drafts, as at the end of an answer, vLLM 0.32 fails with it on a CPU.
-    {"name": "sampled", "prompts": SAMPLED, "together": True, "seeded": True, "sampling": {"temperature": 0.7}},
+    {"name": "sampled", "prompts": SAMPLED, "together": True, "seeded": True, "sampling": {"temperature": 1.0}},
 ]
 DESCRIPTIONS = [{"name": "descriptions", "prompts": descriptions(9)}]
 
@@ -24,9 +24,10 @@ def plain(engine):
     return engine(JOBS, tokens=0)
 
 
-@pytest.fixture(scope="module", params=["0", "1"], ids=["first runner", "second runner"])
-def drafted(engine, request):
-    return engine([*JOBS, *DESCRIPTIONS], environment={"VLLM_USE_V2_MODEL_RUNNER": request.param})
+@pytest.fixture(scope="module")
+def drafted(engine):
+    """By vLLM's first model runner: the second one needs Triton, which has no CPU backend in PyPI's wheel."""
+    return engine([*JOBS, *DESCRIPTIONS])
 
 
 @pytest.mark.parametrize("job", ["alone", "together"])
@@ -70,8 +71,8 @@ def test_sampling_keeps_the_distribution(plain, drafted):
             Counter(tuple(ids[: place + 1]) for ids in run["sampled"]["ids"] if len(ids) > place)
             for run in (drafted, plain)
         )
-        common = [answer for answer, count in (ours + theirs).items() if count >= 20]
-        assert len(common) > 3
+        common = [answer for answer, count in (ours + theirs).items() if count >= 8]
+        assert len(common) > 1
         both = torch.tensor([[count[answer] for answer in common] for count in (ours, theirs)], dtype=torch.float64)
         rest = torch.tensor([[sum(count.values())] for count in (ours, theirs)]) - both.sum(dim=1, keepdim=True)
         table = torch.cat((both, rest), dim=1)

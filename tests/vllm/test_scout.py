@@ -66,7 +66,6 @@ RUNS = {
     "plain": {"tokens": 0},
     "drafted": {},
     "chunked": {"max_num_batched_tokens": 32, "enable_chunked_prefill": True},
-    "second runner": {"environment": {"VLLM_USE_V2_MODEL_RUNNER": "1"}},
 }
 
 

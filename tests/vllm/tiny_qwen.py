@@ -42,7 +42,10 @@ def build(kind: str) -> Any:
     """A model whose layers beyond trunk and twig contribute little."""
     ids = {name: WORDS.index(token) for name, token in (("image_token_id", IMAGE), ("video_token_id", VIDEO))}
     ids |= {"vision_start_token_id": WORDS.index(START), "vision_end_token_id": WORDS.index(END)}
-    text = {**TEXT, "head_dim": 32} if kind == "Qwen3VL" else TEXT
+    text = TEXT
+    if kind == "Qwen3VL":
+        rope = {**TEXT["rope_parameters"], "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+        text = {**TEXT, "head_dim": 32, "rope_parameters": rope}
     config = getattr(hf, f"{kind}Config")(
         vision_config={**TOWER, **TOWERS[kind]}, text_config=text, tie_word_embeddings=False, **ids
     )

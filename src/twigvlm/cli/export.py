@@ -120,8 +120,8 @@ def instructions(base: str, drafter: str, config: Any, tokens: int, overrides: d
     arguments = [repr(base), f"speculative_config={speculative!r}"]
     environment: dict[str, str] = {}
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    if "mrope_section" in rope:
-        # vLLM's second model runner gives drafters positions on one axis.
+    if "mrope_section" in rope or overrides:
+        # vLLM's second model runner gives drafters positions on one axis, without gaps.
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if config.model_type == "qwen2_vl":
         # vLLM 0.32 looks for this name on every target but those of a list, and Qwen2-VL is not in it.
