@@ -99,7 +99,11 @@ class PruningConfig:
         if self.retain is None:
             raise TwigVLMError(f"pruner={self.pruner!r}: needs a budget, give retain")
         others = ("keep", self.keep), ("final_wipe", self.final_wipe), ("refocus", self.refocus)
-        for name, value in (*others, ("retain_per_image", self.retain_per_image or None), ("scout", self.scout or None)):
+        for name, value in (
+            *others,
+            ("retain_per_image", self.retain_per_image or None),
+            ("scout", self.scout or None),
+        ):
             if value is not None and self.pruner != "twig":
                 raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
 

@@ -62,7 +62,8 @@ def test_scout_mode_is_in_the_instructions(capsys, refused, tmp_path, base_direc
     arguments = [*map(str, arguments), "--base", str(tmp_path / "base")]
     assert main([*arguments, "--retain", "10"]) == 0
     printed = capsys.readouterr().out
-    command = shlex.split(next(line for line in printed.splitlines() if line.startswith("vllm serve")))
+    command = shlex.split(next(line for line in printed.splitlines() if "vllm serve" in line))
+    assert command[0] == "VLLM_USE_V2_MODEL_RUNNER=0"
     overrides = json.loads(command[command.index("--hf-overrides") + 1])
     assert overrides["mrope_section"] == [0, 0, 0]
     settings = overrides["twig_scout"]
