@@ -61,7 +61,7 @@ results: $(STAMP)  ## Measure the shipped weights and write docs/results/; takes
 	$(BIN)/python -m recipes.sapling.results
 
 test-vllm: $(VLLM_VENV)/.installed  ## Exported twigs in vLLM on the CPU: a quarter of an hour
-	PYTHONPATH=tests/vllm/site $(VLLM_VENV)/bin/python -m pytest -o filterwarnings=default tests/vllm $(PYTEST_FLAGS)
+	JAXTYPING_DISABLE=1 PYTHONPATH=tests/vllm/site $(VLLM_VENV)/bin/python -m pytest -o filterwarnings=default tests/vllm $(PYTEST_FLAGS)
 
 lint: $(STAMP)  ## Style and types
 	$(BIN)/ruff check .

@@ -60,7 +60,7 @@ def test_what_vllm_could_not_load_is_refused(refused, tmp_path, base_directory, 
 def test_scout_mode_is_in_the_instructions(capsys, refused, tmp_path, base_directory, twig_directory):
     arguments = ["export", "vllm", tmp_path / "out", "--twig", twig_directory, "--model", base_directory]
     arguments = [*map(str, arguments), "--base", str(tmp_path / "base")]
-    assert main([*arguments, "--retain", "10"]) == 0
+    assert main([*arguments, "--scout-retain", "10"]) == 0
     printed = capsys.readouterr().out
     command = shlex.split(next(line for line in printed.splitlines() if "vllm serve" in line))
     assert command[0] == "VLLM_USE_V2_MODEL_RUNNER=0"

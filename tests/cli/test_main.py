@@ -17,7 +17,7 @@ from twigvlm.config import PruningConfig, SpeculationConfig
 
 SUBCOMMANDS = [
     "generate", "demo", "inspect", "train stage1", "train stage2", "evaluate accuracy", "evaluate sweep", "evaluate speed",
-    "evaluate drafts", "evaluate batches", "evaluate exactness", "families", "methods", "convert", "serve", "batch",
+    "evaluate drafts", "evaluate batches", "evaluate exactness", "families", "methods", "convert", "export", "serve", "batch",
 ]  # fmt: skip
 
 
@@ -195,6 +195,7 @@ def test_ctrl_c_ends_a_command_with_one_line(command, tmp_path, capsys, monkeypa
         "demo": "",
         "inspect": "",
         "train": f"--data samples.json --out out{f' --start {twig}' if 'stage2' in command else ''}",
+        "export": "vllm out --base base",
         "evaluate": "--questions questions.json --output out",
         "convert": "source out --model sapling",
         "serve": "",

@@ -58,7 +58,7 @@ def test_the_openai_client_gets_answers(capsys, pictures, tmp_path, scouting):
     from twigvlm.cli.main import main
 
     arguments = ["export", "vllm", str(tmp_path / "drafter"), "--base", str(tmp_path / "base"), "--dtype", "float32"]
-    assert main([*arguments, *(["--retain", "64"] if scouting else [])]) == 0
+    assert main([*arguments, *(["--scout-retain", "64"] if scouting else [])]) == 0
     printed = capsys.readouterr().out.splitlines()
     command = shlex.split(next(line for line in printed if "vllm serve" in line))
     command = command[command.index("vllm") :]  # the tests choose the runner themselves

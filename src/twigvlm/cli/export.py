@@ -33,7 +33,7 @@ class Export:
     needs it, and so does a base that transformers 5.20 or later saved. None: only the drafter."""
     tokens: int = 4
     """Drafted tokens per step, in what is printed."""
-    retain: float | None = None
+    scout_retain: float | None = None
     """Prune too, in what is printed: R̄, average number of visual tokens over all layers, in scout mode. None: no pruning."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of what is written. auto: as the base's files say."""
@@ -68,7 +68,9 @@ class Export:
             if self.base is not None:
                 save_base(base, processor, self.base)
         name = self.model if self.base is None else str(self.base)
-        overrides = None if self.retain is None else scout_overrides(model, processor, str(self.out), self.retain)
+        overrides = (
+            None if self.scout_retain is None else scout_overrides(model, processor, str(self.out), self.scout_retain)
+        )
         print(instructions(name, str(self.out), base.config, self.tokens, overrides))
 
 
@@ -88,7 +90,7 @@ def scout_overrides(model: TwigVLM, processor: Any, drafter: str, retain: float)
 
     if model.base.family.model_type != "llava" or model.model.config.vision_config.model_type != "clip_vision_model":
         raise TwigVLMError(
-            f"retain={retain:g}: in vLLM, scout mode is for LLaVA-1.5-type bases (llava with a CLIP tower), not for "
+            f"scout_retain={retain:g}: in vLLM, scout mode is for LLaVA-1.5-type bases (llava with a CLIP tower), not for "
             f"{model.base.family.model_type!r}; leave it out"
         )
     content = [{"type": "image"}, {"type": "text", "text": "{question}"}]
