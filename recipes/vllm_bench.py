@@ -29,7 +29,7 @@ from twigvlm.images import load_image
 from twigvlm.inputs import render, user_turn
 from twigvlm.integrations.vllm.bases import save_base
 from twigvlm.integrations.vllm.export import export
-from twigvlm.loading import load
+from twigvlm.loading import SAPLING, load
 from twigvlm.sapling import twig_path
 
 PLAIN = "vLLM"
@@ -42,6 +42,9 @@ class Options:
     output: Path
     """Directory for the exports, raw results and the report."""
     model: str = "sapling"
+    """The base: `sapling`, a Hugging Face id or a directory."""
+    twig: str | None = None
+    """Its twig; None: Sapling's own."""
     limit: int = 50
     """Descriptions."""
     batch: int = 8
@@ -53,20 +56,34 @@ class Options:
     max_new_tokens: int = 192
     dtype: str = "float32"
     device: str = "cpu"
+    gpu_share: float = 0.1
+    """Of the GPU's memory, for each engine of vLLM; all of them are loaded at the same time."""
     systems: tuple[str, ...] = ()
     """Names of systems to run; none: all."""
 
 
-def prepare(options: Options) -> tuple[list[System], list[dict[str, Any]], list[Question], Any]:
-    """Export base and twig, and make the systems, and the questions as prompts."""
-    twig = twig_path()
+def prepare(options: Options) -> tuple[list[System], list[dict[str, Any]], list[Question], Namer]:
+    """Export base (of LLaVA-1.5 type) and twig, and make the systems, and the questions as prompts."""
+    if options.twig is None and options.model != SAPLING:
+        raise SystemExit(f"--model {options.model}: has no twig of its own; name one with --twig")
+    twig = str(twig_path()) if options.twig is None else options.twig
     _, processor, model = load(options.model, twig, options.dtype, "cpu")
     assert model is not None, "it has a twig"
     base, drafter = options.output / "base", options.output / "drafter"
     if not base.exists():
         save_base(model.model, processor, base)
     export(model, drafter)
-    own = System(PLAIN, "vllm", str(base), str(drafter), dtype=options.dtype, device=options.device, rows=options.batch)
+    own = System(
+        PLAIN,
+        "vllm",
+        str(base),
+        str(drafter),
+        twig,
+        dtype=options.dtype,
+        device=options.device,
+        rows=options.batch,
+        gpu_share=options.gpu_share,
+    )
     overrides = scout_overrides(model, processor, str(drafter), options.retain)
     systems = [own, *(replace(own, name=f"vLLM + twig ({count})", tokens=count) for count in options.tokens)]
     best = 4 if 4 in options.tokens else options.tokens[0]
@@ -92,9 +109,9 @@ def prepare(options: Options) -> tuple[list[System], list[dict[str, Any]], list[
     return systems, prompts, asked, Namer(loaded.vocabulary)
 
 
-def ask(connection: Any, prompts: Sequence[dict[str, Any]], most: int) -> dict[str, Any]:
+def ask(connection: Any, prompts: Sequence[dict[str, Any]], max_new_tokens: int) -> dict[str, Any]:
     """One answer of a system's process."""
-    connection.send((*([prompt[key] for prompt in prompts] for key in ("text", "picture", "question")), most))
+    connection.send((*([prompt[key] for prompt in prompts] for key in ("text", "picture", "question")), max_new_tokens))
     return dict(connection.recv())
 
 

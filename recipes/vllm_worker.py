@@ -21,6 +21,7 @@ class System:
     """vllm, hf or twigvlm."""
     base: str
     drafter: str
+    twig: str
     tokens: int = 0
     """Drafted per step, by vLLM."""
     retain: float | None = None
@@ -30,12 +31,12 @@ class System:
     dtype: str = "float32"
     device: str = "cpu"
     rows: int = 8
-    share: float = 0.1
-    """Of the GPU's memory, for a vLLM engine."""
+    gpu_share: float = 0.1
+    """Of the GPU's memory, for an engine of vLLM."""
 
 
 def serve(connection: Connection, system: System) -> None:
-    """Answer requests `(prompts, pictures, questions, most tokens)` until None comes."""
+    """Answer requests `(prompts, pictures, questions, max_new_tokens)` until None comes."""
     # Processes take turns: threads of those that wait must not spin.
     os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ENABLE_V1_MULTIPROCESSING="0", KMP_BLOCKTIME="0")
     os.environ.update(OMP_WAIT_POLICY="passive", VLLM_LOGGING_LEVEL="ERROR")
@@ -56,7 +57,7 @@ def _vllm(system: System) -> Callable[..., Answer]:
     if system.device == "cpu":
         options["enforce_eager"] = True
     else:
-        options["gpu_memory_utilization"] = system.share
+        options["gpu_memory_utilization"] = system.gpu_share
     engine = LLM(
         model=system.base,
         dtype=system.dtype,
@@ -72,7 +73,7 @@ def _vllm(system: System) -> Callable[..., Answer]:
         found = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
         return tuple(found.get(f"vllm:spec_decode_num_{name}", 0) for name in ("drafts", "accepted_tokens"))
 
-    def answer(texts: list[str], pictures: list[Any], questions: list[str], most: int) -> Answer:
+    def answer(texts: list[str], pictures: list[Any], questions: list[str], max_new_tokens: int) -> Answer:
         prompts: list[dict[str, Any]] = []
         for text, picture, question in zip(texts, pictures, questions, strict=True):
             # A name of its own: nobody's picture is in a cache.
@@ -80,7 +81,7 @@ def _vllm(system: System) -> Callable[..., Answer]:
             one["multi_modal_uuids"] = {"image": [f"picture-{next(numbers)}"]}
             prompts.append({**one, "mm_processor_kwargs": {"question": question}} if system.overrides else one)
         before, start = counted(), time.perf_counter()
-        outputs = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=most), use_tqdm=False)
+        outputs = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=max_new_tokens), use_tqdm=False)
         seconds, after = time.perf_counter() - start, counted()
         return {
             "seconds": seconds,
@@ -98,11 +99,11 @@ def _hf(system: System) -> Callable[..., Answer]:
 
     base, processor = load_base(system.base, system.dtype, system.device)
 
-    def answer(texts: list[str], pictures: list[Any], questions: list[str], most: int) -> Answer:
+    def answer(texts: list[str], pictures: list[Any], questions: list[str], max_new_tokens: int) -> Answer:
         start = time.perf_counter()
         inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True, padding_side="left")
         inputs = inputs.to(base.device, base.dtype)
-        out = base.generate(**inputs, max_new_tokens=most, do_sample=False)
+        out = base.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         seconds = time.perf_counter() - start
         ids = _trimmed(out[:, inputs["input_ids"].shape[1] :].tolist(), base.generation_config)
         return _result(seconds, ids, processor, 0, 0)
@@ -112,18 +113,17 @@ def _hf(system: System) -> Callable[..., Answer]:
 
 def _twigvlm(system: System) -> Callable[..., Answer]:
     from twigvlm.loading import load
-    from twigvlm.sapling import twig_path
 
-    base, processor, model = load(system.base, twig_path(), system.dtype, system.device)
+    base, processor, model = load(system.base, system.twig, system.dtype, system.device)
     assert model is not None, "it has a twig"
     model.costs()  # measures this machine once
 
-    def answer(texts: list[str], pictures: list[Any], questions: list[str], most: int) -> Answer:
+    def answer(texts: list[str], pictures: list[Any], questions: list[str], max_new_tokens: int) -> Answer:
         start = time.perf_counter()
         inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True, padding_side="left")
         inputs = inputs.to(base.device, base.dtype)
         options = {"retain": system.retain, "speculate": "auto", "return_dict_in_generate": True}
-        output = model.generate(**inputs, max_new_tokens=most, do_sample=False, **options)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **options)
         seconds = time.perf_counter() - start
         new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
         steps = sum(sum(n > 0 for n in row) for row in output.drafted_lengths)
