@@ -84,9 +84,6 @@ def test_keeping_everything_is_the_base_in_every_family(name):
     with model.disabled():
         expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert tokens == expected[:, inputs["input_ids"].shape[1] :].tolist()
-    tokens, output = answer(model, inputs, keep=visual // 2, scout=True)
-    assert len(output.kept_indices[0]) == visual // 2
-    assert tokens == answer(model, inputs, keep=visual // 2, scout=True, **WAYS["tree"])[0]
 
 
 def test_a_twig_on_the_first_layer_scouts_for_nothing():
