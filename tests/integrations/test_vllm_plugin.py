@@ -19,7 +19,7 @@ from twigvlm.integrations.vllm.arithmetic import (
     with_places,
     without_places,
 )
-from twigvlm.integrations.vllm.budget import kept_tokens, positions_around
+from twigvlm.integrations.vllm.budget import check_question, kept_tokens, positions_around
 from twigvlm.integrations.vllm.layout import FORMAT, check_target
 
 ROOT = Path(__file__).parents[2]
@@ -146,3 +146,15 @@ def test_a_request_may_say_its_own_budget():
     for options in ({"keep": 0}, {"keep": 577}, {"retain": 10}):
         with pytest.raises(TwigVLMError, match="must be"):
             kept_tokens(settings, options, 576)
+
+
+def test_a_question_that_would_end_the_engine_is_refused_before_it():
+    check_question([1, 9, 2, 3], 9, 576, 579)
+    for ids, limit, words in (
+        ([1, 9, 2, 9, 3], 2048, "must be text"),
+        ([1, 2, 3], 2048, "must be text"),
+        ([1, 2, 9], 2048, "must be text"),
+        ([1, 9, 2, 3], 578, "prompt of 579 tokens"),
+    ):
+        with pytest.raises(TwigVLMError, match=words):
+            check_question(ids, 9, 576, limit)

@@ -33,6 +33,26 @@ def kept_tokens(settings: Mapping[str, Any], options: Mapping[str, object], visu
     return keep
 
 
+def check_question(ids: Sequence[int], image_token: int, visual: int, limit: int) -> None:
+    """Refuse a question that a picture cannot be ranked for, in the server's process: in the model's, an error ends it for all.
+
+    Args:
+        ids: of the prompt around the question, the picture one token.
+        image_token: its id.
+        visual: M, the picture's visual tokens.
+        limit: of tokens, for a whole prompt.
+
+    Raises:
+        TwigVLMError: the question holds picture tokens, or the prompt is too long.
+    """
+    if list(ids).count(image_token) != 1 or ids[-1] == image_token:
+        raise TwigVLMError("question: must be text, without the token that stands for pictures")
+    if (length := len(ids) - 1 + visual) > limit:
+        raise TwigVLMError(
+            f"question: makes a prompt of {length} tokens with its picture, of at most {limit}; shorten it"
+        )
+
+
 def positions_around(tokens: int, pictures: Sequence[tuple[int, int]], visual: int) -> tuple[Tensor, int]:
     """Positions as in the whole prompt, of each picture's tokens its first one.
 

@@ -166,6 +166,7 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         if self._target_mrope:
             places = self.places[:, : inputs_embeds.shape[0]]
             positions = self._following(positions) + (places if positions.ndim == 2 else places[0])
+            positions = positions.clamp(max=self.config.max_position_embeddings - 1)  # as scout.py does, and why
         deepstack = None if self.deepstack is None else self.deepstack[: inputs_embeds.shape[0]]
         return self.model(inputs_embeds, positions, deepstack)
 
@@ -180,8 +181,10 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         if of_layer is not None and of_layer.max_query_len == 1:
             slots = slots_of_newest(of_layer.seq_lens, of_layer.block_table, self._cache.block_size)
             for mapping in (context.slot_mapping.get(name), of_layer.slot_mapping):
-                if mapping is not None:
-                    mapping[: len(slots)] = slots[: len(mapping)]  # one buffer for all layers of the drafter
+                if mapping is not None:  # one buffer for all layers of the drafter
+                    given = mapping[: len(slots)]
+                    # Negative: padding of a captured graph, or a draft beyond the longest sequence.
+                    given.copy_(torch.where(given < 0, given, slots[: len(given)].to(given.dtype)))
             starts = None
         return following_positions(positions, starts)
 

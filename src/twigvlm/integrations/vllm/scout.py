@@ -26,7 +26,7 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 
 from twigvlm.integrations.vllm.arithmetic import with_places, without_places
-from twigvlm.integrations.vllm.budget import OPTIONS, kept_tokens, positions_around
+from twigvlm.integrations.vllm.budget import OPTIONS, check_question, kept_tokens, positions_around
 from twigvlm.integrations.vllm.ranking import Ranking
 
 
@@ -46,6 +46,9 @@ class ScoutProcessor(LlavaMultiModalProcessor):
         pictures = mm_items.get_all_counts().get("image", 0)
         if pictures:
             ids = self._question(hf_kwargs)
+            config, limit = self.info.get_hf_config(), self.info.ctx.model_config.max_model_len
+            for item in range(pictures):
+                check_question(ids, config.image_token_index, self._visual(mm_items, item), limit)
             data["scout_ids"] = torch.tensor([ids] * pictures)
             data["scout_keep"] = torch.tensor([self._kept(mm_items, hf_kwargs, item) for item in range(pictures)])
         return data
@@ -57,10 +60,11 @@ class ScoutProcessor(LlavaMultiModalProcessor):
         return list(self.info.get_tokenizer()(text).input_ids)
 
     def _kept(self, mm_items: Any, options: Mapping[str, object], item: int) -> int:
-        images = mm_items.get_items("image", ImageProcessorItems)
-        size = images.get_image_size(item)
-        visual = self.info.get_num_image_tokens(image_width=size.width, image_height=size.height)
-        return kept_tokens(self.info.get_hf_config().twig_scout, options, visual)
+        return kept_tokens(self.info.get_hf_config().twig_scout, options, self._visual(mm_items, item))
+
+    def _visual(self, mm_items: Any, item: int) -> int:
+        size = mm_items.get_items("image", ImageProcessorItems).get_image_size(item)
+        return int(self.info.get_num_image_tokens(image_width=size.width, image_height=size.height))
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         fields = super()._get_mm_fields_config(hf_inputs, _others(hf_processor_mm_kwargs))
@@ -115,10 +119,7 @@ class ScoutLlava(LlavaForConditionalGeneration, SupportsMRoPE):
 
     def _scouted(self, features: Tensor, ids: Tensor, keep: int) -> Tensor:
         token = self.config.image_token_index
-        where = (ids == token).nonzero()
-        if len(where) != 1 or int(where[0]) == len(ids) - 1:
-            raise ValueError("twigvlm: the prompt of twig_scout must hold one picture, and text behind it")
-        at = int(where[0])
+        at = int((ids == token).nonzero()[0])
         embedded = self.language_model.embed_input_ids(ids.masked_fill(ids == token, 0))
         embedded = torch.cat((embedded[:at], features.to(embedded.dtype), embedded[at + 1 :]))
         visual = torch.zeros(len(embedded), dtype=torch.bool, device=embedded.device)
@@ -156,6 +157,8 @@ class ScoutLlava(LlavaForConditionalGeneration, SupportsMRoPE):
         if positions.ndim == 2:
             positions = positions[0]
         positions = positions + self.places[: len(positions)]
+        # vLLM bounds how many tokens a sequence has, not their positions: beyond the last one there are no rotary embeddings.
+        positions = positions.clamp(max=self.config.text_config.max_position_embeddings - 1)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
 
