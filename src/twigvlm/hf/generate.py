@@ -37,8 +37,7 @@ class TwigOutput:
     sequences: Int[Tensor, "batch length"]
     """Prompt ids and new ids; behind the end of a shorter answer the padding token."""
     kept_indices: list[Int[Tensor, " _"]] | None
-    """For each prompt, positions of the visual tokens kept after layer K (in scout mode before layer 1), ascending; None without
-    pruning."""
+    """For each prompt, positions of the visual tokens that pruning keeps, ascending; None without pruning."""
     average_visual: list[float]
     """For each prompt R̄, the average over all layers of the visual tokens that enter a layer (Eq. 4 and 6), scouting included."""
     looks: list[list[Look]] | None
@@ -163,10 +162,8 @@ def run_rows(
     if timings is None:
         return ids
     kept = _kept_positions(rows, request.padding) if any(row.cuts for row in rows) else None
-    averages = [
-        average_of(row.pruner, row.cuts, int(row.prompt.visual_mask[row.index].sum()), adapter.base.num_layers)
-        for row in rows
-    ]
+    visual, layers = [int(row.prompt.visual_mask[row.index].sum()) for row in rows], adapter.base.num_layers
+    averages = [average_of(row.pruner, row.cuts, count, layers) for row, count in zip(rows, visual, strict=True)]
     looks = None if adapter.refocus is None else _looks(rows, request.padding)
     drafted, accepted = [row.drafted for row in rows], [row.accepted for row in rows]
     return TwigOutput(ids, kept, averages, looks, drafted, accepted, timings, costs)
