@@ -53,9 +53,10 @@ def served(command, folder):
 
 @pytest.mark.parametrize("scouting", [False, True], ids=["whole", "scouting"])
 def test_the_openai_client_gets_answers(capsys, pictures, tmp_path, scouting):
-    from openai import OpenAI
+    from openai import BadRequestError, OpenAI
 
     from twigvlm.cli.main import main
+    from twigvlm.sapling.assemble import IMAGE_TOKEN
 
     arguments = ["export", "vllm", str(tmp_path / "drafter"), "--base", str(tmp_path / "base"), "--dtype", "float32"]
     assert main([*arguments, *(["--scout-retain", "64"] if scouting else [])]) == 0
@@ -70,6 +71,10 @@ def test_the_openai_client_gets_answers(capsys, pictures, tmp_path, scouting):
     with served(command, tmp_path) as address:
         client = OpenAI(base_url=address, api_key="none")
         chat = [{"role": "user", "content": content}]
+        if scouting:  # and the server goes on
+            wrong = {"mm_processor_kwargs": {"question": f"What is in {IMAGE_TOKEN}?"}}
+            with pytest.raises(BadRequestError, match="must be text"):
+                client.chat.completions.create(model=command[2], messages=chat, max_tokens=2, extra_body=wrong)
         answer = client.chat.completions.create(model=command[2], messages=chat, max_tokens=12, temperature=0.0, **more)
         assert "crocodile" in answer.choices[0].message.content
         assert (answer.usage.prompt_tokens < 100) == scouting
