@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -25,6 +26,7 @@ from vllm.model_executor.models.utils import (
     get_draft_quant_config,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 
 from twigvlm.integrations.vllm.arithmetic import (
     following_positions,
@@ -33,6 +35,8 @@ from twigvlm.integrations.vllm.arithmetic import (
     without_places,
 )
 from twigvlm.integrations.vllm.layout import check_target
+
+_log = init_logger(__name__)
 
 
 class _LlamaLayer(LlamaDecoderLayer):
@@ -102,6 +106,10 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         nn.Module.__init__(self)
         config = vllm_config.speculative_config.draft_model_config.hf_config
         check_target(config.twigvlm, vllm_config.model_config.hf_text_config, vllm_config.parallel_config)
+        if current_platform.is_cpu():
+            _log.warning(
+                "twigvlm: vLLM 0.32 samples wrongly on a CPU with any drafter; ask with temperature 0, or serve without one"
+            )
         self.config = config
         first = vllm_config.model_config.get_total_num_hidden_layers()
         config.target_layer_count = first
