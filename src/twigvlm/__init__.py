@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from twigvlm.hf.generate import TwigOutput
     from twigvlm.model import TwigVLM
 
+__version__ = "0.2.0"
+
 __all__ = [
     "PruningConfig",
     "SpeculationConfig",
@@ -17,6 +19,7 @@ __all__ = [
     "TwigOutput",
     "TwigVLM",
     "TwigVLMError",
+    "__version__",
     "alone_in_process",
 ]
 

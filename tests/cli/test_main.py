@@ -3,7 +3,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -18,6 +17,7 @@ from twigvlm.config import PruningConfig, SpeculationConfig
 SUBCOMMANDS = [
     "generate", "demo", "inspect", "train stage1", "train stage2", "evaluate accuracy", "evaluate sweep", "evaluate speed",
     "evaluate drafts", "evaluate batches", "evaluate exactness", "families", "methods", "convert", "export", "serve", "batch",
+    "doctor",
 ]  # fmt: skip
 
 
@@ -118,7 +118,15 @@ def test_module_runs_as_the_command():
 
 def test_version(capsys):
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"twigvlm {version('twigvlm')}\n"
+    assert capsys.readouterr().out == f"twigvlm {twigvlm.__version__}\n"
+
+
+def test_shells_complete_the_commands(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--tyro-print-completion", "bash"])
+    assert caught.value.code == 0
+    script = capsys.readouterr().out
+    assert all(command in script for command in ("generate", "evaluate", "doctor", "--retain"))
 
 
 def test_public_names():
@@ -171,7 +179,7 @@ def test_an_option_given_again_replaces_one_value(refused):
     )
 
 
-@pytest.mark.parametrize("command", [c for c in SUBCOMMANDS if c not in ("families", "methods")])
+@pytest.mark.parametrize("command", [c for c in SUBCOMMANDS if c not in ("families", "methods", "doctor")])
 def test_ctrl_c_ends_a_command_with_one_line(command, tmp_path, capsys, monkeypatch):
     """Wherever it comes; here, while the base loads."""
 

@@ -7,6 +7,7 @@ from tyro.conf import subcommand
 from twigvlm.cli.batch import Batch
 from twigvlm.cli.convert import Convert
 from twigvlm.cli.demo import Demo
+from twigvlm.cli.doctor import Doctor
 from twigvlm.cli.evaluate import Evaluate
 from twigvlm.cli.export import Export
 from twigvlm.cli.families import Families
@@ -28,6 +29,7 @@ COMMANDS = (
     | Annotated[Methods, subcommand("methods")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Export, subcommand("export")]
+    | Annotated[Doctor, subcommand("doctor")]
 )
 DESCRIPTION = (
     "Make vision-language models answer faster: prune visual tokens and draft\nanswer tokens with one small twig.\n\n"

