@@ -1,50 +1,40 @@
 """TwigVLM: a frozen base and its twig, as one model."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from os import PathLike
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from twigvlm.base.cpu_linear import is_alone
 from twigvlm.base.masks import check_mask_attention
-from twigvlm.base.vlm import BaseVLM, is_refusal
+from twigvlm.base.vlm import BaseVLM
 from twigvlm.checkpoints import twig_files
-from twigvlm.checkpoints.hub import push
 from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
 from twigvlm.conversation import Conversation
+from twigvlm.engine.calibrated import Calibrated
 from twigvlm.engine.engine import Engine
-from twigvlm.engine.row import Row
 from twigvlm.engine.runner import EagerRunner
-from twigvlm.errors import TwigVLMError, one_line
-from twigvlm.hf.generate import HFGenerateAdapter, Schedule, TwigOutput, check_arguments, run_rows, with_stop_strings
+from twigvlm.errors import TwigVLMError
+from twigvlm.hf.generate import TwigOutput, check_arguments, run_rows
+from twigvlm.hf.interface import HFInterface
+from twigvlm.hf.requests import pruner_by_name, request_row, rows_of
 from twigvlm.kv.prefix_cache import PrefixCache
-from twigvlm.pruning.cut import Need, Pruner, schedule
-from twigvlm.pruning.methods import make_pruner
-from twigvlm.pruning.methods.pruning_head import default_scorer
-from twigvlm.pruning.methods.scout import ScoutPruner
-from twigvlm.pruning.methods.twig import TwigPruner
-from twigvlm.pruning.refocus import check_refocus
+from twigvlm.pruning.cut import Need, Pruner
 from twigvlm.pruning.view import Scorer
-from twigvlm.speculation.costs import StepCosts, cached_costs
 from twigvlm.timing import Timings, clock_of
 from twigvlm.twig.block import Twig
 
 _RESERVE = 512  # new tokens that a cache has room for at first
-_calibrating = Lock()
-"""One for all models: calibrations at the same time would disturb each other."""
 _disabled: ContextVar[tuple["TwigVLM", ...]] = ContextVar("twigvlm_disabled", default=())
 """Models whose twig is disabled in this thread or task."""
 
 
-class TwigVLM(nn.Module):
+class TwigVLM(HFInterface, Calibrated):
     """A frozen base VLM with a twig that prunes its visual tokens and drafts its answers.
 
     Only the twig is trainable. The base is used as it is: its parameters stop requiring gradients and it stays in
@@ -57,7 +47,6 @@ class TwigVLM(nn.Module):
         self.base = base
         self.twig = twig
         self.model.requires_grad_(False)
-        self._costs: dict[tuple[object, ...], StepCosts] = {}
         self.train(False)
 
     @classmethod
@@ -113,95 +102,6 @@ class TwigVLM(nn.Module):
         """
         base = BaseVLM(model)
         return cls(base, twig_files.load(base, path, revision, token))
-
-    def save_pretrained(self, path: str | PathLike[str]) -> None:
-        """Save the twig alone to a directory, with a model card; each file is replaced whole or not at all."""
-        twig_files.save(self.base, self.twig, path)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Upload twig",
-    ) -> str:
-        """Save the twig to a repository of the hub, which is made if need be; returns its address.
-
-        Args:
-            repo_id: `user/name`.
-            private: whether a new repository is private; None: as your account says.
-            token: with the right to write; None: the one that you are logged in with.
-            commit_message: of the upload.
-
-        Raises:
-            TwigVLMError: the hub refuses, or cannot be reached.
-        """
-        with TemporaryDirectory() as folder:
-            twig_files.save(self.base, self.twig, folder, name=repo_id)
-            return push(Path(folder), repo_id, private, token, commit_message)
-
-    @property
-    def config(self) -> Any:
-        """The base's config, as transformers' own tools expect it; the twig's is `twig.config`."""
-        return self.model.config
-
-    @property
-    def generation_config(self) -> Any:
-        """The base's generation config: what `generate` does where it is not told otherwise."""
-        return self.model.generation_config
-
-    @generation_config.setter
-    def generation_config(self, config: Any) -> None:
-        self.model.generation_config = config
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-        return self.base.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The base's number format."""
-        return cast(torch.dtype, self.model.dtype)
-
-    @property
-    def hf_device_map(self) -> dict[str, Any]:
-        """Where accelerate put the base's modules.
-
-        Raises:
-            AttributeError: the base was not loaded with a `device_map`.
-        """
-        return cast(dict[str, Any], self.model.hf_device_map)
-
-    @property
-    def input_modalities(self) -> Any:
-        """What the base takes, for example image and text."""
-        return self.model.input_modalities
-
-    @property
-    def output_modalities(self) -> Any:
-        """What the base makes: text."""
-        return self.model.output_modalities
-
-    def can_generate(self) -> bool:
-        """True: `transformers.pipeline` asks."""
-        return True
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Parameters of base and twig together.
-
-        Args:
-            only_trainable: count only those that are trained.
-            exclude_embeddings: leave the base's embeddings out.
-        """
-        twig = sum(one.numel() for one in self.twig.parameters() if one.requires_grad or not only_trainable)
-        return int(self.model.num_parameters(only_trainable, exclude_embeddings)) + twig
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, of how many, in one line as PEFT does."""
-        trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
     def train(self, mode: bool = True) -> "TwigVLM":
         """Set the twig's mode; the base stays in evaluation mode."""
@@ -285,7 +185,7 @@ class TwigVLM(nn.Module):
         """
         name = pruner if isinstance(pruner, str) else None
         pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name, scout)
-        pruner = _by_name(pruner)
+        pruner = pruner_by_name(pruner)
         speculation = SpeculationConfig(
             speculate,  # type: ignore[arg-type]
             draft_length,
@@ -317,7 +217,7 @@ class TwigVLM(nn.Module):
         clock = clock_of(self.model.device)
         start_time = clock()
         try:
-            adapter = self._rows(pruning, scorer, pruner, generator, memory, kwargs)
+            adapter = rows_of(self.base, self.twig, pruning, scorer, pruner, generator, memory, kwargs)
             timings = Timings(prefill=clock() - start_time) if adapter.config.return_dict_in_generate else None
             runner = EagerRunner(
                 self.base, self.twig, speculation, costs, min(_RESERVE, adapter.rows[0].max_new_tokens)
@@ -351,69 +251,13 @@ class TwigVLM(nn.Module):
         self._check_attention(speculation, rows=2)
         costs = self.costs() if speculation.speculate == "auto" else None
         runner = EagerRunner(self.base, self.twig, speculation, costs, _RESERVE)
-        return Engine(runner, self._row, max_rows, max_bytes)
-
-    def _row(
-        self,
-        inputs: dict[str, Any],
-        *,
-        retain: float | None = None,
-        keep: int | None = None,
-        final_wipe: int | None = None,
-        retain_per_image: bool = False,
-        refocus: float | None = None,
-        scout: bool = False,
-        scorer: Scorer | None = None,
-        pruner: Pruner | str | None = None,
-        generator: torch.Generator | None = None,
-        **kwargs: Any,
-    ) -> Row:
-        """The row of one request to an engine."""
-        name = pruner if isinstance(pruner, str) else None
-        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name, scout)
-        pruner = _by_name(pruner)
-        kwargs = {**inputs, **kwargs}
-        check_arguments(kwargs, self.model.generation_config)
-        self.base.check_images(kwargs["input_ids"], kwargs)
-        adapter = self._rows(pruning, scorer, pruner, generator, None, kwargs)
-        if len(adapter.rows) > 1:
-            raise TwigVLMError(f"{len(adapter.rows)} answers: add requests one by one")
-        return adapter.rows[0]
+        return Engine(runner, partial(request_row, self.base, self.twig), max_rows, max_bytes)
 
     def _check_attention(self, speculation: SpeculationConfig, rows: int) -> None:
         if speculation.speculate in ("tree", "auto"):
             check_mask_attention(self.base.attention, f"speculate={speculation.speculate!r}")
         if rows > 1:
             check_mask_attention(self.base.attention, f"batch of {rows} prompts")
-
-    def _rows(
-        self,
-        pruning: PruningConfig,
-        scorer: Scorer | None,
-        pruner: Pruner | None,
-        generator: torch.Generator | None,
-        prefix: PrefixCache | None,
-        kwargs: dict[str, Any],
-    ) -> HFGenerateAdapter:
-        """What the base's own `generate` makes of its arguments: rows for an engine."""
-        pruner, schedule = self._pruning(pruning, scorer, pruner)
-        looks = pruner is not None and Need.VISION in pruner.needs
-        with torch.inference_mode(), self.base.watch_vision() if looks else nullcontext() as vision:
-            adapter = HFGenerateAdapter(
-                self.base, pruner, schedule, pruning.refocus, kwargs.get("streamer"), generator, prefix, vision
-            )
-            try:
-                self.model.generate(custom_generate=adapter, **with_stop_strings(kwargs, self.model.generation_config))
-            except Exception as error:
-                if adapter.entered or not is_refusal(error):
-                    raise
-                if isinstance(error, ValueError):
-                    raise TwigVLMError(one_line(error)) from error
-                if not any(visual.grid for visual in self.base.family.visuals):
-                    raise
-                # Families with grids lay out the positions of images before the adapter is called.
-                raise TwigVLMError(f"the base refuses this prompt: {one_line(error)}") from error
-        return adapter
 
     def chat(self, processor: Any, **options: Any) -> Conversation:
         """A conversation of several turns, in which trunk and twig run only once on each token.
@@ -423,65 +267,3 @@ class TwigVLM(nn.Module):
             options: of `generate`, for every question.
         """
         return Conversation(self.base, self.generate, processor, options)
-
-    def calibrate(self) -> StepCosts:
-        """Measure what the passes of a step cost on this machine, now and whatever was known; `auto` drafts by it.
-
-        The result is kept in a file of this machine and model, so that no later process measures again. Call it on an idle
-        machine, for example once after installation: without it, the first use of `auto` measures.
-        """
-        with _calibrating:
-            costs = self._costs[self._costs_key()] = cached_costs(self.base, self.twig, refresh=True)
-        return costs
-
-    def costs(self) -> StepCosts:
-        """What the passes of a step cost here: as calibrated before, by this process or another one, or else measured now."""
-        with _calibrating:  # concurrent first calls measure once
-            key = self._costs_key()
-            if key not in self._costs:
-                self._costs[key] = cached_costs(self.base, self.twig)
-            return self._costs[key]
-
-    def _costs_key(self) -> tuple[object, ...]:
-        # Less than what a file goes by, which takes milliseconds to find out.
-        return self.base.dtype, self.model.device, self.base.attention, torch.get_num_threads(), is_alone()
-
-    def _pruning(
-        self, pruning: PruningConfig, scorer: Scorer | None, pruner: Pruner | None
-    ) -> tuple[Pruner | None, Schedule]:
-        """What prunes, and its cuts for a number of visual tokens."""
-        layers, retain = self.base.num_layers, pruning.retain
-        if scorer is not None and not pruning.active:
-            raise TwigVLMError("scorer: needs a budget, give retain or keep too")
-        if pruner is not None:
-            others = (
-                ("keep", pruning.keep),
-                ("final_wipe", pruning.final_wipe),
-                ("scorer", scorer),
-                ("refocus", pruning.refocus),
-                ("scout", pruning.scout or None),
-            )
-            for name, value in (*others, ("retain_per_image", pruning.retain_per_image or None)):
-                if value is not None:
-                    raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
-        elif not pruning.active:
-            return None, lambda visual: ()
-        elif pruning.scout:
-            ranking = scorer or default_scorer(self.twig)
-            pruner = ScoutPruner(self.twig, ranking, pruning.keep, pruning.retain_per_image)
-        else:
-            final_wipe = next((k for k in (pruning.final_wipe, self.twig.config.final_wipe) if k is not None), layers)
-            ranking = scorer or default_scorer(self.twig)
-            pruner = TwigPruner(
-                ranking, self.twig.config.trunk_layers, final_wipe, pruning.keep, pruning.retain_per_image
-            )
-        if pruning.refocus is not None:
-            check_refocus(pruning.refocus, pruner, self.base, self.twig)
-        return pruner, lambda visual: schedule(pruner, retain, visual, layers)
-
-
-def _by_name(pruner: Pruner | str | None) -> Pruner | None:
-    """A pruner as it was given; None: the twig's own."""
-    if isinstance(pruner, str):
-        return None if pruner == "twig" else make_pruner(pruner)
-    return pruner

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from twigvlm.base.masks import CausalMasks, TreeMasks, additive, causal_mask, ragged_mask, restrict
 from twigvlm.errors import TwigVLMError
-from twigvlm.kv.cache import Held
+from twigvlm.kv.segments import Held
 
 CPU = torch.device("cpu")
 attentions = st.sampled_from(["eager", "sdpa"])

@@ -24,7 +24,8 @@ from tests.batches import batched
 from tests.tiny import IMAGE_TOKEN, VOCABULARY, prompt, tiny_llava
 from tests.tiny_processor import tiny_processor
 from twigvlm.errors import TwigVLMError
-from twigvlm.hf.processors import split_criteria, split_processors
+from twigvlm.hf.processors import split_processors
+from twigvlm.hf.stopping import split_criteria
 
 NEW = 9
 ALONE = [prompt(1, 2, 3), prompt(2, 7, 6), prompt(3, 4, 4)]

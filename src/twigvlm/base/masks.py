@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.kv.cache import Held
+from twigvlm.kv.segments import Held
 
 Masks = Callable[[int, Held | None], Tensor | None]
 """(new tokens, what each row of a cache holds; None: no cache) -> the mask of new tokens over those and themselves."""

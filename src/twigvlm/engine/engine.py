@@ -10,8 +10,8 @@ import torch
 
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.engine.memory import free_bytes, row_bytes, sight_bytes
+from twigvlm.engine.protocol import Runner, Step
 from twigvlm.engine.row import Request, Row
-from twigvlm.engine.runner import Runner, Step
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Pruner, schedule

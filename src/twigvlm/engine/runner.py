@@ -1,7 +1,6 @@
 """What an engine runs on the device: prompts into the cache, drafts, and their verification (Algorithms 1 and 2)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from twigvlm.base.prompt import Prompt
 from twigvlm.base.token_inputs import join_tokens, slice_tokens
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import SpeculationConfig
+from twigvlm.engine.protocol import Step
 from twigvlm.engine.row import Row
 from twigvlm.engine.sampling import Chooser
 from twigvlm.errors import TwigVLMError
@@ -28,38 +28,6 @@ from twigvlm.speculation.nodes import Nodes
 from twigvlm.speculation.policies import AdaptiveTree, Chain, FixedTree, NoDraft, Policy
 from twigvlm.speculation.walk import Accepted, walk
 from twigvlm.twig.block import Twig
-
-
-class Step(NamedTuple):
-    """What a step brought each row."""
-
-    tokens: list[list[int]]
-    """Accepted drafted tokens, and one of the base's own."""
-    drafted: list[int]
-    """Tokens that were drafted."""
-
-
-@runtime_checkable
-class Runner(Protocol):
-    """The rows of an engine on the device. Row i of every part is row i of the cache."""
-
-    batch: Batch
-
-    def prefill(self, rows: Sequence[Row]) -> Step:
-        """Take up rows whose prompts lie in one batch and are cut at the same layers; their first tokens.
-
-        Raises:
-            TwigVLMError: a prompt ends with a visual token that pruning may drop. No row has been taken up then.
-        """
-
-    def draft(self) -> Draft:
-        """Draft after the newest tokens of all rows."""
-
-    def verify(self, draft: Draft) -> Step:
-        """Let the base choose along the drafts, and keep what it agrees with."""
-
-    def leave(self, row: int) -> None:
-        """Drop a row; the last one takes its place."""
 
 
 class EagerRunner:

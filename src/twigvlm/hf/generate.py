@@ -22,7 +22,8 @@ from twigvlm.engine.engine import Engine
 from twigvlm.engine.noise import Noise
 from twigvlm.engine.row import Request, Row
 from twigvlm.errors import TwigVLMError
-from twigvlm.hf.processors import split_criteria, split_processors
+from twigvlm.hf.processors import split_processors
+from twigvlm.hf.stopping import split_criteria
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Cut, Pruner, average_of
 from twigvlm.pruning.refocus import Look

@@ -1,4 +1,4 @@
-"""Logits processors and stopping criteria of one `generate` call, for rows that do not advance together.
+"""Logits processors of one `generate` call, for rows that do not advance together.
 
 Hugging Face calls each of these objects once per position with the whole left-padded batch. This library decodes each row
 at its own speed, and a row of a batch gets the answer that it gets alone. So the objects are sorted into three lanes:
@@ -11,59 +11,25 @@ at its own speed, and a row of a batch gets the answer that it gets alone. So th
   position. With several rows that forces the rows to advance together.
 """
 
-import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import (
     ClassifierFreeGuidanceLogitsProcessor,
-    ConfidenceCriteria,
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
-    EosTokenCriteria,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
     LogitsProcessorList,
-    MaxLengthCriteria,
-    MaxTimeCriteria,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    StoppingCriteriaList,
-    StopStringCriteria,
-    SuppressTokensAtBeginLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    SynthIDTextWatermarkLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
-    WatermarkLogitsProcessor,
 )
 
-from twigvlm import compat
 from twigvlm.errors import TwigVLMError
-
-Lane = Literal["scores", "rows", "batch"]
+from twigvlm.hf.row_processors import FOR_ROW, BatchRow, Lane, lane_of
+from twigvlm.hf.stopping import padded
 
 
 @dataclass(frozen=True)
@@ -117,7 +83,7 @@ class Lanes:
         """
         for stage in self.stages:
             if stage.lane == "batch":
-                scores = _as_in_generate(stage.processors[0], _padded(self.hidden_ids[row], ids), scores)
+                scores = _as_in_generate(stage.processors[0], padded(self.hidden_ids[row], ids), scores)
             else:
                 scores = stage.processors[row if stage.lane == "rows" else 0](ids, scores)
         return scores
@@ -146,52 +112,6 @@ class Lanes:
         return scores
 
 
-@dataclass(frozen=True)
-class Stopping:
-    """When the answers of a request end: by whichever comes first."""
-
-    max_new_tokens: int
-    eos_token_ids: frozenset[int]
-    rows: StoppingCriteriaList
-    """Hugging Face's criteria that look at the end of a row or at the clock."""
-    batch: StoppingCriteriaList
-    """All other criteria, which get the whole padded batch."""
-    hidden_ids: tuple[Int[Tensor, "1 _"], ...]
-    """What pads each row on the left."""
-
-    @property
-    def needs_ids(self) -> bool:
-        """Whether `on_row` or `on_batch` must be asked after every token; two plain numbers decide otherwise."""
-        return bool(self.rows or self.batch)
-
-    @property
-    def needs_lockstep(self) -> bool:
-        """Whether rows must advance together and be asked about by `on_batch`."""
-        return len(self.hidden_ids) > 1 and bool(self.batch)
-
-    def on_row(self, row: int, ids: Int[Tensor, "1 tokens"]) -> bool:
-        """Whether criteria end a row, apart from the two plain numbers; without `needs_lockstep`.
-
-        Args:
-            row: index of the row in the request.
-            ids: its prompt without padding, and its new tokens.
-        """
-        flags = self.rows(ids, None) | _flags(self.batch, _padded(self.hidden_ids[row], ids))
-        return bool(flags)
-
-    def on_batch(self, ids: Int[Tensor, "batch tokens"], unfinished: Sequence[int]) -> Bool[Tensor, " batch"]:
-        """Which rows the criteria end, apart from the two plain numbers. A finished row's flag means nothing.
-
-        Args:
-            ids: padded prompts and new tokens; a finished row goes on with the padding token.
-            unfinished: rows whose answers went on up to the newest token.
-        """
-        flags = _flags(self.batch, ids)
-        for row in unfinished if self.rows else ():
-            flags[row] |= self.rows(ids[row : row + 1, self.hidden_ids[row].shape[1] :], None)[0]
-        return flags
-
-
 def split_processors(
     processors: LogitsProcessorList,
     input_ids: Int[Tensor, "batch tokens"],
@@ -210,14 +130,14 @@ def split_processors(
         TwigVLMError: a processor that Hugging Face's `generate` cannot call, or one made for another number of rows.
     """
     rows = [
-        _Row(index, input_ids[index : index + 1], hidden, len(input_ids), config.min_new_tokens is not None)
+        BatchRow(index, input_ids[index : index + 1], hidden, len(input_ids), config.min_new_tokens is not None)
         for index, hidden in enumerate(padding)
     ]
     stages = []
-    for lane, group in groupby(processors, _lane):
+    for lane, group in groupby(processors, lane_of):
         members = list(group)
         if lane == "rows":
-            made = [LogitsProcessorList(_FOR_ROW[type(one)](one, row) for one in members) for row in rows]
+            made = [LogitsProcessorList(FOR_ROW[type(one)](one, row) for one in members) for row in rows]
             stages.append(Stage(lane, tuple(made)))
             continue
         if lane == "batch":
@@ -225,178 +145,6 @@ def split_processors(
                 _check_call(processor, len(input_ids))
         stages.append(Stage(lane, (LogitsProcessorList(members),)))
     return Lanes(tuple(stages), tuple(row.hidden_ids for row in rows))
-
-
-def split_criteria(
-    criteria: StoppingCriteriaList, input_ids: Int[Tensor, "batch tokens"], padding: Sequence[int]
-) -> Stopping:
-    """Sort the stopping criteria that Hugging Face's `generate` prepared: plain numbers, rows' criteria and the batch's.
-
-    Args:
-        criteria: for the padded batch, the user's among them.
-        input_ids: padded prompts, one for each answer.
-        padding: number of padding tokens on the left of each row.
-
-    Raises:
-        TwigVLMError: nothing limits the answers' length, or a criterion needs scores.
-    """
-    lengths: list[int] = []
-    eos_token_ids: set[int] = set()
-    rows, batch = StoppingCriteriaList(), StoppingCriteriaList()
-    for criterion in criteria:
-        if type(criterion) is MaxLengthCriteria:
-            lengths.append(criterion.max_length)
-        elif type(criterion) is EosTokenCriteria:
-            eos_token_ids.update(int(token) for token in criterion.eos_token_id.flatten().tolist())
-        elif type(criterion) is ConfidenceCriteria:
-            raise TwigVLMError("ConfidenceCriteria: needs scores, which criteria do not get with a twig; leave it out")
-        elif type(criterion) in (StopStringCriteria, MaxTimeCriteria):
-            rows.append(criterion)
-        else:
-            batch.append(criterion)
-    if not lengths:
-        raise TwigVLMError("max_new_tokens is not set: pass max_new_tokens")
-    # Hugging Face's loop asks its criteria after a token, so every answer has one.
-    limit = max(min(lengths) - input_ids.shape[1], 1)
-    hidden_ids = tuple(input_ids[row : row + 1, :count] for row, count in enumerate(padding))
-    return Stopping(limit, frozenset(eos_token_ids), rows, batch, hidden_ids)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """What a row's processors are made from."""
-
-    index: int
-    padded_prompt: Int[Tensor, "1 tokens"]
-    padding: int
-    batch: int
-    min_length_counts_prompt: bool
-
-    @property
-    def hidden_ids(self) -> Tensor:
-        return self.padded_prompt[:, : self.padding]
-
-    @property
-    def prompt(self) -> Tensor:
-        return self.padded_prompt[:, self.padding :]
-
-    def among(self, prompts: int) -> int:
-        """Index of the row's prompt; each prompt has equally many answers, one after another."""
-        return self.index * prompts // self.batch
-
-
-def _unchanged(processor: Any, row: _Row) -> Any:
-    """Shared by all rows: it reads the ids that it is called with, and remembers nothing of them."""
-    return processor
-
-
-def _shortened(length: str) -> Callable[[Any, _Row], Any]:
-    """Makes processors for a row from one that keeps a length of the padded sequence in this attribute."""
-
-    def for_row(processor: Any, row: _Row) -> Any:
-        return _with(processor, **{length: getattr(processor, length) - row.padding})
-
-    return for_row
-
-
-def _min_length(processor: Any, row: _Row) -> Any:
-    # `min_new_tokens` becomes a least length of padded prompt and answer; `min_length` itself is not about the padding.
-    padding = row.padding if row.min_length_counts_prompt else 0
-    return _with(processor, min_length=processor.min_length - padding)
-
-
-def _repetition_penalty(processor: Any, row: _Row) -> Any:
-    ignored = processor.prompt_ignore_length
-    if isinstance(ignored, Tensor):
-        if len(ignored) != row.batch:
-            raise TwigVLMError(
-                f"prompt_ignore_length: has {len(ignored)} lengths for {row.batch} answers; give one for each"
-            )
-        ignored = int(ignored[row.index])
-    return _with(processor, prompt_ignore_length=None if ignored is None else max(ignored - row.padding, 0))
-
-
-def _encoder_repetition_penalty(processor: Any, row: _Row) -> Any:
-    index = row.among(len(processor.encoder_input_ids))
-    ids = processor.encoder_input_ids[index : index + 1].to(row.padded_prompt.device)
-    return _with(processor, encoder_input_ids=row.prompt if torch.equal(ids, row.padded_prompt) else ids)
-
-
-def _encoder_ngrams(processor: Any, row: _Row) -> Any:
-    def ngrams(ids: Tensor) -> Any:
-        return EncoderNoRepeatNGramLogitsProcessor(processor.ngram_size, ids).generated_ngrams
-
-    found = [processor.generated_ngrams[row.among(processor.batch_size)]]
-    if row.padding and found == ngrams(row.padded_prompt):
-        found = ngrams(row.prompt)
-    return _with(processor, batch_size=1, generated_ngrams=found)
-
-
-def _prefix_constrained(processor: Any, row: _Row) -> Any:
-    function = compat.prefix_function(processor)
-
-    def allowed(_: int, ids: Tensor) -> Any:
-        # The function is the user's, who counts on the row's number in the batch and on its padding.
-        tokens = function(row.index, torch.cat((row.hidden_ids[0], ids)))
-        if len(tokens) == 0:
-            raise TwigVLMError(
-                f"prefix_allowed_tokens_fn: allows no token in row {row.index} behind {len(ids)} tokens; "
-                "return one token or more"
-            )
-        return tokens
-
-    return PrefixConstrainedLogitsProcessor(allowed, num_beams=1)
-
-
-def _synth_id(processor: Any, row: _Row) -> Any:
-    return _with(processor, state=None)
-
-
-_SCORES = frozenset(
-    {
-        EpsilonLogitsWarper,
-        EtaLogitsWarper,
-        InfNanRemoveLogitsProcessor,
-        LogitNormalization,
-        MinPLogitsWarper,
-        SuppressTokensLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopHLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-        TypicalLogitsWarper,
-    }
-)
-"""Processors that look at the scores alone, each row by itself."""
-
-_FOR_ROW: dict[type, Callable[[Any, _Row], Any]] = {
-    EncoderNoRepeatNGramLogitsProcessor: _encoder_ngrams,
-    EncoderRepetitionPenaltyLogitsProcessor: _encoder_repetition_penalty,
-    ExponentialDecayLengthPenalty: _shortened("regulation_start"),
-    ForcedBOSTokenLogitsProcessor: _unchanged,
-    ForcedEOSTokenLogitsProcessor: _shortened("max_length"),
-    MinLengthLogitsProcessor: _min_length,
-    MinNewTokensLengthLogitsProcessor: _shortened("prompt_length_to_skip"),
-    NoBadWordsLogitsProcessor: _unchanged,
-    NoRepeatNGramLogitsProcessor: _unchanged,
-    PrefixConstrainedLogitsProcessor: _prefix_constrained,
-    RepetitionPenaltyLogitsProcessor: _repetition_penalty,
-    SequenceBiasLogitsProcessor: _unchanged,
-    SuppressTokensAtBeginLogitsProcessor: _shortened("begin_index"),
-    SynthIDTextWatermarkLogitsProcessor: _synth_id,
-    WatermarkLogitsProcessor: _unchanged,  # its generator is seeded from the ids at every call
-}
-"""How a processor for the padded batch becomes one for a row alone, without padding."""
-
-
-def _lane(processor: Any) -> Lane:
-    """By the exact class: a subclass may do anything, so it gets Hugging Face's contract like every class not known here."""
-    kind = type(processor)
-    if kind in _SCORES:
-        return "scores"
-    if kind in (NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor):
-        return "scores" if all(len(ids) == 1 for ids in processor.sequence_bias) else "rows"
-    return "rows" if kind in _FOR_ROW else "batch"
 
 
 def _check_call(processor: Any, batch: int) -> None:
@@ -429,29 +177,3 @@ def _as_in_generate(processors: LogitsProcessorList, ids: Tensor, scores: Tensor
             )
         scores = processed
     return scores
-
-
-def _flags(criteria: StoppingCriteriaList, ids: Tensor) -> Tensor:
-    """Which rows of the whole padded batch these criteria end, [batch]."""
-    flags = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    for criterion in criteria:
-        done = criterion(ids, None)
-        shape = tuple(done.shape) if isinstance(done, Tensor) else type(done).__name__
-        if shape not in ("bool", (), (1,), (len(ids),)):
-            raise TwigVLMError(
-                f"stopping_criteria: {type(criterion).__name__} returned {shape}; return a bool for each row, ({len(ids)},)"
-            )
-        flags = flags | done
-    return flags
-
-
-def _padded(hidden_ids: Tensor, ids: Tensor) -> Tensor:
-    return torch.cat((hidden_ids, ids), dim=1) if hidden_ids.shape[1] else ids
-
-
-def _with(processor: Any, **attributes: Any) -> Any:
-    """A copy of a processor with other attributes."""
-    changed = copy.copy(processor)
-    for name, value in attributes.items():
-        setattr(changed, name, value)
-    return changed

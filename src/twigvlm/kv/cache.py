@@ -1,8 +1,7 @@
 """The key-value cache: a pool of rows; layers between two cuts hold equally many tokens of a row and share their lengths."""
 
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,18 +9,10 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-
-class Held(NamedTuple):
-    """How many tokens some rows hold in the layers of one segment."""
-
-    longest: int
-    equal: bool
-    """Whether all rows hold equally many."""
-    lengths: Int[Tensor, " rows"]
-    """Of each row, on the device."""
+from twigvlm.kv.segments import Held, Segments
 
 
-class KVCache:
+class KVCache(Segments):
     """Keys and values of L base layers and T twig layers (slots L..L+T-1) for the rows that are being decoded.
 
     Every layer has one buffer [rows, kv_heads, capacity, head_dim], written in place. A segment is a range of layers without
@@ -37,16 +28,13 @@ class KVCache:
     """
 
     def __init__(self, layers: int, boundaries: Iterable[int], reserve: int, device: torch.device) -> None:
-        self.layers, self.reserve, self.device = layers, max(reserve, 1), device
+        super().__init__(layers, boundaries, device)
+        self.reserve = max(reserve, 1)
         self.keys: list[Tensor | None] = [None] * layers
         self.values: list[Tensor | None] = [None] * layers
-        self.starts = sorted({0, *boundaries} - {layers})
         self.rows = 0
         """Claimed rows."""
         self._capacity = 0
-        self._positions: list[Tensor | None] = [None] * len(self.starts)
-        self._host: NDArray[np.int64] = np.zeros((len(self.starts), 0), np.int64)
-        self._device = torch.zeros(len(self.starts), 0, dtype=torch.long, device=device)
 
     def claim(self, count: int) -> slice:
         """Take up that many rows; they are empty, and the last ones of the claimed rows."""
@@ -78,69 +66,6 @@ class KVCache:
             self._host[:, row] = self._host[:, last]
             self._device[:, row] = self._device[:, last]
         self.rows -= 1
-
-    def segment(self, layer: int) -> int:
-        """The segment that a layer is in."""
-        return bisect_right(self.starts, layer) - 1
-
-    def split(self, layer: int) -> None:
-        """Let a segment begin at this layer."""
-        segment = self.segment(layer)
-        if layer >= self.layers or self.starts[segment] == layer:
-            return
-        self.starts.insert(segment + 1, layer)
-        self._host = np.insert(self._host, segment + 1, self._host[segment], axis=0)
-        self._device = torch.cat((self._device[: segment + 1], self._device[segment:]))
-        positions = self._positions[segment]
-        self._positions.insert(segment + 1, None if positions is None else positions.clone())
-
-    def lengths(self, layer: int, rows: slice) -> NDArray[np.int64]:
-        """Tokens that the rows hold in a layer, as the host knows them."""
-        return self._host[self.segment(layer), rows]
-
-    def set_lengths(
-        self,
-        start: int,
-        stop: int,
-        rows: slice,
-        lengths: NDArray[np.int64] | Sequence[int],
-        on_device: Int[Tensor, " rows"] | None = None,
-    ) -> None:
-        """Rows of layers start..stop-1 hold this many tokens from now on, the first ones.
-
-        Args:
-            start: first layer.
-            stop: layer after the last one.
-            rows: whose lengths change.
-            lengths: of each row.
-            on_device: the same numbers where they are on the device already.
-        """
-        segments = self._segments(start, stop)
-        self._host[segments, rows] = lengths
-        if on_device is None:
-            on_device = torch.as_tensor(np.array(lengths, np.int64)).to(self.device)
-        self._device[segments, rows] = on_device
-
-    def advance(
-        self,
-        start: int,
-        stop: int,
-        rows: slice,
-        tokens: int | NDArray[np.int64],
-        on_device: int | Int[Tensor, " rows"] | None = None,
-    ) -> None:
-        """Rows of layers start..stop-1 hold that many more tokens, which a pass has written, or fewer where it is negative.
-
-        Args:
-            start: first layer.
-            stop: layer after the last one.
-            rows: whose lengths change.
-            tokens: of all rows, or of each.
-            on_device: the same numbers on the device; None: it is one number.
-        """
-        segments = self._segments(start, stop)
-        self._host[segments, rows] += tokens
-        self._device[segments, rows] += int(tokens) if on_device is None else on_device
 
     def commit(
         self,
@@ -187,13 +112,6 @@ class KVCache:
         """Some claimed rows, for one pass through some layers."""
         return CacheView(self, rows)
 
-    def held(self, layer: int, rows: slice) -> Held:
-        """What the rows hold in a layer."""
-        segment = self.segment(layer)
-        host = self._host[segment, rows]
-        longest = int(host.max())
-        return Held(longest, int(host.min()) == longest, self._device[segment, rows])
-
     def contents(self, layer: int, rows: slice) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [rows, kv_heads, longest row, head_dim], as views."""
         keys, values = self.keys[layer], self.values[layer]
@@ -223,11 +141,6 @@ class KVCache:
         index = held.lengths[:, None] + torch.arange(new.shape[1], device=new.device)
         part.scatter_(1, index, new)
         return part[:, : held.longest + new.shape[1]]
-
-    def _segments(self, start: int, stop: int) -> slice:
-        self.split(start)
-        self.split(stop)
-        return slice(self.segment(start), self.segment(stop - 1) + 1)
 
 
 class CacheView:

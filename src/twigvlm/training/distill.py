@@ -16,10 +16,11 @@ from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attenti
 from twigvlm.training.data.dataset import IGNORE
 from twigvlm.training.data.turns import last_prompt_tokens
 from twigvlm.training.distributed import processes
-from twigvlm.training.fit import TermTrainer, fit
+from twigvlm.training.fit import fit
 from twigvlm.training.losses import attention_loss, draft_targets, next_token_loss, prediction_loss
 from twigvlm.training.options import Stage1Config
 from twigvlm.training.teacher import resolve_teacher_layer, run_teacher
+from twigvlm.training.trainer import TermTrainer
 
 
 class Student(nn.Module):

@@ -26,10 +26,11 @@ from twigvlm.pruning.run import run_cuts
 from twigvlm.pruning.view import Tokens
 from twigvlm.training import plackett_luce
 from twigvlm.training.data.turns import answer_length, draw_turns
-from twigvlm.training.fit import TermTrainer, fit
+from twigvlm.training.fit import fit
 from twigvlm.training.losses import advantages, attention_loss, policy_loss
 from twigvlm.training.options import Stage2Config, spaced
 from twigvlm.training.teacher import resolve_teacher_layer, run_teacher
+from twigvlm.training.trainer import TermTrainer
 
 
 def budget_probabilities(count: int, progress: float, beta: float, power: float) -> Float[Tensor, " count"]:

@@ -1,0 +1,47 @@
+"""What drafts cost on this machine, for a model: measured once, or read from a file."""
+
+from threading import Lock
+
+import torch
+from torch import nn
+
+from twigvlm.base.cpu_linear import is_alone
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.speculation.costs import StepCosts, cached_costs
+from twigvlm.twig.block import Twig
+
+_calibrating = Lock()
+"""One for all models: calibrations at the same time would disturb each other."""
+
+
+class Calibrated(nn.Module):
+    """A model that knows what the passes of its steps cost."""
+
+    base: BaseVLM
+    twig: Twig
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._costs: dict[tuple[object, ...], StepCosts] = {}
+
+    def calibrate(self) -> StepCosts:
+        """Measure what the passes of a step cost on this machine, now and whatever was known; `auto` drafts by it.
+
+        The result is kept in a file of this machine and model, so that no later process measures again. Call it on an idle
+        machine, for example once after installation: without it, the first use of `auto` measures.
+        """
+        with _calibrating:
+            costs = self._costs[self._costs_key()] = cached_costs(self.base, self.twig, refresh=True)
+        return costs
+
+    def costs(self) -> StepCosts:
+        """What the passes of a step cost here: as calibrated before, by this process or another one, or else measured now."""
+        with _calibrating:  # concurrent first calls measure once
+            key = self._costs_key()
+            if key not in self._costs:
+                self._costs[key] = cached_costs(self.base, self.twig)
+            return self._costs[key]
+
+    def _costs_key(self) -> tuple[object, ...]:
+        # Less than what a file goes by, which takes milliseconds to find out.
+        return self.base.dtype, self.base.model.device, self.base.attention, torch.get_num_threads(), is_alone()

@@ -1,0 +1,111 @@
+"""What transformers' own tools, and people who know them, ask of a model."""
+
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.checkpoints import twig_files
+from twigvlm.checkpoints.hub import push
+from twigvlm.twig.block import Twig
+
+
+class HFInterface(nn.Module):
+    """The names by which a Hugging Face model is saved and asked about itself; they save the twig and answer for the base."""
+
+    model: Any
+    base: BaseVLM
+    twig: Twig
+
+    def save_pretrained(self, path: str | PathLike[str]) -> None:
+        """Save the twig alone to a directory, with a model card; each file is replaced whole or not at all."""
+        twig_files.save(self.base, self.twig, path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload twig",
+    ) -> str:
+        """Save the twig to a repository of the hub, which is made if need be; returns its address.
+
+        Args:
+            repo_id: `user/name`.
+            private: whether a new repository is private; None: as your account says.
+            token: with the right to write; None: the one that you are logged in with.
+            commit_message: of the upload.
+
+        Raises:
+            TwigVLMError: the hub refuses, or cannot be reached.
+        """
+        with TemporaryDirectory() as folder:
+            twig_files.save(self.base, self.twig, folder, name=repo_id)
+            return push(Path(folder), repo_id, private, token, commit_message)
+
+    @property
+    def config(self) -> Any:
+        """The base's config, as transformers' own tools expect it; the twig's is `twig.config`."""
+        return self.model.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The base's generation config: what `generate` does where it is not told otherwise."""
+        return self.model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.model.generation_config = config
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's number format."""
+        return cast(torch.dtype, self.model.dtype)
+
+    @property
+    def hf_device_map(self) -> dict[str, Any]:
+        """Where accelerate put the base's modules.
+
+        Raises:
+            AttributeError: the base was not loaded with a `device_map`.
+        """
+        return cast(dict[str, Any], self.model.hf_device_map)
+
+    @property
+    def input_modalities(self) -> Any:
+        """What the base takes, for example image and text."""
+        return self.model.input_modalities
+
+    @property
+    def output_modalities(self) -> Any:
+        """What the base makes: text."""
+        return self.model.output_modalities
+
+    def can_generate(self) -> bool:
+        """True: `transformers.pipeline` asks."""
+        return True
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Parameters of base and twig together.
+
+        Args:
+            only_trainable: count only those that are trained.
+            exclude_embeddings: leave the base's embeddings out.
+        """
+        twig = sum(one.numel() for one in self.twig.parameters() if one.requires_grad or not only_trainable)
+        return int(self.model.num_parameters(only_trainable, exclude_embeddings)) + twig
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, of how many, in one line as PEFT does."""
+        trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")

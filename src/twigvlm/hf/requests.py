@@ -1,0 +1,124 @@
+"""From the arguments of a call to rows for an engine, through the base's own `generate`."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from twigvlm.base.vlm import BaseVLM, is_refusal
+from twigvlm.config import PruningConfig
+from twigvlm.engine.row import Row
+from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.hf.generate import HFGenerateAdapter, Schedule, check_arguments, with_stop_strings
+from twigvlm.kv.prefix_cache import PrefixCache
+from twigvlm.pruning.cut import Need, Pruner, schedule
+from twigvlm.pruning.methods import make_pruner
+from twigvlm.pruning.methods.pruning_head import default_scorer
+from twigvlm.pruning.methods.scout import ScoutPruner
+from twigvlm.pruning.methods.twig import TwigPruner
+from twigvlm.pruning.refocus import check_refocus
+from twigvlm.pruning.view import Scorer
+from twigvlm.twig.block import Twig
+
+
+def rows_of(
+    base: BaseVLM,
+    twig: Twig,
+    pruning: PruningConfig,
+    scorer: Scorer | None,
+    pruner: Pruner | None,
+    generator: torch.Generator | None,
+    prefix: PrefixCache | None,
+    kwargs: dict[str, Any],
+) -> HFGenerateAdapter:
+    """What the base's own `generate` makes of its arguments: rows for an engine."""
+    pruner, schedule = _pruning(base, twig, pruning, scorer, pruner)
+    looks = pruner is not None and Need.VISION in pruner.needs
+    with torch.inference_mode(), base.watch_vision() if looks else nullcontext() as vision:
+        adapter = HFGenerateAdapter(
+            base, pruner, schedule, pruning.refocus, kwargs.get("streamer"), generator, prefix, vision
+        )
+        try:
+            base.model.generate(custom_generate=adapter, **with_stop_strings(kwargs, base.model.generation_config))
+        except Exception as error:
+            if adapter.entered or not is_refusal(error):
+                raise
+            if isinstance(error, ValueError):
+                raise TwigVLMError(one_line(error)) from error
+            if not any(visual.grid for visual in base.family.visuals):
+                raise
+            # Families with grids lay out the positions of images before the adapter is called.
+            raise TwigVLMError(f"the base refuses this prompt: {one_line(error)}") from error
+    return adapter
+
+
+def request_row(
+    base: BaseVLM,
+    twig: Twig,
+    inputs: dict[str, Any],
+    *,
+    retain: float | None = None,
+    keep: int | None = None,
+    final_wipe: int | None = None,
+    retain_per_image: bool = False,
+    refocus: float | None = None,
+    scout: bool = False,
+    scorer: Scorer | None = None,
+    pruner: Pruner | str | None = None,
+    generator: torch.Generator | None = None,
+    **kwargs: Any,
+) -> Row:
+    """The row of one request to an engine; the options are those of `TwigVLM.generate`.
+
+    Raises:
+        TwigVLMError: an option does not apply, or there is more than one prompt or answer.
+    """
+    name = pruner if isinstance(pruner, str) else None
+    pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name, scout)
+    pruner = pruner_by_name(pruner)
+    kwargs = {**inputs, **kwargs}
+    check_arguments(kwargs, base.model.generation_config)
+    base.check_images(kwargs["input_ids"], kwargs)
+    adapter = rows_of(base, twig, pruning, scorer, pruner, generator, None, kwargs)
+    if len(adapter.rows) > 1:
+        raise TwigVLMError(f"{len(adapter.rows)} answers: add requests one by one")
+    return adapter.rows[0]
+
+
+def _pruning(
+    base: BaseVLM, twig: Twig, pruning: PruningConfig, scorer: Scorer | None, pruner: Pruner | None
+) -> tuple[Pruner | None, Schedule]:
+    """What prunes, and its cuts for a number of visual tokens."""
+    layers, retain = base.num_layers, pruning.retain
+    if scorer is not None and not pruning.active:
+        raise TwigVLMError("scorer: needs a budget, give retain or keep too")
+    if pruner is not None:
+        others = (
+            ("keep", pruning.keep),
+            ("final_wipe", pruning.final_wipe),
+            ("scorer", scorer),
+            ("refocus", pruning.refocus),
+            ("scout", pruning.scout or None),
+        )
+        for name, value in (*others, ("retain_per_image", pruning.retain_per_image or None)):
+            if value is not None:
+                raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
+    elif not pruning.active:
+        return None, lambda visual: ()
+    elif pruning.scout:
+        ranking = scorer or default_scorer(twig)
+        pruner = ScoutPruner(twig, ranking, pruning.keep, pruning.retain_per_image)
+    else:
+        final_wipe = next((k for k in (pruning.final_wipe, twig.config.final_wipe) if k is not None), layers)
+        ranking = scorer or default_scorer(twig)
+        pruner = TwigPruner(ranking, twig.config.trunk_layers, final_wipe, pruning.keep, pruning.retain_per_image)
+    if pruning.refocus is not None:
+        check_refocus(pruning.refocus, pruner, base, twig)
+    return pruner, lambda visual: schedule(pruner, retain, visual, layers)
+
+
+def pruner_by_name(pruner: Pruner | str | None) -> Pruner | None:
+    """A pruner as it was given; None: the twig's own."""
+    if isinstance(pruner, str):
+        return None if pruner == "twig" else make_pruner(pruner)
+    return pruner
