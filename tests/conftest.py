@@ -42,12 +42,19 @@ def _a_cache_of_their_own(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _the_same_draws_in_any_order():
+def _the_same_in_any_order():
     """Fresh P-Heads draw from the global generator, and a tiny one can be born with every gate shut."""
     torch.manual_seed(0)
+    tests.typecheck.begin_test()
+
+
+def pytest_configure(config):
+    if not config.getoption("all_shapes"):
+        tests.typecheck.sample()
 
 
 def pytest_addoption(parser):
+    parser.addoption("--all-shapes", action="store_true", help="check the shapes of every call, not of a part of them")
     parser.addoption("--draws", type=int, default=1000, help="sampled answers per seed in tests of a distribution")
     parser.addoption("--seeds", type=int, default=1, help="seeds in tests of a distribution")
     parser.addoption(

@@ -19,8 +19,9 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
 
-from recipes.sapling.questions import LONG_KINDS, SHORT_KINDS, Turn, evaluation_turns
+from recipes.sapling.questions import LONG_KINDS, SHORT_KINDS, evaluation_turns
 from recipes.sapling.scenes import KINDS, Scene, drawable, make_scene, render
+from recipes.sapling.turns import Turn
 from twigvlm import sapling
 
 NAMES = {form: index for index, kind in enumerate(KINDS) for form in (kind.name, kind.plural)}

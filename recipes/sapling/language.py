@@ -22,10 +22,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import DynamicCache, PreTrainedTokenizerBase, set_seed
 
-from recipes.sapling.questions import Turn, conversation
+from recipes.sapling.questions import conversation
 from recipes.sapling.scenes import GRID, _rng, make_scene, patch_labels, render
 from recipes.sapling.targets import VisualTargets
 from recipes.sapling.train_loop import train
+from recipes.sapling.turns import Turn
 from recipes.sapling.vision import DenseVision, pixels
 from twigvlm.sapling import assemble
 

@@ -171,12 +171,11 @@ def answers() -> Iterator[Finding]:
     base = _tiny_base().to(device)
     ids = torch.tensor([[3, 4, *[31] * 4, 5, 6]], device=device)
     pixels = torch.linspace(-1, 1, 3 * 16 * 16, device=device).view(1, 3, 16, 16)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     model = TwigVLM.grow(base, TwigConfig(trunk_layers=1, twig_layers=1))
     plain = base.generate(**inputs, max_new_tokens=8, do_sample=False)
-    drafted = model.generate(**inputs, max_new_tokens=8, speculate="chain", draft_threshold=0.0)
-    alike = bool(torch.equal(plain, drafted))
-    if alike:
+    drafted: Any = model.generate(**inputs, max_new_tokens=8, speculate="chain", draft_threshold=0.0)
+    if torch.equal(plain, drafted):
         yield Finding("Core", "a tiny model's answer", "ok", "the same with drafts and without")
     else:
         remedy = "report this with the output of twigvlm doctor"

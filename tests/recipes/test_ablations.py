@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recipes.sapling import ablations
+from recipes.sapling.ablation_runs import Run
 from tests.tiny import tiny_llava
 from tests.tiny_processor import tiny_processor
 from tests.training.runs import make_samples
@@ -18,8 +19,8 @@ from twigvlm.training.options import Stage1Config, Stage2Config
 
 SHAPE = TwigConfig(trunk_layers=1, twig_layers=2, head="shared", draft_vocabulary=40, final_wipe=5, pruning_head=True)
 RUNS = {
-    "taught": ablations.Run(Stage1Config(batch_size=4, learning_rate=1e-3), 8, twig=SHAPE, budgets=(8.0,), wipes=(5,)),
-    "rewarded": ablations.Run(
+    "taught": Run(Stage1Config(batch_size=4, learning_rate=1e-3), 8, twig=SHAPE, budgets=(8.0,), wipes=(5,)),
+    "rewarded": Run(
         Stage2Config(batch_size=2, learning_rate=1e-2, group=4, budgets=(8,)), 4, "taught", budgets=(8.0,), wipes=(5,)
     ),
 }

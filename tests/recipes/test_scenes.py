@@ -17,8 +17,6 @@ from recipes.sapling.questions import (
     evaluation_turns,
     llava_sample,
     main,
-    place,
-    short_turns,
 )
 from recipes.sapling.scenes import (
     CHARACTERS,
@@ -39,6 +37,7 @@ from recipes.sapling.scenes import (
     patch_labels,
     render,
 )
+from recipes.sapling.turns import place, short_turns
 
 GOLDEN = [296354140, 2315605587, 3770819286]
 scenes = st.builds(make_scene, st.sampled_from(sorted(SPLITS)), st.integers(0, 10**6))
