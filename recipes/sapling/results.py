@@ -44,8 +44,8 @@ def _evaluate(what: str, questions: str, options: str) -> str:
 
 QUESTIONS = {
     SHORT: "--split test --count 1000 --descriptions 0",
-    LONG: "--split test --count 0 --descriptions 200 --long 50",
-    VALIDATION: "--split validation --count 200 --descriptions 40 --long 10",
+    LONG: "--split test --count 0 --descriptions 100 --long 25",
+    VALIDATION: "--split validation --count 0 --descriptions 40 --long 10",
 }
 PAGES = {
     "sapling": [
@@ -63,8 +63,8 @@ PAGES = {
     "accuracy": [
         Section(
             "Short answers",
-            "The shipped twig, its last layer's attention, and what needs no training, under equal budgets.",
-            _evaluate("accuracy", SHORT, "--methods twig attention fastv random --budgets 192 128 64 48"),
+            "The shipped twig.",
+            _evaluate("accuracy", SHORT, "--methods twig --budgets 192 128 104 80 64 48 40"),
         ),
         Section(
             "Long answers",
@@ -77,6 +77,11 @@ PAGES = {
             _evaluate(
                 "accuracy", VALIDATION, "--methods twig refocus:0.6 refocus:0.7 refocus:0.8 refocus:0.9 --budgets 64"
             ),
+        ),
+        Section(
+            "Budgets fitted to the question",
+            "Short answers: as many tokens as hold a share of the twig's scores, against as many for every question.",
+            f"python -m recipes.sapling.fitted --questions {SHORT}/questions.json --results {RUNS}/accuracy-0/results.jsonl",
         ),
     ],
     "speed": [
