@@ -52,12 +52,12 @@ PAGES = {
         Section(
             "Sprites that training saw",
             "Scenes of the test split, greedy, no pruning.",
-            "python -m recipes.sapling.evaluate --questions 2000 --descriptions 200 --long 50",
+            "python -m recipes.sapling.evaluate --questions 1000 --descriptions 100 --long 25",
         ),
         Section(
             "Sprites of another style",
             "The same kinds of things as another artist draws them, in the scenes that need no other.",
-            "python -m recipes.sapling.evaluate --questions 1000 --descriptions 100 --long 25 --style emojione",
+            "python -m recipes.sapling.evaluate --questions 500 --descriptions 50 --long 12 --style emojione",
         ),
     ],
     "accuracy": [
@@ -88,10 +88,21 @@ PAGES = {
         Section(
             "Descriptions and other long answers",
             "One prompt at a time.",
-            _evaluate("speed", LONG, "--kinds description rows halves --limit 30 --refocus 0.8 --budgets 64"),
+            _evaluate(
+                "speed",
+                LONG,
+                "--kinds description rows halves --limit 30 --repeats 1 --refocus 0.8 --budgets 64 "
+                "--systems chain auto 'pruning + auto' 'refocus + auto'",
+            ),
         ),
-        Section("Short answers", "One prompt at a time.", _evaluate("speed", SHORT, "--limit 50 --budgets 64 --kinds")),
-        Section("Batches", "Descriptions.", _evaluate("batches", LONG, "--limit 16 --budgets 64 --sizes 1 4 8")),
+        Section(
+            "Short answers",
+            "One prompt at a time.",
+            _evaluate("speed", SHORT, "--limit 50 --repeats 1 --budgets 64 --systems chain auto 'pruning + auto'"),
+        ),
+        Section(
+            "Batches", "Descriptions.", _evaluate("batches", LONG, "--limit 8 --repeats 1 --budgets 64 --sizes 1 4 8")
+        ),
     ],
     "exactness": [
         Section(
