@@ -10,6 +10,7 @@ results in `runs/results` and goes on where it was stopped. Speeds want an idle 
 import hashlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from twigvlm.sapling import assemble
 DOCS = Path("docs/results")
 RUNS = "runs/results"
 SHORT, LONG = f"{RUNS}/short", f"{RUNS}/long"
-VALIDATION = f"{RUNS}/validation"
+VALIDATION, MIXED = f"{RUNS}/validation", f"{RUNS}/mixed"
 SETTINGS = ("dtype", "device", "number of questions", "threads", "CPU", "torch", "transformers")
 
 
@@ -35,7 +36,7 @@ class Section:
     says: str
     """What is measured, in one sentence."""
     command: str
-    """`twigvlm evaluate …` without its --output, or a recipe that prints a table."""
+    """`twigvlm evaluate …` or `twigvlm compare …` without its --output, or a recipe that prints a table."""
 
 
 def _evaluate(what: str, questions: str, options: str) -> str:
@@ -45,8 +46,13 @@ def _evaluate(what: str, questions: str, options: str) -> str:
 QUESTIONS = {
     SHORT: "--split test --count 1000 --descriptions 0",
     LONG: "--split test --count 0 --descriptions 100 --long 25",
+    MIXED: "--split test --count 200 --descriptions 8 --long 3",
     VALIDATION: "--split validation --count 0 --descriptions 40 --long 10",
 }
+METHODS = (
+    "twig refocus:0.8 scout attention fastv pyramiddrop sparsevlm sparsevlm-v2 mustdrop visionzip fastervlm divprune scope dart "
+    "vispruner cdpruner prunesid holov prumerge+ random:0"
+)
 PAGES = {
     "sapling": [
         Section(
@@ -104,6 +110,13 @@ PAGES = {
             "Batches", "Descriptions.", _evaluate("batches", LONG, "--limit 8 --repeats 1 --budgets 64 --sizes 1 4 8")
         ),
     ],
+    "compare": [
+        Section(
+            "All methods under the same budgets",
+            "Every published method that this project has, the twig, and each of them with the twig's drafts.",
+            f"twigvlm compare --questions {MIXED}/questions.json --methods {METHODS} --speculate none chain --timed 5",
+        ),
+    ],
     "exactness": [
         Section(
             "One choice",
@@ -144,6 +157,15 @@ def evaluated(report: str) -> str:
     return "\n\n".join([f"*Measured with: {line}.*", *(f"### {section.strip()}" for section in sections)])
 
 
+def with_figure(figures: str, folder: Path, name: str) -> str:
+    """Figures whose picture, if a command has drawn one, lies beside the pages under this name."""
+    picture = folder / "figure.png"
+    if not picture.exists():
+        return figures
+    shutil.copyfile(picture, DOCS / f"{name}.png")
+    return figures.replace("(figure.png)", f"({name}.png)")
+
+
 def write(page: str, sections: list[str]) -> None:
     """Replace all from the first heading on."""
     path = DOCS / f"{page}.md"
@@ -176,7 +198,8 @@ def main(options: Options) -> None:
     for page in options.pages:
         found = []
         for number, section in enumerate(PAGES[page]):
-            figures = measure(section.command, Path(RUNS) / f"{page}-{number}")
+            folder = Path(RUNS) / f"{page}-{number}"
+            figures = with_figure(measure(section.command, folder), folder, f"{page}-{number}")
             found.append(
                 f"## {section.title}\n\n{section.says}\n\n```bash\n{section.command}\n```\n\n{figures.strip()}"
             )

@@ -17,8 +17,9 @@ from twigvlm.config import PruningConfig, SpeculationConfig
 SUBCOMMANDS = [
     "generate", "demo", "inspect", "train stage1", "train stage2", "evaluate accuracy", "evaluate sweep", "evaluate speed",
     "evaluate drafts", "evaluate batches", "evaluate exactness", "families", "methods", "convert", "export", "serve", "batch",
-    "doctor",
+    "doctor", "compare", "figures times", "figures speeds", "figures samples", "figures attention", "figures drafts",
 ]  # fmt: skip
+WITHOUT_BASE = ("families", "methods", "doctor", "figures times", "figures speeds", "figures samples")
 
 
 def python(code):
@@ -179,7 +180,7 @@ def test_an_option_given_again_replaces_one_value(refused):
     )
 
 
-@pytest.mark.parametrize("command", [c for c in SUBCOMMANDS if c not in ("families", "methods", "doctor")])
+@pytest.mark.parametrize("command", [c for c in SUBCOMMANDS if c not in WITHOUT_BASE])
 def test_ctrl_c_ends_a_command_with_one_line(command, tmp_path, capsys, monkeypatch):
     """Wherever it comes; here, while the base loads."""
 
@@ -205,6 +206,8 @@ def test_ctrl_c_ends_a_command_with_one_line(command, tmp_path, capsys, monkeypa
         "train": f"--data samples.json --out out{f' --start {twig}' if 'stage2' in command else ''}",
         "export": "vllm out --base base",
         "evaluate": "--questions questions.json --output out",
+        "compare": "--questions questions.json --output out",
+        "figures": "--questions questions.json",
         "convert": "source out --model sapling",
         "serve": "",
         "batch": "batch.jsonl out",

@@ -26,11 +26,11 @@ def records():
     for place, kind in enumerate(["place", "place", "count", "count"]):
         score = {name: int(f"{digits:04d}"[place]) for name, digits in right.items()}
         kept = {name: {"none": 16}.get(name, 9 if "10" in name else 3) for name in right}
-        rows.append({"id": str(place), "kind": kind, "score": score, "kept": kept, "ran": dict.fromkeys(kept, 0)})
+        more = {"kept": kept, "average": kept, "ran": dict.fromkeys(kept, 0)}
+        rows.append({"id": str(place), "kind": kind, "score": score, **more})
     found = {name: [min(2, index), 2, 2, index, 5] for index, name in enumerate(reversed(right))}
-    rows.append(
-        {"id": "d", "kind": "description", "score": found, "kept": rows[0]["kept"], "ran": dict.fromkeys(found, 7)}
-    )
+    more = {"kept": rows[0]["kept"], "average": rows[0]["kept"], "ran": dict.fromkeys(found, 7)}
+    rows.append({"id": "d", "kind": "description", "score": found, **more})
     return rows
 
 

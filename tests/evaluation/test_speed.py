@@ -70,6 +70,18 @@ def test_contenders_take_turns_after_a_warm_up(model, tokenizer, questions, tmp_
     assert "".join(order) == "abc" + "bca" + "cab"  # a run that goes on warms up again
 
 
+def test_memory_is_watched_where_that_is_asked_for(model, tokenizer, questions, tmp_path, monkeypatch):
+    held = iter([3000, 2000])
+    monkeypatch.setattr(speed.peak_memory, "reset_peak", lambda device: None)
+    monkeypatch.setattr(speed.peak_memory, "peak", lambda device: next(held))
+    results_log = ResultsLog(tmp_path / "results.jsonl", {})
+    systems = [System("a"), System("b")]
+    asked = model, tokenizer, first(questions, 1), systems, inputs_of, results_log, 2, 2, 1
+    (record,) = run_speed(*asked, memory=True)
+    assert {name: run["peak"] for name, run in record["runs"].items()} == {"a": 3000, "b": 2000}
+    assert len(record["runs"]["a"]["total"]) == 1
+
+
 def test_the_attention_of_the_model_is_put_back(model):
     before = model.base.attention
     seen = []

@@ -42,6 +42,15 @@ def test_what_is_above_the_first_heading_is_kept(tmp_path, monkeypatch):
     assert (tmp_path / "speed.md").read_text() == "# Speed\n\nBy hand.\n\n## New\n\nother figures\n"
 
 
+def test_a_picture_comes_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "DOCS", tmp_path)
+    (tmp_path / "run").mkdir()
+    assert results.with_figure("![x](figure.png)", tmp_path / "run", "compare-0") == "![x](figure.png)"
+    (tmp_path / "run" / "figure.png").write_bytes(b"picture")
+    assert results.with_figure("![x](figure.png)", tmp_path / "run", "compare-0") == "![x](compare-0.png)"
+    assert (tmp_path / "compare-0.png").read_bytes() == b"picture"
+
+
 def test_tables_that_a_recipe_prints_are_measured_once(tmp_path):
     (tmp_path / "measured.py").write_text("print('noise')\nprint('| a | 1 |')\nopen('count', 'a').write('x')\n")
     command = f"python {tmp_path / 'measured.py'}"

@@ -5,12 +5,14 @@ from typing import Annotated
 from tyro.conf import subcommand
 
 from twigvlm.cli.batch import Batch
+from twigvlm.cli.compare import Compare
 from twigvlm.cli.convert import Convert
 from twigvlm.cli.demo import Demo
 from twigvlm.cli.doctor import Doctor
 from twigvlm.cli.evaluate import Evaluate
 from twigvlm.cli.export import Export
 from twigvlm.cli.families import Families
+from twigvlm.cli.figures import Figures
 from twigvlm.cli.generate import Generate
 from twigvlm.cli.inspect import Inspect
 from twigvlm.cli.methods import Methods
@@ -25,6 +27,8 @@ COMMANDS = (
     | Annotated[Batch, subcommand("batch")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Compare, subcommand("compare")]
+    | Annotated[Figures, subcommand("figures")]
     | Annotated[Families, subcommand("families")]
     | Annotated[Methods, subcommand("methods")]
     | Annotated[Convert, subcommand("convert")]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Methods:
-    """List the pruning methods that `--pruner` and `evaluate accuracy --methods` know."""
+    """List the pruning methods that `--pruner` and `compare --methods` know."""
 
     def run(self) -> None:
         """Print the table on stdout."""

@@ -37,9 +37,10 @@ def run_accuracy(
         advance: called with each record.
 
     Returns:
-        The records, in the order of the questions: `id`, `kind`, `answer`, and by variant `kept` (R), `ran` (visual tokens
-        that were chosen again), `given` (its answer) and `score` (1 or 0; of a description the numbers of objects found,
-        present and named, and of texts quoted and written). Of a question that failed: `id`, `kind` and `failed`, the reason.
+        The records, in the order of the questions: `id`, `kind`, `answer`, and by variant `kept` (R), `average` (R̄), `ran`
+        (visual tokens that were chosen again), `given` (its answer) and `score` (1 or 0; of a description the numbers of
+        objects found, present and named, and of texts quoted and written). Of a question that failed: `id`, `kind` and
+        `failed`, the reason.
     """
     namer = Namer(questions.vocabulary)
 
@@ -52,6 +53,7 @@ def run_accuracy(
         return {
             "answer": question.answer,
             "kept": {name: outcome.kept for name, outcome in outcomes.items()},
+            "average": {name: outcome.average for name, outcome in outcomes.items()},
             "ran": {name: outcome.ran for name, outcome in outcomes.items()},
             "given": given,
             "score": {name: score(question, text, namer) for name, text in given.items()},

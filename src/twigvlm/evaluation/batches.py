@@ -14,7 +14,7 @@ from twigvlm.evaluation.accuracy import score
 from twigvlm.evaluation.questions import Namer, Question, Questions
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.evaluation.run import InputsOf, Item, run
-from twigvlm.evaluation.speed import System, alternating, attention_of
+from twigvlm.evaluation.speed import System, alternating, attention_of, base_systems
 from twigvlm.model import TwigVLM
 from twigvlm.timing import clock_of
 
@@ -27,7 +27,7 @@ def batch_systems(retain: float, attentions: Sequence[str]) -> list[System]:
         attentions: implementations that the base's `generate` is measured with.
     """
     return [
-        *(System(f"HF generate, {attention}", attention) for attention in attentions),
+        *base_systems(attentions),
         System("pruning", options={"retain": retain}),
         System("pruning + chain", options={"retain": retain, "speculate": "chain"}),
         System("pruning + auto", options={"retain": retain, "speculate": "auto"}),

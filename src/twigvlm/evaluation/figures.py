@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
-from math import ceil
+from math import ceil, isnan
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation.summary import Accuracy
+from twigvlm.evaluation.compare import BASE, LENGTHS, Line
+from twigvlm.evaluation.summary import Accuracy, Speed
 from twigvlm.evaluation.variants import NONE, Variant
 from twigvlm.visualize import highlight
 
@@ -31,6 +32,30 @@ def figure_class() -> Any:
     return Figure
 
 
+def show_scores(
+    axes: Any,
+    image: Image.Image,
+    scores: Float[Tensor, "rows columns"],
+    box: tuple[int, int, int, int] | None,
+) -> None:
+    """Lay scores of patches over a picture that is shown; colours go from the lowest score to the highest, by the square root.
+
+    Args:
+        axes: that show the picture.
+        image: the picture.
+        scores: of its patches.
+        box: the part of the picture (left, top, right, bottom) that the patches cover; None: all of it.
+    """
+    left, top, right, bottom = box or (0, 0, *image.size)
+    axes.imshow(
+        scores.float().cpu().numpy() ** 0.5,
+        extent=(left, right, bottom, top),
+        cmap="inferno",
+        alpha=0.7,
+        interpolation="nearest",
+    )
+
+
 def draw_patches(
     image: Image.Image,
     maps: Mapping[str, Float[Tensor, "rows columns"]],
@@ -45,7 +70,6 @@ def draw_patches(
         kept: indices of kept patches by title, counted row by row.
         box: the part of the picture (left, top, right, bottom) that the patches cover; None is all of it.
     """
-    left, top, right, bottom = box or (0, 0, *image.size)
     height, width = next(iter(maps.values())).shape
     count = 1 + len(maps) + len(kept)
     rows, columns = ceil(count / _COLUMNS), min(count, _COLUMNS)
@@ -61,13 +85,7 @@ def draw_patches(
 
     panel("picture", image)
     for title, scores in maps.items():
-        panel(title, image.convert("L").convert("RGB")).imshow(
-            scores.float().cpu().numpy() ** 0.5,
-            extent=(left, right, bottom, top),
-            cmap="inferno",
-            alpha=0.7,
-            interpolation="nearest",
-        )
+        show_scores(panel(title, image.convert("L").convert("RGB")), image, scores, box)
     for title, indices in kept.items():
         panel(title, highlight(image, indices, (height, width), box))
     for axes in figure.axes:
@@ -91,9 +109,7 @@ def draw_accuracy(accuracies: Sequence[Accuracy], variants: Sequence[Variant], p
     for (method, final_wipe), members in lines.items():
         members = sorted(members, key=lambda variant: variant.retain or 0.0)
         points = [figures[variant.name] for variant in members]
-        middle = [100 * one.relative for one in points]
-        low = [100 * (one.relative - one.interval[0]) for one in points]
-        high = [100 * (one.interval[1] - one.relative) for one in points]
+        middle, error = percent_and_error(points)
         style = {"twig": "-", "attention": "-", "twig-text": "-"}.get(
             method, "--" if method.startswith("deep") else ":"
         )
@@ -101,7 +117,7 @@ def draw_accuracy(accuracies: Sequence[Accuracy], variants: Sequence[Variant], p
         axes.errorbar(
             [variant.retain or 0.0 for variant in members],
             middle,
-            yerr=[[max(0.0, value) for value in side] for side in (low, high)],
+            yerr=error,
             linestyle=style,
             marker="o",
             capsize=3,
@@ -113,3 +129,51 @@ def draw_accuracy(accuracies: Sequence[Accuracy], variants: Sequence[Variant], p
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def drawn_lengths(lines: Sequence[Line]) -> list[str]:
+    """Lengths of answers that `draw_comparison` has a row for: those of which the base has a right answer."""
+    base = next(line for line in lines if line.contender == BASE)
+    return [length for length in LENGTHS if length in base.quality and not isnan(base.quality[length].relative)]
+
+
+def draw_comparison(lines: Sequence[Line], path: Path) -> None:
+    """RelAcc in percent over R̄, and over the time of an answer relative to the base's; a row of panels per length of answers.
+
+    Args:
+        lines: of `compare`, with `drawn_lengths`.
+        path: PNG or SVG by the name's ending.
+    """
+    base, lengths = next(line for line in lines if line.contender == BASE), drawn_lengths(lines)
+    across = 2 if base.times else 1
+    figure = figure_class()(figsize=(5.5 * across + 2.5, 4 * len(lengths)), layout="constrained", facecolor="white")
+    panels = figure.subplots(len(lengths), across, squeeze=False)
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(line.contender.label, []).append(line)
+    for length, row in zip(lengths, panels, strict=True):
+        drawn = set()  # drafts change the time alone
+        for number, (label, members) in enumerate(groups.items()):
+            style = {"color": f"C{number % 10}", "marker": "osD^vPX*"[number // 10 % 8], "label": label, "linewidth": 1}
+            quality = [line.quality[length] for line in members]
+            if members[0].contender.variant not in drawn:
+                row[0].errorbar([line.average for line in members], *percent_and_error(quality), capsize=2, **style)
+                drawn.add(members[0].contender.variant)
+            if length in base.times:
+                shares = [100 * line.times[length].share for line in members]
+                row[1].plot(shares, [100 * one.relative for one in quality], **style)
+        row[0].set(xlabel="average visual tokens over all layers, R̄", ylabel=f"RelAcc of {length} answers, %")
+        if length in base.times:
+            row[1].set(xlabel=f"time of a {length} answer, % of the base's", ylabel=f"RelAcc of {length} answers, %")
+        for axes in row:
+            axes.axhline(100, color="grey", linewidth=0.8)
+            axes.grid(alpha=0.3)
+    figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def percent_and_error(points: Sequence[Accuracy | Speed]) -> tuple[list[float], list[list[float]]]:
+    """RelAcc or RelSpd in percent, and how far its interval reaches below and above; 0 where there is no interval."""
+    low = [100 * max(0.0, one.relative - one.interval[0]) for one in points]
+    high = [100 * max(0.0, one.interval[1] - one.relative) for one in points]
+    return [100 * one.relative for one in points], [low, high]

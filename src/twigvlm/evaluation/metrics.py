@@ -35,6 +35,14 @@ def relative_speed(speed: Sequence[float] | Column, base: Sequence[float] | Colu
     return float(np.mean(np.asarray(speed, dtype=np.float64) / np.asarray(base, dtype=np.float64)))
 
 
+def median_ratio(one: Sequence[float] | Column, other: Sequence[float] | Column) -> float:
+    """Median over samples of one over the other, of those that have both; nan where none has."""
+    _same_length(one, other)
+    ratios = np.asarray(one, dtype=np.float64) / np.asarray(other, dtype=np.float64)
+    known = ratios[~np.isnan(ratios)]
+    return float(np.median(known)) if len(known) else float("nan")
+
+
 def acceptance_rate(drafted: Sequence[int], accepted: Sequence[int]) -> float:
     """TokAR: accepted draft tokens over drafted tokens, all steps together; nan where nothing was drafted."""
     _same_length(drafted, accepted)

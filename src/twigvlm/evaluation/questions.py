@@ -37,9 +37,14 @@ class Question:
         """The kind, with what is held out apart."""
         return f"{self.kind}, held out" if self.held_out else self.kind
 
+    @property
+    def has_long_answer(self) -> bool:
+        """Whether it asks for a description, or for an answer that may be as long."""
+        return self.long or self.objects is not None
+
     def limit(self, short: int, description: int) -> int:
         """Most tokens of an answer, by what it is."""
-        return short if self.objects is None and not self.long else description
+        return description if self.has_long_answer else short
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,24 @@ def answered(records: Iterable[Record]) -> list[Record]:
     return found
 
 
+def read_records(path: Path) -> list[Record]:
+    """The records of a finished or stopped run, the last one of each question.
+
+    Raises:
+        TwigVLMError: no such file, or it holds no results.
+    """
+    try:
+        rows = path.read_bytes().decode("utf-8").split("\n")[:-1]
+        records = {str(record["id"]): record for record in map(json.loads, rows[1:])}
+    except OSError as error:
+        raise TwigVLMError(f"results {str(path)!r}: {error.strerror}; give a file of raw results") from None
+    except (ValueError, KeyError, TypeError):
+        records = {}
+    if not records:
+        raise TwigVLMError(f"results {str(path)!r}: holds no raw results; give a results.jsonl or times.jsonl")
+    return list(records.values())
+
+
 class ResultsLog:
     """A file of records that is appended to, and read again when the run goes on.
 

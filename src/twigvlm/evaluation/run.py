@@ -33,8 +33,11 @@ Measure = Callable[[Item, dict[str, Any], int], Record]
 
 
 def one_by_one(questions: Iterable[Question]) -> list[Item]:
-    """Questions that are asked by themselves; their records have `id` and `kind`."""
-    return [Item({"id": question.id, "kind": question.group}, (question,)) for question in questions]
+    """Questions that are asked by themselves; their records have `id`, `kind` and `long`."""
+    return [
+        Item({"id": question.id, "kind": question.group, "long": question.has_long_answer}, (question,))
+        for question in questions
+    ]
 
 
 def run(

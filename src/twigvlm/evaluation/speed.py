@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from twigvlm import compat
 from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.evaluation import peak_memory
 from twigvlm.evaluation.accuracy import score
 from twigvlm.evaluation.questions import Namer, Questions
 from twigvlm.evaluation.results_log import Record, ResultsLog
@@ -23,6 +24,8 @@ from twigvlm.model import TwigVLM
 from twigvlm.timing import clock_of
 
 T = TypeVar("T")
+HF_GENERATE = "HF generate, "
+"""Begins the names of the base's own `generate`; its attention implementation follows."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class System:
     """Of `TwigVLM.generate`."""
     same_as: str | None = None
     """System whose output this one must repeat."""
+
+
+def base_systems(attentions: Sequence[str]) -> list[System]:
+    """The base's own `generate` with each of its attention implementations."""
+    return [System(f"{HF_GENERATE}{attention}", attention) for attention in attentions]
 
 
 def standard_systems(
@@ -84,7 +92,7 @@ def standard_systems(
             raise TwigVLMError(f"system {name!r}: must be one of {', '.join(known)}")
     wanted = {*names, *(known[name].same_as for name in names)} if names else known.keys()
     return [
-        *(System(f"HF generate, {attention}", attention) for attention in attentions),
+        *base_systems(attentions),
         *(system for system in twigs if system.name in wanted),
     ]
 
@@ -223,6 +231,13 @@ def measure(model: TwigVLM, inputs: dict[str, Any], system: System, max_new_toke
     )
 
 
+def peak_of(model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int) -> int | None:
+    """Most bytes held at once while a system answers, weights included; None where the machine does not say."""
+    peak_memory.reset_peak(model.model.device)
+    measure(model, inputs, system, max_new_tokens)
+    return peak_memory.peak(model.model.device)
+
+
 def run_speed(
     model: TwigVLM,
     tokenizer: Any,
@@ -234,25 +249,32 @@ def run_speed(
     max_description_tokens: int,
     repeats: int,
     advance: Callable[[Record], None] = lambda record: None,
+    memory: bool = False,
 ) -> list[Record]:
     """Time every system on every prompt, `repeats` times; who begins changes from turn to turn.
 
     Prompts that the results_log holds already are not measured again. The first prompt is answered once by everyone before
     any time counts.
 
+    Args:
+        memory: whether every system answers once more, while its peak memory is watched and no time counts.
+
     Returns:
         The records, in the order of the questions: `id`, `kind`, and by system `runs`: `ids`, `text`, `score`, drafted and
-        accepted lengths of each step, and lists of seconds (`prefill`, `total`, `draft`, `verify`), one per repeat. Of a
-        question that failed: `id`, `kind` and `failed`, the reason.
+        accepted lengths of each step, lists of seconds (`prefill`, `total`, `draft`, `verify`), one per repeat, and with
+        `memory` the `peak` in bytes. Of a question that failed: `id`, `kind` and `failed`, the reason.
     """
     taken = alternating(systems, repeats, partial(measure, model))
     namer = Namer(questions.vocabulary)
 
     def times(item: Item, inputs: dict[str, Any], place: int) -> Record:
-        measurements = taken(inputs, item.limit(max_new_tokens, max_description_tokens), place)
+        most = item.limit(max_new_tokens, max_description_tokens)
+        measurements = taken(inputs, most, place)
         runs = {name: _run(some, tokenizer) for name, some in measurements.items()}
         for one in runs.values():
             one["score"] = score(item.questions[0], one["text"], namer)
+        for system in systems if memory else ():
+            runs[system.name]["peak"] = peak_of(model, inputs, system, most)
         return {"runs": runs}
 
     return run(one_by_one(questions.items), inputs_of, times, results_log, advance)

@@ -53,6 +53,8 @@ class Accuracy(Quality):
     name: str
     kept: float
     """R, mean over questions."""
+    average: float
+    """R̄, mean over questions."""
     ran: float
     """Visual tokens of an answer that were chosen again and ran through the pruned layers, mean over questions."""
     relative: float
@@ -85,6 +87,7 @@ def accuracies(records: Sequence[Record], pictures: Mapping[str, object], base: 
                 **vars(quality([record["score"][name] for record in records])),
                 name=name,
                 kept=float(np.mean([record["kept"][name] for record in records])),
+                average=float(np.mean([record["average"][name] for record in records])),
                 ran=float(np.mean([record["ran"][name] for record in records])),
                 relative=relative_accuracy(column, reference) if short else float("nan"),
                 interval=bootstrap_interval(relative_accuracy, column, reference, groups=groups),
@@ -135,12 +138,12 @@ def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, 
         same_as: systems, and whose output each must repeat.
     """
     reference = _speeds(records, baseline)
-    reference_prefill = _mean(_times(records, baseline, "prefill"))
+    reference_prefill = _mean(times_of(records, baseline, "prefill"))
     result = []
     for name, other in same_as.items():
         runs = [record["runs"][name] for record in records]
         speed = _speeds(records, name)
-        prefill = _mean(_times(records, name, "prefill"))
+        prefill = _mean(times_of(records, name, "prefill"))
         drafted = [count for run in runs for count in run["drafted"]]
         accepted = [count for run in runs for count in run["accepted"]]
         # A prefill is a step like others only where it verifies a draft.
@@ -155,9 +158,9 @@ def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, 
                 relative=relative_speed(speed, reference),
                 interval=bootstrap_interval(relative_speed, speed, reference),
                 prefill=prefill,
-                decode=_mean(_times(records, name, "total")) - prefill,
-                draft=_mean(_times(records, name, "draft")),
-                verify=_mean(_times(records, name, "verify")),
+                decode=_mean(times_of(records, name, "total")) - prefill,
+                draft=_mean(times_of(records, name, "draft")),
+                verify=_mean(times_of(records, name, "verify")),
                 relative_prefill=reference_prefill / prefill,
                 acceptance=acceptance_rate(drafted, accepted),
                 accepted_length=mean_accepted_length(steps) if drafts else float("nan"),
@@ -216,8 +219,14 @@ def compare_batches(records: Sequence[Record], baselines: Sequence[str]) -> list
     return result
 
 
-def _times(records: Sequence[Record], name: str, part: str) -> list[float]:
-    """Median over repeats, per prompt; nan where a system has no such part."""
+def times_of(records: Sequence[Record], name: str, part: str) -> list[float]:
+    """Seconds of a part of a system's answers, per prompt the median over repeats; nan where it has no such part.
+
+    Args:
+        records: of `run_speed`.
+        name: of the system.
+        part: prefill, total, draft or verify.
+    """
 
     def middle(values: list[Any]) -> float:
         return median(values) if values[0] is not None else float("nan")
@@ -227,7 +236,7 @@ def _times(records: Sequence[Record], name: str, part: str) -> list[float]:
 
 def _speeds(records: Sequence[Record], name: str) -> list[float]:
     tokens = [len(record["runs"][name]["ids"]) for record in records]
-    return list(speeds(tokens, _times(records, name, "total")))
+    return list(speeds(tokens, times_of(records, name, "total")))
 
 
 def _mean(values: Sequence[float]) -> float:

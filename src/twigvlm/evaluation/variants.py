@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from twigvlm.config import check_coverage
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.model import TwigVLM
-from twigvlm.pruning.cut import Need, Pruner, schedule
+from twigvlm.pruning.cut import Need, Pruner, average_of, schedule
 from twigvlm.pruning.methods import METHODS, make_pruner
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
 from twigvlm.pruning.methods.pruning_head import default_scorer
@@ -19,6 +19,7 @@ from twigvlm.pruning.methods.random import RandomScores, RandomTokens
 from twigvlm.pruning.methods.scout import ScoutPruner
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.methods.twig_attention import TwigAttention
+from twigvlm.pruning.refocus import check_refocus
 from twigvlm.pruning.view import Scorer
 
 RANKINGS = "none, twig, scout, refocus:COVERAGE, attention, twig-text, random, deep:LAYER"
@@ -117,6 +118,8 @@ class Outcome:
     """New ids; the last one is the end token unless the answer was cut."""
     kept: int
     """Visual tokens behind the first cut; M without pruning."""
+    average: float
+    """R̄ of this prompt."""
     ran: int
     """Visual tokens that were chosen again while the answer grew, and ran through the pruned layers."""
 
@@ -147,13 +150,14 @@ def answer_all(
     first = next((variant for variant, pruner in pruners.items() if Need.VISION in pruner.needs), NONE)
     how = {} if first is NONE else {"pruner": pruners[first], "retain": first.retain}
     source = engine.add(inputs, **how, max_new_tokens=max_new_tokens, do_sample=False)
-    names, kept = {}, {}
+    names, kept, averages = {}, {}, {}
     for variant in variants:
         pruner, request = pruners.get(variant), source
         if variant != first:
             request = engine.fork(source, pruner, variant.retain, refocus_of(variant.method))
         cuts = () if pruner is None else schedule(pruner, variant.retain, visual, layers)
         names[request], kept[request] = variant.name, cuts[0].keep if cuts else visual
+        averages[request] = average_of(pruner, cuts, visual, layers)
     if source not in names:
         engine.cancel(source)
     rows = {row.id: row for row in engine.waiting}
@@ -161,9 +165,47 @@ def answer_all(
     for event in engine.stream():
         ids[event.id] += event.tokens
     return {
-        name: Outcome(ids[request], kept[request], sum(look.ran for look in rows[request].looks))
+        name: Outcome(ids[request], kept[request], averages[request], sum(look.ran for look in rows[request].looks))
         for request, name in names.items()
     }
+
+
+def generate_options(model: TwigVLM, variant: Variant, seed: int = 0) -> dict[str, Any]:
+    """Arguments of `TwigVLM.generate` that prune as a variant does.
+
+    Args:
+        model: that answers.
+        variant: from `make_variants`.
+        seed: of the random choice.
+    """
+    if variant.retain is None:
+        return {}
+    refocus = refocus_of(variant.method)
+    if refocus is not None:
+        return {"retain": variant.retain, "final_wipe": variant.final_wipe, "refocus": refocus}
+    return {"retain": variant.retain, "pruner": _pruner(model, variant, seed)}
+
+
+def check_variants(model: TwigVLM, variants: Sequence[Variant], visual: int) -> None:
+    """Refuse variants that a prompt of so many visual tokens cannot have.
+
+    Raises:
+        TwigVLMError: names every such method and the budgets that it could have.
+    """
+    refusals = []
+    for variant in variants:
+        if variant.retain is None:
+            continue
+        try:
+            pruner = _pruner(model, variant, 0)
+            schedule(pruner, variant.retain, visual, model.base.num_layers)
+            refocus = refocus_of(variant.method)
+            if refocus is not None:
+                check_refocus(refocus, pruner, model.base, model.twig)
+        except TwigVLMError as error:
+            refusals.append(f"method {variant.method!r}: {one_line(error)}")
+    if refusals:
+        raise TwigVLMError("; ".join(refusals))
 
 
 def score_all(

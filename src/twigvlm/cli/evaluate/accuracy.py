@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class EvaluateAccuracy(PruningOptions):
     """Accuracy of several ways to prune under the same budgets."""
 
-    name: ClassVar[str] = "accuracy"
+    name: ClassVar[str] = "evaluate accuracy"
 
     methods: tuple[str, ...] = ("twig", "random", "fastv")
     """How to rank the visual tokens: twig (its P-Head if it has one), scout (the same before the decoder), refocus:τ (the same,

@@ -11,7 +11,7 @@ from twigvlm.cli.evaluate.options import BaselineOptions
 class EvaluateBatches(BaselineOptions):
     """Tokens per second and peak memory of batches of several sizes."""
 
-    name: ClassVar[str] = "batches"
+    name: ClassVar[str] = "evaluate batches"
 
     sizes: tuple[int, ...] = (1, 2, 4, 8)
     """Prompts in a batch; each must divide the number of prompts."""

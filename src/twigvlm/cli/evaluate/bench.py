@@ -118,13 +118,13 @@ def _versions() -> dict[str, Any]:
     return {"torch": torch.__version__, "transformers": transformers.__version__, "twigvlm": version("twigvlm")}
 
 
-RECORDS = 2
+RECORDS = 3
 """Version of what records hold; results of another one cannot be continued."""
 
 
-def open_log(options: EvaluateOptions, settings: dict[str, Any]) -> ResultsLog:
+def open_log(options: EvaluateOptions, settings: dict[str, Any], file: str = RAW) -> ResultsLog:
     """The raw results in the output directory, made under these settings."""
-    return ResultsLog(options.output / RAW, {**settings, "records": RECORDS})
+    return ResultsLog(options.output / file, {**settings, "records": RECORDS})
 
 
 @contextmanager
@@ -163,12 +163,12 @@ def showing(
 
 def command_line(options: EvaluateOptions) -> str:
     """The command that asks for these options."""
-    words = ["twigvlm", "evaluate", options.name]
+    words = ["twigvlm", *options.name.split()]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if value == field.default:
             continue
-        words.append(f"--{field.name.replace('_', '-')}")
+        words.append(f"--{'no-' if value is False else ''}{field.name.replace('_', '-')}")
         if isinstance(value, tuple):
             words += [f"{item:g}" if isinstance(item, float) else str(item) for item in value]
         elif not isinstance(value, bool):

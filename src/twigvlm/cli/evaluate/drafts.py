@@ -12,7 +12,7 @@ from twigvlm.config import SpeculationConfig
 class EvaluateDrafts(TimingOptions):
     """Speed for several draft lengths and thresholds, on the validation split."""
 
-    name: ClassVar[str] = "drafts"
+    name: ClassVar[str] = "evaluate drafts"
 
     lengths: tuple[int, ...] = (3, 5, 8)
     """δ to try: longest chains, in tokens."""

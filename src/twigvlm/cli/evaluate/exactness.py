@@ -10,7 +10,7 @@ from twigvlm.cli.evaluate.options import BudgetOptions
 class EvaluateExactness(BudgetOptions):
     """Count the prompts whose answers differ where they must not; best in float32."""
 
-    name: ClassVar[str] = "exactness"
+    name: ClassVar[str] = "evaluate exactness"
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights. auto: as the base's files say; in half precision, ties may flip."""

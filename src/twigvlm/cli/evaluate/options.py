@@ -17,7 +17,7 @@ class EvaluateOptions(ModelOptions):
     """What every evaluation needs."""
 
     name: ClassVar[str]
-    """Of the subcommand."""
+    """Of the command, for example `evaluate speed`."""
 
     questions: Path
     """JSON file of questions with answers; image paths in it are relative to it."""

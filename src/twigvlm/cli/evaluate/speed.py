@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class EvaluateSpeed(BaselineOptions):
     """Tokens per second of the base's own `generate` and of the twig's parts."""
 
-    name: ClassVar[str] = "speed"
+    name: ClassVar[str] = "evaluate speed"
 
     draft_length: int = SpeculationConfig.draft_length
     draft_threshold: float = SpeculationConfig.draft_threshold

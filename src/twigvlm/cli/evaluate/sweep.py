@@ -11,7 +11,7 @@ from twigvlm.cli.evaluate.options import PruningOptions
 class EvaluateSweep(PruningOptions):
     """Accuracy of the twig's pruning for several K_f, on the validation split."""
 
-    name: ClassVar[str] = "sweep"
+    name: ClassVar[str] = "evaluate sweep"
 
     final_wipes: tuple[int, ...] = ()
     """K_f to try. None given: every fourth layer down from the last, in the upper half."""

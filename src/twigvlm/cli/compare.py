@@ -1,0 +1,160 @@
+"""`twigvlm compare`: all pruning methods under the same budgets, accuracy and speed in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from twigvlm.cli.evaluate.options import FIGURE, PruningOptions
+from twigvlm.config import Speculate
+from twigvlm.errors import TwigVLMError
+
+if TYPE_CHECKING:
+    from twigvlm.cli.evaluate.bench import Bench
+    from twigvlm.evaluation.compare import Contender
+    from twigvlm.evaluation.results_log import Record
+    from twigvlm.evaluation.run import InputsOf
+    from twigvlm.evaluation.variants import Variant
+    from twigvlm.model import TwigVLM
+
+TIMES = "times.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(PruningOptions):
+    """Compare pruning methods with each other and with the base: accuracy, speed and memory.
+
+    Each method is timed with every way to speculate that is given, which changes its times and nothing else.
+    """
+
+    name: ClassVar[str] = "compare"
+
+    methods: tuple[str, ...] = ()
+    """Methods of `twigvlm methods`, refocus:τ (the twig's own, which chooses again while the answer grows), scout, or any other
+    way to rank of `evaluate accuracy`; the base takes part in any case. None given: the twig's, if there is a twig, and all of
+    `twigvlm methods`."""
+    speculate: tuple[Speculate, ...] = ("none",)
+    timed: int = 20
+    """Short questions, and long ones, that are timed: the first ones. 0: no times."""
+    repeats: int = 1
+    """Times that everyone answers a timed question, in turn."""
+    baselines: tuple[str, ...] = ("sdpa", "eager")
+    """Attention implementations of the base's own `generate`; the faster one is what speeds are relative to."""
+    figure: bool = True
+    """Draw accuracy over visual tokens and over time (figure.png); needs matplotlib."""
+
+    def run(self) -> None:
+        """Ask and time, and write results.jsonl, times.jsonl, report.md and the figure."""
+        from twigvlm.cli.evaluate.bench import open_bench, write_report
+        from twigvlm.evaluation.compare import checked_inputs, compare, make_contenders
+        from twigvlm.evaluation.compare_report import comparison_sections
+        from twigvlm.evaluation.figures import draw_comparison, drawn_lengths
+        from twigvlm.evaluation.results_log import answered
+        from twigvlm.evaluation.variants import make_variants
+
+        self._check()
+        bench = open_bench(self, needs_twig=self._needs_twig())
+        model = bench.grow()
+        variants = make_variants(model, self._methods(bench.twig is not None), self.budgets)
+        contenders = make_contenders(variants, self.speculate)
+        inputs_of = checked_inputs(model, variants, bench.questions.items, bench.inputs_of)
+        answers = _answer(self, bench, model, variants, inputs_of)
+        times = _time(self, bench, model, contenders, inputs_of) if self.timed else []
+        pruning_head = model.twig.pruning_head is not None
+        pictures = {question.id: question.image for question in bench.questions.items}
+        lines = compare(answered(answers), answered(times), pictures, contenders, self.baselines)
+        draws = self.figure and bool(drawn_lengths(lines))
+        sections = comparison_sections(lines, pruning_head, FIGURE if draws else None)
+        more = {"seed": self.seed, "repeats": self.repeats} if self.timed else {"seed": self.seed}
+        write_report(self, "Comparison", bench, more, sections, answers)
+        if self.timed:
+            print(f"Times: {self.output / TIMES}")
+        if draws:
+            draw_comparison(lines, self.output / FIGURE)
+            print(f"Figure: {self.output / FIGURE}")
+        elif self.figure:
+            print("Figure: none, because no answer of the base is right")
+
+    def _check(self) -> None:
+        """What can be refused before a model is loaded."""
+        from twigvlm.evaluation.figures import figure_class
+
+        for option, least in (("timed", 0), ("repeats", 1)):
+            if getattr(self, option) < least:
+                raise TwigVLMError(f"{option}={getattr(self, option)}: must be {least} or more")
+        for option in ("budgets", "speculate", "baselines"):
+            if not getattr(self, option):
+                raise TwigVLMError(f"{option}: none given; give at least one, or leave the option out")
+        if self.figure:
+            figure_class()
+
+    def _needs_twig(self) -> bool:
+        from twigvlm.evaluation.variants import is_published
+
+        own = [method for method in self.methods if method not in ("base", "none") and not is_published(method)]
+        return bool(own) or any(way != "none" for way in self.speculate)
+
+    def _methods(self, has_twig: bool) -> list[str]:
+        """Those that are asked for, without the base, which takes part in any case."""
+        from twigvlm.pruning.methods import METHODS
+
+        published = ["random:0" if method == "random" else method for method in METHODS]
+        chosen = self.methods or [*(["twig"] if has_twig else []), *published]
+        return [method for method in dict.fromkeys(chosen) if method not in ("base", "none")]
+
+
+def _answer(
+    options: Compare, bench: Bench, model: TwigVLM, variants: Sequence[Variant], inputs_of: InputsOf
+) -> list[Record]:
+    """Every question under every method and budget, in forks of one request."""
+    from twigvlm.cli.evaluate.bench import open_log, showing
+    from twigvlm.evaluation.accuracy import run_accuracy
+    from twigvlm.evaluation.progress import Progress
+
+    names = [variant.name for variant in variants]
+    log = open_log(options, {**bench.settings, "variants": names, "seed": options.seed})
+    ids = [question.id for question in bench.questions.items]
+    with showing("Answers", ids, log, accuracies=Progress()) as show:
+        return run_accuracy(
+            model,
+            bench.processor.tokenizer,
+            bench.questions,
+            variants,
+            inputs_of,
+            log,
+            options.max_new_tokens,
+            options.max_description_tokens,
+            options.seed,
+            show,
+        )
+
+
+def _time(
+    options: Compare, bench: Bench, model: TwigVLM, contenders: Sequence[Contender], inputs_of: InputsOf
+) -> list[Record]:
+    """The first questions of each length, all contenders in turn."""
+    import dataclasses
+
+    from twigvlm.cli.evaluate.bench import machine, open_log, showing
+    from twigvlm.evaluation.compare import contender_systems, timed_questions
+    from twigvlm.evaluation.speed import run_speed
+
+    systems = contender_systems(model, contenders, options.baselines, options.seed)
+    settings = {"systems": [system.name for system in systems], "seed": options.seed, "repeats": options.repeats}
+    log = open_log(options, {**bench.settings, **settings, **machine()}, TIMES)
+    questions = dataclasses.replace(bench.questions, items=timed_questions(bench.questions.items, options.timed))
+    with showing("Times", (question.id for question in questions.items), log) as show:
+        return run_speed(
+            model,
+            bench.processor.tokenizer,
+            questions,
+            systems,
+            inputs_of,
+            log,
+            options.max_new_tokens,
+            options.max_description_tokens,
+            options.repeats,
+            show,
+            memory=True,
+        )

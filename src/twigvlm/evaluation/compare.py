@@ -1,0 +1,228 @@
+"""All methods in one comparison: who takes part, and one line per method, budget and way to draft."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.metrics import Column, bootstrap_interval, median_ratio, speeds
+from twigvlm.evaluation.questions import Question
+from twigvlm.evaluation.results_log import Record
+from twigvlm.evaluation.run import InputsOf
+from twigvlm.evaluation.speed import System, base_systems
+from twigvlm.evaluation.summary import Accuracy, Interval, Speed, accuracies, compare_speeds, faster, times_of
+from twigvlm.evaluation.variants import NONE, Variant, check_variants, generate_options
+from twigvlm.model import TwigVLM
+
+LENGTHS = {"short": False, "long": True}
+"""Kinds of answers that are told apart, by `Question.has_long_answer`."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to prune under one budget, and a way to draft."""
+
+    variant: Variant
+    speculate: str = "none"
+
+    @property
+    def name(self) -> str:
+        """For example `visionzip@64 + chain`."""
+        return self.variant.name + self._drafts
+
+    @property
+    def label(self) -> str:
+        """The name without the budget; `base` where nothing is pruned."""
+        return ("base" if self.variant == NONE else self.variant.method) + self._drafts
+
+    @property
+    def _drafts(self) -> str:
+        return "" if self.speculate == "none" else f" + {self.speculate}"
+
+
+BASE = Contender(NONE)
+"""The base's own `generate`."""
+
+
+def make_contenders(variants: Sequence[Variant], ways: Sequence[str]) -> list[Contender]:
+    """The base, and every variant with every way to draft."""
+    return list(dict.fromkeys([BASE, *(Contender(variant, way) for variant in variants for way in ways)]))
+
+
+def contender_systems(
+    model: TwigVLM, contenders: Sequence[Contender], attentions: Sequence[str], seed: int = 0
+) -> list[System]:
+    """How contenders answer while they are timed: each on its own, from the picture to the last token.
+
+    Args:
+        model: that answers.
+        contenders: from `make_contenders`.
+        attentions: implementations that the base's `generate` is timed with.
+        seed: of the random choice.
+    """
+    return [
+        *base_systems(attentions),
+        *(
+            System(one.name, options={**generate_options(model, one.variant, seed), "speculate": one.speculate})
+            for one in contenders
+            if one != BASE
+        ),
+    ]
+
+
+def timed_questions(questions: Sequence[Question], count: int) -> tuple[Question, ...]:
+    """The first questions of each length."""
+    seen = dict.fromkeys(LENGTHS.values(), 0)
+    chosen = []
+    for question in questions:
+        seen[question.has_long_answer] += 1
+        if seen[question.has_long_answer] <= count:
+            chosen.append(question)
+    return tuple(chosen)
+
+
+def checked_inputs(
+    model: TwigVLM, variants: Sequence[Variant], questions: Sequence[Question], inputs_of: InputsOf
+) -> Callable[..., dict[str, Any]]:
+    """Inputs of questions whose prompts can have every variant's budget; others fail.
+
+    Raises:
+        TwigVLMError: the first question that has inputs cannot have a budget; names every such method.
+    """
+
+    def check(inputs: dict[str, Any]) -> dict[str, Any]:
+        check_variants(model, variants, int(model.base.visual_mask(inputs["input_ids"]).sum()))
+        return inputs
+
+    for question in questions:
+        inputs = None
+        with suppress(TwigVLMError):
+            inputs = inputs_of(question)
+        if inputs is not None:
+            check(inputs)
+            break
+    return lambda *some: check(inputs_of(*some))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Of a contender's answers of one length, against the base's: ratios are medians over questions, above 1 is faster."""
+
+    count: int
+    """Answers."""
+    speed: Speed
+    """Its own figures, means over questions."""
+    relative: float
+    """Of tokens per second, prefill and decoding together."""
+    interval: Interval
+    """Of `relative`, 95 %, paired."""
+    prefill: float
+    """Of prefill times, the vision tower included."""
+    decode: float
+    """Of decoding times per token after the first."""
+    share: float
+    """Its time for an answer over the base's: below 1 is faster."""
+    different: int | None
+    """Timed answers that differ from those whose quality was measured; None: it draws at random, each time anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One contender in the table; lengths of which there is no question are missing."""
+
+    contender: Contender
+    average: float
+    """R̄, mean over questions."""
+    quality: dict[str, Accuracy]
+    """By length."""
+    times: dict[str, Times]
+    """By length."""
+    peak: float
+    """Most bytes held at once by any timed answer, weights included; nan where the machine does not say."""
+
+
+def compare(
+    answers: Sequence[Record],
+    timed: Sequence[Record],
+    pictures: Mapping[str, object],
+    contenders: Sequence[Contender],
+    attentions: Sequence[str],
+) -> list[Line]:
+    """A line per contender.
+
+    Args:
+        answers: of `run_accuracy`, without those that failed.
+        timed: of `run_speed` on `contender_systems`, without those that failed; may be empty.
+        pictures: by question id, which picture it is about.
+        contenders: from `make_contenders`.
+        attentions: implementations that the base's `generate` was timed with; the faster one counts, at each length.
+    """
+    baselines = [system.name for system in base_systems(attentions)]
+    given = {record["id"]: record["given"] for record in answers}
+    quality, times = {}, {}
+    for length, is_long in LENGTHS.items():
+        of_length = [record for record in answers if record["long"] == is_long]
+        if of_length:
+            quality[length] = {one.name: one for one in accuracies(of_length, pictures)}
+        timed_here = [record for record in timed if record["long"] == is_long]
+        if timed_here:
+            times[length] = _times(timed_here, given, contenders, baselines)
+    return [
+        Line(
+            contender=one,
+            average=mean(record["average"][one.variant.name] for record in answers),
+            quality={length: figures[one.variant.name] for length, figures in quality.items()},
+            times={length: figures[one] for length, figures in times.items()},
+            peak=_peak(timed, baselines if one == BASE else [one.name]),
+        )
+        for one in contenders
+    ]
+
+
+def _times(
+    records: Sequence[Record],
+    given: Mapping[str, Mapping[str, str]],
+    contenders: Sequence[Contender],
+    baselines: Sequence[str],
+) -> dict[Contender, Times]:
+    baseline = faster(records, baselines)
+    names = {one: baseline if one == BASE else one.name for one in contenders}
+    figures = {one.name: one for one in compare_speeds(records, baseline, dict.fromkeys(names.values()))}
+    base = _Seconds(records, baseline)
+    found = {}
+    for one, name in names.items():
+        mine = _Seconds(records, name)
+        texts = [(record["runs"][name]["text"], given.get(record["id"], {})) for record in records]
+        by_chance = one.variant.method.partition(":")[0] == "random"
+        found[one] = Times(
+            count=len(records),
+            speed=figures[name],
+            relative=median_ratio(mine.speed, base.speed),
+            interval=bootstrap_interval(median_ratio, mine.speed, base.speed),
+            prefill=median_ratio(base.prefill, mine.prefill),
+            decode=median_ratio(base.per_token, mine.per_token),
+            share=median_ratio(mine.total, base.total),
+            different=None if by_chance else sum(text != untimed.get(one.variant.name) for text, untimed in texts),
+        )
+    return found
+
+
+class _Seconds:
+    """What a system took, per question."""
+
+    def __init__(self, records: Sequence[Record], name: str) -> None:
+        tokens = [len(record["runs"][name]["ids"]) for record in records]
+        self.prefill, self.total = times_of(records, name, "prefill"), times_of(records, name, "total")
+        self.speed: Column = speeds(tokens, self.total)
+        parts = zip(tokens, self.prefill, self.total, strict=True)
+        self.per_token = [(total - first) / (n - 1) if n > 1 else float("nan") for n, first, total in parts]
+
+
+def _peak(records: Sequence[Record], names: Sequence[str]) -> float:
+    """Of several names the least: the base's implementations stand for one another."""
+    peaks = [[record["runs"][name]["peak"] for record in records] for name in names]
+    if not records or any(held is None for some in peaks for held in some):
+        return float("nan")
+    return float(min(max(some) for some in peaks))

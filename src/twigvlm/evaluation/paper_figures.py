@@ -1,0 +1,154 @@
+"""The figures that the paper has, drawn from raw results or from answers to a few questions; most need matplotlib."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from twigvlm.evaluation.figures import figure_class, percent_and_error, show_scores
+from twigvlm.evaluation.summary import Accuracy, Speed
+from twigvlm.evaluation.token_origins import Origin
+
+DRAFTED, CHOSEN = (201, 236, 208), (255, 217, 168)
+"""Colours of tokens that the twig drafted, and of those that the base chose."""
+
+
+def draw_times(speeds: Mapping[str, Speed], lengths: Sequence[int], path: Path) -> None:
+    """Seconds of prefill and decoding by answer length, a bar per system (Fig. 3).
+
+    Args:
+        speeds: by the label of the bar; measured, and carried on to other lengths at the same time per token.
+        lengths: new tokens of an answer.
+        path: of the picture.
+    """
+    figure = figure_class()(figsize=(1.5 + 0.35 * (len(speeds) + 1) * len(lengths), 4), layout="constrained")
+    axes = figure.subplots()
+    for number, (label, speed) in enumerate(speeds.items()):
+        per_token = speed.decode / max(1.0, speed.tokens - 1)
+        at = [place * (len(speeds) + 1) + number for place in range(len(lengths))]
+        axes.bar(at, [speed.prefill] * len(lengths), color=f"C{number}", label=f"{label}: prefill")
+        axes.bar(
+            at,
+            [per_token * (length - 1) for length in lengths],
+            bottom=[speed.prefill] * len(lengths),
+            color=f"C{number}",
+            alpha=0.45,
+            label=f"{label}: decoding",
+        )
+    middle = (len(speeds) - 1) / 2
+    axes.set_xticks([place * (len(speeds) + 1) + middle for place in range(len(lengths))], [str(n) for n in lengths])
+    axes.set(xlabel="new tokens of an answer", ylabel="seconds")
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def draw_speeds(groups: Mapping[str, Sequence[Speed]], path: Path) -> None:
+    """RelSpd of every system in percent, with its interval: a panel per group, for example short and long answers (Fig. 6)."""
+    tallest = max(map(len, groups.values()))
+    figure = figure_class()(figsize=(6 * len(groups), 1.2 + 0.35 * tallest), layout="constrained")
+    for axes, (title, speeds) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+        places = range(len(speeds))
+        length, error = percent_and_error(speeds)
+        axes.barh(places, length, xerr=error, color="C0", capsize=3)
+        axes.set_yticks(places, [one.name for one in speeds])
+        axes.invert_yaxis()
+        axes.axvline(100, color="grey", linewidth=0.8)
+        axes.set(title=title, xlabel="tokens per second, % of the base's (RelSpd)")
+    figure.savefig(path, dpi=150)
+
+
+def draw_samples(by_samples: Mapping[int, Sequence[Accuracy]], names: Sequence[str], path: Path) -> None:
+    """RelAcc in percent over the number of training samples, a line per variant (Fig. 7).
+
+    Args:
+        by_samples: figures of a twig that was trained on so many samples.
+        names: of the variants that are drawn.
+        path: of the picture.
+    """
+    figure = figure_class()(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    counts = sorted(by_samples)
+    for name in names:
+        points = [next(one for one in by_samples[count] if one.name == name) for count in counts]
+        middle, error = percent_and_error(points)
+        axes.errorbar(counts, middle, yerr=error, marker="o", capsize=3, label=name)
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.minorticks_off()
+    axes.set(xlabel="training samples", ylabel="RelAcc, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+class Seen(NamedTuple):
+    """A picture, the question, and what rankings make of it."""
+
+    image: Image.Image
+    question: str
+    maps: Mapping[str, Float[Tensor, "rows columns"]]
+    """By title, the same for all pictures."""
+    box: tuple[int, int, int, int] | None
+    """The part of the picture (left, top, right, bottom) that the patches cover; None: all of it."""
+
+
+def draw_maps(seen: Sequence[Seen], path: Path) -> None:
+    """Pictures and the scores of their patches side by side, a row per question (Fig. 5 and 8)."""
+    columns = 1 + len(seen[0].maps)
+    figure = figure_class()(figsize=(3 * columns, 3.2 * len(seen)), layout="constrained")
+    for row, one in zip(figure.subplots(len(seen), columns, squeeze=False), seen, strict=True):
+        width, height = one.image.size
+        row[0].imshow(one.image, extent=(0, width, height, 0))
+        row[0].set_title(one.question, fontsize=9, wrap=True)
+        for axes, (title, scores) in zip(row[1:], one.maps.items(), strict=True):
+            axes.imshow(one.image.convert("L").convert("RGB"), extent=(0, width, height, 0))
+            show_scores(axes, one.image, scores, one.box)
+            axes.set_title(title, fontsize=9)
+        for axes in row:
+            axes.set(xlim=(0, width), ylim=(height, 0))
+            axes.set_axis_off()
+    figure.savefig(path, dpi=120)
+
+
+class Drafted(NamedTuple):
+    """An answer, token by token."""
+
+    question: str
+    pieces: Sequence[str]
+    origins: Sequence[Origin]
+
+
+def draw_drafts(answers: Sequence[Drafted], width: int = 1000, size: int = 18) -> Image.Image:
+    """Answers whose drafted tokens are green, those of the base orange (Fig. 9).
+
+    Args:
+        answers: with the text that each token adds.
+        width: of the picture, in pixels.
+        size: of the letters.
+    """
+    font, line, margin = ImageFont.load_default(size), round(1.7 * size), size
+    boxes: list[tuple[float, int, str, tuple[int, int, int] | None]] = []
+    top = margin
+    for answer in answers:
+        boxes.append((margin, top, answer.question, None))
+        left, top = float(margin), top + line
+        for piece, origin in zip(answer.pieces, answer.origins, strict=True):
+            parts = piece.split("\n")
+            for number, part in enumerate(parts):
+                long = font.getlength(part)
+                if number or left + long > width - margin:
+                    left, top = float(margin), top + line
+                if part:
+                    boxes.append((left, top, part, DRAFTED if origin.drafted else CHOSEN))
+                left += long + 1
+        top += 2 * line
+    picture = Image.new("RGB", (width, top), "white")
+    draw = ImageDraw.Draw(picture)
+    for left, upper, text, colour in boxes:
+        if colour is not None:
+            draw.rectangle((left, upper, left + font.getlength(text), upper + round(1.35 * size)), fill=colour)
+        draw.text((left, upper), text, fill="black", font=font)
+    return picture
