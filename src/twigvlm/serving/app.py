@@ -9,6 +9,7 @@ from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
 
+import anyio
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
@@ -135,7 +136,7 @@ async def _body(http: Request, limit: int, seconds: float) -> bytes:
         raise too_large
     parts, size = [], 0
     try:
-        async with asyncio.timeout(seconds):
+        with anyio.fail_after(seconds):
             while True:
                 message = await http.receive()
                 if message["type"] == "http.disconnect":

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
+import anyio
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -41,7 +42,7 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
         try:
-            async with asyncio.timeout(self._seconds):
+            with anyio.fail_after(self._seconds):
                 await super().__call__(scope, receive, send)
         except TimeoutError:  # a client that stops reading must not keep its place; the server closes the connection
             pass
