@@ -161,13 +161,29 @@ def answer_question(
         output: Any = generate(**inputs, **options)
         end = clock()
     first = end if watch.at is None else watch.at
-    tokens = output.sequences[0, length:].tolist()
-    visual = _visual_positions(base.config, inputs["input_ids"][0].tolist())
+    return _answer_of(session, inputs["input_ids"], output, accelerated, (start, first, end))
+
+
+def _answer_of(
+    session: Session, prompt: torch.Tensor, output: Any, accelerated: bool, times: tuple[float, float, float]
+) -> Answer:
+    """What `generate` returned, counted and decoded.
+
+    Args:
+        session: what answered.
+        prompt: its ids, [1, tokens].
+        output: with a twig a TwigOutput, otherwise Hugging Face's.
+        accelerated: whether the twig took part.
+        times: of the start, the first token and the end, in seconds.
+    """
+    start, first, end = times
+    tokens = output.sequences[0, prompt.shape[1] :].tolist()
+    visual = _visual_positions(session.base.config, prompt[0].tolist())
     kept = None if not accelerated or output.kept_indices is None else output.kept_indices[0].tolist()
     looks = output.looks[0] if accelerated and output.looks is not None else None
     timings = output.timings if accelerated else None
     return Answer(
-        text=tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+        text=session.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
         token_ids=tokens,
         num_tokens=len(tokens),
         prefill_ms=1000 * (first - start),

@@ -45,7 +45,6 @@ class Inspect(QuestionOptions):
         from twigvlm.errors import TwigVLMError
         from twigvlm.evaluation.figures import draw_patches, figure_class
         from twigvlm.evaluation.variants import score_all
-        from twigvlm.files import replacing
         from twigvlm.images import load_image
         from twigvlm.inputs import build_inputs, user_turn
         from twigvlm.visualize import patch_grid, seen_box
@@ -92,6 +91,12 @@ class Inspect(QuestionOptions):
         )
         tokenizer = session.processor.tokenizer
         page = answer_page(self.prompt, answer, tokenizer.decode, picture, _settings(self, session, answer))
+        self._write(picture, page)
+
+    def _write(self, picture: bytes, page: str) -> None:
+        """Write both files, each whole or not at all, and say where they are."""
+        from twigvlm.files import replacing
+
         self.out.mkdir(parents=True, exist_ok=True)
         for name, data in ((PICTURE, picture), (PAGE, page.encode())):
             with replacing(self.out / name) as temporary:

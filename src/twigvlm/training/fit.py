@@ -73,14 +73,7 @@ def fit(
         use_one_gpu(arguments)
         model.twig.float()
         processes.broadcast_weights(module)
-        trainer = trainer_class(
-            model=module,
-            args=arguments,
-            train_dataset=data,
-            data_collator=Collator(pad_token_id=0),
-            callbacks=[*callbacks, LogLastStep()],
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = _trainer(trainer_class, module, arguments, data, callbacks)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             fsdp.unshard(module)
@@ -123,6 +116,25 @@ def _settings(model: TwigVLM, config: TrainingConfig, data: Dataset[dict[str, Te
         "processes": processes.count(),
         "sharded": fsdp.wanted(),
     }
+
+
+def _trainer(
+    trainer_class: type[TermTrainer],
+    module: nn.Module,
+    arguments: TrainingArguments,
+    data: Dataset[dict[str, Tensor]],
+    callbacks: Sequence[TrainerCallback],
+) -> TermTrainer:
+    """The Trainer of a stage, which prints nothing by itself."""
+    trainer = trainer_class(
+        model=module,
+        args=arguments,
+        train_dataset=data,
+        data_collator=Collator(pad_token_id=0),
+        callbacks=[*callbacks, LogLastStep()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _arguments(config: TrainingConfig, directory: Path, steps: int, device: torch.device) -> TrainingArguments:
