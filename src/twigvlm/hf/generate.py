@@ -9,12 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import (
-    GenerationMode,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
+from transformers.generation import GenerationMode, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from twigvlm.base.vision import See
 from twigvlm.base.vlm import BaseVLM
