@@ -39,7 +39,7 @@ def test_the_line_says_what_is_done_and_how_much(install):
     assert lines[-1] == "1 of 3: PyTorch: unpacking 2 packages, 3 found so far, 1:05"
 
 
-@pytest.mark.parametrize(("code", "ending"), [(0, "done"), (3, "failed")])
+@pytest.mark.parametrize(("code", "ending"), [(0, "done, 3 packages,"), (3, "failed")])
 def test_no_flood_where_no_terminal_is_and_all_of_it_on_failure(install, capfd, code, ending):
     pip = [sys.executable, "-S", "-c", f"import sys; print({SAID!r}, end=''); sys.exit({code})"]
     assert install.show("PyTorch", pip) == code

@@ -24,6 +24,11 @@ class Progress:
         self.lines: list[str] = []
         self._found: set[str] = set()
 
+    @property
+    def count(self) -> int:
+        """Packages that have been looked at."""
+        return len(self._found)
+
     def read(self, line: str) -> None:
         """Take in a line that pip has printed."""
         self.lines.append(line)
@@ -38,7 +43,7 @@ class Progress:
     def text(self, seconds: float) -> str:
         """The line after some seconds."""
         minutes, rest = divmod(round(seconds), 60)
-        return f"{self.title}: {self.doing}, {len(self._found)} found so far, {minutes}:{rest:02}"
+        return f"{self.title}: {self.doing}, {self.count} found so far, {minutes}:{rest:02}"
 
 
 def show(title: str, command: list[str]) -> int:
@@ -54,7 +59,8 @@ def show(title: str, command: list[str]) -> int:
             print(f"\r\x1b[K{progress.text(time.monotonic() - start)[:79]}", end="", flush=True)
     code = process.wait()
     minutes, rest = divmod(round(time.monotonic() - start), 60)
-    print(("\r\x1b[K" if rewrites else "") + f"{title}: {'failed' if code else 'done'} after {minutes}:{rest:02}")
+    end = "failed" if code else f"done, {progress.count} packages,"
+    print(("\r\x1b[K" if rewrites else "") + f"{title}: {end} after {minutes}:{rest:02}")
     if code:
         sys.stderr.write("".join(progress.lines))
     return code
