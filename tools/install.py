@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 
 COLLECTING = re.compile(r"(?:Collecting|Requirement already satisfied:) ([\w.-]+)")
 LOADING = re.compile(r"\s*(?:Downloading|Using cached) (?:\S*/)?([\w.]+)-\S+(?: \((.*)\))?")
@@ -51,13 +50,12 @@ def show(title: str, command: list[str]) -> int:
     rewrites, start = sys.stdout.isatty(), time.monotonic()
     progress = Progress(title)
     print(f"{title} …", end="" if rewrites else "\n", flush=True)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    output: Iterable[str] = process.stdout or ()
-    for line in output:
-        progress.read(line)
-        if rewrites:
-            print(f"\r\x1b[K{progress.text(time.monotonic() - start)[:79]}", end="", flush=True)
-    code = process.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout or ():
+            progress.read(line)
+            if rewrites:
+                print(f"\r\x1b[K{progress.text(time.monotonic() - start)[:79]}", end="", flush=True)
+    code = process.returncode
     minutes, rest = divmod(round(time.monotonic() - start), 60)
     end = "failed" if code else f"done, {progress.count} packages,"
     print(("\r\x1b[K" if rewrites else "") + f"{title}: {end} after {minutes}:{rest:02}")

@@ -125,7 +125,7 @@ def test_version(capsys):
 def test_shells_complete_the_commands(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--tyro-print-completion", "bash"])
-    assert caught.value.code == 0
+    assert not caught.value.code
     script = capsys.readouterr().out
     assert all(command in script for command in ("generate", "evaluate", "doctor", "--retain"))
 
