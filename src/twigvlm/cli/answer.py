@@ -96,7 +96,7 @@ def check_request(prompt: str, max_new_tokens: int) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise TwigVLMError(f"prompt {prompt!r}: is no text in UTF-8; write it again") from None
+        raise TwigVLMError(f"prompt {prompt!r}: is not valid UTF-8; write it again") from None
     if max_new_tokens < 1:
         raise TwigVLMError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
 

@@ -14,10 +14,10 @@ from twigvlm.errors import TwigVLMError
 
 @dataclass(frozen=True)
 class Batch(ServiceOptions):
-    """Answer a batch file in OpenAI's format; a run that was interrupted goes on where it stopped."""
+    """Answer a batch file in OpenAI's format; an interrupted run continues where it stopped."""
 
     input: Annotated[Path, Positional, arg(metavar="INPUT")]
-    """File of requests: JSON objects with `custom_id` and `body`, one a line."""
+    """File of requests: JSON objects with `custom_id` and `body`, one per line."""
     output: Annotated[Path, Positional, arg(metavar="OUTPUT")]
     """File of results, in the order in which they are complete; requests that have theirs there are not answered again."""
 

@@ -1,4 +1,4 @@
-"""`twigvlm convert`: a published twig as one of ours."""
+"""`twigvlm convert`: import a published twig."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,22 +9,22 @@ import tyro
 
 @dataclass(frozen=True)
 class Convert:
-    """Convert a twig that the method's authors published into one of this library."""
+    """Convert a twig that the method's authors published into this library's format."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """Directory of the published weights."""
+    """Directory with the published weights."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Directory for the twig."""
     model: str
     """The base it was trained on: a Hugging Face id or a directory."""
     layout: Annotated[Literal["milvlg"], tyro.conf.arg(name="from")] = "milvlg"
-    """Whose layout the weights have."""
+    """Layout of the published weights."""
     trunk_layers: int = 2
     """K: base layers below the twig."""
     final_wipe: int | None = None
-    """K_f that pruning with this twig uses by default. None: no FinalWipe."""
+    """K_f that pruning with this twig will use by default. None: no FinalWipe."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the base, and of the twig that is written. auto: as the base's files say."""
+    """Data type of the base and of the twig that is written. auto: as stored in the base's files."""
 
     def run(self) -> None:
         """Convert, and write the twig to `out`."""
@@ -34,7 +34,7 @@ class Convert:
         from twigvlm.errors import TwigVLMError
 
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise TwigVLMError(f"out {str(self.out)!r}: exists already; choose another directory")
+            raise TwigVLMError(f"out {str(self.out)!r}: already exists; choose another directory")
         with busy(f"Loading {self.model}"):
             base, _ = load_base(self.model, self.dtype, "cpu")
         with busy(f"Converting {self.source}"):

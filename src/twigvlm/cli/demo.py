@@ -29,15 +29,15 @@ PANELS = 6
 
 @dataclass(frozen=True)
 class Demo(QuestionOptions):
-    """Compare answers and speed: plain, with speculation alone (the same answer), and with pruning too (which may differ)."""
+    """Compare answers and speed: plain, with speculation only (the same answer), and with pruning as well (which may differ)."""
 
     prompt: str | None = None
     """Question about the image. None: a short question and a description."""
     refocus: float | None = 0.7
     max_new_tokens: int = 128
     runs: int = 3
-    """Timed runs of each kind, alternating, after one of each to warm up; the medians are shown. Plain runs use the base's
-    faster attention implementation, sdpa or eager."""
+    """Number of timed runs of each kind, in alternation and after a warm-up; the medians are shown. Plain runs use the faster
+    of the base's attention implementations, sdpa or eager."""
     out: Path = Path("twigvlm-demo.png")
     """Picture to write: the image with the kept patches highlighted."""
 

@@ -21,22 +21,23 @@ class Export:
     """Write a twig for another program, and print how to use it there."""
 
     to: Annotated[Literal["vllm"], Positional, arg(metavar="{vllm}")]
-    """The program."""
+    """The program to export to."""
     out: Annotated[Path, Positional, arg(metavar="OUT")]
     """Directory for the drafter."""
     twig: str | None = None
     """Twig: a directory or a hub id. None: Sapling's own."""
     model: str = "sapling"
-    """The base that it grew on: `sapling` (embedded), a Hugging Face id or a directory."""
+    """The twig's base model: `sapling` (embedded), a Hugging Face id, or a directory."""
     base: Path | None = None
-    """Write the base too, to this directory, with its weights under the names that vLLM's version of transformers knows. Sapling
-    needs it, and so does a base that transformers 5.20 or later saved. None: only the drafter."""
+    """Also write the base to this directory, with its weights under the names that vLLM's version of transformers knows. Sapling
+    needs this, and so does a base that was saved by transformers 5.20 or later. None: only the drafter."""
     tokens: int = 4
-    """Drafted tokens per step, in what is printed."""
+    """Drafted tokens per step, in the printed commands."""
     scout_retain: float | None = None
-    """Prune too, in what is printed: R̄, average number of visual tokens over all layers, in scout mode. None: no pruning."""
+    """Also prune in the printed commands, in scout mode: R̄, average number of visual tokens over all layers.
+    None: no pruning."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of what is written. auto: as the base's files say."""
+    """Data type of the written weights. auto: as stored in the base's files."""
 
     def run(self) -> None:
         """Export, and print the command line of vLLM and the same in Python."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Families:
-    """List the model families that a twig can grow on, with notes on each."""
+    """List the supported model families, with notes on each."""
 
     def run(self) -> None:
         """Print the tables on stdout."""

@@ -26,21 +26,21 @@ class Generate(AnswerOptions):
     """Answer a prompt about images, a video or text alone, or a file of prompts."""
 
     prompt: str | None = None
-    """Question or instruction. Give this or --prompts."""
+    """Question or instruction. Give either this or --prompts."""
     prompts: Path | None = None
-    """File of prompts, answered one after another: a line each, or a .jsonl file of objects with `prompt`, and `image` and
-    `video` where they differ from those of the options (a path or a list of paths, relative to the file)."""
+    """File of prompts, answered one after another: one prompt per line, or a .jsonl file of objects with `prompt` and, where
+    they differ from the options, `image` and `video` (a path or a list of paths, relative to the file)."""
     image: tuple[str, ...] = ()
-    """Image files or data URIs, in order, before the text. None given: text alone."""
+    """Image files or data URIs, which precede the text in this order. None given: text alone."""
     video: str | None = None
-    """Video file, for bases that take videos (`twigvlm families`). None: no video."""
+    """Video file, for bases that accept videos (`twigvlm families`). None: no video."""
     frames: int | None = None
-    """Frames to take from the video, at equal distances. None: as the base's processor does."""
+    """Number of evenly spaced frames to take from the video. None: as the base's processor does."""
     speculate: Annotated[
         Speculate | None, tyro.conf.arg(help_behavior_hint="(default: chain where there is a twig, otherwise none)")
     ] = None
     json: bool = False
-    """Print each answer as a JSON object on a line of its own instead of the bare answer."""
+    """Print each answer as a JSON object on its own line instead of plain text."""
     pruning: PruningConfig = field(default_factory=PruningConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -75,7 +75,7 @@ class Generate(AnswerOptions):
         if self.frames is not None and self.frames < 1:
             raise TwigVLMError(f"frames={self.frames}: must be 1 or more")
         if self.frames is not None and not any(prompt.videos for prompt in prompts):
-            raise TwigVLMError(f"frames={self.frames}: needs a video; add --video, or leave it out")
+            raise TwigVLMError(f"frames={self.frames}: needs a video; add --video, or leave --frames out")
         if self.prompts is None:
             prompts[0].question()  # for its errors, before a model is loaded
         session = open_session(config, self.dtype, self.device)
@@ -116,7 +116,7 @@ class Generate(AnswerOptions):
 
         if prompt.videos and getattr(session.processor, "video_processor", None) is None:
             raise TwigVLMError(
-                f"video {prompt.videos[0]!r}: model {self.model!r} takes no videos; choose one of 'twigvlm families' that does"
+                f"video {prompt.videos[0]!r}: model {self.model!r} takes no videos; choose one that does ('twigvlm families')"
             )
         frames = prompt.videos and self.frames is not None
         return answer_question(

@@ -29,11 +29,11 @@ class Inspect(QuestionOptions):
     prompt: str = "Describe this image in detail."
     """Question about the image."""
     budgets: tuple[float, ...] = (192, 128, 64)
-    """Budgets R̄ to show the kept patches of."""
+    """Budgets R̄ for which the kept patches are shown."""
     deep_layer: int | None = None
-    """Base layer, counted from 1, whose attention is shown beside the twig's. None: at 60 % of the depth."""
+    """Base layer, counted from 1, whose attention is shown next to the twig's. None: the layer at 60 % of the depth."""
     out: Path = Path("twigvlm-inspect")
-    """Directory to write patches.png and answer.html to."""
+    """Directory in which to write patches.png and answer.html."""
 
     def run(self) -> None:
         """Ask once, and write the picture and the page to the directory."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Methods:
-    """List the pruning methods that `--pruner` and `compare --methods` know."""
+    """List the pruning methods that `--pruner` and `compare --methods` accept."""
 
     def run(self) -> None:
         """Print the table on stdout."""
@@ -21,5 +21,5 @@ class Methods:
         )
         for name in METHODS:
             table.add_row(*described(name))
-        table.add_row("(FitPrune)", "after every layer", "a calibrated schedule, so from Python only", FitPrune.paper)
+        table.add_row("(FitPrune)", "after every layer", "a calibrated schedule; from Python only", FitPrune.paper)
         Console().print(table)

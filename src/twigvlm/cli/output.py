@@ -136,12 +136,12 @@ def check_picture_path(path: Path) -> None:
     """Refuse a place where a picture cannot be written, before any work is done for it."""
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         raise TwigVLMError(
-            f"out {str(path)!r}: no picture format; end the name in one of {', '.join(PICTURE_SUFFIXES)}"
+            f"out {str(path)!r}: not a picture format; use a name that ends in one of {', '.join(PICTURE_SUFFIXES)}"
         )
     if path.is_dir():
         raise TwigVLMError(f"out {str(path)!r}: is a directory; name a file in it")
     if not os.access(path.parent, os.W_OK):
-        raise TwigVLMError(f"out {str(path)!r}: no writable directory {str(path.parent)!r}; make it or choose another")
+        raise TwigVLMError(f"out {str(path)!r}: no writable directory {str(path.parent)!r}; create it or choose another")
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:
@@ -157,4 +157,4 @@ def check_directory(path: Path, option: str = "out") -> None:
         raise TwigVLMError(f"{option} {str(path)!r}: is a file; name a directory")
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-        raise TwigVLMError(f"{option} {str(path)!r}: {str(nearest)!r} is no writable directory; choose another")
+        raise TwigVLMError(f"{option} {str(path)!r}: {str(nearest)!r} is not a writable directory; choose another")

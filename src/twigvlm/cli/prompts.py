@@ -52,7 +52,7 @@ def read_prompts(path: Path, images: Sequence[str] = (), videos: Sequence[str] =
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise TwigVLMError(f"{name}: no such file; give a text file with one prompt a line, or a .jsonl file") from None
+        raise TwigVLMError(f"{name}: no such file; give a text file with one prompt per line, or a .jsonl file") from None
     except (OSError, ValueError) as error:
         raise TwigVLMError(f"{name}: cannot be read as text ({error}); save it as UTF-8") from None
     read = _from_json if path.suffix == ".jsonl" else _from_text
@@ -62,7 +62,7 @@ def read_prompts(path: Path, images: Sequence[str] = (), videos: Sequence[str] =
         if line.strip()
     ]
     if not prompts:
-        raise TwigVLMError(f"{name}: holds no prompt; write one on each line")
+        raise TwigVLMError(f"{name}: has no prompt; write one on each line")
     return prompts
 
 
@@ -74,9 +74,9 @@ def _from_json(line: str, name: str, folder: Path, images: tuple[str, ...], vide
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise TwigVLMError(f"{name}: not JSON ({error}); write one object a line, or name the file .txt") from None
+        raise TwigVLMError(f"{name}: not JSON ({error}); write one object per line, or name the file .txt") from None
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
-        raise TwigVLMError(f"{name}: has no text under 'prompt'; write an object with one")
+        raise TwigVLMError(f"{name}: has no text in 'prompt'; write an object that has one")
     if "image" not in record and "video" not in record:
         return Prompt(record["prompt"], images, videos)
     return Prompt(
@@ -87,5 +87,5 @@ def _from_json(line: str, name: str, folder: Path, images: tuple[str, ...], vide
 def _paths(value: Any, name: str, folder: Path) -> tuple[str, ...]:
     paths = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise TwigVLMError(f"{name} must be a path or a list of paths")
+        raise TwigVLMError(f"{name} must be a path or a list of paths; correct it")
     return tuple(path if is_uri(path) else os.path.join(folder, path) for path in paths)

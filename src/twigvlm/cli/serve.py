@@ -16,30 +16,30 @@ KEY_VARIABLE = "TWIGVLM_API_KEY"
 
 @dataclass(frozen=True, kw_only=True)
 class Serve(ServiceOptions):
-    """Serve a model behind OpenAI's chat completions API, with a page to try it at /."""
+    """Serve a model behind OpenAI's chat completions API, with a web page at /."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. The default is reached from this machine alone."""
+    """Address to listen on. The default is reachable only from this machine."""
     port: int = 8000
-    """Port to listen on; 0: any that is free."""
+    """Port to listen on; 0: any free port."""
     api_key: str | None = None
-    """Key that clients must send. Others on this machine can read the command line: better set the environment variable
+    """Key that clients must send. Other users of this machine can read the command line, so prefer the environment variable
     TWIGVLM_API_KEY. None: the variable's value, or no key."""
     allow_host: tuple[str, ...] = ()
-    """Names by which clients may call this server, beside those of this machine. None: any, unless it listens on this machine
-    alone."""
+    """Host names by which clients may call this server, in addition to those of this machine. None: any name, unless the server
+    listens only on this machine."""
     shutdown_seconds: float = 30.0
-    """Time that answers under way have left after SIGTERM or Ctrl-C; requests that wait are refused at once."""
+    """Seconds that answers in progress get after SIGTERM or Ctrl-C; waiting requests are refused at once."""
     engine: Literal["twigvlm", "vllm"] = "twigvlm"
-    """Who generates: this library, or vLLM with an export of the twig."""
+    """What generates: this library, or vLLM with an export of the twig."""
     export: Path | None = None
-    """With --engine vllm: directory for the exported base and drafter, which are made there unless they exist. None: no
-    export, so that vLLM cannot be used."""
+    """With --engine vllm: directory for the exported base and drafter, which are written unless they exist. None: no export,
+    so that vLLM cannot be used."""
 
     @property
     def continuation(self) -> str:
         """What to do after Ctrl-C."""
-        return "the server has ended; start it again to go on"
+        return "the server has stopped; start it again to continue"
 
     def run(self) -> None:
         """Serve until a signal ends the process."""
@@ -50,16 +50,16 @@ class Serve(ServiceOptions):
             from twigvlm.cli.serve_vllm import serve_with_vllm
 
             if self.allow_host:
-                raise TwigVLMError("allow_host: is this library's own; leave it or --engine vllm out")
+                raise TwigVLMError("allow_host: does not apply to vLLM; leave out either --allow-host or --engine vllm")
             serve_with_vllm(self, self.export, self.host, self.port, key)
         if self.export is not None:
-            raise TwigVLMError("export: goes with --engine vllm; leave it out")
+            raise TwigVLMError("export: applies only to --engine vllm; leave it out")
         service = self.open_service()
         from twigvlm.serving.app import create_app
         from twigvlm.serving.server import LOCAL, allowed_hosts, make_server
 
         if key is None and self.host not in LOCAL:
-            print("twigvlm: warning: no --api-key, so everyone who reaches this port can use it", file=sys.stderr)
+            print("twigvlm: warning: no --api-key is set, so everyone who can reach this port can use the server", file=sys.stderr)
         app = create_app(service, key, allowed_hosts(self.host, self.allow_host))
         server = make_server(app, service, self.host, self.port, self.shutdown_seconds)
         server.on_start = lambda address: print(f"Serving {service.name!r} at {address}", flush=True)

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceOptions(ModelOptions):
-    """A model that answers requests, and what a request gets that does not say."""
+    """A model that answers requests, and the defaults of a request."""
 
     speculate: Annotated[
         Speculate | None, tyro.conf.arg(help_behavior_hint="(default: chain where there is a twig, otherwise none)")
     ] = None
     name: str | None = None
-    """What requests call the model. None: the name of the base."""
+    """Name of the model in requests. None: the name of the base."""
     allow_image_host: tuple[str, ...] = ()
-    """Hosts, by name, from which images may be fetched by https. None: nothing is fetched; images are data URIs."""
+    """Names of hosts from which images may be fetched over https. None: nothing is fetched; images are data URIs."""
     pruning: PruningConfig = field(default_factory=PruningConfig)
     limits: Limits = field(default_factory=Limits)
 
@@ -77,4 +77,4 @@ def own_twig(model: str) -> str | None:
 def check_installed() -> None:
     """Raise TwigVLMError unless the packages of the server are there."""
     if any(find_spec(name) is None for name in ("fastapi", "uvicorn")):
-        raise TwigVLMError("serving needs more packages; install them by: pip install 'twigvlm[serve]'")
+        raise TwigVLMError("serving needs more packages; run: pip install 'twigvlm[serve]'")

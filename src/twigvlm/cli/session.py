@@ -22,7 +22,7 @@ from twigvlm.pruning.methods import make_pruner
 
 @dataclasses.dataclass(frozen=True)
 class SessionConfig:
-    """Which base, which twig, and what the twig shall do; every combination that makes no sense is refused here."""
+    """Which base, which twig, and what the twig is to do. Combinations that make no sense are rejected here."""
 
     model: str
     twig: str | None
@@ -55,7 +55,7 @@ class SessionConfig:
         idle = not pruning.active and speculate == "none"
         if twig is not None and idle:
             raise TwigVLMError(
-                f"twig {twig!r}: has nothing to do; add --retain 64 or --speculate chain, or leave it out"
+                f"twig {twig!r}: has nothing to do; add --retain 64 or --speculate chain, or leave --twig out"
             )
         if twig is None and model == SAPLING and not idle:
             from twigvlm import sapling
@@ -69,7 +69,7 @@ class SessionConfig:
             if prunes:
                 asked = f"--keep {pruning.keep}" if retain is None else f"--retain {retain:g}"
             raise TwigVLMError(
-                f"{asked}: needs a twig grown on {model!r}; give --twig DIR, or grow one with 'twigvlm train --model {model}'"
+                f"{asked}: needs a twig for {model!r}; give --twig DIR, or train one with 'twigvlm train stage1 --model {model}'"
             )
         if speculate is None:
             speculate = "none" if twig is None else "chain"
@@ -92,7 +92,7 @@ class Session:
 
 
 def open_session(config: SessionConfig, dtype: str, device: str) -> Session:
-    """Load what the config names, and show that this goes on."""
+    """Load what the config names, and show progress."""
     _silence_libraries()
     with busy(f"Loading {config.model}"):
         base, processor, model = loading.load(config.model, config.twig, dtype, device)
@@ -106,7 +106,7 @@ def open_session(config: SessionConfig, dtype: str, device: str) -> Session:
 
 
 def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """Base and processor, on the device and in evaluation mode, without what libraries say of their loading."""
+    """Base and processor, on the device and in evaluation mode, without the libraries' loading messages."""
     _silence_libraries()
     return loading.load_base(name, dtype, device)
 

@@ -23,14 +23,15 @@ class TrainOptions(BaseOptions):
     """Conversations in LLaVA's format or as chat messages, with one, several or no images: a .json, .jsonl or .parquet file, a
     directory of them, or a Hugging Face data set saved to disk."""
     out: Path
-    """Directory for the finished twig; checkpoints go to `checkpoints` in it."""
+    """Directory for the finished twig; checkpoints go to `checkpoints` inside it."""
     images: Path | None = None
-    """Folder that image paths start from. None: the folder of the file that names them."""
+    """Folder that image paths are relative to. None: the folder of the file that names them."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
-    """Where to train: auto (a GPU if there is one, its own for each process), cpu or cuda; CUDA_VISIBLE_DEVICES chooses GPUs."""
+    """Where to train: auto (a GPU if there is one, a different one for each process), cpu or cuda. CUDA_VISIBLE_DEVICES selects
+    GPUs."""
     max_length: int | None = None
-    """Samples are cut after this many tokens. None: the base's context."""
+    """Samples are cut after this many tokens. None: the length of the base's context."""
     strict: bool = False
     """Stop at the first broken sample; otherwise it is reported and skipped."""
     resume: bool = False
@@ -87,7 +88,7 @@ class TrainOptions(BaseOptions):
             print(f"Twig: {self.out}")
 
     def check(self) -> None:
-        """Refuse what can be seen to be wrong before the base is loaded."""
+        """Raise the errors that can be found before the base is loaded."""
         raise NotImplementedError
 
     def twig_of(self, base: Any, samples: Any, processor: Any) -> Any:
@@ -104,21 +105,21 @@ class Stage1(TrainOptions):
     """Grow a twig and distil the base's predictions and attention into it."""
 
     start: str | None = None
-    """Twig to go on with, a directory or a hub id; it keeps its shape. None: a fresh one."""
+    """Twig to continue with, a directory or a hub id; it keeps its shape. None: a fresh one."""
     twig: TwigConfig = FRESH
     """Shape of a fresh twig."""
     stage1: Stage1Config = field(default_factory=Stage1Config)
     """Settings of the training."""
 
     def check(self) -> None:
-        """Refuse a twig to start from that is broken or shall have another shape."""
+        """Reject a twig to start from that is broken or was asked to have another shape."""
         from twigvlm.checkpoints.twig_files import check
         from twigvlm.errors import TwigVLMError
 
         if self.start is None:
             return
         if self.twig != FRESH:
-            raise TwigVLMError(f"start {self.start!r}: this twig keeps its shape; leave the options of a fresh one out")
+            raise TwigVLMError(f"start {self.start!r}: this twig keeps its shape; leave out the options of a fresh one")
         check(self.start)
 
     def twig_of(self, base: Any, samples: Any, processor: Any) -> Any:
@@ -147,20 +148,20 @@ class Stage1(TrainOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage2(TrainOptions):
-    """Train the P-Head of a twig from stage 1 by reinforcement; nothing else of the twig changes."""
+    """Train the P-Head of a twig from stage 1 by reinforcement; the rest of the twig does not change."""
 
     start: str
-    """Twig from stage 1, a directory or a hub id; it stays as it is."""
+    """Twig from stage 1, a directory or a hub id; it is not modified."""
     stage2: Stage2Config = field(default_factory=Stage2Config)
     """Settings of the training."""
 
     def check(self) -> None:
-        """Refuse a twig to start from that is broken or has no P-Head."""
+        """Reject a twig to start from that is broken or has no P-Head."""
         from twigvlm.checkpoints.twig_files import check
         from twigvlm.errors import TwigVLMError
 
         if not check(self.start).pruning_head:
-            raise TwigVLMError(f"start {self.start!r}: this twig has no P-Head; name one from stage 1 that has")
+            raise TwigVLMError(f"start {self.start!r}: this twig has no P-Head; give a twig from stage 1 that has one")
 
     def twig_of(self, base: Any, samples: Any, processor: Any) -> Any:
         """The twig from stage 1 on the base."""
@@ -169,7 +170,7 @@ class Stage2(TrainOptions):
         return TwigVLM.from_pretrained(base, self.start)
 
     def train(self, model: Any, data: Any, directory: Path, progress: Any) -> None:
-        """Reward the P-Head's prunings."""
+        """Train the P-Head by rewarding its prunings."""
         from twigvlm.training.reinforce import train_stage2
 
         train_stage2(model, data, self.stage2, directory, self.resume, [progress])
@@ -177,7 +178,7 @@ class Stage2(TrainOptions):
 
 @dataclass(frozen=True)
 class Train:
-    """Grow a twig on a base and train it on conversations; the base stays as it is."""
+    """Grow a twig on a base and train it on conversations. The base is not changed."""
 
     stage: Annotated[
         Annotated[Stage1, tyro.conf.subcommand("stage1")] | Annotated[Stage2, tyro.conf.subcommand("stage2")],

@@ -1,4 +1,4 @@
-"""Settings of a training run, as frozen dataclasses; the command line's options and help are made from them."""
+"""Settings of a training run, as frozen dataclasses; the command line's options and help are generated from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,12 +12,12 @@ KEEP_BUDGETS = (41, 72, 103, 134, 165, 196, 227)
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What both stages need. Defaults are the published ones (§4.1)."""
+    """Settings of both stages. Defaults are the published ones (§4.1)."""
 
     learning_rate: float = 1e-4
-    """Peak learning rate of AdamW (betas 0.9 and 0.98, no weight decay), on a cosine."""
+    """Peak learning rate of AdamW (betas 0.9 and 0.98, no weight decay), with a cosine schedule."""
     warmup: float = 0.03
-    """Part of all steps that the learning rate rises linearly."""
+    """Fraction of all steps during which the learning rate rises linearly."""
     batch_size: int = 8
     """Samples in one forward pass of one process."""
     accumulate: int = 1
@@ -25,17 +25,17 @@ class TrainingConfig:
     epochs: float = 1.0
     """Passes over the data."""
     max_steps: int | None = None
-    """Optimiser steps, instead of epochs."""
+    """Number of optimiser steps, instead of epochs."""
     save_steps: int = 500
     """Optimiser steps between checkpoints."""
     log_steps: int = 10
     """Optimiser steps between log lines."""
     workers: int = 0
-    """Processes that read and prepare images beside the training."""
+    """Additional processes that read and prepare images."""
     seed: int = 0
-    """Seed of a fresh twig, of the sample order, and of what a stage draws."""
+    """Random seed of a fresh twig, the order of samples, and the draws of a stage."""
     tensorboard: bool = False
-    """Log to TensorBoard as well."""
+    """Also log to TensorBoard."""
     teacher_layer: int | None = None
     """Base layer (from 1) whose attention the P-Head learns. None: 5/8 of the layers, rounded; layer 20 of 32, as published."""
 
@@ -69,18 +69,18 @@ class Stage1Config(TrainingConfig):
     """Stage 1, distillation: L_NTP + α·L_PredKL + γ·L_AttnKL (Eq. 9-11). α = γ = 0 is the recipe of the first TwigVLM."""
 
     alpha: float = 0.1
-    """α: weight of the divergence from the base's predictions, L_PredKL. 0: off."""
+    """α: weight of L_PredKL, the divergence from the base's predictions. 0: off."""
     gamma: float = 1.0
-    """γ: weight of the divergence from the base's attention, L_AttnKL; needs a twig with a P-Head. 0: off."""
+    """γ: weight of L_AttnKL, the divergence from the base's attention; needs a twig with a P-Head. 0: off."""
     gamma_answers: float = 0.0
-    """Weight of the same divergence at the tokens of answers, whose attention says what the next tokens need: for twigs that
+    """Weight of the same divergence at the tokens of answers, whose attention shows what the next tokens need; for twigs that
     refocus. 0: off, as published."""
     temperature: float = 5.0
-    """Both predictions are softened by it; L_PredKL is multiplied by its square."""
+    """Temperature that softens both predictions; L_PredKL is multiplied by its square."""
     clip: float = 4.0
-    """A token's L_PredKL counts at most this much, and is divided by it; its gradient is scaled to that, not cut off."""
+    """Largest L_PredKL of a token, which is also divided by it; a larger one has its gradient scaled down, not cut off."""
     gradient_checkpointing: bool = False
-    """Run each twig layer once more in the backward pass instead of keeping what it computed: less memory, more time."""
+    """Compute each twig layer again in the backward pass instead of storing its activations: less memory, more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,42 +93,43 @@ class Stage2Config(TrainingConfig):
     """Stage 2, reinforcement learning of the P-Head (Eq. 12-16). Defaults are the published ones."""
 
     learning_rate: float = 2e-5
-    """Peak learning rate of AdamW (betas 0.9 and 0.98, no weight decay), on a cosine."""
+    """Peak learning rate of AdamW (betas 0.9 and 0.98, no weight decay), with a cosine schedule."""
     group: int = 32
-    """G: prunings that are drawn for each sample."""
+    """G: number of prunings drawn for each sample."""
     chunk: int | None = None
-    """Prunings that the base runs at once. None: those of a whole batch, batch_size x G; fewer need less memory."""
+    """Prunings that the base runs at once; fewer need less memory. None: those of a whole batch, batch_size x G."""
     span: int | None = None
-    """For twigs that refocus: choose at the end of the prompt or, alike, behind every span-th token of the answer, and reward
-    the choice with the next `span` tokens alone. None: at the end of the prompt, with the whole answer, as published."""
+    """For twigs that refocus: choose at the end of the prompt or after every span-th token of the answer, with equal
+    probability, and reward the choice by the next `span` tokens only. None: at the end of the prompt, by the whole answer, as
+    published."""
     keep_budgets: tuple[int, ...] | None = None
-    """R, visual tokens kept in layers K+1..K_f, ascending: each step draws one (dynamic pruning ratio); a single one is static.
+    """Budgets R, visual tokens kept in layers K+1..K_f, ascending; each step draws one (dynamic pruning ratio).
     None: 41 72 103 134 165 196 227, as published, unless budgets are given."""
     budgets: tuple[float, ...] | None = None
-    """R̄, averages over all layers, ascending, in place of keep_budgets: R follows from the visual tokens of each sample.
+    """Budgets R̄, averages over all layers, ascending, in place of keep_budgets; R follows from the visual tokens of each sample.
     None: those of keep_budgets."""
     beta: float = 8.0
-    """β_max: the last steps draw the i-th budget with probability ∝ exp(-β_max·i), the first ones each alike."""
+    """β_max: the last steps draw the i-th budget with probability ∝ exp(-β_max·i); the first ones draw all alike."""
     power: float = 2.0
-    """p: β grows with the p-th power of the part of the steps that is done."""
+    """p: β grows with the p-th power of the fraction of steps done."""
     gamma: tuple[float, float] = (1.0, 2.0)
-    """Weight of L_AttnKL, a regulariser, at the lowest and at the highest budget; linear between. 0 0: off."""
+    """Weights of L_AttnKL, a regulariser, at the lowest and the highest budget, linear between them. 0 0: off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.group < 2:
-            raise TwigVLMError(f"group={self.group}: must be 2 or more, to have a mean to compare with")
+            raise TwigVLMError(f"group={self.group}: must be 2 or more, since rewards are compared with their mean")
         if self.chunk is not None and self.chunk < 1:
             raise TwigVLMError(f"chunk={self.chunk}: must be 1 or more")
         if self.span is not None and self.span < 1:
             raise TwigVLMError(f"span={self.span}: must be 1 or more")
         if self.budgets is not None and self.keep_budgets is not None:
             raise TwigVLMError(
-                f"budgets={spaced(self.budgets)} and keep_budgets={spaced(self.keep_budgets)}: give one of them"
+                f"budgets={spaced(self.budgets)} and keep_budgets={spaced(self.keep_budgets)}: give only one of them"
             )
         for name, levels in (("budgets", self.budgets), ("keep_budgets", self.keep_budgets)):
             if levels is not None and (not levels or list(levels) != sorted(set(levels))):
-                raise TwigVLMError(f"{name}={spaced(levels)}: must be one or more numbers, ascending")
+                raise TwigVLMError(f"{name}={spaced(levels)}: must be one or more numbers in ascending order")
         if self.keep_budgets is not None and self.keep_budgets[0] < 1:
             raise TwigVLMError(f"keep_budgets={spaced(self.keep_budgets)}: must be 1 or more")
         self._not_negative("beta")
@@ -137,11 +138,11 @@ class Stage2Config(TrainingConfig):
             raise TwigVLMError(f"gamma={self.gamma[0]:g} {self.gamma[1]:g}: both must be 0 or more")
 
     def resolve(self) -> "Stage2Config":
-        """With the published budgets where none are given."""
+        """These settings, with the published budgets if none are given."""
         given = self.budgets is not None or self.keep_budgets is not None
         return self if given else replace(self, keep_budgets=KEEP_BUDGETS)
 
 
 def spaced(levels: Sequence[float]) -> str:
-    """Budgets as a user gives them."""
+    """Budgets as a user writes them."""
     return " ".join(f"{level:g}" for level in levels) or "none"

@@ -14,7 +14,7 @@ class EvaluateBatches(BaselineOptions):
     name: ClassVar[str] = "evaluate batches"
 
     sizes: tuple[int, ...] = (1, 2, 4, 8)
-    """Prompts in a batch; each must divide the number of prompts."""
+    """Batch sizes to measure; each must divide the number of prompts."""
 
     def run(self) -> None:
         """Measure, and write results.jsonl and report.md."""

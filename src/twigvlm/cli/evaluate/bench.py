@@ -80,7 +80,7 @@ def open_bench(options: EvaluateOptions, validation: str = "", needs_twig: bool 
     twig = options.twig
     if twig is None and (needs_twig or options.model == SAPLING):
         if options.model != SAPLING:
-            raise TwigVLMError(f"model {options.model!r}: needs a twig grown on it; give --twig DIR")
+            raise TwigVLMError(f"model {options.model!r}: needs a twig; give --twig DIR")
         from twigvlm import sapling
 
         twig = str(sapling.twig_path())

@@ -15,7 +15,7 @@ class EvaluateDrafts(TimingOptions):
     name: ClassVar[str] = "evaluate drafts"
 
     lengths: tuple[int, ...] = (3, 5, 8)
-    """δ to try: longest chains, in tokens."""
+    """δ to try: lengths of the longest chains, in tokens."""
     thresholds: tuple[float, ...] = (0.3, 0.6, 0.8)
     """θ to try: a chain ends after a token whose probability is below it."""
 

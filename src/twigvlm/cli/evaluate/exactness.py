@@ -13,7 +13,7 @@ class EvaluateExactness(BudgetOptions):
     name: ClassVar[str] = "evaluate exactness"
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Number format of the weights. auto: as the base's files say; in half precision, ties may flip."""
+    """Data type of the weights. auto: as stored in the base's files; in half precision, near ties may flip."""
     refocus: float | None = None
     checks: tuple[str, ...] = ()
     """What to compare: chain, tree, auto, "pruned chain", "pruned tree", "pruned auto", "no pruning", disabled. None given:

@@ -1,4 +1,4 @@
-"""Options that several evaluations have."""
+"""Options shared by several evaluations."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,13 @@ class EvaluateOptions(ModelOptions):
     questions: Path
     """JSON file of questions with answers; image paths in it are relative to it."""
     output: Path
-    """Directory for raw results (JSON lines) and the report (markdown). The same command continues a run that was stopped."""
+    """Directory for raw results (JSON lines) and the report (Markdown). The same command again continues a stopped run."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention implementation of the base and the twig. auto: as the base was loaded."""
+    """Attention implementation of base and twig. auto: the base's default."""
     kinds: tuple[str, ...] = ()
     """Kinds of questions to ask. None given: all."""
     limit: int | None = None
-    """Ask only this many questions, the first ones. None: no limit."""
+    """Ask only the first questions, this many. None: no limit."""
     max_new_tokens: int = 16
     """Longest short answer, in tokens."""
     max_description_tokens: int = 192
@@ -37,7 +37,7 @@ class EvaluateOptions(ModelOptions):
     @property
     def continuation(self) -> str:
         """What to do after Ctrl-C."""
-        return f"run the same command again to continue; what is in {str(self.output / RAW)!r} is not measured again"
+        return f"run the same command again to continue; results in {str(self.output / RAW)!r} are not measured again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class PruningOptions(EvaluateOptions):
     seed: int = 0
     """Seed of the ranking `random`."""
     figure: bool = False
-    """Draw accuracy over budget too (figure.png); needs matplotlib."""
+    """Also plot accuracy over budget (figure.png); needs matplotlib."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class TimingOptions(BudgetOptions):
 
     kinds: tuple[str, ...] = ("description",)
     repeats: int = 3
-    """Times that everyone answers every prompt, or batch of prompts, in turn."""
+    """How often each system answers each prompt or batch of prompts, in turn."""
 
     def check(self, *lists: str) -> None:
         """Refuse to measure nothing; `lists` are options of which at least one value is needed."""
@@ -81,4 +81,4 @@ class BaselineOptions(TimingOptions):
     """Of evaluations of speed against the base's own `generate`."""
 
     baselines: tuple[str, ...] = ("sdpa", "eager")
-    """Attention implementations of the base's own `generate`; the faster one is the baseline, at each batch size."""
+    """Attention implementations of the base's own `generate`; the faster one is the baseline, for each batch size."""

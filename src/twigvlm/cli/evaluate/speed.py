@@ -29,7 +29,7 @@ class EvaluateSpeed(BaselineOptions):
     tree_expand: int = SpeculationConfig.tree_expand
     tree_nodes: int = SpeculationConfig.tree_nodes
     systems: Annotated[tuple[str, ...], arg(aliases=("--contenders",))] = ()
-    """What to time beside the baselines: "own loop", pruning, chain, tree, auto, "pruning + chain", "pruning + tree",
+    """What to time in addition to the baselines: "own loop", pruning, chain, tree, auto, "pruning + chain", "pruning + tree",
     "pruning + auto", and with refocus also refocus, "refocus + chain", "refocus + auto". None given: all."""
     refocus: float | None = None
 

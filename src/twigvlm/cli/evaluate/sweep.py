@@ -14,9 +14,9 @@ class EvaluateSweep(PruningOptions):
     name: ClassVar[str] = "evaluate sweep"
 
     final_wipes: tuple[int, ...] = ()
-    """K_f to try. None given: every fourth layer down from the last, in the upper half."""
+    """K_f to try. None given: every fourth layer, from the last one down to the middle."""
     method: str = "twig"
-    """How to rank the visual tokens: one of the methods of `accuracy`."""
+    """How to choose the visual tokens: one of the methods of `accuracy`."""
 
     def run(self) -> None:
         """Ask, and write results.jsonl, report.md and the figure."""
