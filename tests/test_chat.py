@@ -203,5 +203,5 @@ def test_what_cannot_be_asked_is_one_line_and_changes_nothing(processor, tmp_pat
 
 def test_a_conversation_with_a_template_for_text_alone(processor):
     plain = tiny_processor("{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}")
-    with pytest.raises(TwigVLMError, match="refused by the chat template"):
+    with pytest.raises(TwigVLMError, match="rejected by the chat template"):
         grown().chat(plain, max_new_tokens=4).ask("what?", images=picture(0))

@@ -66,7 +66,7 @@ def test_a_directory_needs_no_hub(grown, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (GatedRepoError("gated", response=ANSWER), "is gated; ask for access"),
+        (GatedRepoError("gated", response=ANSWER), "access is restricted; ask for it"),
         (RepositoryNotFoundError("404", response=ANSWER), "no such directory, and no such repository"),
         (RevisionNotFoundError("404", response=ANSWER), "has no revision='v1'"),
         (HfHubHTTPError("500\nServer Error", response=ANSWER), r"cannot be downloaded \(500 Server Error\)"),

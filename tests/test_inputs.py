@@ -72,8 +72,8 @@ TEXT_ONLY = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     [
         ("{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}", ["can only concatenate str"]),
         (TEXT_ONLY, ["writes 0 placeholders '<image>' for 1 images", "choose a vision-language model's template"]),
-        ("{{ raise_exception('system\nfirst') }}", ["refused by the chat template (system first)"]),
-        ("{% for %}", ["refused by the chat template"]),
+        ("{{ raise_exception('system\nfirst') }}", ["rejected by the chat template (system first)"]),
+        ("{% for %}", ["rejected by the chat template"]),
         (None, ["no chat template", "instruction-tuned"]),
     ],
 )

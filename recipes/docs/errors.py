@@ -16,7 +16,14 @@ PAGE = "troubleshooting.md"
 SHOWN = ("TwigVLMError", "UsageError", "BrokenSample", "RequestError")
 """Errors that users meet. A ValueError is shown only where one of these, or a server, reports it."""
 AREAS = {
-    "Loading a base or a twig": ("loading.py", "checkpoints/", "sapling/", "twig/", "base/families.py", "base/masks.py"),
+    "Loading a base or a twig": (
+        "loading.py",
+        "checkpoints/",
+        "sapling/",
+        "twig/",
+        "base/families.py",
+        "base/masks.py",
+    ),
     "Prompts, pictures and generate": ("base/", "images.py", "inputs.py", "hf/", "model.py", "engine/", "visualize.py"),
     "Options and pruning": ("config.py", "pruning/"),
     "The command line": ("cli/", "files.py"),

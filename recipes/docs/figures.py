@@ -41,7 +41,9 @@ def picture(width: int, height: int, title: str, shapes: Sequence[str]) -> str:
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0 0 8 4 0 8z" fill="{INK}"/></marker></defs>'
     )
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" font-family="sans-serif">'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" font-family="sans-serif">'
+    )
     body = [head, f"<title>{escape(title)}</title>", tip, rectangle(0, 0, width, height, "white"), *shapes, "</svg>"]
     return "\n".join(body) + "\n"
 
@@ -88,7 +90,7 @@ def layers_figure() -> str:
         arrow((end, 146), (end + 60, 146)),
         text(end + 68, 150, "P-Head: scores of the visual tokens", 13),
         arrow((end + 90, 158), (end + 90, 226), (left + 8 * step, 226), (left + 8 * step, 300), dashed=True),
-        text(end + 100, 206, "choose who goes on", 13),
+        text(end + 100, 206, "choose which tokens go on", 13),
     ]
     return picture(764, 390, "A twig on the first layers of a base", shapes)
 
@@ -97,12 +99,12 @@ def methods_figure() -> str:
     """Visual tokens by layer under several methods with one average."""
     retain, shapes = 128, [text(30, 32, "The same average, 128 of 576 visual tokens, in four methods", 17)]
     twig = (Cut(TRUNK, solve_keep(retain, VISUAL, LAYERS, TRUNK, FINAL_WIPE)), Cut(FINAL_WIPE, 0))
-    schedules = {
-        name: make_pruner(name).cuts(retain, VISUAL, LAYERS) for name in ("visionzip", "fastv", "pyramiddrop")
-    }
+    schedules = {name: make_pruner(name).cuts(retain, VISUAL, LAYERS) for name in ("visionzip", "fastv", "pyramiddrop")}
     for number, (name, cuts) in enumerate({"twig": twig, **schedules}.items()):
         left, bottom = 30 + number % 2 * 366, 190 + number // 2 * 186
-        steps = ", ".join(f"{cut.keep} after {cut.layer}" if cut.layer else f"{cut.keep} from the start" for cut in cuts)
+        steps = ", ".join(
+            f"{cut.keep} after {cut.layer}" if cut.layer else f"{cut.keep} from the start" for cut in cuts
+        )
         shapes += [*bars(cuts, left, bottom, 340, 120), text(left, bottom + 20, f"{name}: {steps}", 13)]
     return picture(764, 412, "Visual tokens by layer under several pruning methods", shapes)
 
@@ -130,9 +132,19 @@ def step_figure() -> str:
         *row_of_tokens([*answer, *drafted], 50, 84),
         text(30, 150, "2. The rest of the base checks all of them in one pass.", 14),
         *row_of_tokens([*answer, ("says ✓", GREY), ("stop ✓", GREY), ("in ✓", GREY), ("red ✗", GREY)], 50, 164),
-        text(30, 230, "3. Tokens up to the first disagreement are kept (green), and the base's own next token is added (blue).", 14),
+        text(
+            30,
+            230,
+            "3. Tokens up to the first disagreement are kept (green), and the base's own next token is added (blue).",
+            14,
+        ),
         *row_of_tokens([*answer, *accepted], 50, 244),
-        text(30, 306, "Four tokens for one pass through the deep layers, and each is the one that the base would have chosen.", 14),
+        text(
+            30,
+            306,
+            "Four tokens for one pass through the deep layers, and each is the one that the base would have chosen.",
+            14,
+        ),
     ]
     return picture(764, 326, "One step of self-speculative decoding", shapes)
 

@@ -1,4 +1,4 @@
-"""Grow a twig on a vision-language model: prune visual tokens, draft answer tokens, keep the answer."""
+"""Faster vision-language models: a twig prunes visual tokens and drafts the tokens of the answer."""
 
 from typing import TYPE_CHECKING, Any
 

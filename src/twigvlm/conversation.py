@@ -1,4 +1,4 @@
-"""Conversations: several questions, about pictures that come with any of them."""
+"""Conversations: several questions, each with or without new pictures."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,36 +10,36 @@ from twigvlm.kv.prefix_cache import PrefixCache
 
 
 class Conversation:
-    """A conversation with a TwigVLM; `TwigVLM.chat` begins one.
+    """A conversation with a TwigVLM; `TwigVLM.chat` starts one.
 
-    Each answer is the one that the whole conversation as one prompt would get. The trunk and the twig keep what they
-    computed, and vision runs again only when a picture comes; visual tokens are chosen again for each question.
+    Each answer is the one that the whole conversation would get as a single prompt. The results of trunk and twig are
+    reused, and vision runs again only when there are new pictures. Visual tokens are chosen again for each question.
 
     Args:
-        base: its base.
-        generate: its `TwigVLM.generate`.
-        processor: the base's; turns messages into inputs by its chat template.
-        options: of `TwigVLM.generate`, for every question.
+        base: the model's base.
+        generate: the model's `TwigVLM.generate`.
+        processor: the base's processor, whose chat template turns messages into inputs.
+        options: arguments of `TwigVLM.generate` for every question.
     """
 
     def __init__(self, base: BaseVLM, generate: Callable[..., Any], processor: Any, options: dict[str, Any]) -> None:
         self.messages: list[dict[str, Any]] = []
-        """All turns so far, as chat templates take them; parts of type `image` hold their picture, a PIL image."""
+        """All turns so far, in the format of chat templates; parts of type `image` hold a PIL image."""
         self._base, self._generate, self._processor, self._options = base, generate, processor, options
         self._prefix = PrefixCache()
 
     def ask(self, question: str, images: Picture | Sequence[Picture] = (), **options: Any) -> str:
-        """The answer to a question, which becomes part of the conversation with it.
+        """Ask a question and return its answer; both become part of the conversation.
 
         Args:
-            question: text.
-            images: one picture or several that come with it, before the text: paths, data URIs, bytes of files, PIL images
-                or 8-bit arrays [height, width, 3], read as `twigvlm.images.load_image` says.
-            options: of `TwigVLM.generate`, for this question, beside or instead of the conversation's.
+            question: text of the question.
+            images: one picture or several that precede the text: paths, data URIs, bytes of files, PIL images, or 8-bit
+                arrays [height, width, 3]; see `twigvlm.images.load_image`.
+            options: arguments of `TwigVLM.generate` for this question; they take precedence over the conversation's.
 
         Raises:
-            TwigVLMError: as `generate`, or a picture cannot be read, or the processor or its chat template refuses; the
-                conversation stays as it was.
+            TwigVLMError: an error of `generate`, a picture that cannot be read, or messages that the processor or its chat
+                template rejects. The conversation stays as it was.
         """
         messages = [*self.messages, user_turn(question, images)]
         base = self._base

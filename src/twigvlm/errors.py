@@ -1,4 +1,4 @@
-"""Input errors: each message is one line that names the value and the remedy."""
+"""Input errors. Each message is one line that names the value and the remedy."""
 
 
 class TwigVLMError(ValueError):
@@ -6,5 +6,5 @@ class TwigVLMError(ValueError):
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, on one line."""
+    """The message of an error, on one line."""
     return " ".join(str(error).split()) or type(error).__name__

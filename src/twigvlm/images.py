@@ -1,4 +1,4 @@
-"""Read one picture as the models expect it: 8-bit RGB, upright, on white where it was transparent."""
+"""Read a picture in the form that models expect: 8-bit RGB, upright, on white where it was transparent."""
 
 import base64
 import os
@@ -38,16 +38,16 @@ def load_image(source: Picture) -> Image.Image:
     """A picture as upright 8-bit RGB.
 
     Palettes, grey, CMYK and 16-bit grey are converted, transparency is composited on white, and the EXIF orientation
-    is applied. An animation or a file of several pages is refused, since nothing says which picture is meant; so are
-    images of more than `MAX_PIXELS` or with sides beyond `MAX_ASPECT`, and pixel formats without a stated range (32-bit
+    is applied. Animations and files of several pages are rejected, because it is unclear which picture is meant. So are
+    images of more than `MAX_PIXELS` or with sides beyond `MAX_ASPECT`, and pixel formats without a defined range (32-bit
     integer and float).
 
     Args:
-        source: a path, a data URI, a file's bytes, an 8-bit array, or a PIL image, which is left as it is. Nothing is
+        source: a path, a data URI, a file's bytes, an 8-bit array, or a PIL image, which is not modified. Nothing is
             fetched from the network.
 
     Raises:
-        TwigVLMError: one line that names the file, what is wrong with it and the remedy.
+        TwigVLMError: one line that names the file, what is wrong with it, and the remedy.
     """
     name = f"image {short_name(source)!r}" if isinstance(source, str | os.PathLike) else "image"
     if isinstance(source, str | os.PathLike):
@@ -76,7 +76,7 @@ def load_image(source: Picture) -> Image.Image:
         except PermissionError:
             raise TwigVLMError(f"{name}: may not be read; check the file's permissions") from None
         except MemoryError:
-            raise TwigVLMError(f"{name}: needs more memory than there is; scale it down") from None
+            raise TwigVLMError(f"{name}: needs more memory than is available; scale it down") from None
         except Exception as error:  # decoders raise whatever a broken file leads them to
             raise TwigVLMError(
                 f"{name}: corrupt or truncated ({one_line(error)}); save or copy the file again"

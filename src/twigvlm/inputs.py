@@ -1,4 +1,4 @@
-"""Chat messages with their pictures -> the base's inputs, the same way for conversations, commands, training and evaluation."""
+"""From chat messages with pictures to the base's inputs, in the same way for chat, commands, training and evaluation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -15,7 +15,7 @@ picture as `load_image` takes it, and `{"type": "video", "video": …}` with a v
 
 
 def user_turn(text: str, images: Picture | Sequence[Picture] = (), videos: Sequence[Any] = ()) -> dict[str, Any]:
-    """A question as a message: its picture or pictures, which are read at once, its videos, and then the text.
+    """A question as a message: its pictures, which are read immediately, its videos, and then the text.
 
     Raises:
         TwigVLMError: a picture cannot be read.
@@ -36,17 +36,17 @@ def build_inputs(
     dtype: torch.dtype,
     **options: Any,
 ) -> dict[str, Any]:
-    """Conversations that end with a question as one batch of the base's inputs, padded on the left.
+    """The base's inputs for conversations that end with a question: one batch, padded on the left.
 
     Args:
-        processor: the base's, with a chat template.
-        conversations: the messages of each.
-        device: where the inputs shall lie.
-        dtype: of the pixels.
-        options: of the processor, for example `num_frames` of a video.
+        processor: the base's processor, with a chat template.
+        conversations: the messages of each conversation.
+        device: device of the inputs.
+        dtype: data type of the pixels.
+        options: options of the processor, for example `num_frames` of a video.
 
     Raises:
-        TwigVLMError: a picture cannot be read, a text holds a placeholder, or the template or the processor refuses.
+        TwigVLMError: a picture cannot be read, a text contains a placeholder, or the template or processor rejects the input.
     """
     images = [[load_image(image) for image in media(messages, "image")] for messages in conversations]
     videos = [list(media(messages, "video")) for messages in conversations]
@@ -64,7 +64,7 @@ def media(messages: Sequence[Message], kind: str) -> Iterator[Any]:
         if part["type"] == kind:
             source = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
             if source is None:
-                raise TwigVLMError(f"prompt: a part of type {kind!r} holds nothing; give it under {kind!r}")
+                raise TwigVLMError(f"prompt: a part of type {kind!r} is empty; give the {kind} as {kind!r}")
             if kind == "video" and is_remote(source):
                 raise TwigVLMError(f"video {str(source)!r}: is a remote address; download the file and give its path")
             yield source
@@ -73,22 +73,22 @@ def media(messages: Sequence[Message], kind: str) -> Iterator[Any]:
 def render(
     processor: Any, messages: Sequence[Message], name: str = "prompt", add_generation_prompt: bool = True
 ) -> str:
-    """A conversation as text, by the processor's chat template; one placeholder stands for each picture.
+    """A conversation as text, by the processor's chat template, with one placeholder for each picture.
 
     Args:
         processor: the base's.
-        messages: the conversation; its pictures may be missing, only their parts count.
-        name: what errors begin with.
-        add_generation_prompt: end with what an answer follows.
+        messages: the conversation; only the parts for pictures count, not the pictures themselves.
+        name: beginning of error messages.
+        add_generation_prompt: end with the beginning of an answer.
 
     Raises:
-        TwigVLMError: a text holds a placeholder, or the template refuses or is made for text alone.
+        TwigVLMError: a text contains a placeholder, or the template rejects the messages or supports only text.
     """
     for kind in ("image", "video"):
         for placeholder in _placeholders(processor, kind):
             if any(placeholder in (part.get("text") or "") for part in _parts(messages)):
                 raise TwigVLMError(
-                    f"{name}: holds the {kind} placeholder {placeholder!r}, which is added by itself; leave it out"
+                    f"{name}: contains the {kind} placeholder {placeholder!r}, which is added automatically; leave it out"
                 )
     if getattr(processor, "chat_template", None) is None:
         raise TwigVLMError(f"{name}: the processor has no chat template; choose an instruction-tuned model")
@@ -96,7 +96,7 @@ def render(
         text = str(processor.apply_chat_template(_bare(messages), add_generation_prompt=add_generation_prompt))
     except Exception as error:  # templates raise whatever a conversation they are not made for leads them to
         raise TwigVLMError(
-            f"{name}: refused by the chat template ({one_line(error)}); choose an instruction-tuned vision-language "
+            f"{name}: rejected by the chat template ({one_line(error)}); choose an instruction-tuned vision-language "
             "model, or change the messages"
         ) from error
     for kind in ("image", "video"):
@@ -118,18 +118,18 @@ def encode(
     name: str = "prompt",
     **options: Any,
 ) -> Any:
-    """Rendered conversations and their pictures as the processor's outputs; several are padded on the left.
+    """The processor's outputs for rendered conversations and their pictures; several are padded on the left.
 
     Args:
         processor: the base's.
-        texts: of `render`.
-        images: of each text, as `load_image` returns them.
-        videos: of each text.
-        name: what errors begin with.
-        options: of the processor.
+        texts: results of `render`.
+        images: pictures of each text, as `load_image` returns them.
+        videos: videos of each text.
+        name: beginning of error messages.
+        options: options of the processor.
 
     Raises:
-        TwigVLMError: the processor refuses, or would scale a picture to more than `MAX_PIXELS`.
+        TwigVLMError: the processor rejects the input, or would scale a picture to more than `MAX_PIXELS`.
     """
     pictures = [image for group in images for image in group]
     for image in pictures:
@@ -151,7 +151,7 @@ def encode(
     except Exception as error:  # processors raise whatever an odd picture leads them to
         sizes = ", ".join(sorted({f"{image.width}x{image.height}" for image in pictures}))
         remedy = f"; its images have {sizes} pixels, scale or crop them" if pictures else "; change the text"
-        raise TwigVLMError(f"{name}: refused by the processor ({one_line(error)}){remedy}") from error
+        raise TwigVLMError(f"{name}: rejected by the processor ({one_line(error)}){remedy}") from error
 
 
 def special_tokens(text: str, tokenizer: Any) -> dict[str, bool]:

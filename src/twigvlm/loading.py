@@ -1,4 +1,4 @@
-"""Load a base, its processor and a twig by name, on a device and in a number format."""
+"""Load a base, its processor and a twig by name, on a device and in a data type."""
 
 from os import PathLike
 from typing import Any
@@ -19,11 +19,11 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any
 
     Args:
         name: "sapling", a Hugging Face id, or a directory.
-        dtype: "float32", "bfloat16" or "float16"; "auto": as it was saved, Sapling in what this device is fastest in.
-        device: a device of torch; "auto": a GPU if there is one.
+        dtype: "float32", "bfloat16" or "float16"; "auto": as saved, or for Sapling whichever is fastest on this device.
+        device: a torch device; "auto": a GPU if there is one.
 
     Raises:
-        TwigVLMError: the model cannot be loaded, or the dtype or the device is unknown or not there.
+        TwigVLMError: the model cannot be loaded, or the dtype or device is unknown or unavailable.
     """
     number_format = _dtype(dtype)
     where = _device(device)
@@ -47,13 +47,13 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any
 def load(
     name: str, twig: str | PathLike[str] | None, dtype: str = "auto", device: str = "auto"
 ) -> tuple[Any, Any, TwigVLM | None]:
-    """A base and its processor as `load_base` gives them, and the base with a twig.
+    """A base and its processor as from `load_base`, and the base with a twig.
 
     Args:
-        name: of the base.
-        twig: directory or hub id of the twig; None: the base alone.
-        dtype: of the base, and so of the twig.
-        device: of both.
+        name: name of the base, as for `load_base`.
+        twig: directory or hub id of the twig; None: only the base.
+        dtype: data type of base and twig.
+        device: device of both.
 
     Raises:
         TwigVLMError: the base or the twig cannot be loaded.
@@ -67,7 +67,7 @@ def _dtype(name: str) -> torch.dtype | None:
         return None
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise TwigVLMError(f"dtype {name!r}: is no number format; choose float32, bfloat16, float16 or auto")
+        raise TwigVLMError(f"dtype {name!r}: is not a data type for weights; choose float32, bfloat16, float16 or auto")
     return found
 
 

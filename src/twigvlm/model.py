@@ -60,8 +60,8 @@ class TwigVLM(HFInterface, Calibrated):
 
         Args:
             model: the base; unmodified, any attention implementation.
-            config: the twig's shape; None: the published one.
-            draft_token_ids: ids that the twig can draft, `config.draft_vocabulary` many.
+            config: shape of the twig; None: the published one.
+            draft_token_ids: ids of the tokens that the twig can draft, as many as `config.draft_vocabulary`.
 
         Raises:
             TwigVLMError: the base is not supported, or the twig does not fit on it.
@@ -73,7 +73,7 @@ class TwigVLM(HFInterface, Calibrated):
 
     @classmethod
     def without_twig(cls, model: Any) -> "TwigVLM":
-        """A Hugging Face VLM with pruning methods that need no trained twig; it drafts nothing.
+        """A Hugging Face VLM for pruning methods that need no trained twig. It cannot draft.
 
         Its twig is a single untrained layer that never runs.
 
@@ -95,10 +95,10 @@ class TwigVLM(HFInterface, Calibrated):
             model: the base.
             path: directory of the twig, or its hub id.
             revision: branch, tag or commit of a hub id; None: the main branch.
-            token: for a private repository; None: the one that you are logged in with.
+            token: for a private repository; None: the token of your login.
 
         Raises:
-            TwigVLMError: no twig at `path`, a twig of another base, a broken weight file, or the hub refuses.
+            TwigVLMError: there is no twig at `path`, it belongs to another base, a weight file is broken, or the hub refuses.
         """
         base = BaseVLM(model)
         return cls(base, twig_files.load(base, path, revision, token))
@@ -111,7 +111,7 @@ class TwigVLM(HFInterface, Calibrated):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context `generate` is the base's own `generate`, bit for bit; other threads and tasks keep the twig."""
+        """Within this context, `generate` is the base's own `generate`, bit for bit. Other threads and tasks keep the twig."""
         before = _disabled.get()
         _disabled.set((*before, self))
         try:
@@ -144,41 +144,41 @@ class TwigVLM(HFInterface, Calibrated):
         memory: PrefixCache | None = None,
         **kwargs: Any,
     ) -> Tensor | TwigOutput | Any:
-        """Generate as the base's `generate` does, greedily or by sampling, with pruning and speculation.
+        """Generate like the base's `generate`, greedily or by sampling, with pruning and speculation.
 
-        Each prompt of a batch (padded on the left) gets the answer that it would get alone; Hugging Face's
-        processors and criteria see it without its padding. The caller's own see the whole padded batch, once per
-        position, and the rows of such a batch advance together. Sampling draws as the base's `generate` would: the
-        same seed gives the same answer, however it is speculated. In a batch each row draws from a stream of its own.
+        Each prompt of a batch (padded on the left) gets the answer that it would get alone. Hugging Face's own processors
+        and criteria see it without its padding. The caller's processors and criteria see the whole padded batch, once
+        per position, and the rows of such a batch advance together. Sampling draws what the base's `generate` would
+        draw: the same seed gives the same answer, whatever the speculation. In a batch, each row has its own random stream.
 
         Args:
-            inputs: prompt ids, or pass them as `input_ids`.
-            retain: R̄, average number of visual tokens over all layers (Eq. 6).
-            keep: R, visual tokens kept in layers K+1..K_f, instead of `retain`. Neither: no pruning.
-            final_wipe: K_f; None: the twig's; the base's number of layers: off.
-            retain_per_image: split the budget evenly among a prompt's images, or the frames that text parts.
-            refocus: τ, exchange kept visual tokens for better ones, while the answer grows, wherever they have less than this
-                share of the scores that as many others could have; None: they stay the same.
-            scout: rank by a pass of trunk and twig over the whole prompt before the decoder, all of whose layers then hold the
-                kept tokens alone: R̄ = R + M·K/L, and no FinalWipe.
-            scorer: ranks the visual tokens; None: the twig's P-Head, or without one its last layer's attention.
-            pruner: another pruning method, by its name (`twigvlm methods`) under the budget `retain`, or as an object, which may
-                have cuts of its own; None, "twig": the twig's.
-            speculate: "none", "chain", "tree", or "auto": drafts of what size it pays on this machine, none where none does; the
-                first time on a machine it measures that for a few seconds (see `calibrate`). The output is the same.
-            draft_length: δ, most tokens of a chain.
-            draft_threshold: θ, a chain ends after a token whose probability is below it.
-            tree_depth: D, most tokens on a path of a tree.
-            tree_width: E, children of each node that is expanded.
-            tree_expand: K_sel, nodes of a level that are expanded.
-            tree_nodes: N_max, most drafted tokens of a tree that are verified.
-            generator: what sampling draws from; None: torch's own, which `torch.manual_seed` seeds.
-            memory: of a conversation, whose next prompt this is (one prompt, one answer); `chat` keeps one.
-            kwargs: what the base's `generate` takes: processor outputs, max_new_tokens, generation_config,
+            inputs: prompt ids; they can also be passed as `input_ids`.
+            retain: R̄, the number of visual tokens averaged over all layers (Eq. 6).
+            keep: R, the number of visual tokens kept in layers K+1..K_f, instead of `retain`. With neither, nothing is pruned.
+            final_wipe: K_f, the last layer that visual tokens enter; None: the twig's own; the base's number of layers: off.
+            retain_per_image: split the budget evenly among a prompt's images, or frames with text between them.
+            refocus: τ; while the answer grows, kept visual tokens are replaced by better ones wherever they hold less than
+                this share of the scores that the best ones would hold; None: they stay the same.
+            scout: rank by a pass of trunk and twig over the whole prompt before the decoder, whose layers then all hold
+                only the kept tokens: R̄ = R + M·K/L, without FinalWipe.
+            scorer: function that scores the visual tokens; None: the twig's P-Head, or its last layer's attention if it has none.
+            pruner: another pruning method, by name (`twigvlm methods`) with the budget `retain`, or as an object, which may
+                have its own cuts; None or "twig": the twig's.
+            speculate: "none", "chain", "tree", or "auto", which drafts as much as pays off on this machine, or nothing; on
+                its first use on a machine it measures for a few seconds (see `calibrate`). The output is the same for all.
+            draft_length: δ, length of the longest chain.
+            draft_threshold: θ; a chain ends after a token whose probability is below it.
+            tree_depth: D, length of the longest path of a tree.
+            tree_width: E, number of children of each expanded node.
+            tree_expand: K_sel, number of nodes of each level that are expanded.
+            tree_nodes: N_max, largest number of drafted tokens of a tree that are verified.
+            generator: random generator for sampling; None: torch's global one, which `torch.manual_seed` seeds.
+            memory: prefix cache of the conversation that this prompt continues (one prompt, one answer); see `chat`.
+            kwargs: arguments of the base's `generate`: processor outputs, max_new_tokens, generation_config,
                 eos_token_id, logits_processor, stopping_criteria, streamer, return_dict_in_generate, …
 
         Returns:
-            Prompt ids and new ids, [batch, length]; with `return_dict_in_generate=True` a TwigOutput.
+            Prompt ids followed by new ids, [batch, length]; a TwigOutput with `return_dict_in_generate=True`.
 
         Raises:
             TwigVLMError: an argument is out of range, does not apply or is not supported.
@@ -197,11 +197,13 @@ class TwigVLM(HFInterface, Calibrated):
         )
         if inputs is not None:
             if "input_ids" in kwargs:
-                raise TwigVLMError("inputs and input_ids: give one of them")
+                raise TwigVLMError("inputs and input_ids: give only one of them")
             kwargs["input_ids"] = inputs
         if self in _disabled.get():
             if pruning.active or pruner is not None or speculation.active:
-                raise TwigVLMError("retain, keep and speculate do not apply while the twig is disabled: leave them out")
+                raise TwigVLMError(
+                    "retain, keep, pruner and speculate do not apply while the twig is disabled: leave them out"
+                )
             if generator is not None:
                 raise TwigVLMError(
                     "generator: the base's own generate takes none; leave it out, and seed by torch.manual_seed"
@@ -234,15 +236,15 @@ class TwigVLM(HFInterface, Calibrated):
     def engine(
         self, max_rows: int | None = None, max_bytes: int | None = None, speculate: str = "none", **options: Any
     ) -> Engine:
-        """An engine that answers several requests at once: they join while others decode, and leave when they end.
+        """An engine that answers several requests at once. Requests join while others decode, and leave when they end.
 
-        `engine.add(inputs, ...)` takes what `generate` takes, except for the options of speculation, which are the engine's.
+        `engine.add(inputs, ...)` takes the arguments of `generate`, except for speculation, which is set for the whole engine.
 
         Args:
-            max_rows: requests that decode together at most; None: as many as memory allows.
-            max_bytes: of keys and values; None: what is free on an accelerator, half of the machine's memory otherwise.
+            max_rows: largest number of requests that decode together; None: as many as memory allows.
+            max_bytes: memory for keys and values; None: what is free on an accelerator, or half of the machine's memory.
             speculate: how to draft, as in `generate`.
-            options: δ, θ, D, E, K_sel and N_max, by the names that `generate` gives them.
+            options: δ, θ, D, E, K_sel and N_max, under the names that they have in `generate`.
 
         Raises:
             TwigVLMError: an option is out of range or does not apply.
@@ -260,10 +262,10 @@ class TwigVLM(HFInterface, Calibrated):
             check_mask_attention(self.base.attention, f"batch of {rows} prompts")
 
     def chat(self, processor: Any, **options: Any) -> Conversation:
-        """A conversation of several turns, in which trunk and twig run only once on each token.
+        """Start a conversation of several turns, in which trunk and twig run only once on each token.
 
         Args:
-            processor: the base's.
-            options: of `generate`, for every question.
+            processor: the base's processor.
+            options: arguments of `generate` for every question.
         """
         return Conversation(self.base, self.generate, processor, options)

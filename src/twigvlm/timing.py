@@ -12,16 +12,16 @@ class Timings:
     """Wall-clock seconds of one request."""
 
     prefill: float = 0.0
-    """Vision, prompt, pruning and the first token."""
+    """Vision, prompt, pruning, and the first token."""
     draft: float = 0.0
-    """Trunk and twig; without speculation the trunk alone."""
+    """Trunk and twig; without speculation only the trunk."""
     verify: float = 0.0
-    """Layers K+1..L, the head, and the choice."""
+    """Layers K+1..L, the head, and the choice of tokens."""
     total: float = 0.0
 
     @property
     def decode(self) -> float:
-        """All after the first token."""
+        """Everything after the first token."""
         return self.total - self.prefill
 
 

@@ -1,4 +1,4 @@
-"""Show which visual tokens were kept, on the picture itself."""
+"""Draw which visual tokens were kept, on the picture itself."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,14 +17,14 @@ MAX_SIDE = 8192
 
 
 def patch_grid(base: Any, visual_tokens: int) -> tuple[int, int] | None:
-    """Rows and columns of the visual tokens where they are the square of one whole image; None for tiles and other shapes."""
+    """Rows and columns of the visual tokens if they form the square of one whole image; None for tiles and other shapes."""
     side = round(visual_tokens**0.5)
     whole = getattr(base.config, "image_seq_length", None) == visual_tokens
     return (side, side) if whole and side * side == visual_tokens else None
 
 
 def seen_box(processor: Any, image: Image.Image) -> tuple[int, int, int, int] | None:
-    """The part of the image that reaches the model: the middle square where the processor crops to one, else all of it."""
+    """The part of the image that reaches the model: the central square if the processor crops to it, otherwise all of it."""
     if not getattr(processor.image_processor, "do_center_crop", False):
         return None
     side = min(image.size)
@@ -39,24 +39,24 @@ def highlight(
     box: tuple[int, int, int, int] | None = None,
     min_side: int = 672,
 ) -> Image.Image:
-    """The picture with kept patches as they are, framed, and every other patch faded.
+    """The picture with the kept patches framed and every other patch faded.
 
     Args:
-        image: the picture that was asked about.
-        kept: indices of the kept visual tokens, counted row by row from the top left patch.
+        image: the picture that the question is about.
+        kept: indices of the kept visual tokens, row by row from the top left patch.
         grid: rows and columns of patches.
         box: the part of the picture (left, top, right, bottom) that the grid covers; None is all of it.
-        min_side: smaller pictures are enlarged until their shorter side has this many pixels, or the longer one `MAX_SIDE`.
+        min_side: smaller pictures are enlarged until the shorter side has this many pixels, or the longer one `MAX_SIDE`.
 
     Returns:
-        A new RGB image; `image` is left as it was.
+        A new RGB image; `image` is not modified.
     """
     rows, columns = grid
     chosen: NDArray[np.bool_] = np.zeros(rows * columns, dtype=bool)
     for index in kept:
         if not 0 <= index < rows * columns:
             raise TwigVLMError(
-                f"kept index {index}: the grid of {rows}x{columns} patches has 0 to {rows * columns - 1}"
+                f"kept index {index}: must be 0 to {rows * columns - 1} in a grid of {rows}x{columns} patches"
             )
         chosen[index] = True
     chosen = chosen.reshape(rows, columns)
@@ -78,15 +78,15 @@ def highlight(
 
 
 def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 3) -> Image.Image:
-    """Pictures of one size in rows, each over its caption.
+    """Pictures of equal size in rows, each above its caption.
 
     Args:
         pictures: at least one.
-        captions: one for each.
-        columns: pictures of a row.
+        captions: one for each picture.
+        columns: number of pictures in a row.
 
     Returns:
-        A new image; no side is longer than `MAX_SIDE`, by smaller pictures where necessary.
+        A new image. Pictures are scaled down where a side would be longer than `MAX_SIDE`.
     """
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)

@@ -134,7 +134,7 @@ def test_a_fork_looks_again_by_the_twig_s_own_ranking_alone():
     engine = vlm.engine()
     plain = engine.add(prompt(0), max_new_tokens=4)
     for pruner in others:
-        with pytest.raises(TwigVLMError, match="at the prompt's end alone"):
+        with pytest.raises(TwigVLMError, match="only at the end of the prompt"):
             engine.fork(plain, pruner, refocus=0.9)
     with pytest.raises(TwigVLMError, match=r"refocus=2: must be"):
         engine.fork(plain, own, refocus=2.0)

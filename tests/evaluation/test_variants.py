@@ -90,8 +90,8 @@ def test_the_model_is_left_as_it_was():
         ("deep:0", "1 to 6"),
         ("deep:x", "must be one of"),
         ("visionzap", "must be one of"),
-        ("visionzip:3", "a layer goes with"),
-        ("refocus:x", "must name a coverage"),
+        ("visionzip:3", "take a layer"),
+        ("refocus:x", "must name τ"),
         ("refocus:2", "at most 1"),
     ],
 )

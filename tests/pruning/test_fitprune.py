@@ -45,7 +45,7 @@ def test_scores_are_the_base_s_own_attention(model):
 def test_what_cannot_be_calibrated_is_refused(model):
     with pytest.raises(TwigVLMError, match=r"share=0\.1"):
         FitPrune.calibrated(model.base, [], 0.1)
-    with pytest.raises(TwigVLMError, match="none has visual tokens"):
+    with pytest.raises(TwigVLMError, match="none of them has visual tokens"):
         FitPrune.calibrated(model.base, [prompt(model.model, "llava", "text")], 0.5)
     with pytest.raises(TwigVLMError, match="has 2 shares, but this base needs 5"):
         FitPrune((0.5, 0.5)).cuts(16, 32, LAYERS)

@@ -211,8 +211,8 @@ def test_what_refocus_needs():
         ({"refocus": 0.9}, "refocus=0.9: needs a budget"),
         ({"refocus": 1.5, "keep": 5}, "refocus=1.5: must be more than 0, and at most 1"),
         ({"refocus": 0.0, "keep": 5}, "refocus=0: must be more than 0"),
-        ({"refocus": 0.9, "keep": 5, "scorer": RandomScores()}, "ranks at the prompt's end alone"),
-        ({"refocus": 0.9, "keep": 5, "scorer": TwigAttention()}, "ranks at the prompt's end alone"),
+        ({"refocus": 0.9, "keep": 5, "scorer": RandomScores()}, "ranks only at the end of the prompt"),
+        ({"refocus": 0.9, "keep": 5, "scorer": TwigAttention()}, "ranks only at the end of the prompt"),
         ({"refocus": 0.9, "keep": 5, "retain_per_image": True}, "give one of them"),
         ({"refocus": 0.9, "retain": 8, "pruner": pruner}, "belongs to the twig's own pruning"),
     ):

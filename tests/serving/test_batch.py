@@ -90,7 +90,7 @@ def test_results_of_another_batch_and_two_runs_at_once_are_refused(service, tmp_
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "holds no request"),
+        ("", "has no request"),
         ("{", "line 1: not JSON"),
         ("[1]", "needs a text"),
         ('{"custom_id": "a"}', "needs a text"),

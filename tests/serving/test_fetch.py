@@ -95,7 +95,7 @@ def test_a_host_that_sends_a_byte_now_and_then_is_given_up(fetcher):
 
 def test_a_name_that_leads_to_a_private_address_is_refused(fetcher):
     strict = Fetcher(["pictures.test"], 1000, port=fetcher.port)
-    with pytest.raises(RequestError, match="no public address"):
+    with pytest.raises(RequestError, match="not a public address"):
         strict.fetch("https://pictures.test/a.png")
 
 

@@ -366,11 +366,11 @@ def test_growing_and_loading_under_inference_mode_makes_a_twig_that_trains(make_
 
 def test_what_cannot_be_trained_under_inference_mode_is_refused(make_model, dataset, tmp_path):
     for mode in (torch.no_grad, torch.inference_mode):
-        with mode(), pytest.raises(TwigVLMError, match=r"torch.inference_mode: nothing can be trained under it"):
+        with mode(), pytest.raises(TwigVLMError, match=r"torch.inference_mode: nothing can be trained inside it"):
             run(make_model(), dataset, tmp_path / "out", max_steps=1)
     with torch.inference_mode():
         model = make_model(head="shared")
-    with pytest.raises(TwigVLMError, match=r"base: was loaded under torch.inference_mode"):
+    with pytest.raises(TwigVLMError, match=r"base: was loaded inside torch.inference_mode"):
         run(model, dataset, tmp_path / "out", max_steps=1)
     assert not (tmp_path / "out").exists()
 

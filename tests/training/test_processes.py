@@ -90,7 +90,7 @@ def test_killed_at_any_write_it_ends_as_if_it_had_not_been(tmp_path):
 
 def test_without_others_there_is_nothing_to_shard(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(TwigVLMError, match="FSDP: there is one process alone; start more"):
+    with pytest.raises(TwigVLMError, match="FSDP: there is only one process; start more"):
         runs.stage1(runs.grow(), tmp_path)
 
 

@@ -25,15 +25,15 @@ _installing = Lock()
 
 
 def alone_in_process(alone: bool = True) -> None:
-    """Say whether twigs are the only users of torch in this process, as they are in the commands.
+    """Declare that twigs are the only users of torch in this process, as in the commands.
 
-    If so, passes over a single token are two to three times as fast in bfloat16 on a CPU: torch has a fast product of a matrix
-    and a vector, but takes oneDNN's slower one unless oneDNN is switched off, which is a switch of the whole process. It is
-    off for the duration of such a product, and what another thread multiplied meanwhile would come out right, but not bit for
-    bit as it does otherwise. So by default it is left alone.
+    Passes over a single token are then two to three times as fast in bfloat16 on a CPU. torch has a fast product of a matrix
+    and a vector, but uses oneDNN's slower one unless oneDNN is switched off, which affects the whole process. It is off for
+    the duration of such a product; what another thread multiplies meanwhile is correct, but not bit for bit the same as
+    otherwise. Therefore this is off by default.
 
     Args:
-        alone: whether no other thread computes with torch while a twig's model generates.
+        alone: whether no other thread computes with torch while a model with a twig generates.
     """
     global _alone
     _alone = alone

@@ -82,7 +82,7 @@ def check_attention(attention: str, windowed: bool = False) -> None:
     """Raise TwigVLMError if masks for this attention implementation are unknown."""
     if windowed and attention.startswith("flash_attention"):
         raise TwigVLMError(
-            f"attn_implementation={attention!r}: measures sliding windows in what is left after pruning; load the base "
+            f"attn_implementation={attention!r}: would measure sliding windows in the pruned sequence; load the base "
             "with 'sdpa'"
         )
     if attention not in ("eager", "sdpa") and not attention.startswith("flash_attention"):

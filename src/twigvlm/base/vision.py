@@ -92,8 +92,8 @@ class Vision:
     def _known(self) -> TowerAttention:
         if self.attention is None:
             raise TwigVLMError(
-                "this base pools patches between its vision tower and its language model, so what the tower attends to is "
-                "not known of a visual token: choose a method that cuts in the decoder, or 'divprune'"
+                "this base pools patches between its vision tower and its language model, so the tower's attention "
+                "cannot be assigned to visual tokens: choose a method that cuts in the decoder, or 'divprune'"
             )
         return self.attention
 

@@ -38,7 +38,7 @@ class BaseVLM:
     def __init__(self, model: Any) -> None:
         if any(hasattr(module, "base_layer") for module in model.modules()):
             raise TwigVLMError(
-                "the base has adapters beside its layers: call merge_and_unload() and pass what it returns"
+                "the base has adapters that are not merged: call merge_and_unload() and pass what it returns"
             )
         self.model = model
         self.family = family_of(model)
@@ -96,7 +96,7 @@ class BaseVLM:
             if given is not None and given.shape != input_ids.shape:
                 raise TwigVLMError(
                     f"{name} has shape {list(given.shape)}, but input_ids has {list(input_ids.shape)}: "
-                    "shorten both or none of them"
+                    "shorten both or neither"
                 )
         for token, visual in self._visuals():
             counts = (input_ids == token).sum(dim=1).tolist()

@@ -30,7 +30,7 @@ def fetch(path: str | PathLike[str], files: list[str], revision: str | None, tok
     name = fspath(path)
     if not is_hub_id(name):
         if revision is not None:
-            raise TwigVLMError(f"revision={revision!r}: {name} is no hub id; leave revision out")
+            raise TwigVLMError(f"revision={revision!r}: {name} is not a hub id; leave revision out")
         return Path(name)
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, token=token, allow_patterns=files))
@@ -42,7 +42,7 @@ def push(folder: Path, name: str, private: bool | None, token: str | None, messa
     """Upload a directory to a repository, which is made if need be; the page of the repository.
 
     Raises:
-        TwigVLMError: the hub refuses, or cannot be reached.
+        TwigVLMError: the hub refuses or cannot be reached.
     """
     try:
         page = huggingface_hub.create_repo(name, private=private, token=token, exist_ok=True)
@@ -56,7 +56,7 @@ def push(folder: Path, name: str, private: bool | None, token: str | None, messa
 
 def _reason(error: Exception, revision: str | None) -> str:
     if isinstance(error, GatedRepoError):
-        return "is gated; ask for access on its page, and log in with 'hf auth login' or pass a token"
+        return "access is restricted; ask for it on its page, and log in with 'hf auth login' or pass a token"
     if isinstance(error, RepositoryNotFoundError):
         return "no such directory, and no such repository on the hub; correct the name, or log in if the repository is private"
     if isinstance(error, RevisionNotFoundError):

@@ -61,7 +61,7 @@ def import_milvlg(model: Any, folder: Path, trunk_layers: int, final_wipe: int |
         elif name in _OTHERS:
             state[_OTHERS[name]] = tensor
         else:
-            raise TwigVLMError(f"{folder}: {name} is no part of a twig that is known here; update twigvlm")
+            raise TwigVLMError(f"{folder}: {name} is not a known part of a twig; update twigvlm")
     base = BaseVLM(model)
     rows = base.vocabulary
     if len(head) > rows:

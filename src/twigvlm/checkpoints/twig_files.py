@@ -221,7 +221,9 @@ def _read_weights(file: Path, config: TwigConfig) -> dict[str, Tensor]:
     # K_f may be tuned in the config: no weight depends on it.
     saved = {**json.loads(metadata.get("twig", "{}")), "final_wipe": config.final_wipe}
     if "twig" in metadata and TwigConfig(**saved) != config:
-        raise TwigVLMError(f"{file.parent}: weights and {CONFIG} are of two twigs, a save was cut off; save it again")
+        raise TwigVLMError(
+            f"{file.parent}: weights and {CONFIG} are of two twigs, since a save was cut off; save it again"
+        )
     check_finite(state, str(file))
     return state
 

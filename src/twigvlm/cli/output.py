@@ -141,7 +141,9 @@ def check_picture_path(path: Path) -> None:
     if path.is_dir():
         raise TwigVLMError(f"out {str(path)!r}: is a directory; name a file in it")
     if not os.access(path.parent, os.W_OK):
-        raise TwigVLMError(f"out {str(path)!r}: no writable directory {str(path.parent)!r}; create it or choose another")
+        raise TwigVLMError(
+            f"out {str(path)!r}: no writable directory {str(path.parent)!r}; create it or choose another"
+        )
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:

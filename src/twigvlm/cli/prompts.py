@@ -52,7 +52,9 @@ def read_prompts(path: Path, images: Sequence[str] = (), videos: Sequence[str] =
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise TwigVLMError(f"{name}: no such file; give a text file with one prompt per line, or a .jsonl file") from None
+        raise TwigVLMError(
+            f"{name}: no such file; give a text file with one prompt per line, or a .jsonl file"
+        ) from None
     except (OSError, ValueError) as error:
         raise TwigVLMError(f"{name}: cannot be read as text ({error}); save it as UTF-8") from None
     read = _from_json if path.suffix == ".jsonl" else _from_text

@@ -59,7 +59,10 @@ class Serve(ServiceOptions):
         from twigvlm.serving.server import LOCAL, allowed_hosts, make_server
 
         if key is None and self.host not in LOCAL:
-            print("twigvlm: warning: no --api-key is set, so everyone who can reach this port can use the server", file=sys.stderr)
+            print(
+                "twigvlm: warning: no --api-key is set, so everyone who can reach this port can use the server",
+                file=sys.stderr,
+            )
         app = create_app(service, key, allowed_hosts(self.host, self.allow_host))
         server = make_server(app, service, self.host, self.port, self.shutdown_seconds)
         server.on_start = lambda address: print(f"Serving {service.name!r} at {address}", flush=True)

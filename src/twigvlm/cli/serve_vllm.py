@@ -59,8 +59,8 @@ def check_applies(options: ServiceOptions, folder: Path | None) -> Path:
     idle = options.pruning == PruningConfig() and options.limits == Limits() and options.speculate is None
     if not idle or options.allow_image_host:
         raise TwigVLMError(
-            "engine 'vllm': options of pruning, speculation, limits and image hosts are this library's own; leave them out, or "
-            "--engine"
+            "engine 'vllm': options for pruning, speculation, limits and image hosts do not apply to vLLM; leave out either "
+            "them or --engine"
         )
     return folder
 

@@ -25,17 +25,17 @@ class Calibrated(nn.Module):
         self._costs: dict[tuple[object, ...], StepCosts] = {}
 
     def calibrate(self) -> StepCosts:
-        """Measure what the passes of a step cost on this machine, now and whatever was known; `auto` drafts by it.
+        """Measure what the passes of a step cost on this machine, replacing earlier measurements; `auto` drafts by it.
 
-        The result is kept in a file of this machine and model, so that no later process measures again. Call it on an idle
-        machine, for example once after installation: without it, the first use of `auto` measures.
+        The result is stored in a file for this machine and model, so that no later process measures again. Call it on an
+        idle machine, for example once after installation. Without it, the first use of `auto` measures.
         """
         with _calibrating:
             costs = self._costs[self._costs_key()] = cached_costs(self.base, self.twig, refresh=True)
         return costs
 
     def costs(self) -> StepCosts:
-        """What the passes of a step cost here: as calibrated before, by this process or another one, or else measured now."""
+        """What the passes of a step cost here, as this or another process measured it before, or else measured now."""
         with _calibrating:  # concurrent first calls measure once
             key = self._costs_key()
             if key not in self._costs:

@@ -21,24 +21,24 @@ from twigvlm.timing import Timings, clock_of
 
 @dataclass(frozen=True)
 class Event:
-    """What a step brought one request."""
+    """New tokens of one request from one step."""
 
     id: int
     tokens: list[int]
-    """New ids, in their order."""
+    """New token ids, in order."""
     finished: bool
     """Whether the answer is complete."""
 
 
 class Engine:
-    """Answers requests, several at once; each gets the answer that it would get alone.
+    """Answers several requests at once. Each gets the answer that it would get alone.
 
     Args:
-        runner: what runs on the device; its rows are this engine's.
-        make_row: turns what a caller passes to `add` into a row.
-        max_rows: rows that decode together at most; None: as many as memory allows.
-        max_bytes: of keys and values; None: as many as are free when the engine is made.
-        timings: where seconds are added up; None: nothing is timed, and no device is waited for.
+        runner: runs the steps on the device; it belongs to this engine alone.
+        make_row: turns the arguments of `add` into a row.
+        max_rows: largest number of rows that decode together; None: as many as memory allows.
+        max_bytes: memory for keys and values; None: what is free when the engine is created.
+        timings: receives the seconds spent; None: nothing is timed, and the device is not synchronised.
     """
 
     def __init__(
@@ -63,45 +63,48 @@ class Engine:
         self._clock = None if timings is None else clock_of(self.base.device)
 
     def add(self, inputs: Any, **options: Any) -> int:
-        """Queue a request; its id.
+        """Queue a request and return its id.
 
         Args:
             inputs: the processor's outputs for one prompt.
-            options: of `TwigVLM.generate`, less those of speculation, which are the engine's.
+            options: arguments of `TwigVLM.generate`, except for those of speculation, which are the engine's.
 
         Raises:
-            TwigVLMError: as `generate`; nothing is queued then.
+            TwigVLMError: an error of `generate`; nothing is queued then.
         """
         if self.make_row is None:
-            raise TwigVLMError("this engine takes rows only: make one by TwigVLM.engine()")
+            raise TwigVLMError("this engine takes only rows: make one with TwigVLM.engine()")
         return self.submit([self.make_row(inputs, **options)])[0]
 
     def submit(self, rows: Sequence[Row]) -> list[int]:
-        """Queue the rows of one request; their ids."""
+        """Queue the rows of one request and return their ids."""
         for row in rows:
             row.id = next(self._ids)
             self.waiting.append(row)
         return [row.id for row in rows]
 
     def fork(self, id: int, pruner: Pruner | None, retain: float | None = None, refocus: float | None = None) -> int:
-        """Queue another answer to a waiting request's prompt, with another pruning; what they share is computed once.
+        """Queue a second answer to the prompt of a waiting request, with another pruning, and return its id.
 
-        Vision, trunk, twig and scores are shared; everything else is as the request has it.
+        Vision, trunk, twig and scores are computed once for both. All other options are those of the request.
 
         Args:
-            id: of a request that waits.
-            pruner: of the new row; None: no pruning.
-            retain: R̄; None: the pruner states its cuts itself.
-            refocus: τ of the new row; None: its visual tokens stay the same.
+            id: id of a waiting request.
+            pruner: pruning method of the new answer; None: no pruning.
+            retain: R̄; None: the pruner sets its own cuts.
+            refocus: τ of the new answer; None: its visual tokens stay the same.
 
         Raises:
-            TwigVLMError: no such request waits, the prompt cannot have this budget, or the pruner cannot choose again.
+            TwigVLMError: there is no such waiting request, the budget is impossible for the prompt, or the pruner cannot
+                choose again.
         """
         source = next((row for row in self.waiting if row.id == id), None)
         if source is None:
             raise TwigVLMError(f"request {id}: is not waiting; fork it before the next step")
         if source.noise is not None or len(source.request.rows) > 1:
-            raise TwigVLMError(f"request {id}: only greedy requests of one row can be forked")
+            raise TwigVLMError(
+                f"request {id}: only greedy requests for one answer can be forked; add it as a new request"
+            )
         if refocus is not None:
             check_refocus(refocus, pruner, self.base, self.runner.batch.twig)
         if source.prefix is None:
@@ -125,7 +128,7 @@ class Engine:
         return self.submit([fork])[0]
 
     def cancel(self, id: int) -> None:
-        """Give a request up, whether it waits or decodes; what it has got so far is all that it gets.
+        """Cancel a waiting or decoding request; it gets no more tokens.
 
         Raises:
             TwigVLMError: there is no such request, or it has ended.
@@ -140,19 +143,19 @@ class Engine:
                 row.end()
                 self._leave(place)
                 return
-        raise TwigVLMError(f"request {id}: there is none, or it has ended")
+        raise TwigVLMError(f"request {id}: does not exist, or has ended; use the id of a running request")
 
     @property
     def busy(self) -> bool:
-        """Whether any request waits or decodes, or events of one are to be returned."""
+        """Whether any request is waiting or decoding, or has events that were not returned yet."""
         return bool(self.waiting or self.active or self._events)
 
     def step(self) -> list[Event]:
-        """Take up what fits, then draft, verify and commit once for all rows.
+        """Admit the waiting requests that fit, then draft, verify and commit once for all rows.
 
         Raises:
-            TwigVLMError: a prompt cannot be taken up; its rows are given up, and all others go on with the next step, which also
-                returns what they got in this one.
+            TwigVLMError: a prompt cannot be admitted. Its rows are cancelled; all others continue with the next step, which
+                also returns their events of this one.
         """
         with torch.inference_mode():
             while group := self._next_group():
@@ -163,7 +166,7 @@ class Engine:
         return events
 
     def stream(self) -> Iterator[Event]:
-        """Step until every request has ended; requests may be added and cancelled meanwhile."""
+        """Run steps until every request has ended. Requests may be added and cancelled meanwhile."""
         while self.busy:
             yield from self.step()
 

@@ -66,7 +66,7 @@ class Questions:
         there = sorted({question.kind for question in self.items})
         for kind in kinds:
             if kind not in there:
-                raise TwigVLMError(f"kind {kind!r}: no question has it (kinds: {', '.join(there)})")
+                raise TwigVLMError(f"kind {kind!r}: no question is of this kind; choose from {', '.join(there)}")
         if limit is not None and limit < 1:
             raise TwigVLMError(f"limit={limit}: must be 1 or more")
         items = [question for question in self.items if not kinds or question.kind in kinds]
@@ -123,12 +123,12 @@ def _question(row: Any, number: int, folder: Path, vocabulary: Mapping[str, Any]
     where = f"{name}: question {row.get('id', number)!r}"
     for key in ("id", "image", "question", "answer", "kind"):
         if not isinstance(row.get(key), str) or not row[key].strip():
-            raise TwigVLMError(f"{where}: {key!r} is missing or no text; fill it in")
+            raise TwigVLMError(f"{where}: {key!r} is missing or not text; fill it in")
     if is_remote(row["image"]):
         raise TwigVLMError(f"{where}: remote image {row['image']!r}; download it and give its path")
     image = row["image"] if is_uri(row["image"]) else folder / row["image"]
     if not is_uri(image) and not os.path.isfile(image):
-        raise TwigVLMError(f"{where}: no image file {str(image)!r}; image paths start from the file of questions")
+        raise TwigVLMError(f"{where}: no image file {str(image)!r}; image paths are relative to the file of questions")
     objects = row.get("objects")
     if objects is not None:
         if not isinstance(objects, list):
@@ -142,7 +142,7 @@ def _question(row: Any, number: int, folder: Path, vocabulary: Mapping[str, Any]
             raise TwigVLMError(f"{where}: {key!r} must be true or false")
     texts = row.get("texts", [])
     if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise TwigVLMError(f"{where}: 'texts' must be a list of what is written in the picture")
+        raise TwigVLMError(f"{where}: 'texts' must be a list of the texts in the picture")
     things = None if objects is None else tuple(dict.fromkeys(objects))
     about = row["id"], image, row["question"], row["answer"], row["kind"]
     return Question(*about, objects=things, texts=tuple(texts), **flags)

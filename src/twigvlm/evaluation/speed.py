@@ -201,7 +201,7 @@ def attention_of(model: Any, implementation: str | None) -> Iterator[None]:
         model.set_attn_implementation(implementation)
     except (ValueError, ImportError) as error:
         raise TwigVLMError(
-            f"attention {implementation!r}: not to be had here ({one_line(error)}); choose another"
+            f"attention {implementation!r}: not available here ({one_line(error)}); choose another"
         ) from None
     try:
         yield

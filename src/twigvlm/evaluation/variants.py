@@ -73,7 +73,7 @@ def make_variants(
     if not pruned:
         raise TwigVLMError("nothing to compare: give at least one method that prunes, and one budget")
     if final_wipes and all(variant.final_wipe is None for variant in pruned):
-        raise TwigVLMError("final_wipe: scout and published methods have cuts of their own; leave it out")
+        raise TwigVLMError("final_wipe: scout and published methods have their own cuts; leave it out")
     return [NONE, *pruned]
 
 
@@ -94,7 +94,7 @@ def refocus_of(method: str) -> float | None:
     try:
         threshold = float(number)
     except ValueError:
-        raise TwigVLMError(f"method {method!r}: must name a coverage, for example refocus:0.7") from None
+        raise TwigVLMError(f"method {method!r}: must name τ, for example refocus:0.7") from None
     check_coverage(threshold)
     return threshold
 

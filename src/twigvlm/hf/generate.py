@@ -31,22 +31,22 @@ class TwigOutput:
     """What `generate(return_dict_in_generate=True)` returns."""
 
     sequences: Int[Tensor, "batch length"]
-    """Prompt ids and new ids; behind the end of a shorter answer the padding token."""
+    """Prompt ids followed by new ids; shorter answers end with padding tokens."""
     kept_indices: list[Int[Tensor, " _"]] | None
-    """For each prompt, positions of the visual tokens that pruning keeps, ascending; None without pruning."""
+    """For each prompt, positions of the visual tokens that pruning kept, ascending; None without pruning."""
     average_visual: list[float]
-    """For each prompt R̄, the average over all layers of the visual tokens that enter a layer (Eq. 4 and 6), scouting included."""
+    """For each prompt R̄, the number of visual tokens that enter a layer, averaged over all layers, scouting included."""
     looks: list[list[Look]] | None
     """For each prompt, later choices of the kept visual tokens; None without `refocus`."""
     drafted_lengths: list[list[int]]
-    """For each prompt, tokens drafted for each step, the prefill first; of a tree, its nodes that were verified."""
+    """For each prompt, the number of tokens drafted in each step, the prefill first; of a tree, its verified nodes."""
     accepted_lengths: list[list[int]]
-    """For each prompt, drafted tokens accepted in each step; each step adds one token of the base's own unless it ends the
-    answer."""
+    """For each prompt, the number of drafted tokens accepted in each step. Each step also adds one token of the base's own,
+    unless it ends the answer."""
     timings: Timings
-    """Seconds of prefill, draft, verify and the whole, of all prompts together."""
+    """Seconds of prefill, drafting, verification and in total, of all prompts together."""
     costs: StepCosts | None
-    """What `auto` reckoned with; None for other ways of speculation."""
+    """The costs that `auto` used; None for other ways of speculation."""
 
 
 Schedule = Callable[[int], tuple[Cut, ...]]
@@ -167,9 +167,9 @@ def run_rows(
 
 def _check_rows(rows: int, streamer: Any, prefix: PrefixCache | None) -> None:
     if rows > 1 and streamer is not None:
-        raise TwigVLMError(f"streamer: takes one answer, not {rows}; leave it out, or ask for one")
+        raise TwigVLMError(f"streamer: takes one answer, not {rows}; leave it out, or ask for one answer answer")
     if rows > 1 and prefix is not None:
-        raise TwigVLMError(f"{rows} answers: a conversation goes on with one; ask for one")
+        raise TwigVLMError(f"{rows} answers: a conversation continues with one; ask for one answer")
 
 
 def check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
@@ -179,10 +179,10 @@ def check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
     mask = kwargs.get("attention_mask")
     if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
         raise TwigVLMError(
-            "attention_mask: hides tokens behind others; pad on the left, with processor.tokenizer.padding_side = 'left'"
+            "attention_mask: hides tokens after others; pad on the left, with processor.tokenizer.padding_side = 'left'"
         )
     if mask is not None and not bool(mask[:, -1].all()):
-        raise TwigVLMError("attention_mask: hides all of a prompt; leave that prompt out")
+        raise TwigVLMError("attention_mask: hides a whole prompt; leave that prompt out")
     given = kwargs.get("generation_config")
     for config in (kwargs, vars(given) if given is not None else {}, vars(defaults)):
         if config.get("max_new_tokens") is not None:
@@ -198,12 +198,12 @@ def _check_generation(config: GenerationConfig) -> None:
     """Refuse ways to generate that the loop does not know."""
     if (config.num_beams or 1) > 1:
         raise TwigVLMError(
-            f"num_beams={config.num_beams}: beams are not supported with a twig; pass num_beams=1, or sample several answers "
-            "with do_sample=True and num_return_sequences"
+            f"num_beams={config.num_beams}: beam search is not supported with a twig; pass num_beams=1, or sample several "
+            "answers with do_sample=True and num_return_sequences"
         )
     if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise TwigVLMError(
-            f"{config.get_generation_mode().value}: greedy decoding and sampling are supported; leave its options out"
+            f"{config.get_generation_mode().value}: only only greedy decoding and sampling are supported; leave its options out"
         )
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
@@ -230,7 +230,7 @@ def with_stop_strings(kwargs: dict[str, Any], defaults: GenerationConfig) -> dic
     if strings is None:
         return rest
     if tokenizer is None:
-        raise TwigVLMError("stop_strings: needs the tokenizer too, pass tokenizer=processor.tokenizer")
+        raise TwigVLMError("stop_strings: needs the tokenizer too; pass tokenizer=processor.tokenizer")
     if from_config is not None:
         rest["generation_config"] = copy.deepcopy(given)
         rest["generation_config"].stop_strings = None
@@ -276,12 +276,12 @@ def _noises(
     """
     if not config.do_sample:
         if generator is not None:
-            raise TwigVLMError("generator: needs do_sample=True, greedy decoding draws nothing")
+            raise TwigVLMError("generator: has no effect on greedy decoding; leave it out, or pass do_sample=True")
         return [None] * rows
     device = base.device
     if generator is not None and generator.device.type != device.type and rows == 1:
         raise TwigVLMError(
-            f"generator: is on {str(generator.device)!r}, the base on {str(device)!r}; make it by torch.Generator(device)"
+            f"generator: is on {str(generator.device)!r}, the base on {str(device)!r}; create it with torch.Generator(device)"
         )
     streams = [generator] if rows == 1 else _streams(rows, device, generator)
     temperature = 1.0 if config.temperature is None else config.temperature

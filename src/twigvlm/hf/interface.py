@@ -22,7 +22,7 @@ class HFInterface(nn.Module):
     twig: Twig
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
-        """Save the twig alone to a directory, with a model card; each file is replaced whole or not at all."""
+        """Save only the twig to a directory, with a model card. Each file is replaced completely or not at all."""
         twig_files.save(self.base, self.twig, path)
 
     def push_to_hub(
@@ -33,16 +33,16 @@ class HFInterface(nn.Module):
         token: str | None = None,
         commit_message: str = "Upload twig",
     ) -> str:
-        """Save the twig to a repository of the hub, which is made if need be; returns its address.
+        """Save the twig to a hub repository, which is created if it does not exist, and return its URL.
 
         Args:
             repo_id: `user/name`.
-            private: whether a new repository is private; None: as your account says.
-            token: with the right to write; None: the one that you are logged in with.
+            private: whether a new repository is private; None: the default of your account.
+            token: with write access; None: the token of your login.
             commit_message: of the upload.
 
         Raises:
-            TwigVLMError: the hub refuses, or cannot be reached.
+            TwigVLMError: the hub refuses or cannot be reached.
         """
         with TemporaryDirectory() as folder:
             twig_files.save(self.base, self.twig, folder, name=repo_id)
@@ -55,7 +55,7 @@ class HFInterface(nn.Module):
 
     @property
     def generation_config(self) -> Any:
-        """The base's generation config: what `generate` does where it is not told otherwise."""
+        """The base's generation config: the defaults of `generate`."""
         return self.model.generation_config
 
     @generation_config.setter
@@ -64,12 +64,12 @@ class HFInterface(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """Device that inputs must be on."""
         return self.base.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The base's number format."""
+        """The base's data type."""
         return cast(torch.dtype, self.model.dtype)
 
     @property
@@ -83,29 +83,29 @@ class HFInterface(nn.Module):
 
     @property
     def input_modalities(self) -> Any:
-        """What the base takes, for example image and text."""
+        """What the base accepts, for example image and text."""
         return self.model.input_modalities
 
     @property
     def output_modalities(self) -> Any:
-        """What the base makes: text."""
+        """What the base produces: text."""
         return self.model.output_modalities
 
     def can_generate(self) -> bool:
-        """True: `transformers.pipeline` asks."""
+        """Always True, as `transformers.pipeline` requires."""
         return True
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Parameters of base and twig together.
+        """Number of parameters of base and twig together.
 
         Args:
-            only_trainable: count only those that are trained.
+            only_trainable: count only parameters that are trained.
             exclude_embeddings: leave the base's embeddings out.
         """
         twig = sum(one.numel() for one in self.twig.parameters() if one.requires_grad or not only_trainable)
         return int(self.model.num_parameters(only_trainable, exclude_embeddings)) + twig
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, of how many, in one line as PEFT does."""
+        """Print the numbers of trainable and of all parameters in one line, as PEFT does."""
         trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")

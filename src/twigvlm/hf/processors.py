@@ -156,7 +156,7 @@ def _check_call(processor: Any, batch: int) -> None:
     if len(parameters) > 2:
         raise TwigVLMError(
             f"logits_processor: {name} takes ({', '.join(parameters)}), but generate passes (input_ids, scores); "
-            "leave out the others"
+            "remove the other parameters"
         )
     if type(processor) is ClassifierFreeGuidanceLogitsProcessor:
         raise TwigVLMError(f"{name}: needs scores of two prompts for each answer; pass guidance_scale instead")

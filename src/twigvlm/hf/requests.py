@@ -81,7 +81,7 @@ def request_row(
     base.check_images(kwargs["input_ids"], kwargs)
     adapter = rows_of(base, twig, pruning, scorer, pruner, generator, None, kwargs)
     if len(adapter.rows) > 1:
-        raise TwigVLMError(f"{len(adapter.rows)} answers: add requests one by one")
+        raise TwigVLMError(f"{len(adapter.rows)} answers: an engine takes requests one by one; add them so")
     return adapter.rows[0]
 
 
@@ -91,7 +91,7 @@ def _pruning(
     """What prunes, and its cuts for a number of visual tokens."""
     layers, retain = base.num_layers, pruning.retain
     if scorer is not None and not pruning.active:
-        raise TwigVLMError("scorer: needs a budget, give retain or keep too")
+        raise TwigVLMError("scorer: needs a budget; give retain or keep too")
     if pruner is not None:
         others = (
             ("keep", pruning.keep),

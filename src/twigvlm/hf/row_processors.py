@@ -124,7 +124,7 @@ def _prefix_constrained(processor: Any, row: BatchRow) -> Any:
         tokens = function(row.index, torch.cat((row.hidden_ids[0], ids)))
         if len(tokens) == 0:
             raise TwigVLMError(
-                f"prefix_allowed_tokens_fn: allows no token in row {row.index} behind {len(ids)} tokens; "
+                f"prefix_allowed_tokens_fn: allows no token in row {row.index} after {len(ids)} tokens; "
                 "return one token or more"
             )
         return tokens

@@ -90,7 +90,9 @@ def split_criteria(
         elif type(criterion) is EosTokenCriteria:
             eos_token_ids.update(int(token) for token in criterion.eos_token_id.flatten().tolist())
         elif type(criterion) is ConfidenceCriteria:
-            raise TwigVLMError("ConfidenceCriteria: needs scores, which criteria do not get with a twig; leave it out")
+            raise TwigVLMError(
+                "ConfidenceCriteria: needs scores, which criteria do not receive with a twig; leave it out"
+            )
         elif type(criterion) in (StopStringCriteria, MaxTimeCriteria):
             rows.append(criterion)
         else:

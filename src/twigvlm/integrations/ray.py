@@ -60,7 +60,7 @@ def open_model(
 
             name = str(sapling.twig_path())
         if name is None:
-            raise TwigVLMError(f"model {model!r}: has no twig of its own; name one")
+            raise TwigVLMError(f"model {model!r}: has no twig of its own; pass twig")
         _, processor, loaded = load(model, name, dtype, device)
         assert loaded is not None, "it has a twig"
         return Service(loaded, processor, model, defaults, limits)
@@ -233,7 +233,7 @@ def _read(source: Path) -> pa.Table:
         raise TwigVLMError(f"{name}: has no column {', '.join(sorted(missing))}")
     ids = [str(key) for key in table.column("id").to_pylist()]
     if len(set(ids)) < len(ids):
-        raise TwigVLMError(f"{name}: has an id twice")
+        raise TwigVLMError(f"{name}: has two records with the same id; give each its own")
     return table.select(["question", "image"]).add_column(0, "id", pa.array(ids, pa.string()))
 
 

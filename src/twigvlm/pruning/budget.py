@@ -29,7 +29,7 @@ def solve_keep(retain: float, visual: int, layers: int, trunk: int, final_wipe: 
     """R, rounded to the nearest integer, for an average R̄ (`retain`); arguments as in `average_kept`.
 
     Raises:
-        TwigVLMError: K_f is not in K+1..L, or no R in 1..M has this average; names the range that has one.
+        TwigVLMError: K_f is not in K+1..L, or no R in 1..M has this average; the message names the possible range.
     """
     _check_layers(layers, trunk, final_wipe)
     exact = (retain * layers - visual * trunk) / (final_wipe - trunk)
@@ -62,15 +62,15 @@ def solve_scouted(retain: float, visual: int, layers: int, trunk: int) -> int:
     """R, rounded to the nearest integer, for an average R̄ (`retain`); arguments as of `average_scouted`.
 
     Raises:
-        TwigVLMError: no R in 1..M has this average; names the range that has one.
+        TwigVLMError: no R in 1..M has this average; the message names the possible range.
     """
     exact = retain - average_scouted(0, visual, layers, trunk)
     keep = floor(exact + 0.5) if isfinite(exact) else 0
     if not 1 <= keep <= visual:
         low, high = (average_scouted(size, visual, layers, trunk) for size in (1, visual))
         raise TwigVLMError(
-            f"retain={retain:g}: must be {low:.1f} to {high:.1f} for {visual} visual tokens that {trunk} trunk layers of "
-            f"{layers} scout"
+            f"retain={retain:g}: must be {low:.1f} to {high:.1f} for {visual} visual tokens and scouting by {trunk} of "
+            f"{layers} layers"
         )
     return keep
 

@@ -1,4 +1,4 @@
-"""Cuts: where visual tokens leave the sequence. A pruning method is a list of cuts and a rule that chooses who stays."""
+"""Cuts: where visual tokens leave the sequence. A pruning method is a list of cuts and a rule that chooses what stays."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cut:
-    """Visual tokens leave after `layer` decoder layers; `keep` of them go on."""
+    """After `layer` decoder layers, visual tokens leave the sequence; `keep` of them stay."""
 
     layer: int
     """0: before the decoder."""
@@ -25,7 +25,7 @@ class Cut:
 
 
 class Need(Enum):
-    """What a method looks at that is computed or kept for its sake."""
+    """What a method needs that is otherwise not computed or stored."""
 
     VISION = "vision features"
     TOWER_ATTENTION = "vision attention"
@@ -35,14 +35,14 @@ class Need(Enum):
 
 
 class Choice(NamedTuple):
-    """Who goes on after a cut."""
+    """Which tokens stay after a cut."""
 
     stays: Bool[Tensor, "batch tokens"]
-    """True at the visual tokens that go on."""
+    """True at the visual tokens that stay."""
     hidden: Float[Tensor, "batch tokens width"] | None = None
-    """States of all tokens, where dropped ones merge into others; None: nobody's state changes."""
+    """States of all tokens, if dropped ones merge into others; None: no state changes."""
     compacted: bool = False
-    """Whether what is left gets consecutive positions."""
+    """Whether the remaining tokens get consecutive positions."""
 
 
 @runtime_checkable
@@ -51,29 +51,29 @@ class Pruner(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it looks at, beside the states of the tokens and the twig's own scores."""
+        """What it needs in addition to the states of the tokens and the twig's own scores."""
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """Its schedule for a prompt, at layers that depend on nothing but the method.
+        """Its schedule for a prompt. The layers of the cuts must depend only on the method.
 
         Args:
-            retain: R̄, average number of visual tokens over all layers; None: the method states its cuts itself.
-            visual: M, visual tokens of the prompt, at least 1.
+            retain: R̄, number of visual tokens averaged over all layers; None: the method has cuts of its own.
+            visual: M, number of visual tokens in the prompt, at least 1.
             layers: L.
 
         Raises:
-            TwigVLMError: it cannot have this budget.
+            TwigVLMError: the method cannot have this budget.
         """
 
     def choose(self, view: "CutView", keep: Sequence[int]) -> Bool[Tensor, "batch tokens"] | Choice:
-        """The visual tokens that go on: `keep` of each row, True in a mask. Text always stays. Not asked where all leave."""
+        """A mask, True at the visual tokens that stay, `keep` in each row. Text always stays. Not called if none is to stay."""
 
 
 def schedule(pruner: Pruner, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-    """The cuts of a pruner for a prompt; of text alone there is nothing to prune. Arguments as of `Pruner.cuts`.
+    """The cuts of a pruner for a prompt; none for a prompt without visual tokens. Arguments as for `Pruner.cuts`.
 
     Raises:
-        TwigVLMError: the pruner cannot have this budget, or its cuts are out of order, beyond the layers or keep too much.
+        TwigVLMError: the pruner cannot have this budget, or its cuts are out of order, beyond the layers, or keep too much.
     """
     cuts = pruner.cuts(retain, visual, layers) if visual else ()
     average_visual(cuts, visual, layers)  # for its errors
@@ -81,7 +81,7 @@ def schedule(pruner: Pruner, retain: float | None, visual: int, layers: int) -> 
 
 
 def average_of(pruner: Pruner | None, cuts: Sequence[Cut], visual: int, layers: int) -> float:
-    """R̄ of a prompt that a pruner cuts, what it ran to rank the tokens included; arguments as of `average_visual`.
+    """R̄ of a prompt under a pruner, including what it runs to rank the tokens; arguments as for `average_visual`.
 
     Args:
         pruner: None: there are no cuts.
@@ -94,15 +94,15 @@ def average_of(pruner: Pruner | None, cuts: Sequence[Cut], visual: int, layers: 
 
 
 def average_visual(cuts: Sequence[Cut], visual: int, layers: int) -> float:
-    """R̄ of any list of cuts: the average, over the L layers, of the visual tokens that enter a layer (Eq. 4 and 6).
+    """R̄ of any list of cuts: the number of visual tokens that enter a layer, averaged over the L layers (Eq. 4 and 6).
 
     Args:
-        cuts: in the order of their layers.
-        visual: M, visual tokens of the prompt.
+        cuts: the cuts, in the order of their layers.
+        visual: M, number of visual tokens in the prompt.
         layers: L.
 
     Raises:
-        TwigVLMError: cuts out of order or beyond the layers, or one that keeps more than there is.
+        TwigVLMError: cuts are out of order or beyond the layers, or one keeps more than there are.
     """
     total, start = 0, 0
     for cut in cuts:
@@ -122,20 +122,20 @@ def solve_cuts(
     visual: int,
     layers: int,
 ) -> tuple[Cut, ...]:
-    """The schedule of a family of schedules that has an average R̄; numbers of tokens are rounded to the nearest integer.
+    """The member of a family of schedules whose average is R̄; numbers of tokens are rounded to the nearest integer.
 
     Args:
-        layers_of_cuts: after which layers it cuts.
-        kept: from a parameter in 0..1 to the shares of M that each cut keeps: at 0 none, at 1 all, ascending between.
+        layers_of_cuts: numbers of the layers that it cuts after.
+        kept: maps a parameter in 0..1 to the shares of M that each cut keeps; none at 0, all at 1, and ascending.
         retain: R̄.
         visual: M.
         layers: L.
 
     Raises:
-        TwigVLMError: no schedule of the family has this average; names the range that has one.
+        TwigVLMError: no schedule of the family has this average; the message names the possible range.
     """
     if retain is None:
-        raise TwigVLMError("pruner: needs a budget, give retain")
+        raise TwigVLMError("pruner: needs a budget; give retain")
     if layers_of_cuts[-1] >= layers:
         raise TwigVLMError(f"cut after layer {layers_of_cuts[-1]}: needs a base of more layers than {layers}")
 
@@ -167,7 +167,7 @@ def solve_cuts(
 
 
 def scaled_layers(published: Sequence[int], layers: int, of: int = 32) -> tuple[int, ...]:
-    """Layers of cuts that were published for a base of `of` layers, at the same depths of a base of L."""
+    """Layers of cuts that were published for a base of `of` layers, at the same relative depths of a base of L layers."""
     at: list[int] = []
     for layer in published:
         at.append(max(round(layer * layers / of), at[-1] + 1 if at else 1))

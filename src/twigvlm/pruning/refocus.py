@@ -35,14 +35,14 @@ _ROUNDING = 1e-5  # sums of the same scores in another order are no reason to lo
 
 
 class Look(NamedTuple):
-    """A new choice of the kept visual tokens."""
+    """A later choice of the kept visual tokens."""
 
     after: int
-    """New tokens of the answer before it."""
+    """Number of answer tokens before it."""
     kept: Int[Tensor, " keep"]
-    """Positions of the kept tokens in the prompt, ascending."""
+    """Positions of the kept visual tokens in the prompt, ascending."""
     ran: int
-    """How many of them were not kept before, and ran through the pruned layers."""
+    """How many of them were not kept before and ran through the pruned layers now."""
 
 
 @dataclass
@@ -110,7 +110,7 @@ def check_refocus(refocus: float, pruner: Pruner | None, base: BaseVLM, twig: Tw
     check_coverage(refocus)
     if not isinstance(pruner, TwigPruner) or not pruner.ranks_later(twig):
         raise TwigVLMError(
-            f"refocus={refocus:g}: this pruning ranks at the prompt's end alone; leave it or refocus out"
+            f"refocus={refocus:g}: this pruning ranks only at the end of the prompt; leave out either it or refocus"
         )
     check_mask_attention(base.attention, f"refocus={refocus:g}")
 

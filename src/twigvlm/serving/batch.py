@@ -64,7 +64,7 @@ def read_batch(path: Path) -> list[BatchLine]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise TwigVLMError(f"{name}: cannot be read as text ({one_line(error)})") from None
+        raise TwigVLMError(f"{name}: cannot be read as text ({one_line(error)}); save it as UTF-8") from None
     lines: dict[str, BatchLine] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -72,18 +72,18 @@ def read_batch(path: Path) -> list[BatchLine]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise TwigVLMError(f"{name}: line {number}: not JSON ({one_line(error)})") from None
+            raise TwigVLMError(f"{name}: line {number}: not JSON ({one_line(error)}); correct the line") from None
         known = isinstance(record, dict) and isinstance(record.get("custom_id"), str)
         if not known or not isinstance(record.get("body"), dict):
             raise TwigVLMError(f"{name}: line {number}: needs a text `custom_id` and an object `body`")
         if record["custom_id"] in lines:
-            raise TwigVLMError(f"{name}: line {number}: custom_id {record['custom_id']!r} is used twice")
+            raise TwigVLMError(f"{name}: line {number}: custom_id {record['custom_id']!r} is used twice; rename one")
         found = BatchLine(
             record["custom_id"], record["body"], str(record.get("method", "POST")), str(record.get("url", URL))
         )
         lines[found.custom_id] = found
     if not lines:
-        raise TwigVLMError(f"{name}: holds no request")
+        raise TwigVLMError(f"{name}: has no request; write one on each line")
     return list(lines.values())
 
 

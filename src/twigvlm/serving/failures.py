@@ -23,7 +23,7 @@ def request_error(error: Exception) -> RequestError:
             "there is not enough memory for this request; ask with fewer or smaller images", 503, code="out_of_memory"
         )
     _log.error("a request failed: %s", one_line(error), exc_info=error)
-    return RequestError("the server failed at this request; its log tells why", 500)
+    return RequestError("the server failed at this request; its log says why", 500)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -40,7 +40,7 @@ def _is_out_of_memory(error: Any) -> bool:
 
 def shutting_down() -> RequestError:
     """The server ends."""
-    return RequestError("the server is shutting down", 503, code="shutting_down", retry_after=10)
+    return RequestError("the server is shutting down; try again later", 503, code="shutting_down", retry_after=10)
 
 
 def waited_too_long(seconds: float) -> RequestError:
@@ -55,4 +55,6 @@ def waited_too_long(seconds: float) -> RequestError:
 
 def too_late(seconds: float) -> RequestError:
     """The answer was not complete in time."""
-    return RequestError(f"the request took longer than {seconds:g} seconds", 408, code="timeout")
+    return RequestError(
+        f"the request took longer than {seconds:g} seconds; ask for a shorter answer", 408, code="timeout"
+    )

@@ -86,7 +86,7 @@ class Fetcher:
     def _address(self, host: str) -> str:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM)]
         if not found or not all(self.allowed(address) for address in found):
-            raise RequestError(f"image_url: {host} is no public address")
+            raise RequestError(f"image_url: {host} is not a public address; send the image as a data URI")
         return found[0]
 
     def _get(self, host: str, address: str, target: str, deadline: float) -> bytes:

@@ -109,7 +109,9 @@ class GrammarProcessor(LogitsProcessor):
         self._matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.numel() * words.element_size())
         if self._matcher.is_error():
             _log.warning("a grammar failed: %s", self._matcher.get_error())
-            self.error = RequestError("response_format: this schema takes too much work", param="response_format")
+            self.error = RequestError(
+                "response_format: this schema takes too much work; simplify it", param="response_format"
+            )
             return self._only_end(scores)
         bits = (words[:, None] >> torch.arange(32, dtype=torch.int32)) & 1
         allowed = bits.flatten()[: scores.shape[1]].bool().to(scores.device)

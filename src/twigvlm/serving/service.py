@@ -89,7 +89,10 @@ class Service:
         """
         if self._inside >= self.limits.max_rows + self.limits.max_waiting:
             raise RequestError(
-                f"all {self._inside} places are taken; try again later", 429, code="rate_limit_exceeded", retry_after=1
+                f"the server has {self._inside} requests already; try again later",
+                429,
+                code="rate_limit_exceeded",
+                retry_after=1,
             )
         self._inside += 1
         try:
@@ -164,15 +167,15 @@ class Service:
     def _check(self, request: ChatRequest) -> None:
         limits = self.limits
         if request.model != self.name:
-            raise RequestError(
-                f"model: this server has {self.name!r} alone", 404, param="model", code="model_not_found"
-            )
+            raise RequestError(f"model: this server has only {self.name!r}", 404, param="model", code="model_not_found")
         if (request.n or 1) > limits.max_choices:
             raise RequestError(f"n: must be 1 to {limits.max_choices}", param="n")
         parts = [part for message in request.messages for part in message.parts]
         images = sum(isinstance(part, ImagePart) for part in parts)
         if images > limits.max_images:
-            raise RequestError(f"messages: {images} images are more than {limits.max_images}", param="messages")
+            raise RequestError(
+                f"messages: {images} images are more than {limits.max_images}; send fewer", param="messages"
+            )
         length = sum(len(part.text) for part in parts if isinstance(part, TextPart))
         if length > _TEXT_PER_TOKEN * self.context:
             raise self._too_long(f"{length:,} characters")
@@ -206,16 +209,18 @@ class Service:
         except ValueError as error:  # TwigVLMError is one, and so is what int() says of odd digits
             raise RequestError(f"{_cause(error)}{one_line(error)}") from None
         if pruning.active and pruning.pruner in (None, "twig") and not self.has_twig:
-            raise RequestError("retain: this model has no twig; name another method by pruner", param="pruner")
+            raise RequestError("retain: this model has no twig; name another method with pruner", param="pruner")
         return {option.name: getattr(pruning, option.name) for option in fields(pruning)}
 
     def _speculate(self, request: ChatRequest) -> str:
         speculate = request.speculate or self.defaults.speculate
         if speculate != "none" and not self.has_twig:
-            raise RequestError("speculate: this model has no twig, which drafts", param="speculate")
+            raise RequestError("speculate: this model has no twig to draft with; leave it out", param="speculate")
         if speculate == "auto" and self.defaults.speculate != "auto":
             # It would be measured first, and all that is under way would wait.
-            raise RequestError("speculate: 'auto' needs a server that was started with it", param="speculate")
+            raise RequestError(
+                "speculate: 'auto' needs a server started with it; choose another way", param="speculate"
+            )
         return speculate
 
     def _sampling(self, request: ChatRequest) -> dict[str, Any]:
@@ -252,7 +257,7 @@ class Service:
 
     def _too_long(self, length: str) -> RequestError:
         return RequestError(
-            f"messages: {length} do not fit into the model's context of {self.context:,} tokens",
+            f"messages: {length} do not fit into the model's context of {self.context:,} tokens; shorten them",
             param="messages",
             code="context_length_exceeded",
         )

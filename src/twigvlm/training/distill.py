@@ -115,18 +115,18 @@ def train_stage1(
 
     Args:
         model: its twig is trained in float32 and ends in the base's number format; its base stays as it is.
-        data: samples as `ConversationDataset` yields them.
+        data: samples, a `ConversationDataset`.
         config: settings.
-        directory: for checkpoints, which hold the twig, the optimiser and the place in the data.
+        directory: for checkpoints, which hold the twig, the optimiser and the position in the data.
         resume: continue from the latest checkpoint in `directory`, if there is one.
-        callbacks: of the Trainer, for example to show progress.
+        callbacks: callbacks of the Trainer, for example to show progress.
 
     Returns:
-        The Trainer's log, every loss term included.
+        The Trainer's log, with every loss term.
 
     Raises:
-        TwigVLMError: the settings do not fit the model, the data or the checkpoint are unfit, `directory` is full, read-only or
-            written to by another run, or the training diverges.
+        TwigVLMError: the settings do not fit the model, the data or the checkpoint; `directory` is full, read-only or in use by
+            another run; or the training diverges.
     """
     if model.twig.pruning_head is not None:
         model.twig.pruning_head.requires_grad_(config.gamma + config.gamma_answers > 0)

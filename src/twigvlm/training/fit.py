@@ -95,12 +95,12 @@ def _check_trainable(model: TwigVLM) -> None:
         raise TwigVLMError("dtype=float16: gradients underflow in it; train with bfloat16 or float32")
     if not torch.is_grad_enabled():
         raise TwigVLMError(
-            "torch.no_grad or torch.inference_mode: nothing can be trained under it; train outside of it"
+            "torch.no_grad or torch.inference_mode: nothing can be trained inside it; train outside of it"
         )
     shares_head = model.twig.head is None and model.twig.head_rows is None
     if shares_head and any(parameter.is_inference() for parameter in base.head.parameters()):
         raise TwigVLMError(
-            "base: was loaded under torch.inference_mode, and the twig shares its head; load it outside of it"
+            "base: was loaded inside torch.inference_mode, and the twig shares its head; load it outside"
         )
 
 

@@ -244,22 +244,22 @@ def train_stage2(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
-    """Train the P-Head of a twig from stage 1 in place; nothing else of the twig changes.
+    """Train the P-Head of a twig from stage 1 in place; the rest of the twig does not change.
 
     Args:
         model: its P-Head is trained in float32 and ends in the base's number format.
-        data: samples as `ConversationDataset` yields them; those without an image teach nothing.
+        data: samples, a `ConversationDataset`; those without an image contribute nothing.
         config: settings.
-        directory: for checkpoints, which hold the twig, the optimiser and the place in the data.
+        directory: for checkpoints, which hold the twig, the optimiser and the position in the data.
         resume: continue from the latest checkpoint in `directory`, if there is one.
-        callbacks: of the Trainer, for example to show progress.
+        callbacks: callbacks of the Trainer, for example to show progress.
 
     Returns:
-        The Trainer's log: rewards, their spread within a group and that of the advantages (1, or 0 where all rewards are equal),
-        entropy of s, R, R̄ and L_AttnKL included.
+        The Trainer's log, with rewards, their spread within a group and that of the advantages (1, or 0 where all rewards are
+        equal), the entropy of s, R, R̄ and L_AttnKL.
 
     Raises:
-        TwigVLMError: the twig has no P-Head, the first sample can have none of the budgets, or as in stage 1.
+        TwigVLMError: the twig has no P-Head, none of the budgets is possible for the first sample, or an error of stage 1.
     """
     head = model.twig.pruning_head
     if head is None:
@@ -270,7 +270,7 @@ def train_stage2(
     if visual and all(policy.keep(level, visual) is None for level in policy.levels):
         name = "budgets" if config.keep_budgets is None else "keep_budgets"
         raise TwigVLMError(
-            f"{name}={spaced(policy.levels)}: the first sample, of {visual} visual tokens, can have none; choose others"
+            f"{name}={spaced(policy.levels)}: none is possible for the first sample, of {visual} visual tokens; choose others"
         )
     model.twig.requires_grad_(False)
     head.requires_grad_(True)

@@ -35,7 +35,7 @@ def check_room(directory: Path, module: nn.Module, saves: int) -> None:
     if free < needed:
         raise TwigVLMError(
             f"directory {str(directory)!r}: {free / 1e9:.1f} GB are free, and the checkpoints need {needed / 1e9:.1f} GB; free "
-            "space there, or choose another directory"
+            "some space, or choose another directory"
         )
 
 

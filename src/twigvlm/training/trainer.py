@@ -89,7 +89,7 @@ class TermTrainer(StagedTrainer):
         super().create_accelerator_and_postprocess()
         if self.accelerator.mixed_precision != "no":
             raise TwigVLMError(
-                f"mixed_precision={self.accelerator.mixed_precision}: the twig computes in the base's number format; "
+                f"mixed_precision={self.accelerator.mixed_precision}: the twig computes in the base's data type; "
                 "launch with 'no' and choose a dtype for the base"
             )
         fsdp.set_up(self.accelerator)

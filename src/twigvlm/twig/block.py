@@ -197,7 +197,7 @@ def _copy(base: BaseVLM, source: nn.Module, target: nn.Module) -> None:
     except RuntimeError:
         raise TwigVLMError(
             f"this base's {type(target).__name__} cannot be copied: load the base as transformers makes it, without fused "
-            "or replaced modules, to grow a twig; a grown one loads on this base too"
+            "or replaced modules, to grow a twig; an existing twig loads as it is"
         ) from None
 
 

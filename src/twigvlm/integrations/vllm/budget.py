@@ -46,7 +46,7 @@ def check_question(ids: Sequence[int], image_token: int, visual: int, limit: int
         TwigVLMError: the question holds picture tokens, or the prompt is too long.
     """
     if list(ids).count(image_token) != 1 or ids[-1] == image_token:
-        raise TwigVLMError("question: must be text, without the token that stands for pictures")
+        raise TwigVLMError("question: must be text without the placeholder of pictures")
     if (length := len(ids) - 1 + visual) > limit:
         raise TwigVLMError(
             f"question: makes a prompt of {length} tokens with its picture, of at most {limit}; shorten it"

@@ -71,9 +71,11 @@ def check_exportable(base: BaseVLM) -> None:
     """Raise TwigVLMError, with the reason, for a base whose twigs the plug-in cannot run."""
     family, decoder = base.family.model_type, base.config.model_type
     if family not in FAMILIES:
-        raise TwigVLMError(f"model type {family!r}: cannot be exported to vLLM (can be: {', '.join(FAMILIES)})")
+        raise TwigVLMError(f"model type {family!r}: cannot be exported to vLLM; choose from {', '.join(FAMILIES)}")
     if decoder not in LAYERS:
-        raise TwigVLMError(f"decoder {decoder!r}: the plug-in for vLLM has no layer like it (has: {', '.join(LAYERS)})")
+        raise TwigVLMError(
+            f"decoder {decoder!r}: the plug-in for vLLM has no such layer; choose from {', '.join(LAYERS)}"
+        )
     window = min((size for size in map(window_of, base.layers) if size is not None), default=None)
     if window is not None and window < base.config.max_position_embeddings:
         raise TwigVLMError(
@@ -83,7 +85,7 @@ def check_exportable(base: BaseVLM) -> None:
     if base.config.hidden_act != "silu":
         raise TwigVLMError(f"activation {base.config.hidden_act!r}: vLLM's layers have silu")
     if bias_of(base.head) is not None:
-        raise TwigVLMError("the base's head has a bias, and vLLM's heads have none")
+        raise TwigVLMError("the base's head has a bias, and vLLM's heads have none; it cannot be exported")
 
 
 def drafter_config(model: TwigVLM) -> dict[str, Any]:

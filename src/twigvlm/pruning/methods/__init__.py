@@ -1,4 +1,4 @@
-"""Ways to rank visual tokens, one file each, and the published methods by name."""
+"""Ways to choose visual tokens, one file each, and the published methods by name."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -40,15 +40,15 @@ METHODS: Final[Mapping[str, Callable[..., Pruner]]] = {
     "prumerge+": PruMerge,
     "random": RandomTokens,
 }
-"""Published methods that need no trained twig. Behind a colon, those of `_AT_A_LAYER` take the layer that they cut after."""
+"""Published methods that need no trained twig. Those in `_AT_A_LAYER` take the layer of their cut after a colon."""
 _AT_A_LAYER = ("dart", "fastv", "random")
 
 
 def make_pruner(name: str) -> Pruner:
-    """A method by its name, for example "visionzip", "fastv:3" or "random:0".
+    """A method by name, for example "visionzip", "fastv:3" or "random:0".
 
     Raises:
-        TwigVLMError: there is no such method, or it cannot cut after this layer.
+        TwigVLMError: there is no such method, or it takes no layer.
     """
     method, colon, layer = name.partition(":")
     if method not in METHODS:
@@ -59,7 +59,7 @@ def make_pruner(name: str) -> Pruner:
     if not colon:
         return METHODS[method]()
     if method not in _AT_A_LAYER or not layer.isdigit():
-        raise TwigVLMError(f"pruner {name!r}: a layer goes with {', '.join(_AT_A_LAYER)} only, for example fastv:3")
+        raise TwigVLMError(f"pruner {name!r}: only {', '.join(_AT_A_LAYER)} take a layer, for example fastv:3")
     return METHODS[method](layer=int(layer))
 
 

@@ -34,11 +34,11 @@ class FitPrune:
     def calibrated(cls, base: BaseVLM, prompts: Iterable[dict[str, Any]], share: float) -> "FitPrune":
         """The schedule under which both distributions of attention lose as little as possible in every layer.
 
-        In each layer go the tokens that are in the tails of both, each of mass α; α follows from the budget.
+        Each layer drops the tokens that are in the tails of both, each of mass α; α follows from the budget.
 
         Args:
-            base: the base.
-            prompts: the processor's outputs of single prompts; a few tens are enough.
+            base: the base, `TwigVLM.base`.
+            prompts: the processor's outputs for single prompts; a few tens are enough.
             share: R̄/M.
 
         Raises:
@@ -49,7 +49,7 @@ class FitPrune:
         measured = [_by_layer(base, inputs) for inputs in prompts]
         measured = [each for each in measured if each.shape[-1]]
         if not measured:
-            raise TwigVLMError("prompts: none has visual tokens; give some with images")
+            raise TwigVLMError("prompts: none of them has visual tokens; give some with images")
         below, above = 0.0, 1.0
         for _ in range(30):
             alpha = (below + above) / 2

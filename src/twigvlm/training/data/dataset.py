@@ -1,6 +1,6 @@
-"""Samples -> token ids with labels on the answers, and batches of them.
+"""From samples to token ids with labels on the answers, and to batches.
 
-A sample that turns out to be broken only here, as its picture is opened or its text tokenized, is replaced by the next good one.
+A sample that turns out to be broken only when its picture is opened or its text tokenized is replaced by the next good one.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ from twigvlm.training.data.samples import BrokenSample, Samples, read_sample, to
 from twigvlm.training.distributed import processes
 
 IGNORE = -100
-"""Label of a token that is no part of an answer."""
+"""Label of a token that is not part of an answer."""
 
 
 class ConversationDataset(Dataset[dict[str, Tensor]]):
@@ -35,10 +35,10 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     survive a resume.
 
     Args:
-        samples: of any kind that `twigvlm.training.data.samples` describes.
+        samples: as `load_samples` returns them.
         processor: the base's processor, with a chat template and a fast tokenizer.
         max_length: longer samples are cut at the end. None: no limit.
-        strict: a broken sample is an error.
+        strict: make a broken sample an error.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         raise TwigVLMError(f"all {count} samples are broken; {reason}")
 
     def summarise(self) -> None:
-        """Report how many samples were found broken so far, if any, by whichever process; all must call it."""
+        """Report how many samples were found broken so far in any process. All processes must call it."""
         found = set().union(*processes.gather(set(self.broken.nonzero()[:, 0].tolist())))
         if processes.is_main():
             summarise(len(found), len(self))
@@ -102,7 +102,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         if (labels[:limit] == IGNORE).all():
             raise BrokenSample(f"{name}: no answer within the first {limit} tokens; shorten it or raise max_length")
         if torch.isin(ids[limit:], torch.tensor(self.processor.image_token_ids)).any():
-            raise BrokenSample(f"{name}: an image lies behind the first {limit} tokens; shorten it or raise max_length")
+            raise BrokenSample(f"{name}: an image comes after the first {limit} tokens; shorten it or raise max_length")
         cut = {key: value[:, :limit] if is_per_token(value, len(ids)) else value for key, value in inputs.items()}
         return {**cut, "labels": labels[None, :limit]}
 

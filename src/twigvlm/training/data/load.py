@@ -1,4 +1,4 @@
-"""Read training samples from files, and leave the broken ones out."""
+"""Read training samples from files, and leave out broken ones."""
 
 import json
 import logging
@@ -20,13 +20,13 @@ _log = logging.getLogger(__name__)
 
 
 def load_samples(path: Path, images: Path | None = None, strict: bool = False) -> Samples:
-    """Read samples and leave out, and report, those that are seen to be broken without opening their pictures.
+    """Read samples; those that are visibly broken without opening their pictures are reported and left out.
 
     Args:
         path: a `.json` (a list), `.jsonl` or `.parquet` file, a directory with any of them, or a directory made by
             `datasets.Dataset.save_to_disk`.
-        images: folder that image paths start from. None: the directory of the samples.
-        strict: the first broken sample is an error.
+        images: folder that image paths are relative to. None: the directory of the samples.
+        strict: make the first broken sample an error.
 
     Returns:
         The good samples in the form of `to_messages`, with absolute image paths.
@@ -35,7 +35,9 @@ def load_samples(path: Path, images: Path | None = None, strict: bool = False) -
         TwigVLMError: names the file, or the sample by its id, with the remedy.
     """
     if images is not None and not images.is_dir():
-        raise TwigVLMError(f"images {str(images)!r}: no such directory; give the folder that image paths start from")
+        raise TwigVLMError(
+            f"images {str(images)!r}: no such directory; give the folder that image paths are relative to"
+        )
     parts = _read(path)
     folder = (images or (path if path.is_dir() else path.parent)).resolve()
     good: list[tuple[Samples, int]] = []

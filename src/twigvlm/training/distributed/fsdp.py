@@ -38,7 +38,7 @@ def set_up(accelerator: Any) -> None:
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is None:
         raise TwigVLMError(
-            "FSDP: there is one process alone; start more with accelerate launch --num_processes or torchrun"
+            "FSDP: there is only one process; start more with accelerate launch --num_processes or torchrun"
         )
     needed = {
         "fsdp_version: 2": plugin.fsdp_version == 2,

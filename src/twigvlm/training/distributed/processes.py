@@ -31,7 +31,9 @@ def device(name: str) -> str:
     if count() == 1 or name == "cpu" or not torch.cuda.is_available():
         return name
     if name not in ("auto", "cuda"):
-        raise TwigVLMError(f"device {name!r}: is one for {count()} processes; say auto, so that each takes its own")
+        raise TwigVLMError(
+            f"device {name!r}: is the same for all {count()} processes; use auto, so that each takes its own"
+        )
     return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
