@@ -44,14 +44,16 @@ WHEEL_VENV ?= .venv-wheel
 DOCS_VENV ?= .venv-docs
 DOCS_PACKAGES := mkdocs-material 'mkdocstrings[python]' ruff
 
-
-.PHONY: demo docs test test-fast test-versions test-wheel test-page test-ray test-vllm results lint format clean
+.PHONY: demo docs notebooks test test-fast test-versions test-wheel test-page test-ray test-vllm results lint format clean
 
 demo: $(SAPLING)  ## Ask two questions plainly, with drafts, and pruned with drafts, and compare
 	$(BIN)/twigvlm demo $(DEMO_FLAGS)
 
 docs: $(DOCS_VENV)/.installed  ## The documentation as a web site in site/, whose links are checked
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+notebooks: $(STAMP)  ## Run the notebooks of examples/ on Sapling: some ten minutes
+	$(BIN)/python -m recipes.docs.notebooks
 
 test: $(STAMP)  ## All tests, warnings as errors, on all cores
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_FLAGS)

@@ -23,8 +23,9 @@ def tiny_llava(
     deep_scale: float = 1.0,
     from_layer: int = 0,
     context: int = 128,
+    side: int = 4,
 ) -> LlavaForConditionalGeneration:
-    """A random LLaVA of 16 visual tokens; layers from `from_layer` on contribute `deep_scale` times as much.
+    """A random LLaVA of `side` x `side` visual tokens; layers from `from_layer` on contribute `deep_scale` times as much.
 
     With a small `deep_scale` a twig copied from the base agrees with it often, so that long drafts are accepted.
     """
@@ -34,7 +35,7 @@ def tiny_llava(
             intermediate_size=48,
             num_hidden_layers=2,
             num_attention_heads=2,
-            image_size=16,
+            image_size=4 * side,
             patch_size=4,
         ),
         text_config=tiny_text(
@@ -45,7 +46,7 @@ def tiny_llava(
             pad_token_id=0,
         ),
         image_token_index=IMAGE_TOKEN,
-        image_seq_length=VISUAL,
+        image_seq_length=side * side,
         attn_implementation=attention,
     )
     generator = torch.Generator().manual_seed(seed)

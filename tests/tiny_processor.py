@@ -1,4 +1,4 @@
-"""A processor for the tiny models: one token per character, ChatML turns, 16 visual tokens of a 16x16 image."""
+"""A processor for the tiny models: one token per character, ChatML turns, visual tokens of 4x4 pixels."""
 
 import string
 
@@ -15,7 +15,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_processor(chat_template: str = CHAT_TEMPLATE, more: str = "") -> LlavaProcessor:
+def tiny_processor(chat_template: str = CHAT_TEMPLATE, more: str = "", side: int = 4) -> LlavaProcessor:
     characters = "\n " + string.ascii_letters + string.digits + ".,:;!?'-" + more
     words = [PAD, START, END, "<unk>", *characters]
     words += [f"<unused{number}>" for number in range(VOCABULARY - 1 - len(words))]
@@ -23,7 +23,7 @@ def tiny_processor(chat_template: str = CHAT_TEMPLATE, more: str = "") -> LlavaP
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False),
+        image_processor=CLIPImageProcessorPil(size={"height": 4 * side, "width": 4 * side}, do_center_crop=False),
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             unk_token="<unk>",

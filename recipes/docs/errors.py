@@ -77,7 +77,7 @@ def split(message: str) -> tuple[str, str]:
     """What is wrong, and what to do about it: behind a semicolon, behind the colon, or what the message says by itself."""
     mark = "; " if "; " in message else ": "
     problem, _, remedy = message.rpartition(mark)
-    if problem and (mark == "; " or remedy.split()[0] in DO):
+    if problem and remedy and (mark == "; " or remedy.split()[0] in DO):
         return problem, f"{remedy[:1].upper()}{remedy[1:]}."
     return message, "Change it as the message says."
 
