@@ -72,7 +72,7 @@ def test_python_code_runs(name, monkeypatch, capsys):
 
 
 NOTEBOOKS = sorted(notebooks.FOLDER.glob("*.ipynb"))
-SMALL = {"STEPS, SCENES = 30, 32": "STEPS, SCENES = 2, 4", "QUESTIONS, BUDGET = 6, 64": "QUESTIONS, BUDGET = 1, 64"}
+SMALL = {"STEPS, SCENES = 30, 32": "STEPS, SCENES = 1, 2", "QUESTIONS, BUDGET = 6, 64": "QUESTIONS, BUDGET = 1, 64"}
 """What makes a notebook long, and what is run here instead."""
 
 

@@ -135,14 +135,14 @@ def step_figure() -> str:
         text(
             30,
             230,
-            "3. Tokens up to the first disagreement are kept (green), and the base's own next token is added (blue).",
+            "3. Tokens before the first disagreement stay (green); the base adds its own next one (blue).",
             14,
         ),
         *row_of_tokens([*answer, *accepted], 50, 244),
         text(
             30,
             306,
-            "Four tokens for one pass through the deep layers, and each is the one that the base would have chosen.",
+            "Four tokens for one pass through the deep layers, all as the base would have chosen them.",
             14,
         ),
     ]
