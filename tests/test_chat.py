@@ -84,7 +84,7 @@ def test_a_failed_question_leaves_the_conversation_as_it_was(processor):
     before = list(chat.messages)
     for options, message in (
         ({"keep": 99}, "keep=99"),
-        ({"do_sample": True, "num_return_sequences": 2}, "2 answers: a conversation goes on with one"),
+        ({"do_sample": True, "num_return_sequences": 2}, "2 answers: a conversation continues with one"),
     ):
         with pytest.raises(TwigVLMError, match=message):
             chat.ask("why?", **options)

@@ -59,7 +59,7 @@ def test_a_directory_needs_no_hub(grown, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     grown.save_pretrained("runs/twig")
     TwigVLM.from_pretrained(tiny_llava(), "runs/twig")
-    with pytest.raises(TwigVLMError, match="revision='v1': runs/twig is no hub id"):
+    with pytest.raises(TwigVLMError, match="revision='v1': runs/twig is not a hub id"):
         TwigVLM.from_pretrained(tiny_llava(), "runs/twig", revision="v1")
 
 

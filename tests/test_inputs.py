@@ -103,7 +103,7 @@ def test_what_the_processor_refuses(monkeypatch):
     processor = tiny_processor()
     monkeypatch.setattr(type(processor.image_processor), "__call__", narrow)
     refused(
-        "refused by the processor (absolute aspect ratio must be smaller than 200)",
+        "rejected by the processor (absolute aspect ratio must be smaller than 200)",
         "48x32 pixels",
         conversation=[user_turn("What?", picture(0, (32, 48)))],
         processor=processor,
@@ -131,8 +131,6 @@ def test_sizes_with_an_upper_limit_are_the_processors_own_affair(limit):
 
 def test_parts_that_hold_nothing_to_read():
     ask = {"type": "text", "text": "What?"}
-    refused(
-        "a part of type 'image' holds nothing", conversation=[{"role": "user", "content": [{"type": "image"}, ask]}]
-    )
+    refused("a part of type 'image' is empty", conversation=[{"role": "user", "content": [{"type": "image"}, ask]}])
     clip = {"type": "video", "video": "https://example.org/clip.mp4"}
     refused("'https://example.org/clip.mp4': is a remote", conversation=[{"role": "user", "content": [clip, ask]}])

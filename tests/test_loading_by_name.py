@@ -39,7 +39,7 @@ def test_a_base_alone(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, r"dtype 'int8': is no number format; choose float32"),
+        ({"dtype": "int8"}, r"dtype 'int8': is not a data type for weights; choose float32"),
         ({"device": "cuda:99"}, r"device 'cuda:99': is not available here; choose cpu or auto"),
         ({"device": "nowhere"}, r"device 'nowhere': is not available here"),
     ],

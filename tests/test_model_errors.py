@@ -21,7 +21,7 @@ def model():
         ({"max_new_tokens": -3}, "max_new_tokens=-3"),
         ({"retain": 1.0}, r"retain=1: must be 5\.8 to 13\.3 for 16 visual tokens"),
         ({"retain": 14.0}, "retain=14: must be"),
-        ({"retain": 8.0, "keep": 3}, "retain=8 and keep=3: give one of them"),
+        ({"retain": 8.0, "keep": 3}, "retain=8 and keep=3: give only one of them"),
         ({"keep": 0}, "keep=0: must be 1 to 16"),
         ({"keep": 17}, "keep=17: must be 1 to 16"),
         ({"keep": 4, "final_wipe": 2}, "final_wipe=2: must be 3 to 6"),
@@ -42,7 +42,7 @@ def model():
         ({"tree_nodes": 0}, "tree_nodes=0: must be 1 or more"),
         ({"draft_threshold": 1.5}, r"draft_threshold=1\.5: must be 0 to 1"),
         ({"generator": torch.Generator()}, "generator: has no effect on greedy decoding"),
-        ({"num_beams": 3}, "num_beams=3: beams are not supported"),
+        ({"num_beams": 3}, "num_beams=3: beam search is not supported"),
         ({"prompt_lookup_num_tokens": 3}, "greedy decoding and sampling|assisted"),
         ({"penalty_alpha": 0.5, "top_k": 4}, "greedy decoding and sampling|contrastive"),
         ({"num_return_sequences": 2}, "num_return_sequences"),
@@ -83,7 +83,7 @@ def test_prompts(model):
         model.generate(ids.repeat(2, 1), pixel_values=inputs["pixel_values"], max_new_tokens=5)
     with pytest.raises(TwigVLMError, match="input_ids is missing"):
         model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=5)
-    with pytest.raises(TwigVLMError, match="give one of them"):
+    with pytest.raises(TwigVLMError, match="give only one of them"):
         model.generate(ids, **inputs, max_new_tokens=5)
     with pytest.raises(TwigVLMError, match="135 tokens, the base's context only 128"):
         model.generate(**prompt(after=116), max_new_tokens=5)

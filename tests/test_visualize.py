@@ -51,7 +51,7 @@ def test_box_places_the_grid(picture):
 
 @pytest.mark.parametrize("index", [-1, 12])
 def test_index_outside_the_grid(picture, index):
-    with pytest.raises(TwigVLMError, match=r"kept index -?\d+: the grid of 3x4 patches has 0 to 11"):
+    with pytest.raises(TwigVLMError, match=r"kept index -?\d+: must be 0 to 11 in a grid of 3x4 patches"):
         highlight(picture, [index], grid=(3, 4))
 
 

@@ -154,5 +154,5 @@ def test_rows_of_different_lengths_in_a_window():
 
 def test_flash_attention_measures_windows_otherwise():
     positions = torch.zeros(1, 1, dtype=torch.long)
-    with pytest.raises(TwigVLMError, match="attn_implementation='flash_attention_2': measures sliding windows"):
+    with pytest.raises(TwigVLMError, match="attn_implementation='flash_attention_2': would measure sliding windows"):
         restrict(None, "flash_attention_2", torch.float32, positions, positions, None, 4)

@@ -64,7 +64,7 @@ def test_batch_writes_results_and_goes_on(base_directory, twig_directory, tmp_pa
         (["--max-rows", "0"], "max_rows=0"),
         (["--export", "x"], "applies only to --engine vllm"),
         (["--engine", "vllm"], "needs --export"),
-        (["--engine", "vllm", "--export", "x", "--retain", "64"], "leave them out"),
+        (["--engine", "vllm", "--export", "x", "--retain", "64"], "leave out either"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(refused, options, words):

@@ -213,7 +213,7 @@ def test_what_refocus_needs():
         ({"refocus": 0.0, "keep": 5}, "refocus=0: must be more than 0"),
         ({"refocus": 0.9, "keep": 5, "scorer": RandomScores()}, "ranks only at the end of the prompt"),
         ({"refocus": 0.9, "keep": 5, "scorer": TwigAttention()}, "ranks only at the end of the prompt"),
-        ({"refocus": 0.9, "keep": 5, "retain_per_image": True}, "give one of them"),
+        ({"refocus": 0.9, "keep": 5, "retain_per_image": True}, "give only one of them"),
         ({"refocus": 0.9, "retain": 8, "pruner": pruner}, "belongs to the twig's own pruning"),
     ):
         with pytest.raises(TwigVLMError, match=message):

@@ -108,9 +108,7 @@ def test_sapling_s_numbers():
 
 @pytest.mark.parametrize("retain", [5.4, 21.9, float("nan")])
 def test_a_budget_that_scouting_alone_exceeds_names_the_range(retain):
-    with pytest.raises(
-        TwigVLMError, match=r"must be 6\.3 to 21\.3 for 16 visual tokens that 2 trunk layers of 6 scout"
-    ):
+    with pytest.raises(TwigVLMError, match=r"must be 6\.3 to 21\.3 for 16 visual tokens and scouting by 2 of 6 layers"):
         grown().generate(**PROMPTS[0], retain=retain, scout=True, max_new_tokens=1)
 
 

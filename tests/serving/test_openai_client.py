@@ -146,7 +146,7 @@ def test_many_clients_get_what_each_would_get_alone(client, service):
         ({"max_completion_tokens": 500}, "context"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}}, "refuses"),
         ({"images": [picture()], "extra": {"retain": 1000}}, "retain"),
-        ({"extra": {"retain": 8, "keep": 4}}, "give one"),
+        ({"extra": {"retain": 8, "keep": 4}}, "give only one"),
         ({"extra": {"pruner": "nonsense"}}, "pruner"),
         ({"extra": {"speculate": "nonsense"}}, "speculate"),
         ({"extra": {"pruner": "fastv:²", "retain": 8}}, "pruner"),

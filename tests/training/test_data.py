@@ -264,7 +264,7 @@ class Unreadable(list):
 @pytest.mark.parametrize(
     ("sample", "options", "words"),
     [
-        (ask("What?", "That.", "<image>And?", "This.", image=RED), {"max_length": 40}, "image lies behind the first 40"),
+        (ask("What?", "That.", "<image>And?", "This.", image=RED), {"max_length": 40}, "image comes after the first 40"),
         (ask("What?", "That."), {"max_length": 10}, "no answer within the first 10 tokens"),
         (ask("<image>What?", "That.", image="none.png"), {}, "no such file"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>?"}]},
@@ -286,12 +286,12 @@ def test_what_the_template_the_processor_or_the_disk_refuses_is_broken(samples, 
 
     refused("sample 0: cannot be read .no such block.", Unreadable([1]), processor)
     template = "{{ raise_exception('no\nsystem') }}"
-    refused("sample 's0': refused by the chat template .no system.", samples, tiny_processor(template))
+    refused("sample 's0': rejected by the chat template .no system.", samples, tiny_processor(template))
     plain = "{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}"
-    refused("sample 's0': refused by the chat template .can only concatenate", samples, tiny_processor(plain))
+    refused("sample 's0': rejected by the chat template .can only concatenate", samples, tiny_processor(plain))
     refused("sample 's0': the processor has no chat template", samples, tiny_processor(None))
     monkeypatch.setattr(type(processor.image_processor), "__call__", lambda self, images, **rest: 1 / 0)
-    refused("sample 's0': refused by the processor .division by zero.", samples, processor)
+    refused("sample 's0': rejected by the processor .division by zero.", samples, processor)
 
 
 def test_a_processor_that_tokenizes_otherwise_is_refused(samples, processor):

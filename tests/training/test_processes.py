@@ -145,5 +145,5 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert [processes.device(name) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
-    with pytest.raises(TwigVLMError, match="device 'cuda:0': is one for 2 processes; say auto"):
+    with pytest.raises(TwigVLMError, match="device 'cuda:0': is the same for all 2 processes; use auto"):
         processes.device("cuda:0")

@@ -317,10 +317,10 @@ def test_drawn_turns():
 def test_what_cannot_be_trained_is_refused(make_model, make_policy, dataset, tmp_path):
     with pytest.raises(TwigVLMError, match="no P-Head to train"):
         run(make_model(), dataset, tmp_path / "out")
-    with pytest.raises(TwigVLMError, match="budgets=1 2: the first sample, of 16 visual tokens, can have none"):
+    with pytest.raises(TwigVLMError, match="budgets=1 2: none is possible for the first sample, of 16 visual tokens"):
         run(make_policy(), dataset, tmp_path / "out", budgets=(1.0, 2.0))
     with pytest.raises(
-        TwigVLMError, match=r"keep_budgets=41 .* 227: the first sample, of 16 visual tokens, can have none"
+        TwigVLMError, match=r"keep_budgets=41 .* 227: none is possible for the first sample, of 16 visual tokens"
     ):
         run(make_policy(), dataset, tmp_path / "out", budgets=None)
     assert not (tmp_path / "out").exists()
