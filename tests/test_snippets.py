@@ -5,10 +5,10 @@ import json
 import re
 import sys
 import tempfile
-import tomllib
 from unittest.mock import MagicMock
 
 import pytest
+import tomllib
 import transformers
 from PIL import Image
 
