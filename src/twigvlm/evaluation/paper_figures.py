@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from twigvlm.evaluation.figures import figure_class, percent_and_error, show_scores
+from twigvlm.evaluation.report import quality_cell
 from twigvlm.evaluation.summary import Accuracy, Speed
 from twigvlm.evaluation.token_origins import Origin
 
@@ -17,7 +18,7 @@ DRAFTED, CHOSEN = (201, 236, 208), (255, 217, 168)
 
 
 def draw_times(speeds: Mapping[str, Speed], lengths: Sequence[int], path: Path) -> None:
-    """Seconds of prefill and decoding by answer length, a bar per system (Fig. 3).
+    """Seconds of prefill and decoding by answer length, a bar per system, with the quality of the timed answers (Fig. 3).
 
     Args:
         speeds: by the label of the bar; measured, and carried on to other lengths at the same time per token.
@@ -29,7 +30,9 @@ def draw_times(speeds: Mapping[str, Speed], lengths: Sequence[int], path: Path) 
     for number, (label, speed) in enumerate(speeds.items()):
         per_token = speed.decode / max(1.0, speed.tokens - 1)
         at = [place * (len(speeds) + 1) + number for place in range(len(lengths))]
-        axes.bar(at, [speed.prefill] * len(lengths), color=f"C{number}", label=f"{label}: prefill")
+        axes.bar(
+            at, [speed.prefill] * len(lengths), color=f"C{number}", label=f"{label}: prefill ({quality_cell(speed)} %)"
+        )
         axes.bar(
             at,
             [per_token * (length - 1) for length in lengths],
@@ -46,14 +49,19 @@ def draw_times(speeds: Mapping[str, Speed], lengths: Sequence[int], path: Path) 
 
 
 def draw_speeds(groups: Mapping[str, Sequence[Speed]], path: Path) -> None:
-    """RelSpd of every system in percent, with its interval: a panel per group, for example short and long answers (Fig. 6)."""
+    """RelSpd of every system in percent, with its interval and the quality of its answers: a panel per group (Fig. 6).
+
+    Args:
+        groups: by title, for example short and long answers.
+        path: of the picture.
+    """
     tallest = max(map(len, groups.values()))
-    figure = figure_class()(figsize=(6 * len(groups), 1.2 + 0.35 * tallest), layout="constrained")
+    figure = figure_class()(figsize=(6 * len(groups), 1.2 + 0.45 * tallest), layout="constrained")
     for axes, (title, speeds) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         places = range(len(speeds))
         length, error = percent_and_error(speeds)
         axes.barh(places, length, xerr=error, color="C0", capsize=3)
-        axes.set_yticks(places, [one.name for one in speeds])
+        axes.set_yticks(places, [f"{one.name}\n{quality_cell(one)} %" for one in speeds], fontsize=8)
         axes.invert_yaxis()
         axes.axvline(100, color="grey", linewidth=0.8)
         axes.set(title=title, xlabel="tokens per second, % of the base's (RelSpd)")
