@@ -268,7 +268,7 @@ class Unreadable(list):
         (ask("What?", "That."), {"max_length": 10}, "no answer within the first 10 tokens"),
         (ask("<image>What?", "That.", image="none.png"), {}, "no such file"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>?"}]},
-                       {"role": "assistant", "content": "No."}]}, {}, "holds the image placeholder"),
+                       {"role": "assistant", "content": "No."}]}, {}, "contains the image placeholder"),
         ({"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "No."}]}, {}, "turn 1 is from"),
     ],
 )  # fmt: skip
