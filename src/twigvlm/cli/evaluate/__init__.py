@@ -9,6 +9,7 @@ from twigvlm.cli.evaluate.accuracy import EvaluateAccuracy
 from twigvlm.cli.evaluate.batches import EvaluateBatches
 from twigvlm.cli.evaluate.drafts import EvaluateDrafts
 from twigvlm.cli.evaluate.exactness import EvaluateExactness
+from twigvlm.cli.evaluate.relacc import EvaluateRelAcc
 from twigvlm.cli.evaluate.speed import EvaluateSpeed
 from twigvlm.cli.evaluate.sweep import EvaluateSweep
 
@@ -23,7 +24,8 @@ class Evaluate:
         | Annotated[EvaluateSpeed, subcommand("speed")]
         | Annotated[EvaluateDrafts, subcommand("drafts")]
         | Annotated[EvaluateBatches, subcommand("batches")]
-        | Annotated[EvaluateExactness, subcommand("exactness")],
+        | Annotated[EvaluateExactness, subcommand("exactness")]
+        | Annotated[EvaluateRelAcc, subcommand("relacc")],
         OmitSubcommandPrefixes,
     ]
 

@@ -1,0 +1,240 @@
+"""RelAcc from the result files of lmms-eval, in the layout of the paper's Table 1.
+
+A run is what one command of lmms-eval wrote, or several commands with the same `--model_args`: a folder of
+`*_results.json`, in which the newest result of each task counts. Every run is compared with the base's own, task by task, so
+that nothing depends on how a benchmark was set up as long as it was the same for both.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.metrics import relative_accuracy
+from twigvlm.evaluation.report import percent, table
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a task of lmms-eval is shown."""
+
+    column: str
+    metrics: tuple[str, ...] = ("exact_match",)
+    """Which of the task's metrics are the score, their sum if there are several."""
+    scale: float = 100.0
+    """What the metrics are multiplied by: 100 where lmms-eval gives a share."""
+
+
+BENCHMARKS: Final[Mapping[str, Benchmark]] = {
+    "gqa": Benchmark("GQA"),
+    "mmbench_en_dev_static": Benchmark("MMB", ("gpt_eval_score",), 1),  # the name of the metric, without a judge
+    "mmbench_en_dev": Benchmark("MMB (judge)", ("gpt_eval_score",), 1),
+    "mme": Benchmark("MME", ("mme_perception_score", "mme_cognition_score"), 1),
+    "textvqa_val_ocr": Benchmark("TextVQA"),
+    "textvqa_val": Benchmark("TextVQA (no OCR)"),
+    "scienceqa_img": Benchmark("SQA-I"),
+    "vqav2_val": Benchmark("VQAv2"),
+    "mmvet_plain": Benchmark("MM-Vet", ("gpt_eval_score",), 1),
+    "tgif_qa_1k_judged": Benchmark("TGIF", ("judged",)),
+    "msvd_qa_1k_judged": Benchmark("MSVD", ("judged",)),
+    "msrvtt_qa_1k_judged": Benchmark("MSRVTT", ("judged",)),
+    "activitynetqa": Benchmark("ActivityNet", ("gpt_eval_accuracy",), 1),
+    "tgif_qa_1k": Benchmark("TGIF (no judge)", ("contained",)),
+    "msvd_qa_1k": Benchmark("MSVD (no judge)", ("contained",)),
+    "msrvtt_qa_1k": Benchmark("MSRVTT (no judge)", ("contained",)),
+}
+"""Those of the paper, in the order of its columns. Any other task is shown by its own name and first metric."""
+PROTOCOL: Final = ("pretrained", "pad", "system", "dtype", "attention", "frames", "max_new_tokens")
+"""Model arguments in which a run may not differ from the base's."""
+LEGEND: Final = (
+    "Score · RelAcc in percent of the base. R̄ measured: visual tokens per layer, mean over the answers. RelSpd: tokens per "
+    "second over the base's, by the sums of tokens and times (sums) and by the means over answers (means)."
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one setting reached."""
+
+    name: str
+    """File or folder that it was read from."""
+    settings: dict[str, str]
+    """The model arguments."""
+    scores: dict[str, float]
+    """By task, in the task's own unit."""
+    samples: dict[str, int]
+    """Questions asked, by task."""
+    timed: frozenset[str]
+    """Tasks that the speed was measured on."""
+    throughput: dict[str, float]
+    """lmms-eval's figures of speed, and what the model adds to them; empty without any."""
+
+    @property
+    def method(self) -> str:
+        """How it prunes and drafts."""
+        pruned = self.settings.get("method", "twig" if "retain" in self.settings else "none")
+        speculate = self.settings.get("speculate", "none")
+        return pruned if speculate == "none" else f"{pruned}, {speculate}"
+
+    @property
+    def budget(self) -> str:
+        """R̄ as it was asked for; empty without pruning."""
+        return self.settings.get("retain", "")
+
+
+def read_run(path: Path) -> Run:
+    """A run from its result file, or from all result files in a folder.
+
+    Raises:
+        TwigVLMError: there is none, one is broken, or they are of different settings.
+    """
+    files = sorted(path.rglob("*_results.json"), key=lambda file: file.name) if path.is_dir() else [path]
+    if not files:
+        raise TwigVLMError(f"run {str(path)!r}: holds no *_results.json; give what lmms-eval got as --output_path")
+    records = [_read(file) for file in files]
+    settings = _settings(records[-1])
+    for file, record in zip(files, records, strict=True):
+        if _settings(record) != settings:
+            raise TwigVLMError(
+                f"run {str(path)!r}: {file.name} is of other model arguments than {files[-1].name}; give each setting "
+                "an --output_path of its own"
+            )
+    newest = {task: record for record in records for task in record["n-samples"]}  # names begin with their dates
+    used = [record for record in records if any(record is one for one in newest.values())]
+    return Run(
+        str(path),
+        settings,
+        {task: _score(record, task) for task, record in newest.items()},
+        {task: int(record["n-samples"][task]["effective"]) for task, record in newest.items()},
+        frozenset(task for record in used for task in record["n-samples"]),
+        _throughput(used),
+    )
+
+
+def relacc_table(base: Run, runs: Sequence[Run], tasks: Sequence[str] = ()) -> str:
+    """One row per run, grouped by budget, and one column per task: score · RelAcc; then the mean RelAcc, R̄ and speed.
+
+    Args:
+        base: without pruning; what the others are divided by.
+        runs: the others.
+        tasks: which to compare; none given: all of the base's.
+
+    Raises:
+        TwigVLMError: a run lacks a task, was asked other questions, or has another base or protocol.
+    """
+    known = list(BENCHMARKS)
+    chosen = list(tasks) or sorted(base.scores, key=lambda task: known.index(task) if task in known else len(known))
+    for run in (base, *runs):
+        _check(run, base, chosen)
+    columns = [BENCHMARKS[task].column if task in BENCHMARKS else task for task in chosen]
+    head = ["method", *(f"{column} · RelAcc" for column in columns), "RelAcc, %", "R̄ measured", "tokens/s"]
+    head += ["RelSpd (sums)", "RelSpd (means)"]
+    rows = [_row("**base**", base, base, chosen)]
+    # The largest budget first, as in the paper; what was not pruned before all.
+    budgets = sorted({run.budget for run in runs}, key=lambda text: (bool(text), -_number(text)))
+    for budget in budgets:
+        rows.append([f"**R̄ {budget}**" if budget else "**no pruning**", *[""] * (len(head) - 1)])
+        rows += [_row(run.method, run, base, chosen) for run in runs if run.budget == budget]
+    return table(head, rows)
+
+
+def _row(label: str, run: Run, base: Run, tasks: Sequence[str]) -> list[str]:
+    ratios = [relative_accuracy([run.scores[task]], [base.scores[task]]) for task in tasks]
+    cells = [
+        f"{run.scores[task] * BENCHMARKS[task].scale:.1f} · {percent(ratio)}"
+        if task in BENCHMARKS
+        else f"{run.scores[task]:.4g} · {percent(ratio)}"
+        for task, ratio in zip(tasks, ratios, strict=True)
+    ]
+    kept, speed = run.throughput.get("avg_visual_tokens"), run.throughput.get("avg_speed")
+    return [
+        label,
+        *cells,
+        percent(sum(ratios) / len(ratios)),
+        "–" if kept is None else f"{kept:.1f}",
+        "–" if speed is None else f"{speed:.1f}",
+        _relative("avg_speed", run, base),
+        _relative("avg_answer_speed", run, base),
+    ]
+
+
+def _relative(figure: str, run: Run, base: Run) -> str:
+    """A speed over the base's; a dash where they were not measured on the same tasks."""
+    mine, its = run.throughput.get(figure), base.throughput.get(figure)
+    return "–" if not mine or not its or run.timed != base.timed else f"{mine / its:.2f}"
+
+
+def _check(run: Run, base: Run, tasks: Sequence[str]) -> None:
+    if not tasks:
+        raise TwigVLMError(f"run {base.name!r}: holds no task")
+    if missing := [task for task in tasks if task not in run.scores]:
+        raise TwigVLMError(
+            f"run {run.name!r}: has no result of {', '.join(missing)}; run them, or name those to compare by --tasks"
+        )
+    for task in tasks:
+        if run.samples[task] != base.samples[task]:
+            raise TwigVLMError(
+                f"run {run.name!r}: {run.samples[task]} questions of {task}, where the base was asked "
+                f"{base.samples[task]}; use the same --limit"
+            )
+    for name in PROTOCOL:
+        mine, its = run.settings.get(name), base.settings.get(name)
+        if mine != its:
+            raise TwigVLMError(
+                f"run {run.name!r}: {name}={mine}, where the base has {name}={its}; compare runs of one protocol"
+            )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if not {"results", "n-samples", "config"} <= record.keys():
+            raise ValueError("it has not the fields of lmms-eval")
+    except (OSError, ValueError, AttributeError) as error:
+        raise TwigVLMError(f"run {str(file)!r}: no result file of lmms-eval ({error})") from None
+    return dict(record)
+
+
+def _settings(record: Mapping[str, Any]) -> dict[str, str]:
+    given = record["config"].get("model_args") or {}
+    if isinstance(given, str):
+        given = dict(part.split("=", 1) for part in given.split(",") if "=" in part)
+    return {name: str(value) for name, value in given.items()}
+
+
+def _score(record: Mapping[str, Any], task: str) -> float:
+    """The score of a task; lmms-eval's keys are `metric,filter`."""
+    found = {
+        key.partition(",")[0]: float(value)
+        for key, value in record["results"][task].items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    better = record.get("higher_is_better", {}).get(task, {})
+    metrics = BENCHMARKS[task].metrics if task in BENCHMARKS else [name for name in better if name in found][:1]
+    if not metrics or any(name not in found or better.get(name) is False for name in metrics):
+        raise TwigVLMError(f"task {task!r}: has no score of which more is better, so it has no RelAcc")
+    return sum(found[name] for name in metrics)
+
+
+def _throughput(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Figures of several commands together: speed as the ratio of sums, others as means weighted by questions."""
+    given = [record.get("throughput") or {} for record in records]
+    if not all(given):
+        return {}
+    weights = [sum(int(each["effective"]) for each in record["n-samples"].values()) for record in records]
+    names = set.intersection(*(set(one) for one in given))
+    mean = {
+        name: sum(weight * float(one[name]) for weight, one in zip(weights, given, strict=True)) / sum(weights)
+        for name in names
+    }
+    tokens, seconds = (sum(float(one[name]) for one in given) for name in ("total_gen_tokens", "total_elapsed_time"))
+    return {**mean, "avg_speed": tokens / seconds} if seconds else mean
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text.rstrip("%"))
+    except ValueError:
+        return 0.0
