@@ -61,11 +61,11 @@ def test_the_layout_of_table_1(capsys, write):
         "mme": {"mme_cognition_score": 162.0, "mme_perception_score": 1700.0},
         "mmbench_en_dev_static": {"gpt_eval_score": 64.7 * 0.8},
     }
-    args = "pretrained=base,twig=t,method=twig,retain=64,speculate=chain"
+    args = "pretrained=base,twig=twigs/ours,method=twig,retain=64,speculate=chain"
     r64 = write("r64", args, lower, throughput=faster)
     r192 = write("r192", "pretrained=base,method=fastv,retain=192")
     table = rows(capsys, base, r64, r192)
-    assert list(table) == ["method", "---", "**base**", "**R̄ 192**", "fastv", "**R̄ 64**", "twig, chain"]
+    assert list(table) == ["method", "---", "**base**", "**R̄ 192**", "fastv", "**R̄ 64**", "twig (ours), chain"]
     assert table["method"][:4] == ["GQA · RelAcc", "MMB · RelAcc", "MME · RelAcc", "RelAcc, %"]
     assert table["**base**"] == [
         "61.9 · 100.0",
@@ -77,7 +77,7 @@ def test_the_layout_of_table_1(capsys, write):
         "1.00",
         "1.00",
     ]
-    assert table["twig, chain"] == [
+    assert table["twig (ours), chain"] == [
         "55.7 · 90.0",
         "51.8 · 80.0",
         "1862.0 · 100.0",
@@ -87,7 +87,7 @@ def test_the_layout_of_table_1(capsys, write):
         "2.00",
         "2.50",
     ]
-    assert list(rows(capsys, base, r64, "--tasks", "gqa")["twig, chain"][:2]) == ["55.7 · 90.0", "90.0"]
+    assert list(rows(capsys, base, r64, "--tasks", "gqa")["twig (ours), chain"][:2]) == ["55.7 · 90.0", "90.0"]
 
 
 def test_the_newest_result_of_each_task_counts_and_times_add_up(capsys, write):

@@ -73,8 +73,10 @@ class Run:
 
     @property
     def method(self) -> str:
-        """How it prunes and drafts."""
+        """How it prunes, with the name of its twig, and how it drafts."""
         pruned = self.settings.get("method", "twig" if "retain" in self.settings else "none")
+        if "twig" in self.settings:
+            pruned += f" ({Path(self.settings['twig']).name})"
         speculate = self.settings.get("speculate", "none")
         return pruned if speculate == "none" else f"{pruned}, {speculate}"
 

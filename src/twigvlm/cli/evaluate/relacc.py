@@ -13,7 +13,7 @@ class EvaluateRelAcc:
 
     base: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
     """The run without pruning: a result file of lmms-eval, or the folder that was its --output_path."""
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN …", help_behavior_hint="")]
     """Runs to compare, one or more."""
     tasks: tuple[str, ...] = ()
     """Tasks to compare. None given: all of the base's."""
