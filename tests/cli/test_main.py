@@ -17,9 +17,18 @@ from twigvlm.config import PruningConfig, SpeculationConfig
 SUBCOMMANDS = [
     "generate", "demo", "inspect", "train stage1", "train stage2", "evaluate accuracy", "evaluate sweep", "evaluate speed",
     "evaluate drafts", "evaluate batches", "evaluate exactness", "families", "methods", "convert", "export", "serve", "batch",
-    "evaluate relacc", "doctor", "compare", "figures times", "figures speeds", "figures samples", "figures attention", "figures drafts",
+    "evaluate relacc", "doctor", "compare", "figures times", "figures speeds", "figures samples", "figures attention",
+    "figures drafts",
 ]  # fmt: skip
-WITHOUT_BASE = ("families", "methods", "doctor", "evaluate relacc", "figures times", "figures speeds", "figures samples")
+WITHOUT_BASE = (
+    "families",
+    "methods",
+    "doctor",
+    "evaluate relacc",
+    "figures times",
+    "figures speeds",
+    "figures samples",
+)
 
 
 def python(code):
