@@ -20,6 +20,7 @@ EXTRAS = {
     "train": "training",
     "report": "figures and inspect",
     "ray": "Ray Data and Ray Serve",
+    "lmms-eval": "public benchmarks",
     "vllm": "exported twigs in vLLM",
 }
 """Optional parts by their names in pyproject.toml, with what they are for; those of developers are left out."""
