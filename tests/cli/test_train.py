@@ -93,7 +93,10 @@ def test_stage_2_takes_budgets_as_kept_tokens_or_as_averages(refused, arguments,
     assert (settings["keep_budgets"], settings["budgets"]) == ([3, 12], None)
     both = second(out=tmp_path / "both", **{"keep-budgets": 3, "budgets": 8})
     refused(*both, words=["budgets=8 and keep_budgets=3: give only one of them"])
-    refused(*second(out=tmp_path / "none"), words=["keep_budgets=41 72 103 134 165 196 227: none is possible for the first sample, of 16"])
+    refused(
+        *second(out=tmp_path / "none"),
+        words=["keep_budgets=41 72 103 134 165 196 227: none is possible for the first sample, of 16"],
+    )
 
 
 def test_a_diverged_twig_is_not_written(refused, capsys, arguments, tmp_path):
