@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import subprocess
 import sys
 import tempfile
 from unittest.mock import MagicMock
@@ -136,6 +137,18 @@ def test_commands_exist_and_take_these_options(page, words):
         for word in words:
             for extra in re.findall(r"(?:^|[./]|twigvlm)\[([\w,]+)\]", word):
                 assert set(extra.split(",")) <= extras.keys()
+
+
+@pytest.mark.parametrize("name", sorted(pages_with("sh")))
+def test_scripts_are_scripts_of_commands_that_exist(name):
+    """Blocks with functions, loops and variables, which `bash` can read as a whole only."""
+    script = "\n".join(blocks(pages_with("sh")[name], "sh"))
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    called = set(re.findall(r"\btwigvlm ((?:train (?=stage)|evaluate |export |figures )?[a-z0-9]+)", script))
+    for words in called:
+        with pytest.raises(SystemExit) as stopped:
+            parse(COMMANDS, DESCRIPTION, [*words.split(), "--help"])
+        assert stopped.value.code == 0
 
 
 @pytest.mark.parametrize("name", sorted(pages_with("json")))
