@@ -15,7 +15,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from twigvlm.config import TwigConfig
 from twigvlm.evaluation.report import table
-from twigvlm.evaluation.speed import System, in_turn, measure
+from twigvlm.evaluation.speed import in_turn, measure
+from twigvlm.evaluation.systems import System
 from twigvlm.model import TwigVLM
 from twigvlm.speculation.costs import NODES, calibrate
 

@@ -44,8 +44,16 @@ def grown(pruning_head=False):
 @pytest.mark.parametrize("pruning_head", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_each_answer_is_that_of_the_whole_prompt(way, pruning_head, pruning, processor):
-    model = grown(pruning_head)
-    options = {**WAYS[way], **pruning, "max_new_tokens": 12}
+    converse(grown(pruning_head), {**WAYS[way], **pruning, "max_new_tokens": 12}, processor)
+
+
+@pytest.mark.parametrize("way", ["lookup", "exit"])
+def test_so_it_is_with_drafts_that_need_no_twig(way, processor):
+    converse(grown(), {"speculate": way, "keep": 4, "max_new_tokens": 12}, processor)
+
+
+def converse(model, options, processor):
+    """Ask in turns, and compare each answer with that to the whole conversation."""
     chat, pictures = model.chat(processor, **options), []
     for question, count in TURNS:
         new = [picture(len(pictures) + number) for number in range(count)]

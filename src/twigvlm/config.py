@@ -12,15 +12,19 @@ from twigvlm.errors import TwigVLMError
 MOST_NODES = 64
 """Largest number of nodes in a pass that `auto` chooses, including the root."""
 
-Speculate = Literal["none", "chain", "tree", "auto"]
+Speculate = Literal["none", "chain", "tree", "auto", "lookup", "exit"]
 """Ways to draft; see `SpeculationConfig`."""
 
+WITHOUT_TWIG = ("none", "lookup", "exit")
+"""Those of them that need no twig."""
 
 _APPLY: dict[str, tuple[str, ...]] = {
     "none": (),
     "chain": ("draft_length", "draft_threshold"),
     "tree": ("tree_depth", "tree_width", "tree_expand", "tree_nodes"),
     "auto": ("tree_width",),
+    "lookup": ("draft_length", "lookup_ngram"),
+    "exit": ("draft_length", "draft_threshold"),
 }
 """Which options apply to which way of drafting."""
 
@@ -127,12 +131,14 @@ class PruningConfig:
 
 @dataclass(frozen=True)
 class SpeculationConfig:
-    """How the twig drafts tokens. The output does not depend on it."""
+    """How tokens are drafted. The output does not depend on it."""
 
     speculate: Speculate = "none"
-    """How the twig drafts. none: one token per step. chain: draft a few tokens and verify them in one pass (Algorithm 1).
+    """How to draft. none: one token per step. chain: draft a few tokens and verify them in one pass (Algorithm 1).
     tree: draft a tree of alternatives (Algorithm 2). auto: draft trees of the size that is fastest on this machine, which is
-    measured once for a few seconds, and draft nothing where it does not pay off."""
+    measured once for a few seconds, and draft nothing where it does not pay off. lookup: draft what followed the newest
+    tokens where they occurred before, in the prompt or the answer. exit: chains by the base's own head on the states after
+    layer K. Neither needs a twig."""
     draft_length: int = 5
     """δ: longest chain, in tokens."""
     draft_threshold: float = 0.6
@@ -145,12 +151,15 @@ class SpeculationConfig:
     """K_sel: how many nodes of each level are expanded, the most probable ones."""
     tree_nodes: int = 60
     """N_max: largest number of drafted tokens of a tree that are verified."""
+    lookup_ngram: int = 3
+    """Largest number of newest tokens that are looked up; fewer, where so many occur nowhere before."""
 
     def __post_init__(self) -> None:
         _one_of(get_args(Speculate), speculate=self.speculate)
         _at_least(1, draft_length=self.draft_length)
         _at_least(1, tree_depth=self.tree_depth, tree_width=self.tree_width)
         _at_least(1, tree_expand=self.tree_expand, tree_nodes=self.tree_nodes)
+        _at_least(1, lookup_ngram=self.lookup_ngram)
         if not 0.0 <= self.draft_threshold <= 1.0:
             raise TwigVLMError(f"draft_threshold={self.draft_threshold:g}: must be 0 to 1")
         for option in fields(self):
@@ -173,7 +182,7 @@ class SpeculationConfig:
             return 2 * MOST_NODES
         if self.speculate == "tree":
             return 1 + self.tree_expand * (self.tree_depth - 1) + self.tree_nodes
-        return 1 + (self.draft_length if self.speculate == "chain" else 0)
+        return 1 + (self.draft_length if self.active else 0)
 
 
 @dataclass(frozen=True)

@@ -72,18 +72,19 @@ class TwigVLM(HFInterface, Calibrated):
         return cls(base, twig)
 
     @classmethod
-    def without_twig(cls, model: Any) -> "TwigVLM":
-        """A Hugging Face VLM for pruning methods that need no trained twig. It cannot draft.
+    def without_twig(cls, model: Any, trunk_layers: int = 0) -> "TwigVLM":
+        """A Hugging Face VLM with pruning methods and ways to draft that need no trained twig.
 
         Its twig is a single untrained layer that never runs.
 
         Args:
             model: the base; unmodified, any attention implementation.
+            trunk_layers: K, the layers that draft by early exit.
 
         Raises:
-            TwigVLMError: the base is not supported.
+            TwigVLMError: the base is not supported, or has no more than K layers.
         """
-        return cls.grow(model, TwigConfig(trunk_layers=0, twig_layers=1, head="shared"))
+        return cls.grow(model, TwigConfig(trunk_layers, twig_layers=1, head="shared"))
 
     @classmethod
     def from_pretrained(
@@ -140,6 +141,7 @@ class TwigVLM(HFInterface, Calibrated):
         tree_width: int = 10,
         tree_expand: int = 10,
         tree_nodes: int = 60,
+        lookup_ngram: int = 3,
         generator: torch.Generator | None = None,
         memory: PrefixCache | None = None,
         **kwargs: Any,
@@ -165,13 +167,16 @@ class TwigVLM(HFInterface, Calibrated):
             pruner: another pruning method, by name (`twigvlm methods`) with the budget `retain`, or as an object, which may
                 have its own cuts; None or "twig": the twig's.
             speculate: "none", "chain", "tree", or "auto", which drafts as much as pays off on this machine, or nothing; on
-                its first use on a machine it measures for a few seconds (see `calibrate`). The output is the same for all.
-            draft_length: δ, length of the longest chain.
+                its first use on a machine it measures for a few seconds (see `calibrate`). Without a twig, "lookup": what
+                followed the newest tokens where they occurred before, in the prompt or the answer; "exit": chains by the
+                base's own head on the states after layer K. The output is the same for all.
+            draft_length: δ, length of the longest chain, or of what is looked up.
             draft_threshold: θ; a chain ends after a token whose probability is below it.
             tree_depth: D, length of the longest path of a tree.
             tree_width: E, number of children of each expanded node.
             tree_expand: K_sel, number of nodes of each level that are expanded.
             tree_nodes: N_max, largest number of drafted tokens of a tree that are verified.
+            lookup_ngram: n, largest number of newest tokens that "lookup" finds again.
             generator: random generator for sampling; None: torch's global one, which `torch.manual_seed` seeds.
             memory: prefix cache of the conversation that this prompt continues (one prompt, one answer); see `chat`.
             kwargs: arguments of the base's `generate`: processor outputs, max_new_tokens, generation_config,
@@ -194,6 +199,7 @@ class TwigVLM(HFInterface, Calibrated):
             tree_width,
             tree_expand,
             tree_nodes,
+            lookup_ngram,
         )
         if inputs is not None:
             if "input_ids" in kwargs:
@@ -210,7 +216,7 @@ class TwigVLM(HFInterface, Calibrated):
                 )
             return self.model.generate(**kwargs)
         check_arguments(kwargs, self.model.generation_config)
-        self._check_attention(speculation, len(kwargs["input_ids"]))
+        self._check_speculation(speculation, len(kwargs["input_ids"]))
         self.base.check_images(kwargs["input_ids"], kwargs)
         looks = pruner is not None and Need.VISION in pruner.needs
         if memory is not None and not looks and not memory.needs_vision(self.base, kwargs["input_ids"]):
@@ -244,18 +250,22 @@ class TwigVLM(HFInterface, Calibrated):
             max_rows: largest number of requests that decode together; None: as many as memory allows.
             max_bytes: memory for keys and values; None: what is free on an accelerator, or half of the machine's memory.
             speculate: how to draft, as in `generate`.
-            options: δ, θ, D, E, K_sel and N_max, under the names that they have in `generate`.
+            options: δ, θ, D, E, K_sel, N_max and n, under the names that they have in `generate`.
 
         Raises:
             TwigVLMError: an option is out of range or does not apply.
         """
         speculation = SpeculationConfig(speculate, **options)  # type: ignore[arg-type]
-        self._check_attention(speculation, rows=2)
+        self._check_speculation(speculation, rows=2)
         costs = self.costs() if speculation.speculate == "auto" else None
         runner = EagerRunner(self.base, self.twig, speculation, costs, _RESERVE)
         return Engine(runner, partial(request_row, self.base, self.twig), max_rows, max_bytes)
 
-    def _check_attention(self, speculation: SpeculationConfig, rows: int) -> None:
+    def _check_speculation(self, speculation: SpeculationConfig, rows: int) -> None:
+        if speculation.speculate == "exit" and not self.twig.config.trunk_layers:
+            raise TwigVLMError(
+                "speculate='exit': no layer drafts; use a twig with a trunk, or TwigVLM.without_twig(base, trunk_layers=8)"
+            )
         if speculation.speculate in ("tree", "auto"):
             check_mask_attention(self.base.attention, f"speculate={speculation.speculate!r}")
         if rows > 1:

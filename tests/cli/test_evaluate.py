@@ -60,6 +60,19 @@ def test_accuracy_of_published_methods_needs_no_twig(capsys, arguments, tmp_path
     refused(*arguments("accuracy", **{"final-wipe": 5}), words=["cuts of their own"])
 
 
+def test_speed_of_drafts_without_a_twig(arguments, base_directory, tmp_path, refused):
+    words = [*map(str, arguments("speed", limit=1, baselines="sdpa", assistant=base_directory)), "--systems"]
+    place = words.index("--twig")
+    words = [*words[:place], *words[place + 2 :]]
+    assert main([*words, "lookup", "exit", "HF assistant"]) == 0
+    rows = [line.split(" | ") for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "|" in line]
+    named = {row[0].removeprefix("| "): row for row in rows}
+    for name in ("lookup", "exit", "HF assistant"):
+        assert named[name][-1].startswith("0")  # different outputs
+    assert float(named["HF assistant"][-3]) == 100.0  # the base drafts for itself
+    refused(*words, "chain", words=("needs a twig",))
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_writes_raw_results_and_a_report(capsys, arguments, tmp_path, command):
     assert main(arguments(command)) == 0

@@ -72,6 +72,14 @@ def test_published_methods_need_no_twig(capsys, arguments, twig_directory, refus
     refused(*arguments(pruner="twig", retain=9), words=["--retain 9: needs a twig"])
 
 
+@pytest.mark.parametrize("way", ["lookup", "exit"])
+def test_drafts_without_a_twig_change_nothing(capsys, arguments, way):
+    answer = ask(capsys, arguments(speculate=way))
+    assert (answer["speculate"], answer["twig"]) == (way, None)
+    assert answer["token_ids"] == ask(capsys, arguments())["token_ids"]
+    assert len(answer["drafted_lengths"]) == len(answer["accepted_lengths"])
+
+
 def test_speculation_is_the_default_with_a_twig_and_changes_nothing(capsys, arguments, twig_directory):
     plain = ask(capsys, arguments())
     answer = ask(capsys, arguments(twig=twig_directory))

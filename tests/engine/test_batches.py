@@ -54,7 +54,7 @@ def answers(output, width):
             {"keep": 4, "scorer": BaseLayerAttention(2)},
         ]
     ),
-    speculation=st.sampled_from([{}, CHAIN, TREE, {**TREE, "tree_width": 1}]),
+    speculation=st.sampled_from([{}, CHAIN, TREE, {**TREE, "tree_width": 1}, {"speculate": "lookup"}]),
     ends=st.lists(st.integers(0, 99), max_size=12, unique=True),
     new=st.integers(1, 18),
 )

@@ -43,7 +43,12 @@ def cases(draw):
         "tree_expand": draw(st.integers(1, 5)),
         "tree_nodes": draw(st.sampled_from([1, 3, 10, 30])),
     }
-    speculation = draw(st.sampled_from([chain, tree]))
+    lookup = {
+        "speculate": "lookup",
+        "draft_length": draw(st.integers(1, 7)),
+        "lookup_ngram": draw(st.integers(1, 4)),
+    }
+    speculation = draw(st.sampled_from([chain, tree, lookup]))
     inputs = prompt(draw(st.integers(0, 50)), before=draw(st.integers(0, 3)), after=draw(st.integers(1, 6)))
     # the model is built in the test: the type checker rolls dice, which strategies must not
     return shape, inputs, pruning, speculation, draw(st.integers(1, 24))

@@ -15,6 +15,7 @@ WAYS = {
     "none": {},
     "chain": {"speculate": "chain", "draft_threshold": 0.05},
     "tree": {"speculate": "tree", "tree_nodes": 12, "tree_expand": 3, "tree_width": 4},
+    "lookup": {"speculate": "lookup"},
 }
 ways = pytest.mark.parametrize("way", WAYS)
 

@@ -9,6 +9,7 @@ from twigvlm.evaluation.batches import batch_systems, run_batches, split
 from twigvlm.evaluation.report import batch_sections
 from twigvlm.evaluation.results_log import ResultsLog
 from twigvlm.evaluation.summary import compare_batches
+from twigvlm.evaluation.systems import System
 
 
 def batch_of(*questions):
@@ -89,7 +90,7 @@ def test_figures_of_all_rows_together():
     assert figures["twig", 1].peak != figures["twig", 1].peak
     assert figures["a", 2].is_baseline
     assert figures["twig", 2].relative == 0.5
-    systems = [batches.System("a", "eager"), batches.System("b", "sdpa"), batches.System("twig")]
+    systems = [System("a", "eager"), System("b", "sdpa"), System("twig")]
     _, text, table = batch_sections(records, systems)
     assert text.startswith("2 prompts")
     assert "3 alternating repeats" in text

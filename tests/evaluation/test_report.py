@@ -4,8 +4,8 @@ import pytest
 
 from twigvlm.evaluation.figures import draw_accuracy
 from twigvlm.evaluation.report import accuracy_sections, exactness_sections, page, speed_sections
-from twigvlm.evaluation.speed import System
 from twigvlm.evaluation.summary import accuracies, compare_speeds, faster
+from twigvlm.evaluation.systems import System
 from twigvlm.evaluation.variants import NONE, Variant
 
 VARIANTS = [

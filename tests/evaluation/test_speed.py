@@ -7,7 +7,8 @@ from tests.tiny import prompt
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation import speed
 from twigvlm.evaluation.results_log import ResultsLog
-from twigvlm.evaluation.speed import System, draft_systems, measure, run_speed, standard_systems
+from twigvlm.evaluation.speed import measure, run_speed
+from twigvlm.evaluation.systems import System, draft_systems, standard_systems
 
 
 def record_answer(record, questions):
@@ -45,6 +46,7 @@ def test_measures_every_contender(model, tokenizer, questions, tmp_path):
                 assert 0 < prefill < total
             if name.startswith("HF"):
                 assert run["draft"] == [None, None]
+                assert bool(run["accepted"]) == (name == "HF prompt lookup")
                 continue
             for parts in zip(run["prefill"], run["draft"], run["verify"], run["total"], strict=True):
                 assert sum(parts[:3]) <= parts[3] * 1.05
@@ -56,7 +58,7 @@ def test_measures_every_contender(model, tokenizer, questions, tmp_path):
 def test_contenders_take_turns_after_a_warm_up(model, tokenizer, questions, tmp_path, monkeypatch):
     order = []
     real = speed.measure
-    monkeypatch.setattr(speed, "measure", lambda m, i, c, n: order.append(c.name) or real(m, i, c, n))
+    monkeypatch.setattr(speed, "measure", lambda m, i, c, n, **how: order.append(c.name) or real(m, i, c, n))
     systems = [System("a"), System("b", options={"retain": 10}), System("c")]
 
     def run(count):
@@ -108,5 +110,5 @@ def test_drafts_are_compared_on_the_same_pruning():
 def test_contenders_can_be_chosen_and_bring_what_they_are_compared_to():
     systems = standard_systems(10, CHAIN, TREE, ["sdpa"], ["pruning + chain"])
     assert [system.name for system in systems] == ["HF generate, sdpa", "pruning", "pruning + chain"]
-    with pytest.raises(TwigVLMError, match="system 'prunning': must be one of own loop, pruning"):
+    with pytest.raises(TwigVLMError, match="system 'prunning': must be one of HF prompt lookup, own loop, pruning"):
         standard_systems(10, CHAIN, TREE, ["sdpa"], ["prunning"])

@@ -11,7 +11,7 @@ import transformers
 
 from twigvlm import inputs, loading
 from twigvlm.cli.output import busy
-from twigvlm.config import PruningConfig, Speculate
+from twigvlm.config import WITHOUT_TWIG, PruningConfig, Speculate
 from twigvlm.errors import TwigVLMError
 from twigvlm.images import Picture
 from twigvlm.inputs import user_turn
@@ -31,13 +31,13 @@ class SessionConfig:
 
     @property
     def accelerated(self) -> bool:
-        """Whether the base's own `generate` is not enough: a twig takes part, or a pruning method that needs none."""
+        """Whether the base's own `generate` is not enough: a twig takes part, or a method that needs none."""
         return self.twig is not None or self.without_twig
 
     @property
     def without_twig(self) -> bool:
-        """Whether visual tokens are pruned by a method that needs no twig, and there is none."""
-        return self.twig is None and self.pruning.pruner not in (None, "twig")
+        """Whether visual tokens are pruned or answers drafted by a method that needs no twig, and there is none."""
+        return self.twig is None and (self.pruning.pruner not in (None, "twig") or self.speculate != "none")
 
     @property
     def generate_options(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class SessionConfig:
         prunes = pruning.active and pruning.pruner in (None, "twig")  # by the twig
         if pruning.pruner is not None and not prunes:
             make_pruner(pruning.pruner)  # for its errors, before a model is loaded
-        if twig is None and (prunes or speculate in ("chain", "tree", "auto")):
+        if twig is None and (prunes or speculate not in (None, *WITHOUT_TWIG)):
             asked = f"--speculate {speculate}"
             if prunes:
                 asked = f"--keep {pruning.keep}" if retain is None else f"--retain {retain:g}"
@@ -97,12 +97,23 @@ def open_session(config: SessionConfig, dtype: str, device: str) -> Session:
     with busy(f"Loading {config.model}"):
         base, processor, model = loading.load(config.model, config.twig, dtype, device)
         if config.without_twig:
-            model = TwigVLM.without_twig(base)
+            model = bare(base, exits=config.speculate == "exit")
         session = Session(config, base, processor, model)
     if session.model is not None and config.speculate == "auto":
         with busy("Measuring what drafts cost on this machine"):
             session.model.costs()  # kept for all answers, and part of no answer's time
     return session
+
+
+def bare(base: Any, exits: bool) -> TwigVLM:
+    """A base without a twig.
+
+    Args:
+        base: the base.
+        exits: whether it drafts by early exit, after a quarter of its layers.
+    """
+    layers = base.config.get_text_config().num_hidden_layers
+    return TwigVLM.without_twig(base, max(1, layers // 4) if exits else 0)
 
 
 def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:

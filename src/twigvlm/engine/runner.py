@@ -21,12 +21,13 @@ from twigvlm.pruning.cut import Choice, Cut, Need
 from twigvlm.pruning.refocus import Sight
 from twigvlm.pruning.run import Choose, run_cuts
 from twigvlm.pruning.view import CutView, Tokens, TrunkOutput
-from twigvlm.speculation.batch import Batch, RowState, eos_table
+from twigvlm.speculation.batch import NO_TOKEN, Batch, RowState, eos_table
 from twigvlm.speculation.costs import StepCosts
 from twigvlm.speculation.draft import Committed, Draft, Rescore, commit, commit_draft, draft
 from twigvlm.speculation.nodes import Nodes
-from twigvlm.speculation.policies import AdaptiveTree, Chain, FixedTree, NoDraft, Policy
+from twigvlm.speculation.policies import NoDraft, Policy
 from twigvlm.speculation.walk import Accepted, walk
+from twigvlm.speculation.ways import make_policy, policy_of_prefill
 from twigvlm.twig.block import Twig
 
 
@@ -55,9 +56,8 @@ class EagerRunner:
         self.base, self.twig, self.speculation = base, twig, speculation
         self.exact = base.device.type == "cpu" if static is None else not static
         self.batch = Batch(base, twig, reserve + speculation.step_tokens)
-        self.policy = _policy(speculation, costs, self.exact)
-        # A tree behind a prompt would need a mask over the prompt.
-        self.first_policy = self.policy if self.policy.linear else _chain_before(speculation, self.exact)
+        self.policy = make_policy(speculation, costs, self.exact)
+        self.first_policy = policy_of_prefill(self.policy, speculation, self.exact)
         self.rows: list[Row] = []
         self.chooser = Chooser([], base.device)
 
@@ -71,7 +71,7 @@ class EagerRunner:
         try:
             trunk, tokens, cuts = self._trunk(rows, cache.view(claimed))
             defer = self._defer(trunk, alone=claimed.start == 0 and len(rows) == 1)
-            if self.policy.depth and not defer and not trunk.in_twig:
+            if self.policy.uses_twig and not defer and not trunk.in_twig:
                 trunk.fill_twig()
             part, step = self._first_step(rows, claimed, trunk, tokens, cuts, NoDraft() if defer else self.first_policy)
         except BaseException:
@@ -147,7 +147,7 @@ class EagerRunner:
         ends = torch.tensor(trunk.tokens.lengths, device=base.device)[:, None] - 1
         roots = last_token(trunk.prompt.input_ids[..., None], trunk.prompt.lengths)[:, 0]
         sights = [self._sight(row, trunk, index) for index, row in enumerate(rows)]
-        part = batch.newcomers(claimed.start, self._state(rows, roots), sights, trunk)
+        part = batch.newcomers(claimed.start, self._state(rows, roots, trunk.prompt), sights, trunk)
         chooser = Chooser(rows, base.device)
         choose = self._choose(rows, trunk.prompt, trunk)
         # A later cut may rank by the last token of the prompt.
@@ -159,12 +159,14 @@ class EagerRunner:
             left = run_cuts(base, tokens, trunk_layers, base.num_layers, cuts, choose, *where)
             first = chooser.choose(base.logits(left.last)[:, None])
             accepted = walk(Nodes.rooted(roots), 0, first)
-            self._advance(part, accepted)
+            self._advance(part, accepted, rows)
             return part, Step(accepted.tokens.tolist(), [0] * len(rows))
         # The prompts' last tokens are the roots: trunk and twig see them once more, as they see a newest token.
-        for start, stop in ((0, trunk_layers), (self.twig.first_slot, self.twig.last_slot + 1)):
-            if stop > start:
-                batch.cache.advance(start, stop, claimed, -1)
+        again = [(0, trunk_layers)] if trunk_layers else []
+        if policy.uses_twig or part.refocus is not None:
+            again.append((self.twig.first_slot, self.twig.last_slot + 1))
+        for start, stop in again:
+            batch.cache.advance(start, stop, claimed, -1)
         furthest = max(row.next_position for row in rows) + policy.depth
         drafted = draft(part, policy, self._rescore(chooser), furthest, self.exact)
         joined, nodes = _behind(tokens, drafted, part)
@@ -178,7 +180,7 @@ class EagerRunner:
         dropped = committed.accepted.counts - nodes
         batch.cache.advance(trunk_layers, base.num_layers, claimed, on_host[:, 0] - on_host[:, 2] - 1, dropped)
         commit_draft(part, policy, drafted, committed, on_host)
-        self._advance(part, committed.accepted)
+        self._advance(part, committed.accepted, rows)
         return part, _step(on_host)
 
     def _defer(self, trunk: TrunkOutput, alone: bool) -> bool:
@@ -192,12 +194,14 @@ class EagerRunner:
         wiped = [cut.layer for cut in row.cuts if not cut.keep]
         return Sight.of(trunk, index, row.kept, row.refocus, wiped[0] if wiped else self.base.num_layers)
 
-    def _state(self, rows: Sequence[Row], newest: Int[Tensor, " rows"]) -> RowState:
+    def _state(self, rows: Sequence[Row], newest: Int[Tensor, " rows"], prompt: Prompt) -> RowState:
         """Rows without new tokens, whose newest are the prompts' last."""
         numbers = [(min(row.max_new_tokens, 2**40), row.next_position, row.length) for row in rows]
         limit, position, length = torch.tensor(numbers, device=newest.device).unbind(dim=1)
         eos = eos_table([row.eos_token_ids for row in rows], newest.device)
-        return RowState(newest, torch.zeros_like(newest), limit, position, length, eos)
+        ids = prompt.input_ids.masked_fill(prompt.visual_mask, NO_TOKEN)
+        ids = ids if self.policy.reads_ids else ids[:, :0]
+        return RowState(newest, torch.zeros_like(newest), limit, position, length, eos, ids)
 
     def draft(self) -> Draft:
         """The drafts of all rows, by the engine's policy."""
@@ -205,7 +209,7 @@ class EagerRunner:
         return draft(self.batch, self.policy, self._rescore(self.chooser), furthest, self.exact)
 
     def _rescore(self, chooser: Chooser) -> Rescore:
-        ids = self.twig.draft_token_ids
+        ids = self.twig.draft_token_ids if self.policy.uses_twig else None
         return lambda logits, depths, deepest: chooser.rescore(logits, depths, deepest, ids)
 
     def verify(self, draft: Draft) -> Step:
@@ -217,7 +221,7 @@ class EagerRunner:
         committed, on_host = self._walk(batch, draft, self.chooser, base.logits(hidden))
         commit(batch, self.policy, draft, committed, on_host)
         self.policy.learn(on_host[:, 0] - 1)
-        self._advance(batch, committed.accepted)
+        self._advance(batch, committed.accepted, self.rows)
         return _step(on_host)
 
     def _look_again(self, draft: Draft) -> None:
@@ -246,10 +250,10 @@ class EagerRunner:
         committed = Committed.of(draft, walk(nodes, draft.depth, chooser.choose(logits), couple))
         return committed, committed.to_host()
 
-    def _advance(self, batch: Batch, accepted: Accepted) -> None:
+    def _advance(self, batch: Batch, accepted: Accepted, rows: Sequence[Row]) -> None:
         assert batch.state is not None, "there are rows"
-        batch.state.newest = accepted.tokens.gather(1, accepted.counts[:, None] - 1)[:, 0]
-        batch.state.count = batch.state.count + accepted.counts
+        longest = max(row.length + len(row.tokens) for row in rows)
+        batch.state.advance(accepted, longest + accepted.tokens.shape[1])
 
     def leave(self, row: int) -> None:
         """Drop a row; the last one takes its place."""
@@ -276,22 +280,6 @@ def _behind(tokens: Tokens, draft: Draft, part: Batch) -> tuple[Tokens, Int[Tens
         tokens.lengths,
     )
     return both.keep(torch.cat((prompt, draft.nodes.valid), dim=1)), draft.nodes.valid.sum(dim=1)
-
-
-def _policy(speculation: SpeculationConfig, costs: StepCosts | None, exact: bool) -> Policy:
-    if costs is not None:
-        return AdaptiveTree(costs, speculation.tree_width)
-    if speculation.speculate == "tree":
-        return FixedTree(speculation, exact)
-    return Chain(speculation, exact) if speculation.active else NoDraft()
-
-
-def _chain_before(speculation: SpeculationConfig, exact: bool) -> Chain:
-    """The chains that are drafted before the first trees, no deeper than those."""
-    length = speculation.draft_length
-    if speculation.speculate == "tree":
-        length = min(speculation.tree_depth, speculation.tree_nodes)
-    return Chain(SpeculationConfig("chain", draft_length=length), exact)
 
 
 def _next_positions(trunk: TrunkOutput) -> list[int]:

@@ -14,7 +14,8 @@ from twigvlm.evaluation.accuracy import score
 from twigvlm.evaluation.questions import Namer, Question, Questions
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.evaluation.run import InputsOf, Item, run
-from twigvlm.evaluation.speed import System, alternating, attention_of, base_systems
+from twigvlm.evaluation.speed import alternating, attention_of
+from twigvlm.evaluation.systems import System, base_systems
 from twigvlm.model import TwigVLM
 from twigvlm.timing import clock_of
 

@@ -22,6 +22,9 @@ CHECKS = {
     "tree": "tree speculation = no speculation, unpruned",
     "pruned auto": "auto speculation = no speculation, same pruning",
     "auto": "auto speculation = no speculation, unpruned",
+    "pruned lookup": "prompt lookup = no speculation, same pruning",
+    "lookup": "prompt lookup = no speculation, unpruned",
+    "exit": "early exit = no speculation, unpruned",
     "no pruning": "R = M and K_f = L = the base's own generate",
     "disabled": "disabled() = the base before it had a twig, ids and logits bit for bit",
 }

@@ -6,7 +6,6 @@ from typing import Any
 
 from twigvlm.evaluation.exactness import CHECKS
 from twigvlm.evaluation.results_log import Record
-from twigvlm.evaluation.speed import System
 from twigvlm.evaluation.summary import (
     Accuracy,
     Interval,
@@ -16,6 +15,7 @@ from twigvlm.evaluation.summary import (
     exactness_counts,
     faster,
 )
+from twigvlm.evaluation.systems import System
 from twigvlm.evaluation.variants import NONE, Variant
 
 _LISTED = 20  # failed questions that a report gives the reasons of; the raw results have all
@@ -131,7 +131,7 @@ def quality_cell(one: Quality) -> str:
 
 def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list[str]:
     """Tokens per second, RelSpd against the faster baseline, parts of the time, and drafts."""
-    baselines = [one.name for one in systems if one.attention is not None] or [systems[0].name]
+    baselines = [one.name for one in systems if one.is_baseline] or [systems[0].name]
     baseline = faster(records, baselines)
     figures = compare_speeds(records, baseline, {one.name: one.same_as for one in systems})
 
@@ -170,7 +170,7 @@ def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list
 
 def batch_sections(records: Sequence[Record], systems: Sequence[System]) -> list[str]:
     """Tokens per second and peak memory by system and batch size."""
-    figures = compare_batches(records, [one.name for one in systems if one.attention is not None])
+    figures = compare_batches(records, [one.name for one in systems if one.is_baseline])
     sizes = list(dict.fromkeys(one.size for one in figures))
     rows = []
     for system in systems:

@@ -5,8 +5,8 @@ way, by a streamer that notes the first new token: prefill is everything up to i
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,84 +17,15 @@ from twigvlm import compat
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.evaluation import peak_memory
 from twigvlm.evaluation.accuracy import score
+from twigvlm.evaluation.assisted import AssistedSteps, refusals_of
 from twigvlm.evaluation.questions import Namer, Questions
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.evaluation.run import InputsOf, Item, one_by_one, run
+from twigvlm.evaluation.systems import System
 from twigvlm.model import TwigVLM
 from twigvlm.timing import clock_of
 
 T = TypeVar("T")
-HF_GENERATE = "HF generate, "
-"""Begins the names of the base's own `generate`; its attention implementation follows."""
-
-
-@dataclass(frozen=True)
-class System:
-    """One way to generate."""
-
-    name: str
-    attention: str | None = None
-    """The base's own `generate` with this attention implementation; None: TwigVLM's, with `options`."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Of `TwigVLM.generate`."""
-    same_as: str | None = None
-    """System whose output this one must repeat."""
-
-
-def base_systems(attentions: Sequence[str]) -> list[System]:
-    """The base's own `generate` with each of its attention implementations."""
-    return [System(f"{HF_GENERATE}{attention}", attention) for attention in attentions]
-
-
-def standard_systems(
-    retain: float,
-    chain: dict[str, Any],
-    tree: dict[str, Any],
-    attentions: Sequence[str],
-    names: Sequence[str] = (),
-    refocus: float | None = None,
-) -> list[System]:
-    """The base's `generate` per attention implementation, and the twig's parts alone and together.
-
-    Args:
-        retain: R̄.
-        chain: options of chain speculation (`draft_length`, `draft_threshold`).
-        tree: options of tree speculation (`tree_depth`, `tree_width`, `tree_expand`, `tree_nodes`).
-        attentions: implementations that the base's `generate` is measured with.
-        names: of those among the others that are wanted, together with what their output is compared to; none: all.
-        refocus: τ of further systems that choose their visual tokens again; None: there are none.
-
-    Raises:
-        TwigVLMError: there is no system of a name.
-    """
-    chain = {"speculate": "chain", **chain}
-    tree = {"speculate": "tree", **tree}
-    twigs = [
-        System("own loop"),
-        System("pruning", options={"retain": retain}),
-        System("chain", options=chain, same_as="own loop"),
-        System("tree", options=tree, same_as="own loop"),
-        System("auto", options={"speculate": "auto"}, same_as="own loop"),
-        System("pruning + chain", options={"retain": retain, **chain}, same_as="pruning"),
-        System("pruning + tree", options={"retain": retain, **tree}, same_as="pruning"),
-        System("pruning + auto", options={"retain": retain, "speculate": "auto"}, same_as="pruning"),
-    ]
-    if refocus is not None:
-        again = {"retain": retain, "refocus": refocus}
-        twigs += [
-            System("refocus", options=again),
-            System("refocus + chain", options={**again, **chain}, same_as="refocus"),
-            System("refocus + auto", options={**again, "speculate": "auto"}, same_as="refocus"),
-        ]
-    known = {system.name: system for system in twigs}
-    for name in names:
-        if name not in known:
-            raise TwigVLMError(f"system {name!r}: must be one of {', '.join(known)}")
-    wanted = {*names, *(known[name].same_as for name in names)} if names else known.keys()
-    return [
-        *base_systems(attentions),
-        *(system for system in twigs if system.name in wanted),
-    ]
 
 
 def in_turn(systems: Sequence[System], turn: int) -> list[System]:
@@ -132,23 +63,6 @@ def alternating(
         return taken
 
     return measurements
-
-
-def draft_systems(retain: float, lengths: Sequence[int], thresholds: Sequence[float]) -> list[System]:
-    """Pruning without drafts, and with chains of every length δ and threshold θ."""
-    pruning = {"retain": retain}
-    return [
-        System("pruning", options=pruning),
-        *(
-            System(
-                f"δ={length} θ={threshold:g}",
-                options={**pruning, "speculate": "chain", "draft_length": length, "draft_threshold": threshold},
-                same_as="pruning",
-            )
-            for length in lengths
-            for threshold in thresholds
-        ),
-    ]
 
 
 @dataclass(frozen=True)
@@ -209,32 +123,57 @@ def attention_of(model: Any, implementation: str | None) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def measure(model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int) -> Measurement:
-    """Answer once, greedily, and time it."""
+def measure(
+    model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int, assistant: Any = None
+) -> Measurement:
+    """Answer once, greedily, and time it.
+
+    Args:
+        model: the base with its twig.
+        inputs: of one prompt.
+        system: how to answer.
+        max_new_tokens: longest answer.
+        assistant: Hugging Face model that drafts where the system has one.
+
+    Raises:
+        TwigVLMError: the base has no such attention implementation, or transformers refuses to speculate on it.
+    """
     clock = clock_of(model.model.device)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+    if system.assisted:
+        options["assistant_model"] = assistant
     watch = FirstToken(clock)
+    steps = AssistedSteps(watch)
     generate: Callable[..., Any] = model.generate if system.attention is None else model.model.generate
-    with attention_of(model.model, system.attention):
+    with ExitStack() as around:
+        around.enter_context(attention_of(model.model, system.attention))
+        if system.speculates:
+            around.enter_context(refusals_of(system.name))
+            around.enter_context(steps.watching(model.model))
         began = clock()
-        output: Any = generate(**inputs, **options, **system.options, streamer=watch)
+        output: Any = generate(**inputs, **options, **system.options, streamer=steps if system.speculates else watch)
         ended = clock()
     own = system.attention is None
+    drafted, accepted = ([], []) if not system.speculates else steps.counts()
+    if own:
+        drafted, accepted = output.drafted_lengths[0], output.accepted_lengths[0]
     return Measurement(
         ids=output.sequences[0, inputs["input_ids"].shape[1] :].tolist(),
         prefill=(ended if watch.at is None else watch.at) - began,
         total=ended - began,
         draft=output.timings.draft if own else None,
         verify=output.timings.verify if own else None,
-        drafted=output.drafted_lengths[0] if own else [],
-        accepted=output.accepted_lengths[0] if own else [],
+        drafted=drafted,
+        accepted=accepted,
     )
 
 
-def peak_of(model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int) -> int | None:
+def peak_of(
+    model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int, assistant: Any = None
+) -> int | None:
     """Most bytes held at once while a system answers, weights included; None where the machine does not say."""
     peak_memory.reset_peak(model.model.device)
-    measure(model, inputs, system, max_new_tokens)
+    measure(model, inputs, system, max_new_tokens, assistant)
     return peak_memory.peak(model.model.device)
 
 
@@ -250,6 +189,7 @@ def run_speed(
     repeats: int,
     advance: Callable[[Record], None] = lambda record: None,
     memory: bool = False,
+    assistant: Any = None,
 ) -> list[Record]:
     """Time every system on every prompt, `repeats` times; who begins changes from turn to turn.
 
@@ -257,14 +197,25 @@ def run_speed(
     any time counts.
 
     Args:
+        model: the base with its twig.
+        tokenizer: the base's.
+        questions: what is asked.
+        systems: with different names.
+        inputs_of: prepares a question.
+        results_log: where records go.
+        max_new_tokens: longest short answer.
+        max_description_tokens: longest description.
+        repeats: measurements of each system.
+        advance: called with each record.
         memory: whether every system answers once more, while its peak memory is watched and no time counts.
+        assistant: Hugging Face model that drafts for the systems that have one.
 
     Returns:
         The records, in the order of the questions: `id`, `kind`, and by system `runs`: `ids`, `text`, `score`, drafted and
         accepted lengths of each step, lists of seconds (`prefill`, `total`, `draft`, `verify`), one per repeat, and with
         `memory` the `peak` in bytes. Of a question that failed: `id`, `kind` and `failed`, the reason.
     """
-    taken = alternating(systems, repeats, partial(measure, model))
+    taken = alternating(systems, repeats, partial(measure, model, assistant=assistant))
     namer = Namer(questions.vocabulary)
 
     def times(item: Item, inputs: dict[str, Any], place: int) -> Record:
@@ -274,7 +225,7 @@ def run_speed(
         for one in runs.values():
             one["score"] = score(item.questions[0], one["text"], namer)
         for system in systems if memory else ():
-            runs[system.name]["peak"] = peak_of(model, inputs, system, most)
+            runs[system.name]["peak"] = peak_of(model, inputs, system, most, assistant)
         return {"runs": runs}
 
     return run(one_by_one(questions.items), inputs_of, times, results_log, advance)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from threading import Lock
 from typing import Any
 
-from twigvlm.config import PruningConfig
+from twigvlm.config import WITHOUT_TWIG, PruningConfig
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.inputs import build_inputs
 from twigvlm.model import TwigVLM
@@ -214,13 +214,15 @@ class Service:
 
     def _speculate(self, request: ChatRequest) -> str:
         speculate = request.speculate or self.defaults.speculate
-        if speculate != "none" and not self.has_twig:
+        if speculate not in WITHOUT_TWIG and not self.has_twig:
             raise RequestError("speculate: this model has no twig to draft with; leave it out", param="speculate")
         if speculate == "auto" and self.defaults.speculate != "auto":
             # It would be measured first, and all that is under way would wait.
             raise RequestError(
                 "speculate: 'auto' needs a server started with it; choose another way", param="speculate"
             )
+        if speculate == "exit" and not self.model.twig.config.trunk_layers:
+            raise RequestError("speculate: 'exit' needs a server started with it; choose another way", param="speculate")
         return speculate
 
     def _sampling(self, request: ChatRequest) -> dict[str, Any]:

@@ -17,8 +17,11 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.kv.cache import KVCache
 from twigvlm.pruning.refocus import Refocus, Sight
 from twigvlm.pruning.view import TrunkOutput
+from twigvlm.speculation.walk import Accepted
 from twigvlm.twig.block import Twig
 
+NO_TOKEN = -1
+"""Stands for no token, and in a row's ids for a visual one."""
 _STEP = 1024  # positions by which the table of rotary embeddings grows
 
 
@@ -37,17 +40,38 @@ class RowState:
     prompt_length: Int[Tensor, " rows"]
     """Position of the first new token in the unpruned sequence."""
     eos_token_ids: Int[Tensor, "rows ids"]
-    """Nothing is drafted after them; -1: none."""
+    """Nothing is drafted after them; NO_TOKEN: none."""
+    ids: Int[Tensor, "rows width"]
+    """Of prompt and answer, NO_TOKEN at visual tokens, anything behind the newest one; without any column where no draft is
+    looked up in them."""
+
+    def advance(self, accepted: Accepted, longest: int) -> None:
+        """Take up accepted tokens.
+
+        Args:
+            accepted: of the rows.
+            longest: upper bound of the lengths of prompts and answers, these tokens included.
+        """
+        tokens = accepted.tokens
+        if self.ids.shape[1]:
+            more = longest - self.ids.shape[1]
+            if more > 0:
+                self.ids = torch.nn.functional.pad(self.ids, (0, max(more, _STEP)), value=NO_TOKEN)
+            # What is not accepted is overwritten by the next step's tokens.
+            places = (self.prompt_length + self.count)[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+            self.ids = self.ids.scatter(1, places, tokens)
+        self.newest = tokens.gather(1, accepted.counts[:, None] - 1)[:, 0]
+        self.count = self.count + accepted.counts
 
     def join(self, other: "RowState") -> "RowState":
         """Further rows behind these."""
-        width = max(self.eos_token_ids.shape[1], other.eos_token_ids.shape[1])
 
         def parts(name: str) -> list[Tensor]:
             both = [getattr(self, name), getattr(other, name)]
-            if name != "eos_token_ids":
+            if both[0].ndim == 1:
                 return both
-            return [torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=-1) for ids in both]
+            width = max(ids.shape[1] for ids in both)
+            return [torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=NO_TOKEN) for ids in both]
 
         return RowState(**{name: torch.cat(parts(name)) for name in vars(self)})
 
@@ -259,4 +283,4 @@ def eos_table(ids: Sequence[Iterable[int]], device: torch.device) -> Int[Tensor,
     """End-of-sequence ids of rows as one tensor."""
     rows = [sorted(row) for row in ids]
     width = max(1, *map(len, rows))
-    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], device=device)
+    return torch.tensor([[*row, *[NO_TOKEN] * (width - len(row))] for row in rows], device=device)

@@ -1,4 +1,4 @@
-"""Drafting with trunk and twig, chains and trees alike (Algorithms 1 and 2, first half)."""
+"""Drafting with trunk and twig, chains and trees alike (Algorithms 1 and 2, first half), or with less than that."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from twigvlm.base.masks import Masks, TreeMasks
 from twigvlm.base.token_inputs import TokenInputs
-from twigvlm.speculation.batch import Batch
+from twigvlm.speculation.batch import Batch, InTwig
 from twigvlm.speculation.nodes import INVALID, Nodes, ancestor_mask
 from twigvlm.speculation.policies import Policy
 from twigvlm.speculation.walk import Accepted
 
 Rescore = Callable[[Float[Tensor, "rows nodes draft_vocabulary"], Int[Tensor, "rows nodes"], int], Tensor]
-"""(the twig's logits, depths of the nodes, upper bound of the depths) -> log-probabilities to draft by."""
+"""(logits to draft by, depths of the nodes, upper bound of the depths) -> log-probabilities to draft by."""
 
 
 class Draft(NamedTuple):
@@ -43,19 +43,20 @@ class Draft(NamedTuple):
 def draft(batch: Batch, policy: Policy, rescore: Rescore, furthest: int, exact: bool) -> Draft:
     """Draft after each row's newest token.
 
-    Nodes that the policy chooses run through trunk and twig in one pass and get E children each, until it chooses no more.
-    Of the whole it selects what is verified; those of them that no pass ran then run through the trunk, in one.
+    Nodes that the policy chooses run through the trunk, and the twig if it drafts, in one pass and get E children each, until
+    it chooses no more. Of the whole it selects what is verified; those of them that no pass ran then run through the trunk, in
+    one.
 
     Args:
         batch: the rows.
         policy: of their drafts.
-        rescore: turns the twig's logits into log-probabilities.
+        rescore: turns logits into log-probabilities.
         furthest: upper bound of the positions of the drafted tokens.
         exact: whether to read how many nodes have not run, instead of padding to the most that there can be.
     """
     state = batch.state
     assert state is not None, "there are rows"
-    nodes = Nodes.rooted(state.newest)
+    nodes = policy.start(state)
     ran = nodes.tokens[:, :0]
     states: list[Tensor] = []
     scores: list[Tensor] = []
@@ -73,14 +74,13 @@ def draft(batch: Batch, policy: Policy, rescore: Rescore, furthest: int, exact: 
         ran = torch.cat((ran, chosen), dim=1)
         hidden, inputs, masks = _run(batch, policy, nodes, ran, chosen, level, furthest)
         states.append(hidden)
-        in_twig = batch.roots_in_twig(hidden, inputs, furthest) if level == 0 else batch.in_twig(hidden, inputs, masks)
-        if in_twig.scores is not None:
-            scores.append(in_twig.scores)
+        logits, shares = _predict(batch, policy, hidden, inputs, masks, level, furthest)
+        if shares is not None:
+            scores.append(shares)
         known = chosen.clamp(min=0)
-        logits = batch.twig.logits(in_twig.states).float()
-        log_probabilities = rescore(logits, nodes.depths.gather(1, known), level)
+        log_probabilities = rescore(logits.float(), nodes.depths.gather(1, known), level)
         best = log_probabilities.topk(min(policy.width, log_probabilities.shape[-1]))
-        ids = batch.twig.draft_token_ids
+        ids = batch.twig.draft_token_ids if policy.uses_twig else None
         parents = chosen.masked_fill(~expandable.gather(1, known), INVALID)
         nodes = nodes.add(parents, best.indices if ids is None else ids[best.indices], best.values)
         level += 1
@@ -102,7 +102,7 @@ def _selected(
 
     Where rows look again, they run through the twig too: whether to look is asked of each node.
     """
-    in_twig = ran.shape[1]
+    in_twig = ran.shape[1] if policy.uses_twig else 0
     selected = policy.select(nodes)
     late = _late(policy, selected, ran, exact)
     if late.shape[1]:
@@ -111,10 +111,7 @@ def _selected(
         states.append(more)
         if batch.refocus is not None:
             in_twig = ran.shape[1]
-            if level == 0:
-                last = batch.roots_in_twig(more, late_inputs, furthest)
-            else:
-                last = batch.in_twig(more, late_inputs, late_masks)
+            last = _in_twig(batch, policy, more, late_inputs, late_masks, level, furthest)
             assert last.scores is not None, "rows look again"
             scores.append(last.scores)
     hidden = states[0] if len(states) == 1 else torch.cat(states, dim=1)
@@ -123,7 +120,8 @@ def _selected(
     assert batch.state is not None, "there are rows"
     inputs = batch.inputs(batch.state, chosen.depths, furthest)
     if policy.linear:
-        return Draft(chosen, level, hidden, inputs, batch.masks, None, ran.shape[1], in_twig, shares)
+        deepest = chosen.tokens.shape[1] - 1
+        return Draft(chosen, deepest, hidden, inputs, batch.masks, None, ran.shape[1], in_twig, shares)
     equal = selected[:, :, None] == ran[:, None, :]
     slots = equal.int().argmax(dim=2)
     order = torch.arange(selected.shape[1], device=selected.device).expand_as(selected)
@@ -139,13 +137,45 @@ def _selected(
 
 def _late(policy: Policy, selected: Tensor, ran: Tensor, exact: bool) -> Int[Tensor, "rows late"]:
     """Selected nodes that have not run."""
-    if policy.linear:  # a chain's last one
-        return selected[:, ran.shape[1] :].clamp(min=0) if ran.shape[1] else selected
+    if policy.linear:  # a chain's last one, or the whole of one that no pass drafted
+        return selected[:, ran.shape[1] :].clamp(min=0)
     missing = (selected != INVALID) & ~(selected[:, :, None] == ran[:, None, :]).any(dim=2)
     count = int(missing.sum(dim=1).max()) if exact else selected.shape[1] - min(1, ran.shape[1])
     end = torch.iinfo(selected.dtype).max
     late = selected.masked_fill(~missing, end).sort(dim=1).values[:, :count]
     return late.masked_fill(late == end, INVALID)
+
+
+def _predict(
+    batch: Batch,
+    policy: Policy,
+    hidden: Float[Tensor, "rows nodes width"],
+    inputs: TokenInputs,
+    masks: Masks,
+    level: int,
+    furthest: int,
+) -> tuple[Float[Tensor, "rows nodes draft_vocabulary"], Float[Tensor, "rows nodes visual"] | None]:
+    """Logits after nodes, by the twig or by the base's own head, and the nodes' shares of the visual tokens."""
+    if not policy.uses_twig and batch.refocus is None:
+        return batch.base.logits(hidden), None
+    in_twig = _in_twig(batch, policy, hidden, inputs, masks, level, furthest)
+    logits = batch.twig.logits(in_twig.states) if policy.uses_twig else batch.base.logits(hidden)
+    return logits, in_twig.scores
+
+
+def _in_twig(
+    batch: Batch,
+    policy: Policy,
+    hidden: Float[Tensor, "rows nodes width"],
+    inputs: TokenInputs,
+    masks: Masks,
+    level: int,
+    furthest: int,
+) -> InTwig:
+    """Run the twig on nodes; where it drafts, it first sees with the roots what it has not seen yet."""
+    if level == 0 and policy.uses_twig:
+        return batch.roots_in_twig(hidden, inputs, furthest)
+    return batch.in_twig(hidden, inputs, masks)
 
 
 def _run(
@@ -212,7 +242,7 @@ def commit_draft(
     if draft.in_twig:
         layers = twig.first_slot, twig.last_slot + 1
         cache.commit(*layers, rows, draft.in_twig, in_twig, committed.in_twig, slots)
-    if policy.depth:
+    if policy.uses_twig:
         assert batch.pending is not None, "there are rows"
         late = accepted.counts - committed.in_twig  # the last node of a path at most
         newest = torch.take_along_dim(draft.hidden, accepted.path[:, -1:, None], dim=1)

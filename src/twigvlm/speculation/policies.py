@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twigvlm.config import SpeculationConfig
+from twigvlm.speculation.batch import RowState
 from twigvlm.speculation.costs import StepCosts
 from twigvlm.speculation.nodes import INVALID, Nodes, most_probable
 
@@ -25,6 +26,13 @@ class Policy(Protocol):
     """Whether drafts are chains, whose causal order needs no mask of their own."""
     depth: int
     """Of the deepest node that may be drafted."""
+    uses_twig: bool
+    """Whether the twig drafts, which needs to see prompt and answer."""
+    reads_ids: bool
+    """Whether it drafts from the ids of prompts and answers."""
+
+    def start(self, state: RowState) -> Nodes:
+        """Nodes of a step before any pass has run: the roots, and what is drafted without a pass."""
 
     def grows(self, nodes: Nodes) -> Bool[Tensor, "rows nodes"]:
         """Nodes that may get children, as far as the policy is concerned."""
@@ -57,6 +65,11 @@ class NoDraft:
     """One token of the base per step."""
 
     width, linear, depth = 1, True, 0
+    uses_twig = reads_ids = False
+
+    def start(self, state: RowState) -> Nodes:
+        """The roots."""
+        return Nodes.rooted(state.newest)
 
     def grows(self, nodes: Nodes) -> Bool[Tensor, "rows nodes"]:
         """Every node."""
@@ -90,6 +103,8 @@ class Chain(NoDraft):
         stop_early: whether to look, before each pass, if any chain goes on. It saves passes, and costs a device-to-host read.
     """
 
+    uses_twig = True
+
     def __init__(self, options: SpeculationConfig, stop_early: bool) -> None:
         self.depth, self.threshold, self.stop_early = options.draft_length, options.draft_threshold, stop_early
 
@@ -118,7 +133,7 @@ class FixedTree(NoDraft):
         stop_early: whether to look, before each pass, how many nodes there are to expand; it costs a device-to-host read.
     """
 
-    linear = False
+    linear, uses_twig = False, True
 
     def __init__(self, options: SpeculationConfig, stop_early: bool) -> None:
         self.width, self.depth = options.tree_width, options.tree_depth
@@ -162,7 +177,7 @@ class AdaptiveTree(NoDraft):
     LIKELY = 0.8
     """Probability of a best child, as long as nothing is known of a row."""
 
-    linear, depth = False, LEVELS
+    linear, depth, uses_twig = False, LEVELS, True
 
     def __init__(self, costs: StepCosts, width: int) -> None:
         self.alone = self.costs = costs

@@ -18,8 +18,9 @@ from twigvlm.checkpoints.hub import fetch
 from twigvlm.checkpoints.twig_files import FILES, WEIGHTS, fingerprint
 from twigvlm.cli.evaluate.options import RAW, REPORT, EvaluateOptions
 from twigvlm.cli.output import busy, check_directory, steps
-from twigvlm.cli.session import build_inputs, load_base
+from twigvlm.cli.session import bare, build_inputs, load_base
 from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.assisted import check_assistant
 from twigvlm.evaluation.progress import Progress
 from twigvlm.evaluation.questions import Question, Questions, load_questions
 from twigvlm.evaluation.report import failed_sections, page
@@ -38,16 +39,27 @@ class Bench:
     """The base, opened at its layers."""
     processor: Any
     twig: str | None
-    """None: none, for pruning methods that need none."""
+    """None: none, for methods that need none."""
     questions: Questions
     settings: dict[str, Any]
     """What every result depends on."""
 
-    def grow(self) -> TwigVLM:
-        """The base with its twig, if there is one."""
+    def grow(self, exits: bool = False) -> TwigVLM:
+        """The base with its twig, if there is one; without a twig, `exits` says whether it drafts by early exit."""
         if self.twig is None:
-            return TwigVLM.without_twig(self.base)
+            return bare(self.base, exits)
         return TwigVLM.from_pretrained(self.base, self.twig)
+
+    def load_assistant(self, name: str, options: EvaluateOptions) -> Any:
+        """A small model that drafts for the base's own `generate`.
+
+        Raises:
+            TwigVLMError: it cannot be loaded, or its drafts would be of no use to the base.
+        """
+        with busy(f"Loading {name}"):
+            assistant, _ = load_base(name, options.dtype, options.device)
+        check_assistant(self.body, assistant, name)
+        return assistant
 
     def inputs_of(self, *questions: Question) -> dict[str, Any]:
         """A question, or several as a batch, as the base's inputs.

@@ -21,7 +21,7 @@ class EvaluateDrafts(TimingOptions):
 
     def run(self) -> None:
         """Measure, and write results.jsonl and report.md."""
-        from twigvlm.evaluation.speed import draft_systems
+        from twigvlm.evaluation.systems import draft_systems
 
         self.check("lengths", "thresholds")
         for length in self.lengths:

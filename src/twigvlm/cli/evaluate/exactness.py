@@ -16,8 +16,8 @@ class EvaluateExactness(BudgetOptions):
     """Data type of the weights. auto: as stored in the base's files; in half precision, near ties may flip."""
     refocus: float | None = None
     checks: tuple[str, ...] = ()
-    """What to compare: chain, tree, auto, "pruned chain", "pruned tree", "pruned auto", "no pruning", disabled. None given:
-    all."""
+    """What to compare: chain, tree, auto, lookup, exit, "pruned chain", "pruned tree", "pruned auto", "pruned lookup", "no
+    pruning", disabled. None given: all."""
 
     def run(self) -> None:
         """Compare, and write results.jsonl and report.md."""

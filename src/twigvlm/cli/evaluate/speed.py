@@ -13,7 +13,7 @@ from twigvlm.cli.evaluate.options import BaselineOptions, TimingOptions
 from twigvlm.config import PruningConfig, SpeculationConfig
 
 if TYPE_CHECKING:
-    from twigvlm.evaluation.speed import System
+    from twigvlm.evaluation.systems import System
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,18 @@ class EvaluateSpeed(BaselineOptions):
     tree_expand: int = SpeculationConfig.tree_expand
     tree_nodes: int = SpeculationConfig.tree_nodes
     systems: Annotated[tuple[str, ...], arg(aliases=("--contenders",))] = ()
-    """What to time in addition to the baselines: "own loop", pruning, chain, tree, auto, "pruning + chain", "pruning + tree",
-    "pruning + auto", and with refocus also refocus, "refocus + chain", "refocus + auto". None given: all."""
+    """What to time in addition to the baselines: "own loop", pruning, chain, tree, auto, lookup, exit,
+    "pruning + chain", "pruning + tree", "pruning + auto", "pruning + lookup", "HF prompt lookup", with assistant also "HF
+    assistant", and with refocus also refocus, "refocus + chain", "refocus + auto". None given: all."""
     refocus: float | None = None
+    assistant: str | None = None
+    """Small vision-language model of the base's vocabulary, a Hugging Face id or a directory, which drafts for the base's own
+    `generate`. None: there is no system "HF assistant"."""
+    lookup_ngram: int = SpeculationConfig.lookup_ngram
 
     def run(self) -> None:
         """Measure, and write results.jsonl and report.md."""
-        from twigvlm.evaluation.speed import standard_systems
+        from twigvlm.evaluation.systems import standard_systems
 
         self.check("baselines")
         chain: dict[str, Any] = {"draft_length": self.draft_length, "draft_threshold": self.draft_threshold}
@@ -45,11 +50,26 @@ class EvaluateSpeed(BaselineOptions):
         SpeculationConfig("chain", **chain)  # for their errors
         SpeculationConfig("tree", **tree)
         PruningConfig(self.retain, refocus=self.refocus)
-        systems = standard_systems(self.retain, chain, tree, self.baselines, self.systems, self.refocus)
-        time_systems(self, "Speed", systems)
+        systems = standard_systems(
+            self.retain,
+            chain,
+            tree,
+            self.baselines,
+            self.systems,
+            self.refocus,
+            self.assistant is not None,
+            self.lookup_ngram,
+        )
+        time_systems(self, "Speed", systems, assistant=self.assistant)
 
 
-def time_systems(options: TimingOptions, title: str, systems: Sequence[System], validation: str = "") -> None:
+def time_systems(
+    options: TimingOptions,
+    title: str,
+    systems: Sequence[System],
+    validation: str = "",
+    assistant: str | None = None,
+) -> None:
     """Time every system on every prompt, and write results and report.
 
     Args:
@@ -57,15 +77,17 @@ def time_systems(options: TimingOptions, title: str, systems: Sequence[System], 
         title: of the report.
         systems: what to time.
         validation: what is chosen by it, so that the test split is refused.
+        assistant: small model that drafts for the base's own `generate`; None: none.
     """
     from twigvlm.cli.evaluate.bench import machine, open_bench, open_log, showing, write_report
     from twigvlm.evaluation.report import speed_sections
     from twigvlm.evaluation.results_log import answered
     from twigvlm.evaluation.speed import run_speed
 
-    bench = open_bench(options, validation)
-    model = bench.grow()
-    more = {"repeats": options.repeats, **machine()}
+    bench = open_bench(options, validation, any(system.needs_twig for system in systems))
+    drafter = None if assistant is None else bench.load_assistant(assistant, options)
+    model = bench.grow(exits=any(system.options.get("speculate") == "exit" for system in systems))
+    more = {"repeats": options.repeats, **machine(), **({} if assistant is None else {"assistant": assistant})}
     described = [dataclasses.asdict(system) for system in systems]
     log = open_log(options, {**bench.settings, **more, "systems": described})
     questions = bench.questions.items
@@ -81,5 +103,6 @@ def time_systems(options: TimingOptions, title: str, systems: Sequence[System], 
             options.max_description_tokens,
             options.repeats,
             show,
+            assistant=drafter,
         )
     write_report(options, title, bench, more, speed_sections(answered(records), systems), records)

@@ -142,7 +142,7 @@ def _timed(path: Path) -> list[Record]:
 
 def _speeds(records: Sequence[Record], names: Sequence[str]) -> list[Speed]:
     """Figures of systems against the faster of the base's implementations."""
-    from twigvlm.evaluation.speed import HF_GENERATE
+    from twigvlm.evaluation.systems import HF_GENERATE
     from twigvlm.evaluation.summary import compare_speeds, faster
 
     known = list(records[0]["runs"])

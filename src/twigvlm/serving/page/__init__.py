@@ -68,14 +68,14 @@ def page_settings(service: Service, needs_key: bool) -> dict[str, Any]:
     if visual is not None:
         final_wipe = base.num_layers if twig.final_wipe is None else twig.final_wipe
         low, high = (average_kept(keep, visual, base.num_layers, twig.trunk_layers, final_wipe) for keep in (1, visual))
-    ways = ["none", "chain", "tree"] if service.has_twig else ["none"]
+    ways = ["none", "chain", "tree", "lookup"] if service.has_twig else ["none", "lookup"]
     return {
         "model": service.name,
         "needs_key": needs_key,
         "has_twig": service.has_twig,
         "visual": visual,
         "retain": {"low": low, "high": high, "default": defaults.pruning.retain},
-        "ways": [*ways, "auto"] if defaults.speculate == "auto" else ways,
+        "ways": ways if defaults.speculate in ways else [*ways, defaults.speculate],
         "way": defaults.speculate,
         "refocus": defaults.pruning.refocus,
         "max_tokens": min(256, service.limits.max_tokens),
