@@ -1,3 +1,4 @@
+import time
 from copy import deepcopy
 
 import pytest
@@ -10,23 +11,13 @@ from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.assisted import AssistedSteps, check_assistant
 from twigvlm.evaluation.results_log import ResultsLog
-from twigvlm.evaluation.speed import measure, run_speed
+from twigvlm.evaluation.speed import FirstToken, measure, run_speed
 from twigvlm.evaluation.systems import System, standard_systems
 from twigvlm.model import TwigVLM
 
 LOOKUP = System("HF prompt lookup", "sdpa", {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 2})
 ASSISTANT = System("HF assistant", "sdpa", assisted=True)
 PLAIN = System("HF generate, sdpa", "sdpa")
-
-
-class Nothing:
-    """A streamer."""
-
-    def put(self, value):
-        pass
-
-    def end(self):
-        pass
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
@@ -42,12 +33,20 @@ def test_transformers_own_speculation_repeats_the_answer_and_is_counted(name):
         assert all(accepted <= drafted for drafted, accepted in zip(one.drafted, one.accepted, strict=True))
         assert sum(one.accepted) + len(one.accepted) == 24  # each step adds one token of the base's own
         assert one.draft is None
-    assert one.accepted == one.drafted  # the assistant is as good as the base
-    assert max(one.accepted) > 1
+    assert one.accepted == one.drafted  # the assistant is the base, and sees what it sees
+    assert sum(one.accepted) > 0
+
+
+def test_what_stands_before_an_image_may_end_a_prompt(model):
+    inputs = prompt(1)
+    inputs["input_ids"][0, -1] = inputs["input_ids"][0, 2]  # the token before the image
+    one = measure(model, inputs, LOOKUP, 8)
+    assert one.ids == measure(model, inputs, PLAIN, 8).ids
+    assert one.drafted[0] == 0
 
 
 def test_a_step_is_counted_until_base_and_draft_part():
-    steps = AssistedSteps(Nothing())
+    steps = AssistedSteps(FirstToken(time.monotonic))
     model = torch.nn.Module()
     model.forward = lambda input_ids: None
     with steps.watching(model):

@@ -63,6 +63,40 @@ class AssistedSteps(BaseStreamer):
 
 
 @contextmanager
+def shown_pictures(assistant: Any, inputs: dict[str, Any]) -> Iterator[None]:
+    """Inside, an assistant sees the pictures of a prompt when it begins with it.
+
+    Transformers (5.23) withholds them: it takes no pass of an assistant for the first one, and passes on what is not text with
+    the first one alone, so that an assistant would draft blindly.
+
+    Args:
+        assistant: a Hugging Face model.
+        inputs: of the prompt.
+    """
+
+    def show(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            return args, kwargs
+        return args, {**{name: value for name, value in inputs.items() if name != "attention_mask"}, **kwargs}
+
+    hook = assistant.register_forward_pre_hook(show, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def without_placeholders(base: BaseVLM) -> dict[str, list[int]]:
+    """Options of `generate` with which transformers' prompt lookup drafts no placeholders of visual tokens.
+
+    It would where the end of a prompt stands before an image too ("USER:"), and behind a prompt (transformers 5.23) the base
+    then fails, since it gets more placeholders than features.
+    """
+    return {"suppress_tokens": [getattr(base.model.config, visual.placeholder) for visual in base.family.visuals]}
+
+
+@contextmanager
 def refusals_of(system: str) -> Iterator[None]:
     """Inside, what transformers' `generate` refuses is one line; its assisted generation fails in many ways."""
     try:

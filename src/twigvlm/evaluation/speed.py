@@ -17,7 +17,7 @@ from twigvlm import compat
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.evaluation import peak_memory
 from twigvlm.evaluation.accuracy import score
-from twigvlm.evaluation.assisted import AssistedSteps, refusals_of
+from twigvlm.evaluation.assisted import AssistedSteps, refusals_of, shown_pictures, without_placeholders
 from twigvlm.evaluation.questions import Namer, Questions
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.evaluation.run import InputsOf, Item, one_by_one, run
@@ -142,6 +142,8 @@ def measure(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
     if system.assisted:
         options["assistant_model"] = assistant
+    elif system.speculates:
+        options |= without_placeholders(model.base)
     watch = FirstToken(clock)
     steps = AssistedSteps(watch)
     generate: Callable[..., Any] = model.generate if system.attention is None else model.model.generate
@@ -150,6 +152,8 @@ def measure(
         if system.speculates:
             around.enter_context(refusals_of(system.name))
             around.enter_context(steps.watching(model.model))
+        if system.assisted:
+            around.enter_context(shown_pictures(assistant, inputs))
         began = clock()
         output: Any = generate(**inputs, **options, **system.options, streamer=steps if system.speculates else watch)
         ended = clock()
