@@ -11,8 +11,8 @@ from twigvlm.evaluation.metrics import Column, bootstrap_interval, median_ratio,
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record
 from twigvlm.evaluation.run import InputsOf
-from twigvlm.evaluation.systems import System, base_systems
 from twigvlm.evaluation.summary import Accuracy, Interval, Speed, accuracies, compare_speeds, faster, times_of
+from twigvlm.evaluation.systems import System, base_systems
 from twigvlm.evaluation.variants import NONE, Variant, check_variants, generate_options
 from twigvlm.model import TwigVLM
 

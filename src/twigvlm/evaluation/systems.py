@@ -7,7 +7,6 @@ from typing import Any
 from twigvlm.config import WITHOUT_TWIG, SpeculationConfig
 from twigvlm.errors import TwigVLMError
 
-
 HF_GENERATE = "HF generate, "
 """Begins the names of the base's own `generate`; its attention implementation follows."""
 

@@ -142,8 +142,8 @@ def _timed(path: Path) -> list[Record]:
 
 def _speeds(records: Sequence[Record], names: Sequence[str]) -> list[Speed]:
     """Figures of systems against the faster of the base's implementations."""
-    from twigvlm.evaluation.systems import HF_GENERATE
     from twigvlm.evaluation.summary import compare_speeds, faster
+    from twigvlm.evaluation.systems import HF_GENERATE
 
     known = list(records[0]["runs"])
     baselines = [name for name in known if name.startswith(HF_GENERATE)] or known[:1]
