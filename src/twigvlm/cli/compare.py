@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from twigvlm.cli.evaluate.options import FIGURE, PruningOptions
-from twigvlm.config import Speculate
+from twigvlm.config import WITHOUT_TWIG, Speculate
 from twigvlm.errors import TwigVLMError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Compare(PruningOptions):
 
         self._check()
         bench = open_bench(self, needs_twig=self._needs_twig())
-        model = bench.grow()
+        model = bench.grow(exits="exit" in self.speculate)
         variants = make_variants(model, self._methods(bench.twig is not None), self.budgets)
         contenders = make_contenders(variants, self.speculate)
         inputs_of = checked_inputs(model, variants, bench.questions.items, bench.inputs_of)
@@ -93,7 +93,7 @@ class Compare(PruningOptions):
         from twigvlm.evaluation.variants import is_published
 
         own = [method for method in self.methods if method not in ("base", "none") and not is_published(method)]
-        return bool(own) or any(way != "none" for way in self.speculate)
+        return bool(own) or any(way not in WITHOUT_TWIG for way in self.speculate)
 
     def _methods(self, has_twig: bool) -> list[str]:
         """Those that are asked for, without the base, which takes part in any case."""
