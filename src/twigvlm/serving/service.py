@@ -222,7 +222,9 @@ class Service:
                 "speculate: 'auto' needs a server started with it; choose another way", param="speculate"
             )
         if speculate == "exit" and not self.model.twig.config.trunk_layers:
-            raise RequestError("speculate: 'exit' needs a server started with it; choose another way", param="speculate")
+            raise RequestError(
+                "speculate: 'exit' needs a server started with it; choose another way", param="speculate"
+            )
         return speculate
 
     def _sampling(self, request: ChatRequest) -> dict[str, Any]:
