@@ -57,7 +57,7 @@ def test_accuracy_of_published_methods_needs_no_twig(capsys, arguments, tmp_path
     assert main(without_twig(methods="visionzip")) == 0
     assert "| visionzip |  |" in (tmp_path / "out" / "report.md").read_text()
     refused(*without_twig(methods="twig"), words=["needs a twig"])
-    refused(*arguments("accuracy", **{"final-wipe": 5}), words=["cuts of their own"])
+    refused(*arguments("accuracy", **{"final-wipe": 5}), words=["their own cuts"])
 
 
 def test_speed_of_drafts_without_a_twig(arguments, base_directory, tmp_path, refused):
@@ -143,7 +143,7 @@ def test_questions_that_the_template_or_the_context_refuses_fail(capsys, argumen
     assert main(arguments("accuracy")) == 0
     err = capsys.readouterr().err
     assert "long: failed, The prompt has " in err
-    assert "tag: failed, prompt: holds the image placeholder '<image>'" in err
+    assert "tag: failed, prompt: contains the image placeholder '<image>'" in err
     assert "| setting | value |" in (tmp_path / "out" / "report.md").read_text()
 
 
