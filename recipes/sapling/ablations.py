@@ -1,4 +1,4 @@
-"""The twigs that docs/results/plusplus.md compares: trained, asked in batches, and put into a table.
+"""Twigs that differ in one thing each: trained, asked in batches, and put into a table.
 
     python -m recipes.sapling.questions --split train --count 12000 --output runs/twig-data
     python -m recipes.sapling.questions --split test --count 1000 --evaluation --output runs/eval-test

@@ -65,6 +65,8 @@ def main(options: Options) -> None:
     checkpoints = options.output / "checkpoints"
     train_stage1(model, ConversationDataset(data, processor), STAGE, checkpoints, resume=True)
     model.save_pretrained(options.output)
+    # The base was trained on in bfloat16; the twig's file should know it by its exact weights.
+    TwigVLM.from_pretrained(sapling.load(torch.float32)[0], options.output).save_pretrained(options.output)
     newest = checkpoints / f"checkpoint-{model.twig.record[-1]['steps']}"
     round_once(newest / "model.safetensors", options.output / WEIGHTS)
 
