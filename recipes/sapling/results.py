@@ -44,8 +44,8 @@ def _evaluate(what: str, questions: str, options: str) -> str:
 
 
 QUESTIONS = {
-    SHORT: "--split test --count 1000 --descriptions 0",
-    LONG: "--split test --count 0 --descriptions 100 --long 25",
+    SHORT: "--split test --count 600 --descriptions 0",
+    LONG: "--split test --count 0 --descriptions 60 --long 15",
     MIXED: "--split test --count 200 --descriptions 8 --long 3",
     VALIDATION: "--split validation --count 0 --descriptions 40 --long 10",
 }
@@ -58,24 +58,24 @@ PAGES = {
         Section(
             "Sprites that training saw",
             "Scenes of the test split, greedy, no pruning.",
-            "python -m recipes.sapling.evaluate --questions 1000 --descriptions 100 --long 25",
+            "python -m recipes.sapling.evaluate --questions 800 --descriptions 80 --long 20",
         ),
         Section(
             "Sprites of another style",
             "The same kinds of things as another artist draws them, in the scenes that need no other.",
-            "python -m recipes.sapling.evaluate --questions 500 --descriptions 50 --long 12 --style emojione",
+            "python -m recipes.sapling.evaluate --questions 300 --descriptions 30 --long 8 --style emojione",
         ),
     ],
     "accuracy": [
         Section(
             "Short answers",
             "The shipped twig.",
-            _evaluate("accuracy", SHORT, "--methods twig --budgets 192 128 104 80 64 48 40"),
+            _evaluate("accuracy", SHORT, "--methods twig --budgets 192 128 64 48"),
         ),
         Section(
             "Long answers",
             "The choice made once at the end of the prompt, and the choice that is made again while the answer grows.",
-            _evaluate("accuracy", LONG, "--methods twig refocus:0.8 --budgets 192 128 64"),
+            _evaluate("accuracy", LONG, "--methods twig refocus:0.8 --budgets 128 64"),
         ),
         Section(
             "When to choose again, on the validation split",
@@ -121,12 +121,12 @@ PAGES = {
         Section(
             "One choice",
             "Answers of every way to draft against those without drafts, token for token.",
-            _evaluate("exactness", SHORT, "--limit 250 --budgets 64"),
+            _evaluate("exactness", SHORT, "--limit 100 --budgets 64"),
         ),
         Section(
             "Long answers, with refocusing",
             "The same where kept tokens are exchanged while the answer grows.",
-            _evaluate("exactness", LONG, "--limit 250 --refocus 0.8 --budgets 64"),
+            _evaluate("exactness", LONG, "--limit 40 --refocus 0.8 --budgets 64"),
         ),
     ],
 }
