@@ -72,7 +72,7 @@ def test_a_smaller_vocabulary_drafts_what_it_knows(tmp_path):
         (lambda state: state.pop("lm_head.weight"), "holds no twig"),
         (
             lambda state: state.update({"model.mm_projector.0.weight": torch.ones(2)}),
-            "mm_projector.0.weight is no part",
+            "mm_projector.0.weight is not a known part",
         ),
         (lambda state: state.pop("model.layers.0.mlp.up_proj.weight"), "does not fit on this base.*up_proj"),
         (lambda state: state.update({"model.norm.weight": torch.ones(7)}), "does not fit on this base.*norm"),
@@ -114,7 +114,7 @@ def test_the_command(tmp_path, capsys):
     loaded = TwigVLM.from_pretrained(tiny_llava(), out)
     assert torch.equal(loaded.twig.head.weight, original.twig.head.weight)
     assert main(arguments) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_diverged_twig_is_refused(tmp_path):

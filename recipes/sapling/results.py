@@ -106,9 +106,6 @@ PAGES = {
             "One prompt at a time.",
             _evaluate("speed", SHORT, "--limit 50 --repeats 1 --budgets 64 --systems chain auto 'pruning + auto'"),
         ),
-        Section(
-            "Batches", "Descriptions.", _evaluate("batches", LONG, "--limit 8 --repeats 1 --budgets 64 --sizes 1 4 8")
-        ),
     ],
     "compare": [
         Section(

@@ -94,8 +94,12 @@ def test_every_method_and_budget_is_answered_and_timed(capsys, arguments, tmp_pa
 def test_what_is_finished_is_not_asked_or_timed_again(arguments, tmp_path, monkeypatch):
     answered, timed = [], []
     real_answer, real_measure = accuracy.answer_all, speed.measure
-    monkeypatch.setattr(accuracy, "answer_all", lambda *given: answered.append(1) or real_answer(*given))
-    monkeypatch.setattr(speed, "measure", lambda *given: timed.append(given[2].name) or real_measure(*given))
+    monkeypatch.setattr(
+        accuracy, "answer_all", lambda *given, **more: answered.append(1) or real_answer(*given, **more)
+    )
+    monkeypatch.setattr(
+        speed, "measure", lambda *given, **more: timed.append(given[2].name) or real_measure(*given, **more)
+    )
     asked = arguments("--no-figure", baselines="sdpa", methods="scout")
     assert main(asked) == 0
     assert len(answered) == 2

@@ -136,7 +136,7 @@ def test_bad_input_writes_nothing(refused, arguments, picture, tmp_path):
     refused(*arguments(image=tmp_path / "none.png"), words=["none.png", "no such file"])
     refused(*arguments(prompt=" "), words=["prompt", "is empty"])
     refused(*arguments(out=picture), words=["picture.png", "is a file"])
-    refused(*arguments(out=picture / "below"), words=["no writable directory"])
+    refused(*arguments(out=picture / "below"), words=["is not a writable directory"])
     refused(*arguments(retain="None", speculate="none"), words=["nothing to do"])
     refused(*arguments(100), words=["retain=100"])
     refused(*arguments(**{"deep-layer": 7}), words=["deep:7", "1 to 6"])
