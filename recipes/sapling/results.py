@@ -46,7 +46,7 @@ def _evaluate(what: str, questions: str, options: str) -> str:
 QUESTIONS = {
     SHORT: "--split test --count 600 --descriptions 0",
     LONG: "--split test --count 0 --descriptions 60 --long 15",
-    MIXED: "--split test --count 200 --descriptions 8 --long 3",
+    MIXED: "--split test --count 100 --descriptions 10",
     VALIDATION: "--split validation --count 0 --descriptions 40 --long 10",
 }
 METHODS = (
@@ -110,8 +110,8 @@ PAGES = {
     "compare": [
         Section(
             "All methods under the same budgets",
-            "Every published method that this project has, the twig, and each of them with the twig's drafts.",
-            f"twigvlm compare --questions {MIXED}/questions.json --methods {METHODS} --speculate none chain --timed 5",
+            "Every published method that this project has, and the twig.",
+            f"twigvlm compare --questions {MIXED}/questions.json --methods {METHODS} --budgets 64 --timed 0",
         ),
     ],
     "exactness": [
