@@ -4,7 +4,9 @@ import pytest
 from PIL import Image
 
 from twigvlm.cli import answer
+from twigvlm.cli.commands import COMMANDS, DESCRIPTION
 from twigvlm.cli.main import main
+from twigvlm.cli.parsing import parse
 from twigvlm.errors import TwigVLMError
 
 
@@ -129,3 +131,7 @@ def test_a_picture_that_fails_leaves_nothing(tmp_path, monkeypatch):
         write_picture(Image.new("L", (2, 2)), target)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.png"]
     assert target.read_text() == "before"
+
+
+def test_float32_unless_told_otherwise_so_that_speculation_is_seen_to_change_nothing():
+    assert parse(COMMANDS, DESCRIPTION, ["demo"]).dtype == "float32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from twigvlm.cli.options import QuestionOptions
 
@@ -33,6 +33,8 @@ class Demo(QuestionOptions):
 
     prompt: str | None = None
     """Question about the image. None: a short question and a description."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Number format of the weights. auto: as the base's files say; in half precision, speculation may change an answer."""
     refocus: float | None = 0.7
     max_new_tokens: int = 128
     runs: int = 3
