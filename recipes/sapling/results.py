@@ -46,7 +46,7 @@ def _evaluate(what: str, questions: str, options: str) -> str:
 QUESTIONS = {
     SHORT: "--split test --count 600 --descriptions 0",
     LONG: "--split test --count 0 --descriptions 60 --long 15",
-    MIXED: "--split test --count 100 --descriptions 10",
+    MIXED: "--split test --count 60 --descriptions 0",
     VALIDATION: "--split validation --count 0 --descriptions 40 --long 10",
 }
 METHODS = (
