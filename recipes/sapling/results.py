@@ -58,12 +58,12 @@ PAGES = {
         Section(
             "Sprites that training saw",
             "Scenes of the test split, greedy, no pruning.",
-            "python -m recipes.sapling.evaluate --questions 800 --descriptions 80 --long 20",
+            "python -m recipes.sapling.evaluate --questions 300 --descriptions 30 --long 8",
         ),
         Section(
             "Sprites of another style",
             "The same kinds of things as another artist draws them, in the scenes that need no other.",
-            "python -m recipes.sapling.evaluate --questions 300 --descriptions 30 --long 8 --style emojione",
+            "python -m recipes.sapling.evaluate --questions 120 --descriptions 12 --long 4 --style emojione",
         ),
     ],
     "accuracy": [
@@ -118,12 +118,12 @@ PAGES = {
         Section(
             "One choice",
             "Answers of every way to draft against those without drafts, token for token.",
-            _evaluate("exactness", SHORT, "--limit 100 --budgets 64"),
+            _evaluate("exactness", SHORT, "--limit 60 --budgets 64"),
         ),
         Section(
             "Long answers, with refocusing",
             "The same where kept tokens are exchanged while the answer grows.",
-            _evaluate("exactness", LONG, "--limit 40 --refocus 0.8 --budgets 64"),
+            _evaluate("exactness", LONG, "--limit 20 --refocus 0.8 --budgets 64"),
         ),
     ],
 }

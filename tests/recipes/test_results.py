@@ -1,8 +1,12 @@
 """Pages of results: what is written by hand stays, what was measured is replaced."""
 
+import shlex
+
 import pytest
 
 from recipes.sapling import results
+from twigvlm.cli.commands import COMMANDS, DESCRIPTION
+from twigvlm.cli.parsing import parse
 
 REPORT = """# Accuracy
 
@@ -68,9 +72,15 @@ def test_figures_of_other_weights_are_not_mixed_in(tmp_path, monkeypatch):
         results.main(results.Options())
 
 
-def test_every_command_can_be_read():
+def test_every_command_can_be_read_and_asks_for_kinds_that_its_questions_have():
     for sections in results.PAGES.values():
         for section in sections:
-            assert section.command.split()[0] in ("twigvlm", "python")
+            program, *words = shlex.split(section.command)
+            assert program in ("twigvlm", "python")
+            if program == "twigvlm":
+                command = parse(COMMANDS, DESCRIPTION, [*words, "--output", "somewhere"])
+                options = getattr(command, "what", command)
+                of = results.QUESTIONS[str(options.questions.parent)]
+                assert "description" not in options.kinds or "--descriptions 0" not in of
     with pytest.raises(SystemExit, match="must be one of"):
         results.main(results.Options(pages=("none",)))
