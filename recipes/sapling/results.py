@@ -104,7 +104,9 @@ PAGES = {
         Section(
             "Short answers",
             "One prompt at a time.",
-            _evaluate("speed", SHORT, "--kinds --limit 40 --repeats 1 --budgets 64 --systems chain auto 'pruning + auto'"),
+            _evaluate(
+                "speed", SHORT, "--kinds --limit 40 --repeats 1 --budgets 64 --systems chain auto 'pruning + auto'"
+            ),
         ),
     ],
     "compare": [
