@@ -118,13 +118,8 @@ PAGES = {
     ],
     "exactness": [
         Section(
-            "One choice",
-            "Answers of every way to draft against those without drafts, token for token.",
-            _evaluate("exactness", SHORT, "--limit 60 --budgets 64"),
-        ),
-        Section(
             "Long answers, with refocusing",
-            "The same where kept tokens are exchanged while the answer grows.",
+            "Every way to draft against no drafts, token for token; kept tokens are exchanged while the answers grow.",
             _evaluate("exactness", LONG, "--limit 20 --refocus 0.8 --budgets 64"),
         ),
     ],
