@@ -9,8 +9,8 @@ FROM python:3.11-slim
 
 ARG TORCH_INDEX=""
 
-RUN useradd --create-home --uid 1000 twigvlm
-WORKDIR /opt/twigvlm
+RUN useradd --create-home --home-dir /app --uid 1000 twigvlm
+WORKDIR /build
 
 # torch alone and first, so that changes of the code build on this layer.
 COPY constraints.txt ./
@@ -22,11 +22,11 @@ COPY src ./src
 RUN pip install --no-cache-dir --constraint constraints.txt '.[serve,sapling]'
 
 USER twigvlm
-WORKDIR /home/twigvlm
+WORKDIR /app
 # Sapling is assembled once and kept here with what comes from the hub: mount a volume to keep it longer.
-ENV HF_HOME=/home/twigvlm/models
+ENV HF_HOME=/app/models
 RUN mkdir models && python -c 'from twigvlm import sapling; sapling.load()'
-VOLUME /home/twigvlm/models
+VOLUME /app/models
 
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=5m \

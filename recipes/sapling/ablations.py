@@ -85,11 +85,18 @@ def train(name: str, options: Options) -> None:
         model = TwigVLM.from_pretrained(base, options.output / str(run.start))
         data = ConversationDataset(conversations(options.data, run.samples, short=True), processor)
         log = train_stage2(model, data, stage, folder / "checkpoints", resume=True)
-    model.save_pretrained(folder)
-    newest = folder / "checkpoints" / f"checkpoint-{model.twig.record[-1]['steps']}"
-    round_once(newest / "model.safetensors", folder / WEIGHTS)
+    save(model, folder)
     with replacing(folder / LOG) as temporary:
         temporary.write_text(json.dumps(log))
+
+
+def save(model: TwigVLM, folder: Path) -> None:
+    """Write a twig whose checkpoints are in `folder`; its file knows the base by its weights in float32."""
+    model.save_pretrained(folder)
+    exact, _ = load_base("sapling", "float32", "cpu")
+    TwigVLM.from_pretrained(exact, folder).save_pretrained(folder)
+    newest = folder / "checkpoints" / f"checkpoint-{model.twig.record[-1]['steps']}"
+    round_once(newest / "model.safetensors", folder / WEIGHTS)
 
 
 def round_once(trained: Path, saved: Path) -> None:

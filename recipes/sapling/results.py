@@ -13,7 +13,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -27,6 +29,7 @@ DOCS = Path("docs/results")
 RUNS = "runs/results"
 SHORT, LONG = f"{RUNS}/short", f"{RUNS}/long"
 VALIDATION, MIXED = f"{RUNS}/validation", f"{RUNS}/mixed"
+WIDTH = 120  # of the lines that are written
 SETTINGS = ("dtype", "device", "number of questions", "threads", "CPU", "torch", "transformers")
 
 
@@ -160,6 +163,30 @@ def with_figure(figures: str, folder: Path, name: str) -> str:
     return figures.replace("(figure.png)", f"({name}.png)")
 
 
+fill = partial(textwrap.fill, width=WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def wrapped(text: str) -> str:
+    """With paragraphs in lines of `WIDTH`; tables, headings and pictures stay as they are."""
+    lines = (line if line.startswith(("|", "#", "!")) else fill(line) for line in text.splitlines())
+    return "\n".join(lines)
+
+
+def continued(command: str) -> str:
+    """A command in lines of `WIDTH`."""
+    lines: list[str] = [""]
+    for word in map(shlex.quote, shlex.split(command)):
+        if lines[-1] and len(lines[-1]) + len(word) > WIDTH - 3:
+            lines.append("   ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n".join(lines)
+
+
+def shown(section: Section, figures: str) -> str:
+    """A section of a page."""
+    return f"## {section.title}\n\n{section.says}\n\n```bash\n{continued(section.command)}\n```\n\n{wrapped(figures.strip())}"
+
+
 def write(page: str, sections: list[str]) -> None:
     """Replace all from the first heading on."""
     path = DOCS / f"{page}.md"
@@ -194,9 +221,7 @@ def main(options: Options) -> None:
         for number, section in enumerate(PAGES[page]):
             folder = Path(RUNS) / f"{page}-{number}"
             figures = with_figure(measure(section.command, folder), folder, f"{page}-{number}")
-            found.append(
-                f"## {section.title}\n\n{section.says}\n\n```bash\n{section.command}\n```\n\n{figures.strip()}"
-            )
+            found.append(shown(section, figures))
         write(page, found)
 
 

@@ -13,9 +13,8 @@ import tyro
 from safetensors.torch import load_file
 
 from recipes.sapling.ablation_runs import DISTILLED, TEACHER, TWIG
-from recipes.sapling.ablations import conversations, round_once
+from recipes.sapling.ablations import conversations, save
 from twigvlm import sapling
-from twigvlm.checkpoints.twig_files import WEIGHTS
 from twigvlm.model import TwigVLM
 from twigvlm.training.data.dataset import ConversationDataset, frequent_answer_tokens
 from twigvlm.training.distill import train_stage1
@@ -62,13 +61,8 @@ def main(options: Options) -> None:
     model = TwigVLM.grow(base, SHAPE, frequent_answer_tokens(data, processor, SHAPE.draft_vocabulary))
     if options.start is not None:
         begin_from(model, options.start)
-    checkpoints = options.output / "checkpoints"
-    train_stage1(model, ConversationDataset(data, processor), STAGE, checkpoints, resume=True)
-    model.save_pretrained(options.output)
-    # The base was trained on in bfloat16; the twig's file should know it by its exact weights.
-    TwigVLM.from_pretrained(sapling.load(torch.float32)[0], options.output).save_pretrained(options.output)
-    newest = checkpoints / f"checkpoint-{model.twig.record[-1]['steps']}"
-    round_once(newest / "model.safetensors", options.output / WEIGHTS)
+    train_stage1(model, ConversationDataset(data, processor), STAGE, options.output / "checkpoints", resume=True)
+    save(model, options.output)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ class SpeculationConfig:
     tree_nodes: int = 60
     """N_max: largest number of drafted tokens of a tree that are verified."""
     lookup_ngram: int = 3
-    """Largest number of newest tokens that are looked up; fewer, where so many occur nowhere before."""
+    """Largest number of newest tokens that are looked up; fewer where this many did not occur before."""
 
     def __post_init__(self) -> None:
         _one_of(get_args(Speculate), speculate=self.speculate)

@@ -115,7 +115,7 @@ def test_what_is_finished_is_not_asked_or_timed_again(arguments, tmp_path, monke
     assert main(asked) == 0
     assert len(answered) == 1
     assert 0 < len(timed) < whole_count
-    # The first question keeps its times, so its table is the same; the second question's is measured anew.
+    # The first question keeps its times, so its table is the same; the second question's is measured again.
     report = (tmp_path / "out" / "report.md").read_text()
     assert rows_of(report, "Timed short answers") == rows_of(whole, "Timed short answers")
     assert {row[-1] for row in rows_of(report, "Timed long answers")} == {"0"}

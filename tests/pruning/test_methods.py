@@ -10,7 +10,6 @@ from tests.batches import batched
 from tests.families import IMAGE, LAYERS, TRUNK, TWIG, prompt, tiny
 from tests.pruning.references import Alone
 from tests.pruning.trunks import grown as grown_tiny
-from tests.twigs import step_costs
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import average_visual
@@ -44,7 +43,6 @@ def visual(inputs):
 @pytest.mark.parametrize("name", NAMES)
 def test_budget_exactness_and_batches(name, monkeypatch):
     model, inputs = grown("llava"), inputs_of("llava")
-    monkeypatch.setattr(TwigVLM, "costs", lambda self: step_costs(draft=0.1))
     count, pruning = visual(inputs), {"pruner": name, "retain": 20}
     entered = []
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.pruning.references import logits_by_looking
+from tests.pruning.trunks import WAYS
 from tests.tiny import VISUAL, prompt, tiny_llava
-from tests.twigs import step_costs
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
 from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
@@ -19,17 +19,6 @@ from twigvlm.pruning.methods.twig_attention import TwigAttention
 from twigvlm.pruning.refocus import Refocus, Sight, exchanged
 
 LAYERS, TRUNK, TOKENS = 6, 2, 12
-WAYS = {
-    "none": {},
-    "chain": {"speculate": "chain", "draft_threshold": 0.0, "draft_length": 4},
-    "tree": {"speculate": "tree", "tree_depth": 3, "tree_width": 4, "tree_expand": 3, "tree_nodes": 12},
-    "auto": {"speculate": "auto"},
-}
-
-
-@pytest.fixture(autouse=True)
-def _drafts_pay(monkeypatch):
-    monkeypatch.setattr(TwigVLM, "costs", lambda self: step_costs(draft=0.1))
 
 
 @cache

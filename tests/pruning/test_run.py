@@ -11,27 +11,12 @@ from tests import families
 from tests.batches import batched
 from tests.families import LAYERS, TRUNK, TWIG
 from tests.pruning.references import Alone, Loudest, Noting, answer_by_dropping, logits_by_hiding, loudest
-from tests.pruning.trunks import embedded
+from tests.pruning.trunks import PROMPTS, WAYS, embedded
 from tests.tiny import VISUAL, prompt, tiny_llava
-from tests.twigs import step_costs
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.kv.cache import KVCache
 from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.run import run_cuts
-
-WAYS = {
-    "none": {},
-    "chain": {"speculate": "chain", "draft_threshold": 0.0, "draft_length": 4},
-    "tree": {"speculate": "tree", "tree_depth": 3, "tree_width": 4, "tree_expand": 3, "tree_nodes": 12},
-    "auto": {"speculate": "auto"},
-}
-PROMPTS = [prompt(1, before=2, after=4), prompt(2, before=5, after=9), prompt(3)]
-
-
-@pytest.fixture(autouse=True)
-def _drafts_pay(monkeypatch):
-    """Or else `auto` would measure this machine."""
-    monkeypatch.setattr(TwigVLM, "costs", lambda self: step_costs(draft=0.1))
 
 
 @cache

@@ -10,25 +10,12 @@ from hypothesis import strategies as st
 from tests import families
 from tests.batches import batched
 from tests.families import LAYERS, TRUNK, TWIG
-from tests.tiny import VISUAL, prompt, tiny_llava
-from tests.twigs import step_costs
+from tests.pruning.trunks import PROMPTS, WAYS
+from tests.tiny import VISUAL, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
 from twigvlm.evaluation.variants import answer_all, make_variants
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.budget import average_scouted, solve_scouted
-
-WAYS = {
-    "chain": {"speculate": "chain", "draft_threshold": 0.0, "draft_length": 4},
-    "tree": {"speculate": "tree", "tree_depth": 3, "tree_width": 4, "tree_expand": 3, "tree_nodes": 12},
-    "auto": {"speculate": "auto"},
-}
-PROMPTS = [prompt(1, before=2, after=4), prompt(2, before=5, after=9), prompt(3)]
-
-
-@pytest.fixture(autouse=True)
-def _drafts_pay(monkeypatch):
-    """Or else `auto` would measure this machine."""
-    monkeypatch.setattr(TwigVLM, "costs", lambda self: step_costs(draft=0.1))
 
 
 @cache
@@ -58,10 +45,10 @@ def answered_without(model, inputs, kept, count=8):
     return tokens
 
 
-@pytest.mark.parametrize("way", [None, *WAYS])
+@pytest.mark.parametrize("way", WAYS)
 def test_the_answer_is_the_base_s_to_a_prompt_without_the_dropped_tokens(way):
     """However it is drafted, alone and in a batch, which keeps what the ranking after layer K keeps."""
-    model, options = grown(), {"keep": 6, "scout": True, **WAYS.get(way, {})}
+    model, options = grown(), {"keep": 6, "scout": True, **WAYS[way]}
     alone = []
     for inputs in PROMPTS:
         tokens, output = answer(model, inputs, **options)

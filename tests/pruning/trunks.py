@@ -7,6 +7,15 @@ from twigvlm import TwigConfig, TwigVLM
 from twigvlm.kv.cache import KVCache
 from twigvlm.pruning.view import Tokens, TrunkOutput
 
+WAYS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "chain": {"speculate": "chain", "draft_threshold": 0.0, "draft_length": 4},
+    "tree": {"speculate": "tree", "tree_depth": 3, "tree_width": 4, "tree_expand": 3, "tree_nodes": 12},
+    "auto": {"speculate": "auto"},
+}
+"""Ways to draft."""
+PROMPTS = [prompt(1, before=2, after=4), prompt(2, before=5, after=9), prompt(3)]
+
 
 def grown(attention: str = "sdpa", trunk_layers: int = 2, seed: int = 0, **config: Any) -> TwigVLM:
     """A fresh twig of two layers on a tiny base."""

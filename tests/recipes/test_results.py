@@ -84,3 +84,16 @@ def test_every_command_can_be_read_and_asks_for_kinds_that_its_questions_have():
                 assert "description" not in options.kinds or "--descriptions 0" not in of
     with pytest.raises(SystemExit, match="must be one of"):
         results.main(results.Options(pages=("none",)))
+
+
+def test_long_lines_are_broken_where_that_changes_nothing():
+    table = f"| {'a' * 200} |"
+    text = results.wrapped(f"## {'b ' * 100}\n\n{'word ' * 60}\n\n{table}")
+    assert table in text
+    assert "## " + "b " * 99 + "b" in text
+    assert all(len(line) <= results.WIDTH for line in text.splitlines() if line.startswith("word"))
+    command = "twigvlm compare --methods " + "fastv " * 30 + "--systems 'pruning + auto' chain"
+    lines = results.continued(command).splitlines()
+    assert len(lines) > 1
+    assert all(len(line) <= results.WIDTH for line in lines)
+    assert shlex.split("".join(line.removesuffix("\\") for line in lines)) == shlex.split(command)

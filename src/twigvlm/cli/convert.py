@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from twigvlm.cli.options import Dtype
+
 
 @dataclass(frozen=True)
 class Convert:
@@ -23,7 +25,7 @@ class Convert:
     """K: base layers below the twig."""
     final_wipe: int | None = None
     """K_f that pruning with this twig will use by default. None: no FinalWipe."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Data type of the base and of the twig that is written. auto: as stored in the base's files."""
 
     def run(self) -> None:

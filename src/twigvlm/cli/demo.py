@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from twigvlm.cli.options import QuestionOptions
+from twigvlm.cli.options import Dtype, QuestionOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ class Demo(QuestionOptions):
 
     prompt: str | None = None
     """Question about the image. None: a short question and a description."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Number format of the weights. auto: as the base's files say; in half precision, speculation may change an answer."""
     refocus: float | None = 0.7
     max_new_tokens: int = 128

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from twigvlm.cli.options import Dtype
 from twigvlm.errors import TwigVLMError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Export:
     scout_retain: float | None = None
     """Also prune in the printed commands, in scout mode: R̄, average number of visual tokens over all layers.
     None: no pruning."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Data type of the written weights. auto: as stored in the base's files."""
 
     def run(self) -> None:

@@ -5,6 +5,8 @@ from typing import Literal
 
 from twigvlm.config import Speculate
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BaseOptions:
@@ -12,7 +14,7 @@ class BaseOptions:
 
     model: str = "sapling"
     """Base model: `sapling` (embedded), a Hugging Face id, or a directory."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Data type of the weights. auto: as stored in the base's files; for Sapling bfloat16, or float32 on a CPU without bfloat16
     arithmetic."""
 

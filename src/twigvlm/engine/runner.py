@@ -199,8 +199,9 @@ class EagerRunner:
         numbers = [(min(row.max_new_tokens, 2**40), row.next_position, row.length) for row in rows]
         limit, position, length = torch.tensor(numbers, device=newest.device).unbind(dim=1)
         eos = eos_table([row.eos_token_ids for row in rows], newest.device)
-        ids = prompt.input_ids.masked_fill(prompt.visual_mask, NO_TOKEN)
-        ids = ids if self.policy.reads_ids else ids[:, :0]
+        ids = prompt.input_ids[:, :0]
+        if self.policy.reads_ids:
+            ids = prompt.input_ids.masked_fill(prompt.visual_mask, NO_TOKEN)
         return RowState(newest, torch.zeros_like(newest), limit, position, length, eos, ids)
 
     def draft(self) -> Draft:
@@ -252,7 +253,7 @@ class EagerRunner:
 
     def _advance(self, batch: Batch, accepted: Accepted, rows: Sequence[Row]) -> None:
         assert batch.state is not None, "there are rows"
-        longest = max(row.length + len(row.tokens) for row in rows)
+        longest = max(row.length + len(row.tokens) for row in rows) if self.policy.reads_ids else 0
         batch.state.advance(accepted, longest + accepted.tokens.shape[1])
 
     def leave(self, row: int) -> None:

@@ -125,7 +125,7 @@ class Times:
     share: float
     """Its time for an answer over the base's: below 1 is faster."""
     different: int | None
-    """Timed answers that differ from those whose quality was measured; None: it draws at random, each time anew."""
+    """Timed answers that differ from those whose quality was measured; None: it draws at random, differently each time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ def draw_samples(by_samples: Mapping[int, Sequence[Accuracy]], names: Sequence[s
     """RelAcc in percent over the number of training samples, a line per variant (Fig. 7).
 
     Args:
-        by_samples: figures of a twig that was trained on so many samples.
+        by_samples: figures of a twig, by the number of samples that it was trained on.
         names: of the variants that are drawn.
         path: of the picture.
     """

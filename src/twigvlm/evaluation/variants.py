@@ -187,7 +187,7 @@ def generate_options(model: TwigVLM, variant: Variant, seed: int = 0) -> dict[st
 
 
 def check_variants(model: TwigVLM, variants: Sequence[Variant], visual: int) -> None:
-    """Refuse variants that a prompt of so many visual tokens cannot have.
+    """Refuse variants that are impossible for a prompt with this number of visual tokens.
 
     Raises:
         TwigVLMError: names every such method and the budgets that it could have.

@@ -1,9 +1,10 @@
 """`twigvlm evaluate exactness`: prompts whose answers differ where they must not."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from twigvlm.cli.evaluate.options import BudgetOptions
+from twigvlm.cli.options import Dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +13,7 @@ class EvaluateExactness(BudgetOptions):
 
     name: ClassVar[str] = "evaluate exactness"
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Data type of the weights. auto: as stored in the base's files; in half precision, near ties may flip."""
     refocus: float | None = None
     checks: tuple[str, ...] = ()
