@@ -41,7 +41,7 @@ def visual(inputs):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_budget_exactness_and_batches(name, monkeypatch):
+def test_budget_exactness_and_batches(name):
     model, inputs = grown("llava"), inputs_of("llava")
     count, pruning = visual(inputs), {"pruner": name, "retain": 20}
     entered = []
