@@ -78,6 +78,8 @@ class PruningConfig:
     """Another pruning method, by name (`twigvlm methods`), with the budget `retain`. None: the twig's own."""
     scout: bool = False
     """Score the visual tokens by a pass of trunk and twig before the decoder, whose layers all hold only the kept tokens then."""
+    diverse: bool = False
+    """Keep visual tokens with high scores that also differ from each other, instead of those with the highest scores."""
 
     def __post_init__(self) -> None:
         if self.retain is not None and self.keep is not None:
@@ -90,6 +92,8 @@ class PruningConfig:
             raise TwigVLMError("retain_per_image=True: needs a budget; give retain or keep too")
         if self.scout:
             self._check_scout()
+        if self.diverse:
+            self._check_diverse()
         if self.refocus is not None:
             check_coverage(self.refocus)
             if not self.active:
@@ -107,9 +111,16 @@ class PruningConfig:
             *others,
             ("retain_per_image", self.retain_per_image or None),
             ("scout", self.scout or None),
+            ("diverse", self.diverse or None),
         ):
             if value is not None and self.pruner != "twig":
                 raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
+
+    def _check_diverse(self) -> None:
+        if not self.active:
+            raise TwigVLMError("diverse=True: needs a budget; give retain or keep too")
+        if self.retain_per_image:
+            raise TwigVLMError("diverse and retain_per_image: give only one of them")
 
     def _check_scout(self) -> None:
         if not self.active:

@@ -132,6 +132,7 @@ class TwigVLM(HFInterface, Calibrated):
         retain_per_image: bool = False,
         refocus: float | None = None,
         scout: bool = False,
+        diverse: bool = False,
         scorer: Scorer | None = None,
         pruner: Pruner | str | None = None,
         speculate: str = "none",
@@ -163,6 +164,7 @@ class TwigVLM(HFInterface, Calibrated):
                 this share of the scores that the best ones would hold; None: they stay the same.
             scout: rank by a pass of trunk and twig over the whole prompt before the decoder, whose layers then all hold
                 only the kept tokens: R̄ = R + M·K/L, without FinalWipe.
+            diverse: of the visual tokens with high scores keep those that also differ from each other.
             scorer: function that scores the visual tokens; None: the twig's P-Head, or its last layer's attention if it has none.
             pruner: another pruning method, by name (`twigvlm methods`) with the budget `retain`, or as an object, which may
                 have its own cuts; None or "twig": the twig's.
@@ -189,7 +191,7 @@ class TwigVLM(HFInterface, Calibrated):
             TwigVLMError: an argument is out of range, does not apply or is not supported.
         """
         name = pruner if isinstance(pruner, str) else None
-        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name, scout)
+        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name, scout, diverse)
         pruner = pruner_by_name(pruner)
         speculation = SpeculationConfig(
             speculate,  # type: ignore[arg-type]

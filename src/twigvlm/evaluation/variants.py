@@ -20,10 +20,11 @@ from twigvlm.pruning.methods.scout import ScoutPruner
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.methods.twig_attention import TwigAttention
 from twigvlm.pruning.refocus import check_refocus
+from twigvlm.pruning.select import best, diverse
 from twigvlm.pruning.view import Scorer
 
-RANKINGS = "none, twig, scout, refocus:COVERAGE, attention, twig-text, random, deep:LAYER"
-_SCORED = ("twig", "scout", "attention", "twig-text", "random")
+RANKINGS = "none, twig, diverse, scout, refocus:COVERAGE, attention, twig-text, random, deep:LAYER"
+_SCORED = ("twig", "diverse", "scout", "attention", "twig-text", "random")
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Variant:
     """One way to prune, under one budget."""
 
     method: str
-    """none; twig: the twig's own ranking (its P-Head's where it has one); scout: the same before the decoder; refocus:τ: the
-    same, chosen again while the answer grows; attention, twig-text: last twig layer's attention, of the last or of all text
+    """none; twig: the twig's own ranking (its P-Head's where it has one); diverse: by the same ranking, tokens that differ from
+    each other; scout: twig before the decoder; refocus:τ: twig, chosen again while the answer grows; attention, twig-text: last twig layer's attention, of the last or of all text
     queries; random; deep:N: attention of base layer N (counted from 1), an oracle that needs a full pass; or any published
     method (`twigvlm methods`) with the cuts that are its own."""
     retain: float | None = None
@@ -236,7 +237,9 @@ def _pruner(model: TwigVLM, variant: Variant, seed: int) -> Pruner:
     if variant.method == "scout":
         return ScoutPruner(model.twig, default_scorer(model.twig))
     final_wipe = model.base.num_layers if variant.final_wipe is None else variant.final_wipe
-    return TwigPruner(scorer_of(variant.method, model, seed), model.twig.config.trunk_layers, final_wipe)
+    select = diverse if variant.method == "diverse" else best
+    scorer = scorer_of(variant.method, model, seed)
+    return TwigPruner(scorer, model.twig.config.trunk_layers, final_wipe, select=select)
 
 
 def scorer_of(method: str, model: TwigVLM, seed: int) -> Scorer:
@@ -252,7 +255,7 @@ def scorer_of(method: str, model: TwigVLM, seed: int) -> Scorer:
     """
     if method not in _SCORED and refocus_of(method) is None:
         return BaseLayerAttention(watched_layer(method, model))
-    if method in ("twig", "scout") or refocus_of(method) is not None:
+    if method in ("twig", "diverse", "scout") or refocus_of(method) is not None:
         return default_scorer(model.twig)
     if method == "random":
         return RandomScores(seed)

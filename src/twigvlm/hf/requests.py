@@ -16,6 +16,7 @@ from twigvlm.pruning.methods import make_pruner
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.scout import ScoutPruner
 from twigvlm.pruning.methods.twig import TwigPruner
+from twigvlm.pruning.select import best, best_of_each_image, diverse
 from twigvlm.pruning.refocus import check_refocus
 from twigvlm.pruning.view import Scorer
 from twigvlm.twig.block import Twig
@@ -63,6 +64,7 @@ def request_row(
     retain_per_image: bool = False,
     refocus: float | None = None,
     scout: bool = False,
+    diverse: bool = False,
     scorer: Scorer | None = None,
     pruner: Pruner | str | None = None,
     generator: torch.Generator | None = None,
@@ -74,7 +76,7 @@ def request_row(
         TwigVLMError: an option does not apply, or there is more than one prompt or answer.
     """
     name = pruner if isinstance(pruner, str) else None
-    pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name, scout)
+    pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name, scout, diverse)
     pruner = pruner_by_name(pruner)
     kwargs = {**inputs, **kwargs}
     check_arguments(kwargs, base.model.generation_config)
@@ -99,19 +101,21 @@ def _pruning(
             ("scorer", scorer),
             ("refocus", pruning.refocus),
             ("scout", pruning.scout or None),
+            ("diverse", pruning.diverse or None),
         )
         for name, value in (*others, ("retain_per_image", pruning.retain_per_image or None)):
             if value is not None:
                 raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
     elif not pruning.active:
         return None, lambda visual: ()
-    elif pruning.scout:
-        ranking = scorer or default_scorer(twig)
-        pruner = ScoutPruner(twig, ranking, pruning.keep, pruning.retain_per_image)
     else:
-        final_wipe = next((k for k in (pruning.final_wipe, twig.config.final_wipe) if k is not None), layers)
         ranking = scorer or default_scorer(twig)
-        pruner = TwigPruner(ranking, twig.config.trunk_layers, final_wipe, pruning.keep, pruning.retain_per_image)
+        select = diverse if pruning.diverse else best_of_each_image if pruning.retain_per_image else best
+        if pruning.scout:
+            pruner = ScoutPruner(twig, ranking, pruning.keep, select)
+        else:
+            final_wipe = next((k for k in (pruning.final_wipe, twig.config.final_wipe) if k is not None), layers)
+            pruner = TwigPruner(ranking, twig.config.trunk_layers, final_wipe, pruning.keep, select)
     if pruning.refocus is not None:
         check_refocus(pruning.refocus, pruner, base, twig)
     return pruner, lambda visual: schedule(pruner, retain, visual, layers)

@@ -1,10 +1,14 @@
-"""Selecting tokens: the visual tokens with the highest scores, and all text."""
+"""Selecting visual tokens by their scores: the best, the best of each image, or the best that differ from each other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+_LEAST = 1e-6  # score of a token, as a share of the best one's, below which all are alike
+_RIDGE = 1e-3
+_TINY = 1e-12
 
 
 def top_visual(
@@ -41,6 +45,79 @@ def evenly(
     within = torch.zeros_like(order).scatter(1, grouped, place - torch.searchsorted(image, image))
     among_all = torch.zeros_like(order).scatter(1, order, place)
     return -(within * tokens + among_all).double()  # exact: of 10,000 tokens a float32 would mix up ranks
+
+
+Select = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
+"""(scores [batch, tokens], states [batch, tokens, width], visual tokens [batch, tokens], how many stay in each row) -> a mask, True
+at those."""
+
+
+def best(
+    scores: Float[Tensor, "batch tokens"],
+    states: Float[Tensor, "batch tokens width"],
+    visual_mask: Bool[Tensor, "batch tokens"],
+    keep: Sequence[int],
+) -> Bool[Tensor, "batch tokens"]:
+    """The visual tokens with the highest scores."""
+    return top_visual(scores, visual_mask, keep)
+
+
+def best_of_each_image(
+    scores: Float[Tensor, "batch tokens"],
+    states: Float[Tensor, "batch tokens width"],
+    visual_mask: Bool[Tensor, "batch tokens"],
+    keep: Sequence[int],
+) -> Bool[Tensor, "batch tokens"]:
+    """The visual tokens with the highest scores, as many of each image."""
+    return top_visual(evenly(scores, visual_mask), visual_mask, keep)
+
+
+def diverse(
+    scores: Float[Tensor, "batch tokens"],
+    states: Float[Tensor, "batch tokens width"],
+    visual_mask: Bool[Tensor, "batch tokens"],
+    keep: Sequence[int],
+) -> Bool[Tensor, "batch tokens"]:
+    """Visual tokens with high scores whose states differ: greedily the largest ∏ s_i · det[cos(h_i, h_j)].
+
+    This is the likeliest choice under a determinantal point process with scores for qualities (Kulesza and Taskar,
+    "Determinantal Point Processes for Machine Learning", 2012, section 3.1). Where states do not differ, scores decide.
+    """
+    chosen = torch.zeros_like(visual_mask)
+    for row, count in enumerate(keep):
+        places = visual_mask[row].nonzero()[:, 0]
+        quality = scores[row, places].float().nan_to_num(nan=0.0).clamp(min=0)
+        quality = (quality / quality.max().clamp(min=_TINY)).clamp(min=_LEAST).sqrt()
+        directions = torch.nn.functional.normalize(states[row, places].float(), dim=-1)
+        chosen[row, places[greedy_determinant(directions * quality[:, None], count, _RIDGE)]] = True
+    return chosen
+
+
+def greedy_determinant(
+    vectors: Float[Tensor, "tokens width"], keep: int, ridge: float = 0.0
+) -> Int[Tensor, " keep"]:
+    """Rows in the order in which each adds most to the determinant of the products of the chosen ones.
+
+    Rows of the Cholesky factor are added one by one (Chen et al., NeurIPS 2018, Algorithm 1); the whole table of products is
+    never made.
+
+    Args:
+        vectors: the rows.
+        keep: how many are chosen.
+        ridge: share by which the products of rows with themselves are enlarged, so that there is an order even among rows that
+            the chosen ones span.
+    """
+    left = vectors.square().sum(dim=1) * (1 + ridge)
+    factor = vectors.new_zeros(keep, len(vectors))
+    chosen: list[Tensor] = []
+    for step in range(keep):
+        best_one = left.argmax()
+        chosen.append(best_one)
+        products = vectors @ vectors[best_one] - factor[:step, best_one] @ factor[:step]
+        factor[step] = products / left[best_one].clamp(min=_TINY).sqrt()
+        left = (left - factor[step].square()).clamp(min=0)
+        left[torch.stack(chosen)] = float("-inf")
+    return torch.stack(chosen)
 
 
 def gather_tokens(

@@ -130,6 +130,12 @@ class ChatRequest(_Strict):
     """K_f: no visual token enters later layers."""
     refocus: float | None = None
     """τ, below which the kept visual tokens are chosen again."""
+    retain_per_image: bool = False
+    """Whether the budget is split evenly among the images."""
+    scout: bool = False
+    """Whether the visual tokens are ranked before the decoder, whose layers all hold only the kept ones then."""
+    diverse: bool = False
+    """Whether the kept visual tokens also differ from each other."""
     pruner: str | None = None
     """Another pruning method than the twig's, by name."""
     speculate: Speculate | None = None

@@ -200,8 +200,8 @@ class Service:
 
     def _pruning(self, request: ChatRequest) -> dict[str, Any]:
         """Options of pruning: those of the request, or else the server's."""
-        names = ("retain", "keep", "final_wipe", "refocus", "pruner")
-        given = {name: getattr(request, name) for name in names if name in request.model_fields_set}
+        names = {option.name for option in fields(PruningConfig)}
+        given = {name: getattr(request, name) for name in names & request.model_fields_set}
         try:
             pruning = PruningConfig(**given) if given else self.defaults.pruning
             if pruning.pruner not in (None, "twig"):

@@ -215,6 +215,8 @@ class Answerer:
         twig = {**drafts, "retain": budget, "final_wipe": setting.final_wipe}
         if (coverage := refocus_of(method)) is not None:
             return {**twig, "refocus": coverage}
+        if method == "diverse":
+            return {**twig, "diverse": True}
         return {**twig, "scorer": scorer_of(method, self.model, setting.seed)}
 
     def _answer_ids(self, row: torch.Tensor) -> list[int]:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from twigvlm.pruning.cut import Choice, Cut, Need
 from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, unit
+from twigvlm.pruning.select import greedy_determinant
 from twigvlm.pruning.view import CutView
 
 _LEAST = 1e-6
@@ -51,21 +52,3 @@ class CDPruner:
         spread = relevance.max() - relevance.min()
         scaled = (relevance - relevance.min() + _LEAST) / (spread + _LEAST)
         return Picked(greedy_determinant(unit(image.projected) * scaled[:, None], keep).sort().values)
-
-
-def greedy_determinant(vectors: Float[Tensor, "tokens width"], keep: int) -> Int[Tensor, " keep"]:
-    """Rows in the order in which each adds most to the determinant of the products of the chosen ones.
-
-    Rows of the Cholesky factor are added one by one; the whole table of products is never made.
-    """
-    left = vectors.square().sum(dim=1)
-    factor = vectors.new_zeros(keep, len(vectors))
-    chosen: list[Tensor] = []
-    for step in range(keep):
-        best = left.argmax()
-        chosen.append(best)
-        products = vectors @ vectors[best] - factor[:step, best] @ factor[:step]
-        factor[step] = products / left[best].clamp(min=_LEAST**2).sqrt()
-        left = (left - factor[step].square()).clamp(min=0)
-        left[torch.stack(chosen)] = float("-inf")
-    return torch.stack(chosen)

@@ -11,7 +11,7 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.kv.cache import KVCache
 from twigvlm.pruning.budget import solve_scouted
 from twigvlm.pruning.cut import Cut, Need
-from twigvlm.pruning.select import evenly, top_visual
+from twigvlm.pruning.select import Select, best
 from twigvlm.pruning.view import CutView, Scorer, TrunkOutput
 from twigvlm.twig.block import Twig
 
@@ -29,8 +29,8 @@ class ScoutPruner:
     """Ranks the visual tokens."""
     keep: int | None = None
     """R, if it is given instead of an average."""
-    per_image: bool = False
-    """Whether R is split evenly among a prompt's images."""
+    select: Select = best
+    """Chooses among the ranked tokens."""
     needs: ClassVar[frozenset[Need]] = frozenset({Need.TWIG})
 
     @property
@@ -52,9 +52,9 @@ class ScoutPruner:
         return (Cut(0, self.keep),)
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
-        """The R visual tokens with the highest scores."""
-        scores, visual = self.scorer(self._scouted(view)), view.tokens.visual
-        return top_visual(evenly(scores, visual) if self.per_image else scores, visual, keep)
+        """R of the visual tokens, by their scores."""
+        trunk = self._scouted(view)
+        return self.select(self.scorer(trunk), trunk.tokens.hidden, view.tokens.visual, keep)
 
     def _scouted(self, view: CutView) -> TrunkOutput:
         """The whole prompt after layer K, in a cache that is gone after the ranking."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from twigvlm.pruning.budget import average_kept, solve_keep
 from twigvlm.pruning.cut import Cut, Need
 from twigvlm.pruning.methods.pruning_head import default_scorer
-from twigvlm.pruning.select import evenly, top_visual
+from twigvlm.pruning.select import Select, best, best_of_each_image
 from twigvlm.pruning.view import CutView, Scorer, TrunkOutput
 from twigvlm.twig.block import Twig
 
@@ -27,13 +27,13 @@ class TwigPruner:
     """K_f; L: no FinalWipe."""
     keep: int | None = None
     """R, if it is given instead of an average."""
-    per_image: bool = False
-    """Whether R is split evenly among a prompt's images."""
+    select: Select = best
+    """Chooses among the ranked tokens."""
     needs: ClassVar[frozenset[Need]] = frozenset({Need.TWIG})
 
     def ranks_later(self, twig: Twig) -> bool:
         """Whether its ranking can be asked again at new tokens, as refocusing does."""
-        whole = not self.per_image and self.trunk_layers == twig.config.trunk_layers
+        whole = self.select is not best_of_each_image and self.trunk_layers == twig.config.trunk_layers
         return whole and self.scorer == default_scorer(twig)
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
@@ -52,10 +52,9 @@ class TwigPruner:
         return (Cut(self.trunk_layers, keep), *wipe)
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
-        """The R visual tokens with the highest scores."""
+        """R of the visual tokens, by their scores."""
         assert view.trunk is not None, "the cut follows layer K"
-        scores, visual = self._scores(view.trunk), view.tokens.visual
-        return top_visual(evenly(scores, visual) if self.per_image else scores, visual, keep)
+        return self.select(self._scores(view.trunk), view.tokens.hidden, view.tokens.visual, keep)
 
     def _scores(self, trunk: TrunkOutput) -> Float[Tensor, "batch tokens"]:
         if trunk.prefix is None:
