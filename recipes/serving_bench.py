@@ -30,8 +30,9 @@ import psutil
 import tyro
 
 from recipes.sapling.evaluate import LONG_ANSWER, SHORT_ANSWER, Tally
+from recipes.sapling.pictures import render
 from recipes.sapling.questions import evaluation_turns
-from recipes.sapling.scenes import Scene, make_scene, render
+from recipes.sapling.scenes import Scene, make_scene
 from recipes.sapling.turns import Turn
 from recipes.serving_client import serving, stream
 

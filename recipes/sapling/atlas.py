@@ -12,7 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from recipes.sapling.scenes import ATLAS_COLUMNS, ATLASES, CELL, KINDS, Kind
+from recipes.sapling.pictures import ATLAS_COLUMNS, ATLASES, CELL
+from recipes.sapling.scenes import KINDS, Kind
 
 STRIKE = 109  # the only size at which the font's bitmaps exist
 

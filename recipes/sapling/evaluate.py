@@ -19,8 +19,9 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
 
+from recipes.sapling.pictures import drawable, render
 from recipes.sapling.questions import LONG_KINDS, SHORT_KINDS, evaluation_turns
-from recipes.sapling.scenes import KINDS, Scene, drawable, make_scene, render
+from recipes.sapling.scenes import KINDS, Scene, make_scene
 from recipes.sapling.turns import Turn
 from twigvlm import sapling
 

@@ -22,8 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import DynamicCache, PreTrainedTokenizerBase, set_seed
 
+from recipes.sapling.pictures import render
 from recipes.sapling.questions import conversation
-from recipes.sapling.scenes import GRID, _rng, make_scene, patch_labels, render
+from recipes.sapling.scenes import GRID, make_scene, patch_labels, scene_rng
 from recipes.sapling.targets import VisualTargets
 from recipes.sapling.train_loop import train
 from recipes.sapling.turns import Turn
@@ -76,7 +77,7 @@ class Conversations(Dataset):
     def __getitem__(self, position: int) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         index = self.first + position
         scene = make_scene(self.split, index)
-        rng = _rng(self.split, index, purpose=11)
+        rng = scene_rng(self.split, index, purpose=11)
         labels = {key: torch.from_numpy(value).flatten() for key, value in asdict(patch_labels(scene)).items()}
         telling = ((labels["centre"] > 0.2) | (labels["character"] > 0)).float().numpy()
         order = np.argsort(-telling - rng.random(GRID * GRID) * 0.5)

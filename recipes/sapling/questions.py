@@ -19,7 +19,8 @@ from pathlib import Path
 
 import tyro
 
-from recipes.sapling.scenes import KINDS, Scene, _rng, make_scene, render
+from recipes.sapling.pictures import render
+from recipes.sapling.scenes import KINDS, Scene, make_scene, scene_rng
 from recipes.sapling.turns import Turn, description_turn, long_turns, short_turns, thing_name
 from twigvlm.cli.output import steps
 
@@ -29,7 +30,7 @@ LONG_KINDS = ("description", "all signs", "rows", "halves", "three questions")
 
 def conversation(scene: Scene, count: int = 12) -> list[Turn]:
     """Up to `count` short turns, rarer kinds first served, one description, and one turn of another long kind."""
-    rng = _rng(scene.split, scene.index, purpose=7)
+    rng = scene_rng(scene.split, scene.index, purpose=7)
     short = short_turns(scene, rng)
     chosen = _balanced(short, count)
     for turn in [description_turn(scene, rng), *long_turns(scene, short, rng)[:1]]:
@@ -39,7 +40,7 @@ def conversation(scene: Scene, count: int = 12) -> list[Turn]:
 
 def evaluation_turns(scene: Scene, short: int) -> list[Turn]:
     """Up to `short` short turns, rarer kinds first served, then one of every long kind that this scene allows."""
-    rng = _rng(scene.split, scene.index, purpose=7)
+    rng = scene_rng(scene.split, scene.index, purpose=7)
     turns = short_turns(scene, rng)
     return [*_balanced(turns, short), description_turn(scene, rng), *long_turns(scene, turns, rng)]
 

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from transformers import CLIPVisionModel, set_seed
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from recipes.sapling.scenes import CHARACTERS, COLOURS, GRID, PATCH, SIGN_KIND, SIZE, make_scene, patch_labels, render
+from recipes.sapling.pictures import render
+from recipes.sapling.scenes import CHARACTERS, COLOURS, GRID, PATCH, SIGN_KIND, SIZE, make_scene, patch_labels
 from recipes.sapling.targets import VisualTargets
 from recipes.sapling.train_loop import train
 from twigvlm.sapling import assemble

@@ -35,7 +35,8 @@ def test_each_token_adds_most_to_the_product_of_scores_and_determinant(seed, cou
     before = []
     for keep in range(1, count + 1):
         now = chosen(scores, states, keep)
-        assert len(now) == keep and set(before) < set(now)
+        assert len(now) == keep
+        assert set(before) < set(now)
         others = [worth([*before, other]) for other in range(count) if other not in before]
         assert worth(now) == pytest.approx(max(others), abs=1e-2)
         before = now

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recipes.sapling.pictures import _sprite, drawable, render
 from recipes.sapling.questions import (
     LONG_KINDS,
     SHORT_KINDS,
@@ -28,14 +29,11 @@ from recipes.sapling.scenes import (
     SIZE,
     SPLITS,
     WORDS,
-    _rng,
-    _sprite,
-    drawable,
     held_out_pair,
     held_out_word,
     make_scene,
     patch_labels,
-    render,
+    scene_rng,
 )
 from recipes.sapling.turns import place, short_turns
 
@@ -158,7 +156,7 @@ def test_long_answers_follow_from_the_scene(scene):
             assert ("Both halves" in turn.answer) == (counts[0] == counts[1])
         if turn.kind == "three questions":
             short = {
-                (one.question, one.answer) for one in short_turns(scene, _rng(scene.split, scene.index, purpose=7))
+                (one.question, one.answer) for one in short_turns(scene, scene_rng(scene.split, scene.index, purpose=7))
             }
             asked = re.split(r"\b[123]\. ", turn.question)[1:]
             given = re.split(r"\b[123]\. ", turn.answer)[1:]

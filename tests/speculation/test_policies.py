@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from tests.speculation.forests import PlainTree, as_lists, trimmed
 from tests.twigs import MAX_NODES, step_costs
 from twigvlm.config import SpeculationConfig
+from twigvlm.speculation.adaptive_tree import AdaptiveTree
 from twigvlm.speculation.costs import StepCosts
 from twigvlm.speculation.nodes import INVALID, Nodes
-from twigvlm.speculation.policies import AdaptiveTree, Chain, FixedTree
+from twigvlm.speculation.policies import Chain, FixedTree
 
 early = pytest.mark.parametrize("stop_early", [True, False])
 

@@ -33,9 +33,9 @@ class Variant:
 
     method: str
     """none; twig: the twig's own ranking (its P-Head's where it has one); diverse: by the same ranking, tokens that differ from
-    each other; scout: twig before the decoder; refocus:τ: twig, chosen again while the answer grows; attention, twig-text: last twig layer's attention, of the last or of all text
-    queries; random; deep:N: attention of base layer N (counted from 1), an oracle that needs a full pass; or any published
-    method (`twigvlm methods`) with the cuts that are its own."""
+    each other; scout: twig before the decoder; refocus:τ: twig, chosen again while the answer grows; attention, twig-text:
+    last twig layer's attention, of the last or of all text queries; random; deep:N: attention of base layer N (counted from
+    1), an oracle that needs a full pass; or any published method (`twigvlm methods`) with the cuts that are its own."""
     retain: float | None = None
     """R̄, by the same formula for every method; None for none."""
     final_wipe: int | None = None

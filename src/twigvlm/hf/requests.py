@@ -16,8 +16,8 @@ from twigvlm.pruning.methods import make_pruner
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.scout import ScoutPruner
 from twigvlm.pruning.methods.twig import TwigPruner
-from twigvlm.pruning.select import best, best_of_each_image, diverse
 from twigvlm.pruning.refocus import check_refocus
+from twigvlm.pruning.select import best, best_of_each_image, diverse
 from twigvlm.pruning.view import Scorer
 from twigvlm.twig.block import Twig
 

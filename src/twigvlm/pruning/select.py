@@ -48,8 +48,8 @@ def evenly(
 
 
 Select = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
-"""(scores [batch, tokens], states [batch, tokens, width], visual tokens [batch, tokens], how many stay in each row) -> a mask, True
-at those."""
+"""(scores [batch, tokens], states [batch, tokens, width], visual tokens [batch, tokens], how many stay in each row) -> True at
+those that stay, [batch, tokens]."""
 
 
 def best(
@@ -93,9 +93,7 @@ def diverse(
     return chosen
 
 
-def greedy_determinant(
-    vectors: Float[Tensor, "tokens width"], keep: int, ridge: float = 0.0
-) -> Int[Tensor, " keep"]:
+def greedy_determinant(vectors: Float[Tensor, "tokens width"], keep: int, ridge: float = 0.0) -> Int[Tensor, " keep"]:
     """Rows in the order in which each adds most to the determinant of the products of the chosen ones.
 
     Rows of the Cholesky factor are added one by one (Chen et al., NeurIPS 2018, Algorithm 1); the whole table of products is

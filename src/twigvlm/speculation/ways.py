@@ -1,10 +1,11 @@
 """Ways to draft by their names."""
 
 from twigvlm.config import SpeculationConfig
+from twigvlm.speculation.adaptive_tree import AdaptiveTree
 from twigvlm.speculation.costs import StepCosts
 from twigvlm.speculation.early_exit import EarlyExit
 from twigvlm.speculation.lookup import Lookup
-from twigvlm.speculation.policies import AdaptiveTree, Chain, FixedTree, NoDraft, Policy
+from twigvlm.speculation.policies import Chain, FixedTree, NoDraft, Policy
 
 
 def make_policy(speculation: SpeculationConfig, costs: StepCosts | None, exact: bool) -> Policy:
