@@ -135,6 +135,23 @@ def _sign_text(rng: np.random.Generator, split: str, random_text: float) -> str:
             return word
 
 
+class _Room:
+    """What is taken up of a scene."""
+
+    def __init__(self) -> None:
+        self.boxes: list[tuple[float, float, float, float]] = []
+
+    def takes(self, x: float, y: float, half_x: float, half_y: float, overlap: float) -> bool:
+        """Whether a box finds a place, which it takes up then."""
+        free = all(
+            abs(x - bx) > overlap * (half_x + bhx) or abs(y - by) > overlap * (half_y + bhy)
+            for bx, by, bhx, bhy in self.boxes
+        )
+        if free:
+            self.boxes.append((x, y, half_x, half_y))
+        return free
+
+
 def make_scene(split: str, index: int, size: int = SIZE, random_text: float = 0.4) -> Scene:
     """The scene `index` of a split.
 
@@ -142,15 +159,16 @@ def make_scene(split: str, index: int, size: int = SIZE, random_text: float = 0.
     supervision; `random_text` is the share of random strings among the signs of the training split.
     """
     rng = scene_rng(split, index, purpose=size)
+    room = _Room()
+    signs = _signs(rng, split, size, random_text, room)
+    things = _things(rng, split, size, bool(signs), room)
+    return Scene(
+        split, index, size, str(rng.choice(list(BACKGROUNDS))), str(rng.choice(TEXTURES)), tuple(things), tuple(signs)
+    )
+
+
+def _signs(rng: np.random.Generator, split: str, size: int, random_text: float, room: _Room) -> list[Sign]:
     whole = size == SIZE
-    boxes: list[tuple[float, float, float, float]] = []
-
-    def free(x: float, y: float, half_x: float, half_y: float, overlap: float) -> bool:
-        return all(
-            abs(x - bx) > overlap * (half_x + bhx) or abs(y - by) > overlap * (half_y + bhy)
-            for bx, by, bhx, bhy in boxes
-        )
-
     signs: list[Sign] = []
     wanted = rng.choice(4, p=(0.15, 0.4, 0.3, 0.15)) if whole else int(rng.random() < 0.7)
     for _ in range(8 * wanted):
@@ -166,12 +184,15 @@ def make_scene(split: str, index: int, size: int = SIZE, random_text: float = 0.
         )
         half_x, half_y = sign.half
         inside = not whole or (half_x < sign.x < size - half_x and half_y < sign.y < size - half_y)
-        if inside and free(sign.x, sign.y, half_x, half_y, 1.0):
+        if inside and room.takes(sign.x, sign.y, half_x, half_y, 1.0):
             signs.append(sign)
-            boxes.append((sign.x, sign.y, half_x, half_y))
+    return signs
 
+
+def _things(rng: np.random.Generator, split: str, size: int, beside_signs: bool, room: _Room) -> list[Thing]:
+    whole = size == SIZE
     things: list[Thing] = []
-    wanted = rng.integers(1, 9) if whole else rng.integers(0 if signs else 1, 4)
+    wanted = rng.integers(1, 9) if whole else rng.integers(0 if beside_signs else 1, 4)
     repeated = int(rng.integers(len(KINDS))) if whole and rng.random() < 0.35 else None
     for _ in range(8 * wanted):
         if len(things) == wanted:
@@ -191,13 +212,10 @@ def make_scene(split: str, index: int, size: int = SIZE, random_text: float = 0.
             continue
         if sum(thing.kind == kind for thing in things) == 5:
             continue
-        if free(x, y, extent / 2, extent / 2, 0.8):
+        if room.takes(x, y, extent / 2, extent / 2, 0.8):
             angle = float(np.clip(rng.normal(0, 12), -30, 30))
             things.append(Thing(kind, x, y, extent, angle, bool(rng.random() < 0.5), rng.uniform(0.8, 1.15)))
-            boxes.append((x, y, extent / 2, extent / 2))
-    return Scene(
-        split, index, size, str(rng.choice(list(BACKGROUNDS))), str(rng.choice(TEXTURES)), tuple(things), tuple(signs)
-    )
+    return things
 
 
 @dataclass(frozen=True)
