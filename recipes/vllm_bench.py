@@ -4,10 +4,9 @@
 
 In an environment with vLLM (`make test-vllm` makes one), on a CPU or, with `--device cuda --dtype bfloat16`, on a GPU. On a CPU
 without its operators torchvision needs tests/vllm/site on PYTHONPATH. Every system has a process of its own; they take turns,
-another one begins each time, and only one works at any moment. `--systems` names some of them.
+another one begins each time, and only one works at any moment. `--systems` names some of them. A stopped run goes on.
 """
 
-import json
 import multiprocessing
 import statistics
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from twigvlm.cli.export import scout_overrides
 from twigvlm.evaluation.accuracy import score
 from twigvlm.evaluation.questions import Namer, Question, load_questions
 from twigvlm.evaluation.report import page, percent, table
+from twigvlm.evaluation.results_log import ResultsLog
 from twigvlm.evaluation.speed import in_turn
 from twigvlm.evaluation.summary import quality
 from twigvlm.images import load_image
@@ -40,7 +40,7 @@ class Options:
     questions: Path
     """JSON file of questions; its descriptions are asked."""
     output: Path
-    """Directory for the exports, raw results and the report."""
+    """Directory for the exports, raw results and the report; a run with the same options goes on there."""
     model: str = "sapling"
     """The base: `sapling`, a Hugging Face id or a directory."""
     twig: str | None = None
@@ -117,8 +117,10 @@ def ask(connection: Any, prompts: Sequence[dict[str, Any]], max_new_tokens: int)
 
 def measure(options: Options, systems: Sequence[System], prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records of every system on every batch: `system`, `rows`, `first` (index of its questions), and the answer."""
+    fixed = {name: str(value) for name, value in asdict(options).items() if name not in ("output", "limit", "systems")}
+    log, records = ResultsLog(options.output / "results.jsonl", fixed), []
     context = multiprocessing.get_context("spawn")
-    connections, processes, records = {}, [], []
+    connections, processes = {}, []
     for system in systems:
         connections[system.name], theirs = context.Pipe()
         processes.append(context.Process(target=serve, args=(theirs, system), daemon=True))
@@ -129,18 +131,18 @@ def measure(options: Options, systems: Sequence[System], prompts: Sequence[dict[
     for system in systems:  # what is compiled or measured at first counts for nobody
         for rows in (1, options.batch):
             ask(connections[system.name], prompts[:rows], 8)
-    with (options.output / "results.jsonl").open("w", encoding="utf-8") as file:
-        for rows in (1, options.batch):
-            for turn, first in enumerate(range(0, len(prompts) - rows + 1, rows)):
-                part = prompts[first : first + rows]
-                for system in in_turn(systems, turn):
+    for rows in (1, options.batch):
+        for turn, first in enumerate(range(0, len(prompts) - rows + 1, rows)):
+            part = prompts[first : first + rows]
+            for system in in_turn(systems, turn):
+                about = {"id": f"{system.name}, {rows}, {first}", "system": system.name, "rows": rows, "first": first}
+                record = log.results(about["id"])
+                if record is None:
                     one = ask(connections[system.name], part, 1)["seconds"] if rows == 1 else None
                     answer = ask(connections[system.name], part, options.max_new_tokens)
-                    record = {"system": system.name, "rows": rows, "first": first, "prefill": one, **answer}
-                    records.append(record)
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    file.flush()
-                print(f"{rows} at once: {first + rows}/{len(prompts)}", flush=True)
+                    record = log.append({**about, "prefill": one, **answer})
+                records.append(record)
+            print(f"{rows} at once: {first + rows}/{len(prompts)}", flush=True)
     for connection, process in zip(connections.values(), processes, strict=True):
         connection.send(None)
         process.join()

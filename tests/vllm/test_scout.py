@@ -24,6 +24,7 @@ JOBS = [
     {"name": "alone", "prompts": prompts()},
     {"name": "together", "prompts": prompts(), "together": True},  # from the caches of embeddings and prefixes
     {"name": "fewer", "prompts": prompts(keep=20)[:3]},
+    {"name": "diverse", "prompts": prompts(diverse=True)[:3]},
     {"name": "text", "prompts": [{"text": chat("Count from one to ten."), "tokens": 20}]},
 ]
 
@@ -47,7 +48,7 @@ def expected(exported, pictures):
 
     _, processor, model = load(str(exported[1]), twig_path(), "float32", "cpu")
     chain = {"speculate": "chain", "draft_length": 4, "draft_threshold": 0.0, "return_dict_in_generate": True}
-    answers, fewer, steps, accepted = [], [], 0, 0
+    answers, fewer, diverse, steps, accepted = [], [], [], 0, 0
     for number, given in enumerate(prompts()):
         picture = Image.open(pictures[given["pictures"][0]]).convert("RGB")
         inputs = processor(text=given["text"], images=picture, return_tensors="pt")
@@ -59,7 +60,8 @@ def expected(exported, pictures):
         accepted += sum(output.accepted_lengths[0][1:])
         if number < 3:
             fewer.append(model.generate(**inputs, keep=20, **how).sequences[0, length:].tolist())
-    return answers, fewer, accepted / steps
+            diverse.append(model.generate(**inputs, retain=RETAIN, diverse=True, **how).sequences[0, length:].tolist())
+    return answers, fewer, diverse, accepted / steps
 
 
 RUNS = {
@@ -72,11 +74,12 @@ RUNS = {
 @pytest.mark.parametrize("run", RUNS)
 def test_answers_are_those_of_twigvlm(engine, overrides, expected, run):
     results = engine(JOBS, hf_overrides=json.loads(json.dumps(overrides)), **RUNS[run])
-    answers, fewer, own = expected
+    answers, fewer, diverse, own = expected
     assert max(results["alone"]["prompt_tokens"]) < 70  # of 592
     assert results["alone"]["ids"] == answers
     assert results["together"]["ids"] == answers
     assert results["fewer"]["ids"] == fewer
+    assert results["diverse"]["ids"] == diverse
     assert results["fewer"]["prompt_tokens"][0] == results["alone"]["prompt_tokens"][0] - 25
     if run in ("drafted", "chunked"):
         made = results["alone"]["drafts"]

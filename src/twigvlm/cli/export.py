@@ -37,6 +37,8 @@ class Export:
     scout_retain: float | None = None
     """Also prune in the printed commands, in scout mode: R̄, average number of visual tokens over all layers.
     None: no pruning."""
+    scout_diverse: bool = False
+    """In scout mode keep visual tokens with high scores that also differ from each other."""
     dtype: Dtype = "auto"
     """Data type of the written weights. auto: as stored in the base's files."""
 
@@ -50,6 +52,8 @@ class Export:
         from twigvlm.model import TwigVLM
         from twigvlm.sapling import twig_path
 
+        if self.scout_diverse and self.scout_retain is None:
+            raise TwigVLMError("scout_diverse: needs a budget; add --scout-retain 64")
         check_directory(self.out)
         sapling = self.model == SAPLING
         if self.twig is None and not sapling:
@@ -70,13 +74,15 @@ class Export:
             if self.base is not None:
                 save_base(base, processor, self.base)
         name = self.model if self.base is None else str(self.base)
-        overrides = (
-            None if self.scout_retain is None else scout_overrides(model, processor, str(self.out), self.scout_retain)
-        )
+        overrides = None
+        if self.scout_retain is not None:
+            overrides = scout_overrides(model, processor, str(self.out), self.scout_retain, self.scout_diverse)
         print(instructions(name, str(self.out), base.config, self.tokens, overrides))
 
 
-def scout_overrides(model: TwigVLM, processor: Any, drafter: str, retain: float) -> dict[str, Any]:
+def scout_overrides(
+    model: TwigVLM, processor: Any, drafter: str, retain: float, diverse: bool = False
+) -> dict[str, Any]:
     """What vLLM's `hf_overrides` have to say for scout mode.
 
     Args:
@@ -84,6 +90,7 @@ def scout_overrides(model: TwigVLM, processor: Any, drafter: str, retain: float)
         processor: the base's; its chat template frames the question that the pictures are ranked for.
         drafter: directory of the export.
         retain: R̄ of requests that do not say theirs.
+        diverse: of the same requests, whether the kept tokens also differ from each other.
 
     Raises:
         TwigVLMError: the plug-in has no scout mode for this base.
@@ -100,6 +107,7 @@ def scout_overrides(model: TwigVLM, processor: Any, drafter: str, retain: float)
     settings = {
         "path": drafter,
         "retain": retain,
+        "diverse": diverse,
         "question": "Describe the image in detail.",
         "prompt": processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False),
         "layers": model.base.num_layers,

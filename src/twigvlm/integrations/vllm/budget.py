@@ -9,7 +9,7 @@ from torch import Tensor
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.budget import solve_scouted
 
-OPTIONS = ("question", "retain", "keep")
+OPTIONS = ("question", "retain", "keep", "diverse")
 """What a request may say in `mm_processor_kwargs`."""
 
 

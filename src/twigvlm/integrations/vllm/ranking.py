@@ -20,6 +20,7 @@ from twigvlm.base.masks import CausalMasks
 from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.pruning.methods.twig_attention import layer_scores
+from twigvlm.pruning.select import Select, best
 from twigvlm.pruning.view import Tokens
 from twigvlm.twig.pruning_head import PruningHead
 
@@ -55,30 +56,32 @@ class Ranking(nn.Module):
         self.masks = CausalMasks("sdpa", dtype, device, grouped and half_on_cpu)
 
     @torch.no_grad()
-    def forward(self, embeddings: Tensor, visual: Tensor, keep: int) -> Tensor:
+    def forward(self, embeddings: Tensor, visual: Tensor, keep: int, select: Select = best) -> Tensor:
         """Which visual tokens of a prompt stay: their indices among its visual tokens, ascending, [keep].
 
         Args:
             embeddings: of the prompt, the picture merged, [tokens, width].
             visual: True at visual tokens, [tokens]; the last token is none.
             keep: R.
+            select: chooses among the ranked tokens.
         """
         hidden, mask = embeddings[None], visual[None]
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         inputs = TokenInputs(*self.rotary(hidden, positions))
-        hidden = run(self.layers[:-1], hidden, inputs, self.masks)
+        states = run(self.layers[: self.trunk_layers], hidden, inputs, self.masks)
+        hidden = run(self.layers[self.trunk_layers : -1], states, inputs, self.masks)
         last: Any = self.layers[-1]
         if self.pruning_head is None:
             keys = project_keys(last, hidden, inputs)
             tokens = Tokens(hidden, inputs, mask, (hidden.shape[1],))
-            scores = layer_scores(last, hidden, keys, tokens, "last")[0, visual]
+            scores = layer_scores(last, hidden, keys, tokens, "last")
         else:
             asking = torch.zeros_like(mask)
             asking[:, -1] = True
             query = VisualQuery.at(asking, mask)
-            scores = log_visual_attention(last, hidden, inputs, query, self.pruning_head)[0, 0].exp()
-        ranked = scores.nan_to_num(nan=torch.finfo(scores.dtype).min)
-        return torch.sort(ranked, descending=True, stable=True).indices[:keep].sort().values
+            shares = log_visual_attention(last, hidden, inputs, query, self.pruning_head)[:, 0].exp()
+            scores = shares.new_zeros(mask.shape).scatter(1, query.visual, shares)
+        return select(scores, states, mask, [keep])[0, visual].nonzero()[:, 0]
 
 
 def _kind_of(exported: dict[str, Any]) -> tuple[type[nn.Module], Any]:

@@ -28,6 +28,7 @@ from vllm.multimodal.processing import PromptReplacement
 from twigvlm.integrations.vllm.arithmetic import with_places, without_places
 from twigvlm.integrations.vllm.budget import OPTIONS, check_question, kept_tokens, positions_around
 from twigvlm.integrations.vllm.ranking import Ranking
+from twigvlm.pruning.select import Select, best, diverse
 
 
 class ScoutInfo(LlavaProcessingInfo):
@@ -50,6 +51,8 @@ class ScoutProcessor(LlavaMultiModalProcessor):
             for item in range(pictures):
                 check_question(ids, config.image_token_index, self._visual(mm_items, item), limit)
             data["scout_ids"] = torch.tensor([ids] * pictures)
+            differ = bool(hf_kwargs.get("diverse", self.info.get_hf_config().twig_scout["diverse"]))
+            data["scout_diverse"] = torch.tensor([differ] * pictures)
             data["scout_keep"] = torch.tensor([self._kept(mm_items, hf_kwargs, item) for item in range(pictures)])
         return data
 
@@ -69,7 +72,7 @@ class ScoutProcessor(LlavaMultiModalProcessor):
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         fields = super()._get_mm_fields_config(hf_inputs, _others(hf_processor_mm_kwargs))
         batched = MultiModalFieldConfig.batched("image")
-        return {**fields, "scout_ids": batched, "scout_keep": batched}
+        return {**fields, "scout_ids": batched, "scout_keep": batched, "scout_diverse": batched}
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
@@ -113,18 +116,22 @@ class ScoutLlava(LlavaForConditionalGeneration, SupportsMRoPE):
         """Of each picture the kept tokens and their places, [R, width + 2]."""
         questions: Any = kwargs.pop("scout_ids")
         keeps: Any = kwargs.pop("scout_keep")
+        differ: Any = kwargs.pop("scout_diverse")
         pictures = super().embed_multimodal(**kwargs)
-        rows = zip(pictures, questions, keeps, strict=True)
-        return [self._scouted(features, ids.view(-1), int(keep)) for features, ids, keep in rows]
+        rows = zip(pictures, questions, keeps, differ, strict=True)
+        return [
+            self._scouted(features, ids.view(-1), int(keep), diverse if bool(other) else best)
+            for features, ids, keep, other in rows
+        ]
 
-    def _scouted(self, features: Tensor, ids: Tensor, keep: int) -> Tensor:
+    def _scouted(self, features: Tensor, ids: Tensor, keep: int, select: Select) -> Tensor:
         token = self.config.image_token_index
         at = int((ids == token).nonzero()[0])
         embedded = self.language_model.embed_input_ids(ids.masked_fill(ids == token, 0))
         embedded = torch.cat((embedded[:at], features.to(embedded.dtype), embedded[at + 1 :]))
         visual = torch.zeros(len(embedded), dtype=torch.bool, device=embedded.device)
         visual[at : at + len(features)] = True
-        kept = self.ranking(embedded, visual, keep)
+        kept = self.ranking(embedded, visual, keep, select)
         return with_places(features[kept], kept[:, None])
 
     def embed_input_ids(
