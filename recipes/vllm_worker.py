@@ -8,6 +8,8 @@ from itertools import count
 from multiprocessing.connection import Connection
 from typing import Any
 
+_CACHE = 2**29  # bytes, on a CPU
+
 Answer = dict[str, Any]
 """`seconds`; of each prompt `ids` and `texts`; `drafts` (steps that verified some) and `accepted` (drafted tokens)."""
 
@@ -40,7 +42,6 @@ def serve(connection: Connection, system: System) -> None:
     # Processes take turns: threads of those that wait must not spin.
     os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ENABLE_V1_MULTIPROCESSING="0", KMP_BLOCKTIME="0")
     os.environ.update(OMP_WAIT_POLICY="passive", VLLM_LOGGING_LEVEL="ERROR")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     answer = {"vllm": _vllm, "hf": _hf, "twigvlm": _twigvlm}[system.engine](system)
     connection.send("ready")
     while (request := connection.recv()) is not None:
@@ -56,6 +57,7 @@ def _vllm(system: System) -> Callable[..., Answer]:
         options["speculative_config"] = drafter
     if system.device == "cpu":
         options["enforce_eager"] = True
+        options["kv_cache_memory_bytes"] = _CACHE  # or the many engines of a comparison do not fit into memory together
     else:
         options["gpu_memory_utilization"] = system.gpu_share
     engine = LLM(
