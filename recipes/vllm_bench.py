@@ -52,7 +52,7 @@ class Options:
     tokens: tuple[int, ...] = (2, 3, 4, 6)
     """Drafted per step, one system each."""
     retain: float = 64
-    """R̄ of the systems that prune."""
+    """R̄ of the systems that prune; the kept tokens also differ from each other."""
     max_new_tokens: int = 192
     dtype: str = "float32"
     device: str = "cpu"
@@ -84,7 +84,7 @@ def prepare(options: Options) -> tuple[list[System], list[dict[str, Any]], list[
         rows=options.batch,
         gpu_share=options.gpu_share,
     )
-    overrides = scout_overrides(model, processor, str(drafter), options.retain)
+    overrides = scout_overrides(model, processor, str(drafter), options.retain, diverse=True)
     systems = [own, *(replace(own, name=f"vLLM + twig ({count})", tokens=count) for count in options.tokens)]
     best = 4 if 4 in options.tokens else options.tokens[0]
     scouting = f"scout R̄ {options.retain:g}"

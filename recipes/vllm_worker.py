@@ -27,7 +27,7 @@ class System:
     tokens: int = 0
     """Drafted per step, by vLLM."""
     retain: float | None = None
-    """R̄; None: no pruning."""
+    """R̄, of tokens that also differ from each other; None: no pruning."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """vLLM's `hf_overrides`."""
     dtype: str = "float32"
@@ -124,7 +124,9 @@ def _twigvlm(system: System) -> Callable[..., Answer]:
         start = time.perf_counter()
         inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True, padding_side="left")
         inputs = inputs.to(base.device, base.dtype)
-        options = {"retain": system.retain, "speculate": "auto", "return_dict_in_generate": True}
+        options = {"speculate": "auto", "return_dict_in_generate": True}
+        if system.retain is not None:
+            options |= {"retain": system.retain, "diverse": True}
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **options)
         seconds = time.perf_counter() - start
         new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()

@@ -120,7 +120,7 @@ class Scene:
 
 
 def scene_rng(split: str, index: int, purpose: int) -> np.random.Generator:
-    return np.random.defaultscene_rng([SPLITS[split], index, purpose])
+    return np.random.default_rng([SPLITS[split], index, purpose])
 
 
 def _sign_text(rng: np.random.Generator, split: str, random_text: float) -> str:
