@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import LlavaConfig, Qwen2_5_VLConfig, Qwen2VLConfig
 
 from tests.tiny import tiny_llava
-from twigvlm.cli.export import instructions
+from twigvlm.cli.export import commands
 from twigvlm.cli.main import main
 from twigvlm.integrations.vllm.bases import is_readable, rename_weights, vllm_name
 
@@ -82,7 +82,7 @@ def test_what_qwen_needs_is_in_the_instructions():
         text = config.get_text_config()
         if runner:
             text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-        printed = instructions("base", "drafter", config, 4)
+        printed = str(commands("base", "drafter", config, 4))
         assert ("VLLM_USE_V2_MODEL_RUNNER=0 vllm serve base" in printed) == runner
         assert ("--hf-overrides" in printed) == ("hf_overrides={'image_token_index': " in printed) == override
         compile(printed.partition("In Python:\n")[2], "printed", "exec")

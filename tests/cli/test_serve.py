@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from twigvlm.cli.serve_vllm import vllm_command
+from twigvlm.cli.main import main
 
 pytest.importorskip("uvicorn")
 
@@ -45,8 +45,6 @@ def test_serve_answers_until_sigterm(base_directory, twig_directory):
 
 
 def test_batch_writes_results_and_goes_on(base_directory, twig_directory, tmp_path, capsys):
-    from twigvlm.cli.main import main
-
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     source.write_text("".join(json.dumps({"custom_id": f"{n}", "body": body}) + "\n" for n in range(3)))
@@ -64,7 +62,8 @@ def test_batch_writes_results_and_goes_on(base_directory, twig_directory, tmp_pa
         (["--max-rows", "0"], "max_rows=0"),
         (["--export", "x"], "applies only to --engine vllm"),
         (["--engine", "vllm"], "needs --export"),
-        (["--engine", "vllm", "--export", "x", "--retain", "64"], "leave out either"),
+        (["--engine", "vllm", "--export", "x", "--retain", "64"], "add --scout"),
+        (["--engine", "vllm", "--export", "x", "--max-rows", "4"], "leave out either"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(refused, options, words):
@@ -75,8 +74,36 @@ def test_a_twig_that_is_asked_for_must_be_there(refused, base_directory):
     refused("serve", "--model", base_directory, "--retain", "8", words=["needs a twig"])
 
 
-def test_the_command_line_of_vllm_is_found_in_what_export_prints():
-    printed = 'Drafter: d\n\nServe:\nA=0 vllm serve base --speculative-config \'{"model": "d e"}\'\n\nIn Python:\nllm\n'
-    environment, arguments = vllm_command(printed, Path("note"))
-    assert environment == {"A": "0"}
-    assert arguments == ["serve", "base", "--speculative-config", '{"model": "d e"}']
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    """A stand-in for vLLM on the path, and what it would have been started with."""
+    program, started = tmp_path / "bin" / "vllm", []
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+
+    def execute(path, arguments, environment):
+        started.append((arguments, environment))
+        raise SystemExit(0)
+
+    monkeypatch.setattr("os.execve", execute)
+    return started
+
+
+def test_vllm_takes_over_with_the_export(vllm, refused, tmp_path, base_directory, twig_directory):
+    model = ["--engine", "vllm", "--export", str(tmp_path / "export"), "--model", str(base_directory)]
+    model += ["--twig", str(twig_directory)]
+    pruned = [*model, "--retain", "10", "--scout", "--diverse"]
+    for _ in range(2):  # the second time it is there already
+        with pytest.raises(SystemExit):
+            main(["serve", *pruned, "--port", "8001", "--api-key", "secret"])
+    (arguments, environment), again = vllm
+    assert arguments == again[0]
+    assert arguments[1:3] == ["serve", str(tmp_path / "export" / "base")]
+    assert arguments[arguments.index("--port") + 1] == "8001"
+    settings = json.loads(arguments[arguments.index("--hf-overrides") + 1])["twig_scout"]
+    assert (settings["retain"], settings["diverse"]) == (10, True)
+    assert environment["VLLM_API_KEY"] == "secret"
+    assert "secret" not in arguments
+    refused("serve", *model, words=["other options (scout_retain, scout_diverse)", "another directory"])

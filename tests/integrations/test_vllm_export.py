@@ -15,6 +15,7 @@ from twigvlm.integrations.vllm import DRAFTER
 from twigvlm.integrations.vllm.arithmetic import following_positions
 from twigvlm.integrations.vllm.export import drafter_config, drafter_weights, export
 from twigvlm.integrations.vllm.ranking import Ranking
+from twigvlm.pruning.select import best, diverse
 
 EXPORTED = ("llava", "pixtral", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 
@@ -137,12 +138,14 @@ def test_a_diverged_twig_is_not_exported(tmp_path):
 
 @pytest.mark.parametrize("name", ["llava", "llava_onevision", "pixtral"])
 @pytest.mark.parametrize("pruning_head", [True, False])
-def test_the_ranking_of_scout_mode_is_the_twig_s(tmp_path, name, pruning_head):
+@pytest.mark.parametrize("select", [best, diverse])
+def test_the_ranking_of_scout_mode_is_the_twig_s(tmp_path, name, pruning_head, select):
     model = grown(name, pruning_head=pruning_head)
     inputs = families.prompt(model.model, name, "images")
-    output = model.generate(**inputs, keep=9, scout=True, max_new_tokens=1, return_dict_in_generate=True)
+    pruning = {"keep": 9, "scout": True, "diverse": select is diverse}
+    output = model.generate(**inputs, **pruning, max_new_tokens=1, return_dict_in_generate=True)
     prompt = model.base.prompt(**inputs)
     ranking = Ranking(export(model, tmp_path), torch.float32, torch.device("cpu"))
     visual = prompt.visual_mask[0]
-    kept = ranking(prompt.hidden[0], visual, 9)
+    kept = ranking(prompt.hidden[0], visual, 9, select)
     assert torch.equal(visual.nonzero()[:, 0][kept], output.kept_indices[0])

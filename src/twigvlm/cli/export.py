@@ -44,6 +44,10 @@ class Export:
 
     def run(self) -> None:
         """Export, and print the command line of vLLM and the same in Python."""
+        print(self.write())
+
+    def write(self) -> Commands:
+        """Export; how vLLM serves that."""
         from twigvlm.cli.output import busy, check_directory
         from twigvlm.cli.session import load_base
         from twigvlm.integrations.vllm.bases import is_readable, save_base
@@ -77,7 +81,7 @@ class Export:
         overrides = None
         if self.scout_retain is not None:
             overrides = scout_overrides(model, processor, str(self.out), self.scout_retain, self.scout_diverse)
-        print(instructions(name, str(self.out), base.config, self.tokens, overrides))
+        return commands(name, str(self.out), base.config, self.tokens, overrides)
 
 
 def scout_overrides(
@@ -116,8 +120,27 @@ def scout_overrides(
     return {"architectures": [SCOUT_LLAVA], "mrope_section": [0, 0, 0], "twig_scout": settings}
 
 
-def instructions(base: str, drafter: str, config: Any, tokens: int, overrides: dict[str, Any] | None = None) -> str:
-    """How to serve a base with an exported twig: the command line of vLLM, and the same in Python.
+@dataclass(frozen=True)
+class Commands:
+    """How vLLM serves a base with an exported twig."""
+
+    drafter: str
+    environment: dict[str, str]
+    """Variables that it needs."""
+    serve: list[str]
+    """Its command line."""
+    python: list[str]
+    """The same as lines of Python."""
+
+    def __str__(self) -> str:
+        shell = [*(f"{name}={value}" for name, value in self.environment.items()), *map(shlex.quote, self.serve)]
+        python = [f'import os\nos.environ["{name}"] = "{value}"' for name, value in self.environment.items()]
+        lines = [f"Drafter: {self.drafter}", "", "Serve:", " ".join(shell), "", "In Python:", *python, *self.python]
+        return "\n".join(lines)
+
+
+def commands(base: str, drafter: str, config: Any, tokens: int, overrides: dict[str, Any] | None = None) -> Commands:
+    """How to serve a base with an exported twig.
 
     Args:
         base: what vLLM loads.
@@ -143,7 +166,4 @@ def instructions(base: str, drafter: str, config: Any, tokens: int, overrides: d
     if overrides:
         command += ["--hf-overrides", json.dumps(overrides)]
         arguments.append(f"hf_overrides={overrides!r}")
-    shell = [*(f"{name}={value}" for name, value in environment.items()), *map(shlex.quote, command)]
-    python = [f'import os\nos.environ["{name}"] = "{value}"' for name, value in environment.items()]
-    python += ["from vllm import LLM", f"llm = LLM({', '.join(arguments)})"]
-    return f"Drafter: {drafter}\n\nServe:\n{' '.join(shell)}\n\nIn Python:\n" + "\n".join(python)
+    return Commands(drafter, environment, command, ["from vllm import LLM", f"llm = LLM({', '.join(arguments)})"])

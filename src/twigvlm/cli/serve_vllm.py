@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shlex
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from twigvlm.cli.export import Export
 from twigvlm.config import PruningConfig
 from twigvlm.errors import TwigVLMError
+from twigvlm.files import replacing
 from twigvlm.serving.limits import Limits
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ def serve_with_vllm(
         TwigVLMError: vLLM or the export is not there, or an option does not apply to vLLM.
     """
     folder = check_applies(options, folder)
-    if find_spec("twigvlm.integrations") is None or find_spec("twigvlm.integrations.vllm") is None:
-        raise TwigVLMError("engine 'vllm': this version of twigvlm has no export for vLLM; leave --engine out")
     program = shutil.which("vllm")
     if program is None:
         raise TwigVLMError("engine 'vllm': there is no command 'vllm'; install vLLM, or leave --engine out")
@@ -56,41 +55,42 @@ def check_applies(options: ServiceOptions, folder: Path | None) -> Path:
     """The directory of the export; raises TwigVLMError where vLLM could not do what the options say."""
     if folder is None:
         raise TwigVLMError("engine 'vllm': needs --export DIRECTORY, where the twig is exported to")
-    idle = options.pruning == PruningConfig() and options.limits == Limits() and options.speculate is None
-    if not idle or options.allow_image_host:
+    pruning = options.pruning
+    if pruning != PruningConfig(retain=pruning.retain, scout=pruning.active, diverse=pruning.diverse):
         raise TwigVLMError(
-            "engine 'vllm': options for pruning, speculation, limits and image hosts do not apply to vLLM; leave out either "
-            "them or --engine"
+            "engine 'vllm': prunes in scout mode alone, by an average; add --scout and --retain, and leave other options of "
+            "pruning out, or leave --engine out"
+        )
+    if options.limits != Limits() or options.speculate is not None or options.allow_image_host:
+        raise TwigVLMError(
+            "engine 'vllm': options for speculation, limits and image hosts do not apply to vLLM; leave out either them or "
+            "--engine"
         )
     return folder
 
 
 def export(options: ServiceOptions, folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Export base and twig unless that was done before; the environment and arguments of `vllm` that `export` prints.
+    """Export base and twig unless that was done before; the environment and arguments of `vllm`.
 
     Args:
         options: of the command.
         folder: for both.
+
+    Raises:
+        TwigVLMError: the directory holds the export of another model, or what `twigvlm export vllm` raises.
     """
-    import contextlib
-    import io
-
-    from twigvlm.cli.export import Export  # type: ignore[import-not-found, unused-ignore]
-
-    base, drafter = folder / "base", folder / "drafter"
-    printed, note = io.StringIO(), folder / "command.txt"
+    pruning = options.pruning
+    wanted = {"model": options.model, "twig": options.twig, "dtype": options.dtype}
+    wanted |= {"scout_retain": pruning.retain, "scout_diverse": pruning.diverse}
+    note = folder / "export.json"
     if not note.exists():
-        with contextlib.redirect_stdout(printed):
-            Export(to="vllm", out=drafter, twig=options.twig, model=options.model, base=base, dtype=options.dtype).run()
-        note.write_text(printed.getvalue())
-    return vllm_command(note.read_text(), note)
-
-
-def vllm_command(printed: str, source: Path) -> tuple[dict[str, str], list[str]]:
-    """Environment and arguments of the command line that `twigvlm export vllm` printed."""
-    line = next((line for line in printed.splitlines() if " serve " in f" {line}"), "")
-    words = shlex.split(line)
-    if "vllm" not in words:
-        raise TwigVLMError(f"{str(source)!r}: has no command line of vLLM; remove the directory, and try again")
-    start = words.index("vllm")
-    return dict(word.split("=", 1) for word in words[:start]), words[start + 1 :]
+        made = Export(to="vllm", out=folder / "drafter", base=folder / "base", **wanted).write()
+        with replacing(note) as temporary:  # written last: an export that was stopped is refused as incomplete
+            temporary.write_text(json.dumps({"of": wanted, "environment": made.environment, "serve": made.serve}))
+    found = json.loads(note.read_text())
+    other = [name for name, value in wanted.items() if found["of"][name] != value]
+    if other:
+        raise TwigVLMError(
+            f"export {str(folder)!r}: holds an export with other options ({', '.join(other)}); name another directory"
+        )
+    return found["environment"], found["serve"][1:]
