@@ -79,12 +79,20 @@ def export(options: ServiceOptions, folder: Path) -> tuple[dict[str, str], list[
     Raises:
         TwigVLMError: the directory holds the export of another model, or what `twigvlm export vllm` raises.
     """
-    pruning = options.pruning
-    wanted = {"model": options.model, "twig": options.twig, "dtype": options.dtype}
-    wanted |= {"scout_retain": pruning.retain, "scout_diverse": pruning.diverse}
+    asked = Export(
+        to="vllm",
+        out=folder / "drafter",
+        base=folder / "base",
+        twig=options.twig,
+        model=options.model,
+        scout_retain=options.pruning.retain,
+        scout_diverse=options.pruning.diverse,
+        dtype=options.dtype,
+    )
+    wanted = {name: getattr(asked, name) for name in ("model", "twig", "scout_retain", "scout_diverse", "dtype")}
     note = folder / "export.json"
     if not note.exists():
-        made = Export(to="vllm", out=folder / "drafter", base=folder / "base", **wanted).write()
+        made = asked.write()
         with replacing(note) as temporary:  # written last: an export that was stopped is refused as incomplete
             temporary.write_text(json.dumps({"of": wanted, "environment": made.environment, "serve": made.serve}))
     found = json.loads(note.read_text())
