@@ -53,7 +53,7 @@ QUESTIONS = {
     VALIDATION: "--split validation --count 0 --descriptions 40 --long 10",
 }
 METHODS = (
-    "twig refocus:0.8 scout attention fastv pyramiddrop sparsevlm sparsevlm-v2 mustdrop visionzip fastervlm divprune scope dart "
+    "twig diverse refocus:0.8 scout attention fastv pyramiddrop sparsevlm sparsevlm-v2 mustdrop visionzip fastervlm divprune scope dart "
     "vispruner cdpruner prunesid holov prumerge+ random:0"
 )
 PAGES = {
@@ -72,13 +72,13 @@ PAGES = {
     "accuracy": [
         Section(
             "Short answers",
-            "The shipped twig.",
-            _evaluate("accuracy", SHORT, "--methods twig --budgets 192 128 64 48"),
+            "The shipped twig: the tokens with the highest scores, and those that also differ from each other (`diverse`).",
+            _evaluate("accuracy", SHORT, "--methods twig diverse --budgets 192 128 64 48"),
         ),
         Section(
             "Long answers",
-            "The choice made once at the end of the prompt, and the choice that is made again while the answer grows.",
-            _evaluate("accuracy", LONG, "--methods twig refocus:0.8 --budgets 128 64"),
+            "Choices made once at the end of the prompt, and the choice that is made again while the answer grows.",
+            _evaluate("accuracy", LONG, "--methods twig diverse refocus:0.8 --budgets 128 64"),
         ),
         Section(
             "When to choose again, on the validation split",
@@ -101,14 +101,16 @@ PAGES = {
                 "speed",
                 LONG,
                 "--kinds description rows halves --limit 30 --repeats 1 --refocus 0.8 --budgets 64 "
-                "--systems chain auto 'pruning + auto' 'refocus + auto'",
+                "--systems chain 'pruning + auto' 'diverse + auto' 'refocus + auto'",
             ),
         ),
         Section(
             "Short answers",
             "One prompt at a time.",
             _evaluate(
-                "speed", SHORT, "--kinds --limit 40 --repeats 1 --budgets 64 --systems chain auto 'pruning + auto'"
+                "speed",
+                SHORT,
+                "--kinds --limit 40 --repeats 1 --budgets 64 --systems chain 'pruning + auto' 'diverse + auto'",
             ),
         ),
     ],

@@ -91,6 +91,8 @@ def standard_systems(
         System("pruning + tree", options={"retain": retain, **tree}, same_as="pruning"),
         System("pruning + auto", options={"retain": retain, "speculate": "auto"}, same_as="pruning"),
         System("pruning + lookup", options={"retain": retain, **lookup}, same_as="pruning"),
+        System("diverse", options={"retain": retain, "diverse": True}),
+        System("diverse + auto", options={"retain": retain, "diverse": True, "speculate": "auto"}, same_as="diverse"),
     ]
     if refocus is not None:
         again = {"retain": retain, "refocus": refocus}

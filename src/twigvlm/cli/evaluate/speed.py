@@ -30,8 +30,8 @@ class EvaluateSpeed(BaselineOptions):
     tree_nodes: int = SpeculationConfig.tree_nodes
     systems: Annotated[tuple[str, ...], arg(aliases=("--contenders",))] = ()
     """What to time in addition to the baselines: "own loop", pruning, chain, tree, auto, lookup, exit,
-    "pruning + chain", "pruning + tree", "pruning + auto", "pruning + lookup", "HF prompt lookup", with assistant also "HF
-    assistant", and with refocus also refocus, "refocus + chain", "refocus + auto". None given: all."""
+    "pruning + chain", "pruning + tree", "pruning + auto", "pruning + lookup", diverse, "diverse + auto", "HF prompt lookup",
+    with assistant also "HF assistant", and with refocus also refocus, "refocus + chain", "refocus + auto". None given: all."""
     refocus: float | None = None
     assistant: str | None = None
     """Small vision-language model of the base's vocabulary, a Hugging Face id or a directory, which drafts for the base's own
