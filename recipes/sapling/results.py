@@ -53,8 +53,8 @@ QUESTIONS = {
     VALIDATION: "--split validation --count 0 --descriptions 40 --long 10",
 }
 METHODS = (
-    "twig diverse refocus:0.8 scout attention fastv pyramiddrop sparsevlm sparsevlm-v2 mustdrop visionzip fastervlm divprune scope dart "
-    "vispruner cdpruner prunesid holov prumerge+ random:0"
+    "twig diverse refocus:0.8 scout attention fastv pyramiddrop sparsevlm sparsevlm-v2 mustdrop visionzip fastervlm divprune "
+    "scope dart vispruner cdpruner prunesid holov prumerge+ random:0"
 )
 PAGES = {
     "sapling": [
