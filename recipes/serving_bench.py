@@ -36,12 +36,11 @@ from recipes.sapling.scenes import Scene, make_scene
 from recipes.sapling.turns import Turn
 from recipes.serving_client import serving, stream
 
-PAGE = Path(__file__).parents[1] / "docs" / "results" / "serving.md"
 CLIENTS = (1, 4, 16, 64)
 SETTINGS: dict[str, dict[str, Any]] = {
     "no twig": {"speculate": "none", "retain": None},
     "chains, exact": {"speculate": "chain", "retain": None},
-    "pruned to R̄ 64, chains": {"speculate": "chain", "retain": 64},
+    "pruned to R̄ 64, chains": {"speculate": "chain", "retain": 64, "diverse": True},
 }
 
 
@@ -226,12 +225,12 @@ def keep(folder: Path, name: str, figures: Any) -> None:
 
 
 def report(folder: Path) -> None:
-    """Write the page from what was measured."""
-    from recipes.serving_report import page
+    """Write the page from what was measured; what it says above its first heading stays."""
+    from recipes.sapling.results import wrapped, write
+    from recipes.serving_report import sections
 
     found = {path.stem: json.loads(path.read_text())["figures"] for path in sorted(folder.glob("*.json"))}
-    PAGE.write_text(page(found))
-    print(PAGE)
+    write("serving", [wrapped(section) for section in sections(found)])
 
 
 @dataclass(frozen=True)

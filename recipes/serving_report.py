@@ -1,23 +1,17 @@
-"""The page docs/results/serving.md, from the figures of `recipes.serving_bench`."""
+"""What stands on docs/results/serving.md below its first heading, from the figures of `recipes.serving_bench`."""
 
 from typing import Any
 
 
-def page(found: dict[str, Any]) -> str:
-    """The page.
+def sections(found: dict[str, Any]) -> list[str]:
+    """Load, soak and faults, each with its heading.
 
     Args:
         found: figures by the name of what was measured; what was not measured is left out.
     """
-    parts = [
-        "# Serving",
-        "Sapling in float32 behind `twigvlm serve`, on test scenes: of each scene three short questions and a description. "
-        "Commands: `recipes/serving_bench.py`. Exact: short answers that are right; objects: named in descriptions "
-        "(recall/precision); texts: signs that descriptions quote right; all in %.",
-    ]
-    single = found.get("baseline")
+    parts = []
     if "load" in found:
-        parts += ["## Load", _load(found["load"], single)]
+        parts += ["## Load", "`baseline` and `load`:", _load(found["load"], found.get("baseline"))]
     if "soak" in found:
         soak = found["soak"]
         parts += ["## Soak", (
@@ -44,7 +38,7 @@ def page(found: dict[str, Any]) -> str:
         )
     if faults:
         parts += ["## Faults", "\n".join(faults)]
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def _load(rows: list[dict[str, Any]], single: dict[str, Any] | None) -> str:

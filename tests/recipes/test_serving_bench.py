@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("psutil")
 
 from recipes import serving_bench
-from recipes.serving_report import page
+from recipes.serving_report import sections
 
 
 def test_the_page_shows_what_was_measured_and_nothing_else():
@@ -13,7 +13,7 @@ def test_the_page_shows_what_was_measured_and_nothing_else():
     row = {"setting": "no twig", "clients": 4, "requests": 10, "failed": 0, "seconds": 5.0, "tokens": 100}
     row |= {"first p50": 0.5, "first p95": 0.9, "megabytes": 1.0, "quality": right}
     single = {"requests": 10, "seconds": 10.0, "tokens": 100, "quality": right}
-    shown = page({"baseline": single, "load": [row]})
+    shown = "\n".join(sections({"baseline": single, "load": [row]}))
     assert "| no twig | 4 | 0 | 2.00 | 20.0 | 2.00 | 0.50, 0.90 | 90.0 | 80.0/70.0 | 60.0 |" in shown
     assert "Soak" not in shown
     assert "Faults" not in shown
