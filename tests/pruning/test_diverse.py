@@ -55,12 +55,12 @@ def test_of_twins_one_stays():
 
 
 def test_rows_choose_alone_and_text_is_never_chosen():
-    scores, states = torch.rand(2, 8), torch.randn(2, 8, 4)
-    visual = torch.tensor([[True] * 6 + [False] * 2, [False] * 3 + [True] * 5])
-    together = diverse(scores, states, visual, [3, 5])
-    assert together.sum(dim=1).tolist() == [3, 5]
+    scores, states = torch.rand(3, 8), torch.randn(3, 8, 4)
+    visual = torch.tensor([[True] * 6 + [False] * 2, [False] * 3 + [True] * 5, [False] * 8])
+    together = diverse(scores, states, visual, [3, 5, 0])
+    assert together.sum(dim=1).tolist() == [3, 5, 0]
     assert not (together & ~visual).any()
-    for row, keep in enumerate((3, 5)):
+    for row, keep in enumerate((3, 5, 0)):
         part = slice(row, row + 1)
         assert torch.equal(diverse(scores[part], states[part], visual[part], [keep]), together[part])
 

@@ -85,6 +85,8 @@ def diverse(
     """
     chosen = torch.zeros_like(visual_mask)
     for row, count in enumerate(keep):
+        if not count:
+            continue
         places = visual_mask[row].nonzero()[:, 0]
         quality = scores[row, places].float().nan_to_num(nan=0.0).clamp(min=0)
         quality = (quality / quality.max().clamp(min=_TINY)).clamp(min=_LEAST).sqrt()
