@@ -7,7 +7,7 @@ python -m recipes.serving_bench hostile    # 10,000 malformed and hostile reques
 python -m recipes.serving_bench kills      # 50 times kill -9 of `twigvlm batch`
 python -m recipes.serving_bench report     # the page, of what has been measured
 
-Each keeps its figures in `--folder`. Measure on a machine that does nothing else.
+Each keeps its figures in `--folder`; a stopped load test goes on. Measure on a machine that does nothing else.
 """
 
 import base64
@@ -119,12 +119,16 @@ def baseline(folder: Path, count: int) -> None:
 
 def load(folder: Path, count: int) -> None:
     """Clients that ask one question after another, for each setting and number of clients."""
-    found: list[dict[str, Any]] = []
+    kept = folder / "load.json"
+    found: list[dict[str, Any]] = json.loads(kept.read_text())["figures"] if kept.exists() else []
+    done = {(row["setting"], row["clients"]) for row in found}
     asked = questions(count)
-    with serving() as (address, process):
+    with serving("--waiting-seconds", "600") as (address, process):
         for name, options in SETTINGS.items():
             stream(address, asked[0].body(**options))
             for clients in CLIENTS:
+                if (name, clients) in done:
+                    continue
                 start = time.perf_counter()
                 with ThreadPoolExecutor(clients) as pool:
                     results = list(pool.map(lambda ask, o=options: stream(address, ask.body(**o)), asked))
