@@ -72,8 +72,8 @@ PAGES = {
     "accuracy": [
         Section(
             "Short answers",
-            "The shipped twig: the tokens with the highest scores, and those that also differ from each other (`diverse`). Beside it "
-            "the two methods without training that come nearest to it.",
+            "The shipped twig: the tokens with the highest scores, and those that also differ from each other (`diverse`). "
+            "Beside it the two methods without training that come nearest to it.",
             _evaluate("accuracy", SHORT, "--methods twig diverse divprune cdpruner --budgets 192 64 48"),
         ),
         Section(
