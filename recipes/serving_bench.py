@@ -141,6 +141,7 @@ def load(folder: Path, count: int) -> None:
                     "first p95": first[int(0.95 * (len(first) - 1))], "megabytes": process.memory_info().rss / 1e6,
                     "quality": quality(asked, [result.text for result in results]),
                 })  # fmt: skip
+                found.sort(key=lambda row: (list(SETTINGS).index(row["setting"]), row["clients"]))
                 keep(folder, "load", found)
 
 
