@@ -170,29 +170,21 @@ class Policy(nn.Module):
             scores = log_visual_attention(twig.layers[-1], last_input, token_inputs, query, twig.pruning_head)
         loss = scores[query.visible].sum() * 0.0  # a batch without an image has a gradient too
         samples = query.visible.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
-        cases, drawn = [], []
+        drawn = [
+            one for row in samples if (one := self._draw(row, labels, query, scores, level, generator)) is not None
+        ]
+        cases = [case for case, _, _ in drawn]
         figures: dict[str, list[Tensor]] = defaultdict(list)
-        for row in samples:
-            visible, asking = query.visible[row, 0], int(query.queries[row, 0])
-            log_scores, positions = scores[row, 0][visible], query.visual[row][visible]
-            visual = len(positions)
-            keep = self.keep(level, visual)
-            if keep is None:
-                continue
-            actions = plackett_luce.sample(log_scores.detach(), config.group, keep, generator)
-            drawn.append((log_scores, actions))
-            length = answer_length(labels[row], asking)
-            end = asking + (length if config.span is None else min(length, config.span))
-            cases.append(Case(row, end, labels[row, asking + 1 : end + 1], positions[actions]))
-            figures["keep"].append(torch.tensor(float(keep)))
-            average = average_kept(keep, visual, base.num_layers, self.trunk, self.final_wipe)
-            figures["retain"].append(torch.tensor(average))
         rewarded = answer_likelihoods(
             base, hidden, prompt.visual_mask, token_inputs, masks, cases, self.trunk, self.final_wipe, config.chunk
         )
-        for (log_scores, actions), rewards in zip(drawn, rewarded, strict=True):
+        for (case, log_scores, actions), rewards in zip(drawn, rewarded, strict=True):
             relative = advantages(rewards)
             loss = loss + policy_loss(plackett_luce.log_probability(log_scores, actions), relative) / len(labels)
+            keep = case.kept.shape[1]
+            average = average_kept(keep, len(log_scores), base.num_layers, self.trunk, self.final_wipe)
+            figures["keep"].append(torch.tensor(float(keep)))
+            figures["retain"].append(torch.tensor(average))
             figures["reward"].append(rewards.mean())
             figures["reward_spread"].append(rewards.std())
             figures["advantage_spread"].append(relative.std())
@@ -208,6 +200,26 @@ class Policy(nn.Module):
             terms["attention_kl"] = divergence.detach()
             loss = loss + weight * divergence * len(samples) / len(labels)
         return {"loss": loss, **terms}
+
+    def _draw(
+        self,
+        row: int,
+        labels: Int[Tensor, "batch tokens"],
+        query: VisualQuery,
+        scores: Float[Tensor, "batch queries visual"],
+        level: float,
+        generator: torch.Generator,
+    ) -> tuple[Case, Float[Tensor, " visual"], Int[Tensor, "group keep"]] | None:
+        """Prunings of a sample, the log-scores that they are drawn by, and the draws; None: it cannot have the budget."""
+        visible, asking = query.visible[row, 0], int(query.queries[row, 0])
+        log_scores, positions = scores[row, 0][visible], query.visual[row][visible]
+        keep = self.keep(level, len(positions))
+        if keep is None:
+            return None
+        actions = plackett_luce.sample(log_scores.detach(), self.settings.group, keep, generator)
+        length, span = answer_length(labels[row], asking), self.settings.span
+        end = asking + (length if span is None else min(length, span))
+        return Case(row, end, labels[row, asking + 1 : end + 1], positions[actions]), log_scores, actions
 
     def _draw_budget(self, step: int) -> int:
         config = self.settings
