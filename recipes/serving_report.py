@@ -11,7 +11,11 @@ def sections(found: dict[str, Any]) -> list[str]:
     """
     parts = []
     if "load" in found:
-        parts += ["## Load", "Streams of clients that ask one question after another.", _load(found["load"], found.get("baseline"))]
+        parts += [
+            "## Load",
+            "Streams of clients that ask one question after another.",
+            _load(found["load"], found.get("baseline")),
+        ]
     if "soak" in found:
         soak = found["soak"]
         parts += ["## Soak", (

@@ -101,17 +101,25 @@ PAGES = {
             _evaluate(
                 "speed",
                 LONG,
-                "--kinds description rows halves --limit 20 --repeats 1 --refocus 0.8 --budgets 64 "
-                "--systems chain 'pruning + auto' 'diverse + auto' 'refocus + auto'",
+                "--kinds description rows halves --limit 30 --repeats 1 --refocus 0.8 --budgets 64 "
+                "--systems chain auto 'pruning + auto' 'refocus + auto'",
             ),
         ),
         Section(
             "Short answers",
             "One prompt at a time.",
             _evaluate(
+                "speed", SHORT, "--kinds --limit 40 --repeats 1 --budgets 64 --systems chain auto 'pruning + auto'"
+            ),
+        ),
+        Section(
+            "Kept tokens that differ",
+            "The same descriptions and long lists, with both ways to choose the kept tokens.",
+            _evaluate(
                 "speed",
-                SHORT,
-                "--kinds --limit 40 --repeats 1 --budgets 64 --systems chain 'pruning + auto' 'diverse + auto'",
+                LONG,
+                "--kinds description rows halves --limit 20 --repeats 1 --budgets 64 "
+                "--systems 'pruning + auto' 'diverse + auto'",
             ),
         ),
     ],
