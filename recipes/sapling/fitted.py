@@ -1,14 +1,13 @@
 r"""Budgets fitted to the question, against one budget for all, at the same average R̄.
 
-A fitted budget keeps visual tokens until they hold a share c of the twig's scores, between the least and the largest budget that
-`twigvlm evaluate accuracy` asked under; c is such that the budgets' average is the fixed one's.
+A fitted budget keeps visual tokens until they hold a share c of the twig's scores, between the least and the largest budget;
+c is such that the budgets' average is the fixed one's. The questions are asked under every budget by `twigvlm evaluate accuracy`.
 
-    twigvlm evaluate accuracy --questions runs/validation/questions.json --output runs/budgets --methods twig \
-        --budgets 40 52 64 80 104
-    python -m recipes.sapling.fitted --questions runs/validation/questions.json --results runs/budgets/results.jsonl
+    python -m recipes.sapling.fitted --questions runs/validation/questions.json --output runs/budgets --budgets 40 52 64 80 104
 """
 
-import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,13 @@ import torch
 import tyro
 
 from twigvlm import sapling
+from twigvlm.cli.evaluate.options import RAW
 from twigvlm.cli.output import steps
 from twigvlm.cli.session import build_inputs
 from twigvlm.evaluation.metrics import bootstrap_interval, relative_accuracy
 from twigvlm.evaluation.questions import Question, load_questions
 from twigvlm.evaluation.report import percent, span, table
+from twigvlm.evaluation.results_log import answered, read_records
 from twigvlm.evaluation.variants import score_all
 from twigvlm.model import TwigVLM
 
@@ -55,8 +56,18 @@ def calibrate(covered: Sequence[Sequence[float]], budgets: Sequence[float], aver
 @dataclass(frozen=True)
 class Options:
     questions: Path
-    results: Path
-    """Raw results of `twigvlm evaluate accuracy --methods twig` with several budgets."""
+    output: Path
+    """Directory for raw results; a stopped run goes on there."""
+    budgets: tuple[float, ...]
+    """R̄, the least and the largest of which bound the fitted ones."""
+
+
+def ask(options: Options) -> None:
+    """Ask every question under every budget."""
+    command = [sys.executable, "-m", "twigvlm", "evaluate", "accuracy", "--methods", "twig"]
+    command += ["--questions", str(options.questions), "--output", str(options.output)]
+    command += ["--budgets", *(f"{budget:g}" for budget in options.budgets)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def read(options: Options) -> tuple[list[float], list[Asked]]:
@@ -64,8 +75,7 @@ def read(options: Options) -> tuple[list[float], list[Asked]]:
     base, processor = sapling.load()
     model = TwigVLM.from_pretrained(base, sapling.twig_path())
     questions = {one.id: one for one in load_questions(options.questions).items if one.objects is None}
-    records = [json.loads(line) for line in options.results.read_text().splitlines()]
-    records = [record for record in records if record.get("id") in questions and "score" in record]
+    records = [record for record in answered(read_records(options.output / RAW)) if record["id"] in questions]
     names = sorted((name for name in records[0]["score"] if name != "none"), key=_budget)
     asked = []
     with torch.inference_mode(), steps("Scoring", len(records)) as advance:
@@ -86,6 +96,7 @@ def _budget(name: str) -> float:
 
 
 def main(options: Options) -> None:
+    ask(options)
     budgets, asked = read(options)
     covered, plain = [one.covered for one in asked], [one.plain for one in asked]
     pictures = [one.question.image for one in asked]

@@ -91,7 +91,7 @@ PAGES = {
         Section(
             "Budgets fitted to the question",
             "Short answers: as many tokens as hold a share of the twig's scores, against as many for every question.",
-            f"python -m recipes.sapling.fitted --questions {SHORT}/questions.json --results {RUNS}/accuracy-0/results.jsonl",
+            f"python -m recipes.sapling.fitted --questions {SHORT}/questions.json --output {RUNS}/fitted --budgets 192 128 64 48",
         ),
     ],
     "speed": [
