@@ -15,7 +15,7 @@ from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.random import RandomScores
 from twigvlm.pruning.methods.twig import TwigPruner
-from twigvlm.pruning.select import top_visual
+from twigvlm.pruning.select import best_of_each_image, top_visual
 from twigvlm.speculation.costs import StepCosts
 
 WAYS = {
@@ -127,7 +127,7 @@ def test_a_fork_looks_again_by_the_twig_s_own_ranking_alone():
     others = (
         ThreeCuts(),
         replace(own, scorer=RandomScores()),
-        replace(own, per_image=True),
+        replace(own, select=best_of_each_image),
         replace(own, trunk_layers=3),
         None,
     )
