@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
@@ -38,6 +39,12 @@ class ServiceOptions(ModelOptions):
             limits: None: those of the options.
         """
         check_installed()
+        # In a thread that ends: OpenMP keeps threads for each one that has computed, and where there are more of them than
+        # cores, those of the worker no longer spin between two products, which doubles the time of a token.
+        with ThreadPoolExecutor(1) as loading:
+            return loading.submit(self._open_service, limits or self.limits).result()
+
+    def _open_service(self, limits: Limits) -> Service:
         from twigvlm.cli.session import SessionConfig, open_session
         from twigvlm.model import TwigVLM
         from twigvlm.serving.fetch import Fetcher
@@ -57,7 +64,7 @@ class ServiceOptions(ModelOptions):
             session.processor,
             self.name or self.model,
             defaults,
-            limits or self.limits,
+            limits,
             fetcher,
             has_twig=twig is not None,
         )
