@@ -195,7 +195,8 @@ def continued(command: str) -> str:
 
 def shown(section: Section, figures: str) -> str:
     """A section of a page."""
-    return f"## {section.title}\n\n{section.says}\n\n```bash\n{continued(section.command)}\n```\n\n{wrapped(figures.strip())}"
+    command = f"```bash\n{continued(section.command)}\n```"
+    return "\n\n".join([f"## {section.title}", fill(section.says), command, wrapped(figures.strip())])
 
 
 def write(page: str, sections: list[str]) -> None:

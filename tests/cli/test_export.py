@@ -46,6 +46,7 @@ def test_a_sharded_base_has_its_index_renamed(tmp_path):
     ("arguments", "words"),
     [
         ((), ("'sapling'", "--base")),
+        (("--scout-diverse",), ("scout_diverse", "--scout-retain")),
         (("--model", "BASE"), ("--twig",)),
         (("--model", "BASE", "--twig", "TWIG"), ("newer transformers", "--base")),
         (("--model", "BASE", "--twig", "TWIG", "--base", "BASE"), ("exists already",)),

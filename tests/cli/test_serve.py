@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 
 import pytest
 
 from twigvlm.cli.main import main
+from twigvlm.cli.serving import ServiceOptions
+from twigvlm.cli.session import open_session
 
 pytest.importorskip("uvicorn")
 
@@ -107,3 +110,20 @@ def test_vllm_takes_over_with_the_export(vllm, refused, tmp_path, base_directory
     assert environment["VLLM_API_KEY"] == "secret"
     assert "secret" not in arguments
     refused("serve", *model, words=["other options (scout_retain, scout_diverse)", "another directory"])
+
+
+def test_the_thread_that_loads_the_model_ends(monkeypatch, base_directory, twig_directory):
+    """OpenMP keeps threads for each one that has computed; idle ones would hold up those of the worker."""
+    loading = []
+
+    def record(*arguments):
+        loading.append(threading.current_thread())
+        return open_session(*arguments)
+
+    monkeypatch.setattr("twigvlm.cli.session.open_session", record)
+    service = ServiceOptions(model=str(base_directory), twig=str(twig_directory)).open_service()
+    try:
+        (thread,) = loading
+        assert not thread.is_alive()
+    finally:
+        service.stop()

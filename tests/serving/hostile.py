@@ -16,6 +16,7 @@ _ODD = [
 _FIELDS = [
     "model", "messages", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed",
     "stop", "response_format", "retain", "keep", "final_wipe", "refocus", "pruner", "speculate", "details", "tools", "logprobs",
+    "scout", "diverse", "retain_per_image",
     "chat_template", "chat_template_kwargs", "functions", "logit_bias", "user", "__class__", "top_logprobs", "audio",
 ]  # fmt: skip
 

@@ -119,6 +119,19 @@ def test_details_tell_origins_and_kept_patches(client):
     assert streamed == details["kept"]
 
 
+def test_requests_choose_how_tokens_are_kept(client, service):
+    """Scouting keeps the same tokens as the cut after layer K, at its own price, and each request has its own options."""
+    plain, diverse, scouted = (
+        ask(client, "look", [picture()], extra={"details": True, "keep": 5, **options}, max_completion_tokens=4)
+        for options in ({}, {"diverse": True}, {"diverse": True, "scout": True})
+    )
+    assert diverse.choices[0].twigvlm["kept"] == scouted.choices[0].twigvlm["kept"]
+    averages = [one.usage.prompt_tokens_details.average_visual_tokens for one in (plain, diverse, scouted)]
+    assert averages[0] == averages[1] != averages[2]
+    with pytest.raises(APIStatusError, match="give only one of them"):
+        ask(client, "look", [picture()], extra={"keep": 5, "diverse": True, "retain_per_image": True})
+
+
 def _details(chunk):
     return getattr(chunk.choices[0], "twigvlm", {})
 
