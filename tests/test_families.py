@@ -104,17 +104,15 @@ def test_pruning_hides_tokens_and_nothing_else(name, kind, keep):
     # an answer of placeholders would be a prompt of placeholders to the reference
     model, inputs, recorded = grown(name), inputs_of(name, kind), Scores(IMAGE, VIDEO)
     keep = min(keep, visual_tokens(name, kind) - 1)
+    options = {"keep": keep, "final_wipe": 5, "final_share": 0.4, "scorer": RandomScores(keep)}
+    memory = PrefixCache()
+    model.generate(**inputs, **options, max_new_tokens=1, memory=memory)
     output = model.generate(
-        **inputs,
-        keep=keep,
-        final_wipe=5,
-        scorer=RandomScores(keep),
-        max_new_tokens=8,
-        logits_processor=[recorded],
-        return_dict_in_generate=True,
+        **inputs, **options, max_new_tokens=8, logits_processor=[recorded], return_dict_in_generate=True
     )
-    tokens = answer(output, inputs)
-    cuts, left = (Cut(TRUNK, keep), Cut(5, 0)), (output.kept_indices[0], output.kept_indices[0][:0])
+    tokens, kept = answer(output, inputs), output.kept_indices[0]
+    scores, late = memory.scores[options["scorer"]][0], int(0.4 * keep + 0.5)
+    cuts, left = (Cut(TRUNK, keep), Cut(5, late)), (kept, kept[scores[kept].topk(late).indices].sort().values)
     expected = logits_by_hiding(grown(name, "eager"), inputs, cuts, left, tokens[:-1])
     torch.testing.assert_close(torch.stack(recorded.rows), expected, rtol=1e-3, atol=1e-3)
     everything = logits_by_hiding(grown(name, "eager"), inputs, (), (), tokens[:-1])

@@ -9,6 +9,15 @@ from twigvlm import PruningConfig, SpeculationConfig, TwigConfig, TwigVLM, TwigV
 from twigvlm.pruning.methods.random import RandomScores
 
 
+class Unhashable:
+    """As a dataclass is that is not frozen."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, trunk):
+        raise AssertionError("it is refused before it is asked")
+
+
 @pytest.fixture(scope="module")
 def model():
     return TwigVLM.grow(tiny_llava(), TwigConfig(2, 2, final_wipe=5))
@@ -27,6 +36,10 @@ def model():
         ({"keep": 4, "final_wipe": 2}, "final_wipe=2: must be 3 to 6"),
         ({"keep": 4, "final_wipe": 7}, "final_wipe=7: must be 3 to 6"),
         ({"final_wipe": 4}, "final_wipe=4: needs a budget"),
+        ({"final_share": 0.5}, r"final_share=0\.5: needs a budget"),
+        ({"keep": 4, "final_share": 1.5}, r"final_share=1\.5: must be 0 to 1"),
+        ({"keep": 4, "scout": True, "final_share": 0.5}, r"scout and final_share=0\.5: give only one of them"),
+        ({"keep": 4, "scorer": Unhashable()}, "scorer=Unhashable: must be hashable"),
         ({"retain_per_image": True}, "retain_per_image=True: needs a budget"),
         ({"scorer": RandomScores()}, "scorer: needs a budget"),
         ({"speculate": "beam"}, "speculate='beam': must be one of none, chain, tree"),
@@ -114,6 +127,7 @@ def test_pruning_does_not_apply_while_disabled(model):
         (lambda: TwigConfig(twig_layers=0), "twig_layers=0: must be 1 or more"),
         (lambda: TwigConfig(draft_vocabulary=0), "draft_vocabulary=0: must be 1 or more"),
         (lambda: TwigConfig(final_wipe=2), "final_wipe=2: must be 3 or more"),
+        (lambda: TwigConfig(final_share=-0.5), r"final_share=-0\.5: must be 0 to 1"),
         (lambda: TwigConfig(init="first"), "init='first': must be one of next, last, random"),
         (lambda: TwigConfig(head="none"), "head='none': must be one of own, shared"),
         (lambda: SpeculationConfig(speculate="greedy"), "speculate='greedy'"),

@@ -7,9 +7,11 @@ from typing import Any
 from twigvlm.config import TwigConfig
 from twigvlm.training.options import Stage1Config, Stage2Config
 
-TEACHER, WIPE = 21, 24
+TEACHER, WIPE, SHARE = 21, 24, 0.15
 BUDGETS = (192.0, 128.0, 64.0, 48.0)
-TWIG = TwigConfig(init="last", head="shared", draft_vocabulary=1024, final_wipe=WIPE, pruning_head=True)
+TWIG = TwigConfig(
+    init="last", head="shared", draft_vocabulary=1024, final_wipe=WIPE, final_share=SHARE, pruning_head=True
+)
 
 
 @dataclass(frozen=True)

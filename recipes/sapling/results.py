@@ -21,7 +21,7 @@ from pathlib import Path
 import tyro
 
 from twigvlm import sapling
-from twigvlm.checkpoints.twig_files import WEIGHTS
+from twigvlm.checkpoints.twig_files import CONFIG, WEIGHTS
 from twigvlm.files import replacing
 from twigvlm.sapling import assemble
 
@@ -47,10 +47,10 @@ def _evaluate(what: str, questions: str, options: str) -> str:
 
 
 QUESTIONS = {
-    SHORT: "--split test --count 600 --descriptions 0",
-    LONG: "--split test --count 0 --descriptions 60 --long 15",
+    SHORT: "--split test --count 1000 --descriptions 0",
+    LONG: "--split test --count 0 --descriptions 200 --long 25",
     MIXED: "--split test --count 60 --descriptions 0",
-    VALIDATION: "--split validation --count 0 --descriptions 40 --long 10",
+    VALIDATION: "--split validation --count 160 --descriptions 40 --long 10",
 }
 METHODS = (
     "twig diverse refocus:0.8 scout attention fastv pyramiddrop sparsevlm sparsevlm-v2 mustdrop visionzip fastervlm divprune "
@@ -74,18 +74,30 @@ PAGES = {
             "Short answers",
             "The shipped twig: the tokens with the highest scores, and those that also differ from each other (`diverse`). "
             "Beside it the two methods without training that come nearest to it.",
-            _evaluate("accuracy", SHORT, "--methods twig diverse divprune cdpruner --budgets 192 64 48"),
+            _evaluate("accuracy", SHORT, "--methods twig diverse divprune cdpruner --budgets 192 128 64 48"),
         ),
         Section(
             "Long answers",
             "Choices made once at the end of the prompt, and the choice that is made again while the answer grows.",
-            _evaluate("accuracy", LONG, "--methods twig diverse refocus:0.8 --budgets 128 64"),
+            _evaluate("accuracy", LONG, "--methods twig diverse refocus:0.8 --budgets 192 64"),
         ),
         Section(
             "When to choose again, on the validation split",
             "The lower τ, the rarer a choice is made again.",
             _evaluate(
-                "accuracy", VALIDATION, "--methods twig refocus:0.6 refocus:0.7 refocus:0.8 refocus:0.9 --budgets 64"
+                "accuracy",
+                VALIDATION,
+                "--kinds description rows halves 'all signs' 'three questions' "
+                "--methods twig refocus:0.7 refocus:0.8 refocus:0.9 --budgets 64",
+            ),
+        ),
+        Section(
+            "What late layers see, on the validation split",
+            "Short answers and descriptions; with φ = 0 no picture at all behind layer K_f, as published.",
+            _evaluate(
+                "sweep",
+                VALIDATION,
+                "--method diverse --final-wipes 24 30 --final-shares 0 0.15 0.3 --budgets 192 64",
             ),
         ),
         Section(
@@ -216,9 +228,8 @@ def main(options: Options) -> None:
     for page in options.pages:
         if page not in PAGES:
             raise SystemExit(f"page {page!r}: must be one of {', '.join(PAGES)}")
-    weights = hashlib.sha256(
-        assemble.weights_file().read_bytes() + (sapling.twig_path() / WEIGHTS).read_bytes()
-    ).hexdigest()
+    files = (assemble.weights_file(), *(sapling.twig_path() / name for name in (WEIGHTS, CONFIG)))
+    weights = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     stamp = Path(RUNS) / "weights"
     if stamp.exists() and stamp.read_text() != weights:
         raise SystemExit(f"{RUNS}: holds figures of other weights; delete it")

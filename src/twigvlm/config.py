@@ -45,6 +45,8 @@ class TwigConfig:
     """V_d: number of different tokens that the twig can draft. It never changes the output. None: the base's whole vocabulary."""
     final_wipe: int | None = None
     """K_f the twig was tuned with: no visual token enters layers after K_f. None: no FinalWipe (K_f = L)."""
+    final_share: float = 0.0
+    """φ the twig was tuned with: the share of the kept visual tokens that layers after K_f still get. 0: none, as published."""
     pruning_head: bool = False
     """Whether the twig has a P-Head, which scores visual tokens in place of its last layer's attention (Eq. 7)."""
 
@@ -57,6 +59,7 @@ class TwigConfig:
             _at_least(1, draft_vocabulary=self.draft_vocabulary)
         if self.final_wipe is not None:
             _at_least(self.trunk_layers + 1, final_wipe=self.final_wipe)
+        check_final_share(self.final_share)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ class PruningConfig:
     keep: int | None = None
     """R: visual tokens kept in layers K+1..K_f, instead of an average."""
     final_wipe: int | None = None
-    """K_f: no visual token enters the layers after this one; the base's number of layers turns this off. None: the twig's own."""
+    """K_f: visual tokens leave after this layer; the base's number of layers turns this off. None: the twig's own."""
+    final_share: float | None = None
+    """φ: the share of the kept visual tokens, those with the highest scores, that stay after layer K_f. None: the twig's own."""
     retain_per_image: bool = False
     """Split the budget evenly among the images, or frames with text between them, instead of by scores alone."""
     refocus: float | None = None
@@ -88,6 +93,10 @@ class PruningConfig:
             self._check_pruner()
         if self.final_wipe is not None and not self.active:
             raise TwigVLMError(f"final_wipe={self.final_wipe}: needs a budget; give retain or keep too")
+        if self.final_share is not None:
+            check_final_share(self.final_share)
+            if not self.active:
+                raise TwigVLMError(f"final_share={self.final_share:g}: needs a budget; give retain or keep too")
         if self.retain_per_image and not self.active:
             raise TwigVLMError("retain_per_image=True: needs a budget; give retain or keep too")
         if self.scout:
@@ -106,9 +115,11 @@ class PruningConfig:
     def _check_pruner(self) -> None:
         if self.retain is None:
             raise TwigVLMError(f"pruner={self.pruner!r}: needs a budget; give retain")
-        others = ("keep", self.keep), ("final_wipe", self.final_wipe), ("refocus", self.refocus)
         for name, value in (
-            *others,
+            ("keep", self.keep),
+            ("final_wipe", self.final_wipe),
+            ("final_share", self.final_share),
+            ("refocus", self.refocus),
             ("retain_per_image", self.retain_per_image or None),
             ("scout", self.scout or None),
             ("diverse", self.diverse or None),
@@ -125,10 +136,11 @@ class PruningConfig:
     def _check_scout(self) -> None:
         if not self.active:
             raise TwigVLMError("scout=True: needs a budget; give retain or keep too")
-        if self.final_wipe is not None:
-            raise TwigVLMError(
-                f"scout and final_wipe={self.final_wipe}: give only one of them, since scouting keeps R tokens in all layers"
-            )
+        for name, value in (("final_wipe", self.final_wipe), ("final_share", self.final_share)):
+            if value is not None:
+                raise TwigVLMError(
+                    f"scout and {name}={value:g}: give only one of them, since scouting keeps R tokens in all layers"
+                )
         if self.refocus is not None:
             raise TwigVLMError(
                 f"scout and refocus={self.refocus:g}: give only one of them, since no layer holds the dropped tokens"
@@ -233,6 +245,12 @@ def check_coverage(refocus: float) -> None:
     """Raise TwigVLMError unless τ is more than 0 and at most 1."""
     if not 0 < refocus <= 1:
         raise TwigVLMError(f"refocus={refocus:g}: must be more than 0, and at most 1")
+
+
+def check_final_share(final_share: float) -> None:
+    """Raise TwigVLMError unless φ is 0 to 1."""
+    if not 0 <= final_share <= 1:
+        raise TwigVLMError(f"final_share={final_share:g}: must be 0 to 1")
 
 
 def _at_least(low: int, **option: int) -> None:

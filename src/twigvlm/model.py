@@ -129,6 +129,7 @@ class TwigVLM(HFInterface, Calibrated):
         retain: float | None = None,
         keep: int | None = None,
         final_wipe: int | None = None,
+        final_share: float | None = None,
         retain_per_image: bool = False,
         refocus: float | None = None,
         scout: bool = False,
@@ -158,7 +159,9 @@ class TwigVLM(HFInterface, Calibrated):
             inputs: prompt ids; they can also be passed as `input_ids`.
             retain: R̄, the number of visual tokens averaged over all layers (Eq. 6).
             keep: R, the number of visual tokens kept in layers K+1..K_f, instead of `retain`. With neither, nothing is pruned.
-            final_wipe: K_f, the last layer that visual tokens enter; None: the twig's own; the base's number of layers: off.
+            final_wipe: K_f, the layer after which visual tokens leave; None: the twig's own; the base's number of layers: off.
+            final_share: φ, the share of the kept tokens, those with the highest scores, that stay after layer K_f; None: the
+                twig's own.
             retain_per_image: split the budget evenly among a prompt's images, or frames with text between them.
             refocus: τ; while the answer grows, kept visual tokens are replaced by better ones wherever they hold less than
                 this share of the scores that the best ones would hold; None: they stay the same.
@@ -191,7 +194,7 @@ class TwigVLM(HFInterface, Calibrated):
             TwigVLMError: an argument is out of range, does not apply or is not supported.
         """
         name = pruner if isinstance(pruner, str) else None
-        pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name, scout, diverse)
+        pruning = PruningConfig(retain, keep, final_wipe, final_share, retain_per_image, refocus, name, scout, diverse)
         pruner = pruner_by_name(pruner)
         speculation = SpeculationConfig(
             speculate,  # type: ignore[arg-type]

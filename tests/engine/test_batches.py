@@ -50,6 +50,7 @@ def answers(output, width):
             {},
             {"keep": 5},
             {"keep": 3, "final_wipe": 4},
+            {"keep": 6, "final_wipe": 4, "final_share": 0.5},
             {"retain": 9.0, "final_wipe": 5, "scorer": TwigAttention("text")},
             {"keep": 4, "scorer": BaseLayerAttention(2)},
         ]

@@ -40,7 +40,13 @@ class ThreeCuts:
         return top_visual(order.expand_as(view.tokens.visual), view.tokens.visual, keep)
 
 
-PRUNINGS = ({}, {"keep": 5}, {"retain": 8, "final_wipe": 4}, {"pruner": ThreeCuts()}, {"keep": 6, "refocus": 0.9})
+PRUNINGS = (
+    {},
+    {"keep": 5},
+    {"retain": 8, "final_wipe": 4},
+    {"pruner": ThreeCuts()},
+    {"keep": 6, "refocus": 0.9, "final_wipe": 4, "final_share": 0.5},
+)
 
 
 @cache

@@ -9,6 +9,7 @@ from tests.tiny import VISUAL, VOCABULARY, prompt, tiny_llava
 from tests.twigs import LAYERS, grown, step_costs
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.base.token_inputs import select_tokens
+from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
 from twigvlm.pruning.methods.random import RandomScores
 
@@ -26,7 +27,11 @@ def cases(draw):
         "agreeing": draw(st.booleans()),
         "attention": draw(st.sampled_from(["eager", "sdpa"])),
     }
-    pruning = {"keep": draw(st.integers(1, VISUAL)), "final_wipe": draw(st.integers(trunk + 1, LAYERS))}
+    pruning = {
+        "keep": draw(st.integers(1, VISUAL)),
+        "final_wipe": draw(st.integers(trunk + 1, LAYERS)),
+        "final_share": draw(st.sampled_from([0.0, 0.4, 1.0])),
+    }
     if draw(st.booleans()):
         pruning["scorer"] = draw(st.sampled_from([RandomScores(1), BaseLayerAttention(max(trunk, 1))]))
     if draw(st.integers(0, 3)) == 0:
@@ -83,7 +88,9 @@ def test_speculation_changes_nothing(case, end_places):
     assert sum(accepts) <= new_tokens <= sum(accepts) + own
 
 
-@pytest.mark.parametrize("pruning", [{}, {"keep": 5, "final_wipe": 4}])
+@pytest.mark.parametrize(
+    "pruning", [{}, {"keep": 5, "final_wipe": 4}, {"keep": 5, "final_wipe": 4, "final_share": 0.4}]
+)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_auto_never_changes_the_answer(pruning, attention, monkeypatch):
     drafts = set()
@@ -187,7 +194,7 @@ def test_keeping_everything_is_plain_generate(attention, pruning, seed, speculat
 
 
 @torch.no_grad()
-def _by_definition(model, inputs, kept, final_wipe, new):
+def _by_definition(model, inputs, kept, kept_late, final_wipe, new):
     """Pruned greedy decoding with no cache: each token from a full pass, layer by layer as the method is written."""
     base, trunk = model.base, model.twig.config.trunk_layers
     captured = base.prompt(**inputs)
@@ -202,7 +209,9 @@ def _by_definition(model, inputs, kept, final_wipe, new):
         stays = ~visual_now
         stays[kept] = True
         middle = stays.nonzero()[:, 0]
-        late = middle if final_wipe == LAYERS else middle[~visual_now[middle]]
+        stays_late = ~visual_now
+        stays_late[kept_late] = True
+        late = stays_late.nonzero()[:, 0]
 
         def rope_at(indices, rope=rope):
             return select_tokens(rope, indices[None])
@@ -221,14 +230,19 @@ def test_pruning_by_its_definition(case):
     shape, inputs, pruning, speculation, new = case
     model = grown(**shape)
     if not pruning:
-        pruning = {"keep": 5, "final_wipe": LAYERS}
+        pruning = {"keep": 5, "final_wipe": LAYERS, "final_share": 0.0}
+    memory = PrefixCache()
+    model.generate(**inputs, **pruning, max_new_tokens=1, memory=memory)
+    (scores,) = memory.scores.values()
     options = {"max_new_tokens": min(new, 8), "return_dict_in_generate": True}
     output = model.generate(**inputs, **pruning, **speculation, **options)
     kept = output.kept_indices[0]
     assert len(kept) == pruning["keep"]
     assert model.base.visual_mask(inputs["input_ids"])[0, kept].all()
     assert kept.tolist() == sorted(set(kept.tolist()))
-    expected = _by_definition(model, inputs, kept, pruning["final_wipe"], options["max_new_tokens"])
+    late = int(pruning["final_share"] * pruning["keep"] + 0.5) if pruning["final_wipe"] < LAYERS else len(kept)
+    kept_late = kept[scores[0, kept].argsort(descending=True, stable=True)[:late]]
+    expected = _by_definition(model, inputs, kept, kept_late, pruning["final_wipe"], options["max_new_tokens"])
     assert output.sequences[0, inputs["input_ids"].shape[1] :].tolist() == expected
 
 

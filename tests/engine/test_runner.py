@@ -40,7 +40,9 @@ requests = st.lists(
     st.tuples(
         st.integers(0, 9),  # seed of the prompt
         st.integers(0, 4),  # tokens before the image
-        st.sampled_from([{}, {"keep": 5}, {"keep": 3, "final_wipe": 4}, {"keep": 4, "refocus": 0.9}]),
+        st.sampled_from(
+            [{}, {"keep": 5}, {"keep": 3, "final_wipe": 4, "final_share": 0.4}, {"keep": 4, "refocus": 0.9}]
+        ),
         st.integers(1, 14),  # longest answer
         st.integers(0, 3),  # steps before it joins
         st.sampled_from([None, None, 7, 8]),  # seed, where it is sampled

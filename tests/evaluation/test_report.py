@@ -54,9 +54,9 @@ def test_accuracy_report():
     )
     assert "| dtype | float32 |" in text
     assert "**75.0 %** at 16 visual tokens" in text
-    assert "| method | K_f | R̄ 10: exact · RelAcc · R | R̄ 7: exact · RelAcc · R |" in text
-    assert "| twig | 5 | 50.0 · 66.7 · R 9 |" in text
-    assert "| random | 5 | 25.0 · 33.3 · R 9 |" in text
+    assert "| method | K_f | φ | R̄ 10: exact · RelAcc · R | R̄ 7: exact · RelAcc · R |" in text
+    assert "| twig | 5 | 0 | 50.0 · 66.7 · R 9 |" in text
+    assert "| random | 5 | 0 | 25.0 · 33.3 · R 9 |" in text
     assert "| pruning | count (2) | place (2) |" in text
     assert "| none | 50.0 | 100.0 |" in text
     assert "| twig, R̄ 10, K_f 5 | 0.0 | 100.0 |" in text

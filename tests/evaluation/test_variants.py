@@ -23,14 +23,15 @@ SCORERS = {
 }
 
 
-def grown(attention="sdpa", final_wipe=5):
-    return TwigVLM.grow(tiny_llava(attention=attention), TwigConfig(2, 2, final_wipe=final_wipe, pruning_head=True))
+def grown(attention="sdpa", final_wipe=5, final_share=0.0):
+    config = TwigConfig(2, 2, final_wipe=final_wipe, final_share=final_share, pruning_head=True)
+    return TwigVLM.grow(tiny_llava(attention=attention), config)
 
 
 @pytest.mark.parametrize(("attention", "seeds"), [("sdpa", 2), ("eager", 1)])
 def test_every_variant_answers_as_generate_does(attention, seeds):
     model = grown(attention)
-    variants = make_variants(model, list(SCORERS), [10, 7], [4, 6])
+    variants = make_variants(model, list(SCORERS), [10, 7], [4, 6], [0.5])
     assert len(variants) == 1 + 9 * 2 * 2
     different = 0
     for seed in range(seeds):
@@ -46,6 +47,7 @@ def test_every_variant_answers_as_generate_does(attention, seeds):
             if variant.retain is not None:
                 scorer = SCORERS[variant.method]
                 options = {"retain": variant.retain, "final_wipe": variant.final_wipe, "scorer": scorer}
+                options["final_share"] = variant.final_share
                 if variant.method == "refocus:0.9":
                     options["refocus"] = 0.9
             one = model.generate(**inputs, **options, max_new_tokens=7, return_dict_in_generate=True)
@@ -122,6 +124,21 @@ def test_impossible_budgets_are_refused():
         answer_all(model, prompt(), [Variant("twig", 3, 5)], 1)
     with pytest.raises(TwigVLMError, match="nothing to compare"):
         make_variants(model, ["none"], [10])
+
+
+def test_a_twig_s_own_share_is_the_default():
+    model = grown(final_share=0.5)
+    assert [one.name for one in make_variants(model, ["twig"], [9])] == ["none", "twig@9/5/0.5"]
+    several = make_variants(model, ["twig"], [9], [5, 6], [0, 0.5])
+    assert [one.name for one in several] == ["none", "twig@9/5", "twig@9/5/0.5", "twig@9/6"]
+    own = model.generate(**prompt(), retain=9, max_new_tokens=7)
+    assert own.tolist() == model.generate(**prompt(), retain=9, final_share=0.5, max_new_tokens=7).tolist()
+    (_, outcome) = answer_all(model, prompt(), make_variants(model, ["twig"], [9]), 7).values()
+    assert outcome.ids == own[0, prompt()["input_ids"].shape[1] :].tolist()
+    with pytest.raises(TwigVLMError, match="final_share=2: must be 0 to 1"):
+        make_variants(model, ["twig"], [9], final_shares=[2])
+    with pytest.raises(TwigVLMError, match="final_share: scout and published methods have their own cuts"):
+        make_variants(model, ["fastv"], [9], final_shares=[0.5])
 
 
 def test_no_final_wipe_is_the_default_of_a_twig_without_one():

@@ -162,7 +162,13 @@ def logits_by_hiding(
 
 @torch.no_grad()
 def logits_by_looking(
-    model: TwigVLM, inputs: dict[str, Any], keep: Tensor, looks: Sequence[Look], final_wipe: int, tokens: Sequence[int]
+    model: TwigVLM,
+    inputs: dict[str, Any],
+    keep: Tensor,
+    looks: Sequence[Look],
+    final_wipe: int,
+    tokens: Sequence[int],
+    late: Sequence[set[int]] = (),
 ) -> Tensor:
     """Logits after a prompt and after each of the tokens that follow it, in one pass over all that pruned layers ever held.
 
@@ -176,6 +182,7 @@ def logits_by_looking(
         looks: what was chosen later.
         final_wipe: K_f.
         tokens: ids that follow.
+        late: positions of the visual tokens that layers after K_f hold, at first and after each look; none: they hold none.
     """
     base, trunk = model.base, model.twig.config.trunk_layers
     captured = base.prompt(**inputs)
@@ -190,32 +197,42 @@ def logits_by_looking(
     sees = [{other for other, place in enumerate(positions) if place <= position} for position in positions]
     entries_of_text = [entry for entry, flag in enumerate(is_text) if flag]
     held = {position: entry for entry, position in enumerate(positions) if position not in text}
-    after = {look.after: look for look in looks}
+    after = {look.after: (look, hold) for look, hold in zip(looks, late[1:] or [set()] * len(looks), strict=True)}
+    late_held = {position: held[position] for position in (late[0] if late else ())}
+    ever_late = {*late_held.values()}
+    late_sees = [some & {*entries_of_text, *ever_late} for some in sees]
     for index in range(len(tokens)):
         if index + 1 in after:
-            chosen = after[index + 1].kept.tolist()
+            look, now_late = after[index + 1]
+            chosen = look.kept.tolist()
             new = [position for position in chosen if position not in held]
             held = {position: held[position] for position in chosen if position in held}
             for position in new:
                 held[position] = len(positions)
                 positions.append(position)
                 is_text.append(False)
-            before = [*entries_of_text, *held.values()]
-            sees += [{entry for entry in before if positions[entry] <= position} for position in new]
+            late_held = {position: (held | late_held)[position] for position in now_late}
+            ever_late |= {*late_held.values()}
+            for seen, visual in ((sees, held), (late_sees, late_held)):
+                before = [*entries_of_text, *visual.values()]
+                seen += [{entry for entry in before if positions[entry] <= position} for position in new]
         entries_of_text.append(len(positions))
         sees.append({*entries_of_text, *held.values()})
+        late_sees.append({*entries_of_text, *late_held.values()})
         positions.append(length + index)
         is_text.append(True)
 
-    states = everything.hidden[positions]
-    mask = torch.full((len(positions),) * 2, torch.finfo().min)
-    for entry, others in enumerate(sees):
-        mask[entry, sorted(others)] = 0
-    place = torch.tensor(positions)
+    def mask_of(seen: Sequence[set[int]]) -> Tensor:
+        mask = torch.full((len(positions),) * 2, torch.finfo().min)
+        for entry, others in enumerate(seen):
+            mask[entry, sorted(others)] = 0
+        return mask
+
+    states, mask, place = everything.hidden[positions], mask_of(sees), torch.tensor(positions)
     for index in range(trunk, base.num_layers):
         if index == final_wipe:
-            stays = torch.tensor(is_text)
-            states, place, mask = states[stays], place[stays], mask[stays][:, stays]
+            stays = torch.tensor([flag or entry in ever_late for entry, flag in enumerate(is_text)])
+            states, place, mask = states[stays], place[stays], mask_of(late_sees)[stays][:, stays]
         layer: Any = base.layers[index]
         rotary = base.decoder.rotary_emb(states[None], place[None])
         states = layer(states[None], attention_mask=mask[None, None], position_embeddings=rotary)[0]

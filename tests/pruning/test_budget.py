@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.pruning.budget import average_kept, solve_keep
+from twigvlm.pruning.budget import average_kept, solve_keep, twig_cuts
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,33 @@ def test_solving_inverts_averaging(data):
     average = average_kept(keep, visual, layers, trunk, final_wipe)
     assert 0 < average <= visual
     assert solve_keep(average, visual, layers, trunk, final_wipe) == keep
+
+
+@given(st.data())
+def test_a_share_stays_after_the_last_cut_and_counts(data):
+    layers = data.draw(st.integers(2, 60))
+    trunk = data.draw(st.integers(0, layers - 2))
+    final_wipe = data.draw(st.integers(trunk + 1, layers - 1))
+    visual = data.draw(st.integers(1, 3000))
+    keep, share = data.draw(st.integers(1, visual)), data.draw(st.floats(0, 1))
+    first, last = twig_cuts(keep, visual, layers, trunk, final_wipe, share)
+    assert (first.layer, first.keep, last.layer) == (trunk, keep, final_wipe)
+    assert abs(last.keep - share * keep) <= 0.5 + 1e-9
+    average = average_kept(keep, visual, layers, trunk, final_wipe, share)
+    total = visual * trunk + keep * (final_wipe - trunk) + last.keep * (layers - final_wipe)
+    assert average == pytest.approx(total / layers)
+    solved = solve_keep(average, visual, layers, trunk, final_wipe, share)
+    rounded = (layers - final_wipe) / layers / 2  # by the tokens of the last cut
+    step = (final_wipe - trunk + share * (layers - final_wipe)) / layers
+    assert (
+        abs(average_kept(solved, visual, layers, trunk, final_wipe, share) - average) <= 2 * rounded + step / 2 + 1e-6
+    )
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.01, float("nan")])
+def test_a_share_is_0_to_1(share):
+    with pytest.raises(TwigVLMError, match=f"final_share={share:g}: must be 0 to 1"):
+        solve_keep(64, 576, 32, 2, 24, share)
 
 
 @given(st.floats(0, 700), st.integers(0, 5), st.integers(6, 32))

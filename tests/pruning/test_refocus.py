@@ -12,11 +12,12 @@ from tests.pruning.trunks import WAYS
 from tests.tiny import VISUAL, prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
 from twigvlm.base.token_inputs import TokenInputs
+from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.pruning.methods.random import RandomScores
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.methods.twig_attention import TwigAttention
-from twigvlm.pruning.refocus import Refocus, Sight, exchanged
+from twigvlm.pruning.refocus import Held, Refocus, Sight, exchanged
 
 LAYERS, TRUNK, TOKENS = 6, 2, 12
 
@@ -101,7 +102,8 @@ def test_the_best_tokens_ask_for_no_others_however_sums_are_rounded(seed, count)
     keep = int(torch.randint(1, count + 1, (), generator=generator))
     slots = torch.full((count,), -1).scatter(0, scores[0, 0].topk(keep).indices, torch.arange(keep))
     states, keys = torch.zeros(1, count, 4), torch.zeros(1, count, 4)
-    row = Sight(1.0, (2, 5), states, TokenInputs(states, states), keys, torch.arange(count), torch.arange(keep), slots)
+    pruned = Held((2, 5), torch.arange(keep), slots)
+    row = Sight(1.0, states, TokenInputs(states, states), keys, torch.arange(count), pruned)
     assert not Refocus(grown().twig, [row]).asks(scores).any()
 
 
@@ -148,6 +150,31 @@ def test_an_answer_sees_what_is_held(way, attention, final_wipe):
         fixed = logits_by_looking(grown(), inputs, output.kept_indices[0], [], final_wipe, tokens[:-1])
         looked += int((expected - fixed).abs().max() > 0.02)
     assert looked == 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_late_layers_take_up_the_best_that_are_chosen_again(way):
+    """After each look they hold the best, by the newest token's scores, of what they held and of what was chosen again."""
+    changed = 0
+    for seed in range(4):
+        inputs, recorded, memory = prompt(seed, before=seed, after=3 + seed), Scores(), PrefixCache()
+        answered(grown(), inputs, refocus=None, max_new_tokens=1, memory=memory)
+        (first,) = memory.scores.values()
+        options = {"final_wipe": 4, "final_share": 0.6, "logits_processor": [recorded], **WAYS[way]}
+        output = answered(grown(), inputs, **options)
+        tokens, kept = tokens_of(output, inputs), output.kept_indices[0]
+        scores, visual = shares(grown(), inputs, tokens[:-1])
+        late = [{*kept[first[0, kept].topk(3).indices].tolist()}]
+        held = {*kept.tolist()}
+        for look in output.looks[0]:
+            share_of = dict(zip(visual.tolist(), scores[look.after - 1].tolist(), strict=True))
+            candidates = late[-1] | {*look.kept.tolist()} - held
+            late.append({*sorted(candidates, key=share_of.get)[-3:]})
+            held = {*look.kept.tolist()}
+        expected = logits_by_looking(grown(), inputs, kept, output.looks[0], 4, tokens[:-1], late)
+        torch.testing.assert_close(torch.stack(recorded.rows), expected, rtol=1e-3, atol=1e-3)
+        changed += any(one != late[0] for one in late)
+    assert changed == 4
 
 
 @pytest.mark.parametrize("way", WAYS)

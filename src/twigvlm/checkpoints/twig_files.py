@@ -218,8 +218,9 @@ def _read_weights(file: Path, config: TwigConfig) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise TwigVLMError(f"{file}: truncated or not a safetensors file ({error}); get the file again") from None
     # Two files cannot be replaced as one: a save that was cut off between them must not pass for a twig.
-    # K_f may be tuned in the config: no weight depends on it.
-    saved = {**json.loads(metadata.get("twig", "{}")), "final_wipe": config.final_wipe}
+    # K_f and φ may be tuned in the config: no weight depends on them.
+    tuned = {"final_wipe": config.final_wipe, "final_share": config.final_share}
+    saved = {**json.loads(metadata.get("twig", "{}")), **tuned}
     if "twig" in metadata and TwigConfig(**saved) != config:
         raise TwigVLMError(
             f"{file.parent}: weights and {CONFIG} are of two twigs, since a save was cut off; save it again"

@@ -123,10 +123,9 @@ def rankings(model: TwigVLM, deep_layer: int | None) -> dict[str, str]:
 def _keep(model: TwigVLM, budget: float, visual: int) -> int:
     from twigvlm.pruning.budget import solve_keep
 
-    layers, final_wipe = model.base.num_layers, model.twig.config.final_wipe
-    return solve_keep(
-        budget, visual, layers, model.twig.config.trunk_layers, layers if final_wipe is None else final_wipe
-    )
+    layers, twig = model.base.num_layers, model.twig.config
+    final_wipe = layers if twig.final_wipe is None else twig.final_wipe
+    return solve_keep(budget, visual, layers, twig.trunk_layers, final_wipe, twig.final_share)
 
 
 def _best(scores: Tensor, keep: int) -> list[int]:
@@ -150,6 +149,7 @@ def _settings(options: Inspect, session: Session, answer: Answer) -> dict[str, A
         "attention": session.model.base.attention,
         "trunk layers K, twig layers T": f"{config.trunk_layers}, {config.twig_layers}",
         "FinalWipe K_f": "off" if config.final_wipe is None else config.final_wipe,
+        "share φ kept after it": f"{config.final_share:g}",
         "budget R̄": "no pruning" if options.retain is None else f"{options.retain:g}",
         "visual tokens kept": f"{answer.kept_tokens} of {answer.visual_tokens}",
         "speculate": options.speculate,

@@ -151,12 +151,14 @@ class EagerRunner:
         chooser = Chooser(rows, base.device)
         choose = self._choose(rows, trunk.prompt, trunk)
         # A later cut may rank by the last token of the prompt.
-        drafts = policy.depth > 0 and not any(cut.keep for row in cuts for cut in row)
+        ranks_again = not getattr(rows[0].pruner, "ranks_once", False) and any(cut.keep for row in cuts for cut in row)
+        drafts = policy.depth > 0 and not ranks_again
         drafts = drafts and not bool(trunk.tokens.visual.gather(1, ends).any())
         if not drafts:
             in_two = any(row.pruner is not None and Need.LAST_LAYER in row.pruner.needs for row in rows)
             where = (trunk.masks, trunk.view, trunk.prompt, in_two)
             left = run_cuts(base, tokens, trunk_layers, base.num_layers, cuts, choose, *where)
+            self._note_late(rows, sights, left)
             first = chooser.choose(base.logits(left.last)[:, None])
             accepted = walk(Nodes.rooted(roots), 0, first)
             self._advance(part, accepted, rows)
@@ -171,6 +173,7 @@ class EagerRunner:
         drafted = draft(part, policy, self._rescore(chooser), furthest, self.exact)
         joined, nodes = _behind(tokens, drafted, part)
         left = run_cuts(base, joined, trunk_layers, base.num_layers, cuts, choose, trunk.masks, trunk.view)
+        self._note_late(rows, sights, left)
         last = torch.tensor(left.lengths, device=base.device)[:, None] - nodes[:, None]
         place = (last + torch.arange(drafted.nodes.tokens.shape[1], device=base.device)).clamp(
             max=left.hidden.shape[1] - 1
@@ -191,8 +194,14 @@ class EagerRunner:
         """What a row can look at again; None: it does not, or nothing was pruned of its prompt."""
         if row.refocus is None or row.kept is None or bool(row.kept.eq(trunk.tokens.visual[index]).all()):
             return None
-        wiped = [cut.layer for cut in row.cuts if not cut.keep]
-        return Sight.of(trunk, index, row.kept, row.refocus, wiped[0] if wiped else self.base.num_layers)
+        final_wipe = row.cuts[1].layer if len(row.cuts) > 1 else self.base.num_layers
+        return Sight.of(trunk, index, row.kept, row.refocus, final_wipe)
+
+    def _note_late(self, rows: Sequence[Row], sights: Sequence[Sight | None], left: Tokens) -> None:
+        """What the last layers hold of prompts that may be looked at again."""
+        for index, (row, sight) in enumerate(zip(rows, sights, strict=True)):
+            if sight is not None and sight.pruned.layers[1] < self.base.num_layers:
+                sight.hold_late(left, index, row.length, self.base.num_layers)
 
     def _state(self, rows: Sequence[Row], newest: Int[Tensor, " rows"], prompt: Prompt) -> RowState:
         """Rows without new tokens, whose newest are the prompts' last."""
@@ -279,6 +288,7 @@ def _behind(tokens: Tokens, draft: Draft, part: Batch) -> tuple[Tokens, Int[Tens
         join_tokens(tokens.inputs, draft.inputs, positions),
         torch.nn.functional.pad(tokens.visual, (0, draft.hidden.shape[1])),
         tokens.lengths,
+        None if tokens.index is None else torch.cat((tokens.index, positions), dim=1),
     )
     return both.keep(torch.cat((prompt, draft.nodes.valid), dim=1)), draft.nodes.valid.sum(dim=1)
 

@@ -97,23 +97,23 @@ def draw_patches(
 
 
 def draw_accuracy(accuracies: Sequence[Accuracy], variants: Sequence[Variant], path: Path) -> None:
-    """One line per method and K_f: RelAcc in percent over R̄, with its interval; PNG or SVG by the name's ending."""
+    """One line per method, K_f and φ: RelAcc in percent over R̄, with its interval; PNG or SVG by the name's ending."""
     figures = {one.name: one for one in accuracies}
     figure = figure_class()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    lines: dict[tuple[str, int | None], list[Variant]] = {}
+    lines: dict[tuple[str, int | None, float], list[Variant]] = {}
     for variant in variants:
         if variant.retain is not None:
-            lines.setdefault((variant.method, variant.final_wipe), []).append(variant)
-    several = len({final_wipe for _, final_wipe in lines} - {None}) > 1
-    for (method, final_wipe), members in lines.items():
+            lines.setdefault(variant.way, []).append(variant)
+    several = len({(final_wipe, share) for _, final_wipe, share in lines if final_wipe is not None}) > 1
+    for (method, final_wipe, share), members in lines.items():
         members = sorted(members, key=lambda variant: variant.retain or 0.0)
         points = [figures[variant.name] for variant in members]
         middle, error = percent_and_error(points)
         style = {"twig": "-", "attention": "-", "twig-text": "-"}.get(
             method, "--" if method.startswith("deep") else ":"
         )
-        label = f"{method}, K_f {final_wipe}" if several and final_wipe is not None else method
+        label = f"{method}, K_f {final_wipe}, φ {share:g}" if several and final_wipe is not None else method
         axes.errorbar(
             [variant.retain or 0.0 for variant in members],
             middle,

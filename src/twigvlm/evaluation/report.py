@@ -95,21 +95,22 @@ def accuracy_sections(accuracies: Sequence[Accuracy], variants: Sequence[Variant
 
 def _label(name: str) -> str:
     parts = name.replace("/", "@").split("@")
-    return ", ".join(f"{label}{part}" for label, part in zip(("", "R̄ ", "K_f "), parts, strict=False))
+    return ", ".join(f"{label}{part}" for label, part in zip(("", "R̄ ", "K_f ", "φ "), parts, strict=False))
 
 
 def _by_budget(figures: Mapping[str, Accuracy], variants: Sequence[Variant]) -> str:
-    """One row per method and K_f, one column per budget."""
+    """One row per method, K_f and φ, one column per budget."""
     budgets = list(dict.fromkeys(v.retain for v in variants if v.retain is not None))
-    by_place = {(v.method, v.final_wipe, v.retain): figures[v.name] for v in variants}
+    by_place = {(*v.way, v.retain): figures[v.name] for v in variants}
     rows = []
-    for method, final_wipe in dict.fromkeys((v.method, v.final_wipe) for v in variants if v.retain is not None):
+    for way in dict.fromkeys(v.way for v in variants if v.retain is not None):
         cells = []
         for budget in budgets:
-            one = by_place[method, final_wipe, budget]
+            one = by_place[(*way, budget)]
             cells.append(f"{percent(one.exact)} · {percent(one.relative)}{span(one.interval)} · R {one.kept:g}")
-        rows.append([method, "" if final_wipe is None else str(final_wipe), *cells])
-    return table(["method", "K_f", *(f"R̄ {budget:g}: exact · RelAcc · R" for budget in budgets)], rows)
+        method, final_wipe, final_share = way
+        rows.append([method, *(["", ""] if final_wipe is None else [str(final_wipe), f"{final_share:g}"]), *cells])
+    return table(["method", "K_f", "φ", *(f"R̄ {budget:g}: exact · RelAcc · R" for budget in budgets)], rows)
 
 
 def _by_kind(figures: Sequence[Accuracy], base: Accuracy) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from twigvlm.config import check_coverage
+from twigvlm.config import check_coverage, check_final_share
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.model import TwigVLM
@@ -40,41 +40,59 @@ class Variant:
     """R̄, by the same formula for every method; None for none."""
     final_wipe: int | None = None
     """K_f; None for none, for scout, and for methods with cuts of their own."""
+    final_share: float = 0.0
+    """φ."""
+
+    @property
+    def way(self) -> tuple[str, int | None, float]:
+        """All but the budget."""
+        return self.method, self.final_wipe, self.final_share
 
     @property
     def name(self) -> str:
-        """For example `twig@64/24`, K_f last, or `visionzip@64`."""
+        """For example `twig@64/24/0.25`, K_f and φ last, or `visionzip@64`."""
         if self.retain is None:
             return self.method
         if self.final_wipe is None:
             return f"{self.method}@{self.retain:g}"
-        return f"{self.method}@{self.retain:g}/{self.final_wipe}"
+        share = f"/{self.final_share:g}" if self.final_share else ""
+        return f"{self.method}@{self.retain:g}/{self.final_wipe}{share}"
 
 
 NONE = Variant("none")
 
 
 def make_variants(
-    model: TwigVLM, methods: Sequence[str], budgets: Sequence[float], final_wipes: Sequence[int] = ()
+    model: TwigVLM,
+    methods: Sequence[str],
+    budgets: Sequence[float],
+    final_wipes: Sequence[int] = (),
+    final_shares: Sequence[float] = (),
 ) -> list[Variant]:
-    """Every method under every budget and K_f (none given: the twig's own), and no pruning.
+    """Every method under every budget, K_f and φ (none given: the twig's own), and no pruning.
 
     Raises:
-        TwigVLMError: an unknown method, or a layer that the base does not have.
+        TwigVLMError: an unknown method, a layer that the base does not have, or a share that is not in 0..1.
     """
     for method in methods:
         if is_published(method):
             make_pruner(method)
         elif method not in ("none", *_SCORED) and refocus_of(method) is None:
             watched_layer(method, model)
-    layers = model.base.num_layers
-    wipes = list(final_wipes) or [layers if model.twig.config.final_wipe is None else model.twig.config.final_wipe]
-    of_method = {method: [None] if _has_own_cuts(method) else wipes for method in methods if method != "none"}
-    pruned = [Variant(m, b, k) for m, own_wipes in of_method.items() for b in budgets for k in own_wipes]
+    layers, twig = model.base.num_layers, model.twig.config
+    shares = list(final_shares) or [twig.final_share]
+    for share in shares:
+        check_final_share(share)
+    wipes = list(final_wipes) or [layers if twig.final_wipe is None else twig.final_wipe]
+    # Without a FinalWipe nothing is left to share.
+    ends = list(dict.fromkeys((wipe, 0.0 if wipe == layers else share) for wipe in wipes for share in shares))
+    of_method = {method: [(None, 0.0)] if _has_own_cuts(method) else ends for method in methods if method != "none"}
+    pruned = [Variant(m, b, *end) for m, own_ends in of_method.items() for b in budgets for end in own_ends]
     if not pruned:
         raise TwigVLMError("nothing to compare: give at least one method that prunes, and one budget")
-    if final_wipes and all(variant.final_wipe is None for variant in pruned):
-        raise TwigVLMError("final_wipe: scout and published methods have their own cuts; leave it out")
+    for name, given in (("final_wipe", final_wipes), ("final_share", final_shares)):
+        if given and all(variant.final_wipe is None for variant in pruned):
+            raise TwigVLMError(f"{name}: scout and published methods have their own cuts; leave it out")
     return [NONE, *pruned]
 
 
@@ -183,7 +201,8 @@ def generate_options(model: TwigVLM, variant: Variant, seed: int = 0) -> dict[st
         return {}
     refocus = refocus_of(variant.method)
     if refocus is not None:
-        return {"retain": variant.retain, "final_wipe": variant.final_wipe, "refocus": refocus}
+        how = {"final_wipe": variant.final_wipe, "final_share": variant.final_share}
+        return {"retain": variant.retain, **how, "refocus": refocus}
     return {"retain": variant.retain, "pruner": _pruner(model, variant, seed)}
 
 
@@ -239,7 +258,7 @@ def _pruner(model: TwigVLM, variant: Variant, seed: int) -> Pruner:
     final_wipe = model.base.num_layers if variant.final_wipe is None else variant.final_wipe
     select = diverse if variant.method == "diverse" else best
     scorer = scorer_of(variant.method, model, seed)
-    return TwigPruner(scorer, model.twig.config.trunk_layers, final_wipe, select=select)
+    return TwigPruner(scorer, model.twig.config.trunk_layers, final_wipe, variant.final_share, select=select)
 
 
 def scorer_of(method: str, model: TwigVLM, seed: int) -> Scorer:

@@ -1,5 +1,6 @@
 """From the arguments of a call to rows for an engine, through the base's own `generate`."""
 
+from collections.abc import Hashable
 from contextlib import nullcontext
 from typing import Any
 
@@ -61,6 +62,7 @@ def request_row(
     retain: float | None = None,
     keep: int | None = None,
     final_wipe: int | None = None,
+    final_share: float | None = None,
     retain_per_image: bool = False,
     refocus: float | None = None,
     scout: bool = False,
@@ -76,7 +78,7 @@ def request_row(
         TwigVLMError: an option does not apply, or there is more than one prompt or answer.
     """
     name = pruner if isinstance(pruner, str) else None
-    pruning = PruningConfig(retain, keep, final_wipe, retain_per_image, refocus, name, scout, diverse)
+    pruning = PruningConfig(retain, keep, final_wipe, final_share, retain_per_image, refocus, name, scout, diverse)
     pruner = pruner_by_name(pruner)
     kwargs = {**inputs, **kwargs}
     check_arguments(kwargs, base.model.generation_config)
@@ -94,10 +96,15 @@ def _pruning(
     layers, retain = base.num_layers, pruning.retain
     if scorer is not None and not pruning.active:
         raise TwigVLMError("scorer: needs a budget; give retain or keep too")
+    if not isinstance(scorer, Hashable):  # scores are kept by it
+        raise TwigVLMError(
+            f"scorer={type(scorer).__name__}: must be hashable; if it is a dataclass, write @dataclass(frozen=True)"
+        )
     if pruner is not None:
         others = (
             ("keep", pruning.keep),
             ("final_wipe", pruning.final_wipe),
+            ("final_share", pruning.final_share),
             ("scorer", scorer),
             ("refocus", pruning.refocus),
             ("scout", pruning.scout or None),
@@ -115,7 +122,8 @@ def _pruning(
             pruner = ScoutPruner(twig, ranking, pruning.keep, select)
         else:
             final_wipe = next((k for k in (pruning.final_wipe, twig.config.final_wipe) if k is not None), layers)
-            pruner = TwigPruner(ranking, twig.config.trunk_layers, final_wipe, pruning.keep, select)
+            final_share = twig.config.final_share if pruning.final_share is None else pruning.final_share
+            pruner = TwigPruner(ranking, twig.config.trunk_layers, final_wipe, final_share, pruning.keep, select)
     if pruning.refocus is not None:
         check_refocus(pruning.refocus, pruner, base, twig)
     return pruner, lambda visual: schedule(pruner, retain, visual, layers)

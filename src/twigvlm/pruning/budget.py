@@ -2,41 +2,51 @@
 
 from math import floor, isfinite
 
+from twigvlm.config import check_final_share
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Cut, average_visual
 
 
-def average_kept(keep: int, visual: int, layers: int, trunk: int, final_wipe: int) -> float:
-    """R̄ = [M·K + R·(K_f − K)] / L.
+def twig_cuts(
+    keep: int, visual: int, layers: int, trunk: int, final_wipe: int, final_share: float = 0.0
+) -> tuple[Cut, ...]:
+    """The cuts to R after layer K and to φR after layer K_f, rounded to the nearest integer; with φ = 0 this is FinalWipe.
 
     Args:
         keep: R, visual tokens kept in layers K+1..K_f.
         visual: M, visual tokens of the prompt.
         layers: L.
         trunk: K.
-        final_wipe: K_f; L for no FinalWipe.
+        final_wipe: K_f; L: there is no second cut.
+        final_share: φ, share of the kept tokens that stay after layer K_f.
 
     Raises:
-        TwigVLMError: K_f is not in K+1..L, or R not in 1..M.
+        TwigVLMError: K_f is not in K+1..L, R not in 1..M, or φ not in 0..1.
     """
-    _check_layers(layers, trunk, final_wipe)
+    if not trunk < final_wipe <= layers:
+        raise TwigVLMError(f"final_wipe={final_wipe}: must be {trunk + 1} to {layers} (no FinalWipe)")
     if not 1 <= keep <= visual:
         raise TwigVLMError(f"keep={keep}: must be 1 to {visual}, the visual tokens of this prompt")
-    return average_visual((Cut(trunk, keep), Cut(final_wipe, 0)), visual, layers)
+    check_final_share(final_share)
+    last = () if final_wipe == layers else (Cut(final_wipe, floor(final_share * keep + 0.5)),)
+    return (Cut(trunk, keep), *last)
 
 
-def solve_keep(retain: float, visual: int, layers: int, trunk: int, final_wipe: int) -> int:
-    """R, rounded to the nearest integer, for an average R̄ (`retain`); arguments as in `average_kept`.
+def average_kept(keep: int, visual: int, layers: int, trunk: int, final_wipe: int, final_share: float = 0.0) -> float:
+    """R̄ = [M·K + R·(K_f − K) + φR·(L − K_f)] / L, Eq. 6 for φ = 0; arguments and errors as of `twig_cuts`."""
+    return average_visual(twig_cuts(keep, visual, layers, trunk, final_wipe, final_share), visual, layers)
+
+
+def solve_keep(retain: float, visual: int, layers: int, trunk: int, final_wipe: int, final_share: float = 0.0) -> int:
+    """R, rounded to the nearest integer, for an average R̄ (`retain`); other arguments as of `twig_cuts`.
 
     Raises:
-        TwigVLMError: K_f is not in K+1..L, or no R in 1..M has this average; the message names the possible range.
+        TwigVLMError: K_f is not in K+1..L, φ not in 0..1, or no R in 1..M has this average; the message names the range.
     """
-    _check_layers(layers, trunk, final_wipe)
-    exact = (retain * layers - visual * trunk) / (final_wipe - trunk)
+    low, high = (average_kept(keep, visual, layers, trunk, final_wipe, final_share) for keep in (1, visual))
+    exact = (retain * layers - visual * trunk) / (final_wipe - trunk + final_share * (layers - final_wipe))
     keep = floor(exact + 0.5) if isfinite(exact) else 0
     if not 1 <= keep <= visual:
-        low = average_kept(1, visual, layers, trunk, final_wipe)
-        high = average_kept(visual, visual, layers, trunk, final_wipe)
         raise TwigVLMError(
             f"retain={retain:g}: must be {low:.1f} to {high:.1f} for {visual} visual tokens, "
             f"{trunk} trunk layers and FinalWipe after layer {final_wipe} of {layers}"
@@ -73,8 +83,3 @@ def solve_scouted(retain: float, visual: int, layers: int, trunk: int) -> int:
             f"{layers} layers"
         )
     return keep
-
-
-def _check_layers(layers: int, trunk: int, final_wipe: int) -> None:
-    if not trunk < final_wipe <= layers:
-        raise TwigVLMError(f"final_wipe={final_wipe}: must be {trunk + 1} to {layers} (no FinalWipe)")

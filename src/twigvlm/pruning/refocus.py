@@ -2,9 +2,9 @@
 
 Trunk and twig hold all visual tokens for the whole answer, so the twig can rank them at every new token for the price of one
 query. Where the kept ones have less than τ of what the best R have, the best of the others take the places of the worst in
-the pruned layers, as many as bring the share three quarters of the way from τ to 1: they run from their stored states
-after layer K, at their positions in the prompt. The rule looks at accepted tokens alone, so that an answer does not depend
-on how it was drafted.
+layers K+1..K_f, as many as bring the share three quarters of the way from τ to 1: they run from their stored states after
+layer K, at their positions in the prompt. The best of them go on into the layers after K_f, if those hold visual tokens. The
+rule looks at accepted tokens alone, so that an answer does not depend on how it was drafted.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from twigvlm.pruning.cut import Pruner
 from twigvlm.pruning.methods.pruning_head import ranking_keys, ranking_queries
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.select import gather_tokens
-from twigvlm.pruning.view import TrunkOutput
+from twigvlm.pruning.view import Tokens, TrunkOutput
 from twigvlm.twig.block import Twig
 
 _ROUNDING = 1e-5  # sums of the same scores in another order are no reason to look
@@ -46,13 +46,63 @@ class Look(NamedTuple):
 
 
 @dataclass
+class Held:
+    """What layers hold of one prompt that hold the same visual tokens."""
+
+    layers: tuple[int, int]
+    """Of layers start..stop-1, counted from 0."""
+    places: Int[Tensor, " left"]
+    """Position in the prompt of each token that is held."""
+    slots: Int[Tensor, " visual"]
+    """Which of the held tokens each visual token is; -1: none."""
+
+    @property
+    def visual(self) -> Bool[Tensor, " visual"]:
+        """True at the visual tokens that are held."""
+        return self.slots >= 0
+
+    def exchange(
+        self,
+        base: BaseVLM,
+        cache: KVCache,
+        row: int,
+        gone: Int[Tensor, " new"],
+        new: Int[Tensor, " new"],
+        states: Float[Tensor, "1 new width"],
+        inputs: TokenInputs,
+        places: Int[Tensor, " new"],
+    ) -> Float[Tensor, "1 new width"]:
+        """Run visual tokens that take the places of others; returns their states after the layers.
+
+        Args:
+            base: the base.
+            cache: whose row changes.
+            row: of the cache.
+            gone: numbers of the visual tokens that give way.
+            new: numbers of those that come, as many.
+            states: of those before the layers.
+            inputs: of those.
+            places: of those in the prompt.
+        """
+        slots = self.slots[gone]
+        self.slots[new], self.slots[gone] = slots, -1
+        self.places[slots] = places
+        until = places if inputs.attends_until is None else inputs.attends_until[0]
+        mask = (self.places <= until[:, None])[None, None]
+        if base.attention == "eager":
+            mask = additive(mask, base.dtype)
+        view = ReplacingView(cache, row, slots, len(self.places))
+        return base.run_layers(
+            states, *self.layers, inputs._replace(attends_until=None), lambda tokens, held: mask, view
+        )
+
+
+@dataclass
 class Sight:
     """What one row can look at again: the visual tokens of its prompt, of which pruned layers hold some."""
 
     threshold: float
     """τ."""
-    layers: tuple[int, int]
-    """K and K_f: visual tokens are pruned in layers K+1..K_f."""
     states: Float[Tensor, "1 visual width"]
     """Of all visual tokens after layer K."""
     inputs: TokenInputs
@@ -61,10 +111,10 @@ class Sight:
     """Of all visual tokens in the last twig layer, gated where the twig has a P-Head."""
     visual: Int[Tensor, " visual"]
     """Positions of the visual tokens in the prompt."""
-    held: Int[Tensor, " left"]
-    """Position in the prompt of each token that pruned layers hold."""
-    slots: Int[Tensor, " visual"]
-    """Which of the held tokens each visual token is; -1: none."""
+    pruned: Held
+    """In layers K+1..K_f."""
+    late: Held | None = None
+    """In layers K_f+1..L; None: no visual tokens."""
 
     @classmethod
     def of(
@@ -83,19 +133,38 @@ class Sight:
         mask = tokens.visual[row]
         visual = mask.nonzero()[:, 0]
         stays = tokens.text[row] | kept
-        slots = torch.where(kept, stays.long().cumsum(0) - 1, -1)[visual]
+        pruned = Held(
+            (twig.config.trunk_layers, final_wipe),
+            stays.nonzero()[:, 0],
+            torch.where(kept, stays.long().cumsum(0) - 1, -1)[visual],
+        )
         inputs = select_rows(tokens.inputs, torch.tensor([row], device=mask.device))
         inputs = select_tokens(inputs, visual[None])
         in_twig = gather_tokens(trunk.fill_twig()[row : row + 1], visual[None])
         keys = ranking_keys(twig.layers[-1], twig.pruning_head, in_twig, inputs)
         states = gather_tokens(tokens.hidden[row : row + 1], visual[None])
-        layers = twig.config.trunk_layers, final_wipe
-        return cls(threshold, layers, states, inputs, keys[0], visual, stays.nonzero()[:, 0], slots)
+        return cls(threshold, states, inputs, keys[0], visual, pruned)
+
+    def hold_late(self, left: Tokens, row: int, length: int, layers: int) -> None:
+        """Note what layers K_f+1..L hold of the prompt.
+
+        Args:
+            left: what has passed all cuts; behind the prompts there may be drafts.
+            row: which of them.
+            length: number of tokens of its prompt.
+            layers: L.
+        """
+        assert left.index is not None, "there was a cut"
+        places, visual = left.index[row, : left.lengths[row]], left.visual[row, : left.lengths[row]]
+        if bool(visual.any()):
+            slots = torch.full_like(self.visual, -1)
+            slots[torch.searchsorted(self.visual, places[visual])] = visual.nonzero()[:, 0]
+            self.late = Held((self.pruned.layers[1], layers), places[places < length], slots)
 
     @property
     def keep(self) -> int:
         """R."""
-        return int((self.slots >= 0).sum())
+        return int(self.pruned.visual.sum())
 
 
 def check_refocus(refocus: float, pruner: Pruner | None, base: BaseVLM, twig: Twig) -> None:
@@ -149,11 +218,11 @@ class Refocus:
     def __init__(self, twig: Twig, rows: Sequence[Sight | None]) -> None:
         self.twig, self.rows = twig, rows
         some = next(row for row in rows if row is not None)
-        none = some.slots[:0]
+        none = some.pruned.slots[:0]
         keys = [(some.keys[:, :0] if row is None else row.keys).transpose(0, 1) for row in rows]
         self.keys = pad_sequence(keys, batch_first=True).transpose(1, 2)
         self.slots = pad_sequence(
-            [none if row is None else row.slots for row in rows], batch_first=True, padding_value=-1
+            [none if row is None else row.pruned.slots for row in rows], batch_first=True, padding_value=-1
         )
         places = [none if row is None else row.visual for row in rows]
         self.places = pad_sequence(places, batch_first=True)
@@ -202,27 +271,21 @@ class Refocus:
         """
         sight = self.rows[row]
         assert sight is not None, "it has asked"
-        visual, slots = sight.visual, sight.slots
-        held = slots >= 0
+        visual, held = sight.visual, sight.pruned.visual
         kept = exchanged(scores[: len(visual)], held, (3 + sight.threshold) / 4)
         new, gone = (kept & ~held).nonzero()[:, 0], (held & ~kept).nonzero()[:, 0]
         if not len(new):
             return None
-        places = slots[gone]
-        slots[new], slots[gone] = places, -1
-        self.slots[row, : len(visual)] = slots
-        sight.held[places] = visual[new]
-        inputs = select_tokens(sight.inputs, new[None])
-        until = visual[new] if inputs.attends_until is None else inputs.attends_until[0]
-        mask = (sight.held <= until[:, None])[None, None]
-        if base.attention == "eager":
-            mask = additive(mask, base.dtype)
-        view = ReplacingView(cache, row, places, len(sight.held))
-        base.run_layers(
-            gather_tokens(sight.states, new[None]),
-            *sight.layers,
-            inputs._replace(attends_until=None),
-            lambda tokens, held: mask,
-            view,
-        )
+        inputs, states = select_tokens(sight.inputs, new[None]), gather_tokens(sight.states, new[None])
+        states = sight.pruned.exchange(base, cache, row, gone, new, states, inputs, visual[new])
+        self.slots[row, : len(visual)] = sight.pruned.slots
+        if sight.late is not None:
+            held = sight.late.visual
+            ranked = scores[: len(visual)].masked_fill(~held.index_fill(0, new, True), float("-inf"))
+            stays = torch.zeros_like(held).index_fill(0, ranked.topk(int(held.sum())).indices, True)
+            gone, late = (held & ~stays).nonzero()[:, 0], (stays & ~held).nonzero()[:, 0]
+            if len(late):
+                chosen = torch.searchsorted(new, late)[None]
+                states, inputs = gather_tokens(states, chosen), select_tokens(inputs, chosen)
+                sight.late.exchange(base, cache, row, gone, late, states, inputs, visual[late])
         return Look(after, visual[kept], len(new))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -105,6 +106,11 @@ class TrunkOutput:
     """Rows of the cache that hold the prompt."""
     prefix: PrefixCache | None = None
     """What is known of the prompt already; its beginning is in the twig's cache."""
+
+    @cached_property
+    def scores(self) -> dict[Any, Float[Tensor, "batch tokens"]]:
+        """What visual tokens have been ranked by so far, by scorers; with a prefix cache, also for other requests."""
+        return {} if self.prefix is None else self.prefix.scores
 
     @property
     def in_twig(self) -> bool:

@@ -127,7 +127,9 @@ class ChatRequest(_Strict):
     keep: _Positive | None = None
     """R, visual tokens kept after the twig's trunk, instead of an average."""
     final_wipe: _Positive | None = None
-    """K_f: no visual token enters later layers."""
+    """K_f: visual tokens leave after this layer."""
+    final_share: float | None = None
+    """φ: share of the kept visual tokens that stay after layer K_f."""
     refocus: float | None = None
     """τ, below which the kept visual tokens are chosen again."""
     retain_per_image: bool = False

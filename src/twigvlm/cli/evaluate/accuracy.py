@@ -24,22 +24,31 @@ class EvaluateAccuracy(PruningOptions):
     twig layer), twig-text (the same, from all text tokens), random, deep:N (attention of base layer N, an oracle), or any of
     `twigvlm methods`, with its own cuts."""
     final_wipe: int | None = None
+    final_share: float | None = None
 
     def run(self) -> None:
         """Ask, and write results.jsonl, report.md and the figure."""
-        compare_prunings(self, "Accuracy", self.methods, () if self.final_wipe is None else (self.final_wipe,))
+        final_wipes = () if self.final_wipe is None else (self.final_wipe,)
+        final_shares = () if self.final_share is None else (self.final_share,)
+        compare_prunings(self, "Accuracy", self.methods, final_wipes, final_shares)
 
 
 def compare_prunings(
-    options: PruningOptions, title: str, methods: Sequence[str], final_wipes: Sequence[int], bench: Bench | None = None
+    options: PruningOptions,
+    title: str,
+    methods: Sequence[str],
+    final_wipes: Sequence[int],
+    final_shares: Sequence[float],
+    bench: Bench | None = None,
 ) -> None:
-    """Ask every question by every method under every budget and K_f, and write results, report and figure.
+    """Ask every question by every method under every budget, K_f and φ, and write results, report and figure.
 
     Args:
         options: of the command.
         title: of the report.
         methods: names of rankings.
         final_wipes: K_f; none: as the twig was tuned.
+        final_shares: φ; none: as the twig was tuned.
         bench: what the options name, if it is loaded already.
     """
     from twigvlm.cli.evaluate.bench import open_bench, open_log, showing, write_report
@@ -56,7 +65,7 @@ def compare_prunings(
     needs_twig = not all(is_published(method) for method in methods if method != "none")
     bench = bench or open_bench(options, needs_twig=needs_twig)
     model = bench.grow()
-    variants = make_variants(model, methods, options.budgets, final_wipes)
+    variants = make_variants(model, methods, options.budgets, final_wipes, final_shares)
     names = [variant.name for variant in variants]
     log = open_log(options, {**bench.settings, "variants": names, "seed": options.seed})
     questions = bench.questions.items

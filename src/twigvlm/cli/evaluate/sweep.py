@@ -1,4 +1,4 @@
-"""`twigvlm evaluate sweep`: accuracy for several K_f."""
+"""`twigvlm evaluate sweep`: accuracy for several K_f and φ."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,12 +9,14 @@ from twigvlm.cli.evaluate.options import PruningOptions
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSweep(PruningOptions):
-    """Accuracy of the twig's pruning for several K_f, on the validation split."""
+    """Accuracy of the twig's pruning for several K_f and φ, on the validation split."""
 
     name: ClassVar[str] = "evaluate sweep"
 
     final_wipes: tuple[int, ...] = ()
     """K_f to try. None given: every fourth layer, from the last one down to the middle."""
+    final_shares: tuple[float, ...] = (0.0,)
+    """φ to try: the share of the kept visual tokens that stays after layer K_f."""
     method: str = "twig"
     """How to choose the visual tokens: one of the methods of `accuracy`."""
 
@@ -22,7 +24,7 @@ class EvaluateSweep(PruningOptions):
         """Ask, and write results.jsonl, report.md and the figure."""
         from twigvlm.cli.evaluate.bench import open_bench
 
-        bench = open_bench(self, validation="choosing K_f")
+        bench = open_bench(self, validation="choosing K_f and φ")
         layers = bench.body.num_layers
         final_wipes = self.final_wipes or tuple(range(layers, layers // 2, -4))
-        compare_prunings(self, "Sweep of K_f", (self.method,), final_wipes, bench)
+        compare_prunings(self, "Sweep of K_f and φ", (self.method,), final_wipes, self.final_shares, bench)

@@ -35,6 +35,8 @@ class Setting:
     """How to draft, as in `TwigVLM.generate`."""
     final_wipe: int | None = None
     """K_f, for methods that rank under the twig's cuts; None: as the twig was tuned."""
+    final_share: float | None = None
+    """φ, for the same methods; None: as the twig was tuned."""
     seed: int = 0
     """Of the ranking `random`."""
     drafting: Mapping[str, float] = field(default_factory=dict)
@@ -43,8 +45,9 @@ class Setting:
     def __post_init__(self) -> None:
         if (self.method == "none") != (self.retain is None):
             raise TwigVLMError(f"method={self.method}, retain={self.retain}: a method and a budget go together")
-        if self.final_wipe is not None and (self.method in ("none", "scout") or is_published(self.method)):
-            raise TwigVLMError(f"final_wipe={self.final_wipe}: does not apply to method={self.method}; leave it out")
+        for name, value in (("final_wipe", self.final_wipe), ("final_share", self.final_share)):
+            if value is not None and (self.method in ("none", "scout") or is_published(self.method)):
+                raise TwigVLMError(f"{name}={value:g}: does not apply to method={self.method}; leave it out")
         known = {one.name for one in dataclasses.fields(SpeculationConfig)} - {"speculate"}
         if unknown := self.drafting.keys() - known:
             raise TwigVLMError(f"model argument {', '.join(sorted(unknown))}: is unknown; see docs/lmms-eval.md")
@@ -212,7 +215,7 @@ class Answerer:
             return {**drafts, "retain": budget, "pruner": method}
         if method == "scout":
             return {**drafts, "retain": budget, "scout": True}
-        twig = {**drafts, "retain": budget, "final_wipe": setting.final_wipe}
+        twig = {**drafts, "retain": budget, "final_wipe": setting.final_wipe, "final_share": setting.final_share}
         if (coverage := refocus_of(method)) is not None:
             return {**twig, "refocus": coverage}
         if method == "diverse":

@@ -48,6 +48,7 @@ class TwigVLMChat(lmms):
         retain: R̄, or a share of each prompt's visual tokens such as 33.3%. A prompt with no more than that is not pruned.
         speculate: how to draft, as in `TwigVLM.generate`.
         final_wipe: K_f; None: as the twig was tuned.
+        final_share: φ; None: as the twig was tuned.
         pad: whether pictures are padded to squares, as LLaVA-1.5's evaluation does.
         system: a system sentence, one of `SYSTEMS` by its name, or a file that holds one.
         frames: of a video.
@@ -74,6 +75,7 @@ class TwigVLMChat(lmms):
         retain: float | str | None = None,
         speculate: str = "none",
         final_wipe: int | None = None,
+        final_share: float | None = None,
         pad: bool = False,
         system: str = "",
         frames: int | None = None,
@@ -92,7 +94,7 @@ class TwigVLMChat(lmms):
                 f"batch_size={batch_size}: must be a number, 1 or more; automatic sizes are not supported"
             )
         method = method or ("none" if retain is None else "twig")
-        setting = Setting(method, retain, speculate, final_wipe, seed, drafting)
+        setting = Setting(method, retain, speculate, final_wipe, final_share, seed, drafting)
         if setting.needs_twig and twig is None and pretrained != SAPLING:
             raise TwigVLMError(f"method={method}, speculate={speculate}: need a twig grown on {pretrained!r}; name one")
         system = SYSTEMS.get(system) or self._resolve_system_prompt(system)

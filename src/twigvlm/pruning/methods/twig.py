@@ -1,4 +1,4 @@
-"""The method's own pruning: one cut after layer K by a ranking at the last prompt token, and FinalWipe (§3.3, Eq. 4 and 6)."""
+"""The method's own pruning: a cut after layer K by a ranking at the last prompt token, and FinalWipe (§3.3, Eq. 4 and 6)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from twigvlm.pruning.budget import average_kept, solve_keep
+from twigvlm.pruning.budget import solve_keep, twig_cuts
 from twigvlm.pruning.cut import Cut, Need
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.select import Select, best, best_of_each_image
@@ -17,7 +17,10 @@ from twigvlm.twig.block import Twig
 
 @dataclass(frozen=True)
 class TwigPruner:
-    """TwigVLM and TwigVLM++, and every other ranking under the same schedule: [Cut(K, R), Cut(K_f, 0)]."""
+    """TwigVLM and TwigVLM++, and every other ranking under the same schedule: [Cut(K, R), Cut(K_f, φR)].
+
+    As published φ = 0, and late layers see no picture. A base whose late layers still look at it keeps its quality with φ > 0.
+    """
 
     scorer: Scorer
     """Ranks the visual tokens."""
@@ -25,11 +28,15 @@ class TwigPruner:
     """K."""
     final_wipe: int
     """K_f; L: no FinalWipe."""
+    final_share: float = 0.0
+    """φ, share of the kept tokens that stay after layer K_f."""
     keep: int | None = None
     """R, if it is given instead of an average."""
     select: Select = best
     """Chooses among the ranked tokens."""
     needs: ClassVar[frozenset[Need]] = frozenset({Need.TWIG})
+    ranks_once: ClassVar[bool] = True
+    """Later cuts use the scores of the first one, so that drafts can stand behind the prompt when it passes them."""
 
     def ranks_later(self, twig: Twig) -> bool:
         """Whether its ranking can be asked again at new tokens, as refocusing does."""
@@ -37,29 +44,26 @@ class TwigPruner:
         return whole and self.scorer == default_scorer(twig)
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """One cut to R after layer K, and one to 0 after layer K_f.
+        """One cut to R after layer K, and one to φR after layer K_f.
 
         Raises:
             TwigVLMError: R is not in 1..M, or no R has this average.
         """
-        if retain is not None:
-            keep = solve_keep(retain, visual, layers, self.trunk_layers, self.final_wipe)
-        else:
-            assert self.keep is not None, "one of them is given"
-            keep = self.keep
-            average_kept(keep, visual, layers, self.trunk_layers, self.final_wipe)  # for its errors
-        wipe = () if self.final_wipe == layers else (Cut(self.final_wipe, 0),)
-        return (Cut(self.trunk_layers, keep), *wipe)
+        shape = visual, layers, self.trunk_layers, self.final_wipe, self.final_share
+        keep = self.keep if retain is None else solve_keep(retain, *shape)
+        assert keep is not None, "one of them is given"
+        return twig_cuts(keep, *shape)
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
-        """R of the visual tokens, by their scores."""
-        assert view.trunk is not None, "the cut follows layer K"
-        return self.select(self._scores(view.trunk), view.tokens.hidden, view.tokens.visual, keep)
+        """R of the visual tokens, by their scores; after layer K_f φR of those."""
+        assert view.trunk is not None, "the cuts follow layer K"
+        scores, tokens = self._scores(view.trunk), view.tokens
+        if tokens.index is not None:
+            last = scores.shape[1] - 1  # what stands behind the prompt is text
+            scores = scores.gather(1, tokens.index.clamp(max=last))
+        return self.select(scores, tokens.hidden, tokens.visual, keep)
 
     def _scores(self, trunk: TrunkOutput) -> Float[Tensor, "batch tokens"]:
-        if trunk.prefix is None:
-            return self.scorer(trunk)
-        known = trunk.prefix.scores
-        if self.scorer not in known:
-            known[self.scorer] = self.scorer(trunk)
-        return known[self.scorer]
+        if self.scorer not in trunk.scores:
+            trunk.scores[self.scorer] = self.scorer(trunk)
+        return trunk.scores[self.scorer]

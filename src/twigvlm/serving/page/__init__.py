@@ -67,7 +67,8 @@ def page_settings(service: Service, needs_key: bool) -> dict[str, Any]:
     low, high = 32.0, 576.0  # of bases whose visual tokens depend on the picture
     if visual is not None:
         final_wipe = base.num_layers if twig.final_wipe is None else twig.final_wipe
-        low, high = (average_kept(keep, visual, base.num_layers, twig.trunk_layers, final_wipe) for keep in (1, visual))
+        shape = visual, base.num_layers, twig.trunk_layers, final_wipe, twig.final_share
+        low, high = (average_kept(keep, *shape) for keep in (1, visual))
     ways = ["none", "chain", "tree", "lookup"] if service.has_twig else ["none", "lookup"]
     return {
         "model": service.name,
