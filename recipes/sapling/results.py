@@ -48,12 +48,12 @@ def _evaluate(what: str, questions: str, options: str) -> str:
 
 QUESTIONS = {
     SHORT: "--split test --count 1000 --descriptions 0",
-    LONG: "--split test --count 0 --descriptions 200 --long 25",
+    LONG: "--split test --count 0 --descriptions 120 --long 25",
     MIXED: "--split test --count 60 --descriptions 0",
     VALIDATION: "--split validation --count 160 --descriptions 40 --long 10",
 }
 METHODS = (
-    "twig diverse refocus:0.8 scout attention fastv pyramiddrop sparsevlm sparsevlm-v2 mustdrop visionzip fastervlm divprune "
+    "twig diverse refocus:0.7 scout attention fastv pyramiddrop sparsevlm sparsevlm-v2 mustdrop visionzip fastervlm divprune "
     "scope dart vispruner cdpruner prunesid holov prumerge+ random:0"
 )
 PAGES = {
@@ -74,12 +74,12 @@ PAGES = {
             "Short answers",
             "The shipped twig: the tokens with the highest scores, and those that also differ from each other (`diverse`). "
             "Beside it the two methods without training that come nearest to it.",
-            _evaluate("accuracy", SHORT, "--methods twig diverse divprune cdpruner --budgets 192 128 64 48"),
+            _evaluate("accuracy", SHORT, "--methods twig diverse divprune cdpruner --budgets 192 64 48"),
         ),
         Section(
             "Long answers",
             "Choices made once at the end of the prompt, and the choice that is made again while the answer grows.",
-            _evaluate("accuracy", LONG, "--methods twig diverse refocus:0.8 --budgets 192 64"),
+            _evaluate("accuracy", LONG, "--methods twig diverse refocus:0.7 --budgets 192 64"),
         ),
         Section(
             "When to choose again, on the validation split",
@@ -113,7 +113,7 @@ PAGES = {
             _evaluate(
                 "speed",
                 LONG,
-                "--kinds description rows halves --limit 30 --repeats 1 --refocus 0.8 --budgets 64 "
+                "--kinds description rows halves --limit 30 --repeats 1 --refocus 0.7 --budgets 64 "
                 "--systems chain auto 'pruning + auto' 'refocus + auto'",
             ),
         ),
@@ -146,7 +146,7 @@ PAGES = {
         Section(
             "Long answers, with refocusing",
             "Every way to draft against no drafts, token for token; kept tokens are exchanged while the answers grow.",
-            _evaluate("exactness", LONG, "--limit 20 --refocus 0.8 --budgets 64"),
+            _evaluate("exactness", LONG, "--limit 20 --refocus 0.7 --budgets 64"),
         ),
     ],
 }

@@ -136,7 +136,7 @@ def test_a_diverged_twig_is_not_exported(tmp_path):
         export(model, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_onevision", "pixtral"])
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "pixtral", "qwen2_5_vl"])
 @pytest.mark.parametrize("pruning_head", [True, False])
 @pytest.mark.parametrize("select", [best, diverse])
 def test_the_ranking_of_scout_mode_is_the_twig_s(tmp_path, name, pruning_head, select):
@@ -147,5 +147,6 @@ def test_the_ranking_of_scout_mode_is_the_twig_s(tmp_path, name, pruning_head, s
     prompt = model.base.prompt(**inputs)
     ranking = Ranking(export(model, tmp_path), torch.float32, torch.device("cpu"))
     visual = prompt.visual_mask[0]
-    kept = ranking(prompt.hidden[0], visual, 9, select)
+    positions = prompt.position_ids[-3:, 0] if prompt.position_ids.ndim == 3 else prompt.position_ids
+    kept = ranking(prompt.hidden[0], visual, positions, 9, select)
     assert torch.equal(visual.nonzero()[:, 0][kept], output.kept_indices[0])

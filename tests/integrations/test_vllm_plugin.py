@@ -120,11 +120,20 @@ def test_deepstack_is_split_off():
 
 def test_tokens_around_pruned_pictures_stay_where_they_were():
     # Two of text, a picture of 5 that keeps 2, one of text, a picture of 5 that keeps 3, two of text.
-    positions, more = positions_around(10, [(5, 3), (2, 2)], 5)
+    unknown = torch.zeros(3, 3, dtype=torch.long)
+    positions, more = positions_around(10, [(5, unknown, 5), (2, unknown[:, :2], 5)])
     assert positions.tolist() == [[0, 1, 2, 2, 7, 8, 8, 8, 13, 14]] * 3
     assert more == 15 - 10
-    assert positions_around(3, [], 5)[0].tolist() == [[0, 1, 2]] * 3
-    assert positions_around(3, [], 5)[1] == 0
+    assert positions_around(3, [])[0].tolist() == [[0, 1, 2]] * 3
+    assert positions_around(3, [])[1] == 0
+
+
+def test_tokens_of_a_video_stand_on_three_axes():
+    # One of text, a video of 1 × 2 × 2 that is kept whole, two of text.
+    places = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1]])
+    positions, more = positions_around(7, [(1, places, 2)])
+    assert positions.tolist() == [[0, 1, 1, 1, 1, 3, 4], [0, 1, 1, 2, 2, 3, 4], [0, 1, 2, 1, 2, 3, 4]]
+    assert more == -2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -47,21 +47,31 @@ def accepted_in_slots(model, inputs, answer):
     return steps, accepted
 
 
-@pytest.mark.parametrize("kind", ["Qwen2_5_VL", "Qwen2VL", "Qwen3VL"])
-def test_drafts_are_those_of_the_twig_in_the_slots(engine, tmp_path, kind):
-    base, drafter = tmp_path / "base", tmp_path / "drafter"
-    model = write(kind, base, drafter)
-    picture = Image.radial_gradient("L").convert("RGB").resize((140, 112))
-    picture.save(tmp_path / "picture.png")
+@pytest.fixture
+def picture(tmp_path):
+    made = Image.radial_gradient("L").convert("RGB").resize((140, 112))
+    made.save(tmp_path / "picture.png")
+    return made
+
+
+def options_of(kind, folder):
     options = {
-        "model": str(base),
+        "model": str(folder / "base"),
         "max_model_len": 256,
         "limit_mm_per_prompt": {"image": 1, "video": 0},
         "environment": {"VLLM_USE_V2_MODEL_RUNNER": "0"},
-        "pictures": [str(tmp_path / "picture.png")],
+        "pictures": [str(folder / "picture.png")],
     }
     if kind == "Qwen2VL":
         options["hf_overrides"] = {"image_token_index": WORDS.index(IMAGE)}
+    return options
+
+
+@pytest.mark.parametrize("kind", ["Qwen2_5_VL", "Qwen2VL", "Qwen3VL"])
+def test_drafts_are_those_of_the_twig_in_the_slots(engine, tmp_path, picture, kind):
+    drafter = tmp_path / "drafter"
+    model = write(kind, tmp_path / "base", drafter)
+    options = options_of(kind, tmp_path)
     prompts = [{"text": text, "pictures": [0], "tokens": TOKENS} for text in TEXTS]
     jobs = [{"name": "alone", "prompts": prompts}, {"name": "together", "prompts": prompts, "together": True}]
     results = engine(jobs, drafter=str(drafter), **options)
@@ -80,3 +90,34 @@ def test_drafts_are_those_of_the_twig_in_the_slots(engine, tmp_path, kind):
     print(f"\n{kind}: vLLM {made['accepted_tokens']} in {made['drafts']} steps, the twig {accepted} in {steps}")
     assert made["accepted_tokens"] >= 0.97 * accepted
     assert accepted > 0
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+@pytest.mark.parametrize("kind", ["Qwen2_5_VL", "Qwen2VL"])
+def test_scout_mode_answers_as_twigvlm_s(engine, tmp_path, picture, kind, drafted):
+    """Of a picture of 5 × 4 tokens the best ones, at their places on three axes."""
+    from tests.vllm.tiny_qwen import processor
+    from twigvlm.cli.export import scout_overrides
+
+    model, own = write(kind, tmp_path / "base", tmp_path / "drafter"), processor(kind)
+    options = options_of(kind, tmp_path)
+    scout = scout_overrides(model, own, str(tmp_path / "drafter"), 12)
+    options["hf_overrides"] = {**options.get("hf_overrides", {}), **scout}
+    questions = [f"w{n} w{n + 5} w3" for n in range(8, 16)]
+    kept = [{"keep": 5}, {"keep": 9}, {"retain": 14, "diverse": True}]
+    asked = [(question, how) for question in questions for how in kept]
+    prompts, expected = [], []
+    for question, how in asked:
+        text = f"{START} {IMAGE} {END} {question} w7"
+        prompts.append({"text": text, "pictures": [0], "tokens": TOKENS, "processor": {"question": question, **how}})
+        inputs = own(text=text, images=picture, return_tensors="pt")
+        ids = model.generate(**inputs, **how, scout=True, max_new_tokens=TOKENS, do_sample=False)
+        expected.append(ids[0, inputs["input_ids"].shape[1] :].tolist())
+    jobs = [{"name": "alone", "prompts": prompts}, {"name": "together", "prompts": prompts, "together": True}]
+    drafts = {"drafter": str(tmp_path / "drafter"), "tokens": DRAFTED} if drafted else {"tokens": 0}
+    results = engine(jobs, **drafts, **options)
+    assert results["alone"]["ids"] == expected
+    assert results["together"]["ids"] == expected
+    lengths = results["alone"]["prompt_tokens"]
+    assert [length - lengths[0] for length in lengths[:2]] == [0, 4]
+    assert len({tuple(ids) for ids in expected[:3]}) > 1  # what is kept does matter

@@ -66,6 +66,13 @@ def build(kind: str) -> Any:
     return model
 
 
+CHAT = (
+    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    f"{START} {IMAGE} {END} "
+    "{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}w7"
+)
+
+
 def processor(kind: str) -> Any:
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -79,7 +86,7 @@ def processor(kind: str) -> Any:
     images = hf.Qwen2VLImageProcessor(**sizes, size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 40})
     videos = (hf.Qwen3VLVideoProcessor if kind == "Qwen3VL" else hf.Qwen2VLVideoProcessor)(**sizes)
     name = {"Qwen2VL": "Qwen2VLProcessor", "Qwen2_5_VL": "Qwen2_5_VLProcessor", "Qwen3VL": "Qwen3VLProcessor"}[kind]
-    return getattr(hf, name)(image_processor=images, tokenizer=fast, video_processor=videos)
+    return getattr(hf, name)(image_processor=images, tokenizer=fast, video_processor=videos, chat_template=CHAT)
 
 
 def write(kind: str, base: Path, drafter: Path) -> Any:

@@ -99,12 +99,14 @@ def scout_overrides(
     Raises:
         TwigVLMError: the plug-in has no scout mode for this base.
     """
-    from twigvlm.integrations.vllm import SCOUT_LLAVA
+    from twigvlm.integrations.vllm import SCOUTS
 
-    if model.base.family.model_type != "llava" or model.model.config.vision_config.model_type != "clip_vision_model":
+    family = model.base.family.model_type
+    clip = family != "llava" or model.model.config.vision_config.model_type == "clip_vision_model"
+    if family not in SCOUTS or not clip:
         raise TwigVLMError(
-            f"scout_retain={retain:g}: in vLLM, scout mode is for LLaVA-1.5-type bases (llava with a CLIP tower), not for "
-            f"{model.base.family.model_type!r}; leave it out"
+            f"scout_retain={retain:g}: in vLLM, scout mode is for LLaVA-1.5-type bases (llava with a CLIP tower), Qwen2-VL "
+            f"and Qwen2.5-VL, not for {family!r}; leave it out"
         )
     content = [{"type": "image"}, {"type": "text", "text": "{question}"}]
     chat = [{"role": "user", "content": content}]
@@ -117,7 +119,11 @@ def scout_overrides(
         "layers": model.base.num_layers,
         "trunk_layers": model.twig.config.trunk_layers,
     }
-    return {"architectures": [SCOUT_LLAVA], "mrope_section": [0, 0, 0], "twig_scout": settings}
+    # LLaVA's positions have one axis; vLLM hands out others than 0, 1, 2, … to models with three alone. And on targets that it
+    # does not know by name, it looks for the placeholder under the name that LLaVA's config has.
+    llava = family == "llava"
+    needed = {"mrope_section": [0, 0, 0]} if llava else {"image_token_index": model.model.config.image_token_id}
+    return {"architectures": [SCOUTS[family]], **needed, "twig_scout": settings}
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,19 @@ TESTED = ("0.32.0",)
 """Versions of vLLM that the plug-in was tested with. Its classes build on parts of vLLM that change between releases."""
 DRAFTER = "Eagle3TwigForCausalLM"
 """Architecture of an exported twig; vLLM leaves names that begin with Eagle3 as they are."""
-SCOUT_LLAVA = "TwigScoutLlavaForConditionalGeneration"
-"""Architecture of a LLaVA in scout mode."""
+SCOUTS = {
+    "llava": "TwigScoutLlavaForConditionalGeneration",
+    "qwen2_vl": "TwigScoutQwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "TwigScoutQwen2_5_VLForConditionalGeneration",
+}
+"""Model types of bases that have a scout mode -> its architecture."""
 _HERE = "twigvlm.integrations.vllm"
-_CLASSES = {DRAFTER: f"{_HERE}.drafter:TwigDrafter", SCOUT_LLAVA: f"{_HERE}.scout:ScoutLlava"}
+_CLASSES = {
+    DRAFTER: f"{_HERE}.drafter:TwigDrafter",
+    SCOUTS["llava"]: f"{_HERE}.scout_llava:ScoutLlava",
+    SCOUTS["qwen2_vl"]: f"{_HERE}.scout_qwen:ScoutQwen2",
+    SCOUTS["qwen2_5_vl"]: f"{_HERE}.scout_qwen:ScoutQwen25",
+}
 
 
 def register() -> None:

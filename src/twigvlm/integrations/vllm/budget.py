@@ -53,23 +53,24 @@ def check_question(ids: Sequence[int], image_token: int, visual: int, limit: int
         )
 
 
-def positions_around(tokens: int, pictures: Sequence[tuple[int, int]], visual: int) -> tuple[Tensor, int]:
-    """Positions as in the whole prompt, of each picture's tokens its first one.
+def positions_around(tokens: int, pictures: Sequence[tuple[int, Tensor, int]]) -> tuple[Tensor, int]:
+    """Positions as in the whole prompt.
 
     Args:
         tokens: of the prompt, as far as they are kept.
-        pictures: where each begins, and how many tokens it keeps.
-        visual: M, how many it had.
+        pictures: where each begins; how far its kept tokens are from its first position, [3, R], as far as that is known; and by
+            how much what follows is further on than its beginning.
 
     Returns:
-        [3, tokens], equal on all axes; and by how much a later token's position exceeds its index.
+        [3, tokens]; and by how much a later token's position exceeds its index.
     """
     positions = torch.zeros(3, tokens, dtype=torch.long)
     done, position = 0, 0
-    for start, length in sorted(pictures):
+    for start, places, extent in sorted(pictures, key=lambda picture: picture[0]):
         positions[:, done:start] = torch.arange(position, position + start - done)
         position += start - done
-        positions[:, start : start + length] = position
-        done, position = start + length, position + visual
+        done = start + places.shape[1]
+        positions[:, start:done] = position + places
+        position += extent
     positions[:, done:] = torch.arange(position, position + tokens - done)
     return positions, position - done

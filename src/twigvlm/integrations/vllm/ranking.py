@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from twigvlm.base.layers import project_keys, run
@@ -50,24 +51,27 @@ class Ranking(nn.Module):
         own = {name: tensor for name, tensor in weights.items() if name.startswith(("layers.", "pruning_head."))}
         self.load_state_dict(own)
         self.requires_grad_(False)
-        self.rotary = LlamaRotaryEmbedding(config).to(device)
+        rotary = Qwen2VLRotaryEmbedding if "mrope_section" in config.rope_parameters else LlamaRotaryEmbedding
+        self.rotary = rotary(config).to(device)
         grouped = config.num_key_value_heads < config.num_attention_heads
         half_on_cpu = device.type == "cpu" and dtype != torch.float32
         self.masks = CausalMasks("sdpa", dtype, device, grouped and half_on_cpu)
 
     @torch.no_grad()
-    def forward(self, embeddings: Tensor, visual: Tensor, keep: int, select: Select = best) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, visual: Tensor, positions: Tensor, keep: int, select: Select = best
+    ) -> Tensor:
         """Which visual tokens of a prompt stay: their indices among its visual tokens, ascending, [keep].
 
         Args:
             embeddings: of the prompt, the picture merged, [tokens, width].
             visual: True at visual tokens, [tokens]; the last token is none.
+            positions: of the tokens, [1, tokens], or [3, tokens] with M-RoPE.
             keep: R.
             select: chooses among the ranked tokens.
         """
         hidden, mask = embeddings[None], visual[None]
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        inputs = TokenInputs(*self.rotary(hidden, positions))
+        inputs = TokenInputs(*self.rotary(hidden, positions[:, None] if len(positions) == 3 else positions))
         states = run(self.layers[: self.trunk_layers], hidden, inputs, self.masks)
         hidden = run(self.layers[self.trunk_layers : -1], states, inputs, self.masks)
         last: Any = self.layers[-1]

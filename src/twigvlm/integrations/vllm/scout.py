@@ -5,33 +5,32 @@ vLLM's own interfaces carry it. The placeholder of a picture is as long as what 
 2, … are those of M-RoPE: a picture's tokens all get its first one, and what stands behind it the ones that it has in the whole
 prompt. Where each kept token belongs is known after the ranking only: that is written behind its features and added to its
 position when it enters the decoder, as it is in the drafter.
+
+Here is what all bases share, to be mixed into vLLM's own classes of a base (`scout_llava.py`, `scout_qwen.py`).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.model_executor.models.interfaces import SupportsMRoPE
-from vllm.model_executor.models.llava import (
-    LlavaDummyInputsBuilder,
-    LlavaForConditionalGeneration,
-    LlavaMultiModalProcessor,
-    LlavaProcessingInfo,
-)
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement
 
 from twigvlm.integrations.vllm.arithmetic import with_places, without_places
-from twigvlm.integrations.vllm.budget import OPTIONS, check_question, kept_tokens, positions_around
+from twigvlm.integrations.vllm.budget import OPTIONS, check_question, kept_tokens
 from twigvlm.integrations.vllm.ranking import Ranking
 from twigvlm.pruning.select import Select, best, diverse
 
+# The classes below stand before vLLM's own of a base, whose methods they call.
+if TYPE_CHECKING:
+    from typing import Any as Base
+else:
+    Base = object
 
-class ScoutInfo(LlavaProcessingInfo):
+
+class ScoutInfo(Base):
     """What vLLM asks about the processor, which does not get to see the options of scout mode."""
 
     def get_hf_processor(self, **kwargs: object) -> Any:
@@ -39,21 +38,25 @@ class ScoutInfo(LlavaProcessingInfo):
         return super().get_hf_processor(**_others(kwargs))
 
 
-class ScoutProcessor(LlavaMultiModalProcessor):
-    """Placeholders as long as what is kept, and the question beside the pixels."""
+class ScoutProcessor(Base):
+    """Placeholders as long as what is kept, and the question beside the pixels. Videos are left alone."""
+
+    def _visual(self, mm_items: Any, data: Mapping[str, Any], item: int) -> int:
+        """M of a picture; `data` is what the base's own processor makes of the pictures."""
+        raise NotImplementedError
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         data = super()._apply_hf_processor_main(mm_items, _others(hf_kwargs))
         pictures = mm_items.get_all_counts().get("image", 0)
         if pictures:
-            ids = self._question(hf_kwargs)
-            config, limit = self.info.get_hf_config(), self.info.ctx.model_config.max_model_len
-            for item in range(pictures):
-                check_question(ids, config.image_token_index, self._visual(mm_items, item), limit)
+            settings, token = self.info.get_hf_config().twig_scout, image_token(self.info.get_hf_config())
+            ids, limit = self._question(hf_kwargs), self.info.ctx.model_config.max_model_len
+            sizes = [self._visual(mm_items, data, item) for item in range(pictures)]
+            for visual in sizes:
+                check_question(ids, token, visual, limit)
             data["scout_ids"] = torch.tensor([ids] * pictures)
-            differ = bool(hf_kwargs.get("diverse", self.info.get_hf_config().twig_scout["diverse"]))
-            data["scout_diverse"] = torch.tensor([differ] * pictures)
-            data["scout_keep"] = torch.tensor([self._kept(mm_items, hf_kwargs, item) for item in range(pictures)])
+            data["scout_diverse"] = torch.tensor([bool(hf_kwargs.get("diverse", settings["diverse"]))] * pictures)
+            data["scout_keep"] = torch.tensor([kept_tokens(settings, hf_kwargs, visual) for visual in sizes])
         return data
 
     def _question(self, options: Mapping[str, object]) -> list[int]:
@@ -61,13 +64,6 @@ class ScoutProcessor(LlavaMultiModalProcessor):
         question = str(options.get("question") or settings["question"])
         text = settings["prompt"].replace("{question}", question)
         return list(self.info.get_tokenizer()(text).input_ids)
-
-    def _kept(self, mm_items: Any, options: Mapping[str, object], item: int) -> int:
-        return kept_tokens(self.info.get_hf_config().twig_scout, options, self._visual(mm_items, item))
-
-    def _visual(self, mm_items: Any, item: int) -> int:
-        size = mm_items.get_items("image", ImageProcessorItems).get_image_size(item)
-        return int(self.info.get_num_image_tokens(image_width=size.width, image_height=size.height))
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         fields = super()._get_mm_fields_config(hf_inputs, _others(hf_processor_mm_kwargs))
@@ -77,31 +73,29 @@ class ScoutProcessor(LlavaMultiModalProcessor):
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[Any]:
-        token = self.info.get_hf_config().image_token_index
+        token = image_token(self.info.get_hf_config())
 
         def replacement(item: int) -> list[int]:
-            return [token] * self._kept(mm_items, hf_processor_mm_kwargs, item)
+            return [token] * int(out_mm_kwargs["image"][item]["scout_keep"].data)
 
-        return [PromptReplacement(modality="image", target=[token], replacement=replacement)]
+        own = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        others = [update for update in own if update.modality != "image"]
+        return [PromptReplacement(modality="image", target=[token], replacement=replacement), *others]
 
 
-@MULTIMODAL_REGISTRY.register_processor(ScoutProcessor, info=ScoutInfo, dummy_inputs=LlavaDummyInputsBuilder)
-class ScoutLlava(LlavaForConditionalGeneration, SupportsMRoPE):
-    """LLaVA whose decoder gets the kept visual tokens alone.
-
-    vLLM hands out positions on three axes to a model that says that it has them (`mrope_section` in its config); the decoder,
-    which has one, gets the first.
-    """
+class Scout(Base):
+    """A base whose decoder gets the kept visual tokens of pictures alone."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.settings: dict[str, Any] = self.config.twig_scout
         self._dtype = vllm_config.model_config.dtype
-        vision = self.config.vision_config
-        whole = self.config.vision_feature_select_strategy == "full"
-        self.visual = (vision.image_size // vision.patch_size) ** 2 + whole
         # At one address for as long as the model lives, because CUDA graphs read it there.
-        self.places = torch.zeros(vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.long)
+        self.places = torch.zeros(3, vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.long)
+
+    def _places_in_pictures(self, kwargs: Mapping[str, Any], pictures: int) -> list[Tensor]:
+        """How far each visual token of each picture is from the picture's first position, on each axis: [M, axes]."""
+        raise NotImplementedError
 
     def load_weights(self, weights: Any) -> Any:
         """The base's from its own files, trunk and twig from the export."""
@@ -113,44 +107,45 @@ class ScoutLlava(LlavaForConditionalGeneration, SupportsMRoPE):
         return loaded
 
     def embed_multimodal(self, **kwargs: object) -> Any:
-        """Of each picture the kept tokens and their places, [R, width + 2]."""
+        """Of each picture the kept tokens and their places, [R, width + 2 × axes]; of a video all tokens."""
+        if "scout_ids" not in kwargs:
+            videos: Any = super().embed_multimodal(**kwargs)
+            return [with_places(video, video.new_zeros(len(video), 3, dtype=torch.long)) for video in videos]
         questions: Any = kwargs.pop("scout_ids")
         keeps: Any = kwargs.pop("scout_keep")
         differ: Any = kwargs.pop("scout_diverse")
-        pictures = super().embed_multimodal(**kwargs)
-        rows = zip(pictures, questions, keeps, differ, strict=True)
+        places = self._places_in_pictures(kwargs, len(keeps))
+        pictures: Any = super().embed_multimodal(**kwargs)
+        rows = zip(pictures, questions, keeps, differ, places, strict=True)
         return [
-            self._scouted(features, ids.view(-1), int(keep), diverse if bool(other) else best)
-            for features, ids, keep, other in rows
+            self._scouted(features, ids.view(-1), int(keep), diverse if bool(other) else best, at)
+            for features, ids, keep, other, at in rows
         ]
 
-    def _scouted(self, features: Tensor, ids: Tensor, keep: int, select: Select) -> Tensor:
-        token = self.config.image_token_index
-        at = int((ids == token).nonzero()[0])
+    def _scouted(self, features: Tensor, ids: Tensor, keep: int, select: Select, places: Tensor) -> Tensor:
+        token = image_token(self.config)
+        at, places = int((ids == token).nonzero()[0]), places.to(features.device)
         embedded = self.language_model.embed_input_ids(ids.masked_fill(ids == token, 0))
         embedded = torch.cat((embedded[:at], features.to(embedded.dtype), embedded[at + 1 :]))
         visual = torch.zeros(len(embedded), dtype=torch.bool, device=embedded.device)
         visual[at : at + len(features)] = True
-        kept = self.ranking(embedded, visual, keep, select)
-        return with_places(features[kept], kept[:, None])
+        text = torch.arange(len(ids), device=embedded.device).expand(places.shape[1], -1)
+        behind = text[:, at + 1 :] + int(places.max())
+        positions = torch.cat((text[:, :at], at + places.T, behind), dim=1)
+        kept = self.ranking(embedded, visual, positions, keep, select)
+        return with_places(features[kept], places[kept])
 
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
     ) -> Tensor:
-        """As LLaVA's; the places of visual tokens are kept for `forward`."""
+        """As the base's; the places of visual tokens are kept for `forward`."""
         self.places.zero_()
         if not multimodal_embeddings or is_multimodal is None:
             return super().embed_input_ids(input_ids)
-        parts = [without_places(part, self.config.text_config.hidden_size) for part in multimodal_embeddings]
-        places = torch.cat([place for _, place in parts])[:, 0]
-        self.places[: len(input_ids)][is_multimodal.to(self.places.device)] = places.to(self.places.device)
+        parts = [without_places(part, self.config.get_text_config().hidden_size) for part in multimodal_embeddings]
+        places = torch.cat([place for _, place in parts]).to(self.places.device)
+        self.places[:, : len(input_ids)][:, is_multimodal.to(self.places.device)] = places.T
         return super().embed_input_ids(input_ids, [part for part, _ in parts], is_multimodal=is_multimodal)
-
-    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
-        """Positions [3, tokens] as in the whole prompt, of each picture's tokens its first one; and what a later token's position
-        is more than its index."""
-        places = [(feature.mm_position.offset, feature.mm_position.length) for feature in mm_features]
-        return positions_around(len(input_tokens), places, self.visual)
 
     def forward(
         self,
@@ -160,13 +155,18 @@ class ScoutLlava(LlavaForConditionalGeneration, SupportsMRoPE):
         inputs_embeds: Tensor | None = None,
         **kwargs: object,
     ) -> Any:
-        """As LLaVA's, with every token at the position that it has in the whole prompt."""
-        if positions.ndim == 2:
-            positions = positions[0]
-        positions = positions + self.places[: len(positions)]
+        """As the base's, with every token at the position that it has in the whole prompt."""
+        places = self.places[:, : positions.shape[-1]]
+        positions = positions + (places if positions.ndim == 2 else places[0])
         # vLLM bounds how many tokens a sequence has, not their positions: beyond the last one there are no rotary embeddings.
-        positions = positions.clamp(max=self.config.text_config.max_position_embeddings - 1)
+        positions = positions.clamp(max=self.config.get_text_config().max_position_embeddings - 1)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+
+
+def image_token(config: Any) -> int:
+    """Id of the placeholder of pictures: configs name it in one of two ways."""
+    found = getattr(config, "image_token_id", None)
+    return int(config.image_token_index if found is None else found)
 
 
 def _others(options: Mapping[str, object]) -> dict[str, object]:

@@ -1,0 +1,61 @@
+"""Scout mode for LLaVA-1.5-type bases: pictures of one size, positions on one axis."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import SupportsMRoPE
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import ImageProcessorItems
+
+from twigvlm.integrations.vllm.budget import positions_around
+from twigvlm.integrations.vllm.scout import Scout, ScoutInfo, ScoutProcessor
+
+
+class ScoutLlavaInfo(ScoutInfo, LlavaProcessingInfo):
+    """LLaVA's."""
+
+
+class ScoutLlavaProcessor(ScoutProcessor, LlavaMultiModalProcessor):
+    """LLaVA's."""
+
+    def _visual(self, mm_items: Any, data: Mapping[str, Any], item: int) -> int:
+        size = mm_items.get_items("image", ImageProcessorItems).get_image_size(item)
+        return int(self.info.get_num_image_tokens(image_width=size.width, image_height=size.height))
+
+
+@MULTIMODAL_REGISTRY.register_processor(ScoutLlavaProcessor, info=ScoutLlavaInfo, dummy_inputs=LlavaDummyInputsBuilder)
+class ScoutLlava(Scout, LlavaForConditionalGeneration, SupportsMRoPE):
+    """LLaVA in scout mode.
+
+    vLLM hands out positions on three axes to a model that says that it has them (`mrope_section` in its config); the decoder,
+    which has one, gets the first.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        vision = self.config.vision_config
+        whole = self.config.vision_feature_select_strategy == "full"
+        self.visual = (vision.image_size // vision.patch_size) ** 2 + whole
+
+    def _places_in_pictures(self, kwargs: Mapping[str, Any], pictures: int) -> list[Tensor]:
+        return [torch.arange(self.visual)[:, None]] * pictures
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
+        """Positions [3, tokens] as in the whole prompt, of each picture's tokens its first one; and what a later token's position
+        is more than its index."""
+        places = [feature.mm_position for feature in mm_features]
+        pictures = [(place.offset, torch.zeros(3, place.length, dtype=torch.long), self.visual) for place in places]
+        return positions_around(len(input_tokens), pictures)
+
+    def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As LLaVA's, with every token at the position that it has in the whole prompt."""
+        return super().forward(input_ids, positions[0] if positions.ndim == 2 else positions, *args, **kwargs)
