@@ -30,6 +30,15 @@ SIZES = st.tuples(st.integers(0, 10**6), st.integers(5, 40), st.floats(0.05, 0.9
 WIDTH = 12
 
 
+class Projection(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, states):
+        return (states @ self.weight).tanh()
+
+
 def image(seed, count, cls=True, width=WIDTH):
     """An image of random tokens, in the middle of two others."""
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +53,7 @@ def image(seed, count, cls=True, width=WIDTH):
         random(total, width),
         numbers,
         random(total, width),
-        lambda states: (states @ weight).tanh(),
+        Projection(weight),
         None,
         None,
         1,

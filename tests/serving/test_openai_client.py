@@ -164,6 +164,7 @@ def test_many_clients_get_what_each_would_get_alone(client, service):
         ({"extra": {"speculate": "nonsense"}}, "speculate"),
         ({"extra": {"pruner": "fastv:²", "retain": 8}}, "pruner"),
         ({"extra": {"pruner": "fastv"}}, "needs a budget"),
+        ({"extra": {"pruner": "visionzip:/etc", "retain": 8}}, "requests cannot name directories"),
         ({"extra": {"speculate": "auto"}}, "started with it"),
         ({"extra": {"nonsense": 1}}, "nonsense"),
         ({"images": ["https://example.com/a.png"]}, "nothing is fetched"),

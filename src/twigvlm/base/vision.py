@@ -1,6 +1,6 @@
 """What a vision tower made of a prompt's pixels: features and attention, which a base does not hand on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any, cast
@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from twigvlm.base.capture import Call
 from twigvlm.base.families import Tower
@@ -29,8 +30,8 @@ class Vision:
     """Which image, tile or pair of frames each row belongs to."""
     features: Float[Tensor, "rows features"]
     """Before the projector; where it merges several into one, behind it."""
-    project: Callable[[Tensor], Tensor]
-    """From features to visual tokens."""
+    projector: nn.Module | None
+    """From features to visual tokens; None where the features are those behind it."""
     attention: TowerAttention | None
     """Of the block whose output the features are; None: the base pools patches, so that they are not known."""
     last_attention: TowerAttention | None
@@ -41,6 +42,20 @@ class Vision:
     """Whether the tower has a CLS token that is no visual token."""
     cls: Float[Tensor, "images features"] | None
     """Features of the CLS tokens."""
+
+    def project(
+        self, features: Float[Tensor, "rows features"], weights: Mapping[str, Tensor] | None = None
+    ) -> Float[Tensor, "rows width"]:
+        """Features as visual tokens.
+
+        Args:
+            features: before the projector.
+            weights: of the projector, by their names; None: its own.
+        """
+        if self.projector is None:
+            return features
+        made = functional_call(self.projector, dict(weights or {}), (features[None],))
+        return _flat(made).to(self.projected)
 
     def importance(self, over: str = "mean") -> Float[Tensor, " rows"]:
         """The CLS token's attention (softmax over the tower's tokens) to each row, or where there is none the mean that it
@@ -168,7 +183,7 @@ class VisionModules:
             projected,
             _images(made[self.projector], attention if known else None, patches, has_cls).to(device),
             features if whole else projected,
-            (lambda states: _flat(self.projector(states[None])).to(hidden)) if whole else (lambda states: states),
+            self.projector if whole else None,
             attention if known else None,
             last if known else None,
             patches,

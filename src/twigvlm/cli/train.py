@@ -1,29 +1,31 @@
-"""`twigvlm train`: grow a twig on a base and train it on conversations, in one stage or two."""
+"""`twigvlm train`: grow a twig on a base and train it on conversations, in one stage or two; or tune a projector."""
 
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from twigvlm.cli.options import BaseOptions
 from twigvlm.config import TwigConfig
-from twigvlm.training.options import Stage1Config, Stage2Config
+from twigvlm.training.options import ProjectorConfig, Stage1Config, Stage2Config
 
 FRESH = TwigConfig(pruning_head=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(BaseOptions):
-    """What both stages need."""
+    """What all trainings need."""
+
+    makes: ClassVar[str] = "Twig"
 
     data: Path
     """Conversations in LLaVA's format or as chat messages, with one, several or no images: a .json, .jsonl or .parquet file, a
     directory of them, or a Hugging Face data set saved to disk."""
     out: Path
-    """Directory for the finished twig; checkpoints go to `checkpoints` inside it."""
+    """Directory for what is trained; checkpoints go to `checkpoints` inside it."""
     images: Path | None = None
     """Folder that image paths are relative to. None: the folder of the file that names them."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -38,7 +40,7 @@ class TrainOptions(BaseOptions):
     """Continue from the latest checkpoint in `out`, if there is one."""
 
     def run(self) -> None:
-        """Train, and write the twig to `out`."""
+        """Train, and write the result to `out`."""
         from twigvlm.errors import TwigVLMError
         from twigvlm.files import reserved
         from twigvlm.training.distributed import processes
@@ -85,18 +87,18 @@ class TrainOptions(BaseOptions):
         data.summarise()
         if processes.is_main():
             model.save_pretrained(self.out)
-            print(f"Twig: {self.out}")
+            print(f"{self.makes}: {self.out}")
 
     def check(self) -> None:
         """Raise the errors that can be found before the base is loaded."""
         raise NotImplementedError
 
     def twig_of(self, base: Any, samples: Any, processor: Any) -> Any:
-        """The TwigVLM to train."""
+        """The TwigVLM to train, or what else is."""
         raise NotImplementedError
 
     def train(self, model: Any, data: Any, directory: Path, progress: Any) -> None:
-        """Train its twig in place, with checkpoints in a directory."""
+        """Train it in place, with checkpoints in a directory."""
         raise NotImplementedError
 
 
@@ -176,12 +178,40 @@ class Stage2(TrainOptions):
         train_stage2(model, data, self.stage2, directory, self.resume, [progress])
 
 
+@dataclass(frozen=True, kw_only=True)
+class TuneProjector(TrainOptions):
+    """Tune a copy of the base's projector for the tokens that VisionZip merges (VisionZip‡)."""
+
+    makes: ClassVar[str] = "Projector"
+
+    projector: Annotated[ProjectorConfig, tyro.conf.arg(name="")] = field(default_factory=ProjectorConfig)
+    """Settings of the training."""
+
+    def check(self) -> None:
+        """Nothing can be wrong yet."""
+
+    def twig_of(self, base: Any, samples: Any, processor: Any) -> Any:
+        """The copy of the projector."""
+        from twigvlm.base.vlm import BaseVLM
+        from twigvlm.training.projector import TunedProjector
+
+        return TunedProjector(BaseVLM(base))
+
+    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> None:
+        """Train it by the answers behind pruned pictures."""
+        from twigvlm.training.projector import train_projector
+
+        train_projector(model, data, self.projector, directory, self.resume, [progress])
+
+
 @dataclass(frozen=True)
 class Train:
-    """Grow a twig on a base and train it on conversations. The base is not changed."""
+    """Grow a twig on a base and train it on conversations, or tune a projector. The base is not changed."""
 
     stage: Annotated[
-        Annotated[Stage1, tyro.conf.subcommand("stage1")] | Annotated[Stage2, tyro.conf.subcommand("stage2")],
+        Annotated[Stage1, tyro.conf.subcommand("stage1")]
+        | Annotated[Stage2, tyro.conf.subcommand("stage2")]
+        | Annotated[TuneProjector, tyro.conf.subcommand("visionzip")],
         tyro.conf.OmitSubcommandPrefixes,
     ]
 

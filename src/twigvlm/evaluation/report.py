@@ -94,7 +94,8 @@ def accuracy_sections(accuracies: Sequence[Accuracy], variants: Sequence[Variant
 
 
 def _label(name: str) -> str:
-    parts = name.replace("/", "@").split("@")
+    method, _, settings = name.rpartition("@")
+    parts = [method, *settings.split("/")] if method else [name]
     return ", ".join(f"{label}{part}" for label, part in zip(("", "R̄ ", "K_f ", "φ "), parts, strict=False))
 
 

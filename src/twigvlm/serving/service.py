@@ -12,7 +12,7 @@ from twigvlm.config import WITHOUT_TWIG, PruningConfig
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.inputs import build_inputs
 from twigvlm.model import TwigVLM
-from twigvlm.pruning.methods import make_pruner
+from twigvlm.pruning.methods import make_pruner, reads_files
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import shutting_down, waited_too_long
 from twigvlm.serving.fetch import Fetcher
@@ -202,6 +202,8 @@ class Service:
         """Options of pruning: those of the request, or else the server's."""
         names = {option.name for option in fields(PruningConfig)}
         given = {name: getattr(request, name) for name in names & request.model_fields_set}
+        if reads_files(given.get("pruner") or ""):
+            raise RequestError("pruner: requests cannot name directories; start the server with it", param="pruner")
         try:
             pruning = PruningConfig(**given) if given else self.defaults.pruning
             if pruning.pruner not in (None, "twig"):

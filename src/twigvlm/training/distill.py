@@ -1,5 +1,6 @@
 """Stage 1: the shallow model (trunk + twig) learns answers, and from the frozen base its predictions and attention (Eq. 9)."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,19 @@ def train_stage1(
     if model.twig.pruning_head is not None:
         model.twig.pruning_head.requires_grad_(config.gamma + config.gamma_answers > 0)
     try:
-        return fit(model, lambda steps: Student(model, config), TermTrainer, data, config, directory, resume, callbacks)
+        return fit_twig(
+            model, lambda steps: Student(model, config), TermTrainer, data, config, directory, resume, callbacks
+        )
     finally:
+        model.twig.checkpoint_gradients(False)
         model.twig.requires_grad_(True)
+
+
+def fit_twig(model: TwigVLM, *arguments: Any) -> list[dict[str, float]]:
+    """`fit` on a twig, which takes the training into its record; returns the Trainer's log."""
+    twig = model.twig
+    shares_head = twig.head is None and twig.head_rows is None
+    through = model.base.head.parameters() if shares_head else ()
+    log, entry = fit(model.base, twig, dataclasses.asdict(twig.config), through, *arguments)
+    twig.record.append(entry)
+    return log

@@ -1,11 +1,11 @@
-"""What both stages share: Hugging Face's Trainer on the twig alone, begun or resumed in a directory."""
+"""What all trainings share: Hugging Face's Trainer on a part beside the frozen base, begun or resumed in a directory."""
 
 import dataclasses
 import json
 import math
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
+from twigvlm.base.vlm import BaseVLM
 from twigvlm.checkpoints.twig_files import fingerprint
 from twigvlm.compat.trainer import use_one_gpu
 from twigvlm.errors import TwigVLMError
 from twigvlm.files import reserved
-from twigvlm.model import TwigVLM
 from twigvlm.training.data.dataset import Collator
 from twigvlm.training.data.samples import BrokenSample
 from twigvlm.training.distributed import fsdp, processes
@@ -32,7 +32,10 @@ NO_LOSSES = ("grad_norm", "learning_rate", "epoch", "step")
 
 
 def fit(
-    model: TwigVLM,
+    base: BaseVLM,
+    part: nn.Module,
+    shape: Mapping[str, Any],
+    through: Iterable[nn.Parameter],
     make_student: Callable[[int], nn.Module],
     trainer_class: type[TermTrainer],
     data: Dataset[dict[str, Tensor]],
@@ -40,21 +43,24 @@ def fit(
     directory: Path,
     resume: bool,
     callbacks: Sequence[TrainerCallback],
-) -> list[dict[str, float]]:
-    """Train the twig in place; arguments as in `train_stage1`.
+) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """Train a part in place; further arguments as in `train_stage1`.
 
     Args:
-        make_student: from the number of optimiser steps, the twig with the loss of a stage.
-        trainer_class: the Trainer of the stage.
+        base: the frozen base.
+        part: what is trained.
+        shape: all that it depends on beside `config`; a run is resumed with the same only.
+        through: parameters of the base that gradients pass on their way to the part.
+        make_student: from the number of optimiser steps, the part with its loss.
+        trainer_class: the Trainer.
 
     Returns:
-        The Trainer's log.
+        The Trainer's log, and what a record says of the training.
 
     Raises:
         TwigVLMError: the base, the data, the launch, the directory or the checkpoint are unfit, or the training diverges.
     """
-    base = model.base
-    _check_trainable(model)
+    _check_trainable(base, through)
     samples = len(data)  # type: ignore[arg-type]
     together = config.batch_size * config.accumulate * processes.count()
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(samples / together))
@@ -64,14 +70,14 @@ def fit(
         checkpoint = latest(directory)
         if checkpoint is not None and not resume:
             raise TwigVLMError(f"directory {str(directory)!r}: holds checkpoints; resume, or choose another directory")
-        check_settings(directory, _settings(model, config, data, samples), checkpoint)
+        check_settings(directory, _settings(base, shape, config, data, samples), checkpoint)
         if processes.is_main():
             shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
             check_room(directory, module, math.ceil(steps / config.save_steps))
-        arguments = _arguments(config, directory, steps, model.device)
-        _check_device(arguments.device, model.device)
+        arguments = _arguments(config, directory, steps, base.device)
+        _check_device(arguments.device, base.device)
         use_one_gpu(arguments)
-        model.twig.float()
+        part.float()
         processes.broadcast_weights(module)
         trainer = _trainer(trainer_class, module, arguments, data, callbacks)
         try:
@@ -81,38 +87,36 @@ def fit(
         except BrokenSample as error:  # from a process beside the training it brings that process's traceback along
             raise BrokenSample(str(error).rpartition("BrokenSample: ")[2].strip()) from None
         finally:
-            model.twig.checkpoint_gradients(False)
-            model.twig.to(base.dtype)
-            model.train(False)
-    model.twig.record.append(_entry(config, samples, trainer.state))
-    return trainer.state.log_history
+            part.to(base.dtype)
+            part.train(False)
+    return trainer.state.log_history, _entry(config, samples, trainer.state)
 
 
-def _check_trainable(model: TwigVLM) -> None:
-    """Refuse a model through which no gradients can flow, or only such that vanish."""
-    base = model.base
+def _check_trainable(base: BaseVLM, through: Iterable[nn.Parameter]) -> None:
+    """Refuse a base through which no gradients can flow, or only such that vanish."""
     if base.dtype == torch.float16:
         raise TwigVLMError("dtype=float16: gradients underflow in it; train with bfloat16 or float32")
     if not torch.is_grad_enabled():
         raise TwigVLMError(
             "torch.no_grad or torch.inference_mode: nothing can be trained inside it; train outside of it"
         )
-    shares_head = model.twig.head is None and model.twig.head_rows is None
-    if shares_head and any(parameter.is_inference() for parameter in base.head.parameters()):
+    if any(parameter.is_inference() for parameter in through):
         raise TwigVLMError(
-            "base: was loaded inside torch.inference_mode, and the twig shares its head; load it outside"
+            "base: was loaded inside torch.inference_mode, and gradients pass through it; load it outside"
         )
 
 
-def _settings(model: TwigVLM, config: TrainingConfig, data: Dataset[dict[str, Tensor]], samples: int) -> dict[str, Any]:
-    """All that the twig depends on, which a run goes on with."""
+def _settings(
+    base: BaseVLM, shape: Mapping[str, Any], config: TrainingConfig, data: Dataset[dict[str, Tensor]], samples: int
+) -> dict[str, Any]:
+    """All that the part depends on, which a run goes on with."""
     return {
-        **dataclasses.asdict(model.twig.config),
+        **shape,
         **dataclasses.asdict(config),
         "samples": samples,
         "max_length": getattr(data, "max_length", None),
-        "dtype": str(model.base.dtype),
-        "base": zlib.crc32(json.dumps(fingerprint(model.base)).encode()),
+        "dtype": str(base.dtype),
+        "base": zlib.crc32(json.dumps(fingerprint(base)).encode()),
         "processes": processes.count(),
         "sharded": fsdp.wanted(),
     }
@@ -160,7 +164,7 @@ def _arguments(config: TrainingConfig, directory: Path, steps: int, device: torc
         label_names=["labels"],
         seed=config.seed,
         use_cpu=cpu,
-        ddp_find_unused_parameters=False,  # both stages use all that they train, in every pass
+        ddp_find_unused_parameters=False,  # trainings use all that they train, in every pass
         disable_tqdm=True,
         logging_nan_inf_filter=False,
     )
@@ -176,7 +180,7 @@ def _check_device(chosen: torch.device, device: torch.device) -> None:
 
 
 def _entry(config: TrainingConfig, samples: int, state: TrainerState) -> dict[str, Any]:
-    """What the twig's record says of a stage: its last losses are means over the passes since the log entry before."""
+    """What a record says of a training: its last losses are means over the passes since the log entry before."""
     last: dict[str, float] = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
     return {
         "stage": type(config).__name__.removesuffix("Config").lower(),

@@ -12,7 +12,7 @@ KEEP_BUDGETS = (41, 72, 103, 134, 165, 196, 227)
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of both stages. Defaults are the published ones (§4.1)."""
+    """Settings of every training. Defaults are those published for the twig (§4.1)."""
 
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW (betas 0.9 and 0.98, no weight decay), with a cosine schedule."""
@@ -36,8 +36,6 @@ class TrainingConfig:
     """Random seed of a fresh twig, the order of samples, and the draws of a stage."""
     tensorboard: bool = False
     """Also log to TensorBoard."""
-    teacher_layer: int | None = None
-    """Base layer (from 1) whose attention the P-Head learns. None: 5/8 of the layers, rounded; layer 20 of 32, as published."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "save_steps", "log_steps"):
@@ -46,11 +44,13 @@ class TrainingConfig:
         self._more_than_0("learning_rate", "epochs")
         if not 0 <= self.warmup < 1:
             raise TwigVLMError(f"warmup={self.warmup:g}: must be at least 0 and less than 1")
-        for name in ("max_steps", "teacher_layer"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TwigVLMError(f"{name}={value}: must be 1 or more")
+        self._at_least_1("max_steps")
         self._not_negative("workers", "seed")
+
+    def _at_least_1(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and value < 1:
+            raise TwigVLMError(f"{name}={value}: must be 1 or more")
 
     def _more_than_0(self, *names: str) -> None:
         for name in names:
@@ -65,7 +65,33 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class Stage1Config(TrainingConfig):
+class ProjectorConfig(TrainingConfig):
+    """Tuning the projector for VisionZip's merged tokens (VisionZip‡)."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW (betas 0.9 and 0.98, no weight decay), with a cosine schedule."""
+    retain: float = 64
+    """R̄: visual tokens that VisionZip keeps of each sample."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._more_than_0("retain")
+
+
+@dataclass(frozen=True)
+class StageConfig(TrainingConfig):
+    """Settings of both stages of a twig."""
+
+    teacher_layer: int | None = None
+    """Base layer (from 1) whose attention the P-Head learns. None: 5/8 of the layers, rounded; layer 20 of 32, as published."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least_1("teacher_layer")
+
+
+@dataclass(frozen=True)
+class Stage1Config(StageConfig):
     """Stage 1, distillation: L_NTP + α·L_PredKL + γ·L_AttnKL (Eq. 9-11). α = γ = 0 is the recipe of the first TwigVLM."""
 
     alpha: float = 0.1
@@ -89,7 +115,7 @@ class Stage1Config(TrainingConfig):
 
 
 @dataclass(frozen=True)
-class Stage2Config(TrainingConfig):
+class Stage2Config(StageConfig):
     """Stage 2, reinforcement learning of the P-Head (Eq. 12-16). Defaults are the published ones."""
 
     learning_rate: float = 2e-5

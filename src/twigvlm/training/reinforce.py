@@ -26,7 +26,7 @@ from twigvlm.pruning.run import run_cuts
 from twigvlm.pruning.view import Tokens
 from twigvlm.training import plackett_luce
 from twigvlm.training.data.turns import answer_length, draw_turns
-from twigvlm.training.fit import fit
+from twigvlm.training.distill import fit_twig
 from twigvlm.training.losses import advantages, attention_loss, policy_loss
 from twigvlm.training.options import Stage2Config, spaced
 from twigvlm.training.teacher import resolve_teacher_layer, run_teacher
@@ -287,7 +287,7 @@ def train_stage2(
     model.twig.requires_grad_(False)
     head.requires_grad_(True)
     try:
-        return fit(
+        return fit_twig(
             model, lambda steps: Policy(model, config, steps), PolicyTrainer, data, config, directory, resume, callbacks
         )
     finally:

@@ -45,12 +45,14 @@ _AT_A_LAYER = ("dart", "fastv", "random")
 
 
 def make_pruner(name: str) -> Pruner:
-    """A method by name, for example "visionzip", "fastv:3" or "random:0".
+    """A method by name, for example "visionzip", "fastv:3", "random:0", or "visionzip:DIRECTORY" with a tuned projector.
 
     Raises:
         TwigVLMError: there is no such method, or it takes no layer.
     """
     method, colon, layer = name.partition(":")
+    if reads_files(name):
+        return VisionZip(projector=layer)
     if method not in METHODS:
         known = ", ".join("random:LAYER" if known == "random" else known for known in METHODS)
         raise TwigVLMError(f"pruner {name!r}: must be one of twig, {known}")
@@ -61,6 +63,12 @@ def make_pruner(name: str) -> Pruner:
     if method not in _AT_A_LAYER or not layer.isdigit():
         raise TwigVLMError(f"pruner {name!r}: only {', '.join(_AT_A_LAYER)} take a layer, for example fastv:3")
     return METHODS[method](layer=int(layer))
+
+
+def reads_files(name: str) -> bool:
+    """Whether a method's name says where weights of its own are."""
+    method, _, directory = name.partition(":")
+    return method == "visionzip" and directory != ""
 
 
 def described(name: str) -> tuple[str, str, str, str]:

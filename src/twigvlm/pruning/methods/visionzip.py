@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
+from twigvlm.base.vision import Vision
+from twigvlm.checkpoints.projector_files import tuned_projector
 from twigvlm.pruning.cut import Choice, Cut, Need
 from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, nearest, top, unit
 from twigvlm.pruning.view import CutView
@@ -23,6 +27,9 @@ class VisionZip:
     """c of c + d: 30 of 192, 20 of 128, 10 of 64."""
     positions: Positions = "kept"
     """"compacted" as published: the CLS token, dominant patches, contextual tokens."""
+    projector: str | nn.Module | None = None
+    """In place of the base's: the directory of one that was tuned for merged tokens (VisionZip‡, `twigvlm train visionzip`), or
+    the module itself."""
     paper: ClassVar[str] = "Yang et al., CVPR 2025, arXiv:2412.04467"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
 
@@ -60,5 +67,12 @@ class VisionZip:
         if cls is not None:
             states.insert(0, cls.float())
             slots.insert(0, rest.nonzero()[:1, 0])
-        projected = image.vision.project(torch.cat(states).to(image.vision.features))
-        return Picked(torch.cat(slots), projected)
+        return Picked(torch.cat(slots), self.project(image.vision, torch.cat(states)))
+
+    def project(self, vision: Vision, features: Float[Tensor, "kept features"]) -> Float[Tensor, "kept width"]:
+        """Merged features as visual tokens."""
+        if isinstance(self.projector, nn.Module):
+            projected: Tensor = self.projector(features[None])
+            return projected[0].to(vision.projected)
+        weights = None if self.projector is None else tuned_projector(self.projector, vision.projector)
+        return vision.project(features.to(vision.features), weights)

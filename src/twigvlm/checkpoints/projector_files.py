@@ -1,0 +1,61 @@
+"""A projector that was tuned for a pruning method, in a directory of its own: the base keeps the one that it has."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from twigvlm.checkpoints.twig_files import check_finite
+from twigvlm.errors import TwigVLMError
+from twigvlm.files import replacing, writing
+
+WEIGHTS = "projector.safetensors"
+
+
+def save_projector(projector: nn.Module, folder: Path) -> None:
+    """Write its weights to a directory.
+
+    Raises:
+        TwigVLMError: it cannot be written to, or the training has diverged.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}
+    check_finite(weights, f"{folder}: not written")
+    with writing(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(weights, temporary)
+
+
+def tuned_projector(folder: str, own: nn.Module | None) -> dict[str, Tensor]:
+    """Weights in place of a base's own, in its number format and on its device.
+
+    Args:
+        folder: that `save_projector` has written to.
+        own: the base's projector; None: it has none of which single rows are known.
+
+    Raises:
+        TwigVLMError: there is no such file, it is broken, or it belongs to another base.
+    """
+    path = Path(folder) / WEIGHTS
+    if own is None:
+        raise TwigVLMError(
+            f"projector {folder!r}: this base merges patches in its projector, and has no place for another"
+        )
+    if not path.is_file():
+        raise TwigVLMError(f"projector {folder!r}: {WEIGHTS} is not there; train one with 'twigvlm train visionzip'")
+    weights, mine = _read(path, path.stat().st_mtime_ns), own.state_dict()
+    if {name: one.shape for name, one in weights.items()} != {name: one.shape for name, one in mine.items()}:
+        raise TwigVLMError(
+            f"projector {folder!r}: belongs to another base, whose projector has other weights than this one's"
+        )
+    return {name: one.to(mine[name]) for name, one in weights.items()}
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, changed: int) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise TwigVLMError(f"{path}: truncated or not a safetensors file ({error}); get the file again") from None
