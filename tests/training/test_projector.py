@@ -20,7 +20,9 @@ RETAIN = 6
 
 def tune(tuned, directory, resume=False, callbacks=(), **options):
     common = {"batch_size": 2, "max_steps": 6, "save_steps": 2, "log_steps": 1, "learning_rate": 1e-2, "retain": RETAIN}
-    return train_projector(tuned, make_dataset(), ProjectorConfig(**{**common, **options}), directory, resume, callbacks)
+    return train_projector(
+        tuned, make_dataset(), ProjectorConfig(**{**common, **options}), directory, resume, callbacks
+    )
 
 
 class Dictated:
@@ -91,7 +93,9 @@ def test_a_resumed_training_ends_as_one_that_was_not_stopped(tmp_path):
 def test_other_projectors_are_refused(tmp_path):
     model = TwigVLM.without_twig(tiny_llava())
     inputs = prompt(model.model, "llava", "images")
-    with pytest.raises(TwigVLMError, match=r"projector\.safetensors is not there; train one with 'twigvlm train visionzip'"):
+    with pytest.raises(
+        TwigVLMError, match=r"projector\.safetensors is not there; train one with 'twigvlm train visionzip'"
+    ):
         model.generate(**inputs, pruner=f"visionzip:{tmp_path}", retain=RETAIN, max_new_tokens=2)
     (tmp_path / "projector.safetensors").write_bytes(b"no weights")
     with pytest.raises(TwigVLMError, match="not a safetensors file"):

@@ -33,6 +33,14 @@ class Prompt:
     vision: Vision | None = None
     """What the vision tower made of the pixels, where it was asked for."""
 
+    @property
+    def next_positions(self) -> list[int]:
+        """Position that each row's next token has, for rotary embeddings."""
+        last = torch.tensor(self.lengths, device=self.position_ids.device)[:, None] - 1
+        at_end = self.position_ids.gather(-1, last.expand(*self.position_ids.shape[:-1], 1))[..., 0]
+        axes = at_end[-3:] if at_end.ndim == 2 else at_end[None]
+        return (axes.amax(dim=0) + 1).tolist()
+
     def rows(self, rows: Sequence[int]) -> "Prompt":
         """Some of the prompts, padded to the longest of them; a prompt may be taken several times."""
         if list(rows) == list(range(len(self.lengths))):

@@ -101,6 +101,12 @@ def check_request(prompt: str, max_new_tokens: int) -> None:
         raise TwigVLMError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
 
 
+def _watcher(tokenizer: Any, stream: bool, on_token: Callable[[], None] | None) -> BaseStreamer | None:
+    if stream:
+        return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return None if on_token is None else _TokenCounter(on_token)
+
+
 def answer_question(
     session: Session,
     question: Message,
@@ -130,17 +136,12 @@ def answer_question(
         TwigVLMError: the question cannot be asked, or does not fit into the context.
     """
     sampling = sampling or SamplingConfig()
-    base, tokenizer = session.base, session.processor.tokenizer
+    base = session.base
     inputs = build_inputs(session.processor, [[question]], base.device, base.dtype, **(processor_options or {}))
     length = inputs["input_ids"].shape[1]
     _check_context(base, length, max_new_tokens)
     clock = clock_of(base.device)
-    watcher: BaseStreamer | None = None
-    if stream:
-        watcher = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    elif on_token is not None:
-        watcher = _TokenCounter(on_token)
-    watch = FirstToken(clock, watcher)
+    watch = FirstToken(clock, _watcher(session.processor.tokenizer, stream, on_token))
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         **sampling.generate_options(),

@@ -142,7 +142,7 @@ class EagerRunner:
     ) -> tuple[Batch, Step]:
         """The layers after the trunk, with drafts behind the prompts where that is possible, and the rows' first tokens."""
         base, batch, trunk_layers = self.base, self.batch, self.twig.config.trunk_layers
-        for row, position in zip(rows, _next_positions(trunk), strict=True):
+        for row, position in zip(rows, trunk.prompt.next_positions, strict=True):
             row.next_position = position
         ends = torch.tensor(trunk.tokens.lengths, device=base.device)[:, None] - 1
         roots = last_token(trunk.prompt.input_ids[..., None], trunk.prompt.lengths)[:, 0]
@@ -291,12 +291,3 @@ def _behind(tokens: Tokens, draft: Draft, part: Batch) -> tuple[Tokens, Int[Tens
         None if tokens.index is None else torch.cat((tokens.index, positions), dim=1),
     )
     return both.keep(torch.cat((prompt, draft.nodes.valid), dim=1)), draft.nodes.valid.sum(dim=1)
-
-
-def _next_positions(trunk: TrunkOutput) -> list[int]:
-    """Position that each prompt's next token has, for rotary embeddings."""
-    positions = trunk.prompt.position_ids
-    last = torch.tensor(trunk.prompt.lengths, device=positions.device)[:, None] - 1
-    at_end = positions.gather(-1, last.expand(*positions.shape[:-1], 1))[..., 0]
-    axes = at_end[-3:] if at_end.ndim == 2 else at_end[None]
-    return (axes.amax(dim=0) + 1).tolist()
