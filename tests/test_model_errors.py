@@ -9,15 +9,6 @@ from twigvlm import PruningConfig, SpeculationConfig, TwigConfig, TwigVLM, TwigV
 from twigvlm.pruning.methods.random import RandomScores
 
 
-class Unhashable:
-    """As a dataclass is that is not frozen."""
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __call__(self, trunk):
-        raise AssertionError("it is refused before it is asked")
-
-
 @pytest.fixture(scope="module")
 def model():
     return TwigVLM.grow(tiny_llava(), TwigConfig(2, 2, final_wipe=5))
@@ -39,7 +30,7 @@ def model():
         ({"final_share": 0.5}, r"final_share=0\.5: needs a budget"),
         ({"keep": 4, "final_share": 1.5}, r"final_share=1\.5: must be 0 to 1"),
         ({"keep": 4, "scout": True, "final_share": 0.5}, r"scout and final_share=0\.5: give only one of them"),
-        ({"keep": 4, "scorer": Unhashable()}, "scorer=Unhashable: must be hashable"),
+        ({"keep": 4, "final_wipe": 6, "final_share": 0.5}, r"final_share=0\.5: needs a layer after which tokens leave"),
         ({"retain_per_image": True}, "retain_per_image=True: needs a budget"),
         ({"scorer": RandomScores()}, "scorer: needs a budget"),
         ({"speculate": "beam"}, "speculate='beam': must be one of none, chain, tree"),
@@ -137,3 +128,20 @@ def test_pruning_does_not_apply_while_disabled(model):
 def test_configs(make, message):
     with pytest.raises(TwigVLMError, match=message):
         make()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_scorer_may_be_of_any_kind(model, share):
+    """It is no key of a dictionary unless requests share a prefix."""
+
+    class Scorer:
+        __hash__ = None
+
+        def __call__(self, trunk):
+            return -torch.arange(trunk.tokens.hidden.shape[1]).float().expand(trunk.tokens.hidden.shape[:2])
+
+    output = model.generate(
+        **prompt(), keep=4, final_share=share, scorer=Scorer(), max_new_tokens=3, return_dict_in_generate=True
+    )
+    first = model.base.visual_mask(prompt()["input_ids"])[0].nonzero()[:4, 0]
+    assert torch.equal(output.kept_indices[0], first)

@@ -97,7 +97,7 @@ PAGES = {
             _evaluate(
                 "sweep",
                 VALIDATION,
-                "--method diverse --final-wipes 24 30 --final-shares 0 0.15 0.3 --budgets 192 64",
+                "--method diverse --final-wipes 24 30 --final-shares 0 0.15 0.3 --budgets 64",
             ),
         ),
         Section(
@@ -113,8 +113,8 @@ PAGES = {
             _evaluate(
                 "speed",
                 LONG,
-                "--kinds description rows halves --limit 30 --repeats 1 --refocus 0.7 --budgets 64 "
-                "--systems chain auto 'pruning + auto' 'refocus + auto'",
+                "--kinds description rows halves --limit 20 --repeats 1 --refocus 0.7 --budgets 64 "
+                "--systems chain auto 'pruning + auto' 'diverse + auto' 'refocus + auto'",
             ),
         ),
         Section(
@@ -122,16 +122,6 @@ PAGES = {
             "One prompt at a time.",
             _evaluate(
                 "speed", SHORT, "--kinds --limit 40 --repeats 1 --budgets 64 --systems chain auto 'pruning + auto'"
-            ),
-        ),
-        Section(
-            "Kept tokens that differ",
-            "The same descriptions and long lists, with both ways to choose the kept tokens.",
-            _evaluate(
-                "speed",
-                LONG,
-                "--kinds description rows halves --limit 20 --repeats 1 --budgets 64 "
-                "--systems 'pruning + auto' 'diverse + auto'",
             ),
         ),
     ],

@@ -127,3 +127,10 @@ def test_the_thread_that_loads_the_model_ends(monkeypatch, base_directory, twig_
         assert not thread.is_alive()
     finally:
         service.stop()
+
+
+def test_a_tuned_projector_is_looked_for_before_clients_are(refused, base_directory, tmp_path):
+    refused(
+        "serve", "--model", str(base_directory), "--pruner", f"visionzip:{tmp_path}", "--retain", "6",
+        words=["projector.safetensors is not there"],
+    )  # fmt: skip

@@ -92,7 +92,7 @@ def test_the_model_is_left_as_it_was():
         ("deep:0", "1 to 6"),
         ("deep:x", "must be one of"),
         ("visionzap", "must be one of"),
-        ("visionzip:3", "take a layer"),
+        ("cdpruner:3", "take a layer"),
         ("refocus:x", "must name τ"),
         ("refocus:2", "at most 1"),
     ],
@@ -137,6 +137,8 @@ def test_a_twig_s_own_share_is_the_default():
     assert outcome.ids == own[0, prompt()["input_ids"].shape[1] :].tolist()
     with pytest.raises(TwigVLMError, match="final_share=2: must be 0 to 1"):
         make_variants(model, ["twig"], [9], final_shares=[2])
+    with pytest.raises(TwigVLMError, match="final_share: needs a layer after which tokens leave"):
+        make_variants(model, ["twig"], [9], [6], [0.5])
     with pytest.raises(TwigVLMError, match="final_share: scout and published methods have their own cuts"):
         make_variants(model, ["fastv"], [9], final_shares=[0.5])
 

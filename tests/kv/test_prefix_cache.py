@@ -193,3 +193,20 @@ def test_cuts_before_the_trunks_end_take_nothing_over_and_leave_nothing():
         expected = model.generate(**inputs, pruner=pruner, max_new_tokens=6)
         got = model.generate(**inputs, pruner=pruner, max_new_tokens=6, memory=prefix)
         assert torch.equal(got, expected)
+
+
+def test_trees_behind_a_short_turn_of_a_conversation():
+    """Paths of a tree are longer than what the twig ran of it; where the cache is full to the last slot, they end there."""
+    torch.manual_seed(0)
+    model = TwigVLM.grow(tiny_llava(), TwigConfig(2, 2, pruning_head=True, final_wipe=4))
+    tree = {"speculate": "tree", "tree_depth": 2, "tree_width": 2, "tree_expand": 2, "tree_nodes": 4}
+    for seed in range(4):
+        for extra in (1, 3):
+            inputs, memory = prompt(seed), PrefixCache()
+            first = model.generate(**inputs, keep=5, max_new_tokens=6, memory=memory)
+            more = torch.randint(2, 90, (1, extra), generator=torch.Generator().manual_seed(seed))
+            ids = torch.cat((first.clamp(max=97), more), dim=1)
+            ids[:, : inputs["input_ids"].shape[1]] = inputs["input_ids"]
+            turn = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            got = model.generate(**turn, keep=5, max_new_tokens=6, memory=memory, **tree)
+            assert got.tolist() == model.generate(**turn, keep=5, max_new_tokens=6).tolist()

@@ -59,6 +59,18 @@ def test_a_share_stays_after_the_last_cut_and_counts(data):
     )
 
 
+@given(st.integers(1, 600), st.integers(0, 3), st.integers(4, 8), st.floats(0, 1))
+def test_the_ends_of_the_range_are_possible(visual, trunk, final_wipe, share):
+    """Rounding the tokens of the last cut moves the average, but never out of what the message names."""
+    for keep in (1, visual):
+        average = average_kept(keep, visual, 9, trunk, final_wipe, share)
+        solved = solve_keep(average, visual, 9, trunk, final_wipe, share)
+        rounded = (9 - final_wipe) / (final_wipe - trunk + share * (9 - final_wipe))
+        assert abs(solved - keep) <= 0.5 * rounded + 1
+    with pytest.raises(TwigVLMError, match=r"for all but a share of 0\.5"):
+        solve_keep(700, visual, 9, trunk, final_wipe, 0.5)
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.01, float("nan")])
 def test_a_share_is_0_to_1(share):
     with pytest.raises(TwigVLMError, match=f"final_share={share:g}: must be 0 to 1"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.families import TINY, prompt, tiny
+from tests.families import prompt, tiny
 from tests.tiny import tiny_llava
 from tests.training.runs import make_dataset
 from tests.training.stop import StopAt
@@ -108,10 +108,45 @@ def test_other_projectors_are_refused(tmp_path):
     assert make_pruner(f"visionzip:{tmp_path}").projector == str(tmp_path)
 
 
-def test_a_projector_that_merges_patches_is_refused():
-    assert "qwen2_5_vl" in TINY
-    model = tiny("qwen2_5_vl")
-    inputs = dict(prompt(model, "qwen2_5_vl", "images"))
-    labels = inputs["input_ids"].clone()
-    with pytest.raises(TwigVLMError, match="merges patches in its projector"):
-        Projecting(TunedProjector(BaseVLM(model)), ProjectorConfig(retain=RETAIN))(labels, **inputs)
+class Samples(torch.utils.data.Dataset):
+    """One prompt of a family, all of it an answer."""
+
+    def __init__(self, name, kind):
+        inputs = dict(prompt(tiny(name), name, kind))
+        inputs.pop("attention_mask", None)
+        self.sample = {**inputs, "labels": inputs["input_ids"]}
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.sample
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+def test_a_projector_that_merges_patches_is_refused(tmp_path, name):
+    tuned = TunedProjector(BaseVLM(tiny(name)))
+    with pytest.raises(TwigVLMError, match="projector cannot be tuned for VisionZip"):
+        train_projector(tuned, Samples(name, "images"), ProjectorConfig(retain=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_would_teach_nothing_is_refused(tmp_path):
+    tuned = TunedProjector(BaseVLM(tiny_llava()))
+    with pytest.raises(TwigVLMError, match="retain=16: VisionZip merges nothing among the 16 visual tokens"):
+        tune(tuned, tmp_path / "run", retain=16)
+    with pytest.raises(TwigVLMError, match="no sample has a picture"):
+        train_projector(tuned, Samples("llava", "text"), ProjectorConfig(retain=2), tmp_path / "run")
+    with pytest.raises(TwigVLMError, match="retain=inf: must be a number"):
+        ProjectorConfig(retain=float("inf"))
+
+
+def test_a_module_in_float32_serves_a_base_in_half_precision():
+    model = tiny_llava().bfloat16()
+    inputs = {**prompt(model, "llava", "images")}
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    tuned = TunedProjector(BaseVLM(model))
+    tuned.module.float()
+    how = {"retain": RETAIN, "max_new_tokens": 4}
+    given = TwigVLM.without_twig(model).generate(**inputs, pruner=VisionZip(projector=tuned.module), **how)
+    assert given.shape[1] == inputs["input_ids"].shape[1] + 4

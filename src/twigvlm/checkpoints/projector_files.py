@@ -28,21 +28,17 @@ def save_projector(projector: nn.Module, folder: Path) -> None:
         save_file(weights, temporary)
 
 
-def tuned_projector(folder: str, own: nn.Module | None) -> dict[str, Tensor]:
+def tuned_projector(folder: str, own: nn.Module) -> dict[str, Tensor]:
     """Weights in place of a base's own, in its number format and on its device.
 
     Args:
         folder: that `save_projector` has written to.
-        own: the base's projector; None: it has none of which single rows are known.
+        own: the base's projector.
 
     Raises:
         TwigVLMError: there is no such file, it is broken, or it belongs to another base.
     """
     path = Path(folder) / WEIGHTS
-    if own is None:
-        raise TwigVLMError(
-            f"projector {folder!r}: this base merges patches in its projector, and has no place for another"
-        )
     if not path.is_file():
         raise TwigVLMError(f"projector {folder!r}: {WEIGHTS} is not there; train one with 'twigvlm train visionzip'")
     weights, mine = _read(path, path.stat().st_mtime_ns), own.state_dict()

@@ -106,7 +106,7 @@ def scout_overrides(
     if family not in SCOUTS or not clip:
         raise TwigVLMError(
             f"scout_retain={retain:g}: in vLLM, scout mode is for LLaVA-1.5-type bases (llava with a CLIP tower), Qwen2-VL "
-            f"and Qwen2.5-VL, not for {family!r}; leave it out"
+            f"and Qwen2.5-VL, not for {family!r}{'' if clip else ' with another tower'}; leave it out"
         )
     content = [{"type": "image"}, {"type": "text", "text": "{question}"}]
     chat = [{"role": "user", "content": content}]

@@ -45,8 +45,11 @@ class ServiceOptions(ModelOptions):
             return loading.submit(self._open_service, limits or self.limits).result()
 
     def _open_service(self, limits: Limits) -> Service:
+        from twigvlm.base.vision import VisionModules
+        from twigvlm.checkpoints.projector_files import tuned_projector
         from twigvlm.cli.session import SessionConfig, open_session
         from twigvlm.model import TwigVLM
+        from twigvlm.pruning.methods import reads_files
         from twigvlm.serving.fetch import Fetcher
         from twigvlm.serving.service import Defaults, Service
 
@@ -57,6 +60,9 @@ class ServiceOptions(ModelOptions):
         config = SessionConfig.resolve(self.model, twig, self.pruning, "chain" if idle else speculate)
         session = open_session(config, self.dtype, self.device)
         model = session.model or TwigVLM.without_twig(session.base)
+        if reads_files(self.pruning.pruner or ""):  # or clients would be told what is the operator's to mend
+            directory = str(self.pruning.pruner).partition(":")[2]
+            tuned_projector(directory, VisionModules.of(model.model, model.base.family.tower).projector)
         defaults = Defaults(self.pruning, speculate)
         fetcher = Fetcher(self.allow_image_host, self.limits.max_body)
         return Service(

@@ -84,6 +84,10 @@ def make_variants(
     for share in shares:
         check_final_share(share)
     wipes = list(final_wipes) or [layers if twig.final_wipe is None else twig.final_wipe]
+    if any(final_shares) and set(wipes) == {layers}:
+        raise TwigVLMError(
+            "final_share: needs a layer after which tokens leave; give a K_f that is less than the layers too"
+        )
     # Without a FinalWipe nothing is left to share.
     ends = list(dict.fromkeys((wipe, 0.0 if wipe == layers else share) for wipe in wipes for share in shares))
     of_method = {method: [(None, 0.0)] if _has_own_cuts(method) else ends for method in methods if method != "none"}

@@ -1,6 +1,5 @@
 """From the arguments of a call to rows for an engine, through the base's own `generate`."""
 
-from collections.abc import Hashable
 from contextlib import nullcontext
 from typing import Any
 
@@ -96,10 +95,6 @@ def _pruning(
     layers, retain = base.num_layers, pruning.retain
     if scorer is not None and not pruning.active:
         raise TwigVLMError("scorer: needs a budget; give retain or keep too")
-    if not isinstance(scorer, Hashable):  # scores are kept by it
-        raise TwigVLMError(
-            f"scorer={type(scorer).__name__}: must be hashable; if it is a dataclass, write @dataclass(frozen=True)"
-        )
     if pruner is not None:
         others = (
             ("keep", pruning.keep),
@@ -123,6 +118,11 @@ def _pruning(
         else:
             final_wipe = next((k for k in (pruning.final_wipe, twig.config.final_wipe) if k is not None), layers)
             final_share = twig.config.final_share if pruning.final_share is None else pruning.final_share
+            if pruning.final_share and final_wipe == layers:
+                raise TwigVLMError(
+                    f"final_share={pruning.final_share:g}: needs a layer after which tokens leave; give final_wipe, less than "
+                    f"{layers}, too"
+                )
             pruner = TwigPruner(ranking, twig.config.trunk_layers, final_wipe, final_share, pruning.keep, select)
     if pruning.refocus is not None:
         check_refocus(pruning.refocus, pruner, base, twig)

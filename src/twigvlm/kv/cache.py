@@ -90,6 +90,8 @@ class KVCache(Segments):
         """
         segments = self._segments(start, stop)
         if kept is not None:
+            # Rows keep no more than they got; what stands behind a row's own count has no meaning, and may point anywhere.
+            kept = kept[:, :appended].clamp(max=max(appended - 1, 0))
             step = torch.arange(kept.shape[1], device=self.device)
             for segment in range(segments.start, segments.stop):
                 before = self._device[segment, rows, None] - appended

@@ -46,10 +46,13 @@ def solve_keep(retain: float, visual: int, layers: int, trunk: int, final_wipe: 
     low, high = (average_kept(keep, visual, layers, trunk, final_wipe, final_share) for keep in (1, visual))
     exact = (retain * layers - visual * trunk) / (final_wipe - trunk + final_share * (layers - final_wipe))
     keep = floor(exact + 0.5) if isfinite(exact) else 0
+    if low <= retain <= high:
+        return min(max(keep, 1), visual)  # the rounding of φR may have shifted it
     if not 1 <= keep <= visual:
+        share = f" for all but a share of {final_share:g}" if final_share else ""
         raise TwigVLMError(
             f"retain={retain:g}: must be {low:.1f} to {high:.1f} for {visual} visual tokens, "
-            f"{trunk} trunk layers and FinalWipe after layer {final_wipe} of {layers}"
+            f"{trunk} trunk layers and FinalWipe after layer {final_wipe} of {layers}{share}"
         )
     return keep
 

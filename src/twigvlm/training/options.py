@@ -75,7 +75,8 @@ class ProjectorConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._more_than_0("retain")
+        if not (self.retain > 0 and isfinite(self.retain)):
+            raise TwigVLMError(f"retain={self.retain:g}: must be a number of visual tokens, for example 64")
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from twigvlm.base.packing import valid_mask
 from twigvlm.base.vision import VisionModules
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.checkpoints.projector_files import save_projector
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.pruning.cut import Choice, Cut, schedule
 from twigvlm.pruning.methods.visionzip import VisionZip
 from twigvlm.pruning.run import run_cuts
 from twigvlm.pruning.view import CutView, Tokens
-from twigvlm.training.data.dataset import IGNORE
+from twigvlm.training.data.dataset import IGNORE, Collator
 from twigvlm.training.fit import fit
 from twigvlm.training.losses import next_token_loss
 from twigvlm.training.options import ProjectorConfig
@@ -67,10 +67,6 @@ class Projecting(nn.Module):
         base = self._base[0]
         with torch.no_grad(), base.watch_vision() as vision:
             prompt = base.prompt(vision=vision, **inputs)
-        if prompt.vision is not None and prompt.vision.projector is None:
-            raise TwigVLMError(
-                "this base merges patches in its projector, so that it cannot be tuned for merged tokens"
-            )
         layers, visual = base.num_layers, prompt.visual_mask.sum(dim=1).tolist()
         keep = [self._keep(count, layers) if count else 0 for count in visual]
         tokens = Tokens(prompt.hidden, base.token_inputs(prompt), prompt.visual_mask, prompt.lengths)
@@ -103,8 +99,9 @@ def train_projector(
     """Train the projector in place; arguments, result and errors as of `train_stage1`.
 
     Raises:
-        TwigVLMError: the base's projector merges patches, too.
+        TwigVLMError: also where the base's projector cannot be tuned, or there is nothing to learn from.
     """
+    _check(Projecting(tuned, config), data)
     through = list(tuned.base.model.parameters())
     shape = {"projector": type(tuned.module).__name__}
 
@@ -114,3 +111,25 @@ def train_projector(
     return fit(
         tuned.base, tuned.module, shape, through, student, TermTrainer, data, config, directory, resume, callbacks
     )[0]
+
+
+def _check(module: Projecting, data: Dataset[dict[str, Tensor]]) -> None:
+    """Refuse what would train for hours and change nothing; the first sample with a picture tells."""
+    base, retain = module._base[0], module.settings.retain
+    for index in range(len(data)):  # type: ignore[arg-type]
+        sample = data[index]
+        visual = int(base.visual_mask(sample["input_ids"]).sum())
+        if visual:
+            break
+    else:
+        raise TwigVLMError("data: no sample has a picture, and only pictures teach a projector")
+    if retain >= visual:
+        raise TwigVLMError(
+            f"retain={retain:g}: VisionZip merges nothing among the {visual} visual tokens of the first picture; choose less"
+        )
+    batch = {name: value.to(base.device) for name, value in Collator(pad_token_id=0)([sample]).items()}
+    try:
+        with torch.no_grad():
+            module(**batch)
+    except TwigVLMError as error:
+        raise TwigVLMError(f"this base's projector cannot be tuned for VisionZip ({one_line(error)})") from None

@@ -15,8 +15,8 @@ class EvaluateSweep(PruningOptions):
 
     final_wipes: tuple[int, ...] = ()
     """K_f to try. None given: every fourth layer, from the last one down to the middle."""
-    final_shares: tuple[float, ...] = (0.0,)
-    """φ to try: the share of the kept visual tokens that stays after layer K_f."""
+    final_shares: tuple[float, ...] = ()
+    """φ to try: the share of the kept visual tokens that stays after layer K_f. None given: the twig's own."""
     method: str = "twig"
     """How to choose the visual tokens: one of the methods of `accuracy`."""
 

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.pruning.budget import solve_scouted
+from twigvlm.pruning.budget import average_scouted, solve_scouted
 
 OPTIONS = ("question", "retain", "keep", "diverse")
 """What a request may say in `mm_processor_kwargs`."""
 
 
 def kept_tokens(settings: Mapping[str, Any], options: Mapping[str, object], visual: int) -> int:
-    """R of a picture.
+    """R of a picture. A picture that cannot have the settings' R̄ gets the nearest that it can have: how large pictures are is
+    not the server's choice, and vLLM tries the largest one before it starts.
 
     Args:
         settings: `twig_scout` of the model's config.
@@ -22,35 +23,36 @@ def kept_tokens(settings: Mapping[str, Any], options: Mapping[str, object], visu
         visual: M, the picture's visual tokens.
 
     Raises:
-        TwigVLMError: no R has this average, or R is not in 1..M.
+        TwigVLMError: the request asks for an average that no R has, or for an R that is not in 1..M.
     """
-    given: Any = options if {"keep", "retain"} & options.keys() else settings
+    given: Any = options
+    shape = visual, settings["layers"], settings["trunk_layers"]
     if given.get("keep") is None:
-        return solve_scouted(float(given["retain"]), visual, settings["layers"], settings["trunk_layers"])
+        if given.get("retain") is not None:
+            return solve_scouted(float(given["retain"]), *shape)
+        low, high = (average_scouted(keep, *shape) for keep in (1, visual))
+        return solve_scouted(min(max(float(settings["retain"]), low), high), *shape)
     keep = int(given["keep"])
     if not 1 <= keep <= visual:
         raise TwigVLMError(f"keep={keep}: must be 1 to {visual}, the visual tokens of this picture")
     return keep
 
 
-def check_question(ids: Sequence[int], image_token: int, visual: int, limit: int) -> None:
+def check_question(ids: Sequence[int], image_token: int, limit: int) -> None:
     """Refuse a question that a picture cannot be ranked for, in the server's process: in the model's, an error ends it for all.
 
     Args:
         ids: of the prompt around the question, the picture one token.
         image_token: its id.
-        visual: M, the picture's visual tokens.
-        limit: of tokens, for a whole prompt.
+        limit: of tokens, for a whole prompt. The picture, whose size the processor bounds, does not count.
 
     Raises:
-        TwigVLMError: the question holds picture tokens, or the prompt is too long.
+        TwigVLMError: the question holds picture tokens, or is too long.
     """
     if list(ids).count(image_token) != 1 or ids[-1] == image_token:
         raise TwigVLMError("question: must be text without the placeholder of pictures")
-    if (length := len(ids) - 1 + visual) > limit:
-        raise TwigVLMError(
-            f"question: makes a prompt of {length} tokens with its picture, of at most {limit}; shorten it"
-        )
+    if len(ids) - 1 > limit:
+        raise TwigVLMError(f"question: makes a prompt of {len(ids) - 1} tokens, of at most {limit}; shorten it")
 
 
 def positions_around(tokens: int, pictures: Sequence[tuple[int, Tensor, int]]) -> tuple[Tensor, int]:

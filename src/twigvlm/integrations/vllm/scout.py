@@ -51,9 +51,8 @@ class ScoutProcessor(Base):
         if pictures:
             settings, token = self.info.get_hf_config().twig_scout, image_token(self.info.get_hf_config())
             ids, limit = self._question(hf_kwargs), self.info.ctx.model_config.max_model_len
+            check_question(ids, token, limit)
             sizes = [self._visual(mm_items, data, item) for item in range(pictures)]
-            for visual in sizes:
-                check_question(ids, token, visual, limit)
             data["scout_ids"] = torch.tensor([ids] * pictures)
             data["scout_diverse"] = torch.tensor([bool(hf_kwargs.get("diverse", settings["diverse"]))] * pictures)
             data["scout_keep"] = torch.tensor([kept_tokens(settings, hf_kwargs, visual) for visual in sizes])

@@ -64,6 +64,8 @@ class TwigPruner:
         return self.select(scores, tokens.hidden, tokens.visual, keep)
 
     def _scores(self, trunk: TrunkOutput) -> Float[Tensor, "batch tokens"]:
-        if self.scorer not in trunk.scores:
-            trunk.scores[self.scorer] = self.scorer(trunk)
-        return trunk.scores[self.scorer]
+        # Only requests that share a prefix must know equal scorers as such; others may not even be hashable.
+        key = id(self.scorer) if trunk.prefix is None else self.scorer
+        if key not in trunk.scores:
+            trunk.scores[key] = self.scorer(trunk)
+        return trunk.scores[key]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from twigvlm.base.vision import Vision
 from twigvlm.checkpoints.projector_files import tuned_projector
+from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Choice, Cut, Need
 from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, nearest, top, unit
 from twigvlm.pruning.view import CutView
@@ -70,9 +71,16 @@ class VisionZip:
         return Picked(torch.cat(slots), self.project(image.vision, torch.cat(states)))
 
     def project(self, vision: Vision, features: Float[Tensor, "kept features"]) -> Float[Tensor, "kept width"]:
-        """Merged features as visual tokens."""
+        """Merged features as visual tokens.
+
+        Raises:
+            TwigVLMError: the projector cannot be replaced.
+        """
+        if self.projector is not None and vision.projector is None:
+            raise TwigVLMError("projector: this base merges patches in its own, which no other can replace")
         if isinstance(self.projector, nn.Module):
-            projected: Tensor = self.projector(features[None])
+            projected: Tensor = self.projector(features[None].to(next(self.projector.parameters()).dtype))
             return projected[0].to(vision.projected)
-        weights = None if self.projector is None else tuned_projector(self.projector, vision.projector)
+        own = vision.projector
+        weights = None if self.projector is None or own is None else tuned_projector(self.projector, own)
         return vision.project(features.to(vision.features), weights)
