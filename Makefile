@@ -32,7 +32,7 @@ PYTHONS ?= $(shell sed -nE 's/.*Python :: (3\.[0-9]+)".*/\1/p' pyproject.toml)
 LOWEST := $(shell sed -nE 's/^ *"(torch|transformers)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml)
 # All families, the options of generate(), checkpoints and both stages of the training.
 VERSIONS_TESTS := tests/base tests/twig tests/hf/test_generate_inputs.py tests/hf/test_generate_options.py \
-	tests/training/test_distill.py \
+	tests/training/test_distill.py tests/training/test_distill_checkpoints.py tests/training/test_distill_runs.py \
 	tests/training/test_reinforce.py tests/test_checkpoint.py tests/test_families.py \
 	tests/test_family_twigs.py
 
