@@ -33,7 +33,7 @@ LOWEST := $(shell sed -nE 's/^ *"(torch|transformers)>=([0-9.]+)",$$/\1==\2/p' p
 # All families, the options of generate(), checkpoints and both stages of the training.
 VERSIONS_TESTS := tests/base tests/twig tests/hf/test_generate_inputs.py tests/hf/test_generate_options.py \
 	tests/training/test_distill.py tests/training/test_distill_checkpoints.py tests/training/test_distill_runs.py \
-	tests/training/test_reinforce.py tests/test_checkpoint.py tests/test_families.py \
+	tests/training/test_reinforce.py tests/training/test_rewards.py tests/test_checkpoint.py tests/test_families.py \
 	tests/test_family_twigs.py
 
 # vLLM wants other versions than constraints.txt, so that its tests have an environment of their own: about 4 GB. It asks for torch's
