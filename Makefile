@@ -11,7 +11,7 @@ DEMO_FLAGS ?=
 
 # Pure functions and small parts; of the tests that go through all families, those of one. Refocusing is left out: it takes long.
 FAST_TESTS := tests/base tests/pruning tests/twig \
-	tests/speculation/test_costs.py tests/speculation/test_nodes.py \
+	tests/speculation/test_adaptive_tree.py tests/speculation/test_costs.py tests/speculation/test_nodes.py \
 	tests/speculation/test_policies.py tests/speculation/test_walk.py tests/engine/test_sampling.py \
 	tests/evaluation/test_results_log.py tests/evaluation/test_metrics.py tests/evaluation/test_token_origins.py \
 	tests/evaluation/test_report.py tests/evaluation/test_questions.py \
