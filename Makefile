@@ -11,13 +11,13 @@ DEMO_FLAGS ?=
 
 # Pure functions and small parts; of the tests that go through all families, those of one. Refocusing is left out: it takes long.
 FAST_TESTS := tests/base tests/pruning tests/twig \
-	tests/speculation/test_costs.py tests/speculation/test_nodes.py tests/speculation/test_policies.py \
-	tests/speculation/test_walk.py tests/engine/test_sampling.py \
+	tests/speculation/test_adaptive_tree.py tests/speculation/test_costs.py tests/speculation/test_nodes.py \
+	tests/speculation/test_policies.py tests/speculation/test_walk.py tests/engine/test_sampling.py \
 	tests/evaluation/test_results_log.py tests/evaluation/test_metrics.py tests/evaluation/test_token_origins.py \
 	tests/evaluation/test_report.py tests/evaluation/test_questions.py \
 	tests/training/test_losses.py tests/training/test_plackett_luce.py tests/training/test_samples.py \
 	tests/test_documents.py tests/test_images.py tests/test_imports.py tests/test_inputs.py tests/test_makefile.py \
-	tests/test_placeholders.py tests/test_visualize.py tests/test_families.py
+	tests/test_placeholders.py tests/test_visualize.py tests/test_families.py tests/test_family_twigs.py
 
 # What pyproject.toml promises is read from there: the Python versions of its classifiers, and the lower bounds of torch and
 # transformers ("torch>=2.13" is tried as torch==2.13). Each Python gets an environment in VERSIONS_DIR, and another one with
@@ -31,8 +31,10 @@ LMMS_VENV ?= .venv-lmms
 PYTHONS ?= $(shell sed -nE 's/.*Python :: (3\.[0-9]+)".*/\1/p' pyproject.toml)
 LOWEST := $(shell sed -nE 's/^ *"(torch|transformers)>=([0-9.]+)",$$/\1==\2/p' pyproject.toml)
 # All families, the options of generate(), checkpoints and both stages of the training.
-VERSIONS_TESTS := tests/base tests/twig tests/hf/test_generate_options.py tests/training/test_distill.py \
-	tests/training/test_reinforce.py tests/test_checkpoint.py tests/test_families.py
+VERSIONS_TESTS := tests/base tests/twig tests/hf/test_generate_inputs.py tests/hf/test_generate_options.py \
+	tests/training/test_distill.py tests/training/test_distill_checkpoints.py tests/training/test_distill_runs.py \
+	tests/training/test_reinforce.py tests/training/test_rewards.py tests/test_checkpoint.py tests/test_families.py \
+	tests/test_family_twigs.py
 
 # vLLM wants other versions than constraints.txt, so that its tests have an environment of their own: about 4 GB. It asks for torch's
 # build for the CPU, whose index must be configured or in PIP_FLAGS. The builds of torchaudio and torchcodec that it brings do not

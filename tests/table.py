@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-FILES = ["tests/test_families.py", "tests/test_loading.py"]
+FILES = ["tests/test_families.py", "tests/test_family_twigs.py", "tests/test_loading.py"]
 PROPERTIES: dict[str, tuple[str, dict[str, Any]]] = {
     "R = M, K_f = L is `generate`: images": ("test_keeping_everything_is_plain_generate", {"kind": "images"}),
     "… a video": ("test_keeping_everything_is_plain_generate", {"kind": "video"}),

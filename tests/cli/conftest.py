@@ -33,6 +33,21 @@ def picture(tmp_path):
 
 
 @pytest.fixture
+def arguments(picture, base_directory):
+    basic = {"image": picture, "prompt": "What is it?", "model": base_directory, "dtype": "float32", "device": "cpu"}
+
+    def build(**changes):
+        options = {**basic, "max-new-tokens": 12, **changes}
+        words = ["generate"]
+        for name, value in options.items():
+            if value is not None:
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return words
+
+    return build
+
+
+@pytest.fixture
 def refused(capsys):
     """Run the command line on bad input: exit code 2, nothing on stdout, one line on stderr, which is returned."""
     from twigvlm.cli.main import main

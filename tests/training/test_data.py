@@ -1,3 +1,5 @@
+"""What samples become: prompts labelled where the answers are, batches of them, and the tokens that answers use most."""
+
 from collections import Counter
 
 import datasets
@@ -8,12 +10,12 @@ from tokenizers.processors import TemplateProcessing
 
 from tests.tiny import IMAGE_TOKEN, VISUAL, tiny_llava
 from tests.tiny_processor import CHAT_TEMPLATE, END, START, tiny_processor
+from tests.training.conversations import BLUE, RED, ask
 from twigvlm import TwigVLM
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.cli.session import build_inputs
 from twigvlm.errors import TwigVLMError
 from twigvlm.training.data.dataset import IGNORE, Collator, ConversationDataset, frequent_answer_tokens
-from twigvlm.training.data.samples import BrokenSample
 
 
 def answers(item, processor):
@@ -146,15 +148,6 @@ def test_frequent_answer_tokens(samples, processor):
         frequent_answer_tokens(samples, processor, 1000)
 
 
-def ask(*turns, **rest):
-    """A sample in LLaVA's format."""
-    speakers = ("human", "gpt") * (len(turns) // 2)
-    return {"conversations": [{"from": s, "value": v} for s, v in zip(speakers, turns, strict=True)], **rest}
-
-
-RED, BLUE = Image.new("RGB", (20, 20), "red"), Image.new("RGB", (20, 20), "blue")
-
-
 @pytest.mark.parametrize("expansion", ["plain", "rows"])
 def test_labels_where_images_lie_between_answers(expansion, monkeypatch):
     """Also where a processor writes more than placeholders for an image, even what stands in the text as well."""
@@ -205,112 +198,6 @@ def test_a_key_per_token_that_only_some_samples_have_is_filled():
     one = {"input_ids": ids, "labels": ids, "kinds": torch.ones_like(ids)}
     other = {"input_ids": ids[:, :2], "labels": ids[:, :2]}
     assert Collator(pad_token_id=0)([other, one])["kinds"].tolist() == [[0, 0, 0], [1, 1, 1]]
-
-
-@pytest.fixture
-def torn(samples, tmp_path):
-    """The eight samples; the pictures of the third, fourth and last cannot be read."""
-    (tmp_path / "torn.png").write_bytes(b"nothing")
-    for number in (2, 3):
-        samples[number]["image"] = str(tmp_path / "torn.png")
-    samples[7]["image"] = b"nothing"
-    return samples
-
-
-def test_the_next_good_sample_stands_in_for_a_broken_one(torn, dataset, processor, caplog):
-    stands = {2: 4, 3: 4, 7: 0}
-    mended = ConversationDataset(torn, processor)
-    for index in (7, 3, 2, 0, 1, 4, 5, 6, 7, 3):  # in any order, and again
-        item, wanted = mended[index], dataset[stands.get(index, index)]
-        assert all(torch.equal(item[key], wanted[key]) for key in wanted), index
-    mended.summarise()
-    first, second, third, last = caplog.messages
-    assert first.startswith("skipped sample 's7': image: not an image")
-    assert "sample 's3'" in second
-    assert "sample 's2'" in third
-    assert last == "skipped 3 of 8 samples"
-    with pytest.raises(IndexError):
-        mended[8]
-
-
-def test_processes_beside_the_training_share_what_is_broken(torn, processor, caplog):
-    mended = ConversationDataset(torn, processor)
-    loader = torch.utils.data.DataLoader(mended, batch_size=None, num_workers=1)
-    assert len(list(loader)) == 8
-    mended.summarise()
-    assert caplog.messages == ["skipped 3 of 8 samples"]
-
-
-def test_broken_samples_are_errors_when_strict(torn, processor):
-    strict = ConversationDataset(torn, processor, strict=True)
-    strict[0]
-    with pytest.raises(BrokenSample, match=r"sample 's2': image .*not an image"):
-        strict[2]
-
-
-def test_only_broken_samples_are_an_error(processor):
-    data = ConversationDataset([ask("What?", "That.", id="one", image=b""), {}], processor)
-    with pytest.raises(TwigVLMError, match="all 2 samples are broken; sample 1: has no list of turns"):
-        data[0]
-    with pytest.raises(TwigVLMError, match="all 2 samples are broken"):
-        data[1]
-
-
-class Unreadable(list):
-    def __getitem__(self, index):
-        raise OSError("no\nsuch block")
-
-
-@pytest.mark.parametrize(
-    ("sample", "options", "words"),
-    [
-        (ask("What?", "That.", "<image>And?", "This.", image=RED), {"max_length": 40}, "image comes after the first 40"),
-        (ask("What?", "That."), {"max_length": 10}, "no answer within the first 10 tokens"),
-        (ask("<image>What?", "That.", image="none.png"), {}, "no such file"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>?"}]},
-                       {"role": "assistant", "content": "No."}]}, {}, "contains the image placeholder"),
-        ({"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "No."}]}, {}, "turn 1 is from"),
-    ],
-)  # fmt: skip
-def test_what_is_broken_only_here(sample, options, words, processor):
-    with pytest.raises(BrokenSample, match=words) as caught:
-        ConversationDataset([{**sample, "id": "abc"}], processor, strict=True, **options)[0]
-    assert str(caught.value).startswith("sample 'abc': ")
-
-
-def test_what_the_template_the_processor_or_the_disk_refuses_is_broken(samples, processor, monkeypatch):
-    def refused(words, data, processor):
-        with pytest.raises(BrokenSample, match=words) as caught:
-            ConversationDataset(data, processor, strict=True)[0]
-        assert "\n" not in str(caught.value)
-
-    refused("sample 0: cannot be read .no such block.", Unreadable([1]), processor)
-    template = "{{ raise_exception('no\nsystem') }}"
-    refused("sample 's0': rejected by the chat template .no system.", samples, tiny_processor(template))
-    plain = "{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}"
-    refused("sample 's0': rejected by the chat template .can only concatenate", samples, tiny_processor(plain))
-    refused("sample 's0': the processor has no chat template", samples, tiny_processor(None))
-    monkeypatch.setattr(type(processor.image_processor), "__call__", lambda self, images, **rest: 1 / 0)
-    refused("sample 's0': rejected by the processor .division by zero.", samples, processor)
-
-
-def test_a_processor_that_tokenizes_otherwise_is_refused(samples, processor):
-    class Shouting:
-        """Turns the text it is given to capitals, as its tokenizer alone does not."""
-
-        def __getattr__(self, name):
-            return getattr(processor, name)
-
-        def __call__(self, text, **options):
-            return processor(text=text.replace("red", "RED"), **options)
-
-    with pytest.raises(BrokenSample, match="tokenizes the answers otherwise"):
-        ConversationDataset(samples, Shouting(), strict=True)[0]
-
-
-def test_broken_samples_do_not_count_for_the_draft_vocabulary(samples, processor):
-    wanted = frequent_answer_tokens(samples, processor, 5)
-    assert torch.equal(frequent_answer_tokens([{}, *samples, {}], processor, 5), wanted)
 
 
 def test_grey_pictures_become_rgb(samples, processor):

@@ -1,53 +1,18 @@
-"""Stage 2: rewards, what learns and what does not, and the stream of random draws."""
-
-from unittest.mock import Mock
+"""Stage 2: what learns and what does not, from which samples, and under which budgets."""
 
 import pytest
 import torch
 
 from tests.training.events import logged
+from tests.training.stage2 import BUDGETS, run, settings
 from tests.training.stop import StopAt
+from tests.training.weights import copy
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.budget import solve_keep
 from twigvlm.training import options
 from twigvlm.training.data.dataset import Collator
-from twigvlm.training.data.turns import answer_length, draw_turns, last_prompt_tokens
 from twigvlm.training.options import Stage2Config
-from twigvlm.training.reinforce import Policy, budget_probabilities, train_stage2
-
-# R̄ of the tiny model (16 visual tokens, 6 layers, K = 1, K_f = 5): R = 4 and 10
-BUDGETS = (5.0, 9.0)
-
-
-@pytest.fixture
-def make_policy(make_model):
-    def make(dtype=None, **options):
-        torch.manual_seed(0)
-        return make_model(dtype, pruning_head=True, final_wipe=5, **options)
-
-    return make
-
-
-def settings(**changes):
-    return Stage2Config(
-        **{
-            "batch_size": 4,
-            "log_steps": 1,
-            "group": 4,
-            "budgets": BUDGETS,
-            "learning_rate": 1e-2,
-            "warmup": 0.0,
-            **changes,
-        }
-    )
-
-
-def run(model, dataset, directory, resume=False, callbacks=(), **options):
-    return train_stage2(model, dataset, settings(**options), directory, resume, callbacks)
-
-
-def copy(module):
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+from twigvlm.training.reinforce import Policy, budget_probabilities
 
 
 def test_the_p_head_learns_and_nothing_else(make_policy, dataset, tmp_path):
@@ -70,111 +35,6 @@ def test_a_bfloat16_base_trains_a_float32_p_head(make_policy, dataset, tmp_path)
     changed = {name for name, tensor in model.twig.state_dict().items() if not torch.equal(tensor, twig[name])}
     assert changed == {"pruning_head.query_gate.weight", "pruning_head.key_gate.weight"}
     assert model.twig.norm.weight.dtype == torch.bfloat16
-
-
-def recorded(monkeypatch):
-    """What the policy draws, and what it is paid for it."""
-    from twigvlm.training import reinforce
-
-    seen = []
-    draw, pay = reinforce.plackett_luce.sample, reinforce.answer_likelihoods
-
-    def sample(*arguments):
-        actions = draw(*arguments)
-        seen.append({"actions": actions})
-        return actions
-
-    def rewards(base, hidden, visual, rope, masks, cases, *arguments):
-        paid = pay(base, hidden, visual, rope, masks, cases, *arguments)
-        for group, case, rewards in zip(seen[-len(cases) :], cases, paid, strict=True):
-            group |= {"kept": case.kept, "rewards": rewards}
-        return paid
-
-    monkeypatch.setattr(reinforce.plackett_luce, "sample", sample)
-    monkeypatch.setattr(reinforce, "answer_likelihoods", rewards)
-    return seen
-
-
-def one_by_one(model, item, kept, query):
-    """The prompt pruned as at inference, and the answer forced upon it token by token."""
-    ids, paid = item["input_ids"], []
-    answer = ids[0, query + 1 :]
-
-    def force(tokens, scores):
-        token = answer[len(paid)]
-        paid.append(float(scores.log_softmax(-1)[0, token]))
-        return torch.full_like(scores, -1e9).index_fill(1, token, 0.0)
-
-    chosen = torch.zeros(1, query + 1).index_fill(1, kept, 1.0)
-    output = model.generate(
-        input_ids=ids[:, : query + 1],
-        pixel_values=item["pixel_values"],
-        keep=len(kept),
-        scorer=lambda trunk: chosen,
-        max_new_tokens=len(answer),
-        logits_processor=[force],
-        return_dict_in_generate=True,
-    )
-    assert output.kept_indices[0].tolist() == sorted(kept.tolist())
-    return sum(paid) / len(answer)
-
-
-@pytest.mark.parametrize(("chunk", "passes"), [(None, 1), (3, 3)])
-def test_rewards_are_the_pruned_bases_own(make_policy, dataset, monkeypatch, chunk, passes):
-    from twigvlm.training import reinforce
-
-    model, seen = make_policy(), recorded(monkeypatch)
-    run_cuts = Mock(wraps=reinforce.run_cuts)
-    monkeypatch.setattr(reinforce, "run_cuts", run_cuts)
-    items = [dataset[0], dataset[2]]
-    policy = Policy(model, settings(budgets=(5.0,), chunk=chunk), 10)
-    terms = policy(**Collator(pad_token_id=0)(items), step=3, part=0)
-    assert len(seen) == 2
-    assert run_cuts.call_count == passes
-    for item, group in zip(items, seen, strict=True):
-        query = int((item["labels"][0] != -100).nonzero().min()) - 1
-        kept, rewards = group["kept"], group["rewards"]
-        assert kept.shape == (4, 4)
-        for row, reward in zip(kept, rewards, strict=True):
-            assert float(reward) == pytest.approx(one_by_one(model, item, row, query), abs=2e-5)
-        assert rewards.std() > 1e-3
-    assert float(terms["reward"]) == pytest.approx(float(torch.cat([g["rewards"] for g in seen]).mean()))
-
-
-def test_earlier_turns_are_context_and_later_ones_unseen(make_policy, dataset, monkeypatch):
-    model, item, seen = make_policy(), dataset[1], recorded(monkeypatch)
-    policy = Policy(model, settings(budgets=(5.0,)), 10)
-    asked = last_prompt_tokens(item["labels"])[0].nonzero()[:, 0].tolist()
-    assert len(asked) == 2
-    found = set()
-    for step in range(8):
-        policy(**item, step=step, part=0)
-        reward, kept = float(seen[-1]["rewards"][0]), seen[-1]["kept"][0]
-        for turn, query in enumerate(asked):
-            end = query + 1 + answer_length(item["labels"][0], query)
-            cut = {**item, "input_ids": item["input_ids"][:, :end]}
-            if reward == pytest.approx(one_by_one(model, cut, kept, query), abs=2e-5):
-                found.add(turn)
-    assert found == {0, 1}
-
-
-def test_a_choice_within_an_answer_is_rewarded_by_what_follows(make_policy, dataset, monkeypatch):
-    model, item, seen = make_policy(), dataset[1], recorded(monkeypatch)
-    policy = Policy(model, settings(budgets=(5.0,), span=2), 10)
-    possible = []
-    for asked in last_prompt_tokens(item["labels"])[0].nonzero()[:, 0].tolist():
-        length = answer_length(item["labels"][0], asked)
-        possible += [(asked + start, asked + min(start + 2, length)) for start in range(0, length, 2)]
-    assert any(end - start == 2 for start, end in possible)
-    found = set()
-    for step in range(6 * len(possible)):
-        policy(**item, step=step, part=0)
-        reward, kept = float(seen[-1]["rewards"][0]), seen[-1]["kept"][0]
-        for start, end in set(possible) - found:
-            cut = {**item, "input_ids": item["input_ids"][:, : end + 1]}
-            if reward == pytest.approx(one_by_one(model, cut, kept, start), abs=2e-5):
-                found.add((start, end))
-    assert found == set(possible)
 
 
 def test_equal_rewards_give_no_gradient(make_policy, dataset):
@@ -239,15 +99,6 @@ def test_resumed_equals_uninterrupted(make_policy, dataset, tmp_path):
     assert all(torch.equal(tensor, after[name]) for name, tensor in copy(whole.twig).items())
 
 
-def test_seed_step_and_part_decide_the_draws(make_policy, dataset, monkeypatch):
-    model, seen = make_policy(), recorded(monkeypatch)
-    for seed, step, part in [(0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]:
-        Policy(model, settings(seed=seed, budgets=(5.0,)), 10)(**dataset[0], step=step, part=part)
-    draws = [group["actions"].tolist() for group in seen]
-    assert draws[0] == draws[1]
-    assert all(draws[0] != other for other in draws[2:])
-
-
 def test_rewards_rise(make_policy, dataset, tmp_path):
     """On one question, with prunings of few tokens: the policy finds those that the base answers with best."""
     model = make_policy()
@@ -296,22 +147,6 @@ def test_the_record_says_which_budgets_were_drawn(make_policy, dataset, tmp_path
     assert model.twig.record[0]["settings"]["keep_budgets"] == (3, 8)
     with pytest.raises(TwigVLMError, match=r"keep_budgets=.*4.*: the checkpoint in .* was trained with"):
         run(make_policy(), dataset, tmp_path, resume=True, max_steps=1, budgets=None, keep_budgets=(4,))
-
-
-def test_drawn_turns():
-    labels = torch.tensor([[-100, -100, 5, 6, -100, -100, 7, -100], [-100, 5, -100, -100, 6, 7, 8, 9]])
-    visual = torch.tensor([[1, 0, 0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0]]).bool()
-    assert last_prompt_tokens(labels).nonzero().tolist() == [[0, 1], [0, 5], [1, 0], [1, 3]]
-    drawn = [draw_turns(labels, visual, torch.Generator().manual_seed(seed)).nonzero().tolist() for seed in range(12)]
-    # the first turn of the second row stands before its image
-    assert all(turns in ([[0, 1], [1, 3]], [[0, 5], [1, 3]]) for turns in drawn)
-    assert drawn.count(drawn[0]) < len(drawn)
-    assert [answer_length(labels[0], 1), answer_length(labels[0], 5), answer_length(labels[1], 3)] == [2, 1, 4]
-    parts = [
-        draw_turns(labels, visual, torch.Generator().manual_seed(seed), span=2).nonzero().tolist() for seed in range(30)
-    ]
-    assert {turns[1][1] for turns in parts} == {3, 5}
-    assert {turns[0][1] for turns in parts} == {1, 5}
 
 
 def test_what_cannot_be_trained_is_refused(make_model, make_policy, dataset, tmp_path):

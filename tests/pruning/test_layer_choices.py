@@ -1,0 +1,120 @@
+"""What methods choose that cut between layers, against a reference that makes every table and loops over every token."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.families import prompt, tiny
+from tests.pruning.image_tokens import SIZES, WIDTH
+from twigvlm import TwigConfig, TwigVLM
+from twigvlm.base.token_inputs import rotate
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.pruning.methods import make_pruner
+from twigvlm.pruning.methods.dart import least_similar
+from twigvlm.pruning.methods.density_peaks import density_peaks
+from twigvlm.pruning.methods.sparsevlm import distance_kernel, raters, recycling
+
+
+@given(SIZES)
+def test_dart(size):
+    seed, count, share = size
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.nn.functional.normalize(torch.randn(count + 6, WIDTH, generator=generator), dim=-1)
+    norms, keep = torch.rand(count + 6, generator=generator), max(1, int(share * count))
+    visual, text = list(range(count)), list(range(count, count + 6))
+    kept = sorted(visual, key=lambda j: -float(norms[j]))[: min(4, keep)]
+    pivots = [*kept, *sorted(text, key=lambda j: -float(norms[j]))[:4]]
+    chosen = list(kept)
+    for place, pivot in enumerate(pivots):
+        quota = (keep - len(kept)) // len(pivots) + (place < (keep - len(kept)) % len(pivots))
+        pool = [j for j in visual if j not in chosen]
+        chosen += sorted(pool, key=lambda j: float(states[j] @ states[pivot]))[:quota]
+    got = least_similar(states, norms, torch.tensor(visual), torch.tensor(text), keep)
+    assert sorted(got.tolist()) == sorted(chosen)
+
+
+@given(SIZES)
+def test_density_peaks(size):
+    seed, count, share = size
+    states = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
+    clusters = max(1, int(share * count / 3))
+    distance = torch.cdist(states, states) / WIDTH**0.5
+    density = [float((-row.sort().values[:clusters].square().mean()).exp()) for row in distance]
+    gaps = []
+    for j in range(count):
+        denser = [float(distance[j, i]) for i in range(count) if density[i] > density[j]]
+        gaps.append(min(denser) if denser else float(distance[j].max()))
+    expected = sorted(range(count), key=lambda j: -density[j] * gaps[j])[:clusters]
+    centers, cluster = density_peaks(states, clusters)
+    if clusters > 1:  # of one cluster all densities are the same: that of a token itself
+        assert centers.tolist() == expected
+    for j in range(count):
+        nearest = int(distance[j, centers].argmin())
+        assert cluster[j] == (centers.tolist().index(j) if j in centers else nearest)
+
+
+@given(st.integers(2, 600), st.data())
+def test_recycling_fills_the_budget(visual, data):
+    keep = data.draw(st.integers(1, visual))
+    count, clusters = recycling(visual, keep)
+    assert count + clusters == keep
+    if clusters:
+        assert clusters == (int((visual - count) * 0.3) + 1) // 10 + 1
+    assert (clusters == 0) == (visual == keep or count == keep)
+
+
+def test_recycling_as_published():
+    assert [recycling(*sizes) for sizes in ((576, 309), (309, 204), (204, 113))] == [(300, 9), (200, 4), (110, 3)]
+
+
+@torch.no_grad()
+def test_raters_and_the_kernel_of_distances():
+    base = BaseVLM(tiny("llava"))
+    captured = base.prompt(**prompt(base.model, "llava", "images"))
+    chosen = raters(captured)[0]
+    last = int(captured.visual_mask[0].nonzero()[-1])
+    text = captured.hidden[0, last + 1 :]
+    given = (captured.hidden[0, captured.visual_mask[0]] @ text.T).softmax(-1).mean(0)
+    assert chosen.nonzero()[:, 0].tolist() == [last + 1 + j for j in range(len(text)) if given[j] > given.mean()]
+    rotary = base.token_inputs(captured)
+    kernel = distance_kernel((rotary.cos, rotary.sin), (rotary.cos, rotary.sin))[0]
+    ones = rotate(torch.ones(1, 1, 1, 8), rotary.cos[:, 5:6], rotary.sin[:, 5:6])
+    others = rotate(torch.ones(1, 1, 1, 8), rotary.cos[:, 2:3], rotary.sin[:, 2:3])
+    torch.testing.assert_close(kernel[5, 2], ((ones * others).sum() / 8).clamp(min=0.05))
+    torch.testing.assert_close(kernel.diagonal(), torch.ones(len(kernel)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm-v2", "mustdrop"])
+def test_first_cut_is_by_the_base_s_own_attention(name):
+    """What stays behind the first cut, from the maps that the base makes eagerly."""
+    model = TwigVLM.grow(tiny("llava", "eager"), TwigConfig(2, 2))
+    inputs = prompt(model.model, "llava", "images")
+    maps = model.model(**inputs, output_attentions=True).attentions
+    base, pruner = model.base, make_pruner(name)
+    with base.watch_vision() as watch:
+        captured = base.prompt(**inputs, vision=watch)
+    visual = captured.visual_mask[0].nonzero()[:, 0]
+    first = pruner.cuts(20, len(visual), 6)[0]
+    before, after = maps[first.layer - 1][0], maps[first.layer][0]
+    question = list(range(int(visual[-1]) + 1, captured.hidden.shape[1]))
+    if name == "fastv":
+        scores = before[:, -1].mean(0)
+    elif name == "pyramiddrop":
+        scores = after[:, -1].mean(0)
+    elif name == "sparsevlm-v2":
+        asking = raters(captured)[0].nonzero()[:, 0]
+        rows = before[:, asking]
+        heads = rows[:, :, visual].sum((1, 2)).topk(2).indices
+        rotary = base.token_inputs(captured)
+        kernel = distance_kernel((rotary.cos, rotary.sin), (rotary.cos, rotary.sin))[0]
+        scores = (rows[heads] / kernel[asking]).mean(0).sum(0)
+    else:
+        rows = before[:, question].mean(0)
+        total, largest = rows.sum(0), rows.max(0).values
+        scores = torch.maximum(total / total[visual].sum(), largest)
+        scores[visual[captured.vision.last_importance.topk(2).indices]] += 9  # 8 % of 32
+    expected = visual[scores[visual].topk(first.keep).indices].sort().values
+    output = model.generate(**inputs, pruner=name, retain=20, max_new_tokens=1, return_dict_in_generate=True)
+    assert output.kept_indices[0].tolist() == expected.tolist()
