@@ -97,6 +97,7 @@ PAGES = {
             _evaluate(
                 "sweep",
                 VALIDATION,
+                "--kinds place where relation exists count 'sign text' 'sign colour' 'next to' description "
                 "--method diverse --final-wipes 24 30 --final-shares 0 0.15 0.3 --budgets 64",
             ),
         ),
