@@ -114,7 +114,7 @@ PAGES = {
             _evaluate(
                 "speed",
                 LONG,
-                "--kinds description rows halves --limit 12 --repeats 1 --refocus 0.7 --budgets 64 "
+                "--kinds description rows halves --limit 20 --repeats 1 --refocus 0.7 --budgets 64 "
                 "--systems chain auto 'pruning + auto' 'diverse + auto' 'refocus + auto'",
             ),
         ),
@@ -122,7 +122,7 @@ PAGES = {
             "Short answers",
             "One prompt at a time.",
             _evaluate(
-                "speed", SHORT, "--kinds --limit 24 --repeats 1 --budgets 64 --systems chain auto 'pruning + auto'"
+                "speed", SHORT, "--kinds --limit 40 --repeats 1 --budgets 64 --systems chain auto 'pruning + auto'"
             ),
         ),
     ],
