@@ -30,8 +30,9 @@ def cases(draw):
     pruning = {
         "keep": draw(st.integers(1, VISUAL)),
         "final_wipe": draw(st.integers(trunk + 1, LAYERS)),
-        "final_share": draw(st.sampled_from([0.0, 0.4, 1.0])),
     }
+    # Without a layer after which tokens leave there is nothing to share.
+    pruning["final_share"] = draw(st.sampled_from([0.0, 0.4, 1.0])) if pruning["final_wipe"] < LAYERS else 0.0
     if draw(st.booleans()):
         pruning["scorer"] = draw(st.sampled_from([RandomScores(1), BaseLayerAttention(max(trunk, 1))]))
     if draw(st.integers(0, 3)) == 0:

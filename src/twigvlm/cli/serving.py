@@ -46,10 +46,10 @@ class ServiceOptions(ModelOptions):
 
     def _open_service(self, limits: Limits) -> Service:
         from twigvlm.base.vision import VisionModules
-        from twigvlm.checkpoints.projector_files import tuned_projector
         from twigvlm.cli.session import SessionConfig, open_session
         from twigvlm.model import TwigVLM
         from twigvlm.pruning.methods import reads_files
+        from twigvlm.pruning.projector import tuned_projector
         from twigvlm.serving.fetch import Fetcher
         from twigvlm.serving.service import Defaults, Service
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Int
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
@@ -14,10 +15,12 @@ from transformers import TrainerCallback
 from twigvlm.base.packing import valid_mask
 from twigvlm.base.vision import VisionModules
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.checkpoints.projector_files import save_projector
+from twigvlm.checkpoints.twig_files import check_finite
 from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.files import replacing, writing
 from twigvlm.pruning.cut import Choice, Cut, schedule
 from twigvlm.pruning.methods.visionzip import VisionZip
+from twigvlm.pruning.projector import WEIGHTS
 from twigvlm.pruning.run import run_cuts
 from twigvlm.pruning.view import CutView, Tokens
 from twigvlm.training.data.dataset import IGNORE, Collator
@@ -37,8 +40,17 @@ class TunedProjector:
         self.module.requires_grad_(True)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the projector to a directory, for `pruner="visionzip:DIRECTORY"`."""
-        save_projector(self.module, folder)
+        """Write the projector to a directory, for `pruner="visionzip:DIRECTORY"`.
+
+        Raises:
+            TwigVLMError: it cannot be written to, or the training has diverged.
+        """
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()}
+        check_finite(weights, f"{folder}: not written")
+        with writing(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / WEIGHTS) as temporary:
+            save_file(weights, temporary)
 
 
 class Projecting(nn.Module):

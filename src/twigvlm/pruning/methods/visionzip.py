@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twigvlm.base.vision import Vision
-from twigvlm.checkpoints.projector_files import tuned_projector
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Choice, Cut, Need
 from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, nearest, top, unit
+from twigvlm.pruning.projector import tuned_projector
 from twigvlm.pruning.view import CutView
 
 

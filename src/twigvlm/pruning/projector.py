@@ -4,35 +4,19 @@ from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from twigvlm.checkpoints.twig_files import check_finite
 from twigvlm.errors import TwigVLMError
-from twigvlm.files import replacing, writing
 
 WEIGHTS = "projector.safetensors"
-
-
-def save_projector(projector: nn.Module, folder: Path) -> None:
-    """Write its weights to a directory.
-
-    Raises:
-        TwigVLMError: it cannot be written to, or the training has diverged.
-    """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}
-    check_finite(weights, f"{folder}: not written")
-    with writing(str(folder)):
-        folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS) as temporary:
-        save_file(weights, temporary)
 
 
 def tuned_projector(folder: str, own: nn.Module) -> dict[str, Tensor]:
     """Weights in place of a base's own, in its number format and on its device.
 
     Args:
-        folder: that `save_projector` has written to.
+        folder: that `twigvlm train visionzip` has written to.
         own: the base's projector.
 
     Raises:
