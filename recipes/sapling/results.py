@@ -137,7 +137,7 @@ PAGES = {
         Section(
             "Long answers, with refocusing",
             "Every way to draft against no drafts, token for token; kept tokens are exchanged while the answers grow.",
-            _evaluate("exactness", LONG, "--limit 20 --refocus 0.7 --budgets 64"),
+            _evaluate("exactness", LONG, "--limit 10 --refocus 0.7 --budgets 64"),
         ),
     ],
 }

@@ -17,8 +17,8 @@ from twigvlm.config import PruningConfig, SpeculationConfig
 SUBCOMMANDS = [
     "generate", "demo", "inspect", "train stage1", "train stage2", "train visionzip", "evaluate accuracy", "evaluate sweep",
     "evaluate speed", "evaluate drafts", "evaluate batches", "evaluate exactness", "families", "methods", "convert", "export",
-    "serve", "batch", "evaluate relacc", "doctor", "compare", "figures times", "figures speeds", "figures samples", "figures attention",
-    "figures drafts",
+    "serve", "batch", "evaluate relacc", "doctor", "compare", "figures times", "figures speeds", "figures samples",
+    "figures attention", "figures drafts",
 ]  # fmt: skip
 WITHOUT_BASE = (
     "families",
