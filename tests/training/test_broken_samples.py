@@ -22,25 +22,25 @@ def torn(samples, tmp_path):
 
 def test_the_next_good_sample_stands_in_for_a_broken_one(torn, dataset, processor, caplog):
     stands = {2: 4, 3: 4, 7: 0}
-    mended = ConversationDataset(torn, processor)
+    repaired = ConversationDataset(torn, processor)
     for index in (7, 3, 2, 0, 1, 4, 5, 6, 7, 3):  # in any order, and again
-        item, wanted = mended[index], dataset[stands.get(index, index)]
+        item, wanted = repaired[index], dataset[stands.get(index, index)]
         assert all(torch.equal(item[key], wanted[key]) for key in wanted), index
-    mended.summarise()
+    repaired.summarise()
     first, second, third, last = caplog.messages
     assert first.startswith("skipped sample 's7': image: not an image")
     assert "sample 's3'" in second
     assert "sample 's2'" in third
     assert last == "skipped 3 of 8 samples"
     with pytest.raises(IndexError):
-        mended[8]
+        repaired[8]
 
 
 def test_processes_beside_the_training_share_what_is_broken(torn, processor, caplog):
-    mended = ConversationDataset(torn, processor)
-    loader = torch.utils.data.DataLoader(mended, batch_size=None, num_workers=1)
+    repaired = ConversationDataset(torn, processor)
+    loader = torch.utils.data.DataLoader(repaired, batch_size=None, num_workers=1)
     assert len(list(loader)) == 8
-    mended.summarise()
+    repaired.summarise()
     assert caplog.messages == ["skipped 3 of 8 samples"]
 
 

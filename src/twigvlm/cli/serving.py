@@ -60,7 +60,7 @@ class ServiceOptions(ModelOptions):
         config = SessionConfig.resolve(self.model, twig, self.pruning, "chain" if idle else speculate)
         session = open_session(config, self.dtype, self.device)
         model = session.model or TwigVLM.without_twig(session.base)
-        if reads_files(self.pruning.pruner or ""):  # or clients would be told what is the operator's to mend
+        if reads_files(self.pruning.pruner or ""):  # a wrong directory is refused here, not at the first request
             directory = str(self.pruning.pruner).partition(":")[2]
             tuned_projector(directory, VisionModules.of(model.model, model.base.family.tower).projector)
         defaults = Defaults(self.pruning, speculate)

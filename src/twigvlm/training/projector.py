@@ -74,6 +74,9 @@ class Projecting(nn.Module):
             labels: ids at answers, -100 elsewhere.
             num_items_in_batch: answer tokens of the optimiser step; None: it has this batch alone.
             inputs: what the base's forward takes.
+
+        Raises:
+            TwigVLMError: this base's projector cannot be replaced.
         """
         inputs.pop("attention_mask", None)
         base = self._base[0]
@@ -113,16 +116,24 @@ def train_projector(
     Raises:
         TwigVLMError: also where the base's projector cannot be tuned, or there is nothing to learn from.
     """
-    _check(Projecting(tuned, config), data)
-    through = list(tuned.base.model.parameters())
+    module = Projecting(tuned, config)
+    _check(module, data)
+    through = tuned.base.model.parameters()
     shape = {"projector": type(tuned.module).__name__}
-
-    def student(steps: int) -> nn.Module:
-        return Projecting(tuned, config)
-
-    return fit(
-        tuned.base, tuned.module, shape, through, student, TermTrainer, data, config, directory, resume, callbacks
-    )[0]
+    log, _ = fit(
+        tuned.base,
+        tuned.module,
+        shape,
+        through,
+        lambda steps: module,
+        TermTrainer,
+        data,
+        config,
+        directory,
+        resume,
+        callbacks,
+    )
+    return log
 
 
 def _check(module: Projecting, data: Dataset[dict[str, Tensor]]) -> None:
