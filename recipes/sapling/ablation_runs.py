@@ -7,7 +7,8 @@ from typing import Any
 from twigvlm.config import TwigConfig
 from twigvlm.training.options import Stage1Config, Stage2Config
 
-TEACHER, WIPE, SHARE = 21, 24, 0.15
+TEACHER = tuple(range(15, 25))
+WIPE, SHARE = 24, 0.15
 BUDGETS = (192.0, 128.0, 64.0, 48.0)
 TWIG = TwigConfig(
     init="last", head="shared", draft_vocabulary=1024, final_wipe=WIPE, final_share=SHARE, pruning_head=True
@@ -34,7 +35,7 @@ MANY, FEW = 20000, 800  # conversations
 
 
 def _stage1(samples: int, batch: int, rate: float = 1e-3, budgets: tuple[float, ...] = BUDGETS, **losses: Any) -> Run:
-    stage = Stage1Config(batch_size=batch, learning_rate=rate, teacher_layer=TEACHER, **losses)
+    stage = Stage1Config(batch_size=batch, learning_rate=rate, teacher_layers=TEACHER, **losses)
     return Run(stage, samples, budgets=budgets)
 
 
@@ -62,7 +63,7 @@ def _stage2(start: str, samples: int = 1200, **options: Any) -> Run:
         "beta": 0.0,
         "gamma": (0.0, 0.0),
     }
-    stage = Stage2Config(teacher_layer=TEACHER, **{**rewards, **options})
+    stage = Stage2Config(teacher_layers=TEACHER, **{**rewards, **options})
     run = RUNS[start]
     return Run(stage, samples, start, run.twig, run.budgets)
 

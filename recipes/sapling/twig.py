@@ -1,6 +1,6 @@
 r"""The twig that ships: stage 1 on the shipped base, from the twig of the generation before where there is one.
 
-python -m recipes.sapling.questions --split train --count 1500 --output runs/twig-data
+python -m recipes.sapling.questions --split train --count 4000 --output runs/twig-data
 python -m recipes.sapling.twig --data runs/twig-data --output runs/twig --start old-twig/twig_model.safetensors
 """
 
@@ -22,7 +22,7 @@ from twigvlm.training.options import Stage1Config
 
 SHAPE = dataclasses.replace(TWIG, trunk_layers=1)
 STAGE = Stage1Config(
-    batch_size=4, learning_rate=4e-4, teacher_layer=TEACHER, gamma_answers=1.0, log_steps=5, save_steps=20, **DISTILLED
+    batch_size=4, learning_rate=6e-4, teacher_layers=TEACHER, gamma_answers=1.0, log_steps=5, save_steps=20, **DISTILLED
 )
 
 
@@ -34,7 +34,7 @@ class Options:
     """Gets the twig; goes on from the newest checkpoint in it."""
     start: Path | None = None
     """Weights of a twig of the same shape, for another base of this architecture. None: grown from the base."""
-    samples: int = 1000
+    samples: int = 4000
     """Conversations, each seen once; their answers decide which tokens can be drafted."""
     threads: int = 2
 

@@ -10,7 +10,7 @@ from twigvlm.pruning.methods.pruning_head import HeadScores, VisualQuery, log_vi
 from twigvlm.training.data.dataset import Collator, ConversationDataset, frequent_answer_tokens
 from twigvlm.training.distill import Student
 from twigvlm.training.options import Stage1Config
-from twigvlm.training.teacher import resolve_teacher_layer
+from twigvlm.training.teacher import resolve_teacher_layers
 
 PLAIN = Stage1Config(alpha=0.0, gamma=0.0)
 
@@ -79,10 +79,11 @@ def full_loss(model, item, **options):
     return Student(model, Stage1Config(**options))(**item)
 
 
-def test_terms_are_what_the_paper_says(make_model, dataset):
+@pytest.mark.parametrize("layers", [(4,), (5, 3)], ids=["one-layer", "the-mean-of-two"])
+def test_terms_are_what_the_paper_says(make_model, dataset, layers):
     model, item = make_model(pruning_head=True), dataset[1]  # two turns
     with torch.no_grad():
-        terms = full_loss(model, item, teacher_layer=4, clip=1e9, temperature=2.0)
+        terms = full_loss(model, item, teacher_layers=layers, clip=1e9, temperature=2.0)
         eager = tiny_llava(attention="eager")(
             input_ids=item["input_ids"], pixel_values=item["pixel_values"], output_attentions=True
         )
@@ -92,11 +93,11 @@ def test_terms_are_what_the_paper_says(make_model, dataset):
         teacher = eager.logits[0, :-1][real]
         kl = F.kl_div((student / 2).log_softmax(-1), (teacher / 2).softmax(-1), reduction="none").sum(-1)
         assert float(terms["prediction_kl"]) == pytest.approx(float(kl.mean()) * 4 / 1e9, rel=1e-3)
-        # attention of layer 4 at both turns' last prompt tokens, softmax over visual tokens alone
+        # attention of these layers at both turns' last prompt tokens, softmax over visual tokens alone
         queries = [index for index in range(len(targets)) if real[index] and not real[index - 1]]
         assert len(queries) == 2
         visual = item["input_ids"][0] == IMAGE_TOKEN
-        rows = eager.attentions[3][0][:, queries][:, :, visual]
+        rows = torch.cat([eager.attentions[layer - 1][0] for layer in layers])[:, queries][:, :, visual]
         teacher = (rows / rows.sum(-1, keepdim=True)).mean(0)
         scores = []
 
@@ -179,9 +180,9 @@ def test_the_p_head_learns_at_answer_tokens_too(make_model, dataset):
     """At every token that predicts one of an answer, but at the prompts' ends the weight is γ's."""
     model, item = make_model(pruning_head=True), dataset[1]
     with torch.no_grad():
-        one = full_loss(model, item, alpha=0.0, gamma=0.0, teacher_layer=4)
-        terms = full_loss(model, item, alpha=0.0, gamma=2.0, gamma_answers=0.5, teacher_layer=4)
-        ends = full_loss(model, item, alpha=0.0, gamma=2.0, teacher_layer=4)
+        one = full_loss(model, item, alpha=0.0, gamma=0.0, teacher_layers=(4,))
+        terms = full_loss(model, item, alpha=0.0, gamma=2.0, gamma_answers=0.5, teacher_layers=(4,))
+        ends = full_loss(model, item, alpha=0.0, gamma=2.0, teacher_layers=(4,))
         prompt = model.base.prompt(input_ids=item["input_ids"], pixel_values=item["pixel_values"])
         inputs, masks = model.base.token_inputs(prompt), model.base.masks()
         hidden = model.base.run_layers(prompt.hidden, 0, 1, inputs, masks)
@@ -207,7 +208,7 @@ def test_the_p_head_learns_at_answer_tokens_too(make_model, dataset):
 )  # of layer 4 queries and keys
 def test_the_teacher_runs_once_and_no_further_than_needed(make_model, dataset, options, deepest):
     model = make_model(pruning_head=True)
-    student = Student(model, Stage1Config(teacher_layer=4, **options))
+    student = Student(model, Stage1Config(teacher_layers=(4,), **options))
     calls = []
     for number, layer in enumerate(model.base.layers, start=1):
         layer.register_forward_hook(lambda *_, number=number: calls.append(number))
@@ -216,7 +217,7 @@ def test_the_teacher_runs_once_and_no_further_than_needed(make_model, dataset, o
 
 
 def test_the_teacher_is_at_five_eighths():
-    assert [resolve_teacher_layer(None, layers, 2) for layers in (32, 30, 6, 3)] == [20, 19, 4, 3]
+    assert [resolve_teacher_layers(None, layers, 2) for layers in (32, 30, 6, 3)] == [(20,), (19,), (4,), (3,)]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

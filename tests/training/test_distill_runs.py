@@ -82,7 +82,7 @@ def test_float16_is_refused(make_model, dataset, tmp_path):
     [
         {"batch_size": 0}, {"accumulate": 0}, {"epochs": 0.0}, {"learning_rate": -1.0}, {"warmup": 1.0},
         {"max_steps": 0}, {"save_steps": 0}, {"workers": -1}, {"learning_rate": float("nan")}, {"alpha": -0.1},
-        {"gamma": float("inf")}, {"seed": -1}, {"temperature": 0.0}, {"clip": -1.0}, {"teacher_layer": 0},
+        {"gamma": float("inf")}, {"seed": -1}, {"temperature": 0.0}, {"clip": -1.0}, {"teacher_layers": (0,)},
     ],
 )  # fmt: skip
 def test_settings_are_checked(option):
@@ -136,8 +136,8 @@ def test_what_cannot_be_taught_is_refused(make_model, dataset, tmp_path):
     with pytest.raises(TwigVLMError, match=r"gamma_answers=1: .* has none.*or set gamma_answers=0"):
         run(make_model(), dataset, tmp_path / "out", gamma_answers=1.0)
     for layer in (1, 7):
-        with pytest.raises(TwigVLMError, match=f"teacher_layer={layer}: must be 2 to 6"):
-            run(make_model(pruning_head=True), dataset, tmp_path / "out", gamma=1.0, teacher_layer=layer)
+        with pytest.raises(TwigVLMError, match=f"teacher_layers={layer}: must be 2 to 6"):
+            run(make_model(pruning_head=True), dataset, tmp_path / "out", gamma=1.0, teacher_layers=(layer,))
     assert not (tmp_path / "out").exists()
 
 

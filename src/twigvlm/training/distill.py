@@ -20,7 +20,7 @@ from twigvlm.training.distributed import processes
 from twigvlm.training.fit import fit
 from twigvlm.training.losses import attention_loss, draft_targets, next_token_loss, prediction_loss
 from twigvlm.training.options import Stage1Config
-from twigvlm.training.teacher import resolve_teacher_layer, run_teacher
+from twigvlm.training.teacher import resolve_teacher_layers, run_teacher
 from twigvlm.training.trainer import TermTrainer
 
 
@@ -45,7 +45,7 @@ class Student(nn.Module):
                 )
         model.twig.checkpoint_gradients(config.gradient_checkpointing)
         trunk = model.twig.config.trunk_layers
-        self.teacher_layer = resolve_teacher_layer(config.teacher_layer, model.base.num_layers, trunk)
+        self.teacher_layers = resolve_teacher_layers(config.teacher_layers, model.base.num_layers, trunk)
 
     def forward(
         self, labels: Int[Tensor, "batch tokens"], num_items_in_batch: Tensor | None = None, **inputs: Any
@@ -75,7 +75,7 @@ class Student(nn.Module):
                 asking = torch.nn.functional.pad(answers, (0, 1)) if config.gamma_answers else ends
                 query = VisualQuery.at(asking, prompt.visual_mask)
             wanted = answers if config.alpha else None
-            teacher = run_teacher(base, hidden, trunk, token_inputs, masks, query, self.teacher_layer, wanted)
+            teacher = run_teacher(base, hidden, trunk, token_inputs, masks, query, self.teacher_layers, wanted)
         with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
             last_input = twig.last_input(hidden.float(), token_inputs, masks)
             logits = twig.logits(twig.last(last_input, token_inputs, masks)[:, :-1][answers])

@@ -83,12 +83,14 @@ class ProjectorConfig(TrainingConfig):
 class StageConfig(TrainingConfig):
     """Settings of both stages of a twig."""
 
-    teacher_layer: int | None = None
-    """Base layer (from 1) whose attention the P-Head learns. None: 5/8 of the layers, rounded; layer 20 of 32, as published."""
+    teacher_layers: tuple[int, ...] | None = None
+    """Base layers (from 1) whose attention, averaged, the P-Head learns. None: the one at 5/8 of the layers, rounded; layer 20 of
+    32, as published."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least_1("teacher_layer")
+        if self.teacher_layers is not None and (not self.teacher_layers or min(self.teacher_layers) < 1):
+            raise TwigVLMError(f"teacher_layers={spaced(self.teacher_layers)}: must be one or more layers, counted from 1")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from twigvlm.training.data.turns import answer_length, draw_turns
 from twigvlm.training.distill import fit_twig
 from twigvlm.training.losses import advantages, attention_loss, policy_loss
 from twigvlm.training.options import Stage2Config, spaced
-from twigvlm.training.teacher import resolve_teacher_layer, run_teacher
+from twigvlm.training.teacher import resolve_teacher_layers, run_teacher
 from twigvlm.training.trainer import TermTrainer
 
 
@@ -129,7 +129,7 @@ class Policy(nn.Module):
         self._model = (model,)  # in a tuple, so that the base is no submodule
         layers, self.trunk = model.base.num_layers, model.twig.config.trunk_layers
         self.final_wipe = layers if model.twig.config.final_wipe is None else model.twig.config.final_wipe
-        self.teacher_layer = resolve_teacher_layer(config.teacher_layer, layers, self.trunk)
+        self.teacher_layers = resolve_teacher_layers(config.teacher_layers, layers, self.trunk)
 
     def keep(self, level: float, visual: int) -> int | None:
         """R of a sample with that many visual tokens under one of the budgets; None if it cannot have this one."""
@@ -194,7 +194,7 @@ class Policy(nn.Module):
         terms["retain" if config.keep_budgets is None else "keep"] = torch.tensor(float(level))
         weight = float(np.interp(choice, (0, max(1, len(self.levels) - 1)), config.gamma))
         if weight:
-            teacher = run_teacher(base, hidden, self.trunk, token_inputs, masks, query, self.teacher_layer)
+            teacher = run_teacher(base, hidden, self.trunk, token_inputs, masks, query, self.teacher_layers)
             assert teacher.attention is not None, "asked for"
             divergence = attention_loss(teacher.attention, scores)
             terms["attention_kl"] = divergence.detach()
