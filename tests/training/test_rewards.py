@@ -44,7 +44,8 @@ def one_by_one(model, item, kept, query):
         paid.append(float(scores.log_softmax(-1)[0, token]))
         return torch.full_like(scores, -1e9).index_fill(1, token, 0.0)
 
-    chosen = torch.zeros(1, query + 1).index_fill(1, kept, 1.0)
+    ranks = torch.arange(len(kept), 0, -1.0)  # drawn first, ranked first
+    chosen = torch.zeros(1, query + 1).index_copy(1, kept, ranks[None])
     output = model.generate(
         input_ids=ids[:, : query + 1],
         pixel_values=item["pixel_values"],
@@ -58,13 +59,13 @@ def one_by_one(model, item, kept, query):
     return sum(paid) / len(answer)
 
 
-@pytest.mark.parametrize(("chunk", "passes"), [(None, 1), (3, 3)])
-def test_rewards_are_the_pruned_bases_own(make_policy, dataset, monkeypatch, chunk, passes):
-    from twigvlm.training import reinforce
+@pytest.mark.parametrize(("chunk", "passes", "share", "keep"), [(None, 1, 0.0, 4), (3, 3, 0.0, 4), (None, 1, 0.5, 3)])
+def test_rewards_are_the_pruned_bases_own(make_policy, dataset, monkeypatch, chunk, passes, share, keep):
+    from twigvlm.training import rewards as rewarding
 
-    model, seen = make_policy(), recorded(monkeypatch)
-    run_cuts = Mock(wraps=reinforce.run_cuts)
-    monkeypatch.setattr(reinforce, "run_cuts", run_cuts)
+    model, seen = make_policy(final_share=share), recorded(monkeypatch)
+    run_cuts = Mock(wraps=rewarding.run_cuts)
+    monkeypatch.setattr(rewarding, "run_cuts", run_cuts)
     items = [dataset[0], dataset[2]]
     policy = Policy(model, settings(budgets=(5.0,), chunk=chunk), 10)
     terms = policy(**Collator(pad_token_id=0)(items), step=3, part=0)
@@ -73,7 +74,7 @@ def test_rewards_are_the_pruned_bases_own(make_policy, dataset, monkeypatch, chu
     for item, group in zip(items, seen, strict=True):
         query = int((item["labels"][0] != -100).nonzero().min()) - 1
         kept, rewards = group["kept"], group["rewards"]
-        assert kept.shape == (4, 4)
+        assert kept.shape == (4, keep)
         for row, reward in zip(kept, rewards, strict=True):
             assert float(reward) == pytest.approx(one_by_one(model, item, row, query), abs=2e-5)
         assert rewards.std() > 1e-3

@@ -90,7 +90,9 @@ class StageConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.teacher_layers is not None and (not self.teacher_layers or min(self.teacher_layers) < 1):
-            raise TwigVLMError(f"teacher_layers={spaced(self.teacher_layers)}: must be one or more layers, counted from 1")
+            raise TwigVLMError(
+                f"teacher_layers={spaced(self.teacher_layers)}: must be one or more layers, counted from 1"
+            )
 
 
 @dataclass(frozen=True)

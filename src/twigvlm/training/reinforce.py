@@ -2,33 +2,26 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from twigvlm.base.masks import Masks
-from twigvlm.base.token_inputs import TokenInputs, select_rows
-from twigvlm.base.vlm import BaseVLM
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
 from twigvlm.pruning.budget import average_kept, solve_keep
-from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
-from twigvlm.pruning.run import run_cuts
-from twigvlm.pruning.view import Tokens
 from twigvlm.training import plackett_luce
 from twigvlm.training.data.turns import answer_length, draw_turns
 from twigvlm.training.distill import fit_twig
 from twigvlm.training.losses import advantages, attention_loss, policy_loss
 from twigvlm.training.options import Stage2Config, spaced
+from twigvlm.training.rewards import Case, answer_likelihoods
 from twigvlm.training.teacher import resolve_teacher_layers, run_teacher
 from twigvlm.training.trainer import TermTrainer
 
@@ -45,75 +38,6 @@ def budget_probabilities(count: int, progress: float, beta: float, power: float)
     return (-beta * progress**power * torch.arange(count, dtype=torch.float64)).softmax(dim=0)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One question of a batch with its reference answer, and the prunings to reward."""
-
-    row: int
-    """Of the batch."""
-    end: int
-    """Tokens up to the last but one that is scored."""
-    answer: Int[Tensor, " answer"]
-    """Ids of the answer, or of the part of it that the choice is made for."""
-    kept: Int[Tensor, "group keep"]
-    """Positions of the visual tokens that each pruning keeps."""
-
-
-@torch.no_grad()
-def answer_likelihoods(
-    base: BaseVLM,
-    hidden: Float[Tensor, "batch tokens width"],
-    visual_mask: Bool[Tensor, "batch tokens"],
-    inputs: TokenInputs,
-    masks: Masks,
-    cases: Sequence[Case],
-    trunk: int,
-    final_wipe: int,
-    chunk: int | None = None,
-) -> list[Float[Tensor, " group"]]:
-    """Rewards: for each case, the mean log-probability of its answer under the base, for each pruning (Eq. 14).
-
-    The answer's tokens are text: never pruned, and they follow the prompt causally, so one pass scores all of them.
-
-    Args:
-        base: the base.
-        hidden: states after layer K of a batch padded on the right.
-        visual_mask: True at visual tokens.
-        inputs: of all tokens.
-        masks: of the batch.
-        cases: what to reward.
-        trunk: K.
-        final_wipe: K_f.
-        chunk: prunings, of all cases together, that the base runs at once; None: all.
-    """
-    if not cases:
-        return []
-    each = [(case, kept) for case in cases for kept in case.kept]
-    index = torch.arange(hidden.shape[1], device=hidden.device)
-    losses: list[Tensor] = []
-    for start in range(0, len(each), chunk or len(each)):
-        part = each[start : start + (chunk or len(each))]
-        rows = torch.tensor([case.row for case, _ in part], device=hidden.device)
-        ends = torch.tensor([case.end for case, _ in part], device=hidden.device)
-        visual = visual_mask[rows] & (index < ends[:, None])
-        stays = torch.stack([torch.zeros_like(index, dtype=torch.bool).index_fill(0, kept, True) for _, kept in part])
-        cuts = [
-            (Cut(trunk, len(kept)), *(() if final_wipe == base.num_layers else (Cut(final_wipe, 0),)))
-            for _, kept in part
-        ]
-        tokens = Tokens(hidden[rows], select_rows(inputs, rows), visual, tuple(case.end for case, _ in part))
-        left = run_cuts(base, tokens, trunk, base.num_layers, cuts, lambda *_, stays=stays: stays, masks)
-        spans = [
-            states[end - len(case.answer) : end]
-            for states, end, (case, _) in zip(left.hidden, left.lengths, part, strict=True)
-        ]
-        logits = base.logits(torch.cat(spans)).float()
-        answers = [case.answer for case, _ in part]
-        loss = F.cross_entropy(logits, torch.cat(answers), reduction="none")
-        losses += [answer_loss.mean() for answer_loss in loss.split([len(answer) for answer in answers])]
-    return list((-torch.stack(losses)).split([len(case.kept) for case in cases]))
-
-
 class Policy(nn.Module):
     """The P-Head as a policy, as the Trainer sees it: checkpoints hold the whole twig, of which the P-Head alone learns."""
 
@@ -128,7 +52,8 @@ class Policy(nn.Module):
         self.steps = steps
         self._model = (model,)  # in a tuple, so that the base is no submodule
         layers, self.trunk = model.base.num_layers, model.twig.config.trunk_layers
-        self.final_wipe = layers if model.twig.config.final_wipe is None else model.twig.config.final_wipe
+        wipe = model.twig.config.final_wipe
+        self.shape = layers, self.trunk, layers if wipe is None else wipe, model.twig.config.final_share
         self.teacher_layers = resolve_teacher_layers(config.teacher_layers, layers, self.trunk)
 
     def keep(self, level: float, visual: int) -> int | None:
@@ -136,7 +61,7 @@ class Policy(nn.Module):
         if self.settings.keep_budgets is not None:
             return int(level) if level <= visual else None
         try:
-            return solve_keep(level, visual, self._model[0].base.num_layers, self.trunk, self.final_wipe)
+            return solve_keep(level, visual, *self.shape)
         except TwigVLMError:
             return None
 
@@ -176,13 +101,13 @@ class Policy(nn.Module):
         cases = [case for case, _, _ in drawn]
         figures: dict[str, list[Tensor]] = defaultdict(list)
         rewarded = answer_likelihoods(
-            base, hidden, prompt.visual_mask, token_inputs, masks, cases, self.trunk, self.final_wipe, config.chunk
+            base, hidden, prompt.visual_mask, token_inputs, masks, cases, twig.config, config.chunk
         )
         for (case, log_scores, actions), rewards in zip(drawn, rewarded, strict=True):
             relative = advantages(rewards)
             loss = loss + policy_loss(plackett_luce.log_probability(log_scores, actions), relative) / len(labels)
             keep = case.kept.shape[1]
-            average = average_kept(keep, len(log_scores), base.num_layers, self.trunk, self.final_wipe)
+            average = average_kept(keep, len(log_scores), *self.shape)
             figures["keep"].append(torch.tensor(float(keep)))
             figures["retain"].append(torch.tensor(average))
             figures["reward"].append(rewards.mean())
