@@ -20,6 +20,7 @@ SCORERS = {
     "deep:1": BaseLayerAttention(1),
     "deep:4": BaseLayerAttention(4),
     "deep:6": BaseLayerAttention(6),
+    "deep:2-4": BaseLayerAttention(2, through=4),
 }
 
 
@@ -32,7 +33,7 @@ def grown(attention="sdpa", final_wipe=5, final_share=0.0):
 def test_every_variant_answers_as_generate_does(attention, seeds):
     model = grown(attention)
     variants = make_variants(model, list(SCORERS), [10, 7], [4, 6], [0.5])
-    assert len(variants) == 1 + 9 * 2 * 2
+    assert len(variants) == 1 + len(SCORERS) * 2 * 2
     different = 0
     for seed in range(seeds):
         inputs = prompt(seed)
@@ -91,6 +92,9 @@ def test_the_model_is_left_as_it_was():
         ("deep:7", "1 to 6"),
         ("deep:0", "1 to 6"),
         ("deep:x", "must be one of"),
+        ("deep:2-x", "must be one of"),
+        ("deep:2-", "must be one of"),
+        ("deep:5-3", "in ascending order"),
         ("visionzap", "must be one of"),
         ("cdpruner:3", "take a layer"),
         ("refocus:x", "must name τ"),

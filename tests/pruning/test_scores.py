@@ -33,6 +33,15 @@ def test_rows_of_base_layers(layer, attention, queries):
     assert scores[trunk.tokens.visual].std() > 1e-3  # the test model's attention is not uniform
 
 
+@torch.no_grad()
+def test_layers_have_equal_weight_in_their_mean():
+    maps = tiny_llava(attention="eager")(**prompt(), output_attentions=True).attentions
+    trunk = after_trunk(grown())
+    scores = BaseLayerAttention(2, through=4)(trunk)
+    rows = [_expected(one, trunk.tokens.visual, "last") for one in maps[1:4]]
+    torch.testing.assert_close(scores, sum(row / row.sum() for row in rows) / 3)
+
+
 @pytest.mark.parametrize("queries", ["last", "text"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()

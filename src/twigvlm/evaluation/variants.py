@@ -23,7 +23,7 @@ from twigvlm.pruning.refocus import check_refocus
 from twigvlm.pruning.select import best, diverse
 from twigvlm.pruning.view import Scorer
 
-RANKINGS = "none, twig, diverse, scout, refocus:COVERAGE, attention, twig-text, random, deep:LAYER"
+RANKINGS = "none, twig, diverse, scout, refocus:COVERAGE, attention, twig-text, random, deep:LAYER, deep:FIRST-LAST"
 _SCORED = ("twig", "diverse", "scout", "attention", "twig-text", "random")
 
 
@@ -35,7 +35,8 @@ class Variant:
     """none; twig: the twig's own ranking (its P-Head's where it has one); diverse: by the same ranking, tokens that differ from
     each other; scout: twig before the decoder; refocus:τ: twig, chosen again while the answer grows; attention, twig-text:
     last twig layer's attention, of the last or of all text queries; random; deep:N: attention of base layer N (counted from
-    1), an oracle that needs a full pass; or any published method (`twigvlm methods`) with the cuts that are its own."""
+    1), deep:N-M: mean attention of layers N to M, oracles that need a full pass; or any published method (`twigvlm methods`)
+    with the cuts that are its own."""
     retain: float | None = None
     """R̄, by the same formula for every method; None for none."""
     final_wipe: int | None = None
@@ -78,7 +79,7 @@ def make_variants(
         if is_published(method):
             make_pruner(method)
         elif method not in ("none", *_SCORED) and refocus_of(method) is None:
-            watched_layer(method, model)
+            watched_layers(method, model)
     layers, twig = model.base.num_layers, model.twig.config
     shares = list(final_shares) or [twig.final_share]
     for share in shares:
@@ -122,15 +123,18 @@ def refocus_of(method: str) -> float | None:
     return threshold
 
 
-def watched_layer(method: str, model: TwigVLM) -> int:
-    """The base layer (from 1) whose attention a method ranks by."""
+def watched_layers(method: str, model: TwigVLM) -> BaseLayerAttention:
+    """The attention of base layers (from 1) that a method ranks by."""
     layers = model.base.num_layers
-    name, _, number = method.partition(":")
-    if name != "deep" or not number.isdigit():
+    name, _, numbers = method.partition(":")
+    first, dash, last = numbers.partition("-")
+    if name != "deep" or not first.isdigit() or (dash and not last.isdigit()):
         raise TwigVLMError(f"method {method!r}: must be one of {RANKINGS}, or of 'twigvlm methods'")
-    if not 1 <= int(number) <= layers:
-        raise TwigVLMError(f"method {method!r}: the layer must be 1 to {layers}, the layers of this base")
-    return int(number)
+    if not 1 <= int(first) <= int(last or first) <= layers:
+        raise TwigVLMError(
+            f"method {method!r}: the layers must be 1 to {layers}, those of this base, in ascending order"
+        )
+    return BaseLayerAttention(int(first), through=int(last) if dash else None)
 
 
 @dataclass(frozen=True)
@@ -277,7 +281,7 @@ def scorer_of(method: str, model: TwigVLM, seed: int) -> Scorer:
         TwigVLMError: an unknown method, or a layer that the base does not have.
     """
     if method not in _SCORED and refocus_of(method) is None:
-        return BaseLayerAttention(watched_layer(method, model))
+        return watched_layers(method, model)
     if method in ("twig", "diverse", "scout") or refocus_of(method) is not None:
         return default_scorer(model.twig)
     if method == "random":

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from twigvlm.base.layers import project_keys_values
@@ -12,23 +14,33 @@ from twigvlm.pruning.view import TrunkOutput
 
 @dataclass(frozen=True)
 class BaseLayerAttention:
-    """Scores by the attention of base layer `layer`, on the whole unpruned prompt.
+    """Scores by the attention of base layer `layer`, or of layers `layer` to `through`, on the whole unpruned prompt.
 
-    A layer beyond K + 1 costs a pass through all layers before it: an oracle to measure by, not a way to save time.
+    Of several layers it is the mean of their shares, which a P-Head can learn (`teacher_layers`). A layer beyond K + 1 costs a
+    pass through all layers before it: an oracle to measure by, not a way to save time.
     """
 
     layer: int
     """Counted from 1, as in the paper."""
     queries: Queries = "last"
+    through: int | None = None
+    """Last layer; None: there is one."""
 
     def __call__(self, trunk: TrunkOutput) -> Tensor:
         """Scores [batch, tokens]."""
         base, done = trunk.base, trunk.twig.config.trunk_layers
-        index = self.layer - 1
-        if not 0 <= index < base.num_layers:
-            raise TwigVLMError(f"layer={self.layer}: must be 1 to {base.num_layers}, the layers of this base")
+        first, last = self.layer - 1, (self.through or self.layer) - 1
+        if not 0 <= first <= last < base.num_layers:
+            named = self.layer if self.through is None else f"{self.layer}-{self.through}"
+            raise TwigVLMError(f"layer={named}: must be 1 to {base.num_layers}, the layers of this base")
         inputs = trunk.tokens.inputs
-        start, hidden = (done, trunk.tokens.hidden) if index >= done else (0, trunk.prompt.hidden)
-        hidden = base.run_layers(hidden, start, index, inputs, trunk.masks)
-        keys, _ = project_keys_values(base.layers[index], hidden, inputs)
-        return layer_scores(base.layers[index], hidden, keys, trunk.tokens, self.queries)
+        start, hidden = (done, trunk.tokens.hidden) if first >= done else (0, trunk.prompt.hidden)
+        scores: list[Tensor] = []
+        for index in range(first, last + 1):
+            hidden = base.run_layers(hidden, start, index, inputs, trunk.masks)
+            keys, _ = project_keys_values(base.layers[index], hidden, inputs)
+            scores.append(layer_scores(base.layers[index], hidden, keys, trunk.tokens, self.queries))
+            start = index
+        if len(scores) == 1:
+            return scores[0]
+        return torch.stack([F.normalize(of_layer, p=1.0, dim=1) for of_layer in scores]).mean(dim=0)
