@@ -95,8 +95,12 @@ def save(model: TwigVLM, folder: Path) -> None:
     model.save_pretrained(folder)
     exact, _ = load_base("sapling", "float32", "cpu")
     TwigVLM.from_pretrained(exact, folder).save_pretrained(folder)
-    newest = folder / "checkpoints" / f"checkpoint-{model.twig.record[-1]['steps']}"
-    round_once(newest / "model.safetensors", folder / WEIGHTS)
+    round_once(newest_checkpoint(model, folder), folder / WEIGHTS)
+
+
+def newest_checkpoint(model: TwigVLM, folder: Path) -> Path:
+    """The float32 weights that the last training of a twig ended with."""
+    return folder / "checkpoints" / f"checkpoint-{model.twig.record[-1]['steps']}" / "model.safetensors"
 
 
 def round_once(trained: Path, saved: Path) -> None:

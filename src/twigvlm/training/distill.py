@@ -1,6 +1,5 @@
 """Stage 1: the shallow model (trunk + twig) learns answers, and from the frozen base its predictions and attention (Eq. 9)."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attenti
 from twigvlm.training.data.dataset import IGNORE
 from twigvlm.training.data.turns import last_prompt_tokens
 from twigvlm.training.distributed import processes
-from twigvlm.training.fit import fit
+from twigvlm.training.fit import fit_twig
 from twigvlm.training.losses import attention_loss, draft_targets, next_token_loss, prediction_loss
 from twigvlm.training.options import Stage1Config
 from twigvlm.training.teacher import resolve_teacher_layers, run_teacher
@@ -138,13 +137,3 @@ def train_stage1(
     finally:
         model.twig.checkpoint_gradients(False)
         model.twig.requires_grad_(True)
-
-
-def fit_twig(model: TwigVLM, *arguments: Any) -> list[dict[str, float]]:
-    """`fit` on a twig, which takes the training into its record; returns the Trainer's log."""
-    twig = model.twig
-    shares_head = twig.head is None and twig.head_rows is None
-    through = model.base.head.parameters() if shares_head else ()
-    log, entry = fit(model.base, twig, dataclasses.asdict(twig.config), through, *arguments)
-    twig.record.append(entry)
-    return log

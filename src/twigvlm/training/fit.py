@@ -20,6 +20,7 @@ from twigvlm.checkpoints.twig_files import fingerprint
 from twigvlm.compat.trainer import use_one_gpu
 from twigvlm.errors import TwigVLMError
 from twigvlm.files import reserved
+from twigvlm.model import TwigVLM
 from twigvlm.training.data.dataset import Collator
 from twigvlm.training.data.samples import BrokenSample
 from twigvlm.training.distributed import fsdp, processes
@@ -90,6 +91,16 @@ def fit(
             part.to(base.dtype)
             part.train(False)
     return trainer.state.log_history, _entry(config, samples, trainer.state)
+
+
+def fit_twig(model: TwigVLM, *arguments: Any) -> list[dict[str, float]]:
+    """`fit` on a twig, which takes the training into its record; returns the Trainer's log."""
+    twig = model.twig
+    shares_head = twig.head is None and twig.head_rows is None
+    through = model.base.head.parameters() if shares_head else ()
+    log, entry = fit(model.base, twig, dataclasses.asdict(twig.config), through, *arguments)
+    twig.record.append(entry)
+    return log
 
 
 def _check_trainable(base: BaseVLM, through: Iterable[nn.Parameter]) -> None:

@@ -18,7 +18,7 @@ from twigvlm.pruning.budget import average_kept, solve_keep
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.training import plackett_luce
 from twigvlm.training.data.turns import answer_length, draw_turns
-from twigvlm.training.distill import fit_twig
+from twigvlm.training.fit import fit_twig
 from twigvlm.training.losses import advantages, attention_loss, policy_loss
 from twigvlm.training.options import Stage2Config, spaced
 from twigvlm.training.rewards import Case, answer_likelihoods
