@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
@@ -39,10 +38,9 @@ class ServiceOptions(ModelOptions):
             limits: None: those of the options.
         """
         check_installed()
-        # In a thread that ends: OpenMP keeps threads for each one that has computed, and where there are more of them than
-        # cores, those of the worker no longer spin between two products, which doubles the time of a token.
-        with ThreadPoolExecutor(1) as loading:
-            return loading.submit(self._open_service, limits or self.limits).result()
+        from twigvlm.serving.worker import load_aside
+
+        return load_aside(lambda: self._open_service(limits or self.limits))
 
     def _open_service(self, limits: Limits) -> Service:
         from twigvlm.base.vision import VisionModules

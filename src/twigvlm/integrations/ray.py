@@ -26,6 +26,7 @@ from twigvlm.images import load_image
 from twigvlm.serving.batch import BatchLine, BatchRun, patient
 from twigvlm.serving.limits import Limits
 from twigvlm.serving.service import Defaults, Service
+from twigvlm.serving.worker import load_aside
 
 QUESTIONS = "questions.jsonl"
 """File of a folder of pictures: objects with `question`, `image` (a path in the folder) and perhaps `id`."""
@@ -61,7 +62,7 @@ def open_model(
             name = str(sapling.twig_path())
         if name is None:
             raise TwigVLMError(f"model {model!r}: has no twig of its own; pass twig")
-        _, processor, loaded = load(model, name, dtype, device)
+        _, processor, loaded = load_aside(lambda: load(model, name, dtype, device))
         assert loaded is not None, "it has a twig"
         return Service(loaded, processor, model, defaults, limits)
 
