@@ -114,6 +114,8 @@ class PruningConfig:
                 )
 
     def _check_pruner(self) -> None:
+        if self.pruner == "twig":
+            return
         if self.retain is None:
             raise TwigVLMError(f"pruner={self.pruner!r}: needs a budget; give retain")
         for name, value in (
@@ -125,7 +127,7 @@ class PruningConfig:
             ("scout", self.scout or None),
             ("diverse", self.diverse or None),
         ):
-            if value is not None and self.pruner != "twig":
+            if value is not None:
                 raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
 
     def _check_diverse(self) -> None:

@@ -75,7 +75,7 @@ class TwigVLM(HFInterface, Calibrated):
     def without_twig(cls, model: Any, trunk_layers: int = 0) -> "TwigVLM":
         """A Hugging Face VLM with pruning methods and ways to draft that need no trained twig.
 
-        Its twig is a single untrained layer that never runs.
+        It has a single untrained layer in a twig's place, which never runs: what needs a twig is refused.
 
         Args:
             model: the base; unmodified, any attention implementation.
@@ -84,7 +84,9 @@ class TwigVLM(HFInterface, Calibrated):
         Raises:
             TwigVLMError: the base is not supported, or has no more than K layers.
         """
-        return cls.grow(model, TwigConfig(trunk_layers, twig_layers=1, head="shared"))
+        grown = cls.grow(model, TwigConfig(trunk_layers, twig_layers=1, head="shared"))
+        grown.twig.placeholder = True
+        return grown
 
     @classmethod
     def from_pretrained(
@@ -270,6 +272,11 @@ class TwigVLM(HFInterface, Calibrated):
         if speculation.speculate == "exit" and not self.twig.config.trunk_layers:
             raise TwigVLMError(
                 "speculate='exit': no layer drafts; use a twig with a trunk, or TwigVLM.without_twig(base, trunk_layers=8)"
+            )
+        if speculation.speculate in ("chain", "tree", "auto") and self.twig.placeholder:
+            raise TwigVLMError(
+                f"speculate={speculation.speculate!r}: this model has no twig that could draft; use 'lookup', or load "
+                "a twig with TwigVLM.from_pretrained"
             )
         if speculation.speculate in ("tree", "auto"):
             check_mask_attention(self.base.attention, f"speculate={speculation.speculate!r}")

@@ -7,7 +7,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from twigvlm.base.token_inputs import (
     TokenInputs,
-    expand_rows,
     join_tokens,
     rotate,
     select_rows,
@@ -84,19 +83,12 @@ def test_slices_are_views():
         assert part.data_ptr() == full[:, 2:].data_ptr()
 
 
-def test_rows_of_a_batch_share_what_goes_with_them():
-    whole = _inputs()
-    for part, full in zip(_parts(expand_rows(whole, 3)), _parts(whole), strict=True):
-        assert torch.equal(part, torch.cat([full] * 3))
-
-
 def test_what_a_base_does_not_have_stays_missing():
     whole = _plain(_inputs())
     for got in (
         select_tokens(whole, torch.tensor([[1, 2]])),
         select_rows(whole, torch.tensor([0])),
         slice_tokens(whole, 1, 3),
-        expand_rows(whole, 2),
         join_tokens(whole, whole, torch.zeros(1, 10, dtype=torch.long)),
     ):
         assert (got.positions, got.attends_until, got.deepstack) == (None, None, ())

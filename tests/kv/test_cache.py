@@ -228,3 +228,32 @@ def test_a_broken_request_leaves_nothing_to_later_ones(way):
         answer += [token for event in events if event.id == id for token in event.tokens]
     expected = model.generate(**later, max_new_tokens=8)
     assert answer == expected[0, later["input_ids"].shape[1] :].tolist()
+
+
+def test_where_memory_runs_out_for_more_rows_the_others_keep_theirs(monkeypatch):
+    cache = KVCache(2, (), 4, torch.device("cpu"))
+    states = torch.randn(1, 2, 3, 8)
+    view = cache.view(cache.claim(1))
+    for layer in range(2):
+        view.update(states, states + 1, layer)
+    view.advance(0, 2, 3)
+    join, calls = torch.cat, []
+
+    def scarce(parts, *rest, **named):
+        calls.append(parts)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return join(parts, *rest, **named)
+
+    monkeypatch.setattr(torch, "cat", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.claim(3)
+    assert cache.rows == 1
+    for row in (slice(1, 4), slice(4, 5)):
+        assert cache.claim(row.stop - row.start) == row
+        new = torch.randn(row.stop - row.start, 2, 9, 8)
+        later = cache.view(row)
+        for layer in range(2):
+            torch.testing.assert_close(later.update(new, new, layer), (new, new))
+        later.advance(0, 2, 9)
+        torch.testing.assert_close(cache.contents(1, slice(0, 1)), (states, states + 1))

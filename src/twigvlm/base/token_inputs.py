@@ -45,11 +45,6 @@ def slice_tokens(inputs: TokenInputs, start: int, stop: int) -> TokenInputs:
     return _each(inputs, lambda part: part[:, start:stop])
 
 
-def expand_rows(inputs: TokenInputs, batch: int) -> TokenInputs:
-    """One row's tokens for a batch of rows, as views."""
-    return _each(inputs, lambda part: part.expand(batch, *part.shape[1:]))
-
-
 def select_rows(inputs: TokenInputs, rows: Int[Tensor, " rows"]) -> TokenInputs:
     """Some rows of a batch."""
     return _each(inputs, lambda part: part.index_select(0, rows.to(part.device)))

@@ -14,7 +14,7 @@ from twigvlm.engine.protocol import Runner, Step
 from twigvlm.engine.row import Request, Row
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
-from twigvlm.pruning.cut import Pruner, schedule
+from twigvlm.pruning.cut import Need, Pruner, schedule
 from twigvlm.pruning.refocus import check_refocus
 from twigvlm.timing import Timings, clock_of
 
@@ -60,6 +60,7 @@ class Engine:
         self._ids = count()
         self._events: list[Event] = []
         """Not yet returned: a step that raises leaves them to the next one."""
+        self._broken = False
         self._clock = None if timings is None else clock_of(self.base.device)
 
     def add(self, inputs: Any, **options: Any) -> int:
@@ -78,6 +79,7 @@ class Engine:
 
     def submit(self, rows: Sequence[Row]) -> list[int]:
         """Queue the rows of one request and return their ids."""
+        self._check_whole()
         for row in rows:
             row.id = next(self._ids)
             self.waiting.append(row)
@@ -95,8 +97,8 @@ class Engine:
             refocus: τ of the new answer; None: its visual tokens stay the same.
 
         Raises:
-            TwigVLMError: there is no such waiting request, the budget is impossible for the prompt, or the pruner cannot
-                choose again.
+            TwigVLMError: there is no such waiting request, it is sampled or has processors of its own, the budget is impossible
+                for the prompt, or the pruner cannot choose again or was not shown the picture.
         """
         source = next((row for row in self.waiting if row.id == id), None)
         if source is None:
@@ -105,13 +107,21 @@ class Engine:
             raise TwigVLMError(
                 f"request {id}: only greedy requests for one answer can be forked; add it as a new request"
             )
+        if source.request.processors is not None and source.request.processors.has_state:
+            raise TwigVLMError(
+                f"request {id}: has logits processors of its own, which two answers cannot share; add it as a new request"
+            )
+        if pruner is not None and Need.VISION in pruner.needs and source.prompt.vision is None:
+            raise TwigVLMError(
+                f"request {id}: the pruner of the fork ranks by the vision tower; add the request with that pruner, and fork it "
+                "to the others"
+            )
         if refocus is not None:
             check_refocus(refocus, pruner, self.base, self.runner.batch.twig)
         if source.prefix is None:
             source.prompt, source.index = source.prompt.rows([source.index]), 0
             source.prefix = PrefixCache()
-        visual = int(source.prompt.visual_mask[0].sum())
-        cuts = () if pruner is None else schedule(pruner, retain, visual, self.base.num_layers)
+        cuts = () if pruner is None else schedule(pruner, retain, source.visual, self.base.num_layers)
         request = replace(source.request, rows=[])
         fork = replace(
             source,
@@ -148,22 +158,36 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request is waiting or decoding, or has events that were not returned yet."""
-        return bool(self.waiting or self.active or self._events)
+        return not self._broken and bool(self.waiting or self.active or self._events)
 
     def step(self) -> list[Event]:
         """Admit the waiting requests that fit, then draft, verify and commit once for all rows.
 
         Raises:
             TwigVLMError: a prompt cannot be admitted. Its rows are cancelled; all others continue with the next step, which
-                also returns their events of this one.
+                also returns their events of this one. After any other error, for example of a logits processor, the caches hold
+                half a step: the engine is not busy any more, and refuses further requests.
         """
+        self._check_whole()
         with torch.inference_mode():
             while group := self._next_group():
-                self._events += self._prefill(group)
+                step = self._prefill(group)
+                self._events += self._whole(lambda: self._extend(group, step))  # noqa: B023
             if self.active:
-                self._events += self._decode()
+                self._events += self._whole(self._decode)
         events, self._events = self._events, []
         return events
+
+    def _whole(self, run: Callable[[], list[Event]]) -> list[Event]:
+        """Part of a step that leaves the engine broken if it does not come to its end."""
+        self._broken = True
+        events = run()
+        self._broken = False
+        return events
+
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise TwigVLMError("engine: failed within an earlier step; make another with TwigVLM.engine()")
 
     def stream(self) -> Iterator[Event]:
         """Run steps until every request has ended. Requests may be added and cancelled meanwhile."""
@@ -175,13 +199,17 @@ class Engine:
         group: list[Row] = []
         if not self.waiting:
             return group
-        used = self.runner.batch.cache.bytes() + sum(sight_bytes(self.base, row) for row in self.active)
+        base, twig, cache = self.base, self.runner.batch.twig, self.runner.batch.cache
+        if self.max_rows is not None and len(self.active) >= self.max_rows:
+            return group
+        held = cache.bytes() + sum(sight_bytes(base, row) for row in self.active)
+        used = max(held, sum(row_bytes(base, twig, row) for row in self.active))
         for row in self.waiting:
             first = group[0] if group else row
             together = row.prompt is first.prompt and row.pruner == first.pruner and row.prefix is None
             if group and not (together and [cut.layer for cut in row.cuts] == [cut.layer for cut in first.cuts]):
                 break
-            used += row_bytes(self.base, self.runner.batch.twig, row)
+            used += row_bytes(base, twig, row)
             number = len(self.active) + len(group) + 1
             fits = used <= self.max_bytes and (self.max_rows is None or number <= self.max_rows)
             locked = bool(group) and row.request.lockstep and row.request is first.request
@@ -190,7 +218,7 @@ class Engine:
             group.append(row)
         return group
 
-    def _prefill(self, group: list[Row]) -> list[Event]:
+    def _prefill(self, group: list[Row]) -> Step:
         start = self._now()
         for _ in group:
             self.waiting.popleft()
@@ -203,7 +231,7 @@ class Engine:
         self.active += group
         if self.timings is not None:
             self.timings.prefill += self._now() - start
-        return self._extend(group, step)
+        return step
 
     def _decode(self) -> list[Event]:
         start = self._now()

@@ -15,11 +15,8 @@ _ANSWER = 256  # new tokens that a row is admitted with; longer answers grow int
 def row_bytes(base: BaseVLM, twig: Twig, row: Row) -> int:
     """Bytes that a row needs: keys and values of its prompt between the cuts and of the beginning of its answer, and where it
     looks again, states of its visual tokens and the keys that rank them."""
-    config = base.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_key_value_heads * width * base.dtype.itemsize
-    visual = int(row.prompt.visual_mask[row.index].sum())
-    text = row.length - visual
+    per_token = 2 * base.config.num_key_value_heads * _head_width(base) * base.dtype.itemsize
+    visual, text = row.visual, row.length - row.visual
     answer = min(row.max_new_tokens, _ANSWER)
     borders = [0, *(cut.layer for cut in row.cuts), base.num_layers]
     kept = [visual, *(cut.keep for cut in row.cuts)]
@@ -33,14 +30,18 @@ def sight_bytes(base: BaseVLM, row: Row) -> int:
     """Bytes of what a row needs, beside keys and values, to look again; 0 where it does not."""
     if row.refocus is None:
         return 0
+    ranking = 2 * base.config.num_attention_heads * _head_width(base)
+    return row.visual * (base.config.hidden_size + ranking) * base.dtype.itemsize
+
+
+def _head_width(base: BaseVLM) -> int:
     config = base.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    visual = int(row.prompt.visual_mask[row.index].sum())
-    return visual * (config.hidden_size + 2 * config.num_attention_heads * width) * base.dtype.itemsize
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def free_bytes(device: torch.device) -> int:
     """Memory that keys and values may take: what is free of an accelerator's, half of the machine's otherwise."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reserved
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -26,6 +27,10 @@ class Processors(Protocol):
     @property
     def needs_lockstep(self) -> bool:
         """Whether one of them sees all rows at once, by `on_batch`."""
+
+    @property
+    def has_state(self) -> bool:
+        """Whether one of them may remember what it was asked, so that another request must have its own."""
 
     def on_scores(self, scores: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n vocabulary"]:
         """Processed scores of any rows."""
@@ -138,6 +143,11 @@ class Row:
     looks: list[Look] = field(default_factory=list)
     """Later choices of the kept visual tokens."""
     finished: bool = False
+
+    @cached_property
+    def visual(self) -> int:
+        """Number of visual tokens in the prompt."""
+        return int(self.prompt.visual_mask[self.index].sum())
 
     @property
     def length(self) -> int:

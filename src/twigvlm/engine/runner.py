@@ -74,11 +74,11 @@ class EagerRunner:
             if self.policy.uses_twig and not defer and not trunk.in_twig:
                 trunk.fill_twig()
             part, step = self._first_step(rows, claimed, trunk, tokens, cuts, NoDraft() if defer else self.first_policy)
+            self.batch.join(part, trunk if defer else None)
         except BaseException:
             for index in reversed(range(claimed.start, claimed.stop)):
                 cache.release(index)
             raise
-        self.batch.join(part, trunk if defer else None)
         self.policy.join(len(rows), trunk.tokens.lengths[0] if defer else 0)
         self.rows += rows
         self.chooser = Chooser(self.rows, self.base.device)

@@ -71,12 +71,12 @@ class Chooser:
             deepest: upper bound of the depths.
             token_ids: of the draft vocabulary; None: the whole.
         """
+        logits = logits.clone() if self.sampled else logits
         for place, noise in self.sampled:
             count = len(self.rows[place].tokens)
             drawn = torch.stack([noise.at(count + depth) for depth in range(deepest + 1)])
             drawn = drawn if token_ids is None else drawn[:, token_ids]
             drawn = drawn.clamp(min=torch.finfo(drawn.dtype).tiny).log()
-            logits = logits.clone()
             logits[place] = logits[place] / noise.temperature - drawn[depths[place]]
         return logits.log_softmax(dim=-1)
 

@@ -68,6 +68,7 @@ class HFGenerateAdapter:
         generator: what sampling draws from; None: torch's own.
         prefix: of a conversation.
         vision: what the vision tower computes, for pruners that rank by it.
+        alone: whether its rows decode without those of other calls, so that one row can draw from torch's own generator.
     """
 
     base: BaseVLM
@@ -78,6 +79,7 @@ class HFGenerateAdapter:
     generator: torch.Generator | None
     prefix: PrefixCache | None
     vision: See | None = None
+    alone: bool = True
     entered: bool = False
     """Whether Hugging Face's `generate` accepted the arguments."""
     rows: list[Row] = field(default_factory=list)
@@ -112,7 +114,7 @@ class HFGenerateAdapter:
         inputs = {"input_ids": input_ids, **model_kwargs}
         prompt = (self.prefix or PrefixCache()).open(self.base, inputs, self.vision)
         stopping = split_criteria(stopping_criteria, input_ids, padding)
-        noises = _noises(self.base, len(input_ids), generation_config, self.generator)
+        noises = _noises(self.base, len(input_ids), generation_config, self.generator, self.alone)
         lanes = split_processors(logits_processor, input_ids, padding, generation_config) if logits_processor else None
         criteria = stopping if stopping.needs_ids else None
         request = Request(input_ids, padding, lanes, criteria, int(generation_config.pad_token_id or 0))
@@ -167,7 +169,7 @@ def run_rows(
 
 def _check_rows(rows: int, streamer: Any, prefix: PrefixCache | None) -> None:
     if rows > 1 and streamer is not None:
-        raise TwigVLMError(f"streamer: takes one answer, not {rows}; leave it out, or ask for one answer answer")
+        raise TwigVLMError(f"streamer: takes one answer, not {rows}; leave it out, or ask for one answer")
     if rows > 1 and prefix is not None:
         raise TwigVLMError(f"{rows} answers: a conversation continues with one; ask for one answer")
 
@@ -203,7 +205,7 @@ def _check_generation(config: GenerationConfig) -> None:
         )
     if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise TwigVLMError(
-            f"{config.get_generation_mode().value}: only only greedy decoding and sampling are supported; leave its options out"
+            f"{config.get_generation_mode().value}: only greedy decoding and sampling are supported; leave its options out"
         )
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
@@ -264,7 +266,7 @@ def _looks(rows: Sequence[Row], padding: Sequence[int]) -> list[list[Look]]:
 
 
 def _noises(
-    base: BaseVLM, rows: int, config: GenerationConfig, generator: torch.Generator | None
+    base: BaseVLM, rows: int, config: GenerationConfig, generator: torch.Generator | None, alone: bool
 ) -> Sequence[Noise | None]:
     """What each row samples with.
 
@@ -273,6 +275,7 @@ def _noises(
         rows: number of rows.
         config: of `generate`; says whether to sample.
         generator: what sampling draws from; None: torch's own.
+        alone: whether no other call draws meanwhile.
     """
     if not config.do_sample:
         if generator is not None:
@@ -283,7 +286,8 @@ def _noises(
         raise TwigVLMError(
             f"generator: is on {str(generator.device)!r}, the base on {str(device)!r}; create it with torch.Generator(device)"
         )
-    streams = [generator] if rows == 1 else _streams(rows, device, generator)
+    own = rows == 1 and (alone or generator is not None)
+    streams = [generator] if own else _streams(rows, device, generator)
     temperature = 1.0 if config.temperature is None else config.temperature
     return [Noise(temperature, base.vocabulary, device, stream) for stream in streams]
 

@@ -62,7 +62,12 @@ class Lanes:
     @property
     def needs_lockstep(self) -> bool:
         """Whether rows must advance together and be processed by `on_batch`."""
-        return len(self.hidden_ids) > 1 and any(stage.lane == "batch" for stage in self.stages)
+        return len(self.hidden_ids) > 1 and self.has_state
+
+    @property
+    def has_state(self) -> bool:
+        """Whether one of them may remember what it was asked, as those of users and guidance do."""
+        return any(stage.lane == "batch" for stage in self.stages)
 
     def on_scores(self, scores: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n vocabulary"]:
         """Processed scores of any rows and positions at once; without `needs_ids`."""

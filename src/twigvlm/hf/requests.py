@@ -31,13 +31,14 @@ def rows_of(
     generator: torch.Generator | None,
     prefix: PrefixCache | None,
     kwargs: dict[str, Any],
+    alone: bool = True,
 ) -> HFGenerateAdapter:
     """What the base's own `generate` makes of its arguments: rows for an engine."""
     pruner, schedule = _pruning(base, twig, pruning, scorer, pruner)
     looks = pruner is not None and Need.VISION in pruner.needs
     with torch.inference_mode(), base.watch_vision() if looks else nullcontext() as vision:
         adapter = HFGenerateAdapter(
-            base, pruner, schedule, pruning.refocus, kwargs.get("streamer"), generator, prefix, vision
+            base, pruner, schedule, pruning.refocus, kwargs.get("streamer"), generator, prefix, vision, alone
         )
         try:
             base.model.generate(custom_generate=adapter, **with_stop_strings(kwargs, base.model.generation_config))
@@ -80,9 +81,12 @@ def request_row(
     pruning = PruningConfig(retain, keep, final_wipe, final_share, retain_per_image, refocus, name, scout, diverse)
     pruner = pruner_by_name(pruner)
     kwargs = {**inputs, **kwargs}
+    for name in ("streamer", "return_dict_in_generate"):
+        if kwargs.get(name):
+            raise TwigVLMError(f"{name}: an engine gives tokens by its events; leave it out, or use generate")
     check_arguments(kwargs, base.model.generation_config)
     base.check_images(kwargs["input_ids"], kwargs)
-    adapter = rows_of(base, twig, pruning, scorer, pruner, generator, None, kwargs)
+    adapter = rows_of(base, twig, pruning, scorer, pruner, generator, None, kwargs, alone=False)
     if len(adapter.rows) > 1:
         raise TwigVLMError(f"{len(adapter.rows)} answers: an engine takes requests one by one; add them so")
     return adapter.rows[0]
@@ -110,6 +114,11 @@ def _pruning(
                 raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
     elif not pruning.active:
         return None, lambda visual: ()
+    elif scorer is None and twig.placeholder:
+        raise TwigVLMError(
+            "pruning: this model has no twig that could choose; name another method with pruner, for example 'divprune', or load "
+            "a twig with TwigVLM.from_pretrained"
+        )
     else:
         ranking = scorer or default_scorer(twig)
         select = diverse if pruning.diverse else best_of_each_image if pruning.retain_per_image else best

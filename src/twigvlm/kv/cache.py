@@ -39,16 +39,9 @@ class KVCache(Segments):
     def claim(self, count: int) -> slice:
         """Take up that many rows; they are empty, and the last ones of the claimed rows."""
         claimed = slice(self.rows, self.rows + count)
-        self.rows += count
-        if self.rows > self._capacity:
-            self._capacity = max(self.rows, 2 * self._capacity) if self._capacity else self.rows
-            more = self._capacity - self._host.shape[1]
-            self._host = np.pad(self._host, ((0, 0), (0, more)))
-            self._device = torch.nn.functional.pad(self._device, (0, more))
-            for buffers in (self.keys, self.values, self._positions):
-                for index, buffer in enumerate(buffers):
-                    if buffer is not None:
-                        buffers[index] = torch.cat((buffer, buffer.new_zeros(more, *buffer.shape[1:])))
+        if claimed.stop > self._capacity:
+            self._widen(max(claimed.stop, 2 * self._capacity))
+        self.rows = claimed.stop
         for states in (*self.keys, *self.values):
             if states is not None:
                 states[claimed] = 0  # a released row may have left NaN, which a mask does not hide: 0 × NaN is NaN
@@ -56,8 +49,24 @@ class KVCache(Segments):
         self._device[:, claimed] = 0
         return claimed
 
+    def _widen(self, capacity: int) -> None:
+        """Room for that many rows. Where memory runs out, the cache stays as it was."""
+        more, everything = capacity - self._capacity, (self.keys, self.values, self._positions)
+        try:
+            for buffers in everything:
+                for index, buffer in enumerate(buffers):
+                    if buffer is not None:
+                        buffers[index] = torch.cat((buffer, buffer.new_zeros(more, *buffer.shape[1:])))
+            self._device = torch.nn.functional.pad(self._device, (0, more))
+        except BaseException:
+            for buffers in everything:
+                buffers[:] = [None if buffer is None else buffer[: self._capacity] for buffer in buffers]
+            raise
+        self._host = np.pad(self._host, ((0, 0), (0, more)))
+        self._capacity = capacity
+
     def release(self, row: int) -> None:
-        """Give a row up. The last claimed row takes its place; the others are not touched."""
+        """Give a row up. The last claimed row takes its place; the others are not touched. An empty cache holds no memory."""
         last = self.rows - 1
         if row != last:
             for buffer in (*self.keys, *self.values, *self._positions):
@@ -66,6 +75,11 @@ class KVCache(Segments):
             self._host[:, row] = self._host[:, last]
             self._device[:, row] = self._device[:, last]
         self.rows -= 1
+        if not self.rows:
+            self.keys, self.values = [None] * self.layers, [None] * self.layers
+            self._positions = [None] * len(self.starts)
+            self._host, self._device = self._host[:, :0], self._device[:, :0]
+            self._capacity = 0
 
     def commit(
         self,
@@ -123,7 +137,7 @@ class KVCache(Segments):
         return keys[rows, :, :longest], values[rows, :, :longest]
 
     def bytes(self) -> int:
-        """Bytes of what the claimed rows hold."""
+        """Bytes of what the claimed rows hold; the buffers may be larger."""
         total = 0
         for layer, keys in enumerate(self.keys):
             values = self.values[layer]
@@ -131,6 +145,11 @@ class KVCache(Segments):
                 each = sum(buffer[0, :, 0].numel() * buffer.element_size() for buffer in (keys, values))
                 total += each * int(self.lengths(layer, slice(0, self.rows)).sum())
         return total
+
+    def allocated(self) -> int:
+        """Bytes of the buffers."""
+        buffers = (*self.keys, *self.values)
+        return sum(buffer.numel() * buffer.element_size() for buffer in buffers if buffer is not None)
 
     def positions(self, layer: int, rows: slice, held: Held, new: Int[Tensor, "rows new"]) -> Int[Tensor, "rows total"]:
         """Note the positions, in the unpruned sequence, of the tokens of a pass; those of all tokens, these included."""

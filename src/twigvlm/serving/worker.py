@@ -183,7 +183,7 @@ class Worker:
 
     def _step(self, way: str) -> None:
         engine = self._engines[way]
-        others = sum(other.runner.batch.cache.bytes() for other in self._engines.values() if other is not engine)
+        others = sum(other.runner.batch.cache.allocated() for other in self._engines.values() if other is not engine)
         engine.max_bytes = self._max_bytes - others
         try:
             events = engine.step()

@@ -182,12 +182,11 @@ class Batch:
         self._show_deferred()
         assert part.state is not None, "there are rows"
         assert part.pending is not None, "there are rows"
-        if self.state is None or self.pending is None:
-            self.state, self.pending = part.state, part.pending
-        else:
-            self.state, self.pending = self.state.join(part.state), self.pending.join(part.pending)
-        self.deferred = deferred
+        state, pending = part.state, part.pending
+        if self.state is not None and self.pending is not None:
+            state, pending = self.state.join(state), self.pending.join(pending)
         self._look_with([*self.sights, *part.sights])
+        self.state, self.pending, self.deferred = state, pending, deferred
 
     def leave(self, row: int) -> None:
         """Drop a row; the last one takes its place."""
@@ -203,8 +202,8 @@ class Batch:
         self._look_with(self.sights[:-1])
 
     def _look_with(self, sights: list[Sight | None]) -> None:
-        self.sights = sights
         self.refocus = None if all(sight is None for sight in sights) else Refocus(self.twig, sights)
+        self.sights = sights
 
     def _show_deferred(self) -> None:
         if self.deferred is not None:

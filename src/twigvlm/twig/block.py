@@ -39,6 +39,9 @@ class Twig(nn.Module):
     record: list[dict[str, Any]]
     """How it was trained: an entry for each stage."""
 
+    placeholder: bool
+    """Whether it stands in the place of a twig and must not be asked."""
+
     draft_token_ids: Tensor | None
     head_rows: Tensor | None
     head_bias: Tensor | None
@@ -54,6 +57,7 @@ class Twig(nn.Module):
         super().__init__()
         self.config = config
         self.record = []
+        self.placeholder = False
         self.first_slot = base.num_layers
         sources = _sources(base, config)
         ids = _checked_ids(config, draft_token_ids, base.vocabulary)

@@ -61,8 +61,7 @@ class MustDrop:
     def _is_key(self, view: CutView) -> Bool[Tensor, "batch tokens"]:
         """Which of the tokens that are left are key tokens of their prompt."""
         prompt, vision = view.prompt, view.prompt.vision
-        if vision is None:
-            return torch.zeros_like(view.tokens.visual)
+        assert vision is not None, "it is among what the method needs"
         patch = prompt.visual_mask & (vision.source >= 0)
         ranked = vision.last_importance[vision.source.clamp(min=0)]
         counts = [int(self.key_share * count) for count in patch.sum(dim=1).tolist()]

@@ -1,0 +1,124 @@
+"""What goes wrong in an engine stays with whom it belongs to, and what an engine cannot do is refused."""
+
+import pytest
+import torch
+from transformers import LogitsProcessor, TextStreamer
+
+from tests.tiny import prompt, tiny_llava
+from twigvlm import TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.engine.memory import row_bytes
+from twigvlm.pruning.methods import make_pruner
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return TwigVLM.grow(tiny_llava(deep_scale=0.5, from_layer=2), TwigConfig(2, 2, pruning_head=True))
+
+
+class Fails(LogitsProcessor):
+    """As a user's own may, at the third token."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.calls == 3:
+            raise TwigVLMError("allows no token")
+        return scores
+
+
+@pytest.mark.parametrize("way", ["none", "chain"])
+def test_after_half_a_step_an_engine_refuses_instead_of_going_on_with_wrong_caches(model, way):
+    engine = model.engine(speculate=way)
+    engine.add(prompt(0), max_new_tokens=12)
+    engine.add(prompt(1), max_new_tokens=12, logits_processor=[Fails()])
+    with pytest.raises(TwigVLMError, match="allows no token"):
+        list(engine.stream())
+    assert not engine.busy
+    for call in (engine.step, lambda: engine.add(prompt(2), max_new_tokens=2)):
+        with pytest.raises(TwigVLMError, match="failed within an earlier step"):
+            call()
+
+
+@pytest.mark.parametrize("way", ["none", "chain"])
+def test_sampled_requests_without_a_generator_do_not_disturb_each_other(model, way):
+    def second(beside):
+        torch.manual_seed(3)
+        engine = model.engine(speculate=way)
+        first = engine.add(prompt(0), max_new_tokens=3, do_sample=True)
+        wanted = engine.add(prompt(1), max_new_tokens=20, do_sample=True)
+        if not beside:
+            engine.cancel(first)
+        return [token for event in engine.stream() if event.id == wanted for token in event.tokens]
+
+    assert second(beside=True) == second(beside=False)
+
+
+def test_an_idle_engine_holds_no_keys_and_values(model):
+    engine = model.engine(speculate="chain")
+    cache = engine.runner.batch.cache
+    for _ in range(2):
+        answers = {engine.add(prompt(seed), keep=6, max_new_tokens=6): seed for seed in range(3)}
+        engine.step()
+        assert cache.allocated() >= cache.bytes() > 0
+        got = {request: [] for request in answers}
+        got |= {event.id: event.tokens for event in engine.stream() if event.finished}
+        assert cache.allocated() == 0
+
+
+def test_requests_that_came_one_by_one_keep_room_for_their_answers(model):
+    engine = model.engine()
+    for seed in range(6):
+        engine.add(prompt(seed), max_new_tokens=40)
+    engine.max_bytes = 3 * row_bytes(model.base, model.twig, engine.waiting[0])
+    most = 0
+    while engine.busy:
+        engine.step()
+        most = max(most, len(engine.active))
+    assert most == 3
+
+
+def test_a_fork_cannot_share_what_remembers(model):
+    engine = model.engine()
+    request = engine.add(prompt(0), max_new_tokens=4, logits_processor=[Fails()])
+    with pytest.raises(TwigVLMError, match=f"request {request}: has logits processors of its own"):
+        engine.fork(request, None)
+    harmless = engine.add(prompt(0), max_new_tokens=4, suppress_tokens=[5])
+    engine.fork(harmless, None)
+
+
+@pytest.mark.parametrize("name", ["visionzip", "mustdrop"])
+def test_a_fork_that_needs_vision_says_which_request_to_fork(model, name):
+    engine = model.engine()
+    request = engine.add(prompt(0), max_new_tokens=4)
+    with pytest.raises(TwigVLMError, match=r"ranks by the vision tower; add the request with that pruner"):
+        engine.fork(request, make_pruner(name), 8)
+
+
+def test_an_engine_takes_no_streamer_and_returns_no_dict(model):
+    engine = model.engine()
+    for name, value in (("streamer", TextStreamer(None)), ("return_dict_in_generate", True)):
+        with pytest.raises(TwigVLMError, match=f"{name}: an engine gives tokens by its events"):
+            engine.add(prompt(0), max_new_tokens=4, **{name: value})
+    assert not engine.busy
+
+
+def test_the_twigs_own_pruning_has_a_name_and_keeps_its_options(model):
+    options = {"keep": 5, "final_wipe": 4, "max_new_tokens": 6}
+    plain, named = (model.generate(**prompt(0), **options, **name) for name in ({}, {"pruner": "twig"}))
+    assert torch.equal(plain, named)
+
+
+def test_without_a_twig_nothing_asks_it():
+    plain = TwigVLM.without_twig(tiny_llava(), trunk_layers=2)
+    with pytest.raises(TwigVLMError, match=r"no twig that could choose; name another method with pruner"):
+        plain.generate(**prompt(0), retain=10, max_new_tokens=2)
+    for way in ("chain", "tree", "auto"):
+        for call in (
+            lambda way=way: plain.generate(**prompt(0), speculate=way),
+            lambda way=way: plain.engine(speculate=way),
+        ):
+            with pytest.raises(TwigVLMError, match=f"speculate='{way}': this model has no twig that could draft"):
+                call()
