@@ -35,6 +35,8 @@ def noise_of(seed, temperature=1.0, vocabulary=TOKENS):
 class Seeing:
     """Processors that change nothing, or what they are told to, and remember what they saw."""
 
+    has_state = True
+
     def __init__(self, needs_ids=True, needs_lockstep=False, change=lambda scores: scores):
         self.needs_ids, self.needs_lockstep, self.change, self.seen = needs_ids, needs_lockstep, change, []
 
