@@ -92,6 +92,16 @@ def test_a_cancelled_job_leaves_and_tells_nothing_more(fresh):
     assert service.worker.alive
 
 
+def test_a_prompt_is_counted_once_however_many_answers_it_has_and_however_they_end(fresh):
+    service = fresh()
+    job, events = submit(service, n=3, keep=5, max_completion_tokens=80)
+    events.get(timeout=10)
+    service.worker.cancel(job)  # as a stop text does
+    assert len(outcome(submit(service, keep=5, max_completion_tokens=2)[1])) == 2
+    totals = {name: value(service, f"twigvlm_{name}_tokens_total") for name in ("prompt", "visual", "kept_visual")}
+    assert totals == {"prompt": 2 * job.prompt_tokens, "visual": 2 * 16, "kept_visual": 2 * 5}
+
+
 def test_a_prompt_that_cannot_be_taken_up_fails_alone(fresh):
     model = tiny_model()
     service = fresh(model)

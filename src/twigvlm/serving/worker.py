@@ -204,8 +204,9 @@ class Worker:
             self._tell(job, told)
 
     def _count(self, job: Job, choice: Choice, new: int) -> None:
-        metrics, row = self._metrics, choice.row
+        metrics, row, counts = self._metrics, choice.row, choice.counts
         assert row is not None, "it has got tokens"
+        assert counts is not None, "they have been told"
         metrics.add("twigvlm_generated_tokens_total", new)
         metrics.add("twigvlm_steps_total")
         metrics.add("twigvlm_drafted_tokens_total", row.drafted[choice.steps - 1])
@@ -214,9 +215,8 @@ class Worker:
             job.started = True
             metrics.observe("twigvlm_time_to_first_token_seconds", time.monotonic() - job.arrived)
             metrics.add("twigvlm_prompt_tokens_total", job.prompt_tokens)
-        if choice.ended and choice.counts is not None:
-            metrics.add("twigvlm_visual_tokens_total", choice.counts.visual)
-            metrics.add("twigvlm_kept_visual_tokens_total", choice.counts.kept)
+            metrics.add("twigvlm_visual_tokens_total", counts.visual)
+            metrics.add("twigvlm_kept_visual_tokens_total", counts.kept)
 
     def _after_failure(self, way: str, error: Exception) -> None:
         """A step raised. Whose prompt could not be taken up fails; otherwise all rows of the engine are generated again.
