@@ -191,6 +191,30 @@ def test_what_waits_or_takes_too_long_is_refused(fresh):
     assert outcome(long).status == 408
 
 
+@pytest.mark.parametrize(
+    ("suspect", "status", "words"),
+    [(False, 429, "has waited for 50 seconds"), (True, 408, "took longer than 50 seconds")],
+)
+def test_what_waits_ends_with_its_time_in_total(fresh, suspect, status, words):
+    service = fresh(max_rows=1, waiting_seconds=1000, total_seconds=50)
+    slow_down(service, 0.02)
+    running, events = submit(service, max_completion_tokens=80)
+    events.get(timeout=10)
+    told = queue.Queue()
+    waiting = service.prepare(ChatRequest.model_validate(chat()), told.put)
+    waiting.arrived, waiting.suspect = waiting.arrived - 60, suspect
+    service.worker.submit(waiting)
+    error = outcome(told)
+    assert (error.status, words in str(error)) == (status, True)
+    assert not running.ended
+
+
+def test_a_request_that_came_too_late_to_be_prepared_is_refused(fresh):
+    service = fresh(waiting_seconds=1000, total_seconds=50)
+    with pytest.raises(RequestError, match="has waited for 50 seconds"):
+        service.prepare(ChatRequest.model_validate(chat()), print, time.monotonic() - 60)
+
+
 def test_draining_refuses_what_waits_and_finishes_what_runs(fresh):
     service = fresh(max_rows=1)
     slow_down(service, 0.01)

@@ -136,8 +136,8 @@ class Service:
         with self._preparing:  # tokenizers are not for several threads
             if self.worker.draining:
                 raise shutting_down()
-            if time.monotonic() - arrived > self.limits.waiting_seconds:
-                raise waited_too_long(self.limits.waiting_seconds)
+            if time.monotonic() - arrived > self.limits.longest_wait:
+                raise waited_too_long(self.limits.longest_wait)
             messages = self._messages(request)
             try:
                 inputs = build_inputs(self.processor, [messages], self.model.device, self.model.dtype)
