@@ -3,14 +3,12 @@
 import base64
 import binascii
 import re
-import warnings
-from io import BytesIO
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.images import load_image
+from twigvlm.images import read_image
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.fetch import Fetcher
 
@@ -33,19 +31,9 @@ def read_picture(url: str, max_pixels: int, fetcher: Fetcher) -> Image.Image:
     """
     data = _from_data_uri(url) if url[:5].lower() == "data:" else fetcher.fetch(url)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            picture = Image.open(BytesIO(data), formats=FORMATS)
-    except Exception:  # decoders raise whatever a broken file leads them to
-        raise RequestError(f"image_url: not an image in one of the formats {', '.join(FORMATS)}") from None
-    if picture.width * picture.height > max_pixels:
-        raise RequestError(
-            f"image_url: {picture.width}x{picture.height} pixels are more than the limit of {max_pixels:,}; scale it down"
-        )
-    try:
-        return load_image(picture)
+        return read_image("image_url", data, FORMATS, max_pixels)
     except TwigVLMError as error:
-        raise RequestError(f"image_url: {error}") from None
+        raise RequestError(str(error)) from None
 
 
 def _from_data_uri(uri: str) -> bytes:
