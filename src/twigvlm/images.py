@@ -5,7 +5,6 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from pathlib import Path
@@ -64,7 +63,7 @@ def load_image(source: Picture) -> Image.Image:
 def read_image(
     name: str,
     source: str | os.PathLike[str] | bytes | Image.Image,
-    formats: Sequence[str] | None = None,
+    formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
 ) -> Image.Image:
     """A file or a PIL image as `load_image` reads it.
@@ -162,7 +161,7 @@ def _from_array(name: str, source: Any) -> Image.Image:
 class _Rules(NamedTuple):
     """What is read: formats (None: all), and the largest width times height."""
 
-    formats: Sequence[str] | None
+    formats: tuple[str, ...] | None
     max_pixels: int
 
 
@@ -177,7 +176,7 @@ def _read(name: str, source: str | os.PathLike[str] | bytes | Image.Image, rules
 
 
 def _opened(
-    source: str | os.PathLike[str] | bytes | Image.Image, formats: Sequence[str] | None
+    source: str | os.PathLike[str] | bytes | Image.Image, formats: tuple[str, ...] | None
 ) -> AbstractContextManager[Image.Image]:
     if isinstance(source, Image.Image):
         return nullcontext(source)

@@ -19,8 +19,9 @@ from twigvlm.serving.fetch import Fetcher
 from twigvlm.serving.grammar import Grammar, Grammars
 from twigvlm.serving.jobs import Job, JobEvent
 from twigvlm.serving.limits import Limits
+from twigvlm.serving.messages import template_messages
 from twigvlm.serving.metrics import Metrics, server_metrics
-from twigvlm.serving.pictures import read_picture
+from twigvlm.serving.pictures import fetch_pictures
 from twigvlm.serving.protocol import ChatRequest, ImagePart, TextPart
 from twigvlm.serving.text import AnswerText
 from twigvlm.serving.worker import Worker
@@ -120,25 +121,47 @@ class Service:
         finally:
             self._held -= size
 
-    def prepare(self, request: ChatRequest, listen: Callable[[JobEvent], None], arrived: float | None = None) -> Job:
+    def fetch(self, request: ChatRequest, arrived: float) -> dict[str, bytes]:
+        """What the images of a request are that are not in it, by their addresses. Several threads may do this.
+
+        Args:
+            request: what was asked.
+            arrived: by the monotonic clock.
+
+        Raises:
+            RequestError: the request cannot be answered, or one of the images cannot be had in time.
+        """
+        self._check(request)
+        self._check_waiting(arrived)
+        return fetch_pictures(request, self.fetcher, arrived + self.limits.longest_wait)
+
+    def prepare(
+        self,
+        request: ChatRequest,
+        listen: Callable[[JobEvent], None],
+        arrived: float | None = None,
+        fetched: dict[str, bytes] | None = None,
+    ) -> Job:
         """A job for the worker: images read and text tokenized. One thread at a time does this.
 
         Args:
             request: what was asked.
             listen: gets the events of the job.
             arrived: by the monotonic clock; None: now.
+            fetched: of `fetch`; None: not yet.
 
         Raises:
             RequestError: the request cannot be answered.
         """
         arrived = time.monotonic() if arrived is None else arrived
         self._check(request)
+        if fetched is None:
+            fetched = self.fetch(request, arrived)
         with self._preparing:  # tokenizers are not for several threads
             if self.worker.draining:
                 raise shutting_down()
-            if time.monotonic() - arrived > self.limits.longest_wait:
-                raise waited_too_long(self.limits.longest_wait)
-            messages = self._messages(request)
+            self._check_waiting(arrived)
+            messages = template_messages(request, self.limits.max_pixels, fetched)
             try:
                 inputs = build_inputs(self.processor, [messages], self.model.device, self.model.dtype)
             except TwigVLMError as error:
@@ -164,6 +187,10 @@ class Service:
         """End the worker; jobs under way have that many seconds left."""
         self.worker.stop(seconds)
 
+    def _check_waiting(self, arrived: float) -> None:
+        if time.monotonic() - arrived > self.limits.longest_wait:
+            raise waited_too_long(self.limits.longest_wait)
+
     def _check(self, request: ChatRequest) -> None:
         limits = self.limits
         if request.model != self.name:
@@ -179,24 +206,6 @@ class Service:
         length = sum(len(part.text) for part in parts if isinstance(part, TextPart))
         if length > _TEXT_PER_TOKEN * self.context:
             raise self._too_long(f"{length:,} characters")
-
-    def _messages(self, request: ChatRequest) -> list[dict[str, Any]]:
-        """The messages as chat templates take them, with images read."""
-        messages = []
-        for number, message in enumerate(request.messages):
-            parts: list[dict[str, Any]] = []
-            for part in message.parts:
-                if isinstance(part, TextPart):
-                    parts.append({"type": "text", "text": _text(part.text, number)})
-                    continue
-                try:
-                    image = read_picture(part.image_url.url, self.limits.max_pixels, self.fetcher)
-                except RequestError as error:
-                    raise RequestError(f"messages.{number}: {error}", param=f"messages.{number}") from None
-                parts.append({"type": "image", "image": image})
-            role = "system" if message.role == "developer" else message.role
-            messages.append({"role": role, "content": parts})
-        return messages
 
     def _pruning(self, request: ChatRequest) -> dict[str, Any]:
         """Options of pruning: those of the request, or else the server's."""
@@ -276,11 +285,3 @@ def _is_drawn(request: ChatRequest) -> bool:
 def _cause(error: ValueError) -> str:
     """The option that an error of Python's own, which names none, is about."""
     return "" if isinstance(error, TwigVLMError) else "pruner: "
-
-
-def _text(text: str, number: int) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RequestError(f"messages.{number}: is no text in UTF-8", param=f"messages.{number}") from None
-    return text
