@@ -9,10 +9,10 @@ from threading import Lock
 from typing import Any
 
 from twigvlm.config import WITHOUT_TWIG, PruningConfig
-from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.errors import TwigVLMError
 from twigvlm.inputs import build_inputs
 from twigvlm.model import TwigVLM
-from twigvlm.pruning.methods import make_pruner, reads_files
+from twigvlm.serving.checks import asked_length, asked_pruning, check_limits
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import shutting_down, waited_too_long
 from twigvlm.serving.fetch import Fetcher
@@ -195,8 +195,7 @@ class Service:
         limits = self.limits
         if request.model != self.name:
             raise RequestError(f"model: this server has only {self.name!r}", 404, param="model", code="model_not_found")
-        if (request.n or 1) > limits.max_choices:
-            raise RequestError(f"n: must be 1 to {limits.max_choices}", param="n")
+        check_limits(request, limits)
         parts = [part for message in request.messages for part in message.parts]
         images = sum(isinstance(part, ImagePart) for part in parts)
         if images > limits.max_images:
@@ -209,16 +208,7 @@ class Service:
 
     def _pruning(self, request: ChatRequest) -> dict[str, Any]:
         """Options of pruning: those of the request, or else the server's."""
-        names = {option.name for option in fields(PruningConfig)}
-        given = {name: getattr(request, name) for name in names & request.model_fields_set}
-        if reads_files(given.get("pruner") or ""):
-            raise RequestError("pruner: requests cannot name directories; start the server with it", param="pruner")
-        try:
-            pruning = PruningConfig(**given) if given else self.defaults.pruning
-            if pruning.pruner not in (None, "twig"):
-                make_pruner(pruning.pruner)
-        except ValueError as error:  # TwigVLMError is one, and so is what int() says of odd digits
-            raise RequestError(f"{_cause(error)}{one_line(error)}") from None
+        pruning = asked_pruning(request) or self.defaults.pruning
         if pruning.active and pruning.pruner in (None, "twig") and not self.has_twig:
             raise RequestError("retain: this model has no twig; name another method with pruner", param="pruner")
         return {option.name: getattr(pruning, option.name) for option in fields(pruning)}
@@ -252,12 +242,10 @@ class Service:
 
     def _length(self, request: ChatRequest, prompt: int) -> int:
         """Most new tokens."""
-        asked = request.max_completion_tokens or request.max_tokens
+        asked = asked_length(request)
         room = self.context - prompt
         if room < (asked or 1):
             raise self._too_long(f"{prompt:,} tokens" + (f" and an answer of {asked:,}" if asked else ""))
-        if asked is not None and asked > self.limits.max_tokens:
-            raise RequestError(f"max_completion_tokens: must be at most {self.limits.max_tokens}")
         return asked or min(self.limits.max_tokens, room)
 
     def _grammar(self, request: ChatRequest) -> Grammar | None:
@@ -280,8 +268,3 @@ class Service:
 
 def _is_drawn(request: ChatRequest) -> bool:
     return request.temperature is not None and request.temperature >= _COLDEST
-
-
-def _cause(error: ValueError) -> str:
-    """The option that an error of Python's own, which names none, is about."""
-    return "" if isinstance(error, TwigVLMError) else "pruner: "
