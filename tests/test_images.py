@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK
 
 from twigvlm import images
 from twigvlm.errors import TwigVLMError
@@ -272,6 +273,14 @@ def test_long_texts_in_a_png_do_not_matter(tmp_path, text, behind):
     path = tmp_path / "a.png"
     path.write_bytes(data[:at] + text + data[at:])
     assert load_image(path).tobytes() == load_image(path.read_bytes()).tobytes() == load_image(data).tobytes()
+
+
+def test_many_texts_in_a_png_do_not_matter():
+    """Together they are too long for Pillow, none of them alone; those behind them are not even unpacked."""
+    data = stored(Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)))
+    at = data.index(b"IDAT") - 4
+    texts = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(MAX_TEXT_CHUNK - 1))) * 70
+    assert load_image(data[:at] + texts + data[at:]).tobytes() == load_image(data).tobytes()
 
 
 def test_a_truncated_png_with_a_long_text_is_refused(tmp_path):

@@ -8,13 +8,13 @@ import zlib
 from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import MAX_TEXT_CHUNK
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY
 
 from twigvlm.errors import TwigVLMError, one_line
 
@@ -57,22 +57,44 @@ def load_image(source: Picture) -> Image.Image:
             _check_path(name, source)
     elif not isinstance(source, bytes | Image.Image):
         source = _from_array(name, source)
+    return read_image(name, source)
+
+
+def read_image(
+    name: str,
+    source: str | os.PathLike[str] | bytes | Image.Image,
+    formats: tuple[str, ...] | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
+    """A file or a PIL image as `load_image` reads it.
+
+    Args:
+        name: of the picture, for messages.
+        source: the path of a file, its bytes, or a PIL image.
+        formats: Pillow's names of those that are read; None: all.
+        max_pixels: largest width times height; None, and at most: `MAX_PIXELS`.
+
+    Raises:
+        TwigVLMError: one line that names the picture, what is wrong with it, and the remedy.
+    """
+    rules = _Rules(formats, min(MAX_PIXELS, max_pixels or MAX_PIXELS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of what is checked here, and of harmless flaws in metadata
         try:
             try:
-                return _read(name, source)
+                return _read(name, source, rules)
             except ValueError as error:
                 if "MAX_TEXT_" not in str(error) or isinstance(source, Image.Image):
                     raise
                 data = source if isinstance(source, bytes) else Path(source).read_bytes()
-                return _read(name, _without_large_texts(data))
+                return _read(name, _without_large_texts(data), rules)
         except TwigVLMError:
             raise
         except UnidentifiedImageError:
-            raise TwigVLMError(f"{name}: not an image in a known format; save it as PNG or JPEG") from None
+            known = "a known format" if formats is None else f"one of the formats {', '.join(formats)}"
+            raise TwigVLMError(f"{name}: not an image in {known}; save it as PNG or JPEG") from None
         except Image.DecompressionBombError:
-            raise TwigVLMError(_too_large(name, "far more")) from None
+            raise TwigVLMError(_too_large(name, "far more", rules.max_pixels)) from None
         except PermissionError:
             raise TwigVLMError(f"{name}: may not be read; check the file's permissions") from None
         except MemoryError:
@@ -136,9 +158,16 @@ def _from_array(name: str, source: Any) -> Image.Image:
     )
 
 
-def _read(name: str, source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Image:
-    with _opened(source) as image:
-        _refuse_unless_one_picture(name, image)
+class _Rules(NamedTuple):
+    """What is read: formats (None: all), and the largest width times height."""
+
+    formats: tuple[str, ...] | None
+    max_pixels: int
+
+
+def _read(name: str, source: str | os.PathLike[str] | bytes | Image.Image, rules: _Rules) -> Image.Image:
+    with _opened(source, rules.formats) as image:
+        _refuse_unless_one_picture(name, image, rules.max_pixels)
         image.load()
         deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
         picture = _to_rgb(name, _upright(image), deep)
@@ -146,25 +175,36 @@ def _read(name: str, source: str | os.PathLike[str] | bytes | Image.Image) -> Im
         return picture
 
 
-def _opened(source: str | os.PathLike[str] | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
+def _opened(
+    source: str | os.PathLike[str] | bytes | Image.Image, formats: tuple[str, ...] | None
+) -> AbstractContextManager[Image.Image]:
     if isinstance(source, Image.Image):
         return nullcontext(source)
-    return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+    return Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
 
 
 def _without_large_texts(data: bytes) -> bytes:
-    """A PNG without the texts and colour profiles that Pillow finds too large; its pixels do not depend on them."""
-    kept, start = [data[:8]], 8
+    """A PNG without the texts and colour profiles that Pillow finds too large; its pixels do not depend on them.
+
+    Those behind so many that Pillow would not read them all are left out too, without a look at them.
+    """
+    kept, start, length = [data[:8]], 8, 0
     while start < len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
         kind, body = data[start + 4 : start + 8], data[start + 8 : end - 4]
-        if not (kind in _PNG_TEXTS and _is_large(kind, body)):
+        large = False
+        if kind in _PNG_TEXTS:
+            own = MAX_TEXT_CHUNK if length > MAX_TEXT_MEMORY else _text_length(kind, body)
+            length += own
+            large = own >= MAX_TEXT_CHUNK or length > MAX_TEXT_MEMORY
+        if not large:
             kept.append(data[start:end])
         start = end
     return b"".join(kept)
 
 
-def _is_large(kind: bytes, body: bytes) -> bool:
+def _text_length(kind: bytes, body: bytes) -> int:
+    """Bytes of a text, as far as Pillow would read it."""
     text = body.partition(b"\0")[2]
     compressed = kind != b"tEXt"
     if kind == b"iTXt":  # flag, method, language, translated keyword, text
@@ -175,19 +215,19 @@ def _is_large(kind: bytes, body: bytes) -> bool:
         try:
             text = zlib.decompressobj().decompress(text, MAX_TEXT_CHUNK)
         except zlib.error:  # Pillow passes over these
-            return False
-    return len(text) >= MAX_TEXT_CHUNK
+            return 0
+    return len(text)
 
 
-def _too_large(name: str, pixels: str) -> str:
-    return f"{name}: {pixels} than the limit of {MAX_PIXELS:,} pixels; scale it down"
+def _too_large(name: str, pixels: str, limit: int) -> str:
+    return f"{name}: {pixels} than the limit of {limit:,} pixels; scale it down"
 
 
-def _refuse_unless_one_picture(name: str, image: Image.Image) -> None:
+def _refuse_unless_one_picture(name: str, image: Image.Image, max_pixels: int) -> None:
     """Checks on the header, before any pixel is decoded."""
     size = f"{image.width}x{image.height} pixels"
-    if image.width * image.height > MAX_PIXELS:
-        raise TwigVLMError(_too_large(name, f"{size} are more"))
+    if image.width * image.height > max_pixels:
+        raise TwigVLMError(_too_large(name, f"{size} are more", max_pixels))
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise TwigVLMError(f"{name}: of {size} one side is more than {MAX_ASPECT} times the other; crop it")
     frames = getattr(image, "n_frames", 1)

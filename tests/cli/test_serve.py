@@ -67,10 +67,19 @@ def test_batch_writes_results_and_goes_on(base_directory, twig_directory, tmp_pa
         (["--engine", "vllm"], "needs --export"),
         (["--engine", "vllm", "--export", "x", "--retain", "64"], "add --scout"),
         (["--engine", "vllm", "--export", "x", "--max-rows", "4"], "leave out either"),
+        (["--engine", "vllm", "--export", "x", "--allow-host", "a"], "leave out either --allow-host or"),
+        (["--engine", "vllm", "--export", "x", "--device", "cpu"], "leave out either --device or"),
+        (["--engine", "vllm", "--export", "x", "--shutdown-seconds", "5"], "leave out either --shutdown-seconds or"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(refused, options, words):
     refused("serve", *options, words=[words])
+
+
+@pytest.mark.parametrize("name", ["waiting-seconds", "total-seconds", "max-waiting", "max-held", "upload-seconds"])
+def test_limits_of_a_server_are_refused_for_batch_files(refused, tmp_path, name):
+    words = [f"{name.replace('-', '_')}=7: does not apply to batch files", f"leave --{name} out"]
+    refused("batch", tmp_path / "in.jsonl", tmp_path / "out.jsonl", f"--{name}", "7", words=words)
 
 
 def test_a_twig_that_is_asked_for_must_be_there(refused, base_directory):

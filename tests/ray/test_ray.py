@@ -25,6 +25,7 @@ from ray import serve  # noqa: E402
 from tests.serving.servers import chat, decoded, expected, picture, slow_down, tiny_service  # noqa: E402
 from twigvlm.errors import TwigVLMError  # noqa: E402
 from twigvlm.integrations.ray import answer_dataset, read_answers, serve_app  # noqa: E402
+from twigvlm.serving.limits import Limits  # noqa: E402
 
 
 def make_service(limits):
@@ -94,6 +95,25 @@ def test_a_folder_of_pictures_and_what_cannot_be_answered(tmp_path):
     assert [bool(answer["error"]) for answer in found] == [False, True, False]
     assert "broken.png" in found[1]["error"]
     assert 0 < found[0]["visual_tokens"] < 16
+    Image.new("RGB", (20, 12), "red").save(tmp_path / "broken.png")
+    assert answer_dataset(tmp_path, tmp_path / "out", make_service, max_completion_tokens=4, keep=5) == 1
+    assert not [answer for answer in read_answers(tmp_path / "out").to_pylist() if answer["error"]]
+    with pytest.raises(TwigVLMError, match=r"other options \(keep\); name another directory"):
+        answer_dataset(tmp_path, tmp_path / "out", make_service, max_completion_tokens=4, keep=6)
+
+
+def test_a_wrong_option_is_refused_before_any_record(tmp_path):
+    pq.write_table(records(4), tmp_path / "in.parquet")
+    for options, words in (({"retian": 64}, "retian"), ({"max_completion_tokens": 2048}, "at most 1024")):
+        with pytest.raises(TwigVLMError, match=words):
+            answer_dataset(tmp_path / "in.parquet", tmp_path / "out", make_service, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_limits_reach_the_workers(service, tmp_path):
+    pq.write_table(records(2), tmp_path / "in.parquet")
+    assert answer_dataset(tmp_path / "in.parquet", tmp_path / "out", make_service, limits=Limits(max_tokens=8)) == 2
+    check(service, tmp_path / "out", 2)
 
 
 def test_a_source_without_its_columns_is_refused(tmp_path):

@@ -93,6 +93,11 @@ def test_a_host_that_sends_a_byte_now_and_then_is_given_up(fetcher):
     assert time.monotonic() - start < 2
 
 
+def test_nothing_is_connected_to_when_no_time_is_left(fetcher):
+    with pytest.raises(RequestError, match=r"pictures\.test does not deliver it \(no time is left\)"):
+        fetcher.fetch("https://pictures.test/a.png", time.monotonic() - 1)
+
+
 def test_a_name_that_leads_to_a_private_address_is_refused(fetcher):
     strict = Fetcher(["pictures.test"], 1000, port=fetcher.port)
     with pytest.raises(RequestError, match="not a public address"):

@@ -127,7 +127,8 @@ def test_requests_choose_how_tokens_are_kept(client, service):
     )
     assert diverse.choices[0].twigvlm["kept"] == scouted.choices[0].twigvlm["kept"]
     averages = [one.usage.prompt_tokens_details.average_visual_tokens for one in (plain, diverse, scouted)]
-    assert averages[0] == averages[1] != averages[2]
+    assert averages[0] == averages[1] == round((16 * 2 + 5 * 4) / 6, 2)
+    assert averages[2] == round(5 + 16 * 2 / 6, 2)  # all layers on the kept tokens, and the trunk once on all of them
     with pytest.raises(APIStatusError, match="give only one of them"):
         ask(client, "look", [picture()], extra={"keep": 5, "diverse": True, "retain_per_image": True})
 

@@ -92,6 +92,16 @@ def test_a_cancelled_job_leaves_and_tells_nothing_more(fresh):
     assert service.worker.alive
 
 
+def test_a_prompt_is_counted_once_however_many_answers_it_has_and_however_they_end(fresh):
+    service = fresh()
+    job, events = submit(service, n=3, keep=5, max_completion_tokens=80)
+    events.get(timeout=10)
+    service.worker.cancel(job)  # as a stop text does
+    assert len(outcome(submit(service, keep=5, max_completion_tokens=2)[1])) == 2
+    totals = {name: value(service, f"twigvlm_{name}_tokens_total") for name in ("prompt", "visual", "kept_visual")}
+    assert totals == {"prompt": 2 * job.prompt_tokens, "visual": 2 * 16, "kept_visual": 2 * 5}
+
+
 def test_a_prompt_that_cannot_be_taken_up_fails_alone(fresh):
     model = tiny_model()
     service = fresh(model)
@@ -179,6 +189,30 @@ def test_what_waits_or_takes_too_long_is_refused(fresh):
     long, waiting = (submit(service, max_completion_tokens=80)[1] for _ in range(2))
     assert outcome(waiting).status == 429
     assert outcome(long).status == 408
+
+
+@pytest.mark.parametrize(
+    ("suspect", "status", "words"),
+    [(False, 429, "has waited for 50 seconds"), (True, 408, "took longer than 50 seconds")],
+)
+def test_what_waits_ends_with_its_time_in_total(fresh, suspect, status, words):
+    service = fresh(max_rows=1, waiting_seconds=1000, total_seconds=50)
+    slow_down(service, 0.02)
+    running, events = submit(service, max_completion_tokens=80)
+    events.get(timeout=10)
+    told = queue.Queue()
+    waiting = service.prepare(ChatRequest.model_validate(chat()), told.put)
+    waiting.arrived, waiting.suspect = waiting.arrived - 60, suspect
+    service.worker.submit(waiting)
+    error = outcome(told)
+    assert (error.status, words in str(error)) == (status, True)
+    assert not running.ended
+
+
+def test_a_request_that_came_too_late_to_be_prepared_is_refused(fresh):
+    service = fresh(waiting_seconds=1000, total_seconds=50)
+    with pytest.raises(RequestError, match="has waited for 50 seconds"):
+        service.prepare(ChatRequest.model_validate(chat()), print, time.monotonic() - 60)
 
 
 def test_draining_refuses_what_waits_and_finishes_what_runs(fresh):

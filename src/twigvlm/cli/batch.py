@@ -10,6 +10,10 @@ from tyro.conf import Positional, arg
 
 from twigvlm.cli.serving import ServiceOptions, check_installed
 from twigvlm.errors import TwigVLMError
+from twigvlm.serving.limits import Limits
+
+_OF_SERVERS = ("max_waiting", "max_held", "upload_seconds", "waiting_seconds", "total_seconds")
+"""Limits of what clients send; the requests of a file wait as long as it takes."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class Batch(ServiceOptions):
 
     def run(self) -> int:
         """Answer all requests; the exit code is 2 if one failed."""
+        for name in _OF_SERVERS:
+            if (value := getattr(self.limits, name)) != getattr(Limits, name):
+                option = f"--{name.replace('_', '-')}"
+                raise TwigVLMError(f"{name}={value:g}: does not apply to batch files; leave {option} out")
         check_installed()
         from twigvlm.cli.output import check_directory, steps
         from twigvlm.serving.batch import BatchRun, open_results, patient, read_batch, write_result

@@ -49,8 +49,10 @@ class Serve(ServiceOptions):
         if self.engine == "vllm":
             from twigvlm.cli.serve_vllm import serve_with_vllm
 
-            if self.allow_host:
-                raise TwigVLMError("allow_host: does not apply to vLLM; leave out either --allow-host or --engine vllm")
+            for name in ("allow_host", "device", "shutdown_seconds"):
+                if getattr(self, name) != getattr(Serve, name):
+                    option = f"--{name.replace('_', '-')}"
+                    raise TwigVLMError(f"{name}: does not apply to vLLM; leave out either {option} or --engine vllm")
             serve_with_vllm(self, self.export, self.host, self.port, key)
         if self.export is not None:
             raise TwigVLMError("export: applies only to --engine vllm; leave it out")

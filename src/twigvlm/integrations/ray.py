@@ -8,31 +8,57 @@ own that is there whole or not at all, so that a worker which is lost, or a run 
 """
 
 import base64
-import hashlib
-import json
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from ray import serve
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.files import replacing
 from twigvlm.images import load_image
+from twigvlm.integrations.answers import check_options, open_answers, read_source, request_body, write_answers
+from twigvlm.integrations.answers import read_answers as read_answers
 from twigvlm.serving.batch import BatchLine, BatchRun, patient
 from twigvlm.serving.limits import Limits
 from twigvlm.serving.service import Defaults, Service
 from twigvlm.serving.worker import load_aside
 
-QUESTIONS = "questions.jsonl"
-"""File of a folder of pictures: objects with `question`, `image` (a path in the folder) and perhaps `id`."""
-
 MakeService = Callable[[Limits], Service]
 """Loads a model, in a worker."""
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """Makes a service in a worker; arguments as of `open_model`."""
+
+    model: str
+    twig: str | None
+    dtype: str
+    device: str
+    defaults: Defaults | None
+
+    def __call__(self, limits: Limits) -> Service:
+        """Load the model."""
+        from twigvlm.loading import SAPLING, load
+
+        name = self.twig
+        if name is None and self.model == SAPLING:
+            from twigvlm import sapling
+
+            name = str(sapling.twig_path())
+        if name is None:
+            raise TwigVLMError(f"model {self.model!r}: has no twig of its own; pass twig")
+        _, processor, loaded = load_aside(lambda: load(self.model, name, self.dtype, self.device))
+        assert loaded is not None, "it has a twig"
+        return Service(loaded, processor, self.model, self.defaults, limits)
+
+    def settings(self) -> dict[str, Any]:
+        """What answers depend on, JSON-able."""
+        return {"model": self.model, "twig": self.twig, "dtype": self.dtype, **asdict(self.defaults or Defaults())}
 
 
 def open_model(
@@ -41,7 +67,7 @@ def open_model(
     dtype: str = "auto",
     device: str = "auto",
     defaults: Defaults | None = None,
-) -> MakeService:
+) -> OpenModel:
     """What makes a service in a worker.
 
     Args:
@@ -51,22 +77,7 @@ def open_model(
         device: of each worker.
         defaults: pruning and speculation; None: neither.
     """
-
-    def make(limits: Limits) -> Service:
-        from twigvlm.loading import SAPLING, load
-
-        name = twig
-        if name is None and model == SAPLING:
-            from twigvlm import sapling
-
-            name = str(sapling.twig_path())
-        if name is None:
-            raise TwigVLMError(f"model {model!r}: has no twig of its own; pass twig")
-        _, processor, loaded = load_aside(lambda: load(model, name, dtype, device))
-        assert loaded is not None, "it has a twig"
-        return Service(loaded, processor, model, defaults, limits)
-
-    return make
+    return OpenModel(model, twig, dtype, device, defaults)
 
 
 class Answerer:
@@ -80,10 +91,11 @@ class Answerer:
         make_service: of `open_model`.
         out: folder of the answers.
         options: further fields of each request, for example `retain` and `max_completion_tokens`.
+        limits: of each request, without those of its time.
     """
 
-    def __init__(self, make_service: MakeService, out: str, options: dict[str, Any]) -> None:
-        self._service, self._out, self._options = make_service(patient(Limits())), Path(out), options
+    def __init__(self, make_service: MakeService, out: str, options: dict[str, Any], limits: Limits) -> None:
+        self._service, self._out, self._options = make_service(patient(limits)), Path(out), options
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The answers to one batch."""
@@ -102,31 +114,13 @@ class Answerer:
                 found[key] = _record(None, body["error"]["message"], {})
 
         BatchRun(self._service, on_result).run(lines)
-        ids = [str(key) for key in batch["id"]]
-        columns = {"id": ids, **{name: [found[key][name] for key in ids] for name in _SCHEMA.names[1:]}}
-        table = pa.table(columns, schema=_SCHEMA)
-        name = hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:32]
-        with replacing(self._out / f"part-{name}.parquet") as temporary:
-            pq.write_table(table, temporary)
-        return columns
+        return write_answers(self._out, {key: found[key] for key in map(str, batch["id"])})
 
     def _body(self, question: str, image: Any) -> dict[str, Any]:
         parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
         if image is not None:
             parts.insert(0, {"type": "image_url", "image_url": {"url": _data_uri(image)}})
-        messages = [{"role": "user", "content": parts}]
-        return {"model": self._service.name, "messages": messages, **self._options}
-
-
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("answer", pa.string()),
-        ("error", pa.string()),
-        ("tokens", pa.int64()),
-        ("visual_tokens", pa.float64()),
-    ]
-)
+        return request_body(self._service.name, parts, self._options)
 
 
 def answer_dataset(
@@ -138,11 +132,13 @@ def answer_dataset(
     batch_size: int = 16,
     cpus: float = 1,
     gpus: float = 0,
+    limits: Limits | None = None,
     **options: Any,
 ) -> int:
     """Answer the records of a Parquet file or folder, or of a folder of pictures with `questions.jsonl`; how many were left.
 
-    Records whose answers are in `out` are not answered again: a run that was interrupted goes on when it is started again.
+    Records whose answers are in `out` are not answered again: a run that was interrupted goes on when it is started again, with
+    the same options. Records that failed are tried again.
 
     Args:
         source: what to answer; see `Answerer` for the columns.
@@ -152,17 +148,19 @@ def answer_dataset(
         batch_size: records that are written together, and so are lost together with a worker.
         cpus: of each worker.
         gpus: of each worker.
+        limits: of each request; those of its time do not apply. None: those of `twigvlm serve`.
         options: further fields of each request.
 
     Raises:
-        TwigVLMError: the source has not these columns, or an `id` twice.
+        TwigVLMError: an option is none or beyond the limits, the source has not these columns or an `id` twice, or `out` holds
+            answers with other options.
     """
+    limits = limits or Limits()
+    check_options(options, limits)
     out = Path(out).absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    records = _read(Path(source))
-    done = set(pa.concat_tables([pq.read_table(path, columns=["id"]) for path in sorted(out.glob("part-*.parquet"))] or [
-        pa.table({"id": pa.array([], pa.string())})
-    ]).column("id").to_pylist())  # fmt: skip
+    records = read_source(Path(source))
+    model = make_service.settings() if isinstance(make_service, OpenModel) else {}
+    done = open_answers(out, {**options, "model": model, "limits.max_tokens": limits.max_tokens})
     left = records.filter(pa.array([key not in done for key in records.column("id").to_pylist()], pa.bool_()))
     if not len(left):
         return 0
@@ -171,7 +169,7 @@ def answer_dataset(
     data = ray.data.from_arrow(left).repartition(blocks)
     answered = data.map_batches(
         Answerer,
-        fn_constructor_args=(make_service, str(out), options),
+        fn_constructor_args=(make_service, str(out), options, limits),
         batch_size=batch_size,
         batch_format="numpy",
         num_cpus=cpus,
@@ -181,19 +179,6 @@ def answer_dataset(
     for _ in answered.iter_batches(batch_size=None):
         pass
     return len(left)
-
-
-def read_answers(out: str | Path) -> pa.Table:
-    """All answers of a folder, one for each `id`, in the order of ids.
-
-    A worker that is lost after it wrote may have written under another grouping of records; the answers are the same.
-    """
-    tables = [pq.read_table(path) for path in sorted(Path(out).glob("part-*.parquet"))]
-    table = pa.concat_tables(tables or [_SCHEMA.empty_table()])
-    first: dict[str, int] = {}
-    for row, key in enumerate(table.column("id").to_pylist()):
-        first.setdefault(key, row)
-    return table.take([first[key] for key in sorted(first)])
 
 
 def serve_app(
@@ -215,27 +200,6 @@ def serve_app(
 
     options = {"max_ongoing_requests": 64, **deployment}
     return serve.deployment(serve.ingress(build)(), **options).bind()
-
-
-def _read(source: Path) -> pa.Table:
-    name = f"source {str(source)!r}"
-    listed = source / QUESTIONS
-    if listed.exists():
-        lines = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
-        images = [line.get("image") for line in lines]
-        table = pa.table({
-            "id": [str(line.get("id", number)) for number, line in enumerate(lines)],
-            "question": [str(line["question"]) for line in lines],
-            "image": pa.array([None if each is None else str((source / each).absolute()) for each in images], pa.string()),
-        })  # fmt: skip
-    else:
-        table = pq.read_table(source)
-    if missing := {"id", "question", "image"} - set(table.column_names):
-        raise TwigVLMError(f"{name}: has no column {', '.join(sorted(missing))}")
-    ids = [str(key) for key in table.column("id").to_pylist()]
-    if len(set(ids)) < len(ids):
-        raise TwigVLMError(f"{name}: has two records with the same id; give each its own")
-    return table.select(["question", "image"]).add_column(0, "id", pa.array(ids, pa.string()))
 
 
 def _record(answer: str | None, error: str | None, usage: dict[str, Any]) -> dict[str, Any]:

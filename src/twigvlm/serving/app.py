@@ -22,6 +22,9 @@ from twigvlm.serving.protocol import parse_request
 from twigvlm.serving.running import HUNG_UP, ClientGone, EventStream, Running
 from twigvlm.serving.service import Service
 
+FETCHING = 8
+"""Requests whose images are fetched at the same time; further ones wait. Those that bring their images wait for none."""
+
 
 def create_app(
     service: Service, api_key: str | None = None, hosts: Collection[str] = (), stop_with_app: bool = True
@@ -92,6 +95,7 @@ class ChatHandler:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._fetching = ThreadPoolExecutor(FETCHING, thread_name_prefix="twigvlm-fetch")
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="twigvlm-prepare")
 
     async def answer(self, http: Request) -> Response:
@@ -104,7 +108,7 @@ class ChatHandler:
             request = parse_request(body)
             running = Running(service, request, http)
             stack.callback(running.close)
-            await running.start(self._preparing, arrived)
+            await running.start(self._fetching, self._preparing, arrived)
             if not request.stream:
                 whole = await running.whole()
                 service.metrics.add("twigvlm_requests_total", label='status="200"')

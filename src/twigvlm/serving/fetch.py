@@ -7,6 +7,7 @@ import ssl
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from math import inf
 from threading import Timer
 from urllib.parse import urlsplit
 
@@ -51,14 +52,18 @@ class Fetcher:
         self.max_bytes, self.seconds, self.allowed, self.port = max_bytes, seconds, allowed, port
         self._context = context
 
-    def fetch(self, url: str) -> bytes:
+    def fetch(self, url: str, until: float = inf) -> bytes:
         """The file at an address.
+
+        Args:
+            url: the address.
+            until: by the monotonic clock; then it is given up, even if the time of one file has not passed.
 
         Raises:
             RequestError: the address is not allowed, or its host does not deliver an image of allowed size in time.
         """
         host, target = self._split(url)
-        deadline = time.monotonic() + self.seconds
+        deadline = min(until, time.monotonic() + self.seconds)
         try:
             return self._get(host, self._address(host), target, deadline)
         except (OSError, http.client.HTTPException) as error:
@@ -91,7 +96,10 @@ class Fetcher:
 
     def _get(self, host: str, address: str, target: str, deadline: float) -> bytes:
         context = self._context or ssl.create_default_context()
-        plain = socket.create_connection((address, self.port), timeout=self.seconds)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("no time is left")
+        plain = socket.create_connection((address, self.port), timeout=left)
         with plain, _ended_after(plain, deadline - time.monotonic()):
             connection = http.client.HTTPSConnection(host, self.port)
             connection.sock = context.wrap_socket(plain, server_hostname=host)

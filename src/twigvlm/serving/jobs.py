@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from twigvlm.engine.row import Row
-from twigvlm.pruning.cut import average_visual
+from twigvlm.pruning.cut import average_of
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.grammar import Grammar, GrammarProcessor
 
@@ -24,7 +24,7 @@ class Counts:
     kept: int
     """Visual tokens that passed the first cut."""
     average: float
-    """R̄, average over all layers of the visual tokens that enter a layer."""
+    """R̄, average over all layers of the visual tokens that enter a layer, those of the ranking in scout mode included."""
 
 
 @dataclass(frozen=True)
@@ -181,4 +181,4 @@ def _counts(row: Row, layers: int) -> Counts:
     """
     visual = int(row.prompt.visual_mask[row.index].sum())
     kept = visual if row.kept is None else int(row.kept.sum())
-    return Counts(0, visual, kept, average_visual(row.cuts, visual, layers))
+    return Counts(0, visual, kept, average_of(row.pruner, row.cuts, visual, layers))

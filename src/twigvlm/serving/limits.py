@@ -34,6 +34,11 @@ class Limits:
     total_seconds: float = 600.0
     """Seconds that a request may take, including its waiting."""
 
+    @property
+    def longest_wait(self) -> float:
+        """Seconds that a request may wait, so that it takes no longer than it may in total."""
+        return min(self.waiting_seconds, self.total_seconds)
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)

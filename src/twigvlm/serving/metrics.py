@@ -1,7 +1,6 @@
 """Counters, gauges and histograms in Prometheus' text format."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from threading import Lock
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -25,10 +24,10 @@ class Metrics:
         """Declare a number that goes up and down."""
         self._declare(name, "gauge", text)
 
-    def histogram(self, name: str, text: str, bounds: Sequence[float] = SECONDS) -> None:
+    def histogram(self, name: str, text: str) -> None:
         """Declare a distribution of seconds."""
         self._declare(name, "histogram", text)
-        self._buckets[name] = [0] * (len(bounds) + 1)
+        self._buckets[name] = [0] * (len(SECONDS) + 1)
         self._values[name] = {"sum": 0.0}
 
     def add(self, name: str, value: float = 1, label: str = "") -> None:

@@ -3,16 +3,17 @@
 import base64
 import binascii
 import re
-import warnings
-from io import BytesIO
+from collections.abc import Mapping
+from time import monotonic
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.images import load_image
+from twigvlm.images import read_image
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.fetch import Fetcher
+from twigvlm.serving.protocol import ChatRequest, ImagePart, TextPart
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What a server reads: other decoders of Pillow are seldom needed, and some start programs."""
@@ -20,32 +21,59 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _SPACE = re.compile(rb"\s+")
 
 
-def read_picture(url: str, max_pixels: int, fetcher: Fetcher) -> Image.Image:
+def is_fetched(part: TextPart | ImagePart) -> bool:
+    """Whether a part of a message is an image that is not in the request."""
+    return isinstance(part, ImagePart) and not _is_data(part.image_url.url)
+
+
+def fetch_pictures(request: ChatRequest, fetcher: Fetcher, until: float) -> dict[str, bytes]:
+    """The files that the images of a request lead to, by their addresses; each is fetched once.
+
+    Args:
+        request: what was asked.
+        fetcher: fetches them, one after the other.
+        until: by the monotonic clock, for all of them together.
+
+    Raises:
+        RequestError: one cannot be had, or not in time.
+    """
+    found: dict[str, bytes] = {}
+    for number, message in enumerate(request.messages):
+        for part in filter(is_fetched, message.parts):
+            assert isinstance(part, ImagePart), "others are not fetched"
+            url, name = part.image_url.url, f"messages.{number}"
+            try:
+                found[url] = found[url] if url in found else fetcher.fetch(url, until)
+            except RequestError as error:
+                if monotonic() > until:
+                    raise RequestError(
+                        f"{name}: image_url: the images take too long to fetch; send them as data URIs",
+                        408, param=name, code="timeout",
+                    ) from None  # fmt: skip
+                raise RequestError(f"{name}: {error}", param=name) from None
+    return found
+
+
+def read_picture(url: str, max_pixels: int, fetched: Mapping[str, bytes]) -> Image.Image:
     """The image of an `image_url` as upright 8-bit RGB.
 
     Args:
-        url: a data URI, or an address that `fetcher` allows. Never a path.
+        url: a data URI, or an address. Never a path.
         max_pixels: largest width times height; checked before a pixel is decoded.
-        fetcher: for addresses.
+        fetched: of `fetch_pictures`.
 
     Raises:
         RequestError: one line that says what is wrong with it.
     """
-    data = _from_data_uri(url) if url[:5].lower() == "data:" else fetcher.fetch(url)
+    data = _from_data_uri(url) if _is_data(url) else fetched[url]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            picture = Image.open(BytesIO(data), formats=FORMATS)
-    except Exception:  # decoders raise whatever a broken file leads them to
-        raise RequestError(f"image_url: not an image in one of the formats {', '.join(FORMATS)}") from None
-    if picture.width * picture.height > max_pixels:
-        raise RequestError(
-            f"image_url: {picture.width}x{picture.height} pixels are more than the limit of {max_pixels:,}; scale it down"
-        )
-    try:
-        return load_image(picture)
+        return read_image("image_url", data, FORMATS, max_pixels)
     except TwigVLMError as error:
-        raise RequestError(f"image_url: {error}") from None
+        raise RequestError(str(error)) from None
+
+
+def _is_data(url: str) -> bool:
+    return url[:5].lower() == "data:"
 
 
 def _from_data_uri(uri: str) -> bytes:

@@ -33,6 +33,10 @@ _NOT_OFFERED: dict[str, tuple[Any, ...]] = {
 """Fields of OpenAI's that are not offered, and the values at which they ask for nothing."""
 
 
+_MEMBERS = ("str", "text", "image_url")
+"""Steps that pydantic adds to the path of an error: the member of a union that it tried."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -201,8 +205,9 @@ def parse_request(body: bytes | str) -> ChatRequest:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        # The names of union members and of discriminators are pydantic's, not the client's.
-        path = [str(step) for step in first["loc"] if not str(step).startswith(("list[", "str", "text", "image_url"))]
+        # The names of union members and of discriminators are pydantic's, not the client's; the first step is never one.
+        top, inner = first["loc"][:1], map(str, first["loc"][1:])
+        path = [*map(str, top), *(step for step in inner if step not in _MEMBERS and not step.startswith("list["))]
         param = ".".join(path)[:100] or None
         text = str(first["msg"]).removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":

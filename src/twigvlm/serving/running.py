@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from twigvlm.serving.completion import Completion
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.jobs import Failed, Job, JobEvent, Tokens
+from twigvlm.serving.pictures import is_fetched
 from twigvlm.serving.protocol import ChatRequest
 from twigvlm.serving.service import Service
 
@@ -71,15 +72,20 @@ class Running:
         """Of HTTP, once the stream has ended."""
         self._completion: Completion | None = None
 
-    async def start(self, pool: ThreadPoolExecutor, arrived: float) -> None:
+    async def start(self, fetching: ThreadPoolExecutor, preparing: ThreadPoolExecutor, arrived: float) -> None:
         """Prepare, submit, and wait for the first tokens.
+
+        Args:
+            fetching: threads that wait for other hosts.
+            preparing: the thread that prepares requests; what is fetched is there by then.
+            arrived: by the monotonic clock.
 
         Raises:
             RequestError: the request cannot be answered.
             ClientGone: the client has hung up.
         """
         service, request = self._service, self._request
-        job = await self._loop.run_in_executor(pool, service.prepare, request, self._listen, arrived)
+        job = await self._prepare(fetching, preparing, arrived)
         self._held.enter_context(service.memory(job.bytes))
         self._job = job
         self._completion = Completion(
@@ -93,6 +99,15 @@ class Running:
         self._gone = asyncio.create_task(self._watch())
         service.worker.submit(job)
         self._first = await self._next()
+
+    async def _prepare(self, fetching: ThreadPoolExecutor, preparing: ThreadPoolExecutor, arrived: float) -> Job:
+        service, request, run = self._service, self._request, self._loop.run_in_executor
+        fetched: dict[str, bytes] = {}
+        with ExitStack() as held:
+            if any(is_fetched(part) for message in request.messages for part in message.parts):
+                fetched = await run(fetching, service.fetch, request, arrived)
+                held.enter_context(service.memory(sum(map(len, fetched.values()))))
+            return await run(preparing, service.prepare, request, self._listen, arrived, fetched)
 
     async def chunks(self) -> AsyncIterator[str]:
         """The server-sent events of a stream."""

@@ -9,18 +9,19 @@ from threading import Lock
 from typing import Any
 
 from twigvlm.config import WITHOUT_TWIG, PruningConfig
-from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.errors import TwigVLMError
 from twigvlm.inputs import build_inputs
 from twigvlm.model import TwigVLM
-from twigvlm.pruning.methods import make_pruner, reads_files
+from twigvlm.serving.checks import asked_length, asked_pruning, check_limits
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import shutting_down, waited_too_long
 from twigvlm.serving.fetch import Fetcher
 from twigvlm.serving.grammar import Grammar, Grammars
 from twigvlm.serving.jobs import Job, JobEvent
 from twigvlm.serving.limits import Limits
+from twigvlm.serving.messages import template_messages
 from twigvlm.serving.metrics import Metrics, server_metrics
-from twigvlm.serving.pictures import read_picture
+from twigvlm.serving.pictures import fetch_pictures
 from twigvlm.serving.protocol import ChatRequest, ImagePart, TextPart
 from twigvlm.serving.text import AnswerText
 from twigvlm.serving.worker import Worker
@@ -120,25 +121,47 @@ class Service:
         finally:
             self._held -= size
 
-    def prepare(self, request: ChatRequest, listen: Callable[[JobEvent], None], arrived: float | None = None) -> Job:
+    def fetch(self, request: ChatRequest, arrived: float) -> dict[str, bytes]:
+        """What the images of a request are that are not in it, by their addresses. Several threads may do this.
+
+        Args:
+            request: what was asked.
+            arrived: by the monotonic clock.
+
+        Raises:
+            RequestError: the request cannot be answered, or one of the images cannot be had in time.
+        """
+        self._check(request)
+        self._check_waiting(arrived)
+        return fetch_pictures(request, self.fetcher, arrived + self.limits.longest_wait)
+
+    def prepare(
+        self,
+        request: ChatRequest,
+        listen: Callable[[JobEvent], None],
+        arrived: float | None = None,
+        fetched: dict[str, bytes] | None = None,
+    ) -> Job:
         """A job for the worker: images read and text tokenized. One thread at a time does this.
 
         Args:
             request: what was asked.
             listen: gets the events of the job.
             arrived: by the monotonic clock; None: now.
+            fetched: of `fetch`; None: not yet.
 
         Raises:
             RequestError: the request cannot be answered.
         """
         arrived = time.monotonic() if arrived is None else arrived
         self._check(request)
+        if fetched is None:
+            fetched = self.fetch(request, arrived)
         with self._preparing:  # tokenizers are not for several threads
             if self.worker.draining:
                 raise shutting_down()
-            if time.monotonic() - arrived > self.limits.waiting_seconds:
-                raise waited_too_long(self.limits.waiting_seconds)
-            messages = self._messages(request)
+            self._check_waiting(arrived)
+            messages = template_messages(request, self.limits.max_pixels, fetched)
             try:
                 inputs = build_inputs(self.processor, [messages], self.model.device, self.model.dtype)
             except TwigVLMError as error:
@@ -164,12 +187,15 @@ class Service:
         """End the worker; jobs under way have that many seconds left."""
         self.worker.stop(seconds)
 
+    def _check_waiting(self, arrived: float) -> None:
+        if time.monotonic() - arrived > self.limits.longest_wait:
+            raise waited_too_long(self.limits.longest_wait)
+
     def _check(self, request: ChatRequest) -> None:
         limits = self.limits
         if request.model != self.name:
             raise RequestError(f"model: this server has only {self.name!r}", 404, param="model", code="model_not_found")
-        if (request.n or 1) > limits.max_choices:
-            raise RequestError(f"n: must be 1 to {limits.max_choices}", param="n")
+        check_limits(request, limits)
         parts = [part for message in request.messages for part in message.parts]
         images = sum(isinstance(part, ImagePart) for part in parts)
         if images > limits.max_images:
@@ -180,36 +206,9 @@ class Service:
         if length > _TEXT_PER_TOKEN * self.context:
             raise self._too_long(f"{length:,} characters")
 
-    def _messages(self, request: ChatRequest) -> list[dict[str, Any]]:
-        """The messages as chat templates take them, with images read."""
-        messages = []
-        for number, message in enumerate(request.messages):
-            parts: list[dict[str, Any]] = []
-            for part in message.parts:
-                if isinstance(part, TextPart):
-                    parts.append({"type": "text", "text": _text(part.text, number)})
-                    continue
-                try:
-                    image = read_picture(part.image_url.url, self.limits.max_pixels, self.fetcher)
-                except RequestError as error:
-                    raise RequestError(f"messages.{number}: {error}", param=f"messages.{number}") from None
-                parts.append({"type": "image", "image": image})
-            role = "system" if message.role == "developer" else message.role
-            messages.append({"role": role, "content": parts})
-        return messages
-
     def _pruning(self, request: ChatRequest) -> dict[str, Any]:
         """Options of pruning: those of the request, or else the server's."""
-        names = {option.name for option in fields(PruningConfig)}
-        given = {name: getattr(request, name) for name in names & request.model_fields_set}
-        if reads_files(given.get("pruner") or ""):
-            raise RequestError("pruner: requests cannot name directories; start the server with it", param="pruner")
-        try:
-            pruning = PruningConfig(**given) if given else self.defaults.pruning
-            if pruning.pruner not in (None, "twig"):
-                make_pruner(pruning.pruner)
-        except ValueError as error:  # TwigVLMError is one, and so is what int() says of odd digits
-            raise RequestError(f"{_cause(error)}{one_line(error)}") from None
+        pruning = asked_pruning(request) or self.defaults.pruning
         if pruning.active and pruning.pruner in (None, "twig") and not self.has_twig:
             raise RequestError("retain: this model has no twig; name another method with pruner", param="pruner")
         return {option.name: getattr(pruning, option.name) for option in fields(pruning)}
@@ -243,12 +242,10 @@ class Service:
 
     def _length(self, request: ChatRequest, prompt: int) -> int:
         """Most new tokens."""
-        asked = request.max_completion_tokens or request.max_tokens
+        asked = asked_length(request)
         room = self.context - prompt
         if room < (asked or 1):
             raise self._too_long(f"{prompt:,} tokens" + (f" and an answer of {asked:,}" if asked else ""))
-        if asked is not None and asked > self.limits.max_tokens:
-            raise RequestError(f"max_completion_tokens: must be at most {self.limits.max_tokens}")
         return asked or min(self.limits.max_tokens, room)
 
     def _grammar(self, request: ChatRequest) -> Grammar | None:
@@ -271,16 +268,3 @@ class Service:
 
 def _is_drawn(request: ChatRequest) -> bool:
     return request.temperature is not None and request.temperature >= _COLDEST
-
-
-def _cause(error: ValueError) -> str:
-    """The option that an error of Python's own, which names none, is about."""
-    return "" if isinstance(error, TwigVLMError) else "pruner: "
-
-
-def _text(text: str, number: int) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RequestError(f"messages.{number}: is no text in UTF-8", param=f"messages.{number}") from None
-    return text

@@ -12,6 +12,7 @@ import torch
 
 from twigvlm.engine.engine import Engine
 from twigvlm.model import TwigVLM
+from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import request_error, shutting_down, too_late, waited_too_long
 from twigvlm.serving.jobs import Choice, Failed, Job, JobEvent
 from twigvlm.serving.limits import Limits
@@ -204,8 +205,9 @@ class Worker:
             self._tell(job, told)
 
     def _count(self, job: Job, choice: Choice, new: int) -> None:
-        metrics, row = self._metrics, choice.row
+        metrics, row, counts = self._metrics, choice.row, choice.counts
         assert row is not None, "it has got tokens"
+        assert counts is not None, "they have been told"
         metrics.add("twigvlm_generated_tokens_total", new)
         metrics.add("twigvlm_steps_total")
         metrics.add("twigvlm_drafted_tokens_total", row.drafted[choice.steps - 1])
@@ -214,9 +216,8 @@ class Worker:
             job.started = True
             metrics.observe("twigvlm_time_to_first_token_seconds", time.monotonic() - job.arrived)
             metrics.add("twigvlm_prompt_tokens_total", job.prompt_tokens)
-        if choice.ended and choice.counts is not None:
-            metrics.add("twigvlm_visual_tokens_total", choice.counts.visual)
-            metrics.add("twigvlm_kept_visual_tokens_total", choice.counts.kept)
+            metrics.add("twigvlm_visual_tokens_total", counts.visual)
+            metrics.add("twigvlm_kept_visual_tokens_total", counts.kept)
 
     def _after_failure(self, way: str, error: Exception) -> None:
         """A step raised. Whose prompt could not be taken up fails; otherwise all rows of the engine are generated again.
@@ -251,16 +252,20 @@ class Worker:
             if now - job.arrived > limits.total_seconds:
                 self._fail(job, too_late(limits.total_seconds))
         with self._changed:
-            # Jobs that start over have waited before.
-            late = [job for job in self._waiting if now - job.arrived > limits.waiting_seconds and not job.suspect]
-            refused = [job for job in self._waiting if self._draining and not job.suspect]
-            for job in {*late, *refused}:
+            ended = {job: error for job in self._waiting if (error := self._why_not(job, now - job.arrived))}
+            for job in ended:
                 self._waiting.remove(job)
-        for job in refused:
-            self._tell(job, Failed(shutting_down()))
-        for job in late:
-            if job not in refused:
-                self._tell(job, Failed(waited_too_long(limits.waiting_seconds)))
+        for job, error in ended.items():
+            self._tell(job, Failed(error))
+
+    def _why_not(self, job: Job, waited: float) -> RequestError | None:
+        """Why a job that waits is given up."""
+        limits = self._limits
+        if job.suspect:  # it starts over, and has waited before
+            return too_late(limits.total_seconds) if waited > limits.total_seconds else None
+        if self._draining:
+            return shutting_down()
+        return waited_too_long(limits.longest_wait) if waited > limits.longest_wait else None
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._give_up(job, None)

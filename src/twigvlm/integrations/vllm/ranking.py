@@ -39,7 +39,6 @@ class Ranking(nn.Module):
         super().__init__()
         exported = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         self.trunk_layers: int = exported["twigvlm"]["trunk_layers"]
-        self.base_layers: int = exported["twigvlm"]["base"]["num_hidden_layers"]
         kind, config = _kind_of(exported)
         config._attn_implementation = "sdpa"
         weights = load_file(Path(folder) / "model.safetensors")

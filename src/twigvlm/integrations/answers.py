@@ -1,0 +1,142 @@
+"""Questions to answer, and a folder of answers that several workers write and a run that goes on reads again."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.files import replacing
+from twigvlm.serving.batch import BatchLine
+from twigvlm.serving.checks import asked_pruning, check_limits
+from twigvlm.serving.limits import Limits
+
+QUESTIONS = "questions.jsonl"
+"""File of a folder of pictures: objects with `question`, `image` (a path in the folder) and perhaps `id`."""
+SETTINGS = "settings.json"
+"""File of a folder of answers: what they depend on."""
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("answer", pa.string()),
+        ("error", pa.string()),
+        ("tokens", pa.int64()),
+        ("visual_tokens", pa.float64()),
+    ]
+)
+
+
+def request_body(model: str, parts: list[dict[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A request about one record.
+
+    Args:
+        model: its name.
+        parts: of the question.
+        options: further fields.
+    """
+    return {"model": model, "messages": [{"role": "user", "content": parts}], **options}
+
+
+def check_options(options: Mapping[str, Any], limits: Limits) -> None:
+    """Raise TwigVLMError where every record would fail for the same option, as far as that shows without a model."""
+    if taken := sorted({"model", "messages"} & options.keys()):
+        raise TwigVLMError(f"options: {', '.join(taken)} come from the model and the records; leave them out")
+    body = request_body("any", [{"type": "text", "text": "any"}], options)
+    try:
+        json.dumps(body)
+    except (TypeError, ValueError) as error:
+        raise TwigVLMError(f"options: cannot be written as JSON ({one_line(error)}); give numbers and texts") from None
+    request = BatchLine("any", body).request()
+    check_limits(request, limits)
+    asked_pruning(request)
+
+
+def read_source(source: Path) -> pa.Table:
+    """The records of a Parquet file or folder, or of a folder of pictures: columns `id`, `question` and `image`.
+
+    Raises:
+        TwigVLMError: it has not these columns, or an `id` twice.
+    """
+    name = f"source {str(source)!r}"
+    listed = source / QUESTIONS
+    if listed.exists():
+        # Not splitlines: a text may contain what Unicode takes for the end of a line.
+        lines = [json.loads(line) for line in listed.read_text(encoding="utf-8").split("\n") if line.strip()]
+        images = [line.get("image") for line in lines]
+        table = pa.table({
+            "id": [str(line.get("id", number)) for number, line in enumerate(lines)],
+            "question": [str(line["question"]) for line in lines],
+            "image": pa.array([None if each is None else str((source / each).absolute()) for each in images], pa.string()),
+        })  # fmt: skip
+    else:
+        table = pq.read_table(source)
+    if missing := {"id", "question", "image"} - set(table.column_names):
+        raise TwigVLMError(f"{name}: has no column {', '.join(sorted(missing))}")
+    ids = [str(key) for key in table.column("id").to_pylist()]
+    if len(set(ids)) < len(ids):
+        raise TwigVLMError(f"{name}: has two records with the same id; give each its own")
+    return table.select(["question", "image"]).add_column(0, "id", pa.array(ids, pa.string()))
+
+
+def open_answers(out: Path, settings: Mapping[str, Any]) -> set[str]:
+    """Make a folder of answers, or go on with one; the ids of records that are answered there, without those that failed.
+
+    Args:
+        out: the folder.
+        settings: what answers depend on, JSON-able.
+
+    Raises:
+        TwigVLMError: the folder holds answers with other settings. Settings without answers are replaced.
+    """
+    wanted, note = json.loads(json.dumps(settings)), out / SETTINGS
+    out.mkdir(parents=True, exist_ok=True)
+    answers = _parts(out, ["id", "error"]).to_pylist()
+    if answers:
+        found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+        other = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        if other:
+            raise TwigVLMError(
+                f"out {str(out)!r}: holds answers with other options ({', '.join(other)}); name another directory"
+            )
+    else:
+        with replacing(note) as temporary:
+            temporary.write_text(json.dumps(wanted), encoding="utf-8")
+    return {row["id"] for row in answers if row["error"] is None}
+
+
+def write_answers(out: Path, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Write the answers of a batch to a file of their own, which is there whole or not at all; returns its columns.
+
+    Args:
+        out: folder of the answers.
+        answers: id -> the other columns.
+    """
+    columns = {"id": [*answers], **{name: [row[name] for row in answers.values()] for name in _SCHEMA.names[1:]}}
+    name = hashlib.sha256(json.dumps(sorted(answers)).encode()).hexdigest()[:32]
+    with replacing(out / f"part-{name}.parquet") as temporary:
+        pq.write_table(pa.table(columns, schema=_SCHEMA), temporary)
+    return columns
+
+
+def read_answers(out: str | Path) -> pa.Table:
+    """All answers of a folder, one for each `id`, in the order of ids; an error only where there is no answer.
+
+    A worker that is lost after it wrote may have written under another grouping of records; the answers are the same.
+    """
+    table = _parts(Path(out), _SCHEMA.names)
+    best: dict[str, int] = {}
+    errors = table.column("error").to_pylist()
+    for row, key in enumerate(table.column("id").to_pylist()):
+        if errors[best.setdefault(key, row)] is not None:
+            best[key] = row
+    return table.take(pa.array([best[key] for key in sorted(best)], pa.int64()))
+
+
+def _parts(out: Path, columns: list[str]) -> pa.Table:
+    """Everything that workers wrote."""
+    tables = [pq.read_table(path, columns=columns) for path in sorted(out.glob("part-*.parquet"))]
+    return pa.concat_tables(tables or [_SCHEMA.empty_table().select(columns)])

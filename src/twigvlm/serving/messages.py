@@ -1,0 +1,44 @@
+"""The messages of a request as chat templates take them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from twigvlm.serving.errors import RequestError
+from twigvlm.serving.pictures import read_picture
+from twigvlm.serving.protocol import ChatRequest, TextPart
+
+
+def template_messages(request: ChatRequest, max_pixels: int, fetched: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    """The messages as chat templates take them, with images read.
+
+    Args:
+        request: what was asked.
+        max_pixels: largest width times height of an image.
+        fetched: of `fetch_pictures`.
+
+    Raises:
+        RequestError: a text or an image cannot be read.
+    """
+    messages = []
+    for number, message in enumerate(request.messages):
+        parts: list[dict[str, Any]] = []
+        for part in message.parts:
+            if isinstance(part, TextPart):
+                parts.append({"type": "text", "text": _text(part.text, number)})
+                continue
+            try:
+                image = read_picture(part.image_url.url, max_pixels, fetched)
+            except RequestError as error:
+                raise RequestError(f"messages.{number}: {error}", param=f"messages.{number}") from None
+            parts.append({"type": "image", "image": image})
+        role = "system" if message.role == "developer" else message.role
+        messages.append({"role": role, "content": parts})
+    return messages
+
+
+def _text(text: str, number: int) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"messages.{number}: is no text in UTF-8", param=f"messages.{number}") from None
+    return text

@@ -1,0 +1,90 @@
+"""What batch inference on Ray does without Ray: options, records, and the folder of answers."""
+
+import json
+
+import pytest
+
+pq = pytest.importorskip("pyarrow.parquet")
+pytest.importorskip("pydantic")
+
+from twigvlm.errors import TwigVLMError  # noqa: E402
+from twigvlm.integrations.answers import (  # noqa: E402
+    check_options,
+    open_answers,
+    read_answers,
+    read_source,
+    write_answers,
+)
+from twigvlm.serving.limits import Limits  # noqa: E402
+
+FAILED = {"answer": None, "error": "no picture", "tokens": 0, "visual_tokens": 0.0}
+GOOD = {"answer": "a sign", "error": None, "tokens": 3, "visual_tokens": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"retian": 64}, "retian: this server knows no such field"),
+        ({"max_completion_tokens": 2048}, "max_completion_tokens: must be at most 1024"),
+        ({"n": 9}, "n: must be 1 to 8"),
+        ({"stream": True}, "stream: does not apply"),
+        ({"retain": 8, "keep": 4}, "give only one of them"),
+        ({"pruner": "nonsense", "retain": 8}, "nonsense"),
+        ({"pruner": "visionzip:/etc", "retain": 8}, "requests cannot name directories"),
+        ({"messages": []}, "messages come from the model and the records; leave them out"),
+        ({"seed": {1}}, "options: cannot be written as JSON"),
+    ],
+)
+def test_an_option_that_every_record_would_fail_for_is_refused_at_once(options, words):
+    with pytest.raises(TwigVLMError, match=words):
+        check_options(options, Limits())
+
+
+def test_options_within_the_limits_are_taken():
+    check_options({"retain": 64, "max_completion_tokens": 2048, "pruner": "fastv:2"}, Limits(max_tokens=4096))
+
+
+def test_records_that_failed_are_answered_again_and_an_answer_counts_more_than_an_error(tmp_path):
+    options = {"retain": 8}
+    assert open_answers(tmp_path, options) == set()
+    write_answers(tmp_path, {"a": GOOD, "b": FAILED, "c": FAILED})
+    assert open_answers(tmp_path, options) == {"a"}
+    for ids in ("b", "bc", "cb", "ab"):  # under several names, so that files come in different orders
+        write_answers(tmp_path, {key: GOOD if key == "b" else {**FAILED, "error": "again"} for key in ids})
+    assert open_answers(tmp_path, options) == {"a", "b"}
+    answers = read_answers(tmp_path).to_pylist()
+    assert answers[:2] == [{"id": "a", **GOOD}, {"id": "b", **GOOD}]
+    assert answers[2]["id"] == "c"
+    assert answers[2]["error"]
+
+
+def test_answers_with_other_options_are_not_gone_on_with(tmp_path):
+    open_answers(tmp_path / "out", {"retain": 8})
+    open_answers(tmp_path / "out", {"retain": 16})  # nothing was answered with the first ones
+    write_answers(tmp_path / "out", {"a": GOOD})
+    with pytest.raises(TwigVLMError, match=r"other options \(keep, retain\); name another directory"):
+        open_answers(tmp_path / "out", {"keep": 8})
+    assert open_answers(tmp_path / "out", {"retain": 16}) == {"a"}
+    for note in (tmp_path / "out").glob("*.json"):
+        note.unlink()
+    with pytest.raises(TwigVLMError, match="other options"):
+        open_answers(tmp_path / "out", {"retain": 16})
+
+
+def test_a_folder_without_answers_has_none(tmp_path):
+    assert len(read_answers(tmp_path)) == 0
+
+
+def test_a_question_may_hold_what_unicode_takes_for_the_end_of_a_line(tmp_path):
+    questions = ["one\u2028two", "three\u0085four", "five"]
+    lines = [json.dumps({"question": question, "image": "a.png"}, ensure_ascii=False) for question in questions]
+    (tmp_path / "questions.jsonl").write_text("\r\n".join(lines) + "\n\n", encoding="utf-8", newline="")
+    records = read_source(tmp_path).to_pylist()
+    assert [record["question"] for record in records] == questions
+    assert records[0]["image"] == str((tmp_path / "a.png").absolute())
+
+
+def test_records_of_one_id_are_refused(tmp_path):
+    (tmp_path / "questions.jsonl").write_text('{"id": 1, "question": "a"}\n{"id": "1", "question": "b"}\n')
+    with pytest.raises(TwigVLMError, match="two records with the same id"):
+        read_source(tmp_path)

@@ -1,0 +1,144 @@
+"""Pictures of requests are read as they are elsewhere, within the server's limits."""
+
+import base64
+import time
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from threading import Event, Lock
+
+import pytest
+from PIL import Image
+
+from tests.serving.servers import chat, picture, served, tiny_service
+from tests.serving.test_hostile import post
+from tests.test_images import LONG, chunk
+from twigvlm.images import load_image
+from twigvlm.serving import pictures
+from twigvlm.serving.app import FETCHING
+from twigvlm.serving.errors import RequestError
+from twigvlm.serving.limits import Limits
+from twigvlm.serving.pictures import read_picture
+from twigvlm.serving.protocol import ChatRequest
+
+NOWHERE = {}
+"""Nothing was fetched."""
+
+
+def stored(size=(20, 12), form="PNG"):
+    data = BytesIO()
+    Image.new("RGB", size, "red").save(data, form)
+    return data.getvalue()
+
+
+def uri(data):
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+@pytest.mark.parametrize("text", [chunk(b"iCCP", b"profile\0\0" + LONG), chunk(b"zTXt", b"Comment\0\0" + LONG)])
+def test_a_large_profile_or_text_does_not_matter(text):
+    data = stored()
+    at = data.index(b"IDAT") - 4
+    found = read_picture(uri(data[:at] + text + data[at:]), 1000, NOWHERE)
+    assert found.tobytes() == load_image(data).tobytes()
+
+
+@pytest.mark.parametrize("pillow_s_limit", [None, 50])
+def test_a_picture_that_is_too_large_is_to_be_scaled_down(monkeypatch, pillow_s_limit):
+    """Pillow refuses far too large ones in a way of its own."""
+    if pillow_s_limit:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_s_limit)
+    with pytest.raises(RequestError, match=r"image_url: .* than the limit of 200 pixels; scale it down"):
+        read_picture(picture(), 200, NOWHERE)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"no picture", "not an image in one of the formats PNG, JPEG, WEBP, GIF, BMP; save it as"),
+        (stored(form="TIFF"), "not an image in one of the formats"),
+        (stored()[:50], "image_url: corrupt or truncated"),
+    ],
+)
+def test_what_is_no_picture_is_refused(data, words):
+    with pytest.raises(RequestError, match=words):
+        read_picture(uri(data), 1000, NOWHERE)
+
+
+class Hosts:
+    """In place of a fetcher: addresses with "slow" in them deliver once they are released."""
+
+    def __init__(self, full=FETCHING):
+        self.full, self.lock = full, Lock()
+        self.began, self.released = Event(), Event()
+        self.inside = self.most = 0
+        self.asked = []
+
+    def fetch(self, url, until):
+        with self.lock:
+            self.asked.append((url, until))
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            if self.inside == self.full:
+                self.began.set()
+        if "slow" in url:
+            assert self.released.wait(60)
+        with self.lock:
+            self.inside -= 1
+        return stored()
+
+
+@pytest.mark.parametrize("full", [1, FETCHING])
+def test_slow_hosts_hold_up_nobody_else(full):
+    hosts = Hosts(full)
+    service = tiny_service(fetcher=hosts)
+    with served(service) as address, ThreadPoolExecutor(FETCHING + 2) as pool:
+
+        def ask(url):
+            return post(address, chat(images=[url], max_completion_tokens=1))[0]
+
+        try:
+            slow = [pool.submit(ask, f"https://slow.test/{n}") for n in range(full if full == 1 else full + 2)]
+            assert hosts.began.wait(20)
+            assert ask(picture()) == 200
+            if full == 1:
+                assert ask("https://fast.test/a") == 200
+            assert not any(one.done() for one in slow)
+        finally:
+            hosts.released.set()
+        assert [one.result() for one in slow] == [200] * len(slow)
+    assert hosts.most <= FETCHING
+    assert service._held == 0
+
+
+def test_all_images_of_a_request_have_one_deadline_and_each_is_fetched_once():
+    hosts = Hosts()
+    service = tiny_service(fetcher=hosts, limits=Limits(waiting_seconds=40))
+    try:
+        arrived = time.monotonic()
+        request = ChatRequest.model_validate(chat(images=[f"https://fast.test/{name}" for name in "aba"]))
+        service.prepare(request, print, arrived)
+        assert hosts.asked == [(f"https://fast.test/{name}", arrived + 40) for name in "ab"]
+    finally:
+        service.stop()
+
+
+def test_images_that_come_too_late_are_refused(monkeypatch):
+    def fetch(url, until):
+        monkeypatch.setattr(pictures, "monotonic", lambda: until + 1)
+        raise RequestError("image_url: slow.test does not deliver it")
+
+    hosts = Hosts()
+    hosts.fetch = fetch
+    request = ChatRequest.model_validate(chat(images=["https://slow.test/a"]))
+    with pytest.raises(RequestError, match="take too long to fetch; send them as data URIs") as refused:
+        pictures.fetch_pictures(request, hosts, 0)
+    assert (refused.value.status, refused.value.param) == (408, "messages.0")
+
+
+def test_what_is_refused_anyway_is_not_fetched(service, monkeypatch):
+    hosts = Hosts()
+    monkeypatch.setattr(service, "fetcher", hosts)
+    for options in ({"model": "other"}, {"n": 99}, {"images": ["https://fast.test/a"] * 17}):
+        with pytest.raises(RequestError):
+            service.fetch(ChatRequest.model_validate(chat(**{"images": ["https://fast.test/a"], **options})), 0)
+    assert hosts.asked == []
