@@ -14,7 +14,7 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.pruning.methods import make_pruner
 from twigvlm.pruning.methods.dart import least_similar
 from twigvlm.pruning.methods.density_peaks import density_peaks
-from twigvlm.pruning.methods.sparsevlm import distance_kernel, raters, recycling
+from twigvlm.pruning.methods.sparsevlm import SparseVLM, distance_kernel, raters, recycling
 from twigvlm.pruning.methods.twig_attention import layer_scores
 from twigvlm.pruning.question import attention_from, question_mask
 from twigvlm.pruning.view import CutView, Tokens
@@ -157,3 +157,20 @@ def test_later_cuts_are_by_the_base_s_own_attention(layer):
     far = (after.index[0, -1] - after.index[0] >= 9) & tokens.visual[0]
     assert far.any()
     assert bool(scores[0, far].any()) == (layer == 2)
+
+
+@torch.no_grad()
+def test_the_kernel_of_distances_is_that_of_the_layer():
+    base, captured, tokens = gemma3()
+    after, attention = run_last(base, tokens.through(base, 0, 1, base.masks(), None), 2)
+    visual, asking = captured.visual_mask[0].nonzero()[:, 0], raters(captured)[0].nonzero()[:, 0]
+    rotary = tokens.inputs.rotary("full_attention")
+    kernel = distance_kernel(rotary, rotary)[0]
+    torch.testing.assert_close(kernel.diagonal(), torch.ones(len(kernel)))
+    rows = attention[0][:, asking]
+    heads = rows[:, :, visual].sum((1, 2)).topk(2).indices
+    ranked = visual[(rows[heads] / kernel[asking]).mean(0).sum(0)[visual].argsort(descending=True)]
+    view = CutView(base, captured, 2, after, None)
+    for keep in range(1, len(visual)):
+        stays = SparseVLM("v2").choose(view, [keep]).stays
+        assert stays[0].nonzero()[:, 0].tolist() == ranked[:keep].sort().values.tolist()
