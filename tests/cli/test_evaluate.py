@@ -1,5 +1,6 @@
 import base64
 import json
+import shutil
 
 import huggingface_hub
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 
 from tests.tiny import tiny_llava
 from tests.tiny_processor import tiny_processor
+from twigvlm.checkpoints.twig_files import CONFIG
 from twigvlm.cli.commands import COMMANDS as CLI
 from twigvlm.cli.main import main
 from twigvlm.cli.parsing import parse
@@ -241,6 +243,17 @@ def test_records_of_another_version_are_not_continued(refused, arguments, monkey
         before.setattr("twigvlm.cli.evaluate.bench.RECORDS", 1)
         assert main(arguments("accuracy")) == 0
     refused(*arguments("accuracy"), words=("other settings", "records"))
+
+
+def test_results_of_a_twig_that_was_tuned_are_not_continued(refused, arguments, twig_directory, tmp_path):
+    twig = shutil.copytree(twig_directory, tmp_path / "twig")
+    assert main(arguments("exactness", twig=twig, checks="chain")) == 0
+    config = json.loads((twig / CONFIG).read_text())
+    (twig / CONFIG).write_text(json.dumps(config))  # the same in other words
+    assert main(arguments("exactness", twig=twig, checks="chain")) == 0
+    config["twig"]["final_wipe"] = 4
+    (twig / CONFIG).write_text(json.dumps(config))
+    refused(*arguments("exactness", twig=twig, checks="chain"), words=("other settings (twig)",))
 
 
 def test_a_batch_needs_no_padding_token(picture):

@@ -72,6 +72,17 @@ def test_methods_and_drafts_are_those_of_generate(model, processor, method, opti
     assert one.passes > 0
 
 
+@pytest.mark.parametrize("speculate", ["none", "chain", "lookup"])
+def test_passes_are_those_that_verify_drafts(model, processor, speculate):
+    (one,) = Answerer(model.base, model, processor, Setting("twig", 10, speculate)).answer([question()], 12, GREEDY)
+    inputs = build_inputs(processor, [question()], model.device, model.dtype)
+    options = {"max_new_tokens": 12, "return_dict_in_generate": True, **GREEDY}
+    (drafted,) = model.generate(**inputs, retain=10, speculate=speculate, **options).drafted_lengths
+    assert 0 in drafted
+    assert one.passes == sum(count > 0 for count in drafted)
+    assert (one.passes > 0) == (speculate != "none")
+
+
 def test_k_f_and_a_share_of_the_visual_tokens(model, processor):
     setting = Setting("twig", "50%", final_wipe=4)
     (one,) = Answerer(model.base, model, processor, setting).answer([question()], NEW, GREEDY)

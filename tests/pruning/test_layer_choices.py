@@ -8,12 +8,16 @@ from hypothesis import strategies as st
 from tests.families import prompt, tiny
 from tests.pruning.image_tokens import SIZES, WIDTH
 from twigvlm import TwigConfig, TwigVLM
+from twigvlm.base.layers import project_keys
 from twigvlm.base.token_inputs import rotate
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.pruning.methods import make_pruner
 from twigvlm.pruning.methods.dart import least_similar
 from twigvlm.pruning.methods.density_peaks import density_peaks
-from twigvlm.pruning.methods.sparsevlm import distance_kernel, raters, recycling
+from twigvlm.pruning.methods.sparsevlm import SparseVLM, distance_kernel, raters, recycling
+from twigvlm.pruning.methods.twig_attention import layer_scores
+from twigvlm.pruning.question import attention_from, question_mask
+from twigvlm.pruning.view import CutView, Tokens
 
 
 @given(SIZES)
@@ -118,3 +122,55 @@ def test_first_cut_is_by_the_base_s_own_attention(name):
     expected = visual[scores[visual].topk(first.keep).indices].sort().values
     output = model.generate(**inputs, pruner=name, retain=20, max_new_tokens=1, return_dict_in_generate=True)
     assert output.kept_indices[0].tolist() == expected.tolist()
+
+
+def gemma3():
+    """A base with windows and with rotary embeddings of two kinds, and the tokens of a prompt before its first layer."""
+    base = BaseVLM(tiny("gemma3", "eager"))
+    captured = base.prompt(**prompt(base.model, "gemma3", "images"))
+    return base, captured, Tokens(captured.hidden, base.token_inputs(captured), captured.visual_mask, captured.lengths)
+
+
+def run_last(base, tokens, layer):
+    """The tokens after a layer, and the attention map that it made of them."""
+    maps = []
+    hook = base.layers[layer - 1].self_attn.register_forward_hook(lambda *call: maps.append(call[2][1]))
+    after = tokens.through(base, layer - 1, layer, base.masks(), None, in_two=True)
+    hook.remove()
+    return after, maps[-1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [2, 3], ids=["sees-all", "has-a-window"])
+def test_later_cuts_are_by_the_base_s_own_attention(layer):
+    """After a cut a window still measures in the unpruned sequence: what a layer cannot see has no score in it."""
+    base, captured, tokens = gemma3()
+    visual, masks, last = captured.visual_mask, base.masks(), base.layers[layer - 1]
+    tokens = tokens.through(base, 0, 1, masks, None).keep(~visual | (visual.cumsum(1) % 4 == 0))
+    tokens = tokens.through(base, 1, layer - 1, masks, None)
+    after, attention = run_last(base, tokens, layer)
+    asking = question_mask(captured)
+    (rows,) = attention_from(CutView(base, captured, layer, after, None), asking)
+    torch.testing.assert_close(rows.shares, attention[:, :, asking.gather(1, after.index)[0]])
+    scores = layer_scores(last, tokens.hidden, project_keys(last, tokens.hidden, tokens.inputs), tokens, "last")
+    torch.testing.assert_close(scores, attention[:, :, -1].mean(1) * tokens.visual)
+    far = (after.index[0, -1] - after.index[0] >= 9) & tokens.visual[0]
+    assert far.any()
+    assert bool(scores[0, far].any()) == (layer == 2)
+
+
+@torch.no_grad()
+def test_the_kernel_of_distances_is_that_of_the_layer():
+    base, captured, tokens = gemma3()
+    after, attention = run_last(base, tokens.through(base, 0, 1, base.masks(), None), 2)
+    visual, asking = captured.visual_mask[0].nonzero()[:, 0], raters(captured)[0].nonzero()[:, 0]
+    rotary = tokens.inputs.rotary("full_attention")
+    kernel = distance_kernel(rotary, rotary)[0]
+    torch.testing.assert_close(kernel.diagonal(), torch.ones(len(kernel)))
+    rows = attention[0][:, asking]
+    heads = rows[:, :, visual].sum((1, 2)).topk(2).indices
+    ranked = visual[(rows[heads] / kernel[asking]).mean(0).sum(0)[visual].argsort(descending=True)]
+    view = CutView(base, captured, 2, after, None)
+    for keep in range(1, len(visual)):
+        stays = SparseVLM("v2").choose(view, [keep]).stays
+        assert stays[0].nonzero()[:, 0].tolist() == ranked[:keep].sort().values.tolist()

@@ -61,6 +61,11 @@ def window_of(layer: nn.Module) -> int | None:
     return cast("int | None", vars(own["config"]).get("sliding_window"))  # of all its layers, as in Mistral
 
 
+def rotary_of(layer: nn.Module, inputs: TokenInputs) -> tuple[Tensor, Tensor]:
+    """(cos, sin) by which a decoder layer rotates tokens."""
+    return inputs.rotary(_kind(cast(Any, layer).self_attn))
+
+
 def project_queries(
     layer: nn.Module, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs
 ) -> Float[Tensor, "batch heads tokens head_dim"]:

@@ -17,6 +17,7 @@ def attention_chunks(
     query_positions: Int[Tensor, "batch queries"],
     window: int | None = None,
     chunk: int = 32,
+    key_positions: Int[Tensor, "batch tokens"] | None = None,
 ) -> Iterator[tuple[slice, Float[Tensor, "batch heads part tokens"]]]:
     """Rows of a causal attention map, a few queries at a time: which queries, and their softmax over *all* keys.
 
@@ -26,13 +27,14 @@ def attention_chunks(
         queries: rotated queries.
         keys: rotated keys of all tokens.
         scaling: factor of the dot product (1/sqrt(head_dim) as a rule).
-        query_positions: index of each query among the tokens; a query sees keys up to itself.
+        query_positions: position of each query; it sees keys up to itself.
         window: how many tokens a query looks back, itself included; None: all.
         chunk: queries per matrix product, so that many queries need little memory.
+        key_positions: of all tokens, ascending: those of the unpruned sequence where there is a window; None: 0, 1, 2, …
     """
     batch, heads, count, _ = queries.shape
     groups, tokens = keys.shape[1], keys.shape[2]
-    keys_at = torch.arange(tokens, device=keys.device)
+    keys_at = torch.arange(tokens, device=keys.device) if key_positions is None else key_positions[:, None]
     for start in range(0, count, chunk):
         part = slice(start, min(start + chunk, count))
         grouped = queries[:, :, part].reshape(batch, groups, -1, queries.shape[-1])  # heads of a group share its keys
@@ -54,6 +56,7 @@ def attention_scores(
     visual_mask: Bool[Tensor, "batch tokens"],
     window: int | None = None,
     chunk: int = 32,
+    key_positions: Int[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """Attention that visual tokens get: softmax over *all* keys, mean over heads, sum over the queries (Eq. 3).
 
@@ -63,18 +66,19 @@ def attention_scores(
         queries: rotated queries.
         keys: rotated keys of all tokens.
         scaling: factor of the dot product (1/sqrt(head_dim) as a rule).
-        query_positions: index of each query among the tokens; a query sees keys up to itself.
+        query_positions: position of each query; it sees keys up to itself.
         counts: how many of the queries of each row are summed, the first ones.
         visual_mask: True at visual tokens.
         window: how many tokens a query looks back, itself included; None: all.
         chunk: queries per matrix product, so that many queries need little memory.
+        key_positions: of all tokens, ascending: those of the unpruned sequence where there is a window; None: 0, 1, 2, …
 
     Returns:
         Scores in float32; 0 at text tokens.
     """
     scores = torch.zeros(visual_mask.shape, dtype=torch.float32, device=keys.device)
     asks = valid_mask(counts, query_positions.shape[1], keys.device)
-    for part, shares in attention_chunks(queries, keys, scaling, query_positions, window, chunk):
+    for part, shares in attention_chunks(queries, keys, scaling, query_positions, window, chunk, key_positions):
         scores += (shares.mean(dim=1) * asks[:, part, None]).sum(dim=1)
     return scores.masked_fill(~visual_mask, 0.0)
 

@@ -27,7 +27,7 @@ def question_mask(prompt: Prompt) -> Bool[Tensor, "batch tokens"]:
 
 
 class QuestionRows(NamedTuple):
-    """Attention from some text tokens, a few of them at a time."""
+    """Attention from some tokens, a few of them at a time."""
 
     shares: Float[Tensor, "batch heads queries tokens"]
     """Softmax over all keys."""
@@ -38,11 +38,11 @@ class QuestionRows(NamedTuple):
 
 
 def attention_from(view: CutView, asking: Bool[Tensor, "batch prompt_tokens"]) -> Iterator[QuestionRows]:
-    """Attention from text tokens, in the layer before a cut.
+    """Attention from some of the tokens that are left, in the layer before a cut.
 
     Args:
         view: at the cut.
-        asking: True at them, in the whole prompt; text is in a prompt as long as it runs.
+        asking: True at them, in the whole prompt; those that were cut do not ask.
     """
     layer, tokens = view.base.layers[view.layer - 1], view.tokens
     left = valid_mask(tokens.lengths, tokens.hidden.shape[1], asking.device)
@@ -52,6 +52,7 @@ def attention_from(view: CutView, asking: Bool[Tensor, "batch prompt_tokens"]) -
     queries = project_queries(layer, gather_tokens(view.before, positions), inputs)
     keys = project_keys(layer, view.before, tokens.inputs)
     asks = valid_mask(counts, positions.shape[1], asking.device)
-    scaling = cast(Any, layer).self_attn.scaling
-    for part, shares in attention_chunks(queries, keys, scaling, positions, window_of(layer)):
+    scaling, window, at = cast(Any, layer).self_attn.scaling, window_of(layer), tokens.inputs.positions
+    places = positions if inputs.positions is None else inputs.positions
+    for part, shares in attention_chunks(queries, keys, scaling, places, window, key_positions=at):
         yield QuestionRows(shares, asks[:, part], select_tokens(tokens.inputs, positions[:, part]))

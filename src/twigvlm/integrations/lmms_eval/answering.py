@@ -189,7 +189,7 @@ class Answerer:
         if self.model is not None:
             first, averages = output.timings.prefill, output.average_visual
             drafted, accepted = (sum(map(sum, each)) for each in (output.drafted_lengths, output.accepted_lengths))
-            passes = sum(map(len, output.accepted_lengths))
+            passes = sum(count > 0 for row in output.drafted_lengths for count in row)
         return Answered(
             [self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new],
             [len(ids) for ids in new],

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from twigvlm.base.layers import rotary_of
 from twigvlm.base.prompt import Prompt
 from twigvlm.base.token_inputs import rotate
 from twigvlm.pruning.cut import Choice, Cut, Need, scaled_layers, solve_cuts
@@ -31,9 +32,9 @@ class SparseVLM:
     """At each cut the visual tokens stay that the raters attend to most in the layer before it.
 
     Zhang et al., "SparseVLM", ICML 2025. Raters are the text tokens behind the image whose embeddings fit the visual
-    ones better than the mean. v1 recycles: the best third of what is dropped is clustered, and the clusters' means stay
-    too. v2 recycles nothing, divides attention by what rotary embeddings alone make of a distance, and asks the half of the
-    heads that look at the image most.
+    ones better than the mean. v1 recycles: of what is dropped the best 30 %, and one token more, are clustered, and the
+    clusters' means stay too. v2 recycles nothing, divides attention by what rotary embeddings alone make of a distance, and
+    asks the half of the heads that look at the image most.
     """
 
     version: Literal["v1", "v2"] = "v1"
@@ -67,15 +68,15 @@ class SparseVLM:
         return Choice(stays, hidden, self.positions == "compacted")
 
     def _scores(self, view: CutView) -> Float[Tensor, "batch tokens"]:
-        visual = view.tokens.visual
+        visual, layer = view.tokens.visual, view.base.layers[view.layer - 1]
         total: Tensor | None = None
         looks: Tensor | None = None
         for shares, asks, inputs in attention_from(view, raters(view.prompt)):
             given = shares * asks[:, None, :, None]
             mass = (given * visual[:, None, None]).sum(dim=(2, 3))
             if self.version == "v2":
-                everyone = view.tokens.inputs
-                given = given / distance_kernel((inputs.cos, inputs.sin), (everyone.cos, everyone.sin))[:, None]
+                kernel = distance_kernel(rotary_of(layer, inputs), rotary_of(layer, view.tokens.inputs))
+                given = given / kernel[:, None]
             summed = given.sum(dim=2)
             total, looks = (summed, mass) if total is None or looks is None else (total + summed, looks + mass)
         assert total is not None, "somebody asks"

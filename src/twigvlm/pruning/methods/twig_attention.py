@@ -52,6 +52,8 @@ def layer_scores(
         rows = torch.tensor(tokens.lengths, device=hidden.device)[:, None] - 1
     else:
         rows, counts = left_pack(tokens.text)
-    row_queries = project_queries(layer, gather_tokens(hidden, rows), select_tokens(tokens.inputs, rows))
-    scaling = cast(Any, layer).self_attn.scaling
-    return attention_scores(row_queries, keys, scaling, rows, counts, tokens.visual, window_of(layer))
+    inputs = select_tokens(tokens.inputs, rows)
+    row_queries = project_queries(layer, gather_tokens(hidden, rows), inputs)
+    scaling, window, at = cast(Any, layer).self_attn.scaling, window_of(layer), tokens.inputs.positions
+    places = rows if inputs.positions is None else inputs.positions
+    return attention_scores(row_queries, keys, scaling, places, counts, tokens.visual, window, key_positions=at)
