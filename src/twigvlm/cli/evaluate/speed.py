@@ -105,4 +105,5 @@ def time_systems(
             show,
             assistant=drafter,
         )
-    write_report(options, title, bench, more, speed_sections(answered(records), systems), records)
+    pictures = {question.id: question.image for question in bench.questions.items}
+    write_report(options, title, bench, more, speed_sections(answered(records), systems, pictures), records)
