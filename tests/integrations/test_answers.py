@@ -88,3 +88,17 @@ def test_records_of_one_id_are_refused(tmp_path):
     (tmp_path / "questions.jsonl").write_text('{"id": 1, "question": "a"}\n{"id": "1", "question": "b"}\n')
     with pytest.raises(TwigVLMError, match="two records with the same id"):
         read_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"question": "What?"', "line 2: not JSON"),
+        ('["What?"]', "line 2: needs an object with a text `question`"),
+        ('{"image": "a.png"}', "line 2: needs an object with a text `question`"),
+    ],
+)
+def test_a_line_that_is_no_question_is_named(tmp_path, line, words):
+    (tmp_path / "questions.jsonl").write_text(f'{{"question": "Where?"}}\n{line}\n')
+    with pytest.raises(TwigVLMError, match=words):
+        read_source(tmp_path)

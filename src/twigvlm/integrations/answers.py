@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.files import replacing
-from twigvlm.serving.batch import BatchLine
+from twigvlm.serving.batch import BatchLine, json_lines
 from twigvlm.serving.checks import asked_pruning, check_limits
 from twigvlm.serving.limits import Limits
 
@@ -64,12 +64,15 @@ def read_source(source: Path) -> pa.Table:
     name = f"source {str(source)!r}"
     listed = source / QUESTIONS
     if listed.exists():
-        # Not splitlines: a text may contain what Unicode takes for the end of a line.
-        lines = [json.loads(line) for line in listed.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = []
+        for number, line in json_lines(listed, f"source {str(listed)!r}"):
+            if not isinstance(line, dict) or not isinstance(line.get("question"), str):
+                raise TwigVLMError(f"source {str(listed)!r}: line {number}: needs an object with a text `question`")
+            lines.append(line)
         images = [line.get("image") for line in lines]
         table = pa.table({
             "id": [str(line.get("id", number)) for number, line in enumerate(lines)],
-            "question": [str(line["question"]) for line in lines],
+            "question": [line["question"] for line in lines],
             "image": pa.array([None if each is None else str((source / each).absolute()) for each in images], pa.string()),
         })  # fmt: skip
     else:

@@ -61,18 +61,8 @@ def read_batch(path: Path) -> list[BatchLine]:
         TwigVLMError: the file cannot be read, or a line is no request or has the `custom_id` of an earlier one.
     """
     name = f"input {str(path)!r}"
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise TwigVLMError(f"{name}: cannot be read as text ({one_line(error)}); save it as UTF-8") from None
     lines: dict[str, BatchLine] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise TwigVLMError(f"{name}: line {number}: not JSON ({one_line(error)}); correct the line") from None
+    for number, record in json_lines(path, name):
         known = isinstance(record, dict) and isinstance(record.get("custom_id"), str)
         if not known or not isinstance(record.get("body"), dict):
             raise TwigVLMError(f"{name}: line {number}: needs a text `custom_id` and an object `body`")
@@ -85,6 +75,29 @@ def read_batch(path: Path) -> list[BatchLine]:
     if not lines:
         raise TwigVLMError(f"{name}: has no request; write one on each line")
     return list(lines.values())
+
+
+def json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
+    """The number of each line that is not empty, and the JSON on it.
+
+    Args:
+        path: of the file.
+        name: of the file, for messages.
+
+    Raises:
+        TwigVLMError: the file cannot be read, or a line is not JSON.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise TwigVLMError(f"{name}: cannot be read as text ({one_line(error)}); save it as UTF-8") from None
+    # Not splitlines: a text may contain what Unicode takes for the end of a line.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise TwigVLMError(f"{name}: line {number}: not JSON ({one_line(error)}); correct the line") from None
 
 
 @contextmanager
