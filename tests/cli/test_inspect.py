@@ -109,12 +109,15 @@ def test_maps_and_kept_patches_are_those_of_generation(arguments, base_directory
         "attention of the last twig layer", "attention of base layer 2 (K)", "attention of base layer 4 of 6",
     ]  # fmt: skip
     assert all(scores.shape == (4, 4) for scores in drawn["maps"].values())
+    deep = drawn["maps"]["attention of base layer 4 of 6"]
     assert main(arguments(10, 8, **{"deep-layer": 6})) == 0
     assert list(drawn["maps"])[2] == "attention of base layer 6 of 6"
     model = TwigVLM.from_pretrained(tiny_llava(), twig_directory)
     with Image.open(picture) as shown:
         inputs = build_inputs(model.model, tiny_processor(), [shown.convert("RGB")], ["Is it <b>?"])
     first = int(model.base.visual_mask(inputs["input_ids"]).int().argmax())
+    row = tiny_llava(attention="eager")(**inputs, output_attentions=True).attentions[3][0, :, -1].mean(dim=0)
+    torch.testing.assert_close(torch.as_tensor(deep).flatten(), row[first : first + 16], rtol=1e-3, atol=1e-5)
     for budget, indices in zip((10, 8), drawn["kept"].values(), strict=True):
         output = model.generate(**inputs, max_new_tokens=1, retain=budget, return_dict_in_generate=True)
         assert (output.kept_indices[0] - first).tolist() == indices

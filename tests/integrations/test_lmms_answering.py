@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -53,7 +54,7 @@ def test_without_a_method_the_base_answers(model, processor):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("twig", {}),
+        ("twig", {"scorer": ...}),
         ("scout", {"scout": True}),
         ("diverse", {"diverse": True}),
         ("refocus:0.9", {"refocus": 0.9}),
@@ -61,11 +62,15 @@ def test_without_a_method_the_base_answers(model, processor):
         ("visionzip", {"pruner": "visionzip"}),
     ],
 )
-def test_methods_and_drafts_are_those_of_generate(model, processor, method, options):
+def test_methods_and_drafts_are_those_of_generate(model, processor, monkeypatch, method, options):
     setting = Setting(method, 10, "chain", drafting={"draft_threshold": 0.0})
     if "scorer" in options:
         options = {"scorer": scorer_of(method, model, 0)}
+    asked = Mock(wraps=model.generate)
+    monkeypatch.setattr(model, "generate", asked)
     (one,) = Answerer(model.base, model, processor, setting).answer([question()], NEW, GREEDY)
+    given = {name: asked.call_args.kwargs.get(name) for name in ("scout", "diverse", "refocus", "scorer", "pruner")}
+    assert {name: value for name, value in given.items() if value} == options
     assert one.texts == [expected(model, processor, question(), model.generate, retain=10, **options)]
     assert one.average_visual == [pytest.approx(10, abs=0.5)]
     assert one.drafted >= one.accepted > 0

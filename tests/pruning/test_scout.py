@@ -131,7 +131,13 @@ def test_evaluation_compares_it_under_the_same_budget():
 
 
 def test_a_conversation_asks_again_with_another_ranking():
-    model, memory = grown(), PrefixCache()
-    for inputs in (PROMPTS[0], PROMPTS[0]):
-        got = model.generate(**inputs, keep=6, scout=True, max_new_tokens=8, memory=memory)
-        assert torch.equal(got, model.generate(**inputs, keep=6, scout=True, max_new_tokens=8))
+    model, memory, kept = grown(), PrefixCache(), []
+    longer = torch.cat((PROMPTS[0]["input_ids"], torch.tensor([[11, 23, 5, 31, 47]])), dim=1)
+    options = {"keep": 6, "scout": True, "max_new_tokens": 8, "return_dict_in_generate": True}
+    for ids in (PROMPTS[0]["input_ids"], longer):
+        inputs = {**PROMPTS[0], "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        got, alone = model.generate(**inputs, **options, memory=memory), model.generate(**inputs, **options)
+        assert torch.equal(got.sequences, alone.sequences)
+        assert torch.equal(got.kept_indices[0], alone.kept_indices[0])
+        kept.append(got.kept_indices[0].tolist())
+    assert kept[0] != kept[1]

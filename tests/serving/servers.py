@@ -73,14 +73,14 @@ def served(service, **options):
         thread.join()
 
 
-def slow_down(service, seconds):
-    """Make each step of the service's engines last longer."""
+def slow_down(service, seconds, look=lambda: None):
+    """Make each step of the service's engines last longer, and look at something before it."""
     make = service.model.engine
 
     def engine(**options):
         made = make(**options)
         step = made.step
-        made.step = lambda: (time.sleep(seconds), step())[1]
+        made.step = lambda: (look(), time.sleep(seconds), step())[2]
         return made
 
     service.model.engine = engine
@@ -105,11 +105,16 @@ def chat(question="what is it?", images=(), **options):
 
 def expected(service, question, images=(), **options):
     """The ids of a single run of `generate` for the same question."""
-    from twigvlm.inputs import build_inputs, user_turn
-
-    inputs = build_inputs(service.processor, [[user_turn(question, list(images))]], service.model.device, torch.float32)
+    inputs = inputs_of(service, question, images)
     output = service.model.generate(**inputs, eos_token_id=service.eos, **options)
     return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def inputs_of(service, question, images=()):
+    """The processor's outputs for the same question."""
+    from twigvlm.inputs import build_inputs, user_turn
+
+    return build_inputs(service.processor, [[user_turn(question, list(images))]], service.model.device, torch.float32)
 
 
 def decoded(service, ids):

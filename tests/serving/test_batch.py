@@ -125,8 +125,9 @@ def test_no_result_is_lost_or_repeated_by_kills(service, tmp_path, kills):
             time.sleep(0.002)
         time.sleep(draw.random() * 0.03)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     done = results_so_far(out)
+    assert 0 < done.count(b"\n") < 30
     run(service, source, out)
     found = results(out)
     assert sorted(found) == sorted(f"r{n}" for n in range(30))

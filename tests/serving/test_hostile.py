@@ -109,7 +109,10 @@ def test_a_client_that_hangs_up_on_a_whole_answer_makes_room(small):
     connection = connect(address)
     body = json.dumps(chat(max_completion_tokens=90))
     connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-    time.sleep(0.3)
+    deadline = time.monotonic() + 10
+    while "twigvlm_rows 1" not in service.metrics.text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     connection.close()
     deadline = time.monotonic() + 1.2  # ninety steps take longer
     while "twigvlm_rows 1" in service.metrics.text():

@@ -4,11 +4,14 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from openai import APIStatusError, AuthenticationError, NotFoundError, OpenAI
 
-from tests.serving.servers import NAME, chat, decoded, expected, picture, served, tiny_service
+from tests.serving.servers import NAME, chat, decoded, expected, inputs_of, picture, served, tiny_service
 from tests.tiny import tiny_llava
 from twigvlm import TwigVLM
+from twigvlm.images import load_image
+from twigvlm.inputs import build_inputs
 
 
 def ask(client, *arguments, extra=None, **options):
@@ -17,6 +20,14 @@ def ask(client, *arguments, extra=None, **options):
 
 def text_of(completion):
     return completion.choices[0].message.content
+
+
+def kept_by(service, question, images, **options):
+    """Which visual tokens `generate` keeps, counted from the first one."""
+    inputs = inputs_of(service, question, images)
+    first = int(service.model.base.visual_mask(inputs["input_ids"])[0].int().argmax())
+    output = service.model.generate(**inputs, **options, max_new_tokens=1, return_dict_in_generate=True)
+    return (output.kept_indices[0] - first).tolist()
 
 
 def test_the_answer_is_that_of_a_single_run(client, service):
@@ -57,8 +68,21 @@ def test_several_images_turns_and_roles(client, service):
         {"role": "assistant", "content": "two"},
         {"role": "user", "content": "ok"},
     ]
-    completion = client.chat.completions.create(model=NAME, messages=messages, max_tokens=4)
+    completion = client.chat.completions.create(model=NAME, messages=messages, max_tokens=12)
     assert completion.usage.prompt_tokens_details.visual_tokens == 32
+    shown = [{"type": "image", "image": load_image(picture("green"))} for _ in range(2)]
+    turns = [
+        ("system", [{"type": "text", "text": "be brief"}]),
+        ("user", [*shown, {"type": "text", "text": "and these?"}]),
+        ("assistant", [{"type": "text", "text": "two"}]),
+        ("user", [{"type": "text", "text": "ok"}]),
+    ]
+    asked = [{"role": role, "content": content} for role, content in turns]
+    inputs = build_inputs(service.processor, [asked], service.model.device, torch.float32)
+    length = inputs["input_ids"].shape[1]
+    output = service.model.generate(**inputs, eos_token_id=service.eos, max_new_tokens=12)
+    assert completion.usage.prompt_tokens == length
+    assert text_of(completion) == decoded(service, output[0, length:].tolist())
 
 
 def test_seeds_and_several_choices(client):
@@ -112,7 +136,9 @@ def test_details_tell_origins_and_kept_patches(client):
     details = completion.choices[0].twigvlm
     assert "".join(piece["text"] for piece in details["pieces"]) == text_of(completion)
     assert {piece["drafted"] for piece in details["pieces"]} == {True, False}
+    assert len(details["kept"]) > 1
     assert all(len(kept) == 5 and set(kept) <= set(range(16)) for kept in details["kept"])
+    assert len(set(map(tuple, details["kept"]))) > 1
     assert completion.usage.prompt_tokens_details.kept_visual_tokens == 5
     chunks = [*ask(client, "look", [picture()], extra=extra, max_completion_tokens=30, stream=True)]
     streamed = [chunk.choices[0].twigvlm["kept"] for chunk in chunks if "kept" in _details(chunk)]
@@ -126,6 +152,8 @@ def test_requests_choose_how_tokens_are_kept(client, service):
         for options in ({}, {"diverse": True}, {"diverse": True, "scout": True})
     )
     assert diverse.choices[0].twigvlm["kept"] == scouted.choices[0].twigvlm["kept"]
+    for completion, options in ((plain, {}), (diverse, {"diverse": True})):
+        assert completion.choices[0].twigvlm["kept"] == [kept_by(service, "look", [picture()], keep=5, **options)]
     averages = [one.usage.prompt_tokens_details.average_visual_tokens for one in (plain, diverse, scouted)]
     assert averages[0] == averages[1] == round((16 * 2 + 5 * 4) / 6, 2)
     assert averages[2] == round(5 + 16 * 2 / 6, 2)  # all layers on the kept tokens, and the trunk once on all of them

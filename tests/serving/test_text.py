@@ -42,6 +42,14 @@ def test_stop_texts_cut_where_they_begin(answer, cuts, stops):
         assert got == answer
         assert not found.cut
         assert found.tokens == len(ids)
+        assert found.accepted == (len(ids) + 1) // 2
+        if answer.isascii() and not stops:
+            assert all(piece.drafted == (at % 2 == 0) for piece, at in zip(pieces, starts(pieces), strict=True))
+
+
+def starts(pieces):
+    """Where each piece begins in the answer."""
+    return [sum(len(piece.text) for piece in pieces[:number]) for number in range(len(pieces))]
 
 
 @given(texts, st.lists(st.integers(0, 50), max_size=6))

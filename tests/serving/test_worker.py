@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from tests.serving.servers import chat, decoded, expected, picture, slow_down, tiny_model, tiny_service
+from tests.serving.servers import chat, expected, picture, slow_down, tiny_model, tiny_service
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.jobs import Failed
 from twigvlm.serving.limits import Limits
@@ -82,6 +82,7 @@ def test_a_cancelled_job_leaves_and_tells_nothing_more(fresh):
     slow_down(service, 0.02)
     job, events = submit(service, max_completion_tokens=80)
     events.get(timeout=10)
+    assert value(service, "twigvlm_rows") == 1
     service.worker.cancel(job)
     wait_until(lambda: value(service, "twigvlm_rows") == 0)
     told = events.qsize()
@@ -239,12 +240,26 @@ def test_stopping_ends_the_thread_and_tells_everyone(fresh):
 
 
 def test_more_answers_than_rows_wait_for_each_other(fresh):
-    service = fresh(max_rows=2)
-    jobs = [submit(service, f"question {n}", n=1 + n % 3, temperature=0.7, seed=n) for n in range(4)]
-    for job, events in jobs:
-        finished = set()
-        while len(finished) < len(job.choices):
-            event = events.get(timeout=20)
-            if event.finished:
-                finished.add(event.choice)
-    assert decoded(service, [4, 5])
+    service, together, wanted = fresh(max_rows=2), [], (1, 1, 2, 3, 1)
+    slow_down(service, 0.001, lambda: together.append((value(service, "twigvlm_rows"), jobs_with_rows(service))))
+    jobs = [submit(service, f"question {at}", n=n, temperature=0.7, seed=at) for at, n in enumerate(wanted)]
+    answers = [answers_of(job, events) for job, events in jobs]
+    assert max(rows for rows, _ in together) == 3  # those of one request that asks for more
+    assert max(rows for rows, jobs in together if jobs > 1) == 2
+    for at, (n, answer) in enumerate(zip(wanted, answers, strict=True)):
+        assert answer == answers_of(*submit(service, f"question {at}", n=n, temperature=0.7, seed=at))
+
+
+def jobs_with_rows(service):
+    return len(service.worker._jobs())
+
+
+def answers_of(job, events):
+    """The ids of each answer."""
+    ids, finished = {number: [] for number in range(len(job.choices))}, set()
+    while len(finished) < len(job.choices):
+        event = events.get(timeout=20)
+        ids[event.choice] += [token for token, _ in event.tokens]
+        if event.finished:
+            finished.add(event.choice)
+    return ids
