@@ -29,7 +29,7 @@ class Handler(BaseHTTPRequestHandler):
             for _ in range(100 if self.path == "/slow" else 0):
                 self.wfile.write(b"x")
                 time.sleep(0.05)
-        self.wfile.write(b"x" * (5000 if self.path == "/large" else 5))
+            self.wfile.write(b"x" * (5000 if self.path == "/large" else 5))
 
     def log_message(self, *_):
         pass
