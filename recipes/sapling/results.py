@@ -102,6 +102,17 @@ PAGES = {
             ),
         ),
         Section(
+            "Which layers know what matters, on the validation split",
+            "Short answers, pruned by the base's own attention after a full pass: what the P-Head can learn from one deep layer, "
+            "and from the mean of several.",
+            _evaluate(
+                "accuracy",
+                VALIDATION,
+                "--kinds place where relation exists count 'sign text' 'sign colour' 'next to' "
+                "--methods deep:15 deep:18 deep:21 deep:24 deep:15-24 --budgets 64",
+            ),
+        ),
+        Section(
             "Budgets fitted to the question",
             "Short answers: as many tokens as hold a share of the twig's scores, against as many for every question.",
             f"python -m recipes.sapling.fitted --questions {SHORT}/questions.json --output {RUNS}/fitted --budgets 192 128 64 48",
