@@ -112,19 +112,6 @@ def test_speeds_are_medians_over_repeats():
     assert math.isnan(figures["sdpa"].draft)
 
 
-def test_prompts_about_one_picture_are_drawn_together():
-    rows = [{"id": str(number), **timed()[0]} for number in range(40)]
-    for number, row in enumerate(rows):
-        row["runs"]["loop"]["total"] = [1.0 + number // 4] * 3
-    by_prompt, by_picture = (
-        compare_speeds(rows, "sdpa", {"loop": None}, pictures)[0].interval
-        for pictures in (None, {str(number): number // 4 for number in range(40)})
-    )
-    assert by_picture[1] - by_picture[0] > 1.5 * (by_prompt[1] - by_prompt[0])
-    few = compare_speeds(rows, "sdpa", {"loop": None}, dict.fromkeys(map(str, range(40)), "one"))[0].interval
-    assert math.isnan(few[0])
-
-
 def test_speed_report():
     text = "\n".join(speed_sections(timed(), CONTENDERS))
     assert "1 prompts, 3 alternating repeats" in text

@@ -132,28 +132,6 @@ def test_passes_of_a_step_add_up_to_one_pass_of_all_its_samples(make_model, data
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
 
 
-def test_a_text_beside_it_takes_no_weight_from_a_picture(make_model, samples, processor):
-    """However samples are spread over the passes of a step, the attention at each picture weighs the same."""
-    text = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}
-    data = ConversationDataset([samples[0], samples[4], text, text], processor, strict=True)
-    model, items = make_model(pruning_head=True), list(data)
-    count = sum(int((item["labels"] != -100).sum()) for item in items)
-    gradients = []
-    for passes in (
-        [items],
-        [[items[0], items[2]], [items[1], items[3]]],
-        [items[:2], items[2:]],
-        [items[:1], items[1:]],
-    ):
-        student = Student(model, Stage1Config(batch_size=4 // len(passes), accumulate=len(passes)))
-        model.twig.zero_grad()
-        for batch in passes:
-            student(**Collator(0)(batch), num_items_in_batch=torch.tensor(count))["loss"].backward()
-        gradients.append(model.twig.pruning_head.key_gate.weight.grad.clone())
-    for gradient in gradients[1:]:
-        torch.testing.assert_close(gradient, gradients[0], rtol=1e-3, atol=1e-7)
-
-
 def test_two_turns_teach_what_each_teaches_alone(make_model, dataset):
     model, both = make_model(pruning_head=True), dataset[1]
     labels = both["labels"][0]

@@ -168,7 +168,7 @@ def compare(
             quality[length] = {one.name: one for one in accuracies(of_length, pictures)}
         timed_here = [record for record in timed if record["long"] == is_long]
         if timed_here:
-            times[length] = _times(timed_here, given, pictures, contenders, baselines)
+            times[length] = _times(timed_here, given, contenders, baselines)
     return [
         Line(
             contender=one,
@@ -184,14 +184,12 @@ def compare(
 def _times(
     records: Sequence[Record],
     given: Mapping[str, Mapping[str, str]],
-    pictures: Mapping[str, object],
     contenders: Sequence[Contender],
     baselines: Sequence[str],
 ) -> dict[Contender, Times]:
     baseline = faster(records, baselines)
     names = {one: baseline if one == BASE else one.name for one in contenders}
-    figures = {one.name: one for one in compare_speeds(records, baseline, dict.fromkeys(names.values()), pictures)}
-    groups = [pictures[record["id"]] for record in records]
+    figures = {one.name: one for one in compare_speeds(records, baseline, dict.fromkeys(names.values()))}
     base = _Seconds(records, baseline)
     found = {}
     for one, name in names.items():
@@ -202,7 +200,7 @@ def _times(
             count=len(records),
             speed=figures[name],
             relative=median_ratio(mine.speed, base.speed),
-            interval=bootstrap_interval(median_ratio, mine.speed, base.speed, groups=groups),
+            interval=bootstrap_interval(median_ratio, mine.speed, base.speed),
             prefill=median_ratio(base.prefill, mine.prefill),
             decode=median_ratio(base.per_token, mine.per_token),
             share=median_ratio(mine.total, base.total),

@@ -131,13 +131,11 @@ def quality_cell(one: Quality) -> str:
     return ", ".join(parts)
 
 
-def speed_sections(
-    records: Sequence[Record], systems: Sequence[System], pictures: Mapping[str, object] | None = None
-) -> list[str]:
-    """Tokens per second, RelSpd against the faster baseline, parts of the time, and drafts; `pictures` as of `compare_speeds`."""
+def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list[str]:
+    """Tokens per second, RelSpd against the faster baseline, parts of the time, and drafts."""
     baselines = [one.name for one in systems if one.is_baseline] or [systems[0].name]
     baseline = faster(records, baselines)
-    figures = compare_speeds(records, baseline, {one.name: one.same_as for one in systems}, pictures)
+    figures = compare_speeds(records, baseline, {one.name: one.same_as for one in systems})
 
     def ms(seconds: float) -> str:
         return "–" if isnan(seconds) else f"{1000 * seconds:.1f}"

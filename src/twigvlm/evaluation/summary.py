@@ -109,7 +109,7 @@ class Speed(Quality):
     relative: float
     """RelSpd."""
     interval: Interval
-    """Of RelSpd, 95 %, paired, over pictures."""
+    """Of RelSpd, 95 %, paired."""
     prefill: float
     decode: float
     draft: float
@@ -129,22 +129,15 @@ def faster(records: Sequence[Record], names: Sequence[str]) -> str:
     return max(names, key=lambda name: _mean(_speeds(records, name)))
 
 
-def compare_speeds(
-    records: Sequence[Record],
-    baseline: str,
-    same_as: dict[str, str | None],
-    pictures: Mapping[str, object] | None = None,
-) -> list[Speed]:
+def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, str | None]) -> list[Speed]:
     """Every system's figures against the baseline.
 
     Args:
         records: of `run_speed`.
         baseline: a system.
         same_as: systems, and whose output each must repeat.
-        pictures: by question id, which picture it is about; None: each about its own.
     """
     reference = _speeds(records, baseline)
-    groups = None if pictures is None else [pictures[record["id"]] for record in records]
     reference_prefill = _mean(times_of(records, baseline, "prefill"))
     result = []
     for name, other in same_as.items():
@@ -163,7 +156,7 @@ def compare_speeds(
                 tokens=_mean([len(run["ids"]) for run in runs]),
                 speed=_mean(speed),
                 relative=relative_speed(speed, reference),
-                interval=bootstrap_interval(relative_speed, speed, reference, groups=groups),
+                interval=bootstrap_interval(relative_speed, speed, reference),
                 prefill=prefill,
                 decode=_mean(times_of(records, name, "total")) - prefill,
                 draft=_mean(times_of(records, name, "draft")),

@@ -53,8 +53,7 @@ class Student(nn.Module):
         every real token.
 
         The terms are means over the batch: of answer tokens (Eq. 10), and of turns or their answer tokens (Eq. 11). Across the
-        passes and processes of an optimiser step, tokens weigh equally in L_NTP and L_PredKL, and samples with a picture in
-        L_AttnKL.
+        passes and processes of an optimiser step, tokens weigh equally in L_NTP and L_PredKL, and samples in L_AttnKL.
 
         Args:
             labels: ids at answers, -100 elsewhere.
@@ -87,8 +86,7 @@ class Student(nn.Module):
         count = answers.sum() if num_items_in_batch is None else num_items_in_batch
         of_tokens = answers.sum() / count
         step = config.batch_size * config.accumulate * processes.count()
-        showing = 0 if query is None else int(query.visible.flatten(1).any(dim=1).sum())
-        of_samples = 1.0 if num_items_in_batch is None else showing / step
+        of_samples = 1.0 if num_items_in_batch is None else len(labels) / step
         loss = next_token_loss(logits, targets, count)
         terms = {"next_token": loss.detach() / of_tokens}
         if teacher.logits is not None:

@@ -105,5 +105,4 @@ def time_systems(
             show,
             assistant=drafter,
         )
-    pictures = {question.id: question.image for question in bench.questions.items}
-    write_report(options, title, bench, more, speed_sections(answered(records), systems, pictures), records)
+    write_report(options, title, bench, more, speed_sections(answered(records), systems), records)
