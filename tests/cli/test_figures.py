@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -52,6 +53,20 @@ def test_times_and_speeds_are_drawn_from_raw_results(times, tmp_path, monkeypatc
         "short answers": [1],
     }
     assert all((tmp_path / name).exists() for name in ("times.png", "speeds.png"))
+
+
+def test_speeds_are_resampled_by_pictures(times, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    record = json.loads(times.read_text().splitlines()[1])
+    intervals = []
+    for pictures in (10, 5):
+        rows = [{**record, "id": str(number), "picture": number % pictures} for number in range(20)]
+        given = drawn(monkeypatch, "draw_speeds")
+        results = write(tmp_path / "many.jsonl", rows)
+        assert main(["figures", "speeds", "--results", str(results), "--out", str(tmp_path / "speeds.png")]) == 0
+        intervals.append(given[0][0]["short answers"][1].interval)
+    assert intervals[0] == (1, 1)
+    assert math.isnan(intervals[1][0])
 
 
 def test_accuracy_is_drawn_by_training_samples(tmp_path, monkeypatch):

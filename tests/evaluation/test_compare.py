@@ -10,6 +10,7 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.compare import BASE, Contender, checked_inputs, compare, make_contenders, timed_questions
 from twigvlm.evaluation.compare_report import comparison_sections
 from twigvlm.evaluation.figures import draw_comparison
+from twigvlm.evaluation.metrics import FEWEST
 from twigvlm.evaluation.published import published
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.variants import NONE, Variant, make_variants
@@ -71,8 +72,7 @@ def timed():
 
 @cache
 def lines(times=True):
-    pictures = {one.id: one.image for one in QUESTIONS}
-    found = compare(answers(), timed() if times else [], pictures, CONTENDERS, ["eager", "sdpa"])
+    found = compare(answers(), timed() if times else [], CONTENDERS, ["eager", "sdpa"])
     return {line.contender.name: line for line in found}
 
 
@@ -100,6 +100,16 @@ def test_ratios_are_medians_over_questions_against_the_faster_base():
     assert (twig["short"].count, twig["long"].count) == (3, 1)
     assert found["none"].times["short"].relative == 1
     assert found["none"].times["short"].speed.speed == pytest.approx((1 / 2 + 1 / 200 + 1 / 6) / 3)
+
+
+def test_intervals_of_speeds_are_over_pictures():
+    def interval(pictures):
+        rows = [{**timed()[number % 3], "id": str(number), "picture": number % pictures} for number in range(SHORT)]
+        line = next(line for line in compare(answers(), rows, CONTENDERS, ["eager", "sdpa"]) if line.contender != BASE)
+        return line.times["short"].interval
+
+    assert math.isnan(interval(FEWEST - 1)[0])
+    assert interval(FEWEST) == (1, 1)
 
 
 def test_answers_that_differ_from_the_untimed_ones_are_counted():

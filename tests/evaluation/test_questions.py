@@ -1,10 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.questions import Namer, Question, exact_match, load_questions
+from twigvlm.evaluation.run import one_by_one
 
 SHORT = {"id": "a", "image": "one.png", "question": "What?", "answer": "A dog", "kind": "place"}
 LONG = {**SHORT, "id": "b", "kind": "description", "objects": ["dog", "cat", "dog"], "held_out": True}
@@ -44,6 +46,19 @@ def test_chooses_kinds_and_a_number(write):
         questions.chosen(["colour"])
     with pytest.raises(TwigVLMError, match="limit=0"):
         questions.chosen(limit=0)
+
+
+def test_records_say_which_questions_are_about_one_picture(write, monkeypatch):
+    uri = "data:image/png;base64,AAAA"
+    file = write(
+        *({**SHORT, "id": name, "image": image} for name, image in zip("abcd", ("one.png", uri) * 2, strict=True))
+    )
+    first, second, *others = [item.about["picture"] for item in one_by_one(load_questions(file).items)]
+    assert first != second
+    assert others == [first, second]
+    monkeypatch.chdir(file.parent)
+    again = load_questions(Path(file.name)).items
+    assert [question.picture for question in again[:2]] == [first, second], "however the file is named"
 
 
 def test_settings_are_not_chosen_on_the_test_split(write):

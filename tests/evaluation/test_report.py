@@ -3,6 +3,7 @@ import math
 import pytest
 
 from twigvlm.evaluation.figures import draw_accuracy
+from twigvlm.evaluation.metrics import FEWEST
 from twigvlm.evaluation.report import accuracy_sections, exactness_sections, page, speed_sections
 from twigvlm.evaluation.summary import accuracies, compare_speeds, faster
 from twigvlm.evaluation.systems import System
@@ -17,9 +18,6 @@ VARIANTS = [
 ]
 
 
-PICTURES = dict.fromkeys("0123d", "a.png")
-
-
 def records():
     right = {"none": 1110, "twig@10/5": 1100, "twig@7/5": 1010, "random@10/5": 1000, "random@7/5": 0}
     rows = []
@@ -27,15 +25,15 @@ def records():
         score = {name: int(f"{digits:04d}"[place]) for name, digits in right.items()}
         kept = {name: {"none": 16}.get(name, 9 if "10" in name else 3) for name in right}
         more = {"kept": kept, "average": kept, "ran": dict.fromkeys(kept, 0)}
-        rows.append({"id": str(place), "kind": kind, "score": score, **more})
+        rows.append({"id": str(place), "picture": "a", "kind": kind, "score": score, **more})
     found = {name: [min(2, index), 2, 2, index, 5] for index, name in enumerate(reversed(right))}
     more = {"kept": rows[0]["kept"], "average": rows[0]["kept"], "ran": dict.fromkeys(found, 7)}
-    rows.append({"id": "d", "kind": "description", "score": found, **more})
+    rows.append({"id": "d", "picture": "a", "kind": "description", "score": found, **more})
     return rows
 
 
 def test_accuracies():
-    figures = {one.name: one for one in accuracies(records(), PICTURES)}
+    figures = {one.name: one for one in accuracies(records())}
     base, twig = figures["none"], figures["twig@10/5"]
     assert (base.exact, base.relative, base.kept) == (0.75, 1, 16)
     assert twig.exact == 0.5
@@ -44,14 +42,12 @@ def test_accuracies():
     assert twig.kinds == {"count": (2, 0.0), "place": (2, 1.0)}
     assert (figures["random@10/5"].recall, figures["random@7/5"].precision) == (0.5, 0)
     assert (figures["random@10/5"].read, base.read, base.ran) == (0.2, 0.8, 1.4)
-    only_descriptions = accuracies(records()[4:], PICTURES)
+    only_descriptions = accuracies(records()[4:])
     assert math.isnan(only_descriptions[0].exact)
 
 
 def test_accuracy_report():
-    text = page(
-        "Accuracy", "twigvlm …", {"dtype": "float32"}, accuracy_sections(accuracies(records(), PICTURES), VARIANTS)
-    )
+    text = page("Accuracy", "twigvlm …", {"dtype": "float32"}, accuracy_sections(accuracies(records()), VARIANTS))
     assert "| dtype | float32 |" in text
     assert "**75.0 %** at 16 visual tokens" in text
     assert "| method | K_f | φ | R̄ 10: exact · RelAcc · R | R̄ 7: exact · RelAcc · R |" in text
@@ -68,7 +64,7 @@ def test_accuracy_report():
 @pytest.mark.parametrize("name", ["figure.png", "figure.svg"])
 def test_figure(tmp_path, name):
     pytest.importorskip("matplotlib")
-    draw_accuracy(accuracies(records(), PICTURES), VARIANTS, tmp_path / name)
+    draw_accuracy(accuracies(records()), VARIANTS, tmp_path / name)
     assert (tmp_path / name).stat().st_size > 5000
 
 
@@ -81,12 +77,13 @@ def timed():
     hf = {"prefill": [0.5, 0.1, 9.0], "total": [1.5, 2.0, 9.0]}
     return [
         {
+            "id": "0",
             "runs": {
                 "eager": run([1, 2], **slow),
                 "sdpa": run([1, 2], **hf),
                 "loop": run([1, 2], [0.25] * 3, [1.0] * 3, 0.25),
                 "chain": run([1, 3], [0.25] * 3, [0.5] * 3, 0.1, [4, 2], [3, 0]),
-            }
+            },
         }
     ]
 
@@ -110,6 +107,28 @@ def test_speeds_are_medians_over_repeats():
     assert figures["loop"].different is None
     assert math.isnan(figures["loop"].acceptance)
     assert math.isnan(figures["sdpa"].draft)
+
+
+def timed_pictures(count, prompts):
+    """Prompts in turn about so many pictures; how much faster the loop is depends on the picture."""
+    rows = []
+    for number in range(prompts):
+        (row,) = timed()
+        row["runs"]["loop"]["total"] = [1.0 + number % count / 10] * 3
+        rows.append({**row, "id": str(number), "picture": str(number % count)})
+    return rows
+
+
+def test_intervals_of_speeds_are_over_pictures():
+    def interval(rows):
+        return compare_speeds(rows, "sdpa", {"loop": None})[0].interval
+
+    low, high = alone = interval(timed_pictures(FEWEST, FEWEST))
+    assert low < high
+    assert interval(timed_pictures(FEWEST, 4 * FEWEST)) == pytest.approx(alone), "more prompts are no more pictures"
+    assert math.isnan(interval(timed_pictures(FEWEST - 1, 4 * FEWEST))[0])
+    older = [{name: row[name] for name in ("id", "runs")} for row in timed_pictures(FEWEST, 4 * FEWEST)]
+    assert not math.isnan(interval(older)[0]), "raw results that do not say which picture"
 
 
 def test_speed_report():

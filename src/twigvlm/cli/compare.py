@@ -62,8 +62,7 @@ class Compare(PruningOptions):
         answers = _answer(self, bench, model, variants, inputs_of)
         times = _time(self, bench, model, contenders, inputs_of) if self.timed else []
         pruning_head = model.twig.pruning_head is not None
-        pictures = {question.id: question.image for question in bench.questions.items}
-        lines = compare(answered(answers), answered(times), pictures, contenders, self.baselines)
+        lines = compare(answered(answers), answered(times), contenders, self.baselines)
         draws = self.figure and bool(drawn_lengths(lines))
         sections = comparison_sections(lines, pruning_head, FIGURE if draws else None)
         more = {"seed": self.seed, "repeats": self.repeats} if self.timed else {"seed": self.seed}

@@ -11,7 +11,7 @@ from twigvlm.evaluation.metrics import Column, bootstrap_interval, median_ratio,
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record
 from twigvlm.evaluation.run import InputsOf
-from twigvlm.evaluation.summary import Accuracy, Interval, Speed, accuracies, compare_speeds, faster, times_of
+from twigvlm.evaluation.summary import Accuracy, Interval, Speed, accuracies, compare_speeds, faster, pictures, times_of
 from twigvlm.evaluation.systems import System, base_systems
 from twigvlm.evaluation.variants import NONE, Variant, check_variants, generate_options
 from twigvlm.model import TwigVLM
@@ -117,7 +117,7 @@ class Times:
     relative: float
     """Of tokens per second, prefill and decoding together."""
     interval: Interval
-    """Of `relative`, 95 %, paired."""
+    """Of `relative`, 95 %, paired, over pictures."""
     prefill: float
     """Of prefill times, the vision tower included."""
     decode: float
@@ -146,7 +146,6 @@ class Line:
 def compare(
     answers: Sequence[Record],
     timed: Sequence[Record],
-    pictures: Mapping[str, object],
     contenders: Sequence[Contender],
     attentions: Sequence[str],
 ) -> list[Line]:
@@ -155,7 +154,6 @@ def compare(
     Args:
         answers: of `run_accuracy`, without those that failed.
         timed: of `run_speed` on `contender_systems`, without those that failed; may be empty.
-        pictures: by question id, which picture it is about.
         contenders: from `make_contenders`.
         attentions: implementations that the base's `generate` was timed with; the faster one counts, at each length.
     """
@@ -165,7 +163,7 @@ def compare(
     for length, is_long in LENGTHS.items():
         of_length = [record for record in answers if record["long"] == is_long]
         if of_length:
-            quality[length] = {one.name: one for one in accuracies(of_length, pictures)}
+            quality[length] = {one.name: one for one in accuracies(of_length)}
         timed_here = [record for record in timed if record["long"] == is_long]
         if timed_here:
             times[length] = _times(timed_here, given, contenders, baselines)
@@ -200,7 +198,7 @@ def _times(
             count=len(records),
             speed=figures[name],
             relative=median_ratio(mine.speed, base.speed),
-            interval=bootstrap_interval(median_ratio, mine.speed, base.speed),
+            interval=bootstrap_interval(median_ratio, mine.speed, base.speed, groups=pictures(records)),
             prefill=median_ratio(base.prefill, mine.prefill),
             decode=median_ratio(base.per_token, mine.per_token),
             share=median_ratio(mine.total, base.total),

@@ -1,5 +1,6 @@
 """Questions about pictures with known answers, and when an answer is right."""
 
+import hashlib
 import json
 import os
 import re
@@ -36,6 +37,12 @@ class Question:
     def group(self) -> str:
         """The kind, with what is held out apart."""
         return f"{self.kind}, held out" if self.held_out else self.kind
+
+    @property
+    def picture(self) -> str:
+        """The same for all questions about one picture."""
+        whole = self.image.resolve() if isinstance(self.image, Path) else self.image
+        return hashlib.sha256(str(whole).encode()).hexdigest()[:12]
 
     @property
     def has_long_answer(self) -> bool:

@@ -162,10 +162,10 @@ def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list
         "## Speed",
         f"{len(records)} prompts, {repeats} alternating repeats after a warm-up; per prompt the median over repeats, then the "
         "mean over prompts. RelSpd is the ratio of tokens per second (prefill and decoding) to the baseline's on the same "
-        "prompt, with its paired 95 % bootstrap interval (from 10 prompts on). The prefill ratio is the baseline's mean prefill "
-        "time over a system's; draft and verify are parts of decode. Different outputs: prompts where speculation did not "
-        "repeat what the same pruning gives without it. Quality is that of the same answers: exact match, objects named (recall/"
-        "precision) and texts quoted by descriptions.",
+        "prompt, with its paired 95 % bootstrap interval over pictures (from 10 on). The prefill ratio is the baseline's mean "
+        "prefill time over a system's; draft and verify are parts of decode. Different outputs: prompts where speculation did "
+        "not repeat what the same pruning gives without it. Quality is that of the same answers: exact match, objects named "
+        "(recall/precision) and texts quoted by descriptions.",
         table(head, rows),
     ]
 

@@ -33,11 +33,13 @@ Measure = Callable[[Item, dict[str, Any], int], Record]
 
 
 def one_by_one(questions: Iterable[Question]) -> list[Item]:
-    """Questions that are asked by themselves; their records have `id`, `kind` and `long`."""
-    return [
-        Item({"id": question.id, "kind": question.group, "long": question.has_long_answer}, (question,))
-        for question in questions
-    ]
+    """Questions that are asked by themselves; their records have `id`, `picture`, `kind` and `long`."""
+
+    def about(question: Question) -> Record:
+        picture, kind, long = question.picture, question.group, question.has_long_answer
+        return {"id": question.id, "picture": picture, "kind": kind, "long": long}
+
+    return [Item(about(question), (question,)) for question in questions]
 
 
 def run(

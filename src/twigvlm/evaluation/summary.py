@@ -1,6 +1,6 @@
 """From raw records to figures. Pure functions; tables are made of these by `report`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -65,17 +65,15 @@ class Accuracy(Quality):
     """Number of questions and exact match per kind."""
 
 
-def accuracies(records: Sequence[Record], pictures: Mapping[str, object], base: str = "none") -> list[Accuracy]:
+def accuracies(records: Sequence[Record], base: str = "none") -> list[Accuracy]:
     """Every variant's figures, in the order of the first record.
 
     Args:
         records: of `run_accuracy`.
-        pictures: by question id, which picture it is about.
         base: the variant without pruning.
     """
     short = [record for record in records if not isinstance(record["score"][base], list)]
     reference = [record["score"][base] for record in short]
-    groups = [pictures[record["id"]] for record in short]
     result = []
     for name in records[0]["score"]:
         column = [record["score"][name] for record in short]
@@ -90,7 +88,7 @@ def accuracies(records: Sequence[Record], pictures: Mapping[str, object], base: 
                 average=float(np.mean([record["average"][name] for record in records])),
                 ran=float(np.mean([record["ran"][name] for record in records])),
                 relative=relative_accuracy(column, reference) if short else float("nan"),
-                interval=bootstrap_interval(relative_accuracy, column, reference, groups=groups),
+                interval=bootstrap_interval(relative_accuracy, column, reference, groups=pictures(short)),
                 kinds={kind: (len(rights), _mean(rights)) for kind, rights in sorted(kinds.items())},
             )
         )
@@ -109,7 +107,7 @@ class Speed(Quality):
     relative: float
     """RelSpd."""
     interval: Interval
-    """Of RelSpd, 95 %, paired."""
+    """Of RelSpd, 95 %, paired, over pictures."""
     prefill: float
     decode: float
     draft: float
@@ -156,7 +154,7 @@ def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, 
                 tokens=_mean([len(run["ids"]) for run in runs]),
                 speed=_mean(speed),
                 relative=relative_speed(speed, reference),
-                interval=bootstrap_interval(relative_speed, speed, reference),
+                interval=bootstrap_interval(relative_speed, speed, reference, groups=pictures(records)),
                 prefill=prefill,
                 decode=_mean(times_of(records, name, "total")) - prefill,
                 draft=_mean(times_of(records, name, "draft")),
@@ -217,6 +215,11 @@ def compare_batches(records: Sequence[Record], baselines: Sequence[str]) -> list
                 )
             )
     return result
+
+
+def pictures(records: Sequence[Record]) -> list[object]:
+    """Which picture each record is about; raw results of older versions do not say: each has its own."""
+    return [record["picture"] if "picture" in record else record["id"] for record in records]
 
 
 def times_of(records: Sequence[Record], name: str, part: str) -> list[float]:

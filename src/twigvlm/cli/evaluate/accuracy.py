@@ -82,7 +82,7 @@ def compare_prunings(
             options.seed,
             show,
         )
-    figures = accuracies(answered(records), {question.id: question.image for question in questions})
+    figures = accuracies(answered(records))
     write_report(options, title, bench, {"seed": options.seed}, accuracy_sections(figures, variants), records)
     if options.figure:
         draw_accuracy(figures, variants, options.output / FIGURE)

@@ -132,7 +132,7 @@ def _versions() -> dict[str, Any]:
     return {"torch": torch.__version__, "transformers": transformers.__version__, "twigvlm": version("twigvlm")}
 
 
-RECORDS = 3
+RECORDS = 4
 """Version of what records hold; results of another one cannot be continued."""
 
 

@@ -95,8 +95,7 @@ class FigureSamples:
             records = answered(read_records(path))
             if "score" not in records[0]:
                 raise TwigVLMError(f"results {str(path)!r}: no answers; give results.jsonl of evaluate accuracy")
-            # Raw results do not say which questions are about one picture: each is resampled by itself.
-            by_samples[samples] = accuracies(records, {record["id"]: record["id"] for record in records})
+            by_samples[samples] = accuracies(records)
         common = set.intersection(*({one.name for one in figures} for figures in by_samples.values()))
         known = [one.name for one in next(iter(by_samples.values())) if one.name in common - {NONE.name}]
         draw_samples(by_samples, _chosen("variant", self.variants, known), self.out)
