@@ -132,6 +132,28 @@ def test_passes_of_a_step_add_up_to_one_pass_of_all_its_samples(make_model, data
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("gammas", [(1.0, 0.0), (0.0, 1.0)], ids=["prompts", "answers"])
+def test_samples_with_pictures_weigh_the_same_beside_samples_without(make_model, samples, processor, gammas):
+    """However the samples of a step are dealt out to its passes."""
+    text = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}
+    data = ConversationDataset([samples[0], text, samples[4], text], processor, strict=True)
+    model, items = make_model(pruning_head=True), [data[index] for index in range(4)]
+    count = torch.tensor(sum(int((item["labels"] != -100).sum()) for item in items))
+    gradients = []
+    for size, order in ((4, (0, 1, 2, 3)), (2, (0, 1, 2, 3)), (2, (0, 2, 1, 3)), (1, (0, 1, 2, 3))):
+        gamma, gamma_answers = gammas
+        config = Stage1Config(batch_size=size, accumulate=4 // size, gamma=gamma, gamma_answers=gamma_answers)
+        student = Student(model, config)
+        model.twig.zero_grad()
+        for start in range(0, 4, size):
+            batch = [items[place] for place in order[start : start + size]]
+            student(**Collator(0)(batch), num_items_in_batch=count)["loss"].backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.twig.named_parameters()})
+    for others in gradients[1:]:
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-6)
+
+
 def test_two_turns_teach_what_each_teaches_alone(make_model, dataset):
     model, both = make_model(pruning_head=True), dataset[1]
     labels = both["labels"][0]

@@ -17,7 +17,7 @@ from twigvlm.training.data.dataset import IGNORE
 from twigvlm.training.data.turns import last_prompt_tokens
 from twigvlm.training.distributed import processes
 from twigvlm.training.fit import fit_twig
-from twigvlm.training.losses import attention_loss, draft_targets, next_token_loss, prediction_loss
+from twigvlm.training.losses import attending, attention_loss, draft_targets, next_token_loss, prediction_loss
 from twigvlm.training.options import Stage1Config
 from twigvlm.training.teacher import resolve_teacher_layers, run_teacher
 from twigvlm.training.trainer import TermTrainer
@@ -53,7 +53,8 @@ class Student(nn.Module):
         every real token.
 
         The terms are means over the batch: of answer tokens (Eq. 10), and of turns or their answer tokens (Eq. 11). Across the
-        passes and processes of an optimiser step, tokens weigh equally in L_NTP and L_PredKL, and samples in L_AttnKL.
+        passes and processes of an optimiser step, tokens weigh equally in L_NTP and L_PredKL. In L_AttnKL a pass weighs by its
+        samples that see a picture, over all samples of the step, as in stage 2.
 
         Args:
             labels: ids at answers, -100 elsewhere.
@@ -86,7 +87,7 @@ class Student(nn.Module):
         count = answers.sum() if num_items_in_batch is None else num_items_in_batch
         of_tokens = answers.sum() / count
         step = config.batch_size * config.accumulate * processes.count()
-        of_samples = 1.0 if num_items_in_batch is None else len(labels) / step
+        samples = len(labels) if num_items_in_batch is None else step
         loss = next_token_loss(logits, targets, count)
         terms = {"next_token": loss.detach() / of_tokens}
         if teacher.logits is not None:
@@ -96,8 +97,10 @@ class Student(nn.Module):
         if teacher.attention is not None and scores is not None and query is not None:
             at_ends = ends.gather(1, query.queries)
             terms["attention_kl"] = attention_loss(teacher.attention, scores, at_ends)
+            of_samples = attending(teacher.attention, at_ends).any(dim=1).sum() / samples
             loss = loss + of_samples * config.gamma * terms["attention_kl"]
             if config.gamma_answers:
+                of_samples = attending(teacher.attention, ~at_ends).any(dim=1).sum() / samples
                 terms["answer_attention_kl"] = attention_loss(teacher.attention, scores, ~at_ends)
                 loss = loss + of_samples * config.gamma_answers * terms["answer_attention_kl"]
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}

@@ -65,6 +65,19 @@ def prediction_loss(
     return loss / loss.detach().clamp(min=clip)
 
 
+def attending(
+    teacher: Float[Tensor, "batch queries visual"], among: Bool[Tensor, "batch queries"] | None = None
+) -> Bool[Tensor, "batch queries"]:
+    """True at queries from which the base sees a visual token.
+
+    Args:
+        teacher: logarithm of the base's attention.
+        among: queries that count; None: all.
+    """
+    attends = (teacher > float("-inf")).any(dim=-1)
+    return attends if among is None else attends & among
+
+
 def attention_loss(
     teacher: Float[Tensor, "batch queries visual"],
     student: Float[Tensor, "batch queries visual"],
@@ -77,9 +90,7 @@ def attention_loss(
         student: logarithm of the P-Head's scores.
         among: queries that count; None: all.
     """
-    attends = (teacher > float("-inf")).any(dim=-1)
-    if among is not None:
-        attends = attends & among
+    attends = attending(teacher, among)
     return divergence(teacher, student)[attends].sum() / attends.sum().clamp(min=1)
 
 
