@@ -97,6 +97,7 @@ def _vllm(system: System) -> Callable[..., Answer]:
 
 
 def _hf(system: System) -> Callable[..., Answer]:
+    from twigvlm.evaluation.batches import up_to_end
     from twigvlm.loading import load_base
 
     base, processor = load_base(system.base, system.dtype, system.device)
@@ -107,13 +108,14 @@ def _hf(system: System) -> Callable[..., Answer]:
         inputs = inputs.to(base.device, base.dtype)
         out = base.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         seconds = time.perf_counter() - start
-        ids = _trimmed(out[:, inputs["input_ids"].shape[1] :].tolist(), base.generation_config)
+        ids = up_to_end(out[:, inputs["input_ids"].shape[1] :].tolist(), base.generation_config)
         return _result(seconds, ids, processor, 0, 0)
 
     return answer
 
 
 def _twigvlm(system: System) -> Callable[..., Answer]:
+    from twigvlm.evaluation.batches import up_to_end
     from twigvlm.loading import load
 
     base, processor, model = load(system.base, system.twig, system.dtype, system.device)
@@ -132,7 +134,7 @@ def _twigvlm(system: System) -> Callable[..., Answer]:
         new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
         steps = sum(sum(n > 0 for n in row) for row in output.drafted_lengths)
         accepted = sum(map(sum, output.accepted_lengths))
-        return _result(seconds, _trimmed(new, base.generation_config), processor, steps, accepted)
+        return _result(seconds, up_to_end(new, base.generation_config), processor, steps, accepted)
 
     return answer
 
@@ -146,10 +148,3 @@ def _result(seconds: float, ids: list[list[int]], processor: Any, drafts: int, a
         "drafts": drafts,
         "accepted": accepted,
     }
-
-
-def _trimmed(rows: list[list[int]], config: Any) -> list[list[int]]:
-    """Each row up to its end token, that included, as vLLM counts."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    places = (next((at for at, token in enumerate(row) if token in ends), len(row)) for row in rows)
-    return [row[: place + 1] for row, place in zip(rows, places, strict=True)]

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tests.batches import batched
 from tests.tiny import prompt
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation import batches, peak_memory
-from twigvlm.evaluation.batches import batch_systems, run_batches, split
+from twigvlm.evaluation.batches import batch_systems, run_batches, split, up_to_end
 from twigvlm.evaluation.report import batch_sections
 from twigvlm.evaluation.results_log import ResultsLog
 from twigvlm.evaluation.summary import compare_batches
@@ -33,6 +34,15 @@ def test_every_size_answers_the_same_prompts(model, tokenizer, questions, tmp_pa
     lengths = {count for one in alone for run in one.values() for count in run["tokens"]}
     assert len(lengths) > 1
     assert max(lengths) <= 12
+
+
+@pytest.mark.parametrize(
+    ("ends", "lengths"), [(None, [4, 4, 4]), (2, [2, 4, 4]), ([2, 7], [2, 1, 4])], ids=["none", "one", "several"]
+)
+def test_an_answer_ends_with_its_first_end_token(ends, lengths):
+    rows = [[1, 2, 2, 0], [7, 0, 0, 0], [1, 1, 1, 1]]
+    trimmed = up_to_end(rows, GenerationConfig(eos_token_id=ends))
+    assert trimmed == [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
 def test_a_run_goes_on_where_it_was(model, tokenizer, questions, tmp_path, monkeypatch):

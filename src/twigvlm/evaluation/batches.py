@@ -1,12 +1,8 @@
 """Speed and peak memory of batches of several sizes, alternating in one run, on the same prompts for every size."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
-
-import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation import peak_memory
@@ -113,14 +109,16 @@ def _measure(
         ids = generate(**inputs, **system.options, max_new_tokens=max_new_tokens, do_sample=False)
         ended = clock()
     new = ids[:, inputs["input_ids"].shape[1] :]
-    lengths = _lengths(new, model.model.generation_config.eos_token_id)
-    answers = [row[:length] for row, length in zip(new.tolist(), lengths, strict=True)]
-    return answers, ended - began, peak_memory.peak(device)
+    return up_to_end(new.tolist(), model.model.generation_config), ended - began, peak_memory.peak(device)
 
 
-def _lengths(new: Int[Tensor, "rows tokens"], ends: int | list[int] | None) -> list[int]:
-    """Tokens of each row up to its first end token; what follows is padding."""
-    if ends is None:
-        return [new.shape[1]] * len(new)
-    ended = torch.isin(new, torch.tensor(ends, device=new.device))
-    return torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, new.shape[1]).tolist()
+def up_to_end(rows: Iterable[list[int]], generation: Any) -> list[list[int]]:
+    """New ids of each row up to its first end token, that included; behind it a batch is padded.
+
+    Args:
+        rows: new ids.
+        generation: the base's generation config, which names the end tokens.
+    """
+    ends = generation.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return [row[: next((at for at, token in enumerate(row) if token in ends), len(row)) + 1] for row in rows]

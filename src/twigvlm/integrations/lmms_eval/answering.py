@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-import torch
 from PIL import Image
 
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import SpeculationConfig
 from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.batches import up_to_end
 from twigvlm.evaluation.speed import FirstToken
 from twigvlm.evaluation.variants import is_published, make_variants, refocus_of, scorer_of
 from twigvlm.images import load_image
@@ -183,7 +183,8 @@ class Answerer:
         )
         seconds = clock() - began
         first = None if watch is None or watch.at is None else watch.at - began
-        new = [self._answer_ids(row) for row in output.sequences[:, inputs["input_ids"].shape[1] :]]
+        new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        new = up_to_end(new, self.base.model.generation_config)
         drafted = accepted = passes = 0
         averages = [float(count) for count in visual]
         if self.model is not None:
@@ -221,13 +222,6 @@ class Answerer:
         if method == "diverse":
             return {**twig, "diverse": True}
         return {**twig, "scorer": scorer_of(method, self.model, setting.seed)}
-
-    def _answer_ids(self, row: torch.Tensor) -> list[int]:
-        """New ids up to the first end token; behind it a batch is padded."""
-        end = self.base.model.generation_config.eos_token_id
-        ends = set(end if isinstance(end, list) else [end])
-        ids: list[int] = row.tolist()
-        return ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def to_square(image: Image.Image, colour: Sequence[int]) -> Image.Image:
