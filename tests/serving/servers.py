@@ -68,7 +68,8 @@ def served(service, **options):
             time.sleep(0.005)
         yield server.address
     finally:
-        service.worker.drain()
+        if options.get("stop_with_app", True):  # others may use a service that lives on
+            service.worker.drain()
         server.should_exit = True
         thread.join()
 
