@@ -186,7 +186,7 @@ def _opened(
 def _without_large_texts(data: bytes) -> bytes:
     """A PNG without the texts and colour profiles that Pillow finds too large; its pixels do not depend on them.
 
-    Those behind so many that Pillow would not read them all are left out too, without a look at them.
+    Once the texts together are longer than Pillow reads, the remaining ones are removed without unpacking them.
     """
     kept, start, length = [data[:8]], 8, 0
     while start < len(data):

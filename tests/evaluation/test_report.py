@@ -110,7 +110,7 @@ def test_speeds_are_medians_over_repeats():
 
 
 def timed_pictures(count, prompts):
-    """Prompts in turn about so many pictures; how much faster the loop is depends on the picture."""
+    """Prompts that take turns among the pictures; the speed of the loop depends on the picture."""
     rows = []
     for number in range(prompts):
         (row,) = timed()

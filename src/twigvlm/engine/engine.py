@@ -171,17 +171,16 @@ class Engine:
         self._check_whole()
         with torch.inference_mode():
             while group := self._next_group():
-                step = self._prefill(group)
-                self._events += self._whole(lambda: self._extend(group, step))  # noqa: B023
+                self._events += self._whole(self._extend, group, self._prefill(group))
             if self.active:
                 self._events += self._whole(self._decode)
         events, self._events = self._events, []
         return events
 
-    def _whole(self, run: Callable[[], list[Event]]) -> list[Event]:
-        """Part of a step that leaves the engine broken if it does not come to its end."""
+    def _whole(self, run: Callable[..., list[Event]], *arguments: Any) -> list[Event]:
+        """Run a part of a step; if it fails, the engine stays broken."""
         self._broken = True
-        events = run()
+        events = run(*arguments)
         self._broken = False
         return events
 

@@ -160,8 +160,7 @@ def run_rows(
     if timings is None:
         return ids
     kept = _kept_positions(rows, request.padding) if any(row.cuts for row in rows) else None
-    visual, layers = [int(row.prompt.visual_mask[row.index].sum()) for row in rows], adapter.base.num_layers
-    averages = [average_of(row.pruner, row.cuts, count, layers) for row, count in zip(rows, visual, strict=True)]
+    averages = [average_of(row.pruner, row.cuts, row.visual, adapter.base.num_layers) for row in rows]
     looks = None if adapter.refocus is None else _looks(rows, request.padding)
     drafted, accepted = [row.drafted for row in rows], [row.accepted for row in rows]
     return TwigOutput(ids, kept, averages, looks, drafted, accepted, timings, costs)

@@ -179,6 +179,6 @@ def _counts(row: Row, layers: int) -> Counts:
         row: of an engine.
         layers: L of the base.
     """
-    visual = int(row.prompt.visual_mask[row.index].sum())
+    visual = row.visual
     kept = visual if row.kept is None else int(row.kept.sum())
     return Counts(0, visual, kept, average_of(row.pruner, row.cuts, visual, layers))
