@@ -118,14 +118,23 @@ class PruningConfig:
             return
         if self.retain is None:
             raise TwigVLMError(f"pruner={self.pruner!r}: needs a budget; give retain")
+        self.check_beside_pruner()
+
+    def check_beside_pruner(self, scorer: object = None) -> None:
+        """Raise TwigVLMError where another method is to prune, and an option of the twig's own pruning is given.
+
+        Args:
+            scorer: that the twig's pruning would rank by; None: none was given.
+        """
         for name, value in (
             ("keep", self.keep),
             ("final_wipe", self.final_wipe),
             ("final_share", self.final_share),
+            ("scorer", scorer),
             ("refocus", self.refocus),
-            ("retain_per_image", self.retain_per_image or None),
             ("scout", self.scout or None),
             ("diverse", self.diverse or None),
+            ("retain_per_image", self.retain_per_image or None),
         ):
             if value is not None:
                 raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")

@@ -13,6 +13,7 @@ from twigvlm.pruning.methods.twig_attention import TwigAttention
 SCORERS = {
     "twig": HeadScores(),
     "refocus:0.9": HeadScores(),
+    "diverse+refocus:0.9": HeadScores(),
     "attention": TwigAttention(),
     "twig-text": TwigAttention("text"),
     "random": RandomScores(7),
@@ -49,8 +50,8 @@ def test_every_variant_answers_as_generate_does(attention, seeds):
                 scorer = SCORERS[variant.method]
                 options = {"retain": variant.retain, "final_wipe": variant.final_wipe, "scorer": scorer}
                 options["final_share"] = variant.final_share
-                if variant.method == "refocus:0.9":
-                    options["refocus"] = 0.9
+                if variant.method.endswith("refocus:0.9"):
+                    options |= {"refocus": 0.9, "diverse": variant.method.startswith("diverse")}
             one = model.generate(**inputs, **options, max_new_tokens=7, return_dict_in_generate=True)
             assert outcomes[variant.name].ids == one.sequences[0, length:].tolist(), variant
             assert outcomes[variant.name].ran == sum(look.ran for look in (one.looks or [[]])[0])

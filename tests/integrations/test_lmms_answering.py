@@ -58,6 +58,7 @@ def test_without_a_method_the_base_answers(model, processor):
         ("scout", {"scout": True}),
         ("diverse", {"diverse": True}),
         ("refocus:0.9", {"refocus": 0.9}),
+        ("diverse+refocus:0.9", {"diverse": True, "refocus": 0.9}),
         ("deep:5", {"scorer": ...}),
         ("visionzip", {"pruner": "visionzip"}),
     ],

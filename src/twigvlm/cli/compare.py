@@ -31,9 +31,9 @@ class Compare(PruningOptions):
     name: ClassVar[str] = "compare"
 
     methods: tuple[str, ...] = ()
-    """Methods of `twigvlm methods`, refocus:τ (the twig's own, which chooses again while the answer grows), diverse, scout, or
-    any other way to rank of `evaluate accuracy`; the base takes part in any case. None given: the twig's, if there is a twig,
-    and all of `twigvlm methods`."""
+    """Methods of `twigvlm methods`, refocus:τ (the twig's own, which chooses again while the answer grows), diverse,
+    diverse+refocus:τ, scout, or any other way to rank of `evaluate accuracy`; the base takes part in any case. None given:
+    the twig's, if there is a twig, and all of `twigvlm methods`."""
     speculate: tuple[Speculate, ...] = ("none",)
     timed: int = 20
     """Short questions, and long ones, that are timed: the first ones. 0: no times."""

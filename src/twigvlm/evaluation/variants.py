@@ -23,7 +23,10 @@ from twigvlm.pruning.refocus import check_refocus
 from twigvlm.pruning.select import best, diverse
 from twigvlm.pruning.view import Scorer
 
-RANKINGS = "none, twig, diverse, scout, refocus:COVERAGE, attention, twig-text, random, deep:LAYER, deep:FIRST-LAST"
+RANKINGS = (
+    "none, twig, diverse, scout, refocus:COVERAGE, diverse+refocus:COVERAGE, attention, twig-text, random, deep:LAYER, "
+    "deep:FIRST-LAST"
+)
 _SCORED = ("twig", "diverse", "scout", "attention", "twig-text", "random")
 
 
@@ -33,10 +36,10 @@ class Variant:
 
     method: str
     """none; twig: the twig's own ranking (its P-Head's where it has one); diverse: by the same ranking, tokens that differ from
-    each other; scout: twig before the decoder; refocus:τ: twig, chosen again while the answer grows; attention, twig-text:
-    last twig layer's attention, of the last or of all text queries; random; deep:N: attention of base layer N (counted from
-    1), deep:N-M: mean attention of layers N to M, oracles that need a full pass; or any published method (`twigvlm methods`)
-    with the cuts that are its own."""
+    each other; scout: twig before the decoder; refocus:τ, diverse+refocus:τ: twig or diverse, chosen again by the twig's
+    ranking while the answer grows; attention, twig-text: last twig layer's attention, of the last or of all text queries;
+    random; deep:N: attention of base layer N (counted from 1), deep:N-M: mean attention of layers N to M, oracles that need a
+    full pass; or any published method (`twigvlm methods`) with the cuts that are its own."""
     retain: float | None = None
     """R̄, by the same formula for every method; None for none."""
     final_wipe: int | None = None
@@ -113,14 +116,19 @@ def is_published(method: str) -> bool:
 def refocus_of(method: str) -> float | None:
     """τ of a method that chooses again; None: it does not."""
     name, _, number = method.partition(":")
-    if name != "refocus":
+    if name not in ("refocus", "diverse+refocus"):
         return None
     try:
         threshold = float(number)
     except ValueError:
-        raise TwigVLMError(f"method {method!r}: must name τ, for example refocus:0.7") from None
+        raise TwigVLMError(f"method {method!r}: must name τ, for example {name}:0.7") from None
     check_coverage(threshold)
     return threshold
+
+
+def is_diverse(method: str) -> bool:
+    """Whether a method that ranks by the twig keeps tokens that differ from each other."""
+    return method.startswith("diverse")
 
 
 def watched_layers(method: str, model: TwigVLM) -> BaseLayerAttention:
@@ -210,7 +218,7 @@ def generate_options(model: TwigVLM, variant: Variant, seed: int = 0) -> dict[st
     refocus = refocus_of(variant.method)
     if refocus is not None:
         how = {"final_wipe": variant.final_wipe, "final_share": variant.final_share}
-        return {"retain": variant.retain, **how, "refocus": refocus}
+        return {"retain": variant.retain, **how, "refocus": refocus, "diverse": is_diverse(variant.method)}
     return {"retain": variant.retain, "pruner": _pruner(model, variant, seed)}
 
 
@@ -264,7 +272,7 @@ def _pruner(model: TwigVLM, variant: Variant, seed: int) -> Pruner:
     if variant.method == "scout":
         return ScoutPruner(model.twig, default_scorer(model.twig))
     final_wipe = model.base.num_layers if variant.final_wipe is None else variant.final_wipe
-    select = diverse if variant.method == "diverse" else best
+    select = diverse if is_diverse(variant.method) else best
     scorer = scorer_of(variant.method, model, seed)
     return TwigPruner(scorer, model.twig.config.trunk_layers, final_wipe, variant.final_share, select=select)
 

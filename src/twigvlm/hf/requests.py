@@ -100,18 +100,7 @@ def _pruning(
     if scorer is not None and not pruning.active:
         raise TwigVLMError("scorer: needs a budget; give retain or keep too")
     if pruner is not None:
-        others = (
-            ("keep", pruning.keep),
-            ("final_wipe", pruning.final_wipe),
-            ("final_share", pruning.final_share),
-            ("scorer", scorer),
-            ("refocus", pruning.refocus),
-            ("scout", pruning.scout or None),
-            ("diverse", pruning.diverse or None),
-        )
-        for name, value in (*others, ("retain_per_image", pruning.retain_per_image or None)):
-            if value is not None:
-                raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
+        pruning.check_beside_pruner(scorer)
     elif not pruning.active:
         return None, lambda visual: ()
     elif scorer is None and twig.placeholder:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from twigvlm.config import SpeculationConfig
 from twigvlm.speculation.batch import NO_TOKEN, RowState
-from twigvlm.speculation.nodes import INVALID, Nodes
+from twigvlm.speculation.nodes import Nodes
 from twigvlm.speculation.policies import NoDraft
 
 
@@ -38,11 +38,6 @@ class Lookup(NoDraft):
             return nodes
         longest = int(drafted.sum(dim=1).max())
         return Nodes(*(part[:, :longest] for part in nodes))
-
-    def select(self, nodes: Nodes) -> Int[Tensor, "rows nodes"]:
-        """All of them."""
-        index = torch.arange(nodes.tokens.shape[1], device=nodes.tokens.device)
-        return torch.where(nodes.valid, index, INVALID)
 
 
 def continuations(

@@ -79,8 +79,9 @@ class NoDraft:
         return None
 
     def select(self, nodes: Nodes) -> Int[Tensor, "rows selected"]:
-        """The root."""
-        return torch.zeros_like(nodes.parents)
+        """Every node."""
+        index = torch.arange(nodes.tokens.shape[1], device=nodes.tokens.device)
+        return torch.where(nodes.valid, index, INVALID)
 
     def learn(self, accepted: NDArray[np.int64]) -> None:
         """No-op: nothing was drafted."""
@@ -115,11 +116,6 @@ class Chain(NoDraft):
         if level >= self.depth or (self.stop_early and not bool(expandable[:, -1].any())):
             return None
         return torch.full_like(nodes.tokens[:, :1], nodes.tokens.shape[1] - 1)
-
-    def select(self, nodes: Nodes) -> Int[Tensor, "rows nodes"]:
-        """All of them."""
-        index = torch.arange(nodes.tokens.shape[1], device=nodes.tokens.device)
-        return torch.where(nodes.valid, index, INVALID)
 
 
 class FixedTree(NoDraft):

@@ -20,9 +20,9 @@ class EvaluateAccuracy(PruningOptions):
 
     methods: tuple[str, ...] = ("twig", "random", "fastv")
     """How to choose the visual tokens: twig (its P-Head if it has one), diverse (by the same scores, tokens that differ from
-    each other), scout (twig, before the decoder), refocus:τ (twig, and again while the answer grows), attention (of the last
-    twig layer), twig-text (the same, from all text tokens), random, deep:N or deep:N-M (attention of base layers, an oracle),
-    or any of `twigvlm methods`, with its own cuts."""
+    each other), scout (twig, before the decoder), refocus:τ or diverse+refocus:τ (twig or diverse, and again while the answer
+    grows), attention (of the last twig layer), twig-text (the same, from all text tokens), random, deep:N or deep:N-M
+    (attention of base layers, an oracle), or any of `twigvlm methods`, with its own cuts."""
     final_wipe: int | None = None
     final_share: float | None = None
 

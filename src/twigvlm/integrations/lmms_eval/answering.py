@@ -16,7 +16,7 @@ from twigvlm.config import SpeculationConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.batches import up_to_end
 from twigvlm.evaluation.speed import FirstToken
-from twigvlm.evaluation.variants import is_published, make_variants, refocus_of, scorer_of
+from twigvlm.evaluation.variants import is_diverse, is_published, make_variants, refocus_of, scorer_of
 from twigvlm.images import load_image
 from twigvlm.inputs import Message, build_inputs, media
 from twigvlm.model import TwigVLM
@@ -218,7 +218,7 @@ class Answerer:
             return {**drafts, "retain": budget, "scout": True}
         twig = {**drafts, "retain": budget, "final_wipe": setting.final_wipe, "final_share": setting.final_share}
         if (coverage := refocus_of(method)) is not None:
-            return {**twig, "refocus": coverage}
+            return {**twig, "refocus": coverage, "diverse": is_diverse(method)}
         if method == "diverse":
             return {**twig, "diverse": True}
         return {**twig, "scorer": scorer_of(method, self.model, setting.seed)}
