@@ -206,7 +206,8 @@ def test_a_data_uri_is_read_as_its_file_is():
     ("source", "words"),
     [
         ("data:image/png;base64", ["not a valid data URI", "no comma"]),
-        ("data:image/png;base64,AAAAA", ["not a valid data URI", "encode the file again"]),
+        ("data:image/png;base64,AAAAA", ["not a valid data URI", "encode the file as"]),
+        ("data:image/png;base64,@@@@", ["not a valid data URI", "encode the file as"]),
         (uri(b"\0" * 4500), ["data:image/png;base64,AAAA", "…", "not an image in a known format"]),
         ("https://example.org/cat.jpg", ["'https://example.org/cat.jpg'", "remote address", "download"]),
         (Path("https://example.org/cat.jpg"), ["remote address"]),

@@ -52,7 +52,7 @@ def load_image(source: Picture) -> Image.Image:
     name = f"image {short_name(source)!r}" if isinstance(source, str | os.PathLike) else "image"
     if isinstance(source, str | os.PathLike):
         if str(source)[:5].lower() == "data:":
-            source = _from_data_uri(name, str(source))
+            source = from_data_uri(name, str(source))
         else:
             _check_path(name, source)
     elif not isinstance(source, bytes | Image.Image):
@@ -105,6 +105,30 @@ def read_image(
             ) from None
 
 
+def from_data_uri(name: str, uri: str) -> bytes:
+    """What a data URI holds.
+
+    Args:
+        name: of the picture, for messages.
+        uri: in base64 or percent-encoded; white space is passed over.
+
+    Raises:
+        TwigVLMError: one line that names the picture, what is wrong with it, and the remedy.
+    """
+    head, comma, data = uri.partition(",")
+    try:
+        if not comma:
+            raise ValueError("no comma before the data")
+        decoded = unquote_to_bytes(data)
+        if not head.lower().endswith(";base64"):
+            return decoded
+        return base64.b64decode(b"".join(decoded.split()), validate=True)
+    except ValueError as error:  # binascii's is one
+        raise TwigVLMError(
+            f"{name}: not a valid data URI ({one_line(error)}); encode the file as data:image/png;base64,…"
+        ) from None
+
+
 def is_uri(source: object) -> bool:
     """Whether this is a data URI or an address, which is relative to no folder, instead of a path."""
     return isinstance(source, str | os.PathLike) and _URI.match(str(source)) is not None
@@ -130,17 +154,6 @@ def _check_path(name: str, path: str | os.PathLike[str]) -> None:
     if is_remote(path):
         raise TwigVLMError(f"{name}: is a remote address; download the file and give its path")
     raise TwigVLMError(f"{name}: no such file; give the path of an existing image file")
-
-
-def _from_data_uri(name: str, uri: str) -> bytes:
-    head, comma, data = uri.partition(",")
-    try:
-        if not comma:
-            raise ValueError("no comma before the data")
-        decoded = unquote_to_bytes(data)
-        return base64.b64decode(decoded) if head.lower().endswith(";base64") else decoded
-    except ValueError as error:  # binascii's is one
-        raise TwigVLMError(f"{name}: not a valid data URI ({one_line(error)}); encode the file again") from None
 
 
 def _from_array(name: str, source: Any) -> Image.Image:

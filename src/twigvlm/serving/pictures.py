@@ -1,24 +1,18 @@
 """Images of requests: data URIs, or addresses that the server's owner allowed."""
 
-import base64
-import binascii
-import re
 from collections.abc import Mapping
 from time import monotonic
-from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.images import read_image
+from twigvlm.images import from_data_uri, read_image
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.fetch import Fetcher
 from twigvlm.serving.protocol import ChatRequest, ImagePart, TextPart
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What a server reads: other decoders of Pillow are seldom needed, and some start programs."""
-
-_SPACE = re.compile(rb"\s+")
 
 
 def is_fetched(part: TextPart | ImagePart) -> bool:
@@ -65,8 +59,8 @@ def read_picture(url: str, max_pixels: int, fetched: Mapping[str, bytes]) -> Ima
     Raises:
         RequestError: one line that says what is wrong with it.
     """
-    data = _from_data_uri(url) if _is_data(url) else fetched[url]
     try:
+        data = from_data_uri("image_url", url) if _is_data(url) else fetched[url]
         return read_image("image_url", data, FORMATS, max_pixels)
     except TwigVLMError as error:
         raise RequestError(str(error)) from None
@@ -74,16 +68,3 @@ def read_picture(url: str, max_pixels: int, fetched: Mapping[str, bytes]) -> Ima
 
 def _is_data(url: str) -> bool:
     return url[:5].lower() == "data:"
-
-
-def _from_data_uri(uri: str) -> bytes:
-    head, comma, data = uri.partition(",")
-    try:
-        if not comma:
-            raise ValueError
-        decoded = unquote_to_bytes(data)
-        if not head.lower().endswith(";base64"):
-            return decoded
-        return base64.b64decode(_SPACE.sub(b"", decoded), validate=True)
-    except (ValueError, binascii.Error):
-        raise RequestError("image_url: not a valid data URI; encode the file as data:image/png;base64,…") from None
