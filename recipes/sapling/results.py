@@ -48,13 +48,13 @@ def _evaluate(what: str, questions: str, options: str) -> str:
 
 QUESTIONS = {
     SHORT: "--split test --count 1000 --descriptions 0",
-    LONG: "--split test --count 0 --descriptions 120 --long 25",
+    LONG: "--split test --count 0 --descriptions 200 --long 25",
     MIXED: "--split test --count 60 --descriptions 0",
     VALIDATION: "--split validation --count 160 --descriptions 40 --long 10",
 }
 METHODS = (
-    "twig diverse refocus:0.7 scout attention fastv pyramiddrop sparsevlm sparsevlm-v2 mustdrop visionzip fastervlm divprune "
-    "scope dart vispruner cdpruner prunesid holov prumerge+ random:0"
+    "twig diverse diverse+refocus:0.7 scout attention fastv pyramiddrop sparsevlm sparsevlm-v2 mustdrop visionzip fastervlm "
+    "divprune scope dart vispruner cdpruner prunesid holov prumerge+ random:0"
 )
 PAGES = {
     "sapling": [
@@ -78,8 +78,8 @@ PAGES = {
         ),
         Section(
             "Long answers",
-            "Choices made once at the end of the prompt, and the choice that is made again while the answer grows.",
-            _evaluate("accuracy", LONG, "--methods twig diverse refocus:0.7 --budgets 192 64"),
+            "Choices made once at the end of the prompt, and a choice that is made again while the answer grows.",
+            _evaluate("accuracy", LONG, "--methods twig diverse diverse+refocus:0.7 --budgets 192 128 64"),
         ),
         Section(
             "When to choose again, on the validation split",
@@ -88,7 +88,7 @@ PAGES = {
                 "accuracy",
                 VALIDATION,
                 "--kinds description rows halves 'all signs' 'three questions' "
-                "--methods twig refocus:0.7 refocus:0.8 refocus:0.9 --budgets 64",
+                "--methods twig diverse refocus:0.7 diverse+refocus:0.7 refocus:0.8 diverse+refocus:0.8 refocus:0.9 --budgets 64",
             ),
         ),
         Section(
@@ -126,7 +126,7 @@ PAGES = {
                 "speed",
                 LONG,
                 "--kinds description rows halves --limit 20 --repeats 1 --refocus 0.7 --budgets 64 "
-                "--systems chain auto 'pruning + auto' 'diverse + auto' 'refocus + auto'",
+                "--systems chain auto 'pruning + auto' 'diverse + auto' 'diverse + refocus + auto'",
             ),
         ),
         Section(

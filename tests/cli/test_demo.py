@@ -135,3 +135,11 @@ def test_a_picture_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 def test_float32_unless_told_otherwise_so_that_speculation_is_seen_to_change_nothing():
     assert parse(COMMANDS, DESCRIPTION, ["demo"]).dtype == "float32"
+
+
+def test_kept_tokens_differ_from_each_other_unless_told_otherwise(arguments, tmp_path):
+    shown = []
+    for flag in (None, "--no-diverse"):
+        assert main([*arguments(refocus="None", speculate="none", runs=1), *filter(None, [flag])]) == 0
+        shown.append((tmp_path / "kept.png").read_bytes())
+    assert shown[0] != shown[1]

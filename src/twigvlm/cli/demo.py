@@ -35,6 +35,8 @@ class Demo(QuestionOptions):
     """Question about the image. None: a short question and a description."""
     dtype: Dtype = "float32"
     """Number format of the weights. auto: as the base's files say; in half precision, speculation may change an answer."""
+    diverse: bool = True
+    """Keep visual tokens that also differ from each other, instead of those with the highest scores."""
     refocus: float | None = 0.7
     max_new_tokens: int = 128
     runs: int = 3
@@ -56,8 +58,10 @@ class Demo(QuestionOptions):
 
         if self.runs < 1:
             raise TwigVLMError(f"runs={self.runs}: must be 1 or more")
-        idle = self.retain is None and self.refocus == Demo.refocus
-        pruning = PruningConfig(self.retain, refocus=None if idle else self.refocus)
+        # Without a budget the defaults mean nothing, but what was asked for is refused.
+        asked = {name: getattr(self, name) for name in ("diverse", "refocus")}
+        asked = {name: value for name, value in asked.items() if self.retain is not None or value != getattr(Demo, name)}
+        pruning = PruningConfig(self.retain, **asked)
         config = SessionConfig.resolve(self.model, self.twig, pruning, self.speculate)
         if not config.accelerated:
             raise TwigVLMError(

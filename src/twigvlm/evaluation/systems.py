@@ -100,6 +100,12 @@ def standard_systems(
             System("refocus", options=again),
             System("refocus + chain", options={**again, **chain}, same_as="refocus"),
             System("refocus + auto", options={**again, "speculate": "auto"}, same_as="refocus"),
+            System("diverse + refocus", options={**again, "diverse": True}),
+            System(
+                "diverse + refocus + auto",
+                options={**again, "diverse": True, "speculate": "auto"},
+                same_as="diverse + refocus",
+            ),
         ]
     known = {system.name: system for system in others}
     for name in names:

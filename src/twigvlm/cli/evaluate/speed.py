@@ -31,7 +31,8 @@ class EvaluateSpeed(BaselineOptions):
     systems: Annotated[tuple[str, ...], arg(aliases=("--contenders",))] = ()
     """What to time in addition to the baselines: "own loop", pruning, chain, tree, auto, lookup, exit,
     "pruning + chain", "pruning + tree", "pruning + auto", "pruning + lookup", diverse, "diverse + auto", "HF prompt lookup",
-    with assistant also "HF assistant", and with refocus also refocus, "refocus + chain", "refocus + auto". None given: all."""
+    with assistant also "HF assistant", and with refocus also refocus, "refocus + chain", "refocus + auto", "diverse + refocus",
+    "diverse + refocus + auto". None given: all."""
     refocus: float | None = None
     assistant: str | None = None
     """Small vision-language model of the base's vocabulary, a Hugging Face id or a directory, which drafts for the base's own
