@@ -141,7 +141,7 @@ PAGES = {
         Section(
             "All methods under the same budgets",
             "Every published method that this project has, and the twig.",
-            f"twigvlm compare --questions {MIXED}/questions.json --methods {METHODS} --budgets 64 --timed 0",
+            f"twigvlm compare --questions {MIXED}/questions.json --methods {METHODS} --budgets 192 64 --timed 0",
         ),
     ],
     "exactness": [

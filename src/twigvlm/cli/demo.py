@@ -60,7 +60,9 @@ class Demo(QuestionOptions):
             raise TwigVLMError(f"runs={self.runs}: must be 1 or more")
         # Without a budget the defaults mean nothing, but what was asked for is refused.
         asked = {name: getattr(self, name) for name in ("diverse", "refocus")}
-        asked = {name: value for name, value in asked.items() if self.retain is not None or value != getattr(Demo, name)}
+        asked = {
+            name: value for name, value in asked.items() if self.retain is not None or value != getattr(Demo, name)
+        }
         pruning = PruningConfig(self.retain, **asked)
         config = SessionConfig.resolve(self.model, self.twig, pruning, self.speculate)
         if not config.accelerated:
