@@ -1,7 +1,7 @@
 """Load, soak and faults of `twigvlm serve` on Sapling, in float32; writes docs/results/serving.md.
 
 python -m recipes.serving_bench baseline   # Hugging Face's generate, one question at a time
-python -m recipes.serving_bench load       # 1, 4, 16 and 64 clients, three settings
+python -m recipes.serving_bench load       # 1, 4, 16 and 64 clients, four settings
 python -m recipes.serving_bench soak       # 5,000 requests
 python -m recipes.serving_bench hostile    # 10,000 malformed and hostile requests
 python -m recipes.serving_bench kills      # 50 times kill -9 of `twigvlm batch`
@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no twig": {"speculate": "none", "retain": None},
     "chains, exact": {"speculate": "chain", "retain": None},
     "pruned to R̄ 64, chains": {"speculate": "chain", "retain": 64, "diverse": True},
+    "the same, refocusing": {"speculate": "chain", "retain": 64, "diverse": True, "refocus": 0.7},
 }
 
 

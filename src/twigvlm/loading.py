@@ -62,6 +62,17 @@ def load(
     return base, processor, None if twig is None else TwigVLM.from_pretrained(base, twig)
 
 
+def bare(base: Any, exits: bool) -> TwigVLM:
+    """A base without a twig.
+
+    Args:
+        base: the base.
+        exits: whether it drafts by early exit, after a quarter of its layers.
+    """
+    layers = base.config.get_text_config().num_hidden_layers
+    return TwigVLM.without_twig(base, max(1, layers // 4) if exits else 0)
+
+
 def _dtype(name: str) -> torch.dtype | None:
     if name == "auto":
         return None

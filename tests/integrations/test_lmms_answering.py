@@ -17,6 +17,8 @@ from twigvlm.integrations import lmms_eval
 from twigvlm.integrations.lmms_eval import video_qa
 from twigvlm.integrations.lmms_eval.answering import Answered, Answerer, Setting, to_square
 from twigvlm.integrations.lmms_eval.figures import throughput
+from twigvlm.pruning.methods.random import RandomTokens
+from twigvlm.pruning.methods.visionzip import VisionZip
 
 GREEDY = {"do_sample": False}
 NEW = 6
@@ -60,13 +62,14 @@ def test_without_a_method_the_base_answers(model, processor):
         ("refocus:0.9", {"refocus": 0.9}),
         ("diverse+refocus:0.9", {"diverse": True, "refocus": 0.9}),
         ("deep:5", {"scorer": ...}),
-        ("visionzip", {"pruner": "visionzip"}),
+        ("visionzip", {"pruner": VisionZip()}),
+        ("random:0", {"pruner": RandomTokens(0, seed=5)}),
     ],
 )
 def test_methods_and_drafts_are_those_of_generate(model, processor, monkeypatch, method, options):
-    setting = Setting(method, 10, "chain", drafting={"draft_threshold": 0.0})
+    setting = Setting(method, 10, "chain", seed=5, drafting={"draft_threshold": 0.0})
     if "scorer" in options:
-        options = {"scorer": scorer_of(method, model, 0)}
+        options = {"scorer": scorer_of(method, model, 5)}
     asked = Mock(wraps=model.generate)
     monkeypatch.setattr(model, "generate", asked)
     (one,) = Answerer(model.base, model, processor, setting).answer([question()], NEW, GREEDY)
@@ -129,6 +132,19 @@ def test_a_base_without_videos_refuses_one(model, processor):
     messages = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What?"}]}]
     with pytest.raises(TwigVLMError, match="takes none"):
         Answerer(model.base, None, processor, Setting()).answer([messages], NEW, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("setting", "needs"),
+    [
+        (Setting(speculate="lookup"), False),
+        (Setting("fastv", 10, "exit"), False),
+        (Setting("fastv", 10, "chain"), True),
+        (Setting("twig", 10), True),
+    ],
+)
+def test_a_twig_is_needed_by_what_ranks_or_drafts_by_it(setting, needs):
+    assert setting.needs_twig == needs
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,17 @@ def test_sampling_is_the_task_s_to_ask_for(bases):
     assert len({*sampled, greedy[0].text}) > 2
 
 
+@pytest.mark.parametrize("speculate", ["lookup", "exit"])
+def test_drafts_that_need_no_twig(bases, speculate):
+    plain, drafted = (
+        TwigVLMChat(**{**bases, "twig": None}, method="fastv", retain=10, speculate=way) for way in ("none", speculate)
+    )
+    assert (
+        drafted.generate_until(requests(drafted, "What?"))[0].text
+        == plain.generate_until(requests(plain, "What?"))[0].text
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -227,16 +227,24 @@ def test_published_schedules_under_the_true_budget(name):
 @pytest.mark.parametrize(
     ("pruner", "sizes", "true"),
     [
-        (SparseVLM("v1", "published"), {192: [309, 204, 113], 128: [312, 117, 39]}, {192: 206.5, 128: 145.4}),
-        (SparseVLM("v2", "published"), {192: [300, 200, 118], 64: [66, 34, 20]}, {192: 206.8, 64: 81.8}),
+        (
+            SparseVLM("v1", "published"),
+            {192: [309, 204, 113], 128: [312, 117, 39], 64: [82, 32, 18]},
+            {192: 206.5, 128: 145.9, 64: 82.2},
+        ),
+        (
+            SparseVLM("v2", "published"),
+            {192: [300, 200, 118], 128: [238, 108, 60], 64: [66, 34, 20]},
+            {192: 207.1, 128: 144.2, 64: 81.8},
+        ),
         (Dart(accounting="published"), {192: [196], 128: [132], 64: [68]}, {192: 219.8, 128: 159.8, 64: 99.8}),
     ],
 )
 def test_published_accounting(pruner, sizes, true):
-    """As the authors count: what the papers call 192 costs more; and their 128 is 128.6 even so."""
+    """The authors' own lists, which cost more than what their papers call them."""
     for retain, expected in sizes.items():
         cuts = pruner.cuts(retain, 576, 32)
-        assert all(abs(cut.keep - size) <= 3 for cut, size in zip(cuts, expected, strict=True))
+        assert [cut.keep for cut in cuts] == expected
         assert average_visual(cuts, 576, 32) == pytest.approx(true[retain], abs=0.6)
 
 

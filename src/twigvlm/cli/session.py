@@ -15,7 +15,7 @@ from twigvlm.config import WITHOUT_TWIG, PruningConfig, Speculate
 from twigvlm.errors import TwigVLMError
 from twigvlm.images import Picture
 from twigvlm.inputs import user_turn
-from twigvlm.loading import SAPLING
+from twigvlm.loading import SAPLING, bare
 from twigvlm.model import TwigVLM
 from twigvlm.pruning.methods import make_pruner
 
@@ -103,17 +103,6 @@ def open_session(config: SessionConfig, dtype: str, device: str) -> Session:
         with busy("Measuring what drafts cost on this machine"):
             session.model.costs()  # kept for all answers, and part of no answer's time
     return session
-
-
-def bare(base: Any, exits: bool) -> TwigVLM:
-    """A base without a twig.
-
-    Args:
-        base: the base.
-        exits: whether it drafts by early exit, after a quarter of its layers.
-    """
-    layers = base.config.get_text_config().num_hidden_layers
-    return TwigVLM.without_twig(base, max(1, layers // 4) if exits else 0)
 
 
 def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """One question answered under many prunings: forks of one request, which share vision, prompt, trunk, twig and scores."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from twigvlm.pruning.cut import Need, Pruner, average_of, schedule
 from twigvlm.pruning.methods import METHODS, make_pruner
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
 from twigvlm.pruning.methods.pruning_head import default_scorer
-from twigvlm.pruning.methods.random import RandomScores, RandomTokens
+from twigvlm.pruning.methods.random import RandomScores
 from twigvlm.pruning.methods.scout import ScoutPruner
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.methods.twig_attention import TwigAttention
@@ -267,8 +267,7 @@ def score_all(
 
 def _pruner(model: TwigVLM, variant: Variant, seed: int) -> Pruner:
     if is_published(variant.method):
-        pruner = make_pruner(variant.method)
-        return replace(pruner, seed=seed) if isinstance(pruner, RandomTokens) else pruner
+        return make_pruner(variant.method, seed)
     if variant.method == "scout":
         return ScoutPruner(model.twig, default_scorer(model.twig))
     final_wipe = model.base.num_layers if variant.final_wipe is None else variant.final_wipe

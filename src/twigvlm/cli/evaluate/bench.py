@@ -18,7 +18,7 @@ from twigvlm.checkpoints.hub import fetch
 from twigvlm.checkpoints.twig_files import FILES, WEIGHTS, check, fingerprint
 from twigvlm.cli.evaluate.options import RAW, REPORT, EvaluateOptions
 from twigvlm.cli.output import busy, check_directory, steps
-from twigvlm.cli.session import bare, build_inputs, load_base
+from twigvlm.cli.session import build_inputs, load_base
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.assisted import check_assistant
 from twigvlm.evaluation.progress import Progress
@@ -26,7 +26,7 @@ from twigvlm.evaluation.questions import Question, Questions, load_questions
 from twigvlm.evaluation.report import failed_sections, page
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.files import replacing
-from twigvlm.loading import SAPLING
+from twigvlm.loading import SAPLING, bare
 from twigvlm.model import TwigVLM
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.config import SpeculationConfig
+from twigvlm.config import WITHOUT_TWIG, SpeculationConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.batches import up_to_end
 from twigvlm.evaluation.speed import FirstToken
@@ -20,6 +20,7 @@ from twigvlm.evaluation.variants import is_diverse, is_published, make_variants,
 from twigvlm.images import load_image
 from twigvlm.inputs import Message, build_inputs, media
 from twigvlm.model import TwigVLM
+from twigvlm.pruning.methods import make_pruner
 from twigvlm.timing import clock_of
 
 
@@ -38,7 +39,7 @@ class Setting:
     final_share: float | None = None
     """φ, for the same methods; None: as the twig was tuned."""
     seed: int = 0
-    """Of the ranking `random`."""
+    """Of `random` and `random:LAYER`."""
     drafting: Mapping[str, float] = field(default_factory=dict)
     """Further options of `speculate`, by the names that `TwigVLM.generate` gives them."""
 
@@ -57,8 +58,7 @@ class Setting:
     @property
     def needs_twig(self) -> bool:
         """Whether a trained twig takes part."""
-        published = self.method == "none" or is_published(self.method)
-        return not published or self.speculate != "none"
+        return not (self.method == "none" or is_published(self.method)) or self.speculate not in WITHOUT_TWIG
 
     @property
     def is_base(self) -> bool:
@@ -213,7 +213,7 @@ class Answerer:
         if budget is None:
             return drafts
         if is_published(method):
-            return {**drafts, "retain": budget, "pruner": method}
+            return {**drafts, "retain": budget, "pruner": make_pruner(method, setting.seed)}
         if method == "scout":
             return {**drafts, "retain": budget, "scout": True}
         twig = {**drafts, "retain": budget, "final_wipe": setting.final_wipe, "final_share": setting.final_share}

@@ -44,8 +44,12 @@ METHODS: Final[Mapping[str, Callable[..., Pruner]]] = {
 _AT_A_LAYER = ("dart", "fastv", "random")
 
 
-def make_pruner(name: str) -> Pruner:
+def make_pruner(name: str, seed: int = 0) -> Pruner:
     """A method by name, for example "visionzip", "fastv:3", "random:0", or "visionzip:DIRECTORY" with a tuned projector.
+
+    Args:
+        name: as `twigvlm methods` lists it.
+        seed: of a random choice.
 
     Raises:
         TwigVLMError: there is no such method, or it takes no layer.
@@ -62,7 +66,7 @@ def make_pruner(name: str) -> Pruner:
         return METHODS[method]()
     if method not in _AT_A_LAYER or not layer.isdigit():
         raise TwigVLMError(f"pruner {name!r}: only {', '.join(_AT_A_LAYER)} take a layer, for example fastv:3")
-    return METHODS[method](layer=int(layer))
+    return RandomTokens(int(layer), seed) if method == "random" else METHODS[method](layer=int(layer))
 
 
 def reads_files(name: str) -> bool:

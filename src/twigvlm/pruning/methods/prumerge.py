@@ -23,7 +23,7 @@ class PruMerge:
     """
 
     neighbours: int = 32
-    """Of a centre, by the keys of the last block, among the patches that go."""
+    """Of a centre, by the keys of the last block: other centres may be among them."""
     attended: float = 0.25
     """Share of the centres that are chosen by attention; 1: PruMerge, without +."""
     positions: Positions = "kept"
@@ -49,12 +49,13 @@ class PruMerge:
         spaced = keep - 1 - attended
         is_center[others[torch.arange(spaced, device=others.device) * len(others) // max(spaced, 1)]] = True
         centers, gone = is_center.nonzero()[:, 0], (~is_center).nonzero()[:, 0]
-        weighted = image.features.float()[gone] * attention[gone, None]
+        weighted = image.features.float() * attention[:, None]
         states = [image.features.float()[centers]]
         for part in torch.arange(len(centers), device=centers.device).split(_CHUNK):
-            similar = keys[centers[part]] @ keys[gone].T
-            index = similar.topk(min(self.neighbours, len(gone)), dim=1).indices
+            similar = keys[centers[part]] @ keys.T
+            similar.scatter_(1, centers[part, None], float("-inf"))  # none is its own neighbour
+            index = similar.topk(min(self.neighbours, len(image) - 1), dim=1).indices
             states[0][part] += torch.zeros_like(similar).scatter(1, index, 1.0) @ weighted
-        states.append(weighted.sum(dim=0, keepdim=True))
+        states.append(weighted[gone].sum(dim=0, keepdim=True))
         projected = image.vision.project(torch.cat(states).to(image.vision.features))
         return Picked(torch.cat((centers, gone[:1])), projected)

@@ -1,5 +1,6 @@
 """Random choice: the floor that any ranking must beat."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,21 +9,22 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from twigvlm.base.prompt import Prompt
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Cut, Need, solve_cuts
 from twigvlm.pruning.select import top_visual
-from twigvlm.pruning.view import CutView, TrunkOutput
+from twigvlm.pruning.view import CutView, Tokens, TrunkOutput
 
 
 @dataclass(frozen=True)
 class RandomScores:
-    """Scores drawn uniformly; a prompt's own length and the seed decide the choice."""
+    """Scores drawn uniformly; a prompt's own tokens and the seed decide the choice, whatever else is in the batch."""
 
     seed: int = 0
 
     def __call__(self, trunk: TrunkOutput) -> Tensor:
         """Scores [batch, tokens]."""
-        return _scores(trunk.tokens.visual, trunk.tokens.lengths, self.seed)
+        return _scores(trunk.prompt, trunk.tokens, self.seed)
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,14 @@ class RandomTokens:
         return solve_cuts((self.layer,), lambda share: (share,), retain, visual, layers)
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
-        """A prompt's own length and the seed decide."""
-        tokens = view.tokens
-        return top_visual(_scores(tokens.visual, tokens.lengths, self.seed), tokens.visual, keep)
+        """A prompt's own tokens and the seed decide, whatever else is in the batch."""
+        return top_visual(_scores(view.prompt, view.tokens, self.seed), view.tokens.visual, keep)
 
 
-def _scores(mask: Bool[Tensor, "batch tokens"], lengths: Sequence[int], seed: int) -> Tensor:
-    scores = torch.zeros(mask.shape)
-    for row, length in enumerate(lengths):
-        scores[row, :length] = torch.rand(length, generator=torch.Generator().manual_seed(seed))
-    return scores.to(mask.device)
+def _scores(prompt: Prompt, tokens: Tokens, seed: int) -> Tensor:
+    scores = torch.zeros(tokens.visual.shape)
+    for row, (whole, length) in enumerate(zip(prompt.lengths, tokens.lengths, strict=True)):
+        # With one seed for all, a benchmark whose pictures begin at the same place would be measured under a single choice.
+        own = zlib.crc32(f"{seed} {prompt.input_ids[row, :whole].tolist()}".encode())
+        scores[row, :length] = torch.rand(length, generator=torch.Generator().manual_seed(own))
+    return scores.to(tokens.visual.device)

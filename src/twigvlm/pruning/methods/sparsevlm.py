@@ -47,8 +47,10 @@ class SparseVLM:
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
         """The published list whose budget is nearest, scaled. Raises TwigVLMError if no scale has this average."""
-        sizes = nearest_published(_PUBLISHED[self.version], retain, visual)
-        at = scaled_layers(_LAYERS, layers)
+        lists, at = _PUBLISHED[self.version], scaled_layers(_LAYERS, layers)
+        if self.accounting == "published" and visual == 576 and retain in lists:
+            return tuple(map(Cut, at, lists[int(retain)]))
+        sizes = nearest_published(lists, retain, visual)
         counted = tuple(layer - 1 for layer in at) if self.accounting == "published" else at
         cuts = solve_cuts(counted, lambda share: [share * size / sizes[-1] for size in sizes], retain, visual, layers)
         return tuple(Cut(layer, cut.keep) for layer, cut in zip(at, cuts, strict=True))

@@ -48,7 +48,10 @@ class VisPruner:
 def without_duplicates(
     tokens: Float[Tensor, "tokens width"], ranked: Int[Tensor, " pool"], keep: int
 ) -> Int[Tensor, " keep"]:
-    """Of a ranked pool, round by round those of even rank go that are the most similar to one of odd rank, until `keep` are left.
+    """Of a ranked pool, round by round those at even places go that are the most similar to one at an odd place.
+
+    Until `keep` are left. In the next round those of the even places that stay come first, the most similar one at their head,
+    and those of the odd places follow, as in the authors' code.
 
     Args:
         tokens: of length 1.
@@ -59,8 +62,5 @@ def without_duplicates(
         even, odd = ranked[::2], ranked[1::2]
         count = min(_REMOVED, len(ranked) - keep, len(even))
         similar = nearest(tokens[even], tokens[odd])[0]
-        gone = similar.argsort(descending=True, stable=True)[:count] * 2
-        stays = torch.ones(len(ranked), dtype=torch.bool, device=ranked.device)
-        stays[gone] = False
-        ranked = ranked[stays]
+        ranked = torch.cat((even[similar.argsort(descending=True, stable=True)[count:]], odd))
     return ranked
