@@ -3,16 +3,20 @@
 import contextlib
 import http.client
 import json
+import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
 
 from tests.serving import hostile
 from tests.serving.servers import NAME, chat, picture, served, slow_down, tiny_service
+from twigvlm.serving.app import create_app
 from twigvlm.serving.limits import Limits
+from twigvlm.serving.server import make_server
 
 COUNT = 300
 
@@ -135,7 +139,51 @@ def test_requests_together_hold_bounded_memory():
         deadline = time.monotonic() + 10
         while post(address, chat(max_completion_tokens=1, **large))[0] != 200:
             assert time.monotonic() < deadline
-    assert service._held == 0
+    assert service.memory.held == 0
+
+
+def test_a_single_request_may_exceed_what_all_may_hold():
+    service = tiny_service(limits=Limits(max_held=1_000))
+    with served(service) as address:
+        assert post(address, chat(images=[picture()], max_completion_tokens=1, user="x" * 2_000))[0] == 200
+    assert service.memory.held == 0
+
+
+def test_bodies_that_are_on_their_way_are_counted():
+    service = tiny_service(limits=Limits(max_held=30_000))
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with served(service) as address:
+        parts = urlsplit(address)
+        with socket.create_connection((parts.hostname, parts.port), timeout=10) as raw:
+            raw.sendall(head + b"Content-Length: 100000\r\n\r\n" + b" " * 25_000)
+            deadline = time.monotonic() + 10
+            while service.memory.held < 25_000:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert post(address, chat(user="x" * 20_000))[0] == 429
+        while post(address, chat(max_completion_tokens=1, user="x" * 20_000))[0] != 200:
+            assert time.monotonic() < deadline
+    assert service.memory.held == 0
+
+
+def test_what_a_shutdown_cannot_wait_for_is_told_so():
+    service = tiny_service()
+    slow_down(service, 0.05)
+    server = make_server(create_app(service), service, "127.0.0.1", 0, 0.3)
+    serving = threading.Thread(target=server.run)
+    serving.start()
+    with ThreadPoolExecutor(1) as pool:
+        while not server.started:
+            assert serving.is_alive()
+        whole = pool.submit(post, server.address, chat(max_completion_tokens=90))
+        deadline = time.monotonic() + 10
+        while "twigvlm_rows 1" not in service.metrics.text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        server.handle_exit(signal.SIGTERM, None)
+        status, body = whole.result()
+        assert (status, body["error"]["type"]) == (503, "server_error")
+    serving.join()
 
 
 def test_foreign_pages_reach_nothing(address):

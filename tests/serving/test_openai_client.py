@@ -85,6 +85,16 @@ def test_several_images_turns_and_roles(client, service):
     assert text_of(completion) == decoded(service, output[0, length:].tolist())
 
 
+def test_answers_go_back_into_the_conversation_as_they_came(client):
+    asked = [{"role": "user", "content": "hello"}]
+    answer = client.chat.completions.create(model=NAME, messages=asked, max_tokens=6).choices[0].message
+    texts = set()
+    for turn in (answer, answer.model_dump(), {"role": "assistant", "content": answer.content}):
+        messages = [*asked, turn, {"role": "user", "content": "ok"}]
+        texts.add(text_of(client.chat.completions.create(model=NAME, messages=messages, max_tokens=6)))
+    assert len(texts) == 1
+
+
 def test_seeds_and_several_choices(client):
     options = {"temperature": 1.5, "seed": 7, "top_p": 0.95}
     first = ask(client, n=3, **options)

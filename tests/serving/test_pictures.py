@@ -1,6 +1,7 @@
 """Pictures of requests are read as they are elsewhere, within the server's limits."""
 
 import base64
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.serving.servers import chat, picture, served, tiny_service
-from tests.serving.test_hostile import post
+from tests.serving.test_hostile import connect, post
 from tests.test_images import LONG, chunk
 from twigvlm.images import load_image
 from twigvlm.serving import pictures
@@ -87,6 +88,25 @@ class Hosts:
         return stored()
 
 
+def test_a_client_that_hangs_up_while_an_image_is_fetched_makes_room():
+    hosts = Hosts(1)
+    service = tiny_service(fetcher=hosts, limits=Limits(max_rows=1, max_waiting=1))
+    with served(service) as address:
+        try:
+            gone = connect(address)
+            body = json.dumps(chat(images=["https://slow.test/a"]))
+            gone.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+            assert hosts.began.wait(20)
+            gone.close()
+            deadline = time.monotonic() + 10
+            while 'status="499"' not in service.metrics.text():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert not hosts.released.is_set()
+        finally:
+            hosts.released.set()
+
+
 @pytest.mark.parametrize("full", [1, FETCHING])
 def test_slow_hosts_hold_up_nobody_else(full):
     hosts = Hosts(full)
@@ -107,7 +127,7 @@ def test_slow_hosts_hold_up_nobody_else(full):
             hosts.released.set()
         assert [one.result() for one in slow] == [200] * len(slow)
     assert hosts.most <= FETCHING
-    assert service._held == 0
+    assert service.memory.held == 0
 
 
 def test_all_images_of_a_request_have_one_deadline_and_each_is_fetched_once():

@@ -17,6 +17,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import request_error
+from twigvlm.serving.limits import Limits
+from twigvlm.serving.memory import Share
 from twigvlm.serving.page import add_page
 from twigvlm.serving.protocol import parse_request
 from twigvlm.serving.running import HUNG_UP, ClientGone, EventStream, Running
@@ -103,10 +105,10 @@ class ChatHandler:
         arrived, service = time.monotonic(), self._service
         with ExitStack() as stack:
             stack.enter_context(service.place())
-            body = await _body(http, service.limits.max_body, service.limits.upload_seconds)
-            stack.enter_context(service.memory(len(body)))
+            share = stack.enter_context(service.memory.share())
+            body = await _body(http, service.limits, share)
             request = parse_request(body)
-            running = Running(service, request, http)
+            running = Running(service, request, http, share)
             stack.callback(running.close)
             await running.start(self._fetching, self._preparing, arrived)
             if not request.stream:
@@ -124,13 +126,14 @@ class ChatHandler:
         return EventStream(running.chunks(), done, 2 * service.limits.total_seconds)
 
 
-async def _body(http: Request, limit: int, seconds: float) -> bytes:
+async def _body(http: Request, limits: Limits, share: Share) -> bytes:
     """The body of a request.
 
     Raises:
-        RequestError: it is no JSON by its header, too large, or too slow.
+        RequestError: it is no JSON by its header, too large, or too slow, or other requests hold too much.
         ClientGone: the client has hung up.
     """
+    limit, seconds = limits.max_body, limits.upload_seconds
     # Browsers send other types to foreign servers without asking them first.
     if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError("Content-Type: must be application/json", 415)
@@ -146,6 +149,7 @@ async def _body(http: Request, limit: int, seconds: float) -> bytes:
                 if message["type"] == "http.disconnect":
                     raise ClientGone
                 parts.append(message.get("body", b""))
+                share.take(len(parts[-1]))
                 size += len(parts[-1])
                 if size > limit:
                     raise too_large

@@ -33,6 +33,15 @@ _NOT_OFFERED: dict[str, tuple[Any, ...]] = {
 """Fields of OpenAI's that are not offered, and the values at which they ask for nothing."""
 
 
+_OF_ANSWERS: dict[str, tuple[Any, ...]] = {
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "refusal": (None,),
+    "tool_calls": (None, []),
+}
+"""Fields of an answer's message, and the values at which they say nothing: clients send answers back as they are."""
+
 _MEMBERS = ("str", "text", "image_url")
 """Steps that pydantic adds to the path of an error: the member of a union that it tried."""
 
@@ -73,6 +82,13 @@ class ChatMessage(_Strict):
     content: str | Annotated[list[_Part], Field(max_length=MAX_PARTS)]
     name: str | None = None
     """Taken and ignored: chat templates know no names."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_asked(cls, message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        return {name: value for name, value in message.items() if value not in _OF_ANSWERS.get(name, ())}
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:

@@ -2,10 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 from fastapi import Request
@@ -15,12 +14,15 @@ from starlette.types import Receive, Scope, Send
 from twigvlm.serving.completion import Completion
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.jobs import Failed, Job, JobEvent, Tokens
+from twigvlm.serving.memory import Share
 from twigvlm.serving.pictures import is_fetched
 from twigvlm.serving.protocol import ChatRequest
 from twigvlm.serving.service import Service
 
 HUNG_UP = 499
 """Status of requests whose client has hung up. Nobody reads it; the metrics count it."""
+
+Result = TypeVar("Result")
 
 
 class ClientGone(Exception):
@@ -58,15 +60,15 @@ class Running:
         service: answers it.
         request: what was asked.
         http: the connection.
+        share: what it holds.
     """
 
-    def __init__(self, service: Service, request: ChatRequest, http: Request) -> None:
-        self._service, self._request, self._http = service, request, http
+    def __init__(self, service: Service, request: ChatRequest, http: Request, share: Share) -> None:
+        self._service, self._request, self._http, self._share = service, request, http, share
         self._events: asyncio.Queue[JobEvent] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._held = ExitStack()
         self._job: Job | None = None
-        self._gone: asyncio.Task[None] | None = None
+        self._gone = asyncio.create_task(self._watch())
         self._first: Tokens | None = None
         self.status = HUNG_UP
         """Of HTTP, once the stream has ended."""
@@ -85,8 +87,8 @@ class Running:
             ClientGone: the client has hung up.
         """
         service, request = self._service, self._request
-        job = await self._prepare(fetching, preparing, arrived)
-        self._held.enter_context(service.memory(job.bytes))
+        job = await self._unless_gone(self._prepare(fetching, preparing, arrived))
+        self._share.take(job.bytes)
         self._job = job
         self._completion = Completion(
             service.name,
@@ -96,18 +98,19 @@ class Running:
             request.details,
             lambda index: service.worker.cancel(job, index),
         )
-        self._gone = asyncio.create_task(self._watch())
         service.worker.submit(job)
         self._first = await self._next()
 
     async def _prepare(self, fetching: ThreadPoolExecutor, preparing: ThreadPoolExecutor, arrived: float) -> Job:
         service, request, run = self._service, self._request, self._loop.run_in_executor
         fetched: dict[str, bytes] = {}
-        with ExitStack() as held:
-            if any(is_fetched(part) for message in request.messages for part in message.parts):
-                fetched = await run(fetching, service.fetch, request, arrived)
-                held.enter_context(service.memory(sum(map(len, fetched.values()))))
-            return await run(preparing, service.prepare, request, self._listen, arrived, fetched)
+        if any(is_fetched(part) for message in request.messages for part in message.parts):
+            fetched = await run(fetching, service.fetch, request, arrived)
+        size = sum(map(len, fetched.values()))
+        self._share.take(size)
+        job = await run(preparing, service.prepare, request, self._listen, arrived, fetched)
+        self._share.give_back(size)
+        return job
 
     async def chunks(self) -> AsyncIterator[str]:
         """The server-sent events of a stream."""
@@ -152,18 +155,21 @@ class Running:
             yield await self._next()
 
     async def _next(self) -> Tokens:
-        assert self._gone is not None, "it has been submitted"
-        coming = asyncio.create_task(self._events.get())
+        event = await self._unless_gone(self._events.get())
+        if isinstance(event, Failed):
+            raise event.error
+        return event
+
+    async def _unless_gone(self, result: Coroutine[Any, Any, Result]) -> Result:
+        """What is waited for. Raises ClientGone once nobody waits for the answer any more."""
+        coming = asyncio.create_task(result)
         try:
             await asyncio.wait({coming, self._gone}, return_when=asyncio.FIRST_COMPLETED)
             if not coming.done():
                 raise ClientGone
-            event = coming.result()
+            return coming.result()
         finally:
             coming.cancel()
-        if isinstance(event, Failed):
-            raise event.error
-        return event
 
     def _listen(self, event: JobEvent) -> None:
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
@@ -175,9 +181,7 @@ class Running:
 
     def close(self) -> None:
         """The request has ended, or nobody waits for it any more."""
-        self._held.close()
-        if self._gone is not None:
-            self._gone.cancel()
+        self._gone.cancel()
         if self._job is not None and not (self._completion is not None and self._completion.finished):
             self._service.worker.cancel(self._job)
 

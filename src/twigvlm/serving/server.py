@@ -14,6 +14,9 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 """Hosts that only this machine can reach."""
 
 
+_PARTING = 5  # seconds in which answers that were given up are told so, before uvicorn cuts the connections
+
+
 def allowed_hosts(host: str, names: tuple[str, ...]) -> tuple[str, ...]:
     """Names that a request's Host header may have; none: any.
 
@@ -44,19 +47,19 @@ def make_server(app: FastAPI, service: Service, host: str, port: int, seconds: f
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(seconds)),
+        timeout_graceful_shutdown=round(seconds) + _PARTING,
         timeout_keep_alive=30,
         ws="none",
     )
-    return Server(config, service)
+    return Server(config, service, seconds)
 
 
 class Server(uvicorn.Server):
-    """Says when it has started, and tells the worker at once when it ends; uvicorn waits for open connections first."""
+    """Says when it has started, and ends the service at once when it ends; uvicorn waits for open connections first."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, seconds: float) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._seconds = service, seconds
         self.on_start: Callable[[str], None] = lambda address: None
         """Called with the address, once requests are taken."""
 
@@ -75,5 +78,5 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Of a signal; a second SIGINT ends the server without waiting."""
         # In a thread: the code that the signal interrupted may hold the worker's lock.
-        Thread(target=self._service.worker.drain, daemon=True).start()
+        Thread(target=self._service.stop, args=(self._seconds,), daemon=True).start()
         super().handle_exit(sig, frame)

@@ -19,6 +19,7 @@ from twigvlm.serving.fetch import Fetcher
 from twigvlm.serving.grammar import Grammar, Grammars
 from twigvlm.serving.jobs import Job, JobEvent
 from twigvlm.serving.limits import Limits
+from twigvlm.serving.memory import Memory
 from twigvlm.serving.messages import template_messages
 from twigvlm.serving.metrics import Metrics, server_metrics
 from twigvlm.serving.pictures import fetch_pictures
@@ -78,7 +79,8 @@ class Service:
         self.context: int = getattr(model.base.config, "max_position_embeddings", None) or 2**31
         self.grammars = Grammars(self.tokenizer, model.base.vocabulary, self.eos)
         self._preparing = Lock()
-        self._inside = self._held = 0
+        self._inside = 0
+        self.memory = Memory(self.limits.max_held)
         self.worker = Worker(model, self.limits, self.metrics, max_bytes)
 
     @contextmanager
@@ -100,26 +102,6 @@ class Service:
             yield
         finally:
             self._inside -= 1
-
-    @contextmanager
-    def memory(self, size: int) -> Iterator[None]:
-        """Room for what a request holds while the block runs; called from one thread.
-
-        Args:
-            size: in bytes.
-
-        Raises:
-            RequestError: other requests hold too much.
-        """
-        if self._held and self._held + size > self.limits.max_held:
-            raise RequestError(
-                "other requests hold too much memory; try again later", 429, code="rate_limit_exceeded", retry_after=1
-            )
-        self._held += size
-        try:
-            yield
-        finally:
-            self._held -= size
 
     def fetch(self, request: ChatRequest, arrived: float) -> dict[str, bytes]:
         """What the images of a request are that are not in it, by their addresses. Several threads may do this.

@@ -1,0 +1,56 @@
+"""How much memory requests hold: bodies, fetched images and prepared inputs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from twigvlm.serving.errors import RequestError
+
+
+class Memory:
+    """What all requests hold together; used in one thread.
+
+    Args:
+        limit: in bytes. A single request may exceed it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+
+    @contextmanager
+    def share(self) -> Iterator["Share"]:
+        """What one request holds while the block runs."""
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            share.give_back(share.size)
+
+
+class Share:
+    """What one request holds.
+
+    Args:
+        memory: of all.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory, self.size = memory, 0
+
+    def take(self, size: int) -> None:
+        """Hold so many bytes more.
+
+        Raises:
+            RequestError: other requests hold too much.
+        """
+        memory = self._memory
+        if memory.held > self.size and memory.held + size > memory.limit:
+            raise RequestError(
+                "other requests hold too much memory; try again later", 429, code="rate_limit_exceeded", retry_after=1
+            )
+        memory.held += size
+        self.size += size
+
+    def give_back(self, size: int) -> None:
+        """Hold so many bytes less."""
+        self._memory.held -= size
+        self.size -= size
