@@ -38,6 +38,12 @@ def make_slow_service(limits):
     return service
 
 
+def make_dying_service(limits):
+    service = tiny_service(limits=limits)
+    service.prepare = lambda *arguments: os._exit(1)
+    return service
+
+
 @pytest.fixture(scope="module", autouse=True)
 def local_ray():
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000)
@@ -100,6 +106,20 @@ def test_a_folder_of_pictures_and_what_cannot_be_answered(tmp_path):
     assert not [answer for answer in read_answers(tmp_path / "out").to_pylist() if answer["error"]]
     with pytest.raises(TwigVLMError, match=r"other options \(keep\); name another directory"):
         answer_dataset(tmp_path, tmp_path / "out", make_service, max_completion_tokens=4, keep=6)
+
+
+def test_a_record_without_a_question_fails_alone(tmp_path):
+    table = records(2).set_column(1, "question", pa.array(["what?", None], pa.string()))
+    pq.write_table(table, tmp_path / "in.parquet")
+    assert answer_dataset(tmp_path / "in.parquet", tmp_path / "out", make_service, max_completion_tokens=2) == 2
+    errors = [answer["error"] for answer in read_answers(tmp_path / "out").to_pylist()]
+    assert errors == [None, "question: must be a text"]
+
+
+def test_a_record_that_kills_its_workers_ends_the_run(tmp_path):
+    pq.write_table(records(1), tmp_path / "in.parquet")
+    with pytest.raises(ray.exceptions.RayError):
+        answer_dataset(tmp_path / "in.parquet", tmp_path / "out", make_dying_service)
 
 
 def test_a_wrong_option_is_refused_before_any_record(tmp_path):

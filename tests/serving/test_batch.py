@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.serving.servers import chat, decoded, expected, picture, tiny_service
 from twigvlm.errors import TwigVLMError
@@ -85,6 +86,45 @@ def test_results_of_another_batch_and_two_runs_at_once_are_refused(service, tmp_
         open_results(out, {"r0", "r1"}),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"custom_id": "r0", "body": {}}\n', "line 1: is no result"),
+        ('{"custom_id": "r0", "body": {}}', "ends with what is no result"),
+        ("notes", "ends with what is no result"),
+    ],
+)
+def test_a_file_of_anything_else_is_left_as_it_is(tmp_path, text, words):
+    out = tmp_path / "out.jsonl"
+    out.write_text(text)
+    with pytest.raises(TwigVLMError, match=words), open_results(out, {"r0"}):
+        pass
+    assert out.read_text() == text
+
+
+def test_a_line_that_was_cut_anywhere_is_written_again(service, tmp_path):
+    source, out = write(tmp_path / "in.jsonl", [chat(max_completion_tokens=1)] * 2), tmp_path / "out.jsonl"
+    run(service, source, out)
+    whole = out.read_bytes()
+    for kept in (1, 12, 60, len(whole.splitlines()[1])):
+        out.write_bytes(whole[: whole.index(b"\n") + 1 + kept])
+        run(service, source, out)
+        assert sorted(results(out)) == ["r0", "r1"]
+
+
+def test_a_request_that_breaks_what_prepares_it_fails_alone(service, tmp_path, monkeypatch):
+    prepare = service.prepare
+
+    def broken(request, *arguments):
+        if request.seed == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return prepare(request, *arguments)
+
+    monkeypatch.setattr(service, "prepare", broken)
+    bodies = [chat(max_completion_tokens=1), chat(max_completion_tokens=1, seed=1)]
+    assert sorted(run(service, write(tmp_path / "in.jsonl", bodies), tmp_path / "out.jsonl")) == [False, True]
 
 
 @pytest.mark.parametrize(

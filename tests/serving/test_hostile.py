@@ -14,9 +14,12 @@ import pytest
 
 from tests.serving import hostile
 from tests.serving.servers import NAME, chat, picture, served, slow_down, tiny_service
+from twigvlm.config import PruningConfig
 from twigvlm.serving.app import create_app
 from twigvlm.serving.limits import Limits
+from twigvlm.serving.page import page_settings
 from twigvlm.serving.server import make_server
+from twigvlm.serving.service import Defaults
 
 COUNT = 300
 
@@ -209,7 +212,17 @@ def test_health_metrics_and_the_page(address):
     assert json.loads(found["/health"]) == {"status": "ok"}
     assert b"# TYPE twigvlm_time_to_first_token_seconds histogram" in found["/metrics"]
     assert json.loads(found["/page/settings"])["model"] == NAME
+    assert json.loads(found["/page/settings"])["pruning"] == {"diverse": True}
     assert b"<title>twigvlm</title>" in found["/"]
+
+
+def test_the_page_prunes_as_the_server_was_told():
+    pruning = PruningConfig(retain=8, final_wipe=4, final_share=0.0, diverse=True, refocus=0.5)
+    service = tiny_service(defaults=Defaults(pruning))
+    settings = page_settings(service, needs_key=False)
+    assert settings["pruning"] == {"final_wipe": 4, "final_share": 0.0, "diverse": True}
+    assert (settings["retain"]["default"], settings["refocus"]) == (8, 0.5)
+    service.stop()
 
 
 def test_an_engine_thread_that_has_ended_shows_in_health():

@@ -59,7 +59,7 @@ def read_source(source: Path) -> pa.Table:
     """The records of a Parquet file or folder, or of a folder of pictures: columns `id`, `question` and `image`.
 
     Raises:
-        TwigVLMError: it has not these columns, or an `id` twice.
+        TwigVLMError: it cannot be read, has not these columns, or an `id` twice.
     """
     name = f"source {str(source)!r}"
     listed = source / QUESTIONS
@@ -76,7 +76,12 @@ def read_source(source: Path) -> pa.Table:
             "image": pa.array([None if each is None else str((source / each).absolute()) for each in images], pa.string()),
         })  # fmt: skip
     else:
-        table = pq.read_table(source)
+        try:
+            table = pq.read_table(source)
+        except (OSError, pa.ArrowException) as error:
+            raise TwigVLMError(
+                f"{name}: is no Parquet file, and no folder with {QUESTIONS} ({one_line(error)}); give one of them"
+            ) from None
     if missing := {"id", "question", "image"} - set(table.column_names):
         raise TwigVLMError(f"{name}: has no column {', '.join(sorted(missing))}")
     ids = [str(key) for key in table.column("id").to_pylist()]

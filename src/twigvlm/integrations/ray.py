@@ -30,6 +30,11 @@ from twigvlm.serving.worker import load_aside
 MakeService = Callable[[Limits], Service]
 """Loads a model, in a worker."""
 
+RETRIES = 3
+"""How often a batch is tried again whose worker was lost. Without an end, a record that kills its worker would never let go."""
+REFUSED = 16
+"""Requests that a replica gets beyond its places, so that it refuses them with status 429; Ray would let them wait."""
+
 
 @dataclass(frozen=True)
 class OpenModel:
@@ -103,7 +108,9 @@ class Answerer:
         lines = []
         for key, question, image in zip(batch["id"], batch["question"], batch["image"], strict=True):
             try:
-                lines.append(BatchLine(str(key), self._body(str(question), image)))
+                if not isinstance(question, str):
+                    raise TwigVLMError("question: must be a text")
+                lines.append(BatchLine(str(key), self._body(question, image)))
             except TwigVLMError as error:
                 found[str(key)] = _record(None, str(error), {})
 
@@ -138,7 +145,8 @@ def answer_dataset(
     """Answer the records of a Parquet file or folder, or of a folder of pictures with `questions.jsonl`; how many were left.
 
     Records whose answers are in `out` are not answered again: a run that was interrupted goes on when it is started again, with
-    the same options. Records that failed are tried again.
+    the same options. Records that failed are tried again. A batch whose worker is lost `RETRIES` times and once more ends the run
+    with Ray's error; what is answered by then stays.
 
     Args:
         source: what to answer; see `Answerer` for the columns.
@@ -175,6 +183,7 @@ def answer_dataset(
         num_cpus=cpus,
         num_gpus=gpus,
         compute=ray.data.ActorPoolStrategy(size=workers),
+        ray_remote_args_fn=lambda: {"max_task_retries": RETRIES},
     )
     for _ in answered.iter_batches(batch_size=None):
         pass
@@ -192,13 +201,15 @@ def serve_app(
         limits: of each replica; None: those of `twigvlm serve`.
         deployment: of `serve.deployment`, for example `num_replicas=2`, `autoscaling_config={...}`, `ray_actor_options={...}`.
     """
+    limits = limits or Limits()
 
     def build() -> Any:
         from twigvlm.serving.app import create_app
 
-        return create_app(make_service(limits or Limits()), api_key)
+        return create_app(make_service(limits), api_key)
 
-    options = {"max_ongoing_requests": 64, **deployment}
+    most = limits.max_rows + limits.max_waiting + REFUSED
+    options = {"max_ongoing_requests": most, "max_queued_requests": most, **deployment}
     return serve.deployment(serve.ingress(build)(), **options).bind()
 
 

@@ -16,6 +16,7 @@ from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.files import writing
 from twigvlm.serving.completion import Completion
 from twigvlm.serving.errors import RequestError
+from twigvlm.serving.failures import request_error
 from twigvlm.serving.jobs import Failed, Job, JobEvent
 from twigvlm.serving.limits import Limits
 from twigvlm.serving.protocol import ChatRequest, parse_request
@@ -24,6 +25,9 @@ from twigvlm.serving.service import Service
 URL = "/v1/chat/completions"
 _PATIENCE = 1e9  # seconds
 _AHEAD = 2  # requests that are prepared before there is room for them
+_ID, _PREFIX = "id", "batch_req_"
+_RESULT = f'{{"{_ID}": "{_PREFIX}'.encode()
+"""What every line of results begins with."""
 
 
 def patient(limits: Limits) -> Limits:
@@ -105,7 +109,7 @@ def open_results(path: Path, known: set[str]) -> Iterator[tuple[BinaryIO, set[st
     """The file of results, open for more, and which requests have theirs.
 
     A result is one line, written whole and flushed to the disk. A run that was killed leaves at most one line without an end,
-    which is removed.
+    which is removed. A file of anything else is left as it is.
 
     Args:
         path: of the file.
@@ -126,8 +130,11 @@ def open_results(path: Path, known: set[str]) -> Iterator[tuple[BinaryIO, set[st
             file.seek(0)
             data = file.read()
             whole = data[: data.rfind(b"\n") + 1]
+            answered, rest = _answered(name, whole, known), data[len(whole) :]
+            if not (rest.startswith(_RESULT) or _RESULT.startswith(rest)):
+                raise TwigVLMError(f"{name}: ends with what is no result; choose another file")
             file.truncate(len(whole))
-            yield file, _answered(name, whole, known)
+            yield file, answered
     finally:
         lock.release()
 
@@ -136,9 +143,12 @@ def _answered(name: str, data: bytes, known: set[str]) -> set[str]:
     answered: set[str] = set()
     for number, line in enumerate(data.splitlines(), start=1):
         try:
-            answered.add(json.loads(line)["custom_id"])
-        except (ValueError, KeyError, TypeError):
-            raise TwigVLMError(f"{name}: line {number}: is no result; choose another file") from None
+            result = json.loads(line)
+        except ValueError:
+            result = None
+        if not isinstance(result, dict) or "response" not in result or not isinstance(result.get("custom_id"), str):
+            raise TwigVLMError(f"{name}: line {number}: is no result; choose another file")
+        answered.add(result["custom_id"])
     if not answered <= known:
         raise TwigVLMError(f"{name}: has results of another batch; choose another file")
     return answered
@@ -176,8 +186,9 @@ class BatchRun:
         try:
             request = line.request()
             job = service.prepare(request, lambda event: self._events.put((key, event)))
-        except RequestError as error:
-            self._on_result(key, error.status, error.as_json())
+        except Exception as error:  # whatever is wrong with one request, the others go on
+            refused = request_error(error)
+            self._on_result(key, refused.status, refused.as_json())
             return
         completion = Completion(
             service.name,
@@ -210,7 +221,7 @@ def write_result(file: BinaryIO, custom_id: str, status: int, body: dict[str, An
     """Append a result to a file of `open_results`; it is on the disk when this returns."""
     response = {"status_code": status, "request_id": f"req_{secrets.token_hex(12)}", "body": body}
     error = None if status == 200 else {"code": body["error"]["code"], "message": body["error"]["message"]}
-    record = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id, "response": response, "error": error}
+    record = {_ID: f"{_PREFIX}{secrets.token_hex(12)}", "custom_id": custom_id, "response": response, "error": error}
     file.write(json.dumps(record).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())

@@ -1,5 +1,6 @@
 """The page at `/`: drop a picture, ask, and watch the answer come. Plain HTML and JavaScript, nothing from elsewhere."""
 
+from dataclasses import fields
 from importlib.resources import files
 from typing import Any
 
@@ -79,11 +80,24 @@ def page_settings(service: Service, needs_key: bool) -> dict[str, Any]:
         "ways": ways if defaults.speculate in ways else [*ways, defaults.speculate],
         "way": defaults.speculate,
         "refocus": defaults.pruning.refocus,
+        "pruning": _pruning(service),
         "max_tokens": min(256, service.limits.max_tokens),
         "max_pixels": service.limits.max_pixels,
         "grid": None if visual is None else patch_grid(service.model, visual),
         "crops": seen_box(service.processor, Image.new("RGB", (1, 1))) is not None,
         "examples": [{"picture": f"/examples/{name}", "question": question} for name, question in EXAMPLES],
+    }
+
+
+def _pruning(service: Service) -> dict[str, Any]:
+    """What a pruned answer asks for beside the budget and refocusing: the server's defaults, or the twig's tokens that differ."""
+    pruning = service.defaults.pruning
+    if not pruning.active:
+        return {"diverse": True} if service.has_twig else {}
+    asked = {option.name: getattr(pruning, option.name) for option in fields(pruning)}
+    own = ("retain", "keep", "refocus")  # the page has controls of its own for these
+    return {
+        name: value for name, value in asked.items() if value is not None and value is not False and name not in own
     }
 
 

@@ -3,6 +3,7 @@ import { draw } from "/patches.js";
 import { streamAnswer } from "/stream.js";
 
 const MAX_SIDE = 2048; // pixels of the longer side that are sent
+const SENT_AS_THEY_ARE = ["image/png", "image/jpeg"];
 const at = (id) => document.getElementById(id);
 const state = { settings: null, picture: null, uri: null, running: null };
 
@@ -20,6 +21,8 @@ async function start() {
   for (const way of settings.ways) at("way").add(new Option(way === "none" ? "none (plain decoding)" : way, way));
   at("way").value = settings.way;
   for (const id of ["prune", "retain", "refocus", "compare"]) at(id).disabled = !settings.has_twig;
+  const { scout, pruner, retain_per_image: perImage } = settings.pruning;
+  if (scout || pruner || perImage) at("refocus").disabled = true; // none of them chooses again
   at("key").hidden = at("key-label").hidden = !settings.needs_key;
   settings.examples.forEach(addExample);
   const first = settings.examples[0];
@@ -56,8 +59,9 @@ async function setPicture(blob) {
   copy.height = Math.max(1, Math.round(picture.height * scale));
   copy.getContext("2d").drawImage(picture, 0, 0, copy.width, copy.height);
   state.picture = copy;
-  // As it is where it is small, so that the model sees what was given; otherwise as it was scaled.
-  state.uri = scale === 1 && blob.size < 4e6 && blob.type ? await dataUri(blob) : copy.toDataURL("image/png");
+  // As it is where it is small and every server reads it, so that the model sees what was given; otherwise as it was drawn.
+  const sent = scale === 1 && blob.size < 4e6 && SENT_AS_THEY_ARE.includes(blob.type);
+  state.uri = sent ? await dataUri(blob) : copy.toDataURL("image/png");
   draw(at("picture"), state.picture, null, null, false);
   at("hint").textContent = "Drop another picture, paste one, or press Enter to choose a file.";
   at("error").textContent = "";
@@ -82,8 +86,9 @@ function requestBody(pruned, way) {
     speculate: way,
     retain: pruned ? Number(at("retain").value) : null,
   };
-  if (pruned && at("refocus").checked) body.refocus = state.settings.refocus ?? 0.7;
-  return body;
+  if (!pruned) return body;
+  if (at("refocus").checked) body.refocus = state.settings.refocus ?? 0.7;
+  return { ...body, ...state.settings.pruning };
 }
 
 function newLane(title) {
