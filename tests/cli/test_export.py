@@ -1,9 +1,10 @@
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from transformers import LlavaConfig, Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers import LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig, Qwen2VLConfig
 
 from tests.tiny import tiny_llava
 from twigvlm.cli.export import commands
@@ -74,14 +75,26 @@ def test_scout_mode_is_in_the_instructions(capsys, refused, tmp_path, base_direc
     compile(printed.partition("In Python:\n")[2], "printed", "exec")
 
 
-def test_what_qwen_needs_is_in_the_instructions():
+def test_files_of_another_model_are_not_replaced(refused, tmp_path, base_directory, twig_directory):
+    arguments = ["export", "vllm", "--twig", twig_directory, "--model", base_directory]
+    before = {path: path.read_bytes() for path in Path(base_directory).iterdir()}
+    refused(*arguments, base_directory, words=["holds another model", "name another directory"])
+    assert {path: path.read_bytes() for path in Path(base_directory).iterdir()} == before
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "notes").touch()
+    refused(*arguments, tmp_path / "out", "--base", tmp_path / "base", words=["exists already"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_base_needs_is_in_the_instructions():
     for config, runner, override in (
         (LlavaConfig(), False, False),
+        (LlavaNextConfig(), True, False),
         (Qwen2_5_VLConfig(), True, False),
         (Qwen2VLConfig(), True, True),
     ):
         text = config.get_text_config()
-        if runner:
+        if config.model_type.startswith("qwen"):
             text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
         printed = str(commands("base", "drafter", config, 4))
         assert ("VLLM_USE_V2_MODEL_RUNNER=0 vllm serve base" in printed) == runner

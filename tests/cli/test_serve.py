@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from twigvlm.checkpoints.twig_files import WEIGHTS
 from twigvlm.cli.main import main
 from twigvlm.cli.serving import ServiceOptions
 from twigvlm.cli.session import open_session
@@ -105,7 +109,8 @@ def vllm(tmp_path, monkeypatch):
 
 def test_vllm_takes_over_with_the_export(vllm, refused, tmp_path, base_directory, twig_directory):
     model = ["--engine", "vllm", "--export", str(tmp_path / "export"), "--model", str(base_directory)]
-    model += ["--twig", str(twig_directory)]
+    twig = shutil.copytree(twig_directory, tmp_path / "twig")
+    model += ["--twig", str(twig)]
     pruned = [*model, "--retain", "10", "--scout", "--diverse"]
     for _ in range(2):  # the second time it is there already
         with pytest.raises(SystemExit):
@@ -119,6 +124,34 @@ def test_vllm_takes_over_with_the_export(vllm, refused, tmp_path, base_directory
     assert environment["VLLM_API_KEY"] == "secret"
     assert "secret" not in arguments
     refused("serve", *model, words=["other options (scout_retain, scout_diverse)", "another directory"])
+    weights = load_file(twig / WEIGHTS)
+    name = next(iter(weights))
+    with safe_open(twig / WEIGHTS, framework="pt") as reader:
+        metadata = reader.metadata()
+    save_file({**weights, name: weights[name].clone() + 1}, twig / WEIGHTS, metadata)
+    refused("serve", *pruned, words=["other options (weights)", "another directory"])
+
+
+def test_an_export_is_found_from_wherever_vllm_is_started(vllm, tmp_path, monkeypatch, base_directory, twig_directory):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "serve",
+                "--engine",
+                "vllm",
+                "--export",
+                "export",
+                "--model",
+                str(base_directory),
+                "--twig",
+                str(twig_directory),
+            ]
+        )
+    ((arguments, _),) = vllm
+    assert arguments[2] == str(tmp_path / "export" / "base")
+    speculative = json.loads(arguments[arguments.index("--speculative-config") + 1])
+    assert speculative["model"] == str(tmp_path / "export" / "drafter")
 
 
 def test_the_thread_that_loads_the_model_ends(monkeypatch, base_directory, twig_directory):

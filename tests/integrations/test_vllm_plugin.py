@@ -14,13 +14,14 @@ from twigvlm import TwigVLMError
 from twigvlm.integrations.vllm import DRAFTER, TESTED, refusal_of, register
 from twigvlm.integrations.vllm.arithmetic import (
     following_positions,
+    moved_by,
     slots_of_newest,
     split_deepstack,
     with_places,
     without_places,
 )
 from twigvlm.integrations.vllm.budget import check_question, kept_tokens, positions_around
-from twigvlm.integrations.vllm.layout import FORMAT, check_target
+from twigvlm.integrations.vllm.layout import FORMAT, check_attention, check_stages, check_target
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,12 +148,33 @@ def test_places_survive_every_number_format(dtype):
     assert found.shape == (5, 0)
 
 
+@pytest.mark.parametrize("axes", [1, 3])
+def test_positions_are_moved_at_one_address(axes):
+    places, out = torch.tensor([[0, 5, 9], [0, 6, 9], [0, 7, 9]]), torch.zeros(3, 3, dtype=torch.long)
+    shape = (2,) if axes == 1 else (3, 2)
+    for start in (1, 4):
+        positions = torch.arange(start, start + 2).expand(shape)
+        moved = moved_by(positions, places, 10, out)
+        expected = positions + (places[0, :2] if axes == 1 else places[:, :2])
+        assert torch.equal(moved, expected.clamp(max=10))
+        assert moved.data_ptr() == out.data_ptr()
+
+
+def test_engines_that_a_twig_cannot_serve_are_refused():
+    check_stages(SimpleNamespace(pipeline_parallel_size=1), "it works")
+    with pytest.raises(ValueError, match="it works on one pipeline stage; use --tensor-parallel-size"):
+        check_stages(SimpleNamespace(pipeline_parallel_size=2), "it works")
+    check_attention("FLASH_ATTN")
+    with pytest.raises(ValueError, match=r'FLASHINFER; add "attention_backend": "FLASH_ATTN"'):
+        check_attention("FLASHINFER")
+
+
 def test_a_request_may_say_its_own_budget():
     settings = {"retain": 64, "layers": 30, "trunk_layers": 1}
     assert kept_tokens(settings, {}, 576) == 45
     assert kept_tokens(settings, {"retain": 83.2}, 576) == 64
     assert kept_tokens(settings, {"keep": 20, "question": "?"}, 576) == 20
-    assert kept_tokens(settings, {}, 16_384) == 1  # the largest picture, which vLLM tries before it starts
+    assert kept_tokens(settings, {}, 16_384) == 32  # the largest picture, which vLLM tries before it starts
     assert kept_tokens(settings, {}, 9) == 9
     for options in ({"keep": 0}, {"keep": 577}, {"retain": 10}):
         with pytest.raises(TwigVLMError, match="must be"):

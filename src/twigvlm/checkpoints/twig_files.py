@@ -1,6 +1,7 @@
 """A twig on disk: its weights (safetensors), its config with a fingerprint of its base, its training record, a model card."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from os import PathLike
@@ -111,6 +112,18 @@ def check(path: str | PathLike[str], revision: str | None = None, token: str | N
     config, _ = _read_config(folder / CONFIG)
     _read_weights(folder / WEIGHTS, config)
     return config
+
+
+def digest(folder: Path) -> str:
+    """Twelve characters that change with a twig's weights, and with what may be tuned in its config.
+
+    Args:
+        folder: of the twig.
+    """
+    whole = hashlib.sha256((folder / WEIGHTS).read_bytes())
+    # K_f and φ may be tuned in the config: no weight tells of them.
+    whole.update(json.dumps(dataclasses.asdict(check(folder)), sort_keys=True).encode())
+    return whole.hexdigest()[:12]
 
 
 def check_finite(state: Mapping[str, Tensor], name: str, remedy: str = DIVERGED) -> None:

@@ -50,7 +50,7 @@ class Export:
         """Export; how vLLM serves that."""
         from twigvlm.cli.output import busy, check_directory
         from twigvlm.cli.session import load_base
-        from twigvlm.integrations.vllm.bases import is_readable, save_base
+        from twigvlm.integrations.vllm.bases import check_new, is_readable, save_base
         from twigvlm.integrations.vllm.export import check_exportable, export
         from twigvlm.loading import SAPLING
         from twigvlm.model import TwigVLM
@@ -59,6 +59,7 @@ class Export:
         if self.scout_diverse and self.scout_retain is None:
             raise TwigVLMError("scout_diverse: needs a budget; add --scout-retain 64")
         check_directory(self.out)
+        _check_replaceable(self.out)
         sapling = self.model == SAPLING
         if self.twig is None and not sapling:
             raise TwigVLMError(f"model {self.model!r}: has no twig of its own; name one with --twig")
@@ -69,6 +70,8 @@ class Export:
                 f"model {self.model!r}: was saved by a newer transformers than vLLM has, under names that vLLM does not find; "
                 "add --base DIRECTORY, which writes it under the names that vLLM knows, and serve that"
             )
+        if self.base is not None:
+            check_new(self.base)
         with busy(f"Loading {self.model}"):
             base, processor = load_base(self.model, self.dtype, "cpu")
             model = TwigVLM.from_pretrained(base, twig_path() if self.twig is None else self.twig)
@@ -82,6 +85,19 @@ class Export:
         if self.scout_retain is not None:
             overrides = scout_overrides(model, processor, str(self.out), self.scout_retain, self.scout_diverse)
         return commands(name, str(self.out), base.config, self.tokens, overrides)
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raise TwigVLMError where an export would replace the files of another model."""
+    config = out / "config.json"
+    if not config.is_file():
+        return
+    try:
+        known = "twigvlm" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = False
+    if not known:
+        raise TwigVLMError(f"out {str(out)!r}: holds another model, whose files would be lost; name another directory")
 
 
 def scout_overrides(
@@ -163,8 +179,8 @@ def commands(base: str, drafter: str, config: Any, tokens: int, overrides: dict[
         command.append("--trust-request-mm-kwargs")  # or the server refuses a request that says its question
     environment: dict[str, str] = {}
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    if "mrope_section" in rope or overrides:
-        # vLLM's second model runner gives drafters positions on one axis, without gaps.
+    if "mrope_section" in rope or overrides or config.model_type != "llava":
+        # vLLM's second model runner gives drafters positions on one axis, without gaps, and takes few bases.
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if config.model_type == "qwen2_vl":
         # vLLM 0.32 looks for this name on every target but those of a list, and Qwen2-VL is not in it.

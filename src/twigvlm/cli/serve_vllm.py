@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from twigvlm.checkpoints.twig_files import WEIGHTS, digest
 from twigvlm.cli.export import Export
 from twigvlm.config import PruningConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.files import replacing
+from twigvlm.sapling import twig_path
 from twigvlm.serving.limits import Limits
 
 if TYPE_CHECKING:
@@ -81,8 +83,8 @@ def export(options: ServiceOptions, folder: Path) -> tuple[dict[str, str], list[
     """
     asked = Export(
         to="vllm",
-        out=folder / "drafter",
-        base=folder / "base",
+        out=folder.absolute() / "drafter",  # vLLM may be started elsewhere the next time
+        base=folder.absolute() / "base",
         twig=options.twig,
         model=options.model,
         scout_retain=options.pruning.retain,
@@ -90,15 +92,22 @@ def export(options: ServiceOptions, folder: Path) -> tuple[dict[str, str], list[
         dtype=options.dtype,
     )
     wanted = {name: getattr(asked, name) for name in ("model", "twig", "scout_retain", "scout_diverse", "dtype")}
+    wanted["weights"] = _weights(options)
     note = folder / "export.json"
     if not note.exists():
         made = asked.write()
         with replacing(note) as temporary:  # written last: an export that was stopped is refused as incomplete
             temporary.write_text(json.dumps({"of": wanted, "environment": made.environment, "serve": made.serve}))
     found = json.loads(note.read_text())
-    other = [name for name, value in wanted.items() if found["of"][name] != value]
+    other = [name for name, value in wanted.items() if found["of"].get(name) != value]
     if other:
         raise TwigVLMError(
             f"export {str(folder)!r}: holds an export with other options ({', '.join(other)}); name another directory"
         )
     return found["environment"], found["serve"][1:]
+
+
+def _weights(options: ServiceOptions) -> str | None:
+    """What tells a twig from the one that was in the same directory before; None: of a hub's, whose id says it."""
+    folder = twig_path() if options.twig is None else Path(options.twig)
+    return digest(folder) if (folder / WEIGHTS).is_file() else None

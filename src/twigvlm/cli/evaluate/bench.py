@@ -15,7 +15,7 @@ import transformers
 
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.checkpoints.hub import fetch
-from twigvlm.checkpoints.twig_files import FILES, WEIGHTS, check, fingerprint
+from twigvlm.checkpoints.twig_files import FILES, WEIGHTS, digest, fingerprint
 from twigvlm.cli.evaluate.options import RAW, REPORT, EvaluateOptions
 from twigvlm.cli.output import busy, check_directory, steps
 from twigvlm.cli.session import build_inputs, load_base
@@ -99,8 +99,6 @@ def open_bench(options: EvaluateOptions, validation: str = "", needs_twig: bool 
     weights = None if twig is None else fetch(twig, FILES, None, None) / WEIGHTS
     if weights is not None and not weights.is_file():
         raise TwigVLMError(f"twig {twig!r}: no twig here ({WEIGHTS} is missing); give a directory made by training")
-    # K_f and φ may be tuned in the twig's config: no weight tells of them.
-    shape = b"" if weights is None else json.dumps(dataclasses.asdict(check(weights.parent)), sort_keys=True).encode()
     with busy(f"Loading {options.model}"):
         base, processor = load_base(options.model, options.dtype, options.device)
     if options.attention != "auto":
@@ -108,7 +106,7 @@ def open_bench(options: EvaluateOptions, validation: str = "", needs_twig: bool 
     body = BaseVLM(base)
     settings = {
         "model": _digest(json.dumps(fingerprint(body), sort_keys=True).encode()),
-        "twig": "none" if weights is None else _digest(weights.read_bytes() + shape),
+        "twig": "none" if weights is None else digest(weights.parent),
         "questions": _digest(options.questions.read_bytes()),
         "dtype": str(base.dtype).removeprefix("torch."),
         "attention": body.attention,

@@ -34,6 +34,23 @@ def following_positions(positions: Tensor, starts: Tensor | None) -> Tensor:
     return torch.where(inside, shifted, following)
 
 
+def moved_by(positions: Tensor, places: Tensor, last: int, out: Tensor) -> Tensor:
+    """Positions with the places of visual tokens added, at one address: CUDA graphs read them where they were captured.
+
+    Args:
+        positions: [tokens] or [3, tokens].
+        places: [3, most tokens]; of positions on one axis its first row counts.
+        last: the largest position.
+        out: [3, most tokens]; it is overwritten.
+
+    Returns:
+        A part of `out`, of the shape of the positions.
+    """
+    count = positions.shape[-1]
+    target, added = (out, places) if positions.ndim == 2 else (out[0], places[0])
+    return target[..., :count].copy_((positions + added[..., :count]).clamp(max=last))
+
+
 def split_deepstack(embeddings: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
     """What a vision tower gives for the input, and what for the states after the first layers (Qwen3-VL).
 

@@ -50,13 +50,18 @@ def save_base(model: Any, processor: Any, path: str | Path) -> Path:
         TwigVLMError: there is something already, or it cannot be written to.
     """
     folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise TwigVLMError(f"base {str(folder)!r}: exists already; choose another directory")
+    check_new(folder)
     with writing(str(folder)):
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     rename_weights(folder)
     return folder
+
+
+def check_new(folder: Path) -> None:
+    """Raise TwigVLMError where a base's files would come beside others."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise TwigVLMError(f"base {str(folder)!r}: exists already; choose another directory")
 
 
 def rename_weights(folder: Path) -> None:

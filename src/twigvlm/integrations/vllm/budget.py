@@ -1,6 +1,7 @@
 """What scout mode keeps of a picture, and where the tokens around it stand."""
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ OPTIONS = ("question", "retain", "keep", "diverse")
 
 
 def kept_tokens(settings: Mapping[str, Any], options: Mapping[str, object], visual: int) -> int:
-    """R of a picture. A picture that cannot have the settings' R̄ gets the nearest that it can have: how large pictures are is
-    not the server's choice, and vLLM tries the largest one before it starts.
+    """R of a picture. How large pictures are is not the server's choice, and vLLM tries the largest one before it starts: of a
+    picture so large that the trunk's layers alone take most of the settings' R̄ or more, half as many tokens as R̄ are kept, and
+    a picture that has no more tokens than R̄ keeps all.
 
     Args:
         settings: `twig_scout` of the model's config.
@@ -31,7 +33,8 @@ def kept_tokens(settings: Mapping[str, Any], options: Mapping[str, object], visu
         if given.get("retain") is not None:
             return solve_scouted(float(given["retain"]), *shape)
         low, high = (average_scouted(keep, *shape) for keep in (1, visual))
-        return solve_scouted(min(max(float(settings["retain"]), low), high), *shape)
+        retain = float(settings["retain"])
+        return max(solve_scouted(min(max(retain, low), high), *shape), min(visual, ceil(retain / 2)))
     keep = int(given["keep"])
     if not 1 <= keep <= visual:
         raise TwigVLMError(f"keep={keep}: must be 1 to {visual}, the visual tokens of this picture")

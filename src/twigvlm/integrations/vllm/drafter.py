@@ -30,11 +30,12 @@ from vllm.platforms import current_platform
 
 from twigvlm.integrations.vllm.arithmetic import (
     following_positions,
+    moved_by,
     slots_of_newest,
     split_deepstack,
     without_places,
 )
-from twigvlm.integrations.vllm.layout import check_target
+from twigvlm.integrations.vllm.layout import check_attention, check_target
 
 _log = init_logger(__name__)
 
@@ -131,12 +132,16 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         self._cache = vllm_config.cache_config
         self._target_mrope = vllm_config.model_config.uses_mrope
         levels = config.twigvlm["deepstack_levels"]
+        if self._target_mrope:
+            check_attention(self._first_attention.attn_backend.get_name())
         self._columns = config.hidden_size * (1 + levels)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         # At one address for as long as the model lives, because CUDA graphs read it there.
         self.deepstack = torch.zeros(tokens, config.hidden_size * levels) if levels else None
         # In scout mode how far each visual token is from its picture's first position, on three axes or one.
         self.places = torch.zeros(3, tokens, dtype=torch.long)
+        self.positions = torch.zeros_like(self.places)
+        self._embeddings: Tensor | None = None
 
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, is_multimodal: Tensor | None = None
@@ -170,20 +175,29 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         """States of the slots, [slots, width], normed and not; the target's `hidden_states` are not used."""
         if inputs_embeds is None:
             assert input_ids is not None, "a pass has ids or embeddings"
-            inputs_embeds = self.embed_input_ids(input_ids)
+            inputs_embeds = self._at_one_address(self.embed_input_ids(input_ids))
         if self._target_mrope:
-            places = self.places[:, : inputs_embeds.shape[0]]
-            positions = self._following(positions) + (places if positions.ndim == 2 else places[0])
-            positions = positions.clamp(max=self.config.max_position_embeddings - 1)  # as scout.py does, and why
+            last = self.config.max_position_embeddings - 1  # as in scout.py, and why
+            positions = moved_by(self._following(positions), self.places, last, self.positions)
         deepstack = None if self.deepstack is None else self.deepstack[: inputs_embeds.shape[0]]
         return self.model(inputs_embeds, positions, deepstack)
+
+    @property
+    def _first_attention(self) -> Any:
+        first: Any = self.model.layers[0]
+        return first.self_attn.attn
+
+    def _at_one_address(self, embeddings: Tensor) -> Tensor:
+        """Of an engine without images, whose runner hands over ids: CUDA graphs read the embeddings where they were captured."""
+        if self._embeddings is None:
+            self._embeddings = embeddings.new_zeros(self.places.shape[1], embeddings.shape[1])
+        return self._embeddings[: len(embeddings)].copy_(embeddings)
 
     def _following(self, positions: Tensor) -> Tensor:
         """Positions of the slots' tokens where the target's have three axes, after their places in the cache are put right."""
         context = get_forward_context()
         metadata = context.attn_metadata
-        first: Any = self.model.layers[0]
-        name = first.self_attn.attn.layer_name
+        name = self._first_attention.layer_name
         of_layer = metadata.get(name) if isinstance(metadata, dict) else None
         starts = getattr(of_layer, "query_start_loc", None)
         if of_layer is not None and of_layer.max_query_len == 1:

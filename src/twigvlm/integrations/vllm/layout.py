@@ -37,8 +37,30 @@ def check_target(record: dict[str, Any], target: Any, parallel: Any) -> None:
                 f"twigvlm: this twig grew on a base with {name} {value}, and the model that is served has {given}; "
                 "serve the base that the twig was trained on"
             )
+    check_stages(parallel, "a twig drafts")
+
+
+def check_stages(parallel: Any, what: str) -> None:
+    """Refuse an engine with pipeline stages.
+
+    Args:
+        parallel: vLLM's parallel configuration.
+        what: goes on in one stage alone, as the beginning of a sentence.
+    """
     if getattr(parallel, "pipeline_parallel_size", 1) > 1:
         raise ValueError(
-            "twigvlm: a twig drafts on one pipeline stage; use --tensor-parallel-size instead of "
-            "--pipeline-parallel-size"
+            f"twigvlm: {what} on one pipeline stage; use --tensor-parallel-size instead of --pipeline-parallel-size"
+        )
+
+
+def check_attention(backend: str) -> None:
+    """Refuse an attention backend of the drafter that does not tell where sequences stand in the cache.
+
+    Args:
+        backend: vLLM's name of it.
+    """
+    if backend.startswith("FLASHINFER"):
+        raise ValueError(
+            f"twigvlm: on this base a twig cannot draft with the attention backend {backend}; add "
+            '"attention_backend": "FLASH_ATTN" to --speculative-config'
         )

@@ -18,8 +18,9 @@ from vllm.config import VllmConfig
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptReplacement
 
-from twigvlm.integrations.vllm.arithmetic import with_places, without_places
+from twigvlm.integrations.vllm.arithmetic import moved_by, with_places, without_places
 from twigvlm.integrations.vllm.budget import OPTIONS, check_question, kept_tokens
+from twigvlm.integrations.vllm.layout import check_stages
 from twigvlm.integrations.vllm.ranking import Ranking
 from twigvlm.pruning.select import Select, best, diverse
 
@@ -86,11 +87,13 @@ class Scout(Base):
     """A base whose decoder gets the kept visual tokens of pictures alone."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        check_stages(vllm_config.parallel_config, "the places of kept tokens are known")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.settings: dict[str, Any] = self.config.twig_scout
         self._dtype = vllm_config.model_config.dtype
         # At one address for as long as the model lives, because CUDA graphs read it there.
         self.places = torch.zeros(3, vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.long)
+        self.positions = torch.zeros_like(self.places)
 
     def _places_in_pictures(self, kwargs: Mapping[str, Any], pictures: int) -> list[Tensor]:
         """How far each visual token of each picture is from the picture's first position, on each axis: [M, axes]."""
@@ -100,7 +103,7 @@ class Scout(Base):
         """The base's from its own files, trunk and twig from the export."""
         loaded = super().load_weights(weights)
         device = next(self.language_model.parameters()).device
-        self.places = self.places.to(device)
+        self.places, self.positions = self.places.to(device), self.positions.to(device)
         ranking = Ranking(self.settings["path"], self._dtype, device)
         object.__setattr__(self, "ranking", ranking)  # no part of the checkpoint that vLLM has loaded
         return loaded
@@ -155,11 +158,10 @@ class Scout(Base):
         **kwargs: object,
     ) -> Any:
         """As the base's, with every token at the position that it has in the whole prompt."""
-        places = self.places[:, : positions.shape[-1]]
-        positions = positions + (places if positions.ndim == 2 else places[0])
         # vLLM bounds how many tokens a sequence has, not their positions: beyond the last one there are no rotary embeddings.
-        positions = positions.clamp(max=self.config.get_text_config().max_position_embeddings - 1)
-        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        last = self.config.get_text_config().max_position_embeddings - 1
+        moved = moved_by(positions, self.places, last, self.positions)
+        return super().forward(input_ids, moved, intermediate_tensors, inputs_embeds, **kwargs)
 
 
 def image_token(config: Any) -> int:
