@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from twigvlm.errors import TwigVLMError
 
-MOST_NODES = 64
+MAX_NODES = 64
 """Largest number of nodes in a pass that `auto` chooses, including the root."""
 
 Speculate = Literal["none", "chain", "tree", "auto", "lookup", "exit"]
@@ -166,7 +166,7 @@ class PruningConfig:
 
 @dataclass(frozen=True)
 class SpeculationConfig:
-    """How tokens are drafted. The output does not depend on it."""
+    """How tokens are drafted. In float32 the output does not depend on it."""
 
     speculate: Speculate = "none"
     """How to draft. none: one token per step. chain: draft a few tokens and verify them in one pass (Algorithm 1).
@@ -214,7 +214,7 @@ class SpeculationConfig:
     def step_tokens(self) -> int:
         """Most tokens that a layer receives in one step (rarely more with auto), before rejected ones are dropped."""
         if self.speculate == "auto":
-            return 2 * MOST_NODES
+            return 2 * MAX_NODES
         if self.speculate == "tree":
             return 1 + self.tree_expand * (self.tree_depth - 1) + self.tree_nodes
         return 1 + (self.draft_length if self.active else 0)

@@ -176,7 +176,7 @@ class TwigVLM(HFInterface, Calibrated):
             speculate: "none", "chain", "tree", or "auto", which drafts as much as pays off on this machine, or nothing; on
                 its first use on a machine it measures for a few seconds (see `calibrate`). Without a twig, "lookup": what
                 followed the newest tokens where they occurred before, in the prompt or the answer; "exit": chains by the
-                base's own head on the states after layer K. The output is the same for all.
+                base's own head on the states after layer K. In float32 the output is the same for all.
             draft_length: δ, length of the longest chain, or of what is looked up.
             draft_threshold: θ; a chain ends after a token whose probability is below it.
             tree_depth: D, length of the longest path of a tree.

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twigvlm.base.masks import CausalMasks, TreeMasks, additive, causal_mask, ragged_mask, restrict
+from twigvlm.base.masks import CausalMasks, TreeMasks, additive, causal_mask, mixed_length_mask, restrict
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.segments import Held
 
@@ -37,7 +37,7 @@ def test_causal_mask_by_definition(prefix, queries):
 
 @given(lengths, st.integers(1, 5))
 def test_rows_of_different_lengths_see_their_own_tokens_and_no_others(held, queries):
-    mask = ragged_mask(queries, _held(*held))
+    mask = mixed_length_mask(queries, _held(*held))
     assert mask.shape == (len(held), queries, max(held) + queries)
     for row, length in enumerate(held):
         for query in range(queries):
@@ -56,7 +56,7 @@ def test_the_attention_gets_a_mask_wherever_it_needs_one(held, queries, attentio
         assert (queries == 1 and not single) or (attention == "sdpa" and max(held) == 0)
         return
     assert attention == "sdpa" or mask.dtype == torch.bfloat16
-    expected = ragged_mask(queries, _held(*held))[:, None]
+    expected = mixed_length_mask(queries, _held(*held))[:, None]
     assert torch.equal(_allowed(mask, attention).expand_as(expected), expected)
 
 
@@ -147,7 +147,7 @@ def test_an_explicit_mask_stays_closed():
 def test_rows_of_different_lengths_in_a_window():
     """What stands behind a shorter row's tokens stays hidden, whatever position it had."""
     held, positions = _held(3, 1), torch.tensor([[0, 4, 5, 6], [5, 6, 7, 7]])
-    causal = ragged_mask(1, held)[:, None]
+    causal = mixed_length_mask(1, held)[:, None]
     got = restrict(causal, "sdpa", torch.float32, torch.tensor([[6], [6]]), positions, None, 3)
     assert got[:, 0, 0].tolist() == [[False, True, True, True], [True, True, False, False]]
 

@@ -7,7 +7,7 @@ import pytest
 from tests.tiny import prompt, tiny_llava
 from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation.compare import BASE, Contender, checked_inputs, compare, make_contenders, timed_questions
+from twigvlm.evaluation.compare import BASE, Combination, checked_inputs, compare, make_combinations, timed_questions
 from twigvlm.evaluation.compare_report import comparison_sections
 from twigvlm.evaluation.figures import draw_comparison
 from twigvlm.evaluation.metrics import FEWEST
@@ -17,7 +17,7 @@ from twigvlm.evaluation.variants import NONE, Variant, make_variants
 from twigvlm.model import TwigVLM
 
 TWIG, FASTV, RANDOM = Variant("twig", 64, 24), Variant("fastv", 64), Variant("random:0", 64)
-CONTENDERS = make_contenders([NONE, TWIG, FASTV, RANDOM], ["none", "chain"])
+COMBINATIONS = make_combinations([NONE, TWIG, FASTV, RANDOM], ["none", "chain"])
 SHORT, LONG = 12, 3
 
 
@@ -72,14 +72,18 @@ def timed():
 
 @cache
 def lines(times=True):
-    found = compare(answers(), timed() if times else [], CONTENDERS, ["eager", "sdpa"])
-    return {line.contender.name: line for line in found}
+    found = compare(answers(), timed() if times else [], COMBINATIONS, ["eager", "sdpa"])
+    return {line.combination.name: line for line in found}
 
 
 def test_every_way_to_draft_goes_on_top_of_every_method():
-    assert CONTENDERS[0] == BASE
-    assert [one.label for one in CONTENDERS[1:4]] == ["base + chain", "twig", "twig + chain"]
-    assert make_contenders([NONE, FASTV], ["chain"]) == [BASE, Contender(NONE, "chain"), Contender(FASTV, "chain")]
+    assert COMBINATIONS[0] == BASE
+    assert [one.label for one in COMBINATIONS[1:4]] == ["base + chain", "twig", "twig + chain"]
+    assert make_combinations([NONE, FASTV], ["chain"]) == [
+        BASE,
+        Combination(NONE, "chain"),
+        Combination(FASTV, "chain"),
+    ]
 
 
 def test_quality_and_budget_are_those_of_the_same_pruning():
@@ -105,7 +109,9 @@ def test_ratios_are_medians_over_questions_against_the_faster_base():
 def test_intervals_of_speeds_are_over_pictures():
     def interval(pictures):
         rows = [{**timed()[number % 3], "id": str(number), "picture": number % pictures} for number in range(SHORT)]
-        line = next(line for line in compare(answers(), rows, CONTENDERS, ["eager", "sdpa"]) if line.contender != BASE)
+        line = next(
+            line for line in compare(answers(), rows, COMBINATIONS, ["eager", "sdpa"]) if line.combination != BASE
+        )
         return line.times["short"].interval
 
     assert math.isnan(interval(FEWEST - 1)[0])
@@ -122,7 +128,7 @@ def test_answers_that_differ_from_the_untimed_ones_are_counted():
 def test_the_table_has_every_method_beside_its_published_figure():
     text = "\n\n".join(comparison_sections(list(lines().values()), pruning_head=True, figure="figure.png"))
     table = text.split("| method |")[1].split("\n\n")[0].splitlines()
-    assert len(table) == 2 + len(CONTENDERS)
+    assert len(table) == 2 + len(COMBINATIONS)
     assert "R̄ asked | R̄ | short: quality, % | short: RelAcc, % | published, % |" in table[0]
     assert "long: speed ratio" in table[0]
     twig = next(row for row in table if row.startswith("| twig + chain |"))

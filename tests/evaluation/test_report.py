@@ -88,7 +88,7 @@ def timed():
     ]
 
 
-CONTENDERS = [
+SYSTEMS = [
     System("eager", "eager"),
     System("sdpa", "sdpa"),
     System("loop"),
@@ -98,7 +98,7 @@ CONTENDERS = [
 
 def test_speeds_are_medians_over_repeats():
     assert faster(timed(), ["eager", "sdpa"]) == "sdpa"
-    figures = {one.name: one for one in compare_speeds(timed(), "sdpa", {one.name: one.same_as for one in CONTENDERS})}
+    figures = {one.name: one for one in compare_speeds(timed(), "sdpa", {one.name: one.same_as for one in SYSTEMS})}
     assert figures["sdpa"].speed == 1.0  # 2 tokens in a median of 2.0 s
     assert (figures["sdpa"].prefill, figures["sdpa"].decode) == (0.5, 1.5)
     chain = figures["chain"]
@@ -132,11 +132,11 @@ def test_intervals_of_speeds_are_over_pictures():
 
 
 def test_speed_report():
-    text = "\n".join(speed_sections(timed(), CONTENDERS))
+    text = "\n".join(speed_sections(timed(), SYSTEMS))
     assert "1 prompts, 3 alternating repeats" in text
     assert "**sdpa** (baseline) | 2.0 | 1.0 | 1.00 | exact 100.0 | 1.00 |" in text
     assert "| chain | 2.0 | 4.0 | 4.00 | exact 0.0 | 2.00 | 250.0 | 250.0 | 100.0 | 100.0 | 50.0 | 1.50 | 1 |" in text
-    without = "\n".join(speed_sections(timed(), [CONTENDERS[2], CONTENDERS[3]]))
+    without = "\n".join(speed_sections(timed(), [SYSTEMS[2], SYSTEMS[3]]))
     assert "**loop** (baseline)" in without
 
 

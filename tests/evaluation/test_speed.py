@@ -23,7 +23,7 @@ CHAIN = {"draft_length": 4, "draft_threshold": 0.0}
 TREE = {"tree_depth": 3, "tree_nodes": 12}
 
 
-def test_measures_every_contender(model, tokenizer, questions, tmp_path):
+def test_measures_every_system(model, tokenizer, questions, tmp_path):
     systems = standard_systems(10, CHAIN, TREE, ["sdpa", "eager"])
     results_log = ResultsLog(tmp_path / "results.jsonl", {})
     records = run_speed(model, tokenizer, first(questions, 2), systems, inputs_of, results_log, 8, 8, 2)
@@ -56,7 +56,7 @@ def test_measures_every_contender(model, tokenizer, questions, tmp_path):
     assert sum(records[0]["runs"]["chain"]["accepted"]) > 0
 
 
-def test_contenders_take_turns_after_a_warm_up(model, tokenizer, questions, tmp_path, monkeypatch):
+def test_systems_take_turns_after_a_warm_up(model, tokenizer, questions, tmp_path, monkeypatch):
     order = []
     real = speed.measure
     monkeypatch.setattr(speed, "measure", lambda m, i, c, n, **how: order.append(c.name) or real(m, i, c, n))
@@ -108,7 +108,7 @@ def test_drafts_are_compared_on_the_same_pruning():
     assert systems[3].options == {"retain": 10, "speculate": "chain", "draft_length": 5, "draft_threshold": 0.3}
 
 
-def test_contenders_can_be_chosen_and_bring_what_they_are_compared_to():
+def test_systems_can_be_chosen_and_bring_what_they_are_compared_to():
     systems = standard_systems(10, CHAIN, TREE, ["sdpa"], ["pruning + chain"])
     assert [system.name for system in systems] == ["HF generate, sdpa", "pruning", "pruning + chain"]
     with pytest.raises(TwigVLMError, match="system 'prunning': must be one of HF prompt lookup, own loop, pruning"):

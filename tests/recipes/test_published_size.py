@@ -3,7 +3,7 @@
 from recipes import published_size
 
 
-def test_every_contender_and_every_pass_is_timed(monkeypatch, capsys):
+def test_every_system_and_every_pass_is_timed(monkeypatch, capsys):
     monkeypatch.setattr(published_size, "BUDGETS", (400.0,))
     monkeypatch.setattr(published_size, "NEW", 3)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}

@@ -26,7 +26,7 @@ def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> 
     return torch.arange(keys, device=device) <= row[:, None]
 
 
-def ragged_mask(queries: int, held: Held) -> Bool[Tensor, "rows queries keys"]:
+def mixed_length_mask(queries: int, held: Held) -> Bool[Tensor, "rows queries keys"]:
     """Causal mask of rows that hold different numbers of tokens: query i of a row sees its first held + i + 1 keys.
 
     The new tokens of a row stand right behind those it holds; there are max(held) + queries keys.
@@ -109,7 +109,7 @@ class CausalMasks:
         """Mask [rows or 1, 1, queries, keys], bool for SDPA and additive for eager; None where the kernel needs none."""
         if held is not None and not held.equal:
             check_mask_attention(self.attention, "a batch of prompts")
-            return self._finish(ragged_mask(queries, held))[:, None]
+            return self._finish(mixed_length_mask(queries, held))[:, None]
         keys = queries if held is None else held.longest + queries
         if self.attention.startswith("flash_attention") or (queries == 1 and not self.single):
             return None

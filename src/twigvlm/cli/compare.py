@@ -12,7 +12,7 @@ from twigvlm.errors import TwigVLMError
 
 if TYPE_CHECKING:
     from twigvlm.cli.evaluate.bench import Bench
-    from twigvlm.evaluation.compare import Contender
+    from twigvlm.evaluation.compare import Combination
     from twigvlm.evaluation.results_log import Record
     from twigvlm.evaluation.run import InputsOf
     from twigvlm.evaluation.variants import Variant
@@ -47,7 +47,7 @@ class Compare(PruningOptions):
     def run(self) -> None:
         """Ask and time, and write results.jsonl, times.jsonl, report.md and the figure."""
         from twigvlm.cli.evaluate.bench import open_bench, write_report
-        from twigvlm.evaluation.compare import checked_inputs, compare, make_contenders
+        from twigvlm.evaluation.compare import checked_inputs, compare, make_combinations
         from twigvlm.evaluation.compare_report import comparison_sections
         from twigvlm.evaluation.figures import draw_comparison, drawn_lengths
         from twigvlm.evaluation.results_log import answered
@@ -57,12 +57,12 @@ class Compare(PruningOptions):
         bench = open_bench(self, needs_twig=self._needs_twig())
         model = bench.grow(exits="exit" in self.speculate)
         variants = make_variants(model, self._methods(bench.twig is not None), self.budgets)
-        contenders = make_contenders(variants, self.speculate)
+        combinations = make_combinations(variants, self.speculate)
         inputs_of = checked_inputs(model, variants, bench.questions.items, bench.inputs_of)
         answers = _answer(self, bench, model, variants, inputs_of)
-        times = _time(self, bench, model, contenders, inputs_of) if self.timed else []
+        times = _time(self, bench, model, combinations, inputs_of) if self.timed else []
         pruning_head = model.twig.pruning_head is not None
-        lines = compare(answered(answers), answered(times), contenders, self.baselines)
+        lines = compare(answered(answers), answered(times), combinations, self.baselines)
         draws = self.figure and bool(drawn_lengths(lines))
         sections = comparison_sections(lines, pruning_head, FIGURE if draws else None)
         more = {"seed": self.seed, "repeats": self.repeats} if self.timed else {"seed": self.seed}
@@ -130,16 +130,16 @@ def _answer(
 
 
 def _time(
-    options: Compare, bench: Bench, model: TwigVLM, contenders: Sequence[Contender], inputs_of: InputsOf
+    options: Compare, bench: Bench, model: TwigVLM, combinations: Sequence[Combination], inputs_of: InputsOf
 ) -> list[Record]:
-    """The first questions of each length, all contenders in turn."""
+    """The first questions of each length, all systems in turn."""
     import dataclasses
 
     from twigvlm.cli.evaluate.bench import machine, open_log, showing
-    from twigvlm.evaluation.compare import contender_systems, timed_questions
+    from twigvlm.evaluation.compare import combination_systems, timed_questions
     from twigvlm.evaluation.speed import run_speed
 
-    systems = contender_systems(model, contenders, options.baselines, options.seed)
+    systems = combination_systems(model, combinations, options.baselines, options.seed)
     settings = {"systems": [system.name for system in systems], "seed": options.seed, "repeats": options.repeats}
     log = open_log(options, {**bench.settings, **settings, **machine()}, TIMES)
     questions = dataclasses.replace(bench.questions, items=timed_questions(bench.questions.items, options.timed))

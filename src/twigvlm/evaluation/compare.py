@@ -21,7 +21,7 @@ LENGTHS = {"short": False, "long": True}
 
 
 @dataclass(frozen=True)
-class Contender:
+class Combination:
     """A way to prune under one budget, and a way to draft."""
 
     variant: Variant
@@ -42,23 +42,23 @@ class Contender:
         return "" if self.speculate == "none" else f" + {self.speculate}"
 
 
-BASE = Contender(NONE)
+BASE = Combination(NONE)
 """The base's own `generate`."""
 
 
-def make_contenders(variants: Sequence[Variant], ways: Sequence[str]) -> list[Contender]:
+def make_combinations(variants: Sequence[Variant], ways: Sequence[str]) -> list[Combination]:
     """The base, and every variant with every way to draft."""
-    return list(dict.fromkeys([BASE, *(Contender(variant, way) for variant in variants for way in ways)]))
+    return list(dict.fromkeys([BASE, *(Combination(variant, way) for variant in variants for way in ways)]))
 
 
-def contender_systems(
-    model: TwigVLM, contenders: Sequence[Contender], attentions: Sequence[str], seed: int = 0
+def combination_systems(
+    model: TwigVLM, combinations: Sequence[Combination], attentions: Sequence[str], seed: int = 0
 ) -> list[System]:
-    """How contenders answer while they are timed: each on its own, from the picture to the last token.
+    """How combinations answer while they are timed: each on its own, from the picture to the last token.
 
     Args:
         model: that answers.
-        contenders: from `make_contenders`.
+        combinations: from `make_combinations`.
         attentions: implementations that the base's `generate` is timed with.
         seed: of the random choice.
     """
@@ -66,7 +66,7 @@ def contender_systems(
         *base_systems(attentions),
         *(
             System(one.name, options={**generate_options(model, one.variant, seed), "speculate": one.speculate})
-            for one in contenders
+            for one in combinations
             if one != BASE
         ),
     ]
@@ -108,7 +108,7 @@ def checked_inputs(
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Of a contender's answers of one length, against the base's: ratios are medians over questions, above 1 is faster."""
+    """Of a combination's answers of one length, against the base's: ratios are medians over questions, above 1 is faster."""
 
     count: int
     """Answers."""
@@ -130,9 +130,9 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One contender in the table; lengths of which there is no question are missing."""
+    """One combination in the table; lengths of which there is no question are missing."""
 
-    contender: Contender
+    combination: Combination
     average: float
     """R̄, mean over questions."""
     quality: dict[str, Accuracy]
@@ -146,15 +146,15 @@ class Line:
 def compare(
     answers: Sequence[Record],
     timed: Sequence[Record],
-    contenders: Sequence[Contender],
+    combinations: Sequence[Combination],
     attentions: Sequence[str],
 ) -> list[Line]:
-    """A line per contender.
+    """A line per combination.
 
     Args:
         answers: of `run_accuracy`, without those that failed.
-        timed: of `run_speed` on `contender_systems`, without those that failed; may be empty.
-        contenders: from `make_contenders`.
+        timed: of `run_speed` on `combination_systems`, without those that failed; may be empty.
+        combinations: from `make_combinations`.
         attentions: implementations that the base's `generate` was timed with; the faster one counts, at each length.
     """
     baselines = [system.name for system in base_systems(attentions)]
@@ -166,27 +166,27 @@ def compare(
             quality[length] = {one.name: one for one in accuracies(of_length)}
         timed_here = [record for record in timed if record["long"] == is_long]
         if timed_here:
-            times[length] = _times(timed_here, given, contenders, baselines)
+            times[length] = _times(timed_here, given, combinations, baselines)
     return [
         Line(
-            contender=one,
+            combination=one,
             average=mean(record["average"][one.variant.name] for record in answers),
             quality={length: figures[one.variant.name] for length, figures in quality.items()},
             times={length: figures[one] for length, figures in times.items()},
             peak=_peak(timed, baselines if one == BASE else [one.name]),
         )
-        for one in contenders
+        for one in combinations
     ]
 
 
 def _times(
     records: Sequence[Record],
     given: Mapping[str, Mapping[str, str]],
-    contenders: Sequence[Contender],
+    combinations: Sequence[Combination],
     baselines: Sequence[str],
-) -> dict[Contender, Times]:
+) -> dict[Combination, Times]:
     baseline = faster(records, baselines)
-    names = {one: baseline if one == BASE else one.name for one in contenders}
+    names = {one: baseline if one == BASE else one.name for one in combinations}
     figures = {one.name: one for one in compare_speeds(records, baseline, dict.fromkeys(names.values()))}
     base = _Seconds(records, baseline)
     found = {}

@@ -27,7 +27,7 @@ def comparison_sections(lines: Sequence[Line], pruning_head: bool, figure: str |
     # Before the first speed, beside the RelAcc of the same kind.
     names = list(columns)
     names.insert(names.index(f"{lengths[0]}: RelAcc, %") + 1, "published, %")
-    columns["published, %"] = lambda line: published(line.contender.variant, pruning_head) or _DASH
+    columns["published, %"] = lambda line: published(line.combination.variant, pruning_head) or _DASH
     if any(not isnan(line.peak) for line in lines):
         columns["peak, MiB"] = lambda line: _number(line.peak / 2**20, 0)
         names.append("peak, MiB")
@@ -42,11 +42,11 @@ def comparison_sections(lines: Sequence[Line], pruning_head: bool, figure: str |
 
 
 def _method(line: Line) -> str:
-    return f"**{line.contender.label}**" if line.contender == BASE else line.contender.label
+    return f"**{line.combination.label}**" if line.combination == BASE else line.combination.label
 
 
 def _asked(line: Line) -> str:
-    retain = line.contender.variant.retain
+    retain = line.combination.variant.retain
     return _DASH if retain is None else f"{retain:g}"
 
 
@@ -95,7 +95,7 @@ def _explained(lines: Sequence[Line], lengths: Sequence[str]) -> str:
         return text
     counted = " and ".join(f"{lines[0].times[length].count} {length}" for length in lengths if length in lines[0].times)
     return (
-        f"{text} Times are of {counted} answers, one prompt at a time, all contenders in turn on each question. Ratios are "
+        f"{text} Times are of {counted} answers, one prompt at a time, all of them in turn on each question. Ratios are "
         "medians over questions, above 1 faster than the base's own `generate` on the same question (the faster of its attention "
         "implementations): tokens per second, the time to the first token, and the time of each further one. Peak: most memory "
         "held at once, with all weights, the twig's included."

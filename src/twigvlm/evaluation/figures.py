@@ -133,7 +133,7 @@ def draw_accuracy(accuracies: Sequence[Accuracy], variants: Sequence[Variant], p
 
 def drawn_lengths(lines: Sequence[Line]) -> list[str]:
     """Lengths of answers that `draw_comparison` has a row for: those of which the base has a right answer."""
-    base = next(line for line in lines if line.contender == BASE)
+    base = next(line for line in lines if line.combination == BASE)
     return [length for length in LENGTHS if length in base.quality and not isnan(base.quality[length].relative)]
 
 
@@ -144,21 +144,21 @@ def draw_comparison(lines: Sequence[Line], path: Path) -> None:
         lines: of `compare`, with `drawn_lengths`.
         path: PNG or SVG by the name's ending.
     """
-    base, lengths = next(line for line in lines if line.contender == BASE), drawn_lengths(lines)
+    base, lengths = next(line for line in lines if line.combination == BASE), drawn_lengths(lines)
     across = 2 if base.times else 1
     figure = figure_class()(figsize=(5.5 * across + 2.5, 4 * len(lengths)), layout="constrained", facecolor="white")
     panels = figure.subplots(len(lengths), across, squeeze=False)
     groups: dict[str, list[Line]] = {}
     for line in lines:
-        groups.setdefault(line.contender.label, []).append(line)
+        groups.setdefault(line.combination.label, []).append(line)
     for length, row in zip(lengths, panels, strict=True):
         drawn = set()  # drafts change the time alone
         for number, (label, members) in enumerate(groups.items()):
             style = {"color": f"C{number % 10}", "marker": "osD^vPX*"[number // 10 % 8], "label": label, "linewidth": 1}
             quality = [line.quality[length] for line in members]
-            if members[0].contender.variant not in drawn:
+            if members[0].combination.variant not in drawn:
                 row[0].errorbar([line.average for line in members], *percent_and_error(quality), capsize=2, **style)
-                drawn.add(members[0].contender.variant)
+                drawn.add(members[0].combination.variant)
             if length in base.times:
                 shares = [100 * line.times[length].share for line in members]
                 row[1].plot(shares, [100 * one.relative for one in quality], **style)

@@ -17,8 +17,8 @@ class KVCache(Segments):
 
     Every layer has one buffer [rows, kv_heads, capacity, head_dim], written in place. A segment is a range of layers without
     a cut inside; its layers share their lengths. Lengths are known twice: on the host, which sizes views and decides which
-    masks are needed, and on the device, where ragged writes and masks are computed. Claimed rows are always the first
-    ones of the pool, so that a pass over all of them, or over rows that have just joined, works on views.
+    masks are needed, and on the device, where writes of rows of different lengths and masks are computed. Claimed rows are
+    always the first ones of the pool, so that a pass over all of them, or over rows that have just joined, works on views.
 
     Args:
         layers: number of layers, L + T.

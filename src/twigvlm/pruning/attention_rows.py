@@ -41,10 +41,10 @@ def attention_chunks(
         logits = (grouped @ keys.transpose(-1, -2)).float() * scaling
         logits = logits.view(batch, heads, -1, tokens)
         positions = query_positions[:, part, None]
-        unseen = keys_at > positions
+        masked = keys_at > positions
         if window is not None:
-            unseen |= keys_at <= positions - window
-        yield part, logits.masked_fill(unseen[:, None], float("-inf")).softmax(dim=-1)
+            masked |= keys_at <= positions - window
+        yield part, logits.masked_fill(masked[:, None], float("-inf")).softmax(dim=-1)
 
 
 def attention_scores(

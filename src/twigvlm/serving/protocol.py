@@ -161,7 +161,7 @@ class ChatRequest(_Strict):
     pruner: str | None = None
     """Another pruning method than the twig's, by name."""
     speculate: Speculate | None = None
-    """How the twig drafts; the answer does not depend on it."""
+    """How tokens are drafted; in float32 the answer does not depend on it."""
     details: bool = False
     """Whether the answer tells which tokens were drafted, and which visual tokens were kept."""
 

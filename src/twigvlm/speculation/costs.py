@@ -22,13 +22,13 @@ from twigvlm.base.cpu_linear import is_alone
 from twigvlm.base.masks import TreeMasks
 from twigvlm.base.token_inputs import slice_tokens
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.config import MOST_NODES
+from twigvlm.config import MAX_NODES
 from twigvlm.files import replacing
 from twigvlm.kv.cache import KVCache
 from twigvlm.timing import clock_of
 from twigvlm.twig.block import Twig
 
-NODES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, MOST_NODES)
+NODES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, MAX_NODES)
 """Sizes of a pass that are timed."""
 PROMPT = 512
 """Tokens of the prompt that they follow."""
