@@ -68,6 +68,8 @@ def test_batch_writes_results_and_goes_on(base_directory, twig_directory, tmp_pa
         (["--port", "70000"], "port=70000"),
         (["--max-rows", "0"], "max_rows=0"),
         (["--export", "x"], "applies only to --engine vllm"),
+        (["--vllm-options", "x"], "vllm_options: applies only to --engine vllm"),
+        (["--engine", "vllm", "--export", "x", "--vllm-options", "'x"], "close the quotation marks"),
         (["--engine", "vllm"], "needs --export"),
         (["--engine", "vllm", "--export", "x", "--retain", "64"], "add --scout"),
         (["--engine", "vllm", "--export", "x", "--max-rows", "4"], "leave out either"),
@@ -114,11 +116,12 @@ def test_vllm_takes_over_with_the_export(vllm, refused, tmp_path, base_directory
     pruned = [*model, "--retain", "10", "--scout", "--diverse"]
     for _ in range(2):  # the second time it is there already
         with pytest.raises(SystemExit):
-            main(["serve", *pruned, "--port", "8001", "--api-key", "secret"])
+            main(["serve", *pruned, "--port", "8001", "--api-key", "secret", "--vllm-options=--max-model-len 512"])
     (arguments, environment), again = vllm
     assert arguments == again[0]
     assert arguments[1:3] == ["serve", str(tmp_path / "export" / "base")]
     assert arguments[arguments.index("--port") + 1] == "8001"
+    assert arguments[-2:] == ["--max-model-len", "512"]
     settings = json.loads(arguments[arguments.index("--hf-overrides") + 1])["twig_scout"]
     assert (settings["retain"], settings["diverse"]) == (10, True)
     assert environment["VLLM_API_KEY"] == "secret"

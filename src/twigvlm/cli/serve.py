@@ -35,6 +35,8 @@ class Serve(ServiceOptions):
     export: Path | None = None
     """With --engine vllm: directory for the exported base and drafter, which are written unless they exist. None: no export,
     so that vLLM cannot be used."""
+    vllm_options: str = ""
+    """With --engine vllm: further options of `vllm serve`, for example --vllm-options="--tensor-parallel-size 2"."""
 
     @property
     def continuation(self) -> str:
@@ -53,9 +55,10 @@ class Serve(ServiceOptions):
                 if getattr(self, name) != getattr(Serve, name):
                     option = f"--{name.replace('_', '-')}"
                     raise TwigVLMError(f"{name}: does not apply to vLLM; leave out either {option} or --engine vllm")
-            serve_with_vllm(self, self.export, self.host, self.port, key)
-        if self.export is not None:
-            raise TwigVLMError("export: applies only to --engine vllm; leave it out")
+            serve_with_vllm(self, self.export, self.host, self.port, key, self.vllm_options)
+        for name, given in (("export", self.export), ("vllm_options", self.vllm_options)):
+            if given:
+                raise TwigVLMError(f"{name}: applies only to --engine vllm; leave it out")
         service = self.open_service()
         from twigvlm.serving.app import create_app
         from twigvlm.serving.server import LOCAL, allowed_hosts, make_server

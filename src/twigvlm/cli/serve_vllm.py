@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from twigvlm.checkpoints.twig_files import WEIGHTS, digest
 from twigvlm.cli.export import Export
 from twigvlm.config import PruningConfig
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.files import replacing
 from twigvlm.sapling import twig_path
 from twigvlm.serving.limits import Limits
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def serve_with_vllm(
-    options: ServiceOptions, folder: Path | None, host: str, port: int, api_key: str | None
+    options: ServiceOptions, folder: Path | None, host: str, port: int, api_key: str | None, further: str
 ) -> NoReturn:
     """Replace this process by `vllm serve`.
 
@@ -31,10 +32,15 @@ def serve_with_vllm(
         host: address to listen on.
         port: to listen on.
         api_key: that clients must send.
+        further: options of `vllm serve`, as in a shell.
 
     Raises:
         TwigVLMError: vLLM or the export is not there, or an option does not apply to vLLM.
     """
+    try:
+        words = shlex.split(further)
+    except ValueError as error:
+        raise TwigVLMError(f"vllm_options={further!r}: {one_line(error)}; close the quotation marks") from None
     folder = check_applies(options, folder)
     program = shutil.which("vllm")
     if program is None:
@@ -47,6 +53,7 @@ def serve_with_vllm(
         str(port),
         "--served-model-name",
         options.name or options.model,
+        *words,
     ]
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key  # not on the command line, which others can read
