@@ -13,7 +13,7 @@ from tests.pruning.trunks import grown as grown_tiny
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import average_visual
-from twigvlm.pruning.methods import METHODS, make_pruner
+from twigvlm.pruning.methods import METHODS, make_pruner, reads_files
 from twigvlm.pruning.methods.dart import Dart
 from twigvlm.pruning.methods.fastervlm import FasterVLM
 from twigvlm.pruning.methods.pyramiddrop import PyramidDrop
@@ -122,6 +122,8 @@ def test_no_twig_is_needed():
         ({"pruner": "visionzap", "retain": 9}, "must be one of twig, fastv"),
         ({"pruner": "random", "retain": 9}, "needs the layer"),
         ({"pruner": "cdpruner:3", "retain": 9}, "take a layer"),
+        ({"pruner": "fastv:", "retain": 9}, "take a layer"),
+        ({"pruner": "fastv:compacted", "retain": 9}, "not published with other positions.*leave out compacted"),
         ({"pruner": "fastv:0", "retain": 9}, "must be 1 or more"),
         ({"pruner": "fastv:6", "retain": 9}, "needs a base of more layers than 6"),
         ({"pruner": "visionzip"}, "needs a budget"),
@@ -134,6 +136,21 @@ def test_no_twig_is_needed():
 def test_what_does_not_apply_is_refused(options, words):
     with pytest.raises(TwigVLMError, match=words):
         grown("llava").generate(**inputs_of("llava"), **options, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "pruner"),
+    [
+        ("visionzip:compacted", VisionZip(positions="compacted")),
+        ("visionzip:a/b:compacted", VisionZip(positions="compacted", projector="a/b")),
+        ("sparsevlm:published:compacted", SparseVLM(accounting="published", positions="compacted")),
+        ("sparsevlm-v2:published", SparseVLM("v2", accounting="published")),
+        ("dart:3:published", Dart(layer=3, accounting="published")),
+    ],
+)
+def test_names_say_positions_and_accounting(name, pruner):
+    assert make_pruner(name) == pruner
+    assert reads_files(name) == (getattr(pruner, "projector", None) is not None)
 
 
 def test_bases_that_pool_patches_are_refused_in_one_line():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Pruner
@@ -42,37 +42,55 @@ METHODS: Final[Mapping[str, Callable[..., Pruner]]] = {
 }
 """Published methods that need no trained twig. Those in `_AT_A_LAYER` take the layer of their cut after a colon."""
 _AT_A_LAYER = ("dart", "fastv", "random")
+_CHOICES = {"compacted": "positions", "published": "accounting"}
+"""Words that any name may have after a colon, and the field of the method's class that they are a value of."""
 
 
 def make_pruner(name: str, seed: int = 0) -> Pruner:
-    """A method by name, for example "visionzip", "fastv:3", "random:0", or "visionzip:DIRECTORY" with a tuned projector.
+    """A method by name, with what it is to be given after colons.
+
+    For example "visionzip", "fastv:3" (the layer of its cut), "random:0", "visionzip:DIRECTORY" (a tuned projector),
+    "visionzip:compacted" (positions as published), "sparsevlm:published:compacted" (and the budget as its authors count it).
 
     Args:
         name: as `twigvlm methods` lists it.
         seed: of a random choice.
 
     Raises:
-        TwigVLMError: there is no such method, or it takes no layer.
+        TwigVLMError: there is no such method, or it does not take what is given.
     """
-    method, colon, layer = name.partition(":")
-    if reads_files(name):
-        return VisionZip(projector=layer)
+    method, *words = name.split(":")
     if method not in METHODS:
         known = ", ".join("random:LAYER" if known == "random" else known for known in METHODS)
         raise TwigVLMError(f"pruner {name!r}: must be one of twig, {known}")
-    if not colon and method == "random":
-        raise TwigVLMError("pruner 'random': needs the layer to cut after, for example random:0 (before the decoder)")
-    if not colon:
-        return METHODS[method]()
-    if method not in _AT_A_LAYER or not layer.isdigit():
+    options: dict[str, Any] = {_CHOICES[word]: word for word in words if word in _CHOICES}
+    others = [word for word in words if word not in _CHOICES]
+    given = ":".join(others)
+    if method == "random":
+        options["seed"] = seed
+        if not others:
+            raise TwigVLMError(
+                "pruner 'random': needs the layer to cut after, for example random:0 (before the decoder)"
+            )
+    if given and method == "visionzip":
+        options["projector"] = given
+    elif given and method in _AT_A_LAYER and given.isdigit():
+        options["layer"] = int(given)
+    elif others:
         raise TwigVLMError(f"pruner {name!r}: only {', '.join(_AT_A_LAYER)} take a layer, for example fastv:3")
-    return RandomTokens(int(layer), seed) if method == "random" else METHODS[method](layer=int(layer))
+    try:
+        return METHODS[method](**options)
+    except TypeError:  # a field that its class does not have
+        raise TwigVLMError(
+            f"pruner {name!r}: {method} was not published with other positions, or another way to count; leave out "
+            f"{' and '.join(word for word in words if word in _CHOICES)}"
+        ) from None
 
 
 def reads_files(name: str) -> bool:
     """Whether a method's name says where weights of its own are."""
-    method, _, directory = name.partition(":")
-    return method == "visionzip" and directory != ""
+    method, *words = name.split(":")
+    return method == "visionzip" and any(word and word not in _CHOICES for word in words)
 
 
 def described(name: str) -> tuple[str, str, str, str]:
