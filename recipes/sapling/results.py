@@ -113,6 +113,16 @@ PAGES = {
             ),
         ),
         Section(
+            "Scout mode and the cut after layer K: short answers",
+            "The twig's ranking as the method uses it, and before the decoder, as serving engines need it.",
+            _evaluate("accuracy", SHORT, "--methods twig scout --budgets 64"),
+        ),
+        Section(
+            "Scout mode and the cut after layer K: descriptions",
+            "The same of 100 descriptions.",
+            _evaluate("accuracy", LONG, "--kinds description --limit 100 --methods twig scout --budgets 64"),
+        ),
+        Section(
             "Budgets fitted to the question",
             "Short answers: as many tokens as hold a share of the twig's scores, against as many for every question.",
             f"python -m recipes.sapling.fitted --questions {SHORT}/questions.json --output {RUNS}/fitted --budgets 192 128 64 48",
