@@ -23,8 +23,11 @@ from PIL import Image  # noqa: E402
 from ray import serve  # noqa: E402
 
 from tests.serving.servers import chat, decoded, expected, picture, slow_down, tiny_service  # noqa: E402
+from tests.tiny import tiny_llava  # noqa: E402
+from tests.tiny_processor import tiny_processor  # noqa: E402
 from twigvlm.errors import TwigVLMError  # noqa: E402
-from twigvlm.integrations.ray import answer_dataset, read_answers, serve_app  # noqa: E402
+from twigvlm.integrations.ray import answer_dataset, open_model, read_answers, serve_app  # noqa: E402
+from twigvlm.serving.batch import BatchLine, BatchRun  # noqa: E402
 from twigvlm.serving.limits import Limits  # noqa: E402
 
 
@@ -106,6 +109,22 @@ def test_a_folder_of_pictures_and_what_cannot_be_answered(tmp_path):
     assert not [answer for answer in read_answers(tmp_path / "out").to_pylist() if answer["error"]]
     with pytest.raises(TwigVLMError, match=r"other options \(keep\); name another directory"):
         answer_dataset(tmp_path, tmp_path / "out", make_service, max_completion_tokens=4, keep=6)
+
+
+def test_a_base_without_a_twig_answers_and_says_what_it_lacks(tmp_path):
+    tiny_llava().save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    service = open_model(str(tmp_path), device="cpu")(Limits())
+    try:
+        asked = [
+            BatchLine(way, {**chat(max_completion_tokens=2, speculate=way), "model": str(tmp_path)})
+            for way in ("none", "chain")
+        ]
+        found = {}
+        BatchRun(service, lambda key, status, body: found.update({key: status})).run(asked)
+        assert found == {"none": 200, "chain": 400}
+    finally:
+        service.stop()
 
 
 def test_a_record_without_a_question_fails_alone(tmp_path):

@@ -46,7 +46,8 @@ class ServiceOptions(ModelOptions):
         from twigvlm.base.vision import VisionModules
         from twigvlm.cli.session import SessionConfig, open_session
         from twigvlm.model import TwigVLM
-        from twigvlm.pruning.methods import reads_files
+        from twigvlm.pruning.methods import make_pruner
+        from twigvlm.pruning.methods.visionzip import VisionZip
         from twigvlm.pruning.projector import tuned_projector
         from twigvlm.serving.fetch import Fetcher
         from twigvlm.serving.service import Defaults, Service
@@ -58,9 +59,11 @@ class ServiceOptions(ModelOptions):
         config = SessionConfig.resolve(self.model, twig, self.pruning, "chain" if idle else speculate)
         session = open_session(config, self.dtype, self.device)
         model = session.model or TwigVLM.without_twig(session.base)
-        if reads_files(self.pruning.pruner or ""):  # a wrong directory is refused here, not at the first request
-            directory = str(self.pruning.pruner).partition(":")[2]
-            tuned_projector(directory, VisionModules.of(model.model, model.base.family.tower).projector)
+        pruner = None if self.pruning.pruner in (None, "twig") else make_pruner(str(self.pruning.pruner))
+        if (
+            isinstance(pruner, VisionZip) and pruner.projector
+        ):  # a wrong directory is refused here, not at the first request
+            tuned_projector(pruner.projector, VisionModules.of(model.model, model.base.family.tower).projector)
         defaults = Defaults(self.pruning, speculate)
         fetcher = Fetcher(self.allow_image_host, self.limits.max_body)
         return Service(

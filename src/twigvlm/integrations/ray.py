@@ -48,18 +48,17 @@ class OpenModel:
 
     def __call__(self, limits: Limits) -> Service:
         """Load the model."""
-        from twigvlm.loading import SAPLING, load
+        from twigvlm.loading import SAPLING, bare, load
 
-        name = self.twig
-        if name is None and self.model == SAPLING:
+        twig = self.twig
+        if twig is None and self.model == SAPLING:
             from twigvlm import sapling
 
-            name = str(sapling.twig_path())
-        if name is None:
-            raise TwigVLMError(f"model {self.model!r}: has no twig of its own; pass twig")
-        _, processor, loaded = load_aside(lambda: load(self.model, name, self.dtype, self.device))
-        assert loaded is not None, "it has a twig"
-        return Service(loaded, processor, self.model, self.defaults, limits)
+            twig = str(sapling.twig_path())
+        base, processor, loaded = load_aside(lambda: load(self.model, twig, self.dtype, self.device))
+        exits = self.defaults is not None and self.defaults.speculate == "exit"
+        model = bare(base, exits) if loaded is None else loaded
+        return Service(model, processor, self.model, self.defaults, limits, has_twig=loaded is not None)
 
     def settings(self) -> dict[str, Any]:
         """What answers depend on, JSON-able."""
@@ -77,7 +76,7 @@ def open_model(
 
     Args:
         model: base: "sapling", a Hugging Face id or a directory that all workers reach.
-        twig: directory or hub id; None: Sapling's own.
+        twig: directory or hub id; None: Sapling's own, and of another model none.
         dtype: as of `twigvlm.loading.load`.
         device: of each worker.
         defaults: pruning and speculation; None: neither.
