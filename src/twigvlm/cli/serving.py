@@ -45,8 +45,8 @@ class ServiceOptions(ModelOptions):
     def _open_service(self, limits: Limits) -> Service:
         from twigvlm.base.vision import VisionModules
         from twigvlm.cli.session import SessionConfig, open_session
+        from twigvlm.hf.requests import pruner_by_name
         from twigvlm.model import TwigVLM
-        from twigvlm.pruning.methods import make_pruner
         from twigvlm.pruning.methods.visionzip import VisionZip
         from twigvlm.pruning.projector import tuned_projector
         from twigvlm.serving.fetch import Fetcher
@@ -59,10 +59,9 @@ class ServiceOptions(ModelOptions):
         config = SessionConfig.resolve(self.model, twig, self.pruning, "chain" if idle else speculate)
         session = open_session(config, self.dtype, self.device)
         model = session.model or TwigVLM.without_twig(session.base)
-        pruner = None if self.pruning.pruner in (None, "twig") else make_pruner(str(self.pruning.pruner))
-        if (
-            isinstance(pruner, VisionZip) and pruner.projector
-        ):  # a wrong directory is refused here, not at the first request
+        pruner = pruner_by_name(self.pruning.pruner)
+        # A wrong directory is refused here, not at the first request.
+        if isinstance(pruner, VisionZip) and isinstance(pruner.projector, str):
             tuned_projector(pruner.projector, VisionModules.of(model.model, model.base.family.tower).projector)
         defaults = Defaults(self.pruning, speculate)
         fetcher = Fetcher(self.allow_image_host, self.limits.max_body)
