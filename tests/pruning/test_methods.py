@@ -179,7 +179,7 @@ class Compacted(Alone):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "pruner", [FasterVLM("compacted"), PyramidDrop(positions="compacted"), VisionZip(positions="compacted")]
+    "pruner", [FasterVLM(positions="compacted"), PyramidDrop(positions="compacted"), VisionZip(positions="compacted")]
 )
 def test_compacted_positions(pruner):
     """The base's layers on what is left, with positions that begin at 0 after every cut."""

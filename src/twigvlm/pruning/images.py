@@ -1,8 +1,8 @@
 """Cuts before the decoder: methods that choose among the visual tokens of each image by what the vision tower made of them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twigvlm.base.vision import Vision
 from twigvlm.errors import TwigVLMError
-from twigvlm.pruning.cut import Choice, Cut, solve_cuts
+from twigvlm.pruning.cut import Choice, Cut, Need, solve_cuts
 from twigvlm.pruning.view import CutView
 
 Positions = Literal["kept", "compacted"]
@@ -67,10 +67,6 @@ class Picked(NamedTuple):
     """What stands there, in the order in which the method's authors line it up; None: the tokens themselves."""
 
 
-Pick = Callable[[ImageTokens, int], Picked]
-"""(tokens of an image, how many of them stay: less than all) -> those."""
-
-
 def nearest_published(by_budget: Mapping[int, T], retain: float | None, visual: int) -> T:
     """What was published for 576 visual tokens and the budget that is nearest to this one of M.
 
@@ -83,49 +79,64 @@ def nearest_published(by_budget: Mapping[int, T], retain: float | None, visual: 
     return by_budget[min(by_budget, key=lambda budget: abs(budget - wanted))]
 
 
-def cut_at_input(retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-    """One cut before the decoder: R = R̄. Arguments and errors as of `Pruner.cuts`."""
-    return solve_cuts((0,), lambda share: (share,), retain, visual, layers)
+@dataclass(frozen=True)
+class PerImage:
+    """A method with one cut before the decoder, which chooses in each image by itself: `pick` says how, and `needs` by what."""
 
+    positions: Positions = field(default="kept", kw_only=True)
+    """Of the tokens that stay; "compacted" as published, in the order in which `pick` gives them."""
+    paper: ClassVar[str] = ""
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION})
 
-def choose_per_image(view: CutView, keep: Sequence[int], pick: Pick, positions: Positions) -> Choice:
-    """Every prompt's budget split among its images in proportion to their tokens, and a choice in each.
+    def pick(self, image: ImageTokens, keep: int) -> Picked:
+        """Who stays of one image.
 
-    Visual tokens that are no patch, such as the ends of lines between tiles, go first. An image that keeps all is left as it
-    is.
+        Args:
+            image: its tokens.
+            keep: how many of them; less than all.
+        """
+        raise NotImplementedError
 
-    Args:
-        view: the prompts before the decoder.
-        keep: of each prompt.
-        pick: chooses in one image.
-        positions: of the tokens that stay.
+    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+        """One cut before the decoder. Raises TwigVLMError if R̄ is not in 1..M."""
+        return solve_cuts((0,), lambda share: (share,), retain, visual, layers)
 
-    Raises:
-        TwigVLMError: the base does not tell what the method needs.
-    """
-    vision = view.prompt.vision
-    if vision is None:
-        raise TwigVLMError("pruner: ranks by the vision tower, which did not run for this prompt; pass its pixels")
-    stays, hidden = torch.zeros_like(view.tokens.visual), view.tokens.hidden.clone()
-    for row, count in enumerate(keep):
-        source, visual = vision.source[row], view.tokens.visual[row]
-        patches = (visual & (source >= 0)).nonzero()[:, 0]
-        others = (visual & (source < 0)).nonzero()[:, 0]
-        stays[row, others[: max(0, count - len(patches))]] = True
-        last = int(visual.nonzero()[-1]) if count else 0
-        question = view.tokens.hidden[row, last + 1 : view.tokens.lengths[row]]
-        groups = _by_image(vision.image[source[patches]], patches)
-        for places, share in zip(groups, shares(min(count, len(patches)), list(map(len, groups))), strict=True):
-            if share == len(places):
-                stays[row, places] = True
-            elif share:
-                slots, states = pick(ImageTokens(vision, source[places], question), share)
-                if positions == "compacted":
-                    slots = slots.sort().values
-                stays[row, places[slots]] = True
-                if states is not None:
-                    hidden[row, places[slots]] = states.to(hidden)
-    return Choice(stays, hidden, positions == "compacted" and not bool(stays.eq(view.tokens.visual).all()))
+    def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
+        """Every prompt's budget split among its images in proportion to their tokens, and a choice in each.
+
+        Visual tokens that are no patch, such as the ends of lines between tiles, go first. An image that keeps all is left as it
+        is.
+
+        Args:
+            view: the prompts before the decoder.
+            keep: of each prompt.
+
+        Raises:
+            TwigVLMError: the base does not tell what the method needs.
+        """
+        vision = view.prompt.vision
+        if vision is None:
+            raise TwigVLMError("pruner: ranks by the vision tower, which did not run for this prompt; pass its pixels")
+        stays, hidden = torch.zeros_like(view.tokens.visual), view.tokens.hidden.clone()
+        for row, count in enumerate(keep):
+            source, visual = vision.source[row], view.tokens.visual[row]
+            patches = (visual & (source >= 0)).nonzero()[:, 0]
+            others = (visual & (source < 0)).nonzero()[:, 0]
+            stays[row, others[: max(0, count - len(patches))]] = True
+            last = int(visual.nonzero()[-1]) if count else 0
+            question = view.tokens.hidden[row, last + 1 : view.tokens.lengths[row]]
+            groups = _by_image(vision.image[source[patches]], patches)
+            for places, share in zip(groups, shares(min(count, len(patches)), list(map(len, groups))), strict=True):
+                if share == len(places):
+                    stays[row, places] = True
+                elif share:
+                    slots, states = self.pick(ImageTokens(vision, source[places], question), share)
+                    if self.positions == "compacted":
+                        slots = slots.sort().values
+                    stays[row, places[slots]] = True
+                    if states is not None:
+                        hidden[row, places[slots]] = states.to(hidden)
+        return Choice(stays, hidden, self.positions == "compacted" and not bool(stays.eq(view.tokens.visual).all()))
 
 
 def _by_image(image: Int[Tensor, " patches"], patches: Int[Tensor, " patches"]) -> list[Tensor]:

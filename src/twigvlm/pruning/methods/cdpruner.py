@@ -1,16 +1,15 @@
 """CDPruner: visual tokens that fit the question and differ from each other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from twigvlm.pruning.cut import Choice, Cut, Need
-from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, unit
+from twigvlm.pruning.cut import Need
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked, unit
 from twigvlm.pruning.select import greedy_determinant
-from twigvlm.pruning.view import CutView
 
 _LEAST = 1e-6
 
@@ -21,7 +20,7 @@ def embedded_relevance(image: ImageTokens) -> Float[Tensor, " tokens"]:
 
 
 @dataclass(frozen=True)
-class CDPruner:
+class CDPruner(PerImage):
     """Before the decoder R tokens stay that are likely together under a determinantal point process given the question.
 
     Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity", NeurIPS 2025. The kernel is r_i ·
@@ -32,18 +31,8 @@ class CDPruner:
     relevance: Callable[[ImageTokens], Tensor] = embedded_relevance
     """Of an image's tokens to the question. The authors ask CLIP's text tower, which no LLaVA checkpoint has, and negate its
     cosines; pass a function that does so where you have one."""
-    positions: Positions = "kept"
-    """"compacted" as published."""
     paper: ClassVar[str] = "Zhang et al., NeurIPS 2025, arXiv:2506.10967"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION})
-
-    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """One cut before the decoder. Raises TwigVLMError if R̄ is not in 1..M."""
-        return cut_at_input(retain, visual, layers)
-
-    def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
-        """Image by image."""
-        return choose_per_image(view, keep, self.pick, self.positions)
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
         """Of one image."""

@@ -1,18 +1,16 @@
 """HoloV: attended patches, with a quota for each segment of the image."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from twigvlm.pruning.cut import Choice, Cut, Need
-from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, top
-from twigvlm.pruning.view import CutView
+from twigvlm.pruning.cut import Need
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked, top
 
 
 @dataclass(frozen=True)
-class HoloV:
+class HoloV(PerImage):
     """Before the decoder each of 16 segments of an image keeps its patches with the most attention, as many as its quota.
 
     Zou et al., "Don't Just Chase Highlighted Tokens in MLLMs", NeurIPS 2025. Segments are runs of patches in raster
@@ -21,18 +19,8 @@ class HoloV:
     """
 
     segments: int = 16
-    positions: Positions = "kept"
-    """"compacted" as published."""
     paper: ClassVar[str] = "Zou et al., NeurIPS 2025, arXiv:2510.02912"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
-
-    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """One cut before the decoder. Raises TwigVLMError if R̄ is not in 1..M."""
-        return cut_at_input(retain, visual, layers)
-
-    def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
-        """Image by image."""
-        return choose_per_image(view, keep, self.pick, self.positions)
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
         """Of one image. What exceeds a segment goes to those with the largest means that have room."""

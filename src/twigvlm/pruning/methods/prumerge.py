@@ -1,20 +1,18 @@
 """PruMerge+: attended patches and evenly spaced ones, each of which takes up similar ones that go."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from twigvlm.pruning.cut import Choice, Cut, Need
-from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, top, unit
-from twigvlm.pruning.view import CutView
+from twigvlm.pruning.cut import Need
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked, top, unit
 
 _CHUNK = 64  # centres whose neighbours are found at a time
 
 
 @dataclass(frozen=True)
-class PruMerge:
+class PruMerge(PerImage):
     """Before the decoder: R − 1 centres with the attention-weighted sum of their neighbours, and one token of all that go.
 
     Shang et al., "LLaVA-PruMerge", ICCV 2025. The attention is the CLS token's in the tower's last block, of a single head
@@ -26,21 +24,11 @@ class PruMerge:
     """Of a centre, by the keys of the last block: other centres may be among them."""
     attended: float = 0.25
     """Share of the centres that are chosen by attention; 1: PruMerge, without +."""
-    positions: Positions = "kept"
-    """"compacted" as published, the token of all others last."""
     paper: ClassVar[str] = "Shang et al., ICCV 2025, arXiv:2403.15388"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
 
-    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """One cut before the decoder. Raises TwigVLMError if R̄ is not in 1..M."""
-        return cut_at_input(retain, visual, layers)
-
-    def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
-        """Image by image."""
-        return choose_per_image(view, keep, self.pick, self.positions)
-
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Of one image. The token of all others takes the position of the first patch that is gone."""
+        """Of one image; the token of all others comes last, and takes the position of the first patch that is gone."""
         attention, keys = image.vision.single_head[image.rows], unit(image.vision.last_keys[image.rows])
         attended = min(keep - 1, int((keep - 1) * self.attended + 0.5))
         is_center = torch.zeros(len(image), dtype=torch.bool, device=attention.device)

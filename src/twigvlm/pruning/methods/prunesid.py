@@ -9,13 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from twigvlm.pruning.cut import Choice, Cut, Need
-from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, unit
-from twigvlm.pruning.view import CutView
+from twigvlm.pruning.cut import Need
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked, unit
 
 
 @dataclass(frozen=True)
-class PruneSID:
+class PruneSID(PerImage):
     """Before the decoder: the CLS token and R − 1 patches, of each group as many as its patches that do not resemble others.
 
     Fang et al., "Prune Redundancy, Preserve Essence" (2025). R/4 groups: a patch is in that of the principal component of
@@ -23,21 +22,11 @@ class PruneSID:
     what is more similar than R/32 of the mean cosine. The components are exact, where the authors' are randomised.
     """
 
-    positions: Positions = "kept"
-    """"compacted" as published: the CLS token, then group by group."""
     paper: ClassVar[str] = "Fang et al., 2025, github.com/ZhengyaoFang/PruneSID"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
 
-    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """One cut before the decoder. Raises TwigVLMError if R̄ is not in 1..M."""
-        return cut_at_input(retain, visual, layers)
-
-    def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
-        """Image by image."""
-        return choose_per_image(view, keep, self.pick, self.positions)
-
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Of one image. The CLS token takes the position of the first patch that is gone."""
+        """Of one image: the CLS token, then group by group. CLS takes the position of the first patch that is gone."""
         cls = image.cls if keep > 1 else None
         tokens, importance = unit(image.features), image.vision.importance("sum")[image.rows]
         count = len(tokens)

@@ -1,6 +1,5 @@
 """SCOPE: visual tokens that matter and cover the others."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,16 +7,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from twigvlm.pruning.cut import Choice, Cut, Need
-from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, unit
-from twigvlm.pruning.view import CutView
+from twigvlm.pruning.cut import Need
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked, unit
 
 _CHUNK = 64  # gains that are computed at a time
 _CANDIDATES = 16
 
 
 @dataclass(frozen=True)
-class Scope:
+class Scope(PerImage):
     """Before the decoder R patches stay, greedily those with the largest gain in coverage times importance to the power α.
 
     Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning", NeurIPS 2025. The coverage is Σ_i max_j cos(i, j)
@@ -25,18 +23,8 @@ class Scope:
     """
 
     alpha: float = 1.0
-    positions: Positions = "kept"
-    """"compacted" as published."""
     paper: ClassVar[str] = "Deng et al., NeurIPS 2025, arXiv:2510.24214"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
-
-    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """One cut before the decoder. Raises TwigVLMError if R̄ is not in 1..M."""
-        return cut_at_input(retain, visual, layers)
-
-    def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
-        """Image by image."""
-        return choose_per_image(view, keep, self.pick, self.positions)
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
         """Of one image."""

@@ -1,6 +1,5 @@
 """VisionZip: the patches that the CLS token attends to most, and a few that the others merge into."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,14 +9,13 @@ from torch import Tensor, nn
 
 from twigvlm.base.vision import Vision
 from twigvlm.errors import TwigVLMError
-from twigvlm.pruning.cut import Choice, Cut, Need
-from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, nearest, top, unit
+from twigvlm.pruning.cut import Need
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked, nearest, top, unit
 from twigvlm.pruning.projector import tuned_projector
-from twigvlm.pruning.view import CutView
 
 
 @dataclass(frozen=True)
-class VisionZip:
+class VisionZip(PerImage):
     """Before the decoder: d dominant tokens, which are the CLS token and patches that it attends to, and c contextual ones.
 
     Yang et al., "VisionZip", CVPR 2025. Of the patches that are not dominant every ⌊n/c⌋-th is a contextual token; the
@@ -26,24 +24,14 @@ class VisionZip:
 
     contextual: float = 5 / 32
     """c of c + d: 30 of 192, 20 of 128, 10 of 64."""
-    positions: Positions = "kept"
-    """"compacted" as published: the CLS token, dominant patches, contextual tokens."""
     projector: str | nn.Module | None = None
     """In place of the base's: the directory of one that was tuned for merged tokens (VisionZip‡, `twigvlm train visionzip`), or
     the module itself."""
     paper: ClassVar[str] = "Yang et al., CVPR 2025, arXiv:2412.04467"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
 
-    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """One cut before the decoder. Raises TwigVLMError if R̄ is not in 1..M."""
-        return cut_at_input(retain, visual, layers)
-
-    def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
-        """Image by image."""
-        return choose_per_image(view, keep, self.pick, self.positions)
-
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Of one image. The CLS token takes the position of the first patch that is gone."""
+        """Of one image: CLS, dominant patches, contextual tokens. CLS takes the position of the first patch that is gone."""
         contextual = min(int(keep * self.contextual + 0.5), keep - 1)
         dominant, cls = keep - contextual, image.cls
         if dominant < 2:

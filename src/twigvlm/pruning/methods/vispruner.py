@@ -1,6 +1,5 @@
 """VisPruner: the patches that the CLS token attends to most, and diverse ones among the others."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,15 +7,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from twigvlm.pruning.cut import Choice, Cut, Need
-from twigvlm.pruning.images import ImageTokens, Picked, Positions, choose_per_image, cut_at_input, nearest, unit
-from twigvlm.pruning.view import CutView
+from twigvlm.pruning.cut import Need
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked, nearest, unit
 
 _REMOVED = 8  # tokens that a round of deduplication removes at most
 
 
 @dataclass(frozen=True)
-class VisPruner:
+class VisPruner(PerImage):
     """Before the decoder: ⌊rR⌋ important patches by the CLS token's attention, and R − ⌊rR⌋ by removing duplicates of others.
 
     Zhang et al., "Beyond Text-Visual Attention", ICCV 2025.
@@ -24,18 +22,8 @@ class VisPruner:
 
     important: float = 0.5
     """r."""
-    positions: Positions = "kept"
-    """"compacted" as published."""
     paper: ClassVar[str] = "Zhang et al., ICCV 2025, arXiv:2412.01818v2"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
-
-    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """One cut before the decoder. Raises TwigVLMError if R̄ is not in 1..M."""
-        return cut_at_input(retain, visual, layers)
-
-    def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
-        """Image by image."""
-        return choose_per_image(view, keep, self.pick, self.positions)
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
         """Of one image."""
