@@ -87,13 +87,13 @@ def prepare(options: Options) -> tuple[list[System], list[dict[str, Any]], list[
     overrides = scout_overrides(model, processor, str(drafter), options.retain, diverse=True)
     systems = [own, *(replace(own, name=f"vLLM + twig ({count})", tokens=count) for count in options.tokens)]
     best = 4 if 4 in options.tokens else options.tokens[0]
-    scouting = f"scout R̄ {options.retain:g}"
+    pruned = f"R̄ {options.retain:g}, diverse"
     systems += [
-        replace(own, name=f"vLLM, {scouting}", overrides=overrides, retain=options.retain),
-        replace(own, name=f"vLLM + twig ({best}), {scouting}", tokens=best, overrides=overrides, retain=options.retain),
+        replace(own, name=f"vLLM, scout {pruned}", overrides=overrides, retain=options.retain),
+        replace(own, name=f"vLLM + twig ({best}), scout {pruned}", tokens=best, overrides=overrides, retain=options.retain),
         replace(own, name="HF generate", engine="hf"),
         replace(own, name="twigvlm, auto", engine="twigvlm"),
-        replace(own, name=f"twigvlm, auto, R̄ {options.retain:g}", engine="twigvlm", retain=options.retain),
+        replace(own, name=f"twigvlm, auto, {pruned}", engine="twigvlm", retain=options.retain),
     ]
     names = [system.name for system in systems]
     if unknown := set(options.systems) - set(names):
