@@ -1,12 +1,14 @@
 """Whatever is sent, the answer is no 5xx, and the server goes on. `recipes/serving_bench.py` sends many more."""
 
 import contextlib
+import gc
 import http.client
 import json
 import signal
 import socket
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -150,6 +152,35 @@ def test_a_single_request_may_exceed_what_all_may_hold():
     with served(service) as address:
         assert post(address, chat(images=[picture()], max_completion_tokens=1, user="x" * 2_000))[0] == 200
     assert service.memory.held == 0
+
+
+def test_a_request_that_has_ended_holds_nothing():
+    service, jobs = tiny_service(), []
+    prepare = service.prepare
+
+    def remember(*arguments):
+        job = prepare(*arguments)
+        jobs.append(weakref.ref(job))
+        return job
+
+    service.prepare = remember
+    gc.disable()  # it comes late, and what it would free are pictures
+    try:
+        with served(service) as address:
+            for options in (
+                {},
+                {"stream": True},
+                {"stream": True, "retain": 8, "refocus": 1.0, "speculate": "chain"},
+                {"n": 2},
+            ):
+                assert post(address, chat(images=[picture()], **options))[0] == 200
+            deadline = time.monotonic() + 10
+            while any(job() is not None for job in jobs):
+                assert time.monotonic() < deadline, [gc.get_referrers(job()) for job in jobs if job() is not None]
+                time.sleep(0.01)
+        assert len(jobs) == 4
+    finally:
+        gc.enable()
 
 
 def test_bodies_that_are_on_their_way_are_counted():

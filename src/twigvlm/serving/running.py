@@ -184,6 +184,8 @@ class Running:
         self._gone.cancel()
         if self._job is not None and not (self._completion is not None and self._completion.finished):
             self._service.worker.cancel(self._job)
+        # A job refers to this object by what it tells its events to. In a circle its pictures would wait for Python's collector.
+        self._job = self._completion = None
 
 
 def _sse(data: dict[str, Any]) -> str:
