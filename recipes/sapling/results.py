@@ -74,7 +74,7 @@ PAGES = {
             "Short answers",
             "The shipped twig: the tokens with the highest scores, and those that also differ from each other (`diverse`). "
             "Beside it the two methods without training that come nearest to it.",
-            _evaluate("accuracy", SHORT, "--methods twig diverse divprune cdpruner --budgets 192 64 48"),
+            _evaluate("accuracy", SHORT, "--methods twig diverse cdpruner divprune --budgets 192 64 48"),
         ),
         Section(
             "Long answers",
