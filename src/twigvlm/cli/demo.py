@@ -36,7 +36,6 @@ class Demo(QuestionOptions):
     dtype: Dtype = "float32"
     """Number format of the weights. auto: as the base's files say; in half precision, speculation may change an answer."""
     diverse: bool = True
-    """Keep visual tokens that also differ from each other, instead of those with the highest scores."""
     refocus: float | None = 0.7
     max_new_tokens: int = 128
     runs: int = 3
