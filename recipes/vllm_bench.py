@@ -90,7 +90,9 @@ def prepare(options: Options) -> tuple[list[System], list[dict[str, Any]], list[
     pruned = f"R̄ {options.retain:g}, diverse"
     systems += [
         replace(own, name=f"vLLM, scout {pruned}", overrides=overrides, retain=options.retain),
-        replace(own, name=f"vLLM + twig ({best}), scout {pruned}", tokens=best, overrides=overrides, retain=options.retain),
+        replace(
+            own, name=f"vLLM + twig ({best}), scout {pruned}", tokens=best, overrides=overrides, retain=options.retain
+        ),
         replace(own, name="HF generate", engine="hf"),
         replace(own, name="twigvlm, auto", engine="twigvlm"),
         replace(own, name=f"twigvlm, auto, {pruned}", engine="twigvlm", retain=options.retain),
