@@ -13,11 +13,9 @@ from tests.pruning.trunks import grown as grown_tiny
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import average_visual
-from twigvlm.pruning.methods import METHODS, make_pruner, reads_files
-from twigvlm.pruning.methods.dart import Dart
+from twigvlm.pruning.methods import METHODS, make_pruner
 from twigvlm.pruning.methods.fastervlm import FasterVLM
 from twigvlm.pruning.methods.pyramiddrop import PyramidDrop
-from twigvlm.pruning.methods.sparsevlm import SparseVLM
 from twigvlm.pruning.methods.visionzip import VisionZip
 
 NAMES = [name for name in METHODS if name != "random"] + ["random:0", "random:2"]
@@ -138,21 +136,6 @@ def test_what_does_not_apply_is_refused(options, words):
         grown("llava").generate(**inputs_of("llava"), **options, max_new_tokens=1)
 
 
-@pytest.mark.parametrize(
-    ("name", "pruner"),
-    [
-        ("visionzip:compacted", VisionZip(positions="compacted")),
-        ("visionzip:a/b:compacted", VisionZip(positions="compacted", projector="a/b")),
-        ("sparsevlm:published:compacted", SparseVLM(accounting="published", positions="compacted")),
-        ("sparsevlm-v2:published", SparseVLM("v2", accounting="published")),
-        ("dart:3:published", Dart(layer=3, accounting="published")),
-    ],
-)
-def test_names_say_positions_and_accounting(name, pruner):
-    assert make_pruner(name) == pruner
-    assert reads_files(name) == (getattr(pruner, "projector", None) is not None)
-
-
 def test_bases_that_pool_patches_are_refused_in_one_line():
     model, inputs = grown("gemma3"), inputs_of("gemma3")
     with pytest.raises(TwigVLMError, match=r"pools patches .* 'divprune'"):
@@ -239,30 +222,6 @@ def test_published_schedules_under_the_true_budget(name):
         cuts = make_pruner(name).cuts(retain, 576, 32)
         assert [cut.keep for cut in cuts] == sizes
         assert abs(average_visual(cuts, 576, 32) - retain) <= 0.5
-
-
-@pytest.mark.parametrize(
-    ("pruner", "sizes", "true"),
-    [
-        (
-            SparseVLM("v1", "published"),
-            {192: [309, 204, 113], 128: [312, 117, 39], 64: [82, 32, 18]},
-            {192: 206.5, 128: 145.9, 64: 82.2},
-        ),
-        (
-            SparseVLM("v2", "published"),
-            {192: [300, 200, 118], 128: [238, 108, 60], 64: [66, 34, 20]},
-            {192: 207.1, 128: 144.2, 64: 81.8},
-        ),
-        (Dart(accounting="published"), {192: [196], 128: [132], 64: [68]}, {192: 219.8, 128: 159.8, 64: 99.8}),
-    ],
-)
-def test_published_accounting(pruner, sizes, true):
-    """The authors' own lists, which cost more than what their papers call them."""
-    for retain, expected in sizes.items():
-        cuts = pruner.cuts(retain, 576, 32)
-        assert [cut.keep for cut in cuts] == expected
-        assert average_visual(cuts, 576, 32) == pytest.approx(true[retain], abs=0.6)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "random:2"])

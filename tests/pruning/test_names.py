@@ -1,0 +1,48 @@
+"""What the name of a published method may say beside the method, and budgets as authors count them."""
+
+import pytest
+
+from twigvlm.pruning.cut import average_visual
+from twigvlm.pruning.methods import make_pruner, reads_files
+from twigvlm.pruning.methods.dart import Dart
+from twigvlm.pruning.methods.sparsevlm import SparseVLM
+from twigvlm.pruning.methods.visionzip import VisionZip
+
+
+@pytest.mark.parametrize(
+    ("name", "pruner"),
+    [
+        ("visionzip:compacted", VisionZip(positions="compacted")),
+        ("visionzip:a/b:compacted", VisionZip(positions="compacted", projector="a/b")),
+        ("sparsevlm:published:compacted", SparseVLM(accounting="published", positions="compacted")),
+        ("sparsevlm-v2:published", SparseVLM("v2", accounting="published")),
+        ("dart:3:published", Dart(layer=3, accounting="published")),
+    ],
+)
+def test_names_say_positions_and_accounting(name, pruner):
+    assert make_pruner(name) == pruner
+    assert reads_files(name) == (getattr(pruner, "projector", None) is not None)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "sizes", "true"),
+    [
+        (
+            SparseVLM("v1", "published"),
+            {192: [309, 204, 113], 128: [312, 117, 39], 64: [82, 32, 18]},
+            {192: 206.5, 128: 145.9, 64: 82.2},
+        ),
+        (
+            SparseVLM("v2", "published"),
+            {192: [300, 200, 118], 128: [238, 108, 60], 64: [66, 34, 20]},
+            {192: 207.1, 128: 144.2, 64: 81.8},
+        ),
+        (Dart(accounting="published"), {192: [196], 128: [132], 64: [68]}, {192: 219.8, 128: 159.8, 64: 99.8}),
+    ],
+)
+def test_published_accounting(pruner, sizes, true):
+    """The authors' own lists, which cost more than what their papers call them."""
+    for retain, expected in sizes.items():
+        cuts = pruner.cuts(retain, 576, 32)
+        assert [cut.keep for cut in cuts] == expected
+        assert average_visual(cuts, 576, 32) == pytest.approx(true[retain], abs=0.6)
