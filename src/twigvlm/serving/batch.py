@@ -25,9 +25,8 @@ from twigvlm.serving.service import Service
 URL = "/v1/chat/completions"
 _PATIENCE = 1e9  # seconds
 _AHEAD = 2  # requests that are prepared before there is room for them
-_ID, _PREFIX = "id", "batch_req_"
-_RESULT = f'{{"{_ID}": "{_PREFIX}'.encode()
-"""What every line of results begins with."""
+_RESULT = b'{"id": "batch_req_'
+"""What every line of `write_result` begins with."""
 
 
 def patient(limits: Limits) -> Limits:
@@ -221,7 +220,7 @@ def write_result(file: BinaryIO, custom_id: str, status: int, body: dict[str, An
     """Append a result to a file of `open_results`; it is on the disk when this returns."""
     response = {"status_code": status, "request_id": f"req_{secrets.token_hex(12)}", "body": body}
     error = None if status == 200 else {"code": body["error"]["code"], "message": body["error"]["message"]}
-    record = {_ID: f"{_PREFIX}{secrets.token_hex(12)}", "custom_id": custom_id, "response": response, "error": error}
+    record = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id, "response": response, "error": error}
     file.write(json.dumps(record).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())

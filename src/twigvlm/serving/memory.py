@@ -37,7 +37,10 @@ class Share:
         self._memory, self.size = memory, 0
 
     def take(self, size: int) -> None:
-        """Hold so many bytes more.
+        """Count further bytes as held by this request.
+
+        Args:
+            size: in bytes.
 
         Raises:
             RequestError: other requests hold too much.
@@ -51,6 +54,6 @@ class Share:
         self.size += size
 
     def give_back(self, size: int) -> None:
-        """Hold so many bytes less."""
+        """Count this many bytes as released."""
         self._memory.held -= size
         self.size -= size
