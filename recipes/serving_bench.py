@@ -4,6 +4,7 @@ python -m recipes.serving_bench baseline   # Hugging Face's generate, one questi
 python -m recipes.serving_bench load       # 1, 4, 16 and 64 clients, four settings
 python -m recipes.serving_bench soak       # 5,000 requests
 python -m recipes.serving_bench hostile    # 10,000 malformed and hostile requests
+python -m recipes.serving_bench terminate  # SIGTERM under the load of 16 clients
 python -m recipes.serving_bench kills      # 50 times kill -9 of `twigvlm batch`
 python -m recipes.serving_bench report     # the page, of what has been measured
 
@@ -15,6 +16,7 @@ import http.client
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -193,6 +195,27 @@ def hostile_requests(folder: Path, count: int) -> None:
     })  # fmt: skip
 
 
+def terminate(folder: Path, count: int) -> None:
+    """SIGTERM while 16 clients ask one question after another: every answer is whole, or refused before it began."""
+    asked = questions(count)
+    with serving() as (address, process):
+        stream(address, asked[0].body())
+        with ThreadPoolExecutor(16) as pool:
+            futures = [pool.submit(stream, address, ask.body(**SETTINGS["pruned to R̄ 64, chains"])) for ask in asked]
+            while sum(future.done() for future in futures) < count // 4:
+                time.sleep(0.1)
+            start = time.perf_counter()
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=120)
+            seconds = time.perf_counter() - start
+    results = [future.result() for future in futures]
+    whole = sum(not result.error for result in results)
+    begun = sum(bool(result.first) for result in results)
+    keep(folder, "terminate", {
+        "requests": count, "whole": whole, "cut off": begun - whole, "refused": count - begun, "seconds": seconds,
+    })  # fmt: skip
+
+
 def kills(folder: Path, count: int) -> None:
     """kill -9 of `twigvlm batch`, at random times, until that many kills were survived; then the run ends."""
     asked, draw = questions(20 * count), random.Random(0)
@@ -243,11 +266,11 @@ def report(folder: Path) -> None:
 class Options:
     """What to measure, and how much of it."""
 
-    what: tyro.conf.Positional[Literal["baseline", "load", "soak", "hostile", "kills", "report"]]
+    what: tyro.conf.Positional[Literal["baseline", "load", "soak", "hostile", "terminate", "kills", "report"]]
     folder: Path = Path("runs/serving")
     """Where figures are kept."""
     count: int | None = None
-    """Requests or kills. None: 128 of baseline and load, 5,000 of the soak, 10,000 hostile ones, 50 kills."""
+    """Requests or kills. None: 128 of baseline, load and terminate, 5,000 of the soak, 10,000 hostile ones, 50 kills."""
 
 
 def main(options: Options) -> None:
@@ -257,7 +280,7 @@ def main(options: Options) -> None:
         return
     work, count = {
         "baseline": (baseline, 128), "load": (load, 128), "soak": (soak, 5000), "hostile": (hostile_requests, 10_000),
-        "kills": (kills, 50),
+        "terminate": (terminate, 128), "kills": (kills, 50),
     }[options.what]  # fmt: skip
     work(options.folder, options.count or count)
 

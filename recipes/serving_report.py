@@ -34,6 +34,13 @@ def sections(found: dict[str, Any]) -> list[str]:
             + " and ".join(f"{value:.0f}" for value in hostile["megabytes"])
             + " MB."
         )
+    if "terminate" in found:
+        ended = found["terminate"]
+        faults.append(
+            f"- SIGTERM while 16 clients asked {ended['requests']} questions: {ended['whole']} answers came whole, "
+            f"{ended['cut off']} were cut off, {ended['refused']} requests were refused; the server ended after "
+            f"{ended['seconds']:.1f} s."
+        )
     if "kills" in found:
         kills = found["kills"]
         faults.append(

@@ -16,4 +16,5 @@ def test_every_family_and_language_model_is_listed(capsys):
 def test_every_pruning_method_is_listed(capsys):
     assert main(["methods"]) == 0
     rows = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if "│" in line]
-    assert {"twig", "random:LAYER", *METHODS} - {"random"} <= set(rows)
+    assert {"twig", *METHODS} - {"random", "fitprune"} <= set(rows)
+    assert {"random", "fitprune"} <= {row.partition(":")[0] for row in rows}

@@ -7,6 +7,7 @@ from tests.families import LAYERS, prompt, tiny
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import average_visual
+from twigvlm.pruning.methods import make_pruner
 from twigvlm.pruning.methods.fitprune import FitPrune
 
 
@@ -15,7 +16,7 @@ def model():
     return TwigVLM.grow(tiny("llava", "eager"), TwigConfig(2, 2))
 
 
-def test_calibrated_schedule(model):
+def test_calibrated_schedule(model, tmp_path):
     prompts = [prompt(model.model, "llava", "images", seed) for seed in range(3)]
     pruner = FitPrune.calibrated(model.base, prompts, 0.5)
     assert len(pruner.kept) == LAYERS - 1
@@ -23,7 +24,9 @@ def test_calibrated_schedule(model):
     assert (1 + sum(pruner.kept)) / LAYERS == pytest.approx(0.5, abs=0.03)  # a token more or less in each prompt
     for retain in (14, 16, 20, 30):
         assert average_visual(pruner.cuts(retain, 32, LAYERS), 32, LAYERS) == pytest.approx(retain, abs=0.5)
-    inputs, options = prompts[0], {"pruner": pruner, "max_new_tokens": 6}
+    pruner.save_pretrained(tmp_path / "schedule")
+    assert make_pruner(f"fitprune:{tmp_path / 'schedule'}") == pruner
+    inputs, options = prompts[0], {"pruner": f"fitprune:{tmp_path / 'schedule'}", "max_new_tokens": 6}
     plain = model.generate(**inputs, **options, retain=16)
     chain = {"speculate": "chain", "draft_threshold": 0.01}
     assert torch.equal(model.generate(**inputs, **options, retain=16, **chain), plain)

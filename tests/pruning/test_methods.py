@@ -18,7 +18,7 @@ from twigvlm.pruning.methods.fastervlm import FasterVLM
 from twigvlm.pruning.methods.pyramiddrop import PyramidDrop
 from twigvlm.pruning.methods.visionzip import VisionZip
 
-NAMES = [name for name in METHODS if name != "random"] + ["random:0", "random:2"]
+NAMES = [name for name in METHODS if name not in ("random", "fitprune")] + ["random:0", "random:2"]
 CHAIN = {"speculate": "chain", "draft_length": 3, "draft_threshold": 0.01}
 TREE = {"speculate": "tree", "tree_depth": 3, "tree_width": 3, "tree_expand": 2, "tree_nodes": 6}
 LONG = {"max_new_tokens": 5}

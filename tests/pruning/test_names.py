@@ -2,6 +2,7 @@
 
 import pytest
 
+from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import average_visual
 from twigvlm.pruning.methods import make_pruner, reads_files
 from twigvlm.pruning.methods.dart import Dart
@@ -22,6 +23,22 @@ from twigvlm.pruning.methods.visionzip import VisionZip
 def test_names_say_positions_and_accounting(name, pruner):
     assert make_pruner(name) == pruner
     assert reads_files(name) == (getattr(pruner, "projector", None) is not None)
+
+
+def test_what_some_methods_cannot_do_without_is_asked_for(tmp_path):
+    with pytest.raises(TwigVLMError, match="needs the layer to cut after"):
+        make_pruner("random")
+    with pytest.raises(TwigVLMError, match="needs the directory of a schedule"):
+        make_pruner("fitprune")
+    with pytest.raises(TwigVLMError, match="was not published with other positions"):
+        make_pruner("fitprune:a:compacted")
+    assert reads_files("fitprune:a")
+    with pytest.raises(TwigVLMError, match=r"fitprune\.json is not there; make one"):
+        make_pruner(f"fitprune:{tmp_path}")
+    for broken in ("", "[]", '{"kept": 3}', '{"kept": [0.5, 0.6]}', '{"kept": [2, 1]}', '{"kept": []}'):
+        (tmp_path / "fitprune.json").write_text(broken)
+        with pytest.raises(TwigVLMError, match="not a schedule"):
+            make_pruner(f"fitprune:{tmp_path}")
 
 
 @pytest.mark.parametrize(

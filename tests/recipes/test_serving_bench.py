@@ -19,6 +19,12 @@ def test_the_page_shows_what_was_measured_and_nothing_else():
     assert "Faults" not in shown
 
 
+def test_faults_are_told_in_a_line_each():
+    ended = {"requests": 64, "whole": 20, "cut off": 0, "refused": 44, "seconds": 3.0}
+    shown = "\n".join(sections({"terminate": ended}))
+    assert "20 answers came whole, 0 were cut off, 44 requests were refused" in shown
+
+
 def test_questions_are_mixed_and_graded_by_their_kind():
     asked = serving_bench.questions(8)
     assert [ask.turn.kind == "description" for ask in asked] == [False, False, False, True] * 2

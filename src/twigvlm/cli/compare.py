@@ -98,7 +98,8 @@ class Compare(PruningOptions):
         """Those that are asked for, without the base, which takes part in any case."""
         from twigvlm.pruning.methods import METHODS
 
-        published = ["random:0" if method == "random" else method for method in METHODS]
+        # FitPrune needs a schedule that belongs to the base.
+        published = ["random:0" if method == "random" else method for method in METHODS if method != "fitprune"]
         chosen = self.methods or [*(["twig"] if has_twig else []), *published]
         return [method for method in dict.fromkeys(chosen) if method not in ("base", "none")]
 

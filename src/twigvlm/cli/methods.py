@@ -13,7 +13,6 @@ class Methods:
         from rich.table import Column, Table
 
         from twigvlm.pruning.methods import METHODS, described
-        from twigvlm.pruning.methods.fitprune import FitPrune
 
         table = Table(*(Column(header, overflow="fold") for header in ("method", "cuts", "needs", "paper")))
         table.add_row(
@@ -21,5 +20,4 @@ class Methods:
         )
         for name in METHODS:
             table.add_row(*described(name))
-        table.add_row("(FitPrune)", "after every layer", "a calibrated schedule; from Python only", FitPrune.paper)
         Console().print(table)

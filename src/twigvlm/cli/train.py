@@ -1,4 +1,4 @@
-"""`twigvlm train`: grow a twig on a base and train it on conversations, in one stage or two; or tune a projector."""
+"""`twigvlm train`: grow a twig on a base and train it on conversations, in one stage or two; or what published methods need."""
 
 import sys
 from contextlib import nullcontext
@@ -204,14 +204,50 @@ class TuneProjector(TrainOptions):
         train_projector(model, data, self.projector, directory, self.resume, [progress])
 
 
+@dataclass(frozen=True, kw_only=True)
+class CalibrateSchedule(TrainOptions):
+    """Fit FitPrune's schedule to the base, on the first questions of conversations with images. No weights are trained."""
+
+    makes: ClassVar[str] = "Schedule"
+
+    retain: float = 64
+    """R̄ that the schedule is fitted to; it is scaled when other budgets are asked for."""
+    count: int = 32
+    """Conversations that it is fitted on."""
+
+    def check(self) -> None:
+        """Reject numbers that no schedule can have."""
+        from twigvlm.errors import TwigVLMError
+
+        if not self.retain > 0:
+            raise TwigVLMError(f"retain={self.retain:g}: must be a number of visual tokens, for example 64")
+        if self.count < 1:
+            raise TwigVLMError(f"count={self.count}: must be 1 or more")
+
+    def twig_of(self, base: Any, samples: Any, processor: Any) -> Any:
+        """The schedule, still empty."""
+        from twigvlm.base.vlm import BaseVLM
+        from twigvlm.training.schedule import CalibratedSchedule
+
+        return CalibratedSchedule(BaseVLM(base))
+
+    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> None:
+        """Fit it to the attention that the prompts are given."""
+        from twigvlm.cli.output import busy
+
+        with busy("Measuring attention"):
+            model.fit(data, self.retain, self.count)
+
+
 @dataclass(frozen=True)
 class Train:
-    """Grow a twig on a base and train it on conversations, or tune a projector. The base is not changed."""
+    """Train a twig on a frozen base, or make what a published method needs. The base is not changed."""
 
     stage: Annotated[
         Annotated[Stage1, tyro.conf.subcommand("stage1")]
         | Annotated[Stage2, tyro.conf.subcommand("stage2")]
-        | Annotated[TuneProjector, tyro.conf.subcommand("visionzip")],
+        | Annotated[TuneProjector, tyro.conf.subcommand("visionzip")]
+        | Annotated[CalibrateSchedule, tyro.conf.subcommand("fitprune")],
         tyro.conf.OmitSubcommandPrefixes,
     ]
 

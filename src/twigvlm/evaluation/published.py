@@ -35,7 +35,7 @@ def published(variant: Variant, pruning_head: bool) -> str:
         pruning_head: whether the twig has a P-Head, without which `twig` is the first TwigVLM.
     """
     method = "attention" if variant.method == "twig" and not pruning_head else variant.method
-    if reads_files(method):
+    if method.startswith("visionzip") and reads_files(method):
         method = "visionzip:"
     if variant.retain is None or variant.retain not in REL_ACC.get(method, {}):
         return ""

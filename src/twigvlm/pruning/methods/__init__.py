@@ -11,6 +11,7 @@ from twigvlm.pruning.methods.dart import Dart
 from twigvlm.pruning.methods.divprune import DivPrune
 from twigvlm.pruning.methods.fastervlm import FasterVLM
 from twigvlm.pruning.methods.fastv import FastV
+from twigvlm.pruning.methods.fitprune import FitPrune
 from twigvlm.pruning.methods.holov import HoloV
 from twigvlm.pruning.methods.mustdrop import MustDrop
 from twigvlm.pruning.methods.prumerge import PruMerge
@@ -28,6 +29,7 @@ METHODS: Final[Mapping[str, Callable[..., Pruner]]] = {
     "sparsevlm": SparseVLM,
     "sparsevlm-v2": partial(SparseVLM, "v2"),
     "mustdrop": MustDrop,
+    "fitprune": FitPrune.load,
     "visionzip": VisionZip,
     "fastervlm": FasterVLM,
     "divprune": DivPrune,
@@ -42,6 +44,8 @@ METHODS: Final[Mapping[str, Callable[..., Pruner]]] = {
 }
 """Published methods that need no trained twig. Those in `_AT_A_LAYER` take the layer of their cut after a colon."""
 _AT_A_LAYER = ("dart", "fastv", "random")
+_NEEDED = {"random": "LAYER", "fitprune": "DIRECTORY"}
+"""Methods that cannot do without what is given after the colon."""
 _CHOICES = {"compacted": "positions", "published": "accounting"}
 """Words that any name may have after a colon, and the field of the method's class that they are a value of."""
 
@@ -50,7 +54,8 @@ def make_pruner(name: str, seed: int = 0) -> Pruner:
     """A method by name, with what it is to be given after colons.
 
     For example "visionzip", "fastv:3" (the layer of its cut), "random:0", "visionzip:DIRECTORY" (a tuned projector),
-    "visionzip:compacted" (positions as published), "sparsevlm:published:compacted" (and the budget as its authors count it).
+    "fitprune:DIRECTORY" (a calibrated schedule), "visionzip:compacted" (positions as published),
+    "sparsevlm:published:compacted" (and the budget as its authors count it).
 
     Args:
         name: as `twigvlm methods` lists it.
@@ -61,8 +66,7 @@ def make_pruner(name: str, seed: int = 0) -> Pruner:
     """
     method, *words = name.split(":")
     if method not in METHODS:
-        known = ", ".join("random:LAYER" if known == "random" else known for known in METHODS)
-        raise TwigVLMError(f"pruner {name!r}: must be one of twig, {known}")
+        raise TwigVLMError(f"pruner {name!r}: must be one of twig, {', '.join(map(listed, METHODS))}")
     options: dict[str, Any] = {_CHOICES[word]: word for word in words if word in _CHOICES}
     others = [word for word in words if word not in _CHOICES]
     given = ":".join(others)
@@ -72,7 +76,14 @@ def make_pruner(name: str, seed: int = 0) -> Pruner:
             raise TwigVLMError(
                 "pruner 'random': needs the layer to cut after, for example random:0 (before the decoder)"
             )
-    if given and method == "visionzip":
+    if method == "fitprune":
+        if not given:
+            raise TwigVLMError(
+                "pruner 'fitprune': needs the directory of a schedule, for example fitprune:runs/schedule; make one with "
+                "'twigvlm train fitprune'"
+            )
+        options["folder"] = given
+    elif given and method == "visionzip":
         options["projector"] = given
     elif given and method in _AT_A_LAYER and given.isdigit():
         options["layer"] = int(given)
@@ -88,15 +99,22 @@ def make_pruner(name: str, seed: int = 0) -> Pruner:
 
 
 def reads_files(name: str) -> bool:
-    """Whether a method's name says where weights of its own are."""
+    """Whether a method's name says where a file of its own is."""
     method, *words = name.split(":")
-    return method == "visionzip" and any(word and word not in _CHOICES for word in words)
+    return method in ("visionzip", "fitprune") and any(word and word not in _CHOICES for word in words)
+
+
+def listed(method: str) -> str:
+    """A name of `METHODS` with what must be given after a colon."""
+    return f"{method}:{_NEEDED[method]}" if method in _NEEDED else method
 
 
 def described(name: str) -> tuple[str, str, str, str]:
     """A method's name, where it cuts (of a base of 32 layers), what it needs, and its paper."""
     if name == "random":
-        return "random:LAYER", "after that layer; 0: before the decoder", "", "the floor that any ranking must beat"
+        return listed(name), "after that layer; 0: before the decoder", "", "the floor that any ranking must beat"
+    if name == "fitprune":
+        return listed(name), "after every layer", "a schedule: twigvlm train fitprune", FitPrune.paper
     pruner = make_pruner(name)
     at = [cut.layer for cut in pruner.cuts(192, 576, 32)]
     where = "before the decoder" if at == [0] else f"after {', '.join(map(str, at))} of 32 layers"

@@ -1,7 +1,9 @@
 """FitPrune: a cut after every layer, by a schedule that is calibrated on a few prompts."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -10,10 +12,13 @@ from torch import Tensor
 
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.errors import TwigVLMError
+from twigvlm.files import replacing, writing
 from twigvlm.pruning.cut import Cut, Need, solve_cuts
 from twigvlm.pruning.question import attention_from, question_mask
 from twigvlm.pruning.select import top_visual
 from twigvlm.pruning.view import CutView, Tokens
+
+SCHEDULE = "fitprune.json"
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,33 @@ class FitPrune:
             average = float(1 + kept.sum()) / base.num_layers
             below, above = (alpha, above) if average > share else (below, alpha)
         return cls(tuple(_left(measured, below).tolist()))
+
+    @classmethod
+    def load(cls, folder: str) -> "FitPrune":
+        """The schedule in a directory that `twigvlm train fitprune` has written to.
+
+        Raises:
+            TwigVLMError: there is none, or the file is broken.
+        """
+        path = Path(folder) / SCHEDULE
+        try:
+            kept = tuple(float(share) for share in json.loads(path.read_text(encoding="utf-8"))["kept"])
+        except FileNotFoundError:
+            raise TwigVLMError(
+                f"schedule {folder!r}: {SCHEDULE} is not there; make one with 'twigvlm train fitprune'"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TwigVLMError(f"{path}: not a schedule ({error!r}); make it again") from None
+        if not kept or not all(0 < share <= 1 for share in kept) or list(kept) != sorted(kept, reverse=True):
+            raise TwigVLMError(f"{path}: not a schedule of shares of 0 to 1 that never grow; make it again")
+        return cls(kept)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the schedule to a directory, for `pruner="fitprune:DIRECTORY"`. Raises TwigVLMError if that is impossible."""
+        with writing(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / SCHEDULE) as temporary:
+            temporary.write_text(json.dumps({"kept": self.kept}), encoding="utf-8")
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
         """The calibrated schedule, scaled. Raises TwigVLMError if no scale has this average."""

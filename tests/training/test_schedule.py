@@ -1,0 +1,36 @@
+"""FitPrune's schedule from conversations is the one that their first questions give."""
+
+import pytest
+
+from tests.tiny import tiny_llava
+from tests.tiny_processor import tiny_processor
+from tests.training.runs import make_dataset
+from twigvlm import TwigVLMError
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.pruning.methods.fitprune import FitPrune
+from twigvlm.training.data.dataset import IGNORE, ConversationDataset
+from twigvlm.training.schedule import CalibratedSchedule
+
+
+def test_the_first_questions_are_what_it_is_fitted_to():
+    base, data = BaseVLM(tiny_llava()), make_dataset()
+    prompts = []
+    for sample in (data[0], data[1]):
+        end = int((sample["labels"][0] != IGNORE).nonzero()[0, 0])
+        pixels = {"pixel_values": sample["pixel_values"]}
+        prompts.append({"input_ids": sample["input_ids"][:, :end], **pixels})
+    visual = sum(int(base.visual_mask(one["input_ids"]).sum()) for one in prompts) / 2
+    schedule = CalibratedSchedule(base)
+    schedule.fit(data, visual / 2, 2)
+    assert schedule.pruner == FitPrune.calibrated(base, prompts, 0.5)
+
+
+def test_what_cannot_be_fitted_is_refused():
+    base, data = BaseVLM(tiny_llava()), make_dataset()
+    schedule = CalibratedSchedule(base)
+    with pytest.raises(TwigVLMError, match="retain=1000: must be more than"):
+        schedule.fit(data, 1000, 2)
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    text = ConversationDataset([{"conversations": turns}], tiny_processor())
+    with pytest.raises(TwigVLMError, match="none of the first 1 conversations begins with an image"):
+        schedule.fit(text, 4, 2)
