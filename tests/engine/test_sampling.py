@@ -59,7 +59,7 @@ class Seeing:
 def walked(nodes, trees, logits, rows):
     """Of each row, the accepted path and the base's choices along it."""
     chooser, depth = Chooser(rows, CPU), max(max(tree.depths) for tree in trees)
-    accepted = walk(nodes, depth, chooser.choose(logits), chooser.couple if chooser.coupled else None)
+    accepted = walk(nodes, depth, chooser.choose(logits), chooser.go_on if chooser.stops_early else None)
     counts = accepted.counts.tolist()
     parts = zip(accepted.path.tolist(), accepted.tokens.tolist(), counts, strict=True)
     return [(path[:count], tokens[:count]) for path, tokens, count in parts]

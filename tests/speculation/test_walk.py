@@ -61,7 +61,7 @@ def test_coupled_rows_stop_together(levels, random):
     depth = max(max(tree.depths) for tree in trees)
     pair = torch.tensor([0, 2])
 
-    def couple(walking):
+    def couple(walked, walking):
         return walking.index_fill(0, pair, bool(walking[pair].all()))
 
     alone = walk(nodes, depth, asked_of(base)[0])

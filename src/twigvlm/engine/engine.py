@@ -277,9 +277,8 @@ def extend_all(rows: Sequence[Row], tokens: Sequence[list[int]]) -> list[list[in
             going = [place for place in places if not rows[place].finished]
             for place in going:
                 taken[place] += rows[place].extend(tokens[place][position : position + 1])
-            if going and request.criteria is not None:
-                unfinished = [rows[place].place for place in going]
-                ended = request.criteria.on_batch(request.padded_ids({}), unfinished)
+            if going:
+                ended = request.ended({rows[place].place: () for place in going})
                 for place in going:
                     if bool(ended[rows[place].place]):
                         rows[place].end()

@@ -79,12 +79,26 @@ class Request:
     criteria: Criteria | None = None
     pad_token_id: int = 0
     rows: list["Row"] = field(default_factory=list)
+    _ended_at: dict[int, Bool[Tensor, " batch"]] = field(default_factory=dict, init=False)
 
     @property
     def lockstep(self) -> bool:
         """Whether the rows advance together, because an object of the caller sees them all at once."""
         both = (self.processors, self.criteria)
         return len(self.rows) > 1 and any(each is not None and each.needs_lockstep for each in both)
+
+    def ended(self, walked: dict[int, Sequence[int]]) -> Bool[Tensor, " batch"]:
+        """Which rows the criteria end after tokens beyond the accepted ones; those are asked once for each position.
+
+        Args:
+            walked: of the rows that go on, by their place; they all stand at the same position.
+        """
+        ids = self.padded_ids(walked)
+        length = ids.shape[1]
+        if length not in self._ended_at:
+            nowhere = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+            self._ended_at[length] = nowhere if self.criteria is None else self.criteria.on_batch(ids, [*walked])
+        return self._ended_at[length]
 
     def padded_ids(self, walked: dict[int, Sequence[int]]) -> Int[Tensor, "batch length"]:
         """Prompts and answers of all rows, as Hugging Face's `generate` would show them; ended rows go on with padding.
@@ -143,6 +157,7 @@ class Row:
     looks: list[Look] = field(default_factory=list)
     """Later choices of the kept visual tokens."""
     finished: bool = False
+    _ended_at: dict[int, bool] = field(default_factory=dict, init=False)
 
     @cached_property
     def visual(self) -> int:
@@ -159,6 +174,18 @@ class Row:
         prompt = self.request.input_ids[self.place : self.place + 1, self.request.padding[self.place] :]
         return torch.cat((prompt, prompt.new_tensor([[*self.tokens, *walked]], dtype=prompt.dtype)), dim=1)
 
+    def ends_with(self, walked: Sequence[int]) -> bool:
+        """Whether tokens beyond the accepted ones end the answer. Criteria are asked once for each position.
+
+        Those of rows in lockstep are not asked here: they see all rows.
+        """
+        count = len(self.tokens) + len(walked)
+        newest = [*self.tokens, *walked][-1]
+        criteria = self.request.criteria if not self.request.lockstep else None
+        if criteria is not None and count not in self._ended_at:
+            self._ended_at[count] = criteria.on_row(self.place, self.ids(walked))
+        return newest in self.eos_token_ids or count >= self.max_new_tokens or self._ended_at.get(count, False)
+
     def end(self) -> None:
         """The answer is complete, or given up."""
         if not self.finished and self.noise is not None:
@@ -166,21 +193,14 @@ class Row:
         self.finished = True
 
     def extend(self, tokens: Sequence[int]) -> list[int]:
-        """Append tokens up to and including the one that ends the answer; those that were appended.
-
-        Criteria of rows in lockstep are not asked here: they see all rows.
-        """
-        criteria = self.request.criteria if not self.request.lockstep else None
+        """Append tokens up to and including the one that ends the answer; those that were appended."""
         taken: list[int] = []
         for token in tokens:
             self.tokens.append(token)
             taken.append(token)
             if self.emit is not None:
                 self.emit(token)
-            ended = token in self.eos_token_ids or len(self.tokens) >= self.max_new_tokens
-            if criteria is not None:
-                ended = criteria.on_row(self.place, self.ids()) or ended
-            if ended:
+            if self.ends_with(()):
                 self.end()
                 break
         if self.noise is not None and not self.finished:

@@ -252,12 +252,12 @@ class EagerRunner:
     def _walk(
         self, batch: Batch, draft: Draft, chooser: Chooser, logits: Tensor
     ) -> tuple[Committed, Int[np.ndarray, "rows numbers"]]:
-        couple = chooser.couple if chooser.coupled else None
+        go_on = chooser.go_on if chooser.stops_early else None
         nodes = draft.nodes
         if batch.refocus is not None and draft.depth:
             assert draft.scores is not None, "rows look again"
             nodes = nodes.without(batch.refocus.asks(draft.scores))  # what follows needs another look first
-        committed = Committed.of(draft, walk(nodes, draft.depth, chooser.choose(logits), couple))
+        committed = Committed.of(draft, walk(nodes, draft.depth, chooser.choose(logits), go_on))
         return committed, committed.to_host()
 
     def _advance(self, batch: Batch, accepted: Accepted, rows: Sequence[Row]) -> None:

@@ -28,7 +28,7 @@ class Chooser:
         ]
         self.plain = all(lane.greedy for lane in self.lanes)
         self.sampled = [(place, row.noise) for place, row in enumerate(rows) if row.noise is not None]
-        self.coupled = [lane.index for lane in self.lanes if lane.request.lockstep and len(lane.rows) > 1]
+        self.stops_early = any(lane.asks or lane.coupled for lane in self.lanes)
 
     def choose(self, logits: Float[Tensor, "rows nodes vocabulary"]) -> Choose:
         """The base's choices after the nodes of a verified draft, for a walk.
@@ -50,10 +50,18 @@ class Chooser:
 
         return choose
 
-    def couple(self, walking: Bool[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
-        """Rows of a request in lockstep go on together, or not at all."""
-        for index in self.coupled:
-            walking = walking.index_put((index,), walking[index].all())
+    def go_on(self, walked: Int[Tensor, "rows walked"], walking: Bool[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
+        """Rows of a walk that go on: those of a request in lockstep together, or not at all.
+
+        Objects of the caller are never asked what follows the end of an answer; plain generation does not ask that either.
+        """
+        for lane in self.lanes:
+            going = walking[lane.index]
+            if lane.coupled:
+                going = going.all().expand_as(going)
+            if lane.asks:
+                going = going & ~lane.ended(walked[lane.index].tolist(), going.tolist()).to(going.device)
+            walking = walking.index_put((lane.index,), going)
         return walking
 
     def rescore(
@@ -87,6 +95,8 @@ class _Lane:
     def __init__(self, request: Request, rows: Sequence[Row], index: Int[Tensor, " rows"]) -> None:
         self.request, self.rows, self.index = request, rows, index
         self.greedy = request.processors is None and rows[0].noise is None
+        self.coupled = request.lockstep and len(rows) > 1
+        self.asks = request.processors is not None and request.processors.needs_ids
 
     def choose(self, scores: Float[Tensor, "rows vocabulary"], walked: Tensor, walking: Tensor) -> Int[Tensor, " rows"]:
         """The base's choices after one node of each row."""
@@ -100,6 +110,15 @@ class _Lane:
             drawn = [row.noise.at(len(row.tokens) + places) for row in self.rows if row.noise is not None]
             scores = scores.softmax(dim=-1) / torch.stack(drawn)
         return scores.argmax(dim=-1)
+
+    def ended(self, walked: Sequence[Sequence[int]], going: Sequence[bool]) -> Bool[Tensor, " rows"]:
+        """Rows whose answers end with what has been walked; where they are coupled, all of them if one does."""
+        ended = [goes and row.ends_with(new) for row, new, goes in zip(self.rows, walked, going, strict=True)]
+        if self.request.lockstep and all(going):
+            everyone = {row.place: new for row, new in zip(self.rows, walked, strict=True)}
+            ends = self.request.ended(everyone)
+            ended = [any(ended) or any(ends[row.place] for row in self.rows)] * len(ended)
+        return torch.tensor(ended)
 
     def _on_ids(self, scores: Tensor, walked: Tensor, walking: Tensor, processors: Processors) -> Tensor:
         """The slow lane: reads what has been walked, and asks about rows that still walk alone."""

@@ -12,8 +12,9 @@ from twigvlm.speculation.nodes import Nodes
 Choose = Callable[[int, Int[Tensor, " rows"], Int[Tensor, "rows walked"], Bool[Tensor, " rows"]], Tensor]
 """(step, node, tokens chosen so far in this walk, rows that still walk) -> the base's choice after the node, [rows]."""
 
-Couple = Callable[[Bool[Tensor, " rows"]], Bool[Tensor, " rows"]]
-"""Rows that could go on -> those that do: rows that advance together stop together."""
+GoOn = Callable[[Int[Tensor, "rows walked"], Bool[Tensor, " rows"]], Bool[Tensor, " rows"]]
+"""(tokens chosen so far in this walk, rows that could go on) -> those that do: not behind the end of an answer, and rows that
+advance together stop together."""
 
 
 class Accepted(NamedTuple):
@@ -27,14 +28,14 @@ class Accepted(NamedTuple):
     """Length of the path, and of the tokens."""
 
 
-def walk(nodes: Nodes, depth: int, choose: Choose, couple: Couple | None = None) -> Accepted:
+def walk(nodes: Nodes, depth: int, choose: Choose, go_on: GoOn | None = None) -> Accepted:
     """Go down from the roots while the base's choice is among the children: the longest paths that the base agrees with.
 
     Args:
         nodes: siblings have different tokens.
         depth: of the deepest node.
         choose: asked once for each step of the walk, from the root on.
-        couple: which of the rows that could go on do; None: all.
+        go_on: which of the rows that could go on do; None: all.
     """
     rows, count = nodes.tokens.shape
     node = torch.zeros(rows, dtype=torch.long, device=nodes.tokens.device)
@@ -49,8 +50,8 @@ def walk(nodes: Nodes, depth: int, choose: Choose, couple: Couple | None = None)
             break
         agrees = is_child & (nodes.parents == node[:, None]) & (nodes.tokens == chosen[:, None])
         walking = walking & agrees.any(dim=1)
-        if couple is not None:
-            walking = couple(walking)
+        if go_on is not None:
+            walking = go_on(tokens, walking)
         node = torch.where(walking, agrees.int().argmax(dim=1), node)
         path.append(node)
         counts = counts + walking
