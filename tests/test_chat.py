@@ -86,6 +86,18 @@ def test_trunk_and_vision_run_on_what_is_new(processor, monkeypatch):
     assert seeing
 
 
+def test_another_picture_in_an_earlier_place_is_seen(processor):
+    """As after turns that the caller took out of the conversation: the ids are the same."""
+    chat = grown().chat(processor, keep=4, max_new_tokens=8)
+    answers = []
+    for seed in (0, 1, 0):
+        chat.messages = []
+        answers.append(chat.ask("what?", images=[picture(seed)]))
+    alone = [grown().chat(processor, keep=4, max_new_tokens=8).ask("what?", images=[picture(seed)]) for seed in (0, 1)]
+    assert answers == [*alone, alone[0]]
+    assert alone[0] != alone[1]
+
+
 def test_a_failed_question_leaves_the_conversation_as_it_was(processor):
     chat = grown().chat(processor, max_new_tokens=4)
     first = chat.ask("what?", images=[picture(0)])

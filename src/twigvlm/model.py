@@ -226,8 +226,11 @@ class TwigVLM(HFInterface, Calibrated):
         self._check_speculation(speculation, len(kwargs["input_ids"]))
         self.base.check_images(kwargs["input_ids"], kwargs)
         looks = pruner is not None and Need.VISION in pruner.needs
-        if memory is not None and not looks and not memory.needs_vision(self.base, kwargs["input_ids"]):
-            kwargs = self.base.without_pixels(kwargs)
+        if memory is not None:
+            pixels = self.base.pixels(kwargs)
+            memory.show(pixels)
+            if not looks and not memory.needs_vision(self.base, kwargs["input_ids"]):
+                kwargs = {name: value for name, value in kwargs.items() if name not in pixels}
         costs = self.costs() if speculation.speculate == "auto" else None
         clock = clock_of(self.model.device)
         start_time = clock()

@@ -80,6 +80,21 @@ def test_requests_that_came_one_by_one_keep_room_for_their_answers(model):
     assert most == 3
 
 
+def test_a_long_prompt_takes_as_much_room_from_the_rows_beside_it(model):
+    """Buffers are as long in every row; by their own sizes all of these would fit."""
+    engine = model.engine(max_bytes=1)
+    engine.runner.batch.cache.reserve = 1
+    engine.add(prompt(0, before=95), max_new_tokens=4)
+    for seed in range(12):
+        engine.add(prompt(seed), max_new_tokens=4)
+    engine.max_bytes = sum(row_bytes(model.base, model.twig, row) for row in engine.waiting)
+    most = 0
+    while engine.busy:
+        engine.step()
+        most = max(most, engine.runner.batch.cache.allocated())
+    assert most <= 1.5 * engine.max_bytes
+
+
 def test_a_fork_cannot_share_what_remembers(model):
     engine = model.engine()
     request = engine.add(prompt(0), max_new_tokens=4, logits_processor=[Fails()])

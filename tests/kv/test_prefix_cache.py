@@ -138,6 +138,14 @@ def test_turns_of_a_conversation_are_as_whole_prompts(name, in_twig):
 
 
 @pytest.mark.parametrize("name", OF_FAMILIES)
+def test_a_prompt_that_diverges_right_behind_its_picture(name):
+    turns = Turns(name)
+    turns.check(turns.first)
+    last = int(turns.model.base.visual_mask(turns.first["input_ids"])[0].nonzero()[-1])
+    turns.check(_followed_by(turns.first, [11, 12, 13], last + 1))
+
+
+@pytest.mark.parametrize("name", OF_FAMILIES)
 @pytest.mark.parametrize("in_twig", [True, False], ids=["after a ranking", "before the twig has seen it"])
 def test_a_prompt_that_diverges_takes_over_what_is_common(name, in_twig):
     turns = Turns(name)

@@ -142,10 +142,10 @@ class BaseVLM:
                 f"The prompt has {input_ids.shape[1]} tokens, the base's context only {context}: shorten the text"
             )
 
-    def without_pixels(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the base's forward, less those that vision would run on."""
-        pixels = {name for visual in self.family.visuals for name in visual.pixels}
-        return {name: value for name, value in inputs.items() if name not in pixels}
+    def pixels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Those arguments of the base's forward that vision runs on."""
+        names = {name for visual in self.family.visuals for name in visual.pixels}
+        return {name: value for name, value in inputs.items() if name in names}
 
     def _visuals(self) -> list[tuple[int, Visual]]:
         return [(getattr(self.model.config, visual.placeholder), visual) for visual in self.family.visuals]

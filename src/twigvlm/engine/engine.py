@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.engine.memory import free_bytes, row_bytes, sight_bytes
+from twigvlm.engine.memory import free_bytes, row_bytes, sight_bytes, together_bytes
 from twigvlm.engine.protocol import Runner, Step
 from twigvlm.engine.row import Request, Row
 from twigvlm.errors import TwigVLMError
@@ -202,13 +202,13 @@ class Engine:
         if self.max_rows is not None and len(self.active) >= self.max_rows:
             return group
         held = cache.bytes() + sum(sight_bytes(base, row) for row in self.active)
-        used = max(held, sum(row_bytes(base, twig, row) for row in self.active))
         for row in self.waiting:
             first = group[0] if group else row
             together = row.prompt is first.prompt and row.pruner == first.pruner and row.prefix is None
             if group and not (together and [cut.layer for cut in row.cuts] == [cut.layer for cut in first.cuts]):
                 break
-            used += row_bytes(base, twig, row)
+            held += row_bytes(base, twig, row)
+            used = max(held, together_bytes(base, twig, [*self.active, *group, row]))
             number = len(self.active) + len(group) + 1
             fits = used <= self.max_bytes and (self.max_rows is None or number <= self.max_rows)
             locked = bool(group) and row.request.lockstep and row.request is first.request

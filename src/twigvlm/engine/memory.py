@@ -1,6 +1,7 @@
 """How much memory keys and values need, and how much there is."""
 
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -24,6 +25,13 @@ def row_bytes(base: BaseVLM, twig: Twig, row: Row) -> int:
         (stop - start) * (text + count + answer) for (start, stop), count in zip(pairwise(borders), kept, strict=True)
     )
     return per_token * (tokens + len(twig.layers) * (row.length + answer)) + sight_bytes(base, row)
+
+
+def together_bytes(base: BaseVLM, twig: Twig, rows: Sequence[Row]) -> int:
+    """Bytes that rows need side by side: the buffers have room in every row for what the largest one holds."""
+    sights = [sight_bytes(base, row) for row in rows]
+    cached = [row_bytes(base, twig, row) - sight for row, sight in zip(rows, sights, strict=True)]
+    return len(rows) * max(cached, default=0) + sum(sights)
 
 
 def sight_bytes(base: BaseVLM, row: Row) -> int:

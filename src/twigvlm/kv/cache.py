@@ -40,7 +40,7 @@ class KVCache(Segments):
         """Take up that many rows; they are empty, and the last ones of the claimed rows."""
         claimed = slice(self.rows, self.rows + count)
         if claimed.stop > self._capacity:
-            self._widen(max(claimed.stop, 2 * self._capacity))
+            self._widen(max(claimed.stop, self._capacity * 5 // 4))
         self.rows = claimed.stop
         for states in (*self.keys, *self.values):
             if states is not None:

@@ -1,5 +1,7 @@
 """Cached trunk and twig states of a prompt, so that a next turn, or another pruning of it, computes only what is new."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +33,27 @@ class PrefixCache:
     """Keys and values [1, kv_heads, tokens, head_dim] by layer."""
     scores: dict[Any, Tensor] = field(default_factory=dict)
     """What scorers have given the prompt, so that another budget does not ask them again."""
+    pixels: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    """Of the prompt's pixels by their name: how many there are along the first axis, and their digest."""
 
     def forget(self) -> None:
         """Drop everything, as after a question that failed on its way."""
         self.prompt = self.hidden = self.last_input = None
-        self.layers, self.scores = {}, {}
+        self.layers, self.scores, self.pixels = {}, {}, {}
+
+    def show(self, pixels: Mapping[str, Any]) -> None:
+        """Tell what the next prompt's pixels are: unless this prompt's are the first of them, everything is dropped.
+
+        Ids alone do not tell pictures apart.
+
+        Args:
+            pixels: tensors by the names that the base's forward has for them.
+        """
+        shown = {name: values for name, values in pixels.items() if isinstance(values, Tensor)}
+        known = [(shown[name], *before) for name, before in self.pixels.items() if name in shown]
+        if any(_digest(values[:count]) != digest for values, count, digest in known):
+            self.forget()
+        self.pixels |= {name: (len(values), _digest(values)) for name, values in shown.items()}
 
     def known(self, input_ids: Int[Tensor, "1 tokens"]) -> int:
         """Length of the prefix shared with the cached prompt; always leaves one new token of another prompt."""
@@ -63,8 +81,10 @@ class PrefixCache:
         base.check_context(ids)
         new = ids[:, known:]
         count = new.shape[1]
-        last = before.position_ids[..., known - 1 : known]
+        # With three axes text goes on behind the largest position of any; a picture's last token does not have it on each.
+        last = before.position_ids[..., :known].max()
         positions = last + torch.arange(1, count + 1, device=last.device)
+        positions = positions.expand(*before.position_ids.shape[:-1], count)
         index = torch.arange(known, known + count, device=ids.device)[None]
 
         def extended(values: Tensor, more: Tensor) -> Tensor:
@@ -111,3 +131,10 @@ class PrefixCache:
         for layer in range(start, stop):
             keys, values = view.cache.contents(layer, view.rows)
             self.layers[layer] = keys.clone(), values.clone()
+
+
+def _digest(values: Tensor) -> bytes:
+    whole = values.detach().cpu().contiguous()
+    found = hashlib.blake2b(f"{whole.dtype} {tuple(whole.shape)}".encode())
+    found.update(whole.flatten().view(torch.uint8).numpy().tobytes())
+    return found.digest()
