@@ -41,6 +41,12 @@ def test_plain_rgb_comes_back_exactly(tmp_path):
     assert np.array_equal(np.asarray(image), pixels)
 
 
+@pytest.mark.parametrize("shape", [(3, 50, 3), (1, 50, 3), (50, 3, 3), (40, 50, 3)])
+def test_arrays_are_rows_of_pixels(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    assert np.array_equal(np.asarray(load_image(pixels)), pixels)
+
+
 def test_accepts_str_and_path(tmp_path):
     path = save(tmp_path / "a.png", Image.new("RGB", (2, 2), RED))
     assert load_image(str(path)).tobytes() == load_image(path).tobytes()

@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
 from twigvlm import PruningConfig, SpeculationConfig, TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.methods.random import RandomScores
 
 
@@ -24,6 +25,12 @@ def model():
         ({"retain": 8.0, "keep": 3}, "retain=8 and keep=3: give only one of them"),
         ({"keep": 0}, "keep=0: must be 1 to 16"),
         ({"keep": 17}, "keep=17: must be 1 to 16"),
+        ({"max_new_tokens": 4.5}, r"max_new_tokens=4\.5: must be a whole number"),
+        ({"keep": 4, "scorer": lambda trunk: None}, "scorer: returned NoneType"),
+        ({"keep": 4, "scorer": lambda trunk: torch.zeros(3)}, r"scorer: returned \(3,\); return .* \(1, 25\)"),
+        ({"input_ids": [[1, 2]]}, "input_ids: is list"),
+        ({"input_ids": torch.tensor([1, 2])}, r"input_ids: is \(2,\)"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"input_ids: is \(1, 0\)"),
         ({"keep": 4, "final_wipe": 2}, "final_wipe=2: must be 3 to 6"),
         ({"keep": 4, "final_wipe": 7}, "final_wipe=7: must be 3 to 6"),
         ({"final_wipe": 4}, "final_wipe=4: needs a budget"),
@@ -66,6 +73,20 @@ def test_options(model, options, message):
     with pytest.raises(TwigVLMError, match=message) as caught:
         model.generate(**{**prompt(), **({} if "max_length" in options else {"max_new_tokens": 5}), **options})
     assert "\n" not in str(caught.value)
+
+
+def test_padding_on_the_right_is_found_without_a_mask(model):
+    """Hugging Face's `generate` makes a mask of the padding tokens."""
+    inputs = prompt()
+    padded = torch.nn.functional.pad(inputs["input_ids"], (0, 3))
+    with pytest.raises(TwigVLMError, match="hides tokens after others"):
+        model.generate(**{**inputs, "input_ids": padded, "attention_mask": None}, pad_token_id=0, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("option", [{"keep": 3}, {"scorer": RandomScores()}, {"memory": PrefixCache()}])
+def test_what_a_disabled_twig_would_drop_is_refused(model, option):
+    with model.disabled(), pytest.raises(TwigVLMError, match="do not apply while the twig is disabled"):
+        model.generate(**prompt(), max_new_tokens=2, **option)
 
 
 def test_trees_need_masks(model, monkeypatch):
@@ -123,6 +144,11 @@ def test_pruning_does_not_apply_while_disabled(model):
         (lambda: TwigConfig(head="none"), "head='none': must be one of own, shared"),
         (lambda: SpeculationConfig(speculate="greedy"), "speculate='greedy'"),
         (lambda: PruningConfig(final_wipe=3), "final_wipe=3: needs a budget"),
+        (lambda: PruningConfig(keep="4"), "keep='4': must be a whole number"),
+        (lambda: PruningConfig(keep=4.6), r"keep=4\.6: must be a whole number"),
+        (lambda: PruningConfig(keep=True), "keep=True: must be a whole number"),
+        (lambda: PruningConfig(retain="4"), "retain='4': must be a number"),
+        (lambda: SpeculationConfig("chain", draft_length=2.5), r"draft_length=2\.5: must be a whole number"),
     ],
 )
 def test_configs(make, message):

@@ -5,6 +5,7 @@ A sentence "None: …" in a description says what happens if the option is left 
 
 from dataclasses import dataclass, fields
 from math import isfinite
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from twigvlm.errors import TwigVLMError
@@ -88,6 +89,12 @@ class PruningConfig:
     """Keep visual tokens with high scores that also differ from each other, instead of those with the highest scores."""
 
     def __post_init__(self) -> None:
+        for name in ("retain", "final_share", "refocus"):
+            value: object = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise TwigVLMError(f"{name}={value!r}: must be a number")
+        if self.keep is not None:
+            _whole("keep", self.keep)
         if self.retain is not None and self.keep is not None:
             raise TwigVLMError(f"retain={self.retain:g} and keep={self.keep}: give only one of them")
         if self.pruner is not None:
@@ -265,8 +272,14 @@ def check_final_share(final_share: float) -> None:
         raise TwigVLMError(f"final_share={final_share:g}: must be 0 to 1")
 
 
+def _whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TwigVLMError(f"{name}={value!r}: must be a whole number")
+
+
 def _at_least(low: int, **option: int) -> None:
     for name, value in option.items():
+        _whole(name, value)
         if value < low:
             raise TwigVLMError(f"{name}={value}: must be {low} or more")
 

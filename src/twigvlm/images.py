@@ -161,8 +161,10 @@ def _from_array(name: str, source: Any) -> Image.Image:
 
     try:
         array = np.asarray(source)
+        if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3:
+            return Image.fromarray(array)
         if array.dtype == np.uint8:
-            return to_pil_image(array)
+            return to_pil_image(array)  # of torch's layout, [3, height, width]
         kind = str(array.dtype) if array.ndim else type(source).__name__
     except (TypeError, ValueError) as error:  # a device that numpy cannot read, or a shape of no picture
         kind = one_line(error)

@@ -20,7 +20,8 @@ from twigvlm.engine.calibrated import Calibrated
 from twigvlm.engine.engine import Engine
 from twigvlm.engine.runner import EagerRunner
 from twigvlm.errors import TwigVLMError
-from twigvlm.hf.generate import TwigOutput, check_arguments, run_rows
+from twigvlm.hf.checks import check_arguments
+from twigvlm.hf.generate import TwigOutput, run_rows
 from twigvlm.hf.interface import HFInterface
 from twigvlm.hf.requests import pruner_by_name, request_row, rows_of
 from twigvlm.kv.prefix_cache import PrefixCache
@@ -213,9 +214,10 @@ class TwigVLM(HFInterface, Calibrated):
                 raise TwigVLMError("inputs and input_ids: give only one of them")
             kwargs["input_ids"] = inputs
         if self in _disabled.get():
-            if pruning.active or pruner is not None or speculation.active:
+            given = scorer is not None or memory is not None
+            if pruning.active or pruner is not None or speculation.active or given:
                 raise TwigVLMError(
-                    "retain, keep, pruner and speculate do not apply while the twig is disabled: leave them out"
+                    "retain, keep, pruner, scorer, speculate and memory do not apply while the twig is disabled: leave them out"
                 )
             if generator is not None:
                 raise TwigVLMError(

@@ -95,10 +95,47 @@ def test_a_long_prompt_takes_as_much_room_from_the_rows_beside_it(model):
     assert most <= 1.5 * engine.max_bytes
 
 
+def test_a_request_cancelled_while_events_are_handed_on_gets_no_more(model):
+    engine = model.engine()
+    requests = [engine.add(prompt(seed), max_new_tokens=length) for seed, length in enumerate((4, 4, 1))]
+    seen, stream = [], engine.stream()
+    for event in stream:
+        seen.append(event.id)
+        if len(seen) == 1:  # the others' events of this step are not handed on yet, and one of them has ended
+            for request in requests[1:]:
+                engine.cancel(request)
+    assert seen == [requests[0]] * 4
+    with pytest.raises(TwigVLMError, match="does not exist, or has ended"):
+        engine.cancel(requests[0])
+
+
+@pytest.mark.parametrize("way", ["none", "chain"])
+def test_two_requests_cannot_draw_from_one_generator(model, way):
+    engine, generator = model.engine(speculate=way), torch.Generator().manual_seed(0)
+    options = {"max_new_tokens": 6, "do_sample": True}
+    request = engine.add(prompt(0), **options, generator=generator)
+    with pytest.raises(TwigVLMError, match="generator: another request still draws from it"):
+        engine.add(prompt(1), **options, generator=generator)
+    tokens = [token for event in engine.stream() if event.id == request for token in event.tokens]
+    alone = model.generate(**prompt(0), **options, generator=torch.Generator().manual_seed(0))
+    assert tokens == alone[0, -6:].tolist()
+    engine.add(prompt(1), **options, generator=generator)  # the first one has ended
+
+
+def test_a_prompt_that_cannot_be_pruned_is_refused_when_it_is_added(model):
+    engine, inputs = model.engine(), prompt(0, after=0)
+    with pytest.raises(TwigVLMError, match="ends with a visual token"):
+        engine.add(inputs, keep=4, max_new_tokens=2)
+    assert not engine.busy
+
+
 def test_a_fork_cannot_share_what_remembers(model):
     engine = model.engine()
     request = engine.add(prompt(0), max_new_tokens=4, logits_processor=[Fails()])
     with pytest.raises(TwigVLMError, match=f"request {request}: has logits processors of its own"):
+        engine.fork(request, None)
+    request = engine.add(prompt(0), max_new_tokens=4, stopping_criteria=[lambda ids, scores: False])
+    with pytest.raises(TwigVLMError, match=f"request {request}: has stopping criteria of its own"):
         engine.fork(request, None)
     harmless = engine.add(prompt(0), max_new_tokens=4, suppress_tokens=[5])
     engine.fork(harmless, None)

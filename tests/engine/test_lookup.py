@@ -21,6 +21,13 @@ def bare():
     return TwigVLM.without_twig(tiny_llava(2, deep_scale=0.03))
 
 
+def test_ids_may_be_of_32_bits():
+    inputs = prompt(0)
+    short = {**inputs, "input_ids": inputs["input_ids"].int()}
+    answers = [grown().generate(**each, max_new_tokens=8, speculate="lookup") for each in (inputs, short)]
+    assert answers[0].tolist() == answers[1].tolist()
+
+
 @pytest.mark.parametrize("pruning", PRUNINGS, ids=["unpruned", "visionzip", "fastv"])
 def test_a_base_without_a_twig_answers_as_before_in_fewer_steps(bare, pruning):
     steps = 0

@@ -13,7 +13,7 @@ from tests.families import LAYERS, TRUNK, TWIG
 from tests.pruning.references import Alone, Loudest, Noting, answer_by_dropping, logits_by_hiding, loudest
 from tests.pruning.trunks import PROMPTS, WAYS, embedded
 from tests.tiny import VISUAL, prompt, tiny_llava
-from twigvlm import TwigConfig, TwigVLM
+from twigvlm import TwigConfig, TwigVLM, TwigVLMError
 from twigvlm.kv.cache import KVCache
 from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.run import run_cuts
@@ -119,6 +119,26 @@ def test_an_answer_is_that_of_a_prompt_whose_tokens_are_dropped(cuts, way):
     batch = batched(PROMPTS)
     together = grown().generate(**batch, **options)
     assert together[:, batch["input_ids"].shape[1] :].tolist() == expected(cuts)
+
+
+@pytest.mark.parametrize(("cuts", "kept"), [((Cut(0, 0),), 0), ((Cut(3, 0),), 0), ((Cut(2, 3),), 3)])
+def test_what_a_prompt_kept_is_told_also_where_it_is_nothing(cuts, kept):
+    output = grown().generate(**PROMPTS[0], pruner=Loudest(cuts), max_new_tokens=2, return_dict_in_generate=True)
+    assert len(output.kept_indices[0]) == kept
+
+
+class Greedy(Loudest):
+    """Keeps one token more than it is asked to."""
+
+    def choose(self, view, keep):
+        return super().choose(view, [count + 1 for count in keep])
+
+
+def test_a_pruner_that_keeps_another_number_than_its_schedule_says_is_refused():
+    with pytest.raises(
+        TwigVLMError, match=r"kept \[5\] visual tokens at its cut after layer 2, where its schedule has \[4\]"
+    ):
+        grown().generate(**PROMPTS[0], pruner=Greedy((Cut(2, 4),)), max_new_tokens=2)
 
 
 def test_these_cuts_matter():

@@ -11,7 +11,7 @@ import torch
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.engine.memory import free_bytes, row_bytes, sight_bytes, together_bytes
 from twigvlm.engine.protocol import Runner, Step
-from twigvlm.engine.row import Request, Row
+from twigvlm.engine.row import Row, extend_all
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Need, Pruner, schedule
@@ -60,6 +60,8 @@ class Engine:
         self._ids = count()
         self._events: list[Event] = []
         """Not yet returned: a step that raises leaves them to the next one."""
+        self._unseen: deque[Event] = deque()
+        """Of the newest step, those that `stream` has not handed on yet."""
         self._broken = False
         self._clock = None if timings is None else clock_of(self.base.device)
 
@@ -75,11 +77,25 @@ class Engine:
         """
         if self.make_row is None:
             raise TwigVLMError("this engine takes only rows: make one with TwigVLM.engine()")
-        return self.submit([self.make_row(inputs, **options)])[0]
+        row = self.make_row(inputs, **options)
+        if row.noise is not None and any(
+            other.noise is not None and row.noise.shares(other.noise) for other in (*self.waiting, *self.active)
+        ):
+            raise TwigVLMError(
+                "generator: another request still draws from it, so that neither would get the answer that it gets alone; "
+                "give each request its own"
+            )
+        return self.submit([row])[0]
 
     def submit(self, rows: Sequence[Row]) -> list[int]:
-        """Queue the rows of one request and return their ids."""
+        """Queue the rows of one request and return their ids.
+
+        Raises:
+            TwigVLMError: a prompt that is to be pruned ends with a visual token.
+        """
         self._check_whole()
+        if any(row.pruner is not None and bool(row.prompt.visual_mask[row.index, row.length - 1]) for row in rows):
+            raise TwigVLMError("the prompt ends with a visual token: put text behind it, or leave pruning out")
         for row in rows:
             row.id = next(self._ids)
             self.waiting.append(row)
@@ -97,8 +113,8 @@ class Engine:
             refocus: τ of the new answer; None: its visual tokens stay the same.
 
         Raises:
-            TwigVLMError: there is no such waiting request, it is sampled or has processors of its own, the budget is impossible
-                for the prompt, or the pruner cannot choose again or was not shown the picture.
+            TwigVLMError: there is no such waiting request, it is sampled or has processors or criteria of its own, the budget is
+                impossible for the prompt, or the pruner cannot choose again or was not shown the picture.
         """
         source = next((row for row in self.waiting if row.id == id), None)
         if source is None:
@@ -107,10 +123,14 @@ class Engine:
             raise TwigVLMError(
                 f"request {id}: only greedy requests for one answer can be forked; add it as a new request"
             )
-        if source.request.processors is not None and source.request.processors.has_state:
-            raise TwigVLMError(
-                f"request {id}: has logits processors of its own, which two answers cannot share; add it as a new request"
-            )
+        for kind, own in (
+            ("logits processors", source.request.processors),
+            ("stopping criteria", source.request.criteria),
+        ):
+            if own is not None and own.has_state:
+                raise TwigVLMError(
+                    f"request {id}: has {kind} of its own, which two answers cannot share; add it as a new request"
+                )
         if pruner is not None and Need.VISION in pruner.needs and source.prompt.vision is None:
             raise TwigVLMError(
                 f"request {id}: the pruner of the fork ranks by the vision tower; add the request with that pruner, and fork it "
@@ -143,6 +163,9 @@ class Engine:
         Raises:
             TwigVLMError: there is no such request, or it has ended.
         """
+        unseen = len(self._unseen)
+        self._unseen = deque(event for event in self._unseen if event.id != id)
+        self._events = [event for event in self._events if event.id != id]
         for row in self.waiting:
             if row.id == id:
                 self.waiting.remove(row)
@@ -153,6 +176,8 @@ class Engine:
                 row.end()
                 self._leave(place)
                 return
+        if len(self._unseen) < unseen:
+            return  # it has ended, but who cancels it cannot know
         raise TwigVLMError(f"request {id}: does not exist, or has ended; use the id of a running request")
 
     @property
@@ -191,7 +216,9 @@ class Engine:
     def stream(self) -> Iterator[Event]:
         """Run steps until every request has ended. Requests may be added and cancelled meanwhile."""
         while self.busy:
-            yield from self.step()
+            self._unseen = deque(self.step())
+            while self._unseen:
+                yield self._unseen.popleft()
 
     def _next_group(self) -> list[Row]:
         """Waiting rows, in their order, that one prefill takes up: those that fit and share prompts and cuts with the first."""
@@ -261,25 +288,3 @@ class Engine:
 
     def _now(self) -> float:
         return 0.0 if self._clock is None else self._clock()
-
-
-def extend_all(rows: Sequence[Row], tokens: Sequence[list[int]]) -> list[list[int]]:
-    """Give rows their new tokens, those of a request in lockstep position by position; what each took of them."""
-    taken: list[list[int]] = [[] for _ in rows]
-    together: dict[int, tuple[Request, list[int]]] = {}
-    for place, row in enumerate(rows):
-        if row.request.lockstep:
-            together.setdefault(id(row.request), (row.request, []))[1].append(place)
-        else:
-            taken[place] = row.extend(tokens[place])
-    for request, places in together.values():
-        for position in range(max(len(tokens[place]) for place in places)):
-            going = [place for place in places if not rows[place].finished]
-            for place in going:
-                taken[place] += rows[place].extend(tokens[place][position : position + 1])
-            if going:
-                ended = request.ended({rows[place].place: () for place in going})
-                for place in going:
-                    if bool(ended[rows[place].place]):
-                        rows[place].end()
-    return taken

@@ -41,6 +41,10 @@ class Noise:
             self._next += 1
         return self._drawn[place]
 
+    def shares(self, other: "Noise") -> bool:
+        """Whether both draw from one generator."""
+        return self._generator is not None and self._generator is other._generator
+
     def forget(self, place: int) -> None:
         """The tokens before this one are chosen."""
         for old in [one for one in self._drawn if one < place]:

@@ -51,6 +51,10 @@ class Criteria(Protocol):
     """What ends answers besides their length and end-of-sequence tokens; asked after every token."""
 
     @property
+    def has_state(self) -> bool:
+        """Whether one of them may remember what it was asked, so that another request must have its own."""
+
+    @property
     def needs_lockstep(self) -> bool:
         """Whether one of them sees all rows at once, by `on_batch`."""
 
@@ -206,3 +210,25 @@ class Row:
         if self.noise is not None and not self.finished:
             self.noise.forget(len(self.tokens))
         return taken
+
+
+def extend_all(rows: Sequence[Row], tokens: Sequence[list[int]]) -> list[list[int]]:
+    """Give rows their new tokens, those of a request in lockstep position by position; what each took of them."""
+    taken: list[list[int]] = [[] for _ in rows]
+    together: dict[int, tuple[Request, list[int]]] = {}
+    for place, row in enumerate(rows):
+        if row.request.lockstep:
+            together.setdefault(id(row.request), (row.request, []))[1].append(place)
+        else:
+            taken[place] = row.extend(tokens[place])
+    for request, places in together.values():
+        for position in range(max(len(tokens[place]) for place in places)):
+            going = [place for place in places if not rows[place].finished]
+            for place in going:
+                taken[place] += rows[place].extend(tokens[place][position : position + 1])
+            if going:
+                ended = request.ended({rows[place].place: () for place in going})
+                for place in going:
+                    if bool(ended[rows[place].place]):
+                        rows[place].end()
+    return taken

@@ -15,7 +15,6 @@ from twigvlm.config import SpeculationConfig
 from twigvlm.engine.protocol import Step
 from twigvlm.engine.row import Row
 from twigvlm.engine.sampling import Chooser
-from twigvlm.errors import TwigVLMError
 from twigvlm.kv.cache import CacheView
 from twigvlm.pruning.cut import Choice, Cut, Need
 from twigvlm.pruning.refocus import Sight
@@ -89,8 +88,6 @@ class EagerRunner:
         base, twig, trunk_layers = self.base, self.twig, self.twig.config.trunk_layers
         pruner, prefix = rows[0].pruner, rows[0].prefix
         prompt = rows[0].prompt.rows([row.index for row in rows])
-        if pruner is not None and bool(last_token(prompt.visual_mask[..., None], prompt.lengths).any()):
-            raise TwigVLMError("the prompt ends with a visual token: put text behind it, or leave pruning out")
         tokens = Tokens(prompt.hidden, base.token_inputs(prompt), prompt.visual_mask, prompt.lengths)
         masks = self.batch.masks
         early = [[cut for cut in row.cuts if cut.layer < trunk_layers] for row in rows]
@@ -210,7 +207,7 @@ class EagerRunner:
         eos = eos_table([row.eos_token_ids for row in rows], newest.device)
         ids = prompt.input_ids[:, :0]
         if self.policy.reads_ids:
-            ids = prompt.input_ids.masked_fill(prompt.visual_mask, NO_TOKEN)
+            ids = prompt.input_ids.long().masked_fill(prompt.visual_mask, NO_TOKEN)
         return RowState(newest, torch.zeros_like(newest), limit, position, length, eos, ids)
 
     def draft(self) -> Draft:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import GenerationMode, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from twigvlm.base.vision import See
 from twigvlm.base.vlm import BaseVLM
@@ -17,6 +17,7 @@ from twigvlm.engine.engine import Engine
 from twigvlm.engine.noise import Noise
 from twigvlm.engine.row import Request, Row
 from twigvlm.errors import TwigVLMError
+from twigvlm.hf.checks import check_generation, check_mask, check_rows
 from twigvlm.hf.processors import split_processors
 from twigvlm.hf.stopping import split_criteria
 from twigvlm.kv.prefix_cache import PrefixCache
@@ -101,13 +102,15 @@ class HFGenerateAdapter:
                 conversation's prompt with padding.
         """
         self.entered = True
-        _check_generation(generation_config)
-        _check_rows(len(input_ids), self.streamer, self.prefix)
+        check_generation(generation_config)
+        check_rows(len(input_ids), self.streamer, self.prefix)
         dropped = ("past_key_values", "use_cache")
         model_kwargs = {
             name: value for name, value in model_kwargs.items() if value is not None and name not in dropped
         }
         mask = model_kwargs.get("attention_mask")
+        if mask is not None:
+            check_mask(mask)  # it may be Hugging Face's own, made from the padding tokens
         padding = [0] * len(input_ids) if mask is None else (mask == 0).sum(dim=1).tolist()
         if self.prefix is not None and any(padding):
             raise TwigVLMError(f"attention_mask: hides {padding[0]} tokens; a conversation's prompt has no padding")
@@ -166,55 +169,6 @@ def run_rows(
     return TwigOutput(ids, kept, averages, looks, drafted, accepted, timings, costs)
 
 
-def _check_rows(rows: int, streamer: Any, prefix: PrefixCache | None) -> None:
-    if rows > 1 and streamer is not None:
-        raise TwigVLMError(f"streamer: takes one answer, not {rows}; leave it out, or ask for one answer")
-    if rows > 1 and prefix is not None:
-        raise TwigVLMError(f"{rows} answers: a conversation continues with one; ask for one answer")
-
-
-def check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
-    """Refuse, before any work, what this loop would otherwise have to drop."""
-    if kwargs.get("input_ids") is None:
-        raise TwigVLMError("input_ids is missing: pass the processor's outputs")
-    mask = kwargs.get("attention_mask")
-    if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise TwigVLMError(
-            "attention_mask: hides tokens after others; pad on the left, with processor.tokenizer.padding_side = 'left'"
-        )
-    if mask is not None and not bool(mask[:, -1].all()):
-        raise TwigVLMError("attention_mask: hides a whole prompt; leave that prompt out")
-    given = kwargs.get("generation_config")
-    for config in (kwargs, vars(given) if given is not None else {}, vars(defaults)):
-        if config.get("max_new_tokens") is not None:
-            if config["max_new_tokens"] < 1:
-                raise TwigVLMError(f"max_new_tokens={config['max_new_tokens']}: must be 1 or more")
-            break
-    for name in ("assistant_model", "custom_generate", "past_key_values", "inputs_embeds", "synced_gpus"):
-        if kwargs.get(name) is not None:
-            raise TwigVLMError(f"{name} is not supported with a twig: leave it out, or use model.disabled()")
-
-
-def _check_generation(config: GenerationConfig) -> None:
-    """Refuse ways to generate that the loop does not know."""
-    if (config.num_beams or 1) > 1:
-        raise TwigVLMError(
-            f"num_beams={config.num_beams}: beam search is not supported with a twig; pass num_beams=1, or sample several "
-            "answers with do_sample=True and num_return_sequences"
-        )
-    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise TwigVLMError(
-            f"{config.get_generation_mode().value}: only greedy decoding and sampling are supported; leave its options out"
-        )
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if getattr(config, name, None):
-            raise TwigVLMError(f"{name}=True is not supported with a twig: leave it out, or use model.disabled()")
-    if config.use_cache is False:
-        raise TwigVLMError("use_cache=False: a twig needs the cache; leave it out")
-    if (cache := config.cache_implementation) is not None:
-        raise TwigVLMError(f"cache_implementation={cache!r}: pruning needs its own cache; leave it out")
-
-
 def with_stop_strings(kwargs: dict[str, Any], defaults: GenerationConfig) -> dict[str, Any]:
     """Arguments with stop strings as a criterion: `generate` with a custom loop does not pass its tokenizer on.
 
@@ -254,6 +208,8 @@ def _kept_positions(rows: Sequence[Row], padding: Sequence[int]) -> list[Tensor]
     found = []
     for row, count in zip(rows, padding, strict=True):
         mask = row.prompt.visual_mask[row.index] if row.kept is None else row.kept
+        if row.cuts and not row.cuts[0].keep:
+            mask = torch.zeros_like(mask)  # nobody was asked who stays
         found.append(mask.nonzero()[:, 0].clone() + count)
     return found
 

@@ -9,7 +9,8 @@ from twigvlm.base.vlm import BaseVLM, is_refusal
 from twigvlm.config import PruningConfig
 from twigvlm.engine.row import Row
 from twigvlm.errors import TwigVLMError, one_line
-from twigvlm.hf.generate import HFGenerateAdapter, Schedule, check_arguments, with_stop_strings
+from twigvlm.hf.checks import check_arguments
+from twigvlm.hf.generate import HFGenerateAdapter, Schedule, with_stop_strings
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Need, Pruner, schedule
 from twigvlm.pruning.methods import make_pruner

@@ -41,9 +41,14 @@ class Stopping:
         return bool(self.rows or self.batch)
 
     @property
+    def has_state(self) -> bool:
+        """Whether one of them may remember what it was asked, as those of users do."""
+        return bool(self.batch)
+
+    @property
     def needs_lockstep(self) -> bool:
         """Whether rows must advance together and be asked about by `on_batch`."""
-        return len(self.hidden_ids) > 1 and bool(self.batch)
+        return len(self.hidden_ids) > 1 and self.has_state
 
     def on_row(self, row: int, ids: Int[Tensor, "1 tokens"]) -> bool:
         """Whether criteria end a row, apart from the two plain numbers; without `needs_lockstep`.

@@ -9,6 +9,7 @@ from torch import Tensor
 from twigvlm.base.masks import Masks
 from twigvlm.base.prompt import Prompt
 from twigvlm.base.vlm import BaseVLM
+from twigvlm.errors import TwigVLMError
 from twigvlm.kv.cache import CacheView
 from twigvlm.pruning.cut import Choice, Cut
 from twigvlm.pruning.view import Tokens
@@ -45,7 +46,11 @@ def run_cuts(
 
     Returns:
         The tokens that are left, after layer `stop`.
+
+    Raises:
+        TwigVLMError: other numbers of visual tokens were chosen than the cuts say, by which budgets are counted.
     """
+    text: list[int] = []
     for at_layer in zip(*cuts, strict=True):
         layer, keep = at_layer[0].layer, [cut.keep for cut in at_layer]
         tokens = tokens.through(base, start, layer, masks, view, in_two)
@@ -54,9 +59,18 @@ def run_cuts(
         if any(keep):
             chosen = choose(tokens, layer, keep)
             choice = chosen if isinstance(chosen, Choice) else Choice(chosen)
+        if not text:
+            visual = tokens.visual.sum(dim=1).tolist()
+            text = [length - count for length, count in zip(tokens.lengths, visual, strict=True)]
         if choice.hidden is not None:
             tokens = replace(tokens, hidden=choice.hidden)
         tokens = tokens.keep(choice.stays | tokens.text)
+        kept = [length - count for length, count in zip(tokens.lengths, text, strict=True)]
+        if kept != keep:
+            raise TwigVLMError(
+                f"pruner: kept {kept} visual tokens at its cut after layer {layer}, where its schedule has {keep}; let "
+                "choose keep as many as it is asked to"
+            )
         if choice.compacted:
             assert prompt is not None, "it has positions"
             tokens = tokens.compacted(base, prompt)

@@ -1,12 +1,13 @@
 """The method's own pruning: a cut after layer K by a ranking at the last prompt token, and FinalWipe (§3.3, Eq. 4 and 6)."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.budget import solve_keep, twig_cuts
 from twigvlm.pruning.cut import Cut, Need
 from twigvlm.pruning.methods.pruning_head import default_scorer
@@ -65,7 +66,12 @@ class TwigPruner:
 
     def _scores(self, trunk: TrunkOutput) -> Float[Tensor, "batch tokens"]:
         # Only requests that share a prefix must know equal scorers as such; others may not even be hashable.
-        key = id(self.scorer) if trunk.prefix is None else self.scorer
+        key = self.scorer if trunk.prefix is not None and isinstance(self.scorer, Hashable) else id(self.scorer)
         if key not in trunk.scores:
-            trunk.scores[key] = self.scorer(trunk)
+            scores = self.scorer(trunk)
+            shape = tuple(trunk.tokens.visual.shape)
+            if not isinstance(scores, Tensor) or tuple(scores.shape) != shape:
+                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+                raise TwigVLMError(f"scorer: returned {got}; return a tensor with a score for each token, {shape}")
+            trunk.scores[key] = scores if scores.is_floating_point() else scores.float()
         return trunk.scores[key]

@@ -1,0 +1,75 @@
+"""What this library's loop cannot do of what Hugging Face's `generate` takes, refused before any work."""
+
+from numbers import Integral
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import GenerationMode
+
+from twigvlm.errors import TwigVLMError
+from twigvlm.kv.prefix_cache import PrefixCache
+
+
+def check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
+    """Refuse, before any work, what this loop would otherwise have to drop."""
+    if kwargs.get("input_ids") is None:
+        raise TwigVLMError("input_ids is missing: pass the processor's outputs")
+    _check_ids(kwargs["input_ids"])
+    if (mask := kwargs.get("attention_mask")) is not None:
+        check_mask(mask)
+    given = kwargs.get("generation_config")
+    for config in (kwargs, vars(given) if given is not None else {}, vars(defaults)):
+        if config.get("max_new_tokens") is not None:
+            if not isinstance(config["max_new_tokens"], Integral):
+                raise TwigVLMError(f"max_new_tokens={config['max_new_tokens']!r}: must be a whole number")
+            if config["max_new_tokens"] < 1:
+                raise TwigVLMError(f"max_new_tokens={config['max_new_tokens']}: must be 1 or more")
+            break
+    for name in ("assistant_model", "custom_generate", "past_key_values", "inputs_embeds", "synced_gpus"):
+        if kwargs.get(name) is not None:
+            raise TwigVLMError(f"{name} is not supported with a twig: leave it out, or use model.disabled()")
+
+
+def _check_ids(ids: Any) -> None:
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
+        shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        raise TwigVLMError(f"input_ids: is {shape}; pass the processor's ids, a tensor [prompts, tokens]")
+
+
+def check_mask(mask: Tensor) -> None:
+    """Refuse padding on the right, and prompts of padding alone."""
+    if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise TwigVLMError(
+            "attention_mask: hides tokens after others; pad on the left, with processor.tokenizer.padding_side = 'left'"
+        )
+    if not bool(mask[:, -1].all()):
+        raise TwigVLMError("attention_mask: hides a whole prompt; leave that prompt out")
+
+
+def check_generation(config: GenerationConfig) -> None:
+    """Refuse ways to generate that the loop does not know."""
+    if (config.num_beams or 1) > 1:
+        raise TwigVLMError(
+            f"num_beams={config.num_beams}: beam search is not supported with a twig; pass num_beams=1, or sample several "
+            "answers with do_sample=True and num_return_sequences"
+        )
+    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise TwigVLMError(
+            f"{config.get_generation_mode().value}: only greedy decoding and sampling are supported; leave its options out"
+        )
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            raise TwigVLMError(f"{name}=True is not supported with a twig: leave it out, or use model.disabled()")
+    if config.use_cache is False:
+        raise TwigVLMError("use_cache=False: a twig needs the cache; leave it out")
+    if (cache := config.cache_implementation) is not None:
+        raise TwigVLMError(f"cache_implementation={cache!r}: pruning needs its own cache; leave it out")
+
+
+def check_rows(rows: int, streamer: Any, prefix: PrefixCache | None) -> None:
+    """Refuse several answers where one is expected."""
+    if rows > 1 and streamer is not None:
+        raise TwigVLMError(f"streamer: takes one answer, not {rows}; leave it out, or ask for one answer")
+    if rows > 1 and prefix is not None:
+        raise TwigVLMError(f"{rows} answers: a conversation continues with one; ask for one answer")
