@@ -35,6 +35,12 @@ def test_whether_a_cpu_has_instructions_for_bfloat16_is_known():
     assert compat.has_bfloat16_instructions() in (True, False)
 
 
+def test_the_parts_of_a_module_are_its_children():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    module.register_module("none", None)
+    assert compat.parts(module) == [*module.children()]
+
+
 def test_compiled_modules_are_told_from_others():
     plain, in_place, inner = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
     in_place.compile(backend="eager")

@@ -41,12 +41,6 @@ def test_plain_rgb_comes_back_exactly(tmp_path):
     assert np.array_equal(np.asarray(image), pixels)
 
 
-@pytest.mark.parametrize("shape", [(3, 50, 3), (1, 50, 3), (50, 3, 3), (40, 50, 3)])
-def test_arrays_are_rows_of_pixels(shape):
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    assert np.array_equal(np.asarray(load_image(pixels)), pixels)
-
-
 def test_accepts_str_and_path(tmp_path):
     path = save(tmp_path / "a.png", Image.new("RGB", (2, 2), RED))
     assert load_image(str(path)).tobytes() == load_image(path).tobytes()
@@ -235,11 +229,11 @@ def test_other_sources_are_refused_in_one_short_line(source, words):
         assert word in message
 
 
-@pytest.mark.parametrize("channels", ["last", "first"])
-def test_an_array_is_a_picture(channels):
-    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    given = pixels if channels == "last" else torch.from_numpy(pixels).permute(2, 0, 1)
-    assert np.array_equal(np.asarray(load_image(given)), pixels)
+@pytest.mark.parametrize("size", [(7, 9), (3, 50), (1, 50)])
+def test_an_array_is_a_picture(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for given in (pixels, torch.from_numpy(pixels).permute(2, 0, 1)):
+        assert np.array_equal(np.asarray(load_image(given)), pixels)
 
 
 @pytest.mark.parametrize("size", [(2100, 10), (10, 2100), (30000, 2)])

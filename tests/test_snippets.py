@@ -35,6 +35,7 @@ PROGRAMS = (
     "pytest",
     "python",
     "PYTHONPATH=",
+    "source",
     "torchrun",
     "twigvlm",
     "vllm",

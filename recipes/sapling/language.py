@@ -1,4 +1,4 @@
-"""Steps b and d: run_teacher the language model to talk about what visual tokens say, by low-rank updates.
+"""Steps b and d: teach the language model to talk about what visual tokens say, by low-rank updates.
 
 Step b needs no pixels: visual tokens are the targets of `targets.py`, made from labels. Step d puts the trained tower and
 projector in their place. A picture passes the layers once for all of its questions: a block of text sees the picture and itself,

@@ -18,7 +18,7 @@ import tyro
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import CLIPVisionModel, set_seed
+from transformers import AutoModel, set_seed
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from recipes.sapling.pictures import render
@@ -73,7 +73,7 @@ class DenseVision(nn.Module):
 
     def __init__(self, targets: VisualTargets, config: assemble.LlavaConfig, attention: str = "sdpa") -> None:
         super().__init__()
-        self.vision_tower = CLIPVisionModel._from_config(config.vision_config, attn_implementation=attention)
+        self.vision_tower = AutoModel.from_config(config.vision_config, attn_implementation=attention)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         width = config.vision_config.hidden_size
         self.heads = nn.ModuleDict(
@@ -95,7 +95,7 @@ class DenseVision(nn.Module):
 
     @torch.no_grad()
     def lay_coordinates(self, pictures: Dataset, count: int = 120, size: float = 5.0) -> None:
-        """Add each patch's coordinates to its position embedding, and run_teacher the projector to read them, in closed form.
+        """Add each patch's coordinates to its position embedding, and teach the projector to read them, in closed form.
 
         What a patch shows hardly depends on where it is: position embeddings stay at the noise that they start from, and the
         tower's layers rather cancel a place than pass it on to a projector that does not read it yet. So coordinates go along

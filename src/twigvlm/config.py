@@ -180,7 +180,7 @@ class SpeculationConfig:
     tree: draft a tree of alternatives (Algorithm 2). auto: draft trees of the size that is fastest on this machine, which is
     measured once for a few seconds, and draft nothing where it does not pay off. lookup: draft what followed the newest
     tokens where they occurred before, in the prompt or the answer. exit: chains by the base's own head on the states after
-    layer K. Neither needs a twig."""
+    layer K. lookup and exit need no twig."""
     draft_length: int = 5
     """δ: longest chain, in tokens."""
     draft_threshold: float = 0.6

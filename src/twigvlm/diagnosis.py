@@ -50,7 +50,7 @@ def diagnose() -> list[Finding]:
     findings += packages()
     if any(finding.state == "broken" for finding in findings):
         return [*findings, *extras()]  # the rest would only say the same again
-    looks: tuple[Callable[[], Iterator[Finding]], ...] = (devices, number_formats, graphs, families, answers)
+    looks: tuple[Callable[[], Iterator[Finding]], ...] = (devices, number_formats, graphs, families, processors, answers)
     for look in looks:
         try:
             findings += look()
@@ -159,6 +159,16 @@ def families() -> Iterator[Finding]:
     if unknown:
         remedy = "pip install --upgrade transformers"
         yield Finding("Models", "unknown families", "note", f"not in this transformers: {'; '.join(unknown)}", remedy)
+
+
+def processors() -> Iterator[Finding]:
+    """Whether what some families' processors need beside transformers is there."""
+    if (found := _installed("torchvision")) is not None:
+        yield Finding("Models", "torchvision", "ok", found)
+        return
+    needed_by = "Qwen-VL, InternVL, LLaVA-OneVision and Video-LLaVA"
+    remedy = "install the torchvision of the release that fits your torch"
+    yield Finding("Models", "torchvision", "note", f"not installed; the processors of {needed_by} need it", remedy)
 
 
 def answers() -> Iterator[Finding]:

@@ -142,5 +142,4 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
         return [module] if from_torch and unpatched and not compat.is_compiled(module) else []
     if compat.is_compiled(module):
         return []
-    # `modules()` is slow, and this is asked at each step.
-    return [layer for part in module._modules.values() if part is not None for layer in _linears(part)]
+    return [layer for part in compat.parts(module) for layer in _linears(part)]

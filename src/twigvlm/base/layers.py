@@ -1,4 +1,4 @@
-"""Progress decoder layers, whole or in part; the same code runs the base's layers and the twig's."""
+"""Run decoder layers, whole or in part; the same code runs the base's layers and the twig's."""
 
 from collections.abc import Iterable
 from typing import Any, cast

@@ -26,7 +26,7 @@ In float32 drafting does not change the answer; pruning may. The twig fits on th
 from transformers import AutoModelForImageTextToText
 from twigvlm import TwigVLM
 
-base = AutoModelForImageTextToText.from_pretrained("{base_id}", dtype="auto", device_map="auto")
+base = AutoModelForImageTextToText.from_pretrained("{base_id}", dtype="auto")
 model = TwigVLM.from_pretrained(base, "{name}")
 output = model.generate(**inputs, max_new_tokens=256, retain=64, speculate="chain")
 ```

@@ -61,6 +61,14 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
+def parts(module: nn.Module) -> list[nn.Module]:
+    """A module's own submodules; `Module.children` takes several times as long, which counts where it is asked at each step.
+
+    `Module._modules` (torch 2.13.0).
+    """
+    return [part for part in module._modules.values() if part is not None]
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module that `torch.compile(module)` wraps; any other one itself.
 

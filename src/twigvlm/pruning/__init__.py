@@ -1,1 +1,1 @@
-"""How many visual tokens stay (budget), how they are ranked (scores), and which ones they are (select)."""
+"""How many visual tokens stay (budget), where they leave (cut), how they are ranked (methods), and which they are (select)."""

@@ -40,7 +40,6 @@ class Ranking(nn.Module):
         exported = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         self.trunk_layers: int = exported["twigvlm"]["trunk_layers"]
         kind, config = _kind_of(exported)
-        config._attn_implementation = "sdpa"
         weights = load_file(Path(folder) / "model.safetensors")
         with torch.device("meta"):
             self.layers = nn.ModuleList(kind(config, index) for index in range(config.num_hidden_layers))
@@ -89,7 +88,7 @@ class Ranking(nn.Module):
 
 def _kind_of(exported: dict[str, Any]) -> tuple[type[nn.Module], Any]:
     names = set(exported) - {"model_type", "architectures", "twigvlm", "eagle_config", "dtype"}
-    values = {name: exported[name] for name in names}
+    values = {name: exported[name] for name in names} | {"attn_implementation": "sdpa"}
     if exported["twigvlm"]["layer"] == "qwen3":
         return Qwen3DecoderLayer, Qwen3Config(**values)
     if exported["qkv_bias"] and not exported["attention_bias"]:
