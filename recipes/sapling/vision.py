@@ -59,12 +59,12 @@ def _weights(kind: Tensor, centre: Tensor, character: Tensor) -> Tensor:
     return 1 + 3 * (kind > 0) + 12 * centre + 12 * (character > 0)
 
 
-def _ridge(inputs: Tensor, outputs: Tensor, weights: Tensor, strength: float = 1e-3) -> Tensor:
+def _ridge(inputs: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
     """Weights and, last, biases of the linear map from inputs to outputs with the least weighted square error."""
     extended = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1).double()
     weighted = extended * weights[:, None]
     gram = weighted.T @ extended
-    gram += strength * gram.diagonal().mean() * torch.eye(len(gram))
+    gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
     return torch.linalg.solve(gram, weighted.T @ outputs.double()).T.float()
 
 
@@ -94,7 +94,7 @@ class DenseVision(nn.Module):
                 layer.self_attn.q_proj.bias *= factor
 
     @torch.no_grad()
-    def lay_coordinates(self, pictures: Dataset, count: int = 120, size: float = 5.0) -> None:
+    def lay_coordinates(self, pictures: Dataset) -> None:
         """Add each patch's coordinates to its position embedding, and teach the projector to read them, in closed form.
 
         What a patch shows hardly depends on where it is: position embeddings stay at the noise that they start from, and the
@@ -103,7 +103,7 @@ class DenseVision(nn.Module):
         and the projector's readout is a ridge regression to the targets. Tents over three rows and three columns are linear
         in a coordinate and its absolute value.
         """
-        items = [pictures[index] for index in range(count)]
+        items = [pictures[index] for index in range(120)]
         embeddings, projector = self.vision_tower.embeddings, self.multi_modal_projector
 
         def leaving() -> Tensor:
@@ -115,7 +115,7 @@ class DenseVision(nn.Module):
         along = torch.linspace(-1, 1, GRID)
         rows, columns = (axis.flatten() for axis in torch.meshgrid(along, along, indexing="ij"))
         coordinates = torch.stack((rows, rows.abs() - 0.5, columns, columns.abs() - 0.5), dim=1)
-        embeddings.position_embedding.weight[1:] += size * coordinates @ directions.T
+        embeddings.position_embedding.weight[1:] += 5.0 * coordinates @ directions.T
 
         features = leaving()
         reading = _ridge(features, coordinates[torch.cat([item["place"] for item in items])], torch.ones(len(features)))

@@ -77,18 +77,17 @@ def highlight(
     return result
 
 
-def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 3) -> Image.Image:
-    """Pictures of equal size in rows, each above its caption.
+def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """Pictures of equal size in rows of three, each above its caption.
 
     Args:
         pictures: at least one.
         captions: one for each picture.
-        columns: number of pictures in a row.
 
     Returns:
         A new image. Pictures are scaled down where a side would be longer than `MAX_SIDE`.
     """
-    columns = min(columns, len(pictures))
+    columns = min(3, len(pictures))
     rows = -(-len(pictures) // columns)
     width, height = pictures[0].size
     scale = min(1.0, 0.9 * MAX_SIDE / (columns * width), 0.8 * MAX_SIDE / (rows * height))

@@ -166,9 +166,9 @@ def solve_cuts(
     return tuple(Cut(layer, size) for layer, size in zip(layers_of_cuts, sizes, strict=True))
 
 
-def scaled_layers(published: Sequence[int], layers: int, of: int = 32) -> tuple[int, ...]:
-    """Layers of cuts that were published for a base of `of` layers, at the same relative depths of a base of L layers."""
+def scaled_layers(published: Sequence[int], layers: int) -> tuple[int, ...]:
+    """Layers of cuts that were published for a base of 32 layers, at the same relative depths of a base of L layers."""
     at: list[int] = []
     for layer in published:
-        at.append(max(round(layer * layers / of), at[-1] + 1 if at else 1))
+        at.append(max(round(layer * layers / 32), at[-1] + 1 if at else 1))
     return tuple(at)

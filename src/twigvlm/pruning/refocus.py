@@ -46,7 +46,7 @@ class Look(NamedTuple):
 
 
 @dataclass
-class Held:
+class HeldTokens:
     """What layers hold of one prompt that hold the same visual tokens."""
 
     layers: tuple[int, int]
@@ -111,9 +111,9 @@ class Sight:
     """Of all visual tokens in the last twig layer, gated where the twig has a P-Head."""
     visual: Int[Tensor, " visual"]
     """Positions of the visual tokens in the prompt."""
-    pruned: Held
+    pruned: HeldTokens
     """In layers K+1..K_f."""
-    late: Held | None = None
+    late: HeldTokens | None = None
     """In layers K_f+1..L; None: no visual tokens."""
 
     @classmethod
@@ -133,7 +133,7 @@ class Sight:
         mask = tokens.visual[row]
         visual = mask.nonzero()[:, 0]
         stays = tokens.text[row] | kept
-        pruned = Held(
+        pruned = HeldTokens(
             (twig.config.trunk_layers, final_wipe),
             stays.nonzero()[:, 0],
             torch.where(kept, stays.long().cumsum(0) - 1, -1)[visual],
@@ -159,7 +159,7 @@ class Sight:
         if bool(visual.any()):
             slots = torch.full_like(self.visual, -1)
             slots[torch.searchsorted(self.visual, places[visual])] = visual.nonzero()[:, 0]
-            self.late = Held((self.pruned.layers[1], layers), places[places < length], slots)
+            self.late = HeldTokens((self.pruned.layers[1], layers), places[places < length], slots)
 
     @property
     def keep(self) -> int:

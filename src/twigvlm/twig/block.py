@@ -144,11 +144,11 @@ class Twig(nn.Module):
             compat.checkpoint_gradients(layer, on)
 
     @torch.no_grad()
-    def open_gates(self, base: BaseVLM, tokens: int = 256) -> None:
+    def open_gates(self, base: BaseVLM) -> None:
         """Open the P-Head's gates to tokens like the base's own, seen in random text; without a P-Head nothing happens."""
         if self.pruning_head is None:
             return
-        prompt = base.text_prompt(tokens)
+        prompt = base.text_prompt(256)
         inputs, masks = base.token_inputs(prompt), base.masks()
         hidden = base.run_layers(prompt.hidden, 0, self.config.trunk_layers, inputs, masks)
         hidden = self.last_input(hidden, inputs, masks)
