@@ -94,7 +94,7 @@ class DenseVision(nn.Module):
                 layer.self_attn.q_proj.bias *= factor
 
     @torch.no_grad()
-    def lay_coordinates(self, pictures: Dataset) -> None:
+    def lay_coordinates(self, pictures: Dataset, count: int = 120) -> None:
         """Add each patch's coordinates to its position embedding, and teach the projector to read them, in closed form.
 
         What a patch shows hardly depends on where it is: position embeddings stay at the noise that they start from, and the
@@ -103,7 +103,7 @@ class DenseVision(nn.Module):
         and the projector's readout is a ridge regression to the targets. Tents over three rows and three columns are linear
         in a coordinate and its absolute value.
         """
-        items = [pictures[index] for index in range(120)]
+        items = [pictures[index] for index in range(count)]
         embeddings, projector = self.vision_tower.embeddings, self.multi_modal_projector
 
         def leaving() -> Tensor:

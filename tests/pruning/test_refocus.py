@@ -7,17 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import families
 from tests.pruning.references import logits_by_looking
-from tests.pruning.trunks import WAYS
+from tests.pruning.trunks import WAYS, after_trunk
 from tests.tiny import VISUAL, prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
-from twigvlm.base.token_inputs import TokenInputs
+from twigvlm.base.token_inputs import TokenInputs, select_tokens
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.pruning.methods.random import RandomScores
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.methods.twig_attention import TwigAttention
-from twigvlm.pruning.refocus import Held, Refocus, Sight, exchanged
+from twigvlm.pruning.refocus import HeldTokens, Refocus, Sight, exchanged
 
 LAYERS, TRUNK, TOKENS = 6, 2, 12
 
@@ -102,9 +103,28 @@ def test_the_best_tokens_ask_for_no_others_however_sums_are_rounded(seed, count)
     keep = int(torch.randint(1, count + 1, (), generator=generator))
     slots = torch.full((count,), -1).scatter(0, scores[0, 0].topk(keep).indices, torch.arange(keep))
     states, keys = torch.zeros(1, count, 4), torch.zeros(1, count, 4)
-    pruned = Held((2, 5), torch.arange(keep), slots)
+    pruned = HeldTokens((2, 5), torch.arange(keep), slots)
     row = Sight(1.0, states, TokenInputs(states, states), keys, torch.arange(count), pruned)
     assert not Refocus(grown().twig, [row]).asks(scores).any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("twig_layers", [1, 2], ids=["has-a-window", "sees-all"])
+def test_without_a_p_head_scores_are_the_last_twig_layer_s_own_attention_to_visual_tokens(twig_layers):
+    """Each new token sees as many of them as its window leaves it."""
+    model = TwigVLM.grow(families.tiny("gemma3", "eager"), TwigConfig(TRUNK, twig_layers))
+    trunk, maps = after_trunk(model, families.prompt(model.model, "gemma3", "images")), []
+    inputs, visual = trunk.tokens.inputs, trunk.tokens.visual[0]
+    hook = model.twig.layers[-1].self_attn.register_forward_hook(lambda *call: maps.append(call[2][1]))
+    model.twig(trunk.tokens.hidden, inputs, trunk.masks)
+    hook.remove()
+    new = torch.arange(int(visual.nonzero()[-1]) + 1, len(visual))
+    row = Sight.of(trunk, 0, visual, 0.9, 5)
+    scores = Refocus(model.twig, [row]).scores(trunk.fill_twig()[:, new], select_tokens(inputs, new[None]))[0]
+    seen = maps[0][0][:, new][:, :, visual]
+    torch.testing.assert_close(scores, (seen / seen.sum(-1, keepdim=True)).mean(0))
+    counts = (scores > 0).sum(-1)
+    assert counts.tolist() == ([8, 7, 6, 5] if twig_layers == 1 else [32] * 4)
 
 
 shares_of_tokens = st.lists(st.integers(0, 50), min_size=2, max_size=12)
