@@ -159,6 +159,21 @@ def test_without_a_right_answer_there_is_no_figure(capsys, arguments, tmp_path):
     assert "figure.png" not in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_descriptions_alone_have_no_figure(capsys, arguments, tmp_path):
+    questions = tmp_path / "questions.json"
+    record = json.loads(questions.read_text())
+    asked = [{**row, "kind": "description", "objects": ["cat"]} for row in record["questions"]]
+    questions.write_text(json.dumps({"vocabulary": {"cat": ["cat"]}, "questions": asked}))
+    assert main(arguments(timed=0)) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Figure: none, because descriptions alone have no RelAcc"
+
+
+def test_an_attention_that_is_not_available_is_refused_before_anything_is_answered(refused, arguments, tmp_path):
+    refused(*arguments(baselines=["sdpa", "flash"]), words=("attention 'flash': not available here",))
+    assert not (tmp_path / "out").exists()
+    assert main(arguments("--no-figure", baselines="flash", timed=0)) == 0
+
+
 def test_no_methods_named_means_all(arguments, tmp_path):
     from twigvlm.pruning.methods import METHODS as PUBLISHED
 

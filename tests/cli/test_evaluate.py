@@ -201,7 +201,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_continues(capsys, argume
 def test_bad_options_are_refused(refused, arguments, tmp_path):
     assert main(arguments("accuracy")) == 0
     refused(*arguments("accuracy", budgets=9), words=("other settings", "variants"))
-    refused(*arguments("accuracy", methods="best"), words=("'best'", "deep:LAYER"))
+    refused(*arguments("accuracy", methods="best"), words=("'best'", "deep:N-M"))
     refused(*arguments("accuracy", budgets=1, output=tmp_path / "new"), words=("retain=1",))
     refused(*arguments("accuracy", kinds="colour"), words=("'colour'", "place"))
     refused(*arguments("accuracy", twig=tmp_path), words=("no twig here",))

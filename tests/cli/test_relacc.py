@@ -1,11 +1,15 @@
 """`twigvlm evaluate relacc` on result files as lmms-eval 0.7.3 writes them."""
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 
 from twigvlm.cli.main import main
-from twigvlm.evaluation.relacc import BENCHMARKS
+from twigvlm.evaluation.relacc import BENCHMARKS, OF_THE_BASE, PROTOCOL
+from twigvlm.integrations import lmms_eval
+from twigvlm.loading import SAPLING
 
 SCORES = {
     "gqa": {"exact_match": 0.619},
@@ -117,12 +121,42 @@ def test_an_unknown_task_counts_by_its_first_metric(capsys, write):
     [
         ({"scores": {"gqa": {"exact_match": 0.5}}}, ["has no result of mmbench_en_dev_static, mme", "--tasks"]),
         ({"samples": 10}, ["10 questions of gqa", "1000", "--limit"]),
-        ({"args": "pretrained=base,pad=true"}, ["pad=true", "pad=None", "one protocol"]),
+        ({"args": "pretrained=base,pad=true"}, ["pad=true", "pad=false", "one protocol"]),
         ({"scores": {**SCORES, "mme": {"mme_cognition_score": 1.0}}}, ["'mme'", "no score"]),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused(refused, write, changes, words):
     refused("evaluate", "relacc", write("base"), write("run", **changes), words=words)
+
+
+def test_arguments_that_mean_the_same_are_one_protocol(capsys, write):
+    """Whether a default is written down or not, and however a number or a truth is."""
+    base = write("base", "pretrained=base,dtype=auto,pad=False,max_new_tokens=128")
+    first = write("first", "pretrained=base,method=fastv,retain=64,attention=auto,frames=None")
+    second = write("second", "pretrained=base,method=visionzip,retain=64.0,pad=false,system=")
+    table = rows(capsys, base, first, second)
+    assert list(table)[-3:] == ["**R̄ 64**", "fastv", "visionzip"]
+
+
+def test_what_is_not_given_is_what_the_model_of_lmms_eval_takes():
+    source = (Path(lmms_eval.__file__).parent / "model.py").read_text()
+    (init,) = (
+        one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.FunctionDef) and one.name == "__init__"
+    )
+    names = [argument.arg for argument in init.args.args][-len(init.args.defaults) :]
+    defaults = {
+        name: SAPLING if isinstance(value, ast.Name) else str(ast.literal_eval(value))
+        for name, value in zip(names, init.args.defaults, strict=True)
+    }
+    assert {name: defaults[name].lower() for name in PROTOCOL} == PROTOCOL
+    assert {defaults[name].lower() for name in OF_THE_BASE} == {"none"}
+
+
+@pytest.mark.parametrize("args", ["method=fastv,retain=192", "retain=192,twig=twigs/ours", "speculate=lookup"])
+def test_the_first_run_is_the_base_s_own(refused, write, args):
+    pruned = write("base", f"pretrained=base,{args}")
+    refused("evaluate", "relacc", pruned, write("run"), words=[f"has {args.partition(',')[0]};", "without pruning"])
+    assert main(["evaluate", "relacc", str(write("none", "pretrained=base,method=none,twig=x")), str(pruned)]) == 0
 
 
 def test_files_that_are_none_are_refused(refused, write, tmp_path):

@@ -1,8 +1,10 @@
 import dataclasses
 
 import pytest
+import torch
 
 from tests.evaluation.conftest import inputs_of
+from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation import accuracy
 from twigvlm.evaluation.accuracy import run_accuracy, score
 from twigvlm.evaluation.progress import Progress
@@ -51,6 +53,29 @@ def test_a_stopped_run_goes_on(run, questions, monkeypatch):
     assert records[:2] == whole
     assert run() == records
     assert len(asked) == 2
+
+
+def test_a_question_that_cannot_have_a_budget_fails_and_the_others_go_on(model, tokenizer, questions, tmp_path):
+    """Unless it is the first one that is measured, since then most likely none can."""
+    variants = make_variants(model, ["fastv"], [10])
+
+    def run(larger):
+        def two_pictures(question):  # of which a budget of 10 cannot be had after two of six layers
+            inputs = inputs_of(question)
+            if question.id != larger:
+                return inputs
+            joint = {name: torch.cat((inputs[name],) * 2, dim=1) for name in ("input_ids", "attention_mask")}
+            return {**joint, "pixel_values": torch.cat((inputs["pixel_values"],) * 2)}
+
+        log = ResultsLog(tmp_path / "results.jsonl", {})
+        return run_accuracy(model, tokenizer, questions, variants, two_pictures, log, 2, 2)
+
+    with pytest.raises(TwigVLMError, match="retain=10: must be"):
+        run("0")
+    records = run("1")
+    assert [record["id"] for record in records if "given" in record] == ["0", "2", "3"]
+    assert records[1]["failed"].startswith("retain=10: must be")
+    assert all("given" in record for record in run(None)), "it is asked again"
 
 
 def test_random_choice_differs_between_questions_and_seeds(model, tokenizer, questions, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from twigvlm.evaluation import batches, peak_memory
 from twigvlm.evaluation.batches import batch_systems, run_batches, split, up_to_end
 from twigvlm.evaluation.report import batch_sections
 from twigvlm.evaluation.results_log import ResultsLog
+from twigvlm.evaluation.speed import in_turn
 from twigvlm.evaluation.summary import compare_batches
 from twigvlm.evaluation.systems import System
 
@@ -59,13 +60,12 @@ def test_a_run_goes_on_where_it_was(model, tokenizer, questions, tmp_path, monke
         return run_batches(model, tokenizer, questions, sizes, systems, batch_of, results_log, 2, 2, 1)
 
     run((4,))
-    assert order == [system.name for system in systems] * 2  # warm-up, then the turn
+    warm_up = [system.name for system in systems]
+    expected = [[system.name for system in in_turn(systems, turn)] for turn in range(3)]
+    assert order == [*warm_up, *expected[0]]
     order.clear()
     run((4, 2))
-    warm_up, *turns = (order[start : start + len(systems)] for start in range(0, len(order), len(systems)))
-    assert len(turns) == 2
-    assert turns[0][0] != turns[1][0]  # another one begins
-    assert sorted(warm_up) == sorted(turns[0]) == sorted(turns[1])
+    assert order == [*warm_up, *expected[1], *expected[2]]
 
 
 def test_sizes_must_divide(questions):

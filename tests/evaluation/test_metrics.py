@@ -98,10 +98,27 @@ def test_samples_that_belong_together_are_drawn_together():
     assert high - low < 0.6 * (alone[1] - alone[0])
 
 
+def test_resamples_without_a_figure_do_not_shorten_an_interval():
+    """Where the base is right once among 12, a third of the resamples leave that one out, and have no RelAcc."""
+    once = [1.0] + [0.0] * 11
+    assert all(map(math.isnan, bootstrap_interval(relative_accuracy, once, once)))
+
+    sample = np.random.default_rng(3).normal(3, 1, 60)
+    rng = np.random.default_rng(4)
+    rare = float(np.quantile([rng.choice(sample, 60).mean() for _ in range(2000)], 0.01))
+
+    def interval(there):
+        return bootstrap_interval(lambda drawn: drawn.mean() if drawn.mean() > rare else there, sample)
+
+    assert interval(float("nan")) == interval(1e9)
+    assert interval(float("nan")) != interval(rare)
+
+
 def test_a_small_sample_has_no_interval():
     assert all(map(math.isnan, bootstrap_interval(relative_accuracy, [1.0] * (FEWEST - 1), [1.0] * (FEWEST - 1))))
     assert not any(map(math.isnan, bootstrap_interval(relative_accuracy, [1.0] * FEWEST, [1.0] * FEWEST)))
     assert all(map(math.isnan, bootstrap_interval(relative_accuracy, [], [])))
     assert all(map(math.isnan, bootstrap_interval(relative_accuracy, [0, 1], [0, 0])))
+    assert all(map(math.isnan, bootstrap_interval(relative_accuracy, [1.0] * FEWEST, [0.0] * FEWEST)))
     with pytest.raises(ValueError, match="same samples"):
         bootstrap_interval(relative_accuracy, [1], [1, 2])

@@ -33,7 +33,7 @@ def test_reads_questions(write, tmp_path):
         Question("b", image, "What?", "A dog", "description", True, ("dog", "cat")),
     )
     assert questions.split == "test"
-    assert questions.vocabulary == {"dog": ("dog", "dogs"), "cat": ("cat",)}
+    assert questions.vocabulary == {"dog": ("dog", "Dogs"), "cat": ("cat",)}
     assert [item.group for item in questions.items] == ["place", "description, held out"]
 
 
@@ -116,3 +116,10 @@ def test_objects_named_in_a_text():
     assert named("a bear, a cat's tail, a hotdog, cats") == {"bear", "cat"}
     assert named("") == set()
     assert Namer({})("a dog") == set()
+
+
+def test_words_in_capitals_count_where_the_vocabulary_has_them_so(write):
+    row = {**SHORT, "kind": "description", "objects": ["tv"]}
+    named = Namer(load_questions(write(row, vocabulary={"tv": ["TV", "television"]})).vocabulary)
+    assert named("There is a TV.") == named("a tv") == named("A television") == {"tv"}
+    assert named("A sign says TELEVISION.") == set()

@@ -7,7 +7,7 @@ from tests.tiny import prompt
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation import speed
 from twigvlm.evaluation.results_log import ResultsLog
-from twigvlm.evaluation.speed import measure, run_speed
+from twigvlm.evaluation.speed import check_attentions, in_turn, measure, run_speed
 from twigvlm.evaluation.systems import System, draft_systems, standard_systems
 
 
@@ -66,11 +66,29 @@ def test_systems_take_turns_after_a_warm_up(model, tokenizer, questions, tmp_pat
         results_log = ResultsLog(tmp_path / "results.jsonl", {})
         return run_speed(model, tokenizer, first(questions, count), systems, inputs_of, results_log, 2, 2, 2)
 
+    turns = ["".join(one.name for one in in_turn(systems, turn)) for turn in range(4)]
     before = run(1)
-    assert "".join(order) == "abc" + "abc" + "bca"
+    assert "".join(order) == "abc" + turns[0] + turns[1]
     order.clear()
     assert run(2)[:1] == before
-    assert "".join(order) == "abc" + "bca" + "cab"  # a run that goes on warms up again
+    assert "".join(order) == "abc" + turns[2] + turns[3]  # a run that goes on warms up again
+
+
+def test_nobody_always_follows_the_same_one():
+    systems = [System(name) for name in "abcd"]
+    orders = [[one.name for one in in_turn(systems, turn)] for turn in range(20)]
+    assert orders == [[one.name for one in in_turn(systems, turn)] for turn in range(20)]
+    assert all(sorted(order) == list("abcd") for order in orders)
+    before = {order[order.index("b") - 1] for order in orders if order[0] != "b"}
+    assert before == set("acd")
+    assert {order[0] for order in orders} == set("abcd")
+
+
+def test_attentions_are_checked_and_left_as_they_were(model):
+    check_attentions(model.model, ["eager", None, "sdpa"])
+    with pytest.raises(TwigVLMError, match="attention 'nonsense': not available here"):
+        check_attentions(model.model, ["eager", "nonsense"])
+    assert model.base.attention == "sdpa"
 
 
 def test_memory_is_watched_where_that_is_asked_for(model, tokenizer, questions, tmp_path, monkeypatch):

@@ -96,6 +96,8 @@ def test_the_model_is_left_as_it_was():
         ("deep:2-x", "must be one of"),
         ("deep:2-", "must be one of"),
         ("deep:5-3", "in ascending order"),
+        ("deep:²", "refocus:τ, .*deep:N, deep:N-M"),
+        ("fastv:²", "'²' is not a layer"),
         ("visionzap", "must be one of"),
         ("cdpruner:3", "take a layer"),
         ("refocus:x", "must name τ"),

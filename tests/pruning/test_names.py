@@ -42,17 +42,38 @@ def test_what_some_methods_cannot_do_without_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("visionzip:", "nothing stands behind a colon; leave the colon out"),
+        ("fastv:", "nothing stands behind a colon"),
+        ("cdpruner::compacted", "nothing stands behind a colon"),
+        ("fastv:x", "'x' is not a layer; give its number, for example fastv:3"),
+        ("fastv:²", "'²' is not a layer"),
+        ("fastv:2:3", "'2:3' is not a layer"),
+        ("random:-1", "'-1' is not a layer; give its number, for example random:3"),
+        ("random:", "needs the layer to cut after"),
+        ("fitprune:", "needs the directory of a schedule"),
+        ("cdpruner:3", "only dart, fastv, random take a layer"),
+    ],
+)
+def test_names_that_say_nothing_sound_are_refused_with_what_is_wrong(name, words):
+    with pytest.raises(TwigVLMError, match=words) as caught:
+        make_pruner(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("pruner", "sizes", "true"),
     [
         (
             SparseVLM("v1", "published"),
-            {192: [309, 204, 113], 128: [312, 117, 39], 64: [82, 32, 18]},
-            {192: 206.5, 128: 145.9, 64: 82.2},
+            {192: [309, 204, 113], 128: [312, 117, 39], 96: [249, 55, 27], 64: [82, 32, 18]},
+            {192: 206.5, 128: 145.9, 96: 114.1, 64: 82.2},
         ),
         (
             SparseVLM("v2", "published"),
-            {192: [300, 200, 118], 128: [238, 108, 60], 64: [66, 34, 20]},
-            {192: 207.1, 128: 144.2, 64: 81.8},
+            {192: [300, 200, 118], 128: [238, 108, 60], 96: [246, 54, 28], 64: [66, 34, 20]},
+            {192: 207.1, 128: 144.2, 96: 114.2, 64: 81.8},
         ),
         (Dart(accounting="published"), {192: [196], 128: [132], 64: [68]}, {192: 219.8, 128: 159.8, 64: 99.8}),
     ],

@@ -122,11 +122,12 @@ def test_passes_of_a_step_add_up_to_one_pass_of_all_its_samples(make_model, data
     counts = [int((item["labels"] != -100).sum()) for item in items]
     assert counts[0] > counts[1] > 0
     gradients = []
-    for batch_size, passes in ((2, [items]), (1, [[item] for item in items])):
-        student = Student(model, Stage1Config(batch_size=batch_size, accumulate=2 // batch_size))
+    for passes in ([items], [[item] for item in items]):
+        student = Student(model, Stage1Config())
         model.twig.zero_grad()
         for batch in passes:
-            student(**Collator(0)(batch), num_items_in_batch=torch.tensor(sum(counts)))["loss"].backward()
+            totals = {"num_items_in_batch": torch.tensor(sum(counts)), "samples_in_step": torch.tensor(2)}
+            student(**Collator(0)(batch), **totals)["loss"].backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.twig.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
@@ -139,15 +140,15 @@ def test_samples_with_pictures_weigh_the_same_beside_samples_without(make_model,
     data = ConversationDataset([samples[0], text, samples[4], text], processor, strict=True)
     model, items = make_model(pruning_head=True), [data[index] for index in range(4)]
     count = torch.tensor(sum(int((item["labels"] != -100).sum()) for item in items))
+    totals = {"num_items_in_batch": count, "samples_in_step": torch.tensor(4)}
     gradients = []
     for size, order in ((4, (0, 1, 2, 3)), (2, (0, 1, 2, 3)), (2, (0, 2, 1, 3)), (1, (0, 1, 2, 3))):
         gamma, gamma_answers = gammas
-        config = Stage1Config(batch_size=size, accumulate=4 // size, gamma=gamma, gamma_answers=gamma_answers)
-        student = Student(model, config)
+        student = Student(model, Stage1Config(gamma=gamma, gamma_answers=gamma_answers))
         model.twig.zero_grad()
         for start in range(0, 4, size):
             batch = [items[place] for place in order[start : start + size]]
-            student(**Collator(0)(batch), num_items_in_batch=count)["loss"].backward()
+            student(**Collator(0)(batch), **totals)["loss"].backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.twig.named_parameters()})
     for others in gradients[1:]:
         for name, gradient in gradients[0].items():

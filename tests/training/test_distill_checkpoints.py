@@ -12,6 +12,7 @@ from tests.training.stop import StopAt
 from tests.training.weights import copy, same
 from twigvlm.errors import TwigVLMError
 from twigvlm.training.data.dataset import ConversationDataset
+from twigvlm.training.data.load import load_samples
 
 
 def test_resumed_equals_uninterrupted(make_model, dataset, tmp_path):
@@ -47,6 +48,18 @@ def test_resuming_with_other_settings_is_refused(make_model, dataset, tmp_path):
         run(make_model(torch.bfloat16), dataset, tmp_path, resume=True, max_steps=2, save_steps=1)
     assert (tmp_path / "settings.json").read_text() == before
     run(make_model(), dataset, tmp_path, resume=True, max_steps=2, save_steps=5, gradient_checkpointing=True)
+
+
+def test_resuming_on_other_samples_is_refused(make_model, processor, tmp_path):
+    def data(answer):
+        turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": answer}]
+        (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns}] * 8))
+        return ConversationDataset(load_samples(tmp_path / "data.json"), processor)
+
+    run(make_model(), data("That."), tmp_path / "run", max_steps=1)
+    with pytest.raises(TwigVLMError, match=r"data=.*: the checkpoint in .* was trained with"):
+        run(make_model(), data("This."), tmp_path / "run", resume=True, max_steps=1)
+    run(make_model(), data("That."), tmp_path / "run", resume=True, max_steps=1)
 
 
 def test_a_broken_picture_is_replaced_while_training_and_when_it_goes_on(make_model, samples, processor, tmp_path):

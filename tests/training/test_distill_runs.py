@@ -83,12 +83,26 @@ def test_float16_is_refused(make_model, dataset, tmp_path):
         {"batch_size": 0}, {"accumulate": 0}, {"epochs": 0.0}, {"learning_rate": -1.0}, {"warmup": 1.0},
         {"max_steps": 0}, {"save_steps": 0}, {"workers": -1}, {"learning_rate": float("nan")}, {"alpha": -0.1},
         {"gamma": float("inf")}, {"seed": -1}, {"temperature": 0.0}, {"clip": -1.0}, {"teacher_layers": (0,)},
+        {"epochs": float("inf")}, {"temperature": float("inf")}, {"clip": float("inf")}, {"learning_rate": float("inf")},
     ],
 )  # fmt: skip
 def test_settings_are_checked(option):
     ((name, _),) = option.items()
     with pytest.raises(TwigVLMError, match=f"{name}="):
         Stage1Config(**option)
+
+
+@pytest.mark.parametrize("gammas", [(1.0, 0.0), (0.0, 1.0)], ids=["prompts", "answers"])
+def test_a_step_of_fewer_samples_than_a_batch_learns_attention_by_those_it_has(make_model, dataset, tmp_path, gammas):
+    """The last step of an epoch, or one of data that do not fill a batch, does not learn less than others."""
+    gamma, gamma_answers = gammas
+    few = torch.utils.data.Subset(dataset, [0, 4])
+    name = "attention_kl" if gamma else "answer_attention_kl"
+    for batch_size, accumulate in ((2, 1), (8, 1), (1, 8), (2, 4)):
+        options = {"batch_size": batch_size, "accumulate": accumulate, "gamma": gamma, "gamma_answers": gamma_answers}
+        folder = tmp_path / f"{batch_size}-{accumulate}"
+        first = run(make_model(pruning_head=True), few, folder, max_steps=1, **options)[0]
+        assert first["loss"] == pytest.approx(first["next_token"] + first[name], rel=1e-3)
 
 
 def test_epochs_count_steps(make_model, dataset, tmp_path):

@@ -73,6 +73,26 @@ def test_bad_files(files, samples):
         load_samples(files / "pictures")
 
 
+def test_a_stray_file_among_samples_is_named_with_a_remedy(files, samples):
+    (files / "a.json").write_text(json.dumps(samples))
+    for content, problem in (('{"settings": 3}', "holds one JSON dict"), ("[", "not readable as JSON")):
+        (files / "stray.json").write_text(content)
+        with pytest.raises(TwigVLMError, match=rf"stray\.json.*: {problem}.*, or move the file out of this directory"):
+            load_samples(files)
+
+
+def test_a_digest_tells_samples_apart_by_their_order_ids_and_texts(files, samples):
+    def digest(changed):
+        (files / "a.json").write_text(json.dumps(changed))
+        return load_samples(files / "a.json").digest
+
+    renamed = [{**samples[0], "id": "other"}, *samples[1:]]
+    turns = [samples[0]["conversations"][0], {"from": "gpt", "value": "It is pink."}]
+    reworded = [{**samples[0], "conversations": turns}, *samples[1:]]
+    assert len({digest(each) for each in (samples, samples[::-1], samples[1:], renamed, reworded)}) == 5
+    assert digest(samples) == digest(samples)
+
+
 def test_a_line_separator_in_a_text_ends_no_line(files, samples):
     samples[0]["conversations"][1]["value"] = "one\u2028two"
     (files / "a.jsonl").write_text(json.dumps(samples[0], ensure_ascii=False), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from tests.training.events import logged
 from tests.training.stage2 import BUDGETS, run, settings
@@ -111,6 +112,47 @@ def test_rewards_rise(make_policy, dataset, tmp_path):
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + spread
 
 
+def test_a_run_goes_on_from_the_twig_that_it_began_with_only(make_policy, dataset, tmp_path):
+    run(make_policy(), dataset, tmp_path, max_steps=1)
+    other, trained = make_policy(), make_policy()
+    with torch.no_grad():
+        other.twig.norm.weight.mul_(1.5)
+    trained.twig.record.append({"stage": "stage1"})
+    for twig in (other, trained):
+        with pytest.raises(
+            TwigVLMError, match=r"start=.*: the checkpoint in .* was trained with .*; resume with the same"
+        ):
+            run(twig, dataset, tmp_path, resume=True, max_steps=1)
+
+
+def test_an_interrupted_run_goes_on_with_the_same_model(make_policy, dataset, tmp_path):
+    model = make_policy()
+    model.twig.record.append({"stage": "stage1"})
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    options = {"max_steps": 3, "save_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(model, dataset, tmp_path, callbacks=[Interrupt()], **options)
+    run(model, dataset, tmp_path, resume=True, **options)
+    assert [entry.get("steps") for entry in model.twig.record] == [None, 3]
+
+
+def test_attention_weighs_little_at_the_lowest_budget_and_much_at_the_highest(make_policy, dataset):
+    """The weight of L_AttnKL rises with R from the first of `gamma` to the second."""
+    model, levels, gamma, seen = make_policy(), (4, 7, 10), (0.5, 3.0), {}
+    options = {"budgets": None, "keep_budgets": levels, "beta": 0.0}
+    without, policy = (Policy(model, settings(**options, gamma=each), 10) for each in ((0.0, 0.0), gamma))
+    for step in range(10):
+        terms = policy(**dataset[0], step=step, part=0)
+        rest = without(**dataset[0], step=step, part=0)["loss"]
+        seen[float(terms["keep"])] = float((terms["loss"] - rest).detach() / terms["attention_kl"])
+    assert seen == pytest.approx({4.0: 0.5, 7.0: 1.75, 10.0: 3.0}, rel=1e-3)
+
+
 @pytest.mark.parametrize("count", [1, 7])
 def test_budgets_are_uniform_at_first_and_hardest_at_the_end(count):
     torch.testing.assert_close(budget_probabilities(count, 0.0, 8.0, 2.0), torch.full((count,), 1 / count).double())
@@ -158,6 +200,10 @@ def test_what_cannot_be_trained_is_refused(make_model, make_policy, dataset, tmp
         TwigVLMError, match=r"keep_budgets=41 .* 227: none is possible for the first sample, of 16 visual tokens"
     ):
         run(make_policy(), dataset, tmp_path / "out", budgets=None)
+    with pytest.raises(
+        TwigVLMError, match=r"keep_budgets=16 20: none prunes the first sample, of 16 visual tokens; choose others"
+    ):
+        run(make_policy(), dataset, tmp_path / "out", budgets=None, keep_budgets=(16, 20))
     assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import TYPE_CHECKING, ClassVar
 
 from twigvlm.cli.evaluate.options import FIGURE, PruningOptions
@@ -12,7 +13,7 @@ from twigvlm.errors import TwigVLMError
 
 if TYPE_CHECKING:
     from twigvlm.cli.evaluate.bench import Bench
-    from twigvlm.evaluation.compare import Combination
+    from twigvlm.evaluation.compare import Combination, Line
     from twigvlm.evaluation.results_log import Record
     from twigvlm.evaluation.run import InputsOf
     from twigvlm.evaluation.variants import Variant
@@ -38,7 +39,7 @@ class Compare(PruningOptions):
     timed: int = 20
     """Short questions, and long ones, that are timed: the first ones. 0: no times."""
     repeats: int = 1
-    """Times that everyone answers a timed question, in turn."""
+    """How often each system answers each timed question."""
     baselines: tuple[str, ...] = ("sdpa", "eager")
     """Attention implementations of the base's own `generate`; the faster one is what speeds are relative to."""
     figure: bool = True
@@ -51,10 +52,12 @@ class Compare(PruningOptions):
         from twigvlm.evaluation.compare_report import comparison_sections
         from twigvlm.evaluation.figures import draw_comparison, drawn_lengths
         from twigvlm.evaluation.results_log import answered
+        from twigvlm.evaluation.speed import check_attentions
         from twigvlm.evaluation.variants import make_variants
 
         self._check()
         bench = open_bench(self, needs_twig=self._needs_twig())
+        check_attentions(bench.base, self.baselines if self.timed else ())
         model = bench.grow(exits="exit" in self.speculate)
         variants = make_variants(model, self._methods(bench.twig is not None), self.budgets)
         combinations = make_combinations(variants, self.speculate)
@@ -73,7 +76,7 @@ class Compare(PruningOptions):
             draw_comparison(lines, self.output / FIGURE)
             print(f"Figure: {self.output / FIGURE}")
         elif self.figure:
-            print("Figure: none, because no answer of the base is right")
+            print(f"Figure: none, because {self._undrawn(lines)}")
 
     def _check(self) -> None:
         """What can be refused before a model is loaded."""
@@ -87,6 +90,11 @@ class Compare(PruningOptions):
                 raise TwigVLMError(f"{option}: none given; give at least one, or leave the option out")
         if self.figure:
             figure_class()
+
+    def _undrawn(self, lines: Sequence[Line]) -> str:
+        """Why there is nothing to draw: RelAcc is of answers that are right or wrong."""
+        graded = any(not isnan(quality.exact) for quality in lines[0].quality.values())
+        return "no answer of the base is right" if graded else "descriptions alone have no RelAcc"
 
     def _needs_twig(self) -> bool:
         from twigvlm.evaluation.variants import is_published

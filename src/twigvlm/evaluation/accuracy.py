@@ -24,7 +24,7 @@ def run_accuracy(
     seed: int = 0,
     advance: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
-    """Ask every question under every variant; those that the results_log holds already are not asked again.
+    """Ask every question under every variant; those that the log holds already are not asked again.
 
     Args:
         tokenizer: turns ids into text.

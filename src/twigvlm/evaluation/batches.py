@@ -57,9 +57,9 @@ def run_batches(
     repeats: int,
     advance: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
-    """Answer all prompts in batches of every size by every system; who begins changes from turn to turn.
+    """Answer all prompts in batches of every size by every system; their order changes from turn to turn.
 
-    Batches that the results_log holds already are not measured again. The first batch of a run is answered once by everyone
+    Batches that the log holds already are not measured again. The first batch of a run is answered once by everyone
     before any time counts.
 
     Returns:

@@ -86,8 +86,8 @@ def _explained(lines: Sequence[Line], lengths: Sequence[str]) -> str:
     text = (
         "R̄ is the true one by one rule for all methods, mean over prompts. Quality: exact match, objects named "
         "(recall/precision) and texts quoted by descriptions. RelAcc: exact matches relative to the base without pruning, with "
-        "the paired 95 % bootstrap interval over pictures. Published: RelAcc of LLaVA-1.5-7B on six benchmarks (Table 1 of "
-        "arXiv 2503.14075 v3; another model, other questions)."
+        "the paired 95 % bootstrap interval over pictures (from 10 on). Published: RelAcc of LLaVA-1.5-7B on six benchmarks "
+        "(Table 1 of arXiv 2503.14075 v3; another model, other questions)."
     )
     if any(quality.ran for line in lines for quality in line.quality.values()):
         text += " Chosen again: visual tokens that ran through the pruned layers beside R̄, while an answer grew; mean per answer."

@@ -59,7 +59,7 @@ def run_exactness(
     advance: Callable[[Record], None] = lambda record: None,
     refocus: float | None = None,
 ) -> list[Record]:
-    """Compare answers token for token; prompts that the results_log holds already are not asked again.
+    """Compare answers token for token; prompts that the log holds already are not asked again.
 
     Args:
         base: the base, before anything is grown on it.

@@ -82,7 +82,8 @@ def bootstrap_interval(
         seed: the same seed gives the same interval.
 
     Returns:
-        (low, high); nan where there are fewer than `FEWEST` groups.
+        (low, high); nan where there are fewer than `FEWEST` groups, or where the statistic is nan in as many resamples as an end
+        leaves out: such a resample may lie anywhere, so it counts as one beyond the upper end.
     """
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
     for array in arrays[1:]:
@@ -102,8 +103,10 @@ def bootstrap_interval(
         drawn = rng.integers(len(members), size=len(members))
         rows = [row for group in drawn.tolist() for row in members[group]]
         values.append(statistic(*(array[rows] for array in arrays)))
-    tail = (1 - level) / 2
-    low, high = np.nanquantile(values, (tail, 1 - tail)) if not np.isnan(values).all() else (np.nan, np.nan)
+    tail, undefined = (1 - level) / 2, np.isnan(values)
+    if undefined.sum() >= tail * resamples:
+        return float("nan"), float("nan")
+    low, high = np.quantile(np.where(undefined, np.inf, values), (tail, 1 - tail))
     return float(low), float(high)
 
 

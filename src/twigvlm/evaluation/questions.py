@@ -121,7 +121,7 @@ def _vocabulary(value: Any, name: str) -> dict[str, tuple[str, ...]]:
     )
     if not good:
         raise TwigVLMError(f"{name}: 'vocabulary' must map each name to a list of the words that count as it")
-    return {key: tuple(form.lower() for form in forms) for key, forms in value.items()}
+    return {key: tuple(forms) for key, forms in value.items()}
 
 
 def _question(row: Any, number: int, folder: Path, vocabulary: Mapping[str, Any], name: str) -> Question:
@@ -178,6 +178,7 @@ class Namer:
 
     def __init__(self, vocabulary: Mapping[str, Sequence[str]]) -> None:
         self._names = {form.lower(): name for name, forms in vocabulary.items() for form in forms}
+        self._capitals = {form for forms in vocabulary.values() for form in forms if form.isupper()}
         # Longest first: in "polar bear" no "bear" is named.
         forms = sorted(self._names, key=lambda form: (-len(form), form))
         self._pattern = (
@@ -185,7 +186,11 @@ class Namer:
         )
 
     def __call__(self, text: str) -> set[str]:
-        """The names whose forms occur as whole words; words in capitals are what a sign says, and name nothing."""
+        """The names whose forms occur as whole words, in whichever letter case.
+
+        Words in capitals are what a sign says, and name nothing unless the vocabulary has them in capitals, such as "TV".
+        """
         if self._pattern is None:
             return set()
-        return {self._names[form.lower()] for form in self._pattern.findall(text) if not form.isupper()}
+        found = self._pattern.findall(text)
+        return {self._names[form.lower()] for form in found if not form.isupper() or form in self._capitals}

@@ -46,8 +46,18 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "msrvtt_qa_1k": Benchmark("MSRVTT (no judge)", ("contained",)),
 }
 """Those of the paper, in the order of its columns. Any other task is shown by its own name and first metric."""
-PROTOCOL: Final = ("pretrained", "pad", "system", "dtype", "attention", "frames", "max_new_tokens")
-"""Model arguments in which a run may not differ from the base's."""
+PROTOCOL: Final[Mapping[str, str]] = {
+    "pretrained": "sapling",
+    "pad": "false",
+    "system": "",
+    "dtype": "auto",
+    "attention": "auto",
+    "frames": "none",
+    "max_new_tokens": "128",
+}
+"""Model arguments in which a run may not differ from the base's, and what they are where they are not given."""
+OF_THE_BASE: Final[Mapping[str, str]] = {"method": "none", "retain": "none", "speculate": "none"}
+"""Model arguments of the base's own run, neither pruned nor drafted, and what they are where they are not given."""
 LEGEND: Final = (
     "Score · RelAcc in percent of the base. R̄ measured: visual tokens per layer, mean over the answers. RelSpd: tokens per "
     "second over the base's, by the sums of tokens and times (sums) and by the means over answers (means)."
@@ -83,7 +93,7 @@ class Run:
     @property
     def budget(self) -> str:
         """R̄ as it was asked for; empty without pruning."""
-        return self.settings.get("retain", "")
+        return _plain(self.settings.get("retain", ""))
 
 
 def read_run(path: Path) -> Run:
@@ -124,8 +134,15 @@ def relacc_table(base: Run, runs: Sequence[Run], tasks: Sequence[str] = ()) -> s
         tasks: which to compare; none given: all of the base's.
 
     Raises:
-        TwigVLMError: a run lacks a task, was asked other questions, or has another base or protocol.
+        TwigVLMError: the base's run is pruned or drafted, or a run lacks a task, was asked other questions, or has another base
+            or protocol.
     """
+    for name, default in OF_THE_BASE.items():
+        if _plain(base.settings.get(name, default)) != default:
+            raise TwigVLMError(
+                f"run {base.name!r}: has {name}={base.settings[name]}; the first run must be the base's own, without pruning and "
+                "drafts"
+            )
     known = list(BENCHMARKS)
     chosen = list(tasks) or sorted(base.scores, key=lambda task: known.index(task) if task in known else len(known))
     for run in (base, *runs):
@@ -181,8 +198,8 @@ def _check(run: Run, base: Run, tasks: Sequence[str]) -> None:
                 f"run {run.name!r}: {run.samples[task]} questions of {task}, where the base was asked "
                 f"{base.samples[task]}; use the same --limit"
             )
-    for name in PROTOCOL:
-        mine, its = run.settings.get(name), base.settings.get(name)
+    for name, default in PROTOCOL.items():
+        mine, its = (_plain(one.settings.get(name, default)) for one in (run, base))
         if mine != its:
             raise TwigVLMError(
                 f"run {run.name!r}: {name}={mine}, where the base has {name}={its}; compare runs of one protocol"
@@ -233,6 +250,15 @@ def _throughput(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
     tokens, seconds = (sum(float(one[name]) for one in given) for name in ("total_gen_tokens", "total_elapsed_time"))
     return {**mean, "avg_speed": tokens / seconds} if seconds else mean
+
+
+def _plain(text: str) -> str:
+    """A model argument as text that is the same for equal values: 64 and 64.0, true and True."""
+    number, share = text.removesuffix("%"), "%" if text.endswith("%") else ""
+    try:
+        return f"{float(number):g}{share}"
+    except ValueError:
+        return text.lower() if text.lower() in ("true", "false", "none") else text
 
 
 def _number(text: str) -> float:

@@ -73,7 +73,7 @@ def accuracy_sections(accuracies: Sequence[Accuracy], variants: Sequence[Variant
         sections += [
             "## Accuracy",
             f"Exact match of {asked} answers in percent, and RelAcc (the base without pruning: 100) with its paired "
-            "95 % bootstrap interval, over pictures. Without pruning: "
+            "95 % bootstrap interval, over pictures (from 10 on). Without pruning: "
             f"**{percent(base.exact)} %** at {base.kept:g} visual tokens.",
             _by_budget(figures, variants),
             "## Accuracy by kind of question",

@@ -1,7 +1,8 @@
 """Raw results as JSON lines: a first line with the settings, then one record per question. A stopped run continues.
 
-A question whose inputs could not be made has a record too, with the reason under `failed` in place of results. When the
-run is started again, such a question is asked again; of several records of a question the last one counts.
+A question that could not be asked, for example because its picture is broken or its prompt cannot have a budget, has a record
+too, with the reason under `failed` in place of results. When the run is started again, such a question is asked again; of
+several records of a question the last one counts.
 """
 
 import json

@@ -29,7 +29,8 @@ class InputsOf(Protocol):
 
 
 Measure = Callable[[Item, dict[str, Any], int], Record]
-"""(item, its inputs, its place among all) -> what the record holds beside `about`."""
+"""(item, its inputs, its place among all) -> what the record holds beside `about`; raises TwigVLMError where the item fails,
+for example because a prompt cannot have a budget."""
 
 
 def one_by_one(questions: Iterable[Question]) -> list[Item]:
@@ -59,19 +60,31 @@ def run(
         advance: called with each record.
 
     Returns:
-        The records, in the order of the items: `about` and the results; of an item whose inputs could not be made `about` and
-        the reason, `failed`.
+        The records, in the order of the items: `about` and the results; of an item that failed `about` and the reason, `failed`.
+
+    Raises:
+        TwigVLMError: the first item that has inputs cannot be measured: most likely none can.
     """
     records = []
+    measured = any("failed" not in record for record in results_log.records.values())
+
+    def results(item: Item, place: int) -> Record:
+        try:
+            inputs = inputs_of(*item.questions)
+        except TwigVLMError as error:
+            return {"failed": one_line(error)}
+        try:
+            return measure(item, inputs, place)
+        except TwigVLMError as error:
+            if not measured:
+                raise
+            return {"failed": one_line(error)}
+
     for place, item in enumerate(items):
         record = results_log.results(item.about["id"])
         if record is None:
-            try:
-                inputs = inputs_of(*item.questions)
-            except TwigVLMError as error:
-                record = results_log.append({**item.about, "failed": one_line(error)})
-            else:
-                record = results_log.append({**item.about, **measure(item, inputs, place)})
+            record = results_log.append({**item.about, **results(item, place)})
+        measured = measured or "failed" not in record
         records.append(record)
         advance(record)
     return records

@@ -4,7 +4,8 @@ The baseline is the base's own `generate` with the better of its attention imple
 way, by a streamer that notes the first new token: prefill is everything up to it (vision included), decoding the rest.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,15 +30,18 @@ T = TypeVar("T")
 
 
 def in_turn(systems: Sequence[System], turn: int) -> list[System]:
-    """All of them; another one begins in each turn."""
-    first = turn % len(systems)
-    return [*systems[first:], *systems[:first]]
+    """All of them, in an order that depends on the turn alone.
+
+    It is drawn anew for each turn: were they only rotated, each would always follow the same one, and measure what that one
+    leaves in the caches of the machine.
+    """
+    return random.Random(turn).sample(systems, len(systems))
 
 
 def alternating(
     systems: Sequence[System], repeats: int, once: Callable[[dict[str, Any], System, int], T]
 ) -> Callable[[dict[str, Any], int, int], dict[str, list[T]]]:
-    """How to measure all systems on the same inputs several times; another one begins in each turn.
+    """How to measure all systems on the same inputs several times; their order is another one in each turn.
 
     The first inputs are answered once by everyone before any time counts.
 
@@ -57,7 +61,7 @@ def alternating(
             once(inputs, system, most)
         warm = True
         taken: dict[str, list[T]] = {system.name: [] for system in systems}
-        for turn in range(place, place + repeats):
+        for turn in range(place * repeats, (place + 1) * repeats):
             for system in in_turn(systems, turn):
                 taken[system.name].append(once(inputs, system, most))
         return taken
@@ -121,6 +125,17 @@ def attention_of(model: Any, implementation: str | None) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def check_attentions(model: Any, implementations: Iterable[str | None]) -> None:
+    """Refuse attention implementations that a Hugging Face model does not have, before anything is measured.
+
+    Raises:
+        TwigVLMError: one of them is not available.
+    """
+    for implementation in implementations:
+        with attention_of(model, implementation):
+            pass
 
 
 def measure(
@@ -195,9 +210,9 @@ def run_speed(
     memory: bool = False,
     assistant: Any = None,
 ) -> list[Record]:
-    """Time every system on every prompt, `repeats` times; who begins changes from turn to turn.
+    """Time every system on every prompt, `repeats` times; their order changes from turn to turn.
 
-    Prompts that the results_log holds already are not measured again. The first prompt is answered once by everyone before
+    Prompts that the log holds already are not measured again. The first prompt is answered once by everyone before
     any time counts.
 
     Args:

@@ -23,10 +23,7 @@ from twigvlm.pruning.refocus import check_refocus
 from twigvlm.pruning.select import best, diverse
 from twigvlm.pruning.view import Scorer
 
-RANKINGS = (
-    "none, twig, diverse, scout, refocus:COVERAGE, diverse+refocus:COVERAGE, attention, twig-text, random, deep:LAYER, "
-    "deep:FIRST-LAST"
-)
+RANKINGS = "none, twig, diverse, scout, refocus:τ, diverse+refocus:τ, attention, twig-text, random, deep:N, deep:N-M"
 _SCORED = ("twig", "diverse", "scout", "attention", "twig-text", "random")
 
 
@@ -136,7 +133,7 @@ def watched_layers(method: str, model: TwigVLM) -> BaseLayerAttention:
     layers = model.base.num_layers
     name, _, numbers = method.partition(":")
     first, dash, last = numbers.partition("-")
-    if name != "deep" or not first.isdigit() or (dash and not last.isdigit()):
+    if name != "deep" or not first.isdecimal() or (dash and not last.isdecimal()):
         raise TwigVLMError(f"method {method!r}: must be one of {RANKINGS}, or of 'twigvlm methods'")
     if not 1 <= int(first) <= int(last or first) <= layers:
         raise TwigVLMError(

@@ -1,6 +1,6 @@
 """Stage 1: the shallow model (trunk + twig) learns answers, and from the frozen base its predictions and attention (Eq. 9)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from twigvlm.model import TwigVLM
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.training.data.dataset import IGNORE
 from twigvlm.training.data.turns import last_prompt_tokens
-from twigvlm.training.distributed import processes
 from twigvlm.training.fit import fit_twig
 from twigvlm.training.losses import attending, attention_loss, draft_targets, next_token_loss, prediction_loss
 from twigvlm.training.options import Stage1Config
@@ -47,7 +46,11 @@ class Student(nn.Module):
         self.teacher_layers = resolve_teacher_layers(config.teacher_layers, model.base.num_layers, trunk)
 
     def forward(
-        self, labels: Int[Tensor, "batch tokens"], num_items_in_batch: Tensor | None = None, **inputs: Any
+        self,
+        labels: Int[Tensor, "batch tokens"],
+        num_items_in_batch: Tensor | None = None,
+        samples_in_step: Tensor | None = None,
+        **inputs: Any,
     ) -> dict[str, Tensor]:
         """Loss of a batch (Eq. 9) and its terms, padded on the right: without a mask, causal attention hides padding from
         every real token.
@@ -59,6 +62,7 @@ class Student(nn.Module):
         Args:
             labels: ids at answers, -100 elsewhere.
             num_items_in_batch: answer tokens of the optimiser step; None: it has this batch alone.
+            samples_in_step: samples of the optimiser step; None: it has this batch alone.
             inputs: what the base's forward takes.
         """
         inputs.pop("attention_mask", None)
@@ -86,8 +90,7 @@ class Student(nn.Module):
         targets = draft_targets(labels[:, 1:][answers], twig.draft_token_ids, vocabulary)
         count = answers.sum() if num_items_in_batch is None else num_items_in_batch
         of_tokens = answers.sum() / count
-        step = config.batch_size * config.accumulate * processes.count()
-        samples = len(labels) if num_items_in_batch is None else step
+        samples = len(labels) if samples_in_step is None else samples_in_step
         loss = next_token_loss(logits, targets, count)
         terms = {"next_token": loss.detach() / of_tokens}
         if teacher.logits is not None:
@@ -104,6 +107,30 @@ class Student(nn.Module):
                 terms["answer_attention_kl"] = attention_loss(teacher.attention, scores, ~at_ends)
                 loss = loss + of_samples * config.gamma_answers * terms["answer_attention_kl"]
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+
+class DistillTrainer(TermTrainer):
+    """Tells the student how many samples an optimiser step sees: the last step of an epoch may see fewer than the others."""
+
+    _samples: Tensor | None = None  # of the step at hand, in all passes of all processes
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The batches of an optimiser step, whose samples are counted as the Trainer counts their answer tokens."""
+        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
+        self._samples = self.accelerator.gather(samples).sum()
+        return batches, tokens
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of the pass at hand."""
+        counted = {**inputs, "samples_in_step": self._samples}
+        return super().compute_loss(model, counted, return_outputs, num_items_in_batch)
 
 
 def train_stage1(
@@ -135,7 +162,7 @@ def train_stage1(
         model.twig.pruning_head.requires_grad_(config.gamma + config.gamma_answers > 0)
     try:
         return fit_twig(
-            model, lambda steps: Student(model, config), TermTrainer, data, config, directory, resume, callbacks
+            model, {}, lambda steps: Student(model, config), DistillTrainer, data, config, directory, resume, callbacks
         )
     finally:
         model.twig.checkpoint_gradients(False)

@@ -1,6 +1,7 @@
 """What all trainings share: Hugging Face's Trainer on a part beside the frozen base, begun or resumed in a directory."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -93,14 +94,33 @@ def fit(
     return trainer.state.log_history, _entry(config, samples, trainer.state)
 
 
-def fit_twig(model: TwigVLM, *arguments: Any) -> list[dict[str, float]]:
-    """`fit` on a twig, which takes the training into its record; returns the Trainer's log."""
+def fit_twig(model: TwigVLM, stays: Mapping[str, Tensor], *arguments: Any) -> list[dict[str, float]]:
+    """`fit` on a twig, which takes the training into its record.
+
+    Args:
+        model: the twig with its base.
+        stays: weights of the twig that the training does not change. With the record of earlier trainings they tell which twig
+            it starts from, also when a run that was interrupted goes on in the same process.
+        arguments: further ones of `fit`.
+
+    Returns:
+        The Trainer's log.
+    """
     twig = model.twig
     shares_head = twig.head is None and twig.head_rows is None
     through = model.base.head.parameters() if shares_head else ()
-    log, entry = fit(model.base, twig, dataclasses.asdict(twig.config), through, *arguments)
+    shape = {**dataclasses.asdict(twig.config), "start": _digest(twig.record, stays)}
+    log, entry = fit(model.base, twig, shape, through, *arguments)
     twig.record.append(entry)
     return log
+
+
+def _digest(record: list[dict[str, Any]], weights: Mapping[str, Tensor]) -> str:
+    """Twelve characters that change with a record and with weights."""
+    whole = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for tensor in weights.values():
+        whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()[:12]
 
 
 def _check_trainable(base: BaseVLM, through: Iterable[nn.Parameter]) -> None:
@@ -125,6 +145,7 @@ def _settings(
         **shape,
         **dataclasses.asdict(config),
         "samples": samples,
+        "data": getattr(data, "digest", None),
         "max_length": getattr(data, "max_length", None),
         "dtype": str(base.dtype),
         "base": zlib.crc32(json.dumps(fingerprint(base)).encode()),

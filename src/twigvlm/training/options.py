@@ -54,8 +54,8 @@ class TrainingConfig:
 
     def _more_than_0(self, *names: str) -> None:
         for name in names:
-            if not getattr(self, name) > 0:
-                raise TwigVLMError(f"{name}={getattr(self, name):g}: must be more than 0")
+            if not (getattr(self, name) > 0 and isfinite(getattr(self, name))):
+                raise TwigVLMError(f"{name}={getattr(self, name):g}: must be more than 0, and finite")
 
     def _not_negative(self, *names: str) -> None:
         for name in names:

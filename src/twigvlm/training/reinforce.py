@@ -196,7 +196,8 @@ def train_stage2(
         equal), the entropy of s, R, R̄ and L_AttnKL.
 
     Raises:
-        TwigVLMError: the twig has no P-Head, none of the budgets is possible for the first sample, or an error of stage 1.
+        TwigVLMError: the twig has no P-Head, none of the budgets is possible for the first sample and prunes it, or an error of
+            stage 1.
     """
     head = model.twig.pruning_head
     if head is None:
@@ -204,16 +205,26 @@ def train_stage2(
     config = config.resolve()
     visual = int(model.base.visual_mask(data[0]["input_ids"]).sum())
     policy = Policy(model, config, steps=1)
-    if visual and all(policy.keep(level, visual) is None for level in policy.levels):
+    possible = [keep for level in policy.levels if (keep := policy.keep(level, visual)) is not None]
+    if visual and all(keep >= visual for keep in possible):
         name = "budgets" if config.keep_budgets is None else "keep_budgets"
+        problem = "none prunes" if possible else "none is possible for"
         raise TwigVLMError(
-            f"{name}={spaced(policy.levels)}: none is possible for the first sample, of {visual} visual tokens; choose others"
+            f"{name}={spaced(policy.levels)}: {problem} the first sample, of {visual} visual tokens; choose others"
         )
     model.twig.requires_grad_(False)
     head.requires_grad_(True)
     try:
         return fit_twig(
-            model, lambda steps: Policy(model, config, steps), PolicyTrainer, data, config, directory, resume, callbacks
+            model,
+            {name: tensor for name, tensor in model.twig.state_dict().items() if not name.startswith("pruning_head.")},
+            lambda steps: Policy(model, config, steps),
+            PolicyTrainer,
+            data,
+            config,
+            directory,
+            resume,
+            callbacks,
         )
     finally:
         model.twig.requires_grad_(True)

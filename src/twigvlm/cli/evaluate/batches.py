@@ -22,9 +22,11 @@ class EvaluateBatches(BaselineOptions):
         from twigvlm.evaluation.batches import batch_systems, run_batches, split
         from twigvlm.evaluation.report import batch_sections
         from twigvlm.evaluation.results_log import answered
+        from twigvlm.evaluation.speed import check_attentions
 
         self.check("baselines", "sizes")
         bench = open_bench(self)
+        check_attentions(bench.base, self.baselines)
         questions = bench.questions.items
         ids = [f"{size}-{number}" for size in self.sizes for number in range(len(split(questions, size)))]
         systems = batch_systems(self.retain, self.baselines)

@@ -83,9 +83,10 @@ def time_systems(
     from twigvlm.cli.evaluate.bench import machine, open_bench, open_log, showing, write_report
     from twigvlm.evaluation.report import speed_sections
     from twigvlm.evaluation.results_log import answered
-    from twigvlm.evaluation.speed import run_speed
+    from twigvlm.evaluation.speed import check_attentions, run_speed
 
     bench = open_bench(options, validation, any(system.needs_twig for system in systems))
+    check_attentions(bench.base, (system.attention for system in systems))
     drafter = None if assistant is None else bench.load_assistant(assistant, options)
     model = bench.grow(exits=any(system.options.get("speculate") == "exit" for system in systems))
     more = {"repeats": options.repeats, **machine(), **({} if assistant is None else {"assistant": assistant})}

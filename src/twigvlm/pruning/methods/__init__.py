@@ -70,9 +70,11 @@ def make_pruner(name: str, seed: int = 0) -> Pruner:
     options: dict[str, Any] = {_CHOICES[word]: word for word in words if word in _CHOICES}
     others = [word for word in words if word not in _CHOICES]
     given = ":".join(others)
+    if "" in words and method not in _NEEDED:
+        raise TwigVLMError(f"pruner {name!r}: nothing stands behind a colon; leave the colon out")
     if method == "random":
         options["seed"] = seed
-        if not others:
+        if not given:
             raise TwigVLMError(
                 "pruner 'random': needs the layer to cut after, for example random:0 (before the decoder)"
             )
@@ -85,7 +87,9 @@ def make_pruner(name: str, seed: int = 0) -> Pruner:
         options["folder"] = given
     elif given and method == "visionzip":
         options["projector"] = given
-    elif given and method in _AT_A_LAYER and given.isdigit():
+    elif given and method in _AT_A_LAYER:
+        if not given.isdecimal():
+            raise TwigVLMError(f"pruner {name!r}: {given!r} is not a layer; give its number, for example {method}:3")
         options["layer"] = int(given)
     elif others:
         raise TwigVLMError(f"pruner {name!r}: only {', '.join(_AT_A_LAYER)} take a layer, for example fastv:3")

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 
+from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Need
 from twigvlm.pruning.images import ImageTokens, PerImage, Picked, top
 
@@ -21,6 +22,10 @@ class HoloV(PerImage):
     segments: int = 16
     paper: ClassVar[str] = "Zou et al., NeurIPS 2025, arXiv:2510.02912"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
+
+    def __post_init__(self) -> None:
+        if self.segments < 1:
+            raise TwigVLMError(f"segments={self.segments}: must be 1 or more, the parts of an image that have a quota")
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
         """Of one image. What exceeds a segment goes to those with the largest means that have room."""

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Choice, Cut, Need, scaled_layers, solve_cuts
 from twigvlm.pruning.images import Positions
 from twigvlm.pruning.question import attention_from, question_mask
@@ -31,9 +32,18 @@ class MustDrop:
     positions: Positions = "kept"
     """"compacted" as published."""
     thresholds: tuple[float, float] = (0.001, 0.001)
-    """g and i, as published for TextVQA and R̄ 192; under a budget only their ratio matters."""
+    """g and i, as published for TextVQA and R̄ 192. Under a budget only g/i matters, which is 1 here; published are 1.2 at R̄ 128
+    and 1.1 at 64."""
     paper: ClassVar[str] = "Liu et al., 2024, arXiv:2411.10803"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LAST_LAYER, Need.VISION, Need.TOWER_ATTENTION})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.key_share <= 1:
+            raise TwigVLMError(
+                f"key_share={self.key_share:g}: must be 0 to 1, the share of the visual tokens that stays"
+            )
+        if not all(threshold > 0 for threshold in self.thresholds):
+            raise TwigVLMError(f"thresholds={self.thresholds}: both must be more than 0")
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
         """Cuts that keep λM, λ²M, λ³M, λ⁴M; raises TwigVLMError if no λ has this average."""

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 
+from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Need
 from twigvlm.pruning.images import ImageTokens, PerImage, Picked, top, unit
 
@@ -26,6 +27,14 @@ class PruMerge(PerImage):
     """Share of the centres that are chosen by attention; 1: PruMerge, without +."""
     paper: ClassVar[str] = "Shang et al., ICCV 2025, arXiv:2403.15388"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 1:
+            raise TwigVLMError(f"neighbours={self.neighbours}: must be 1 or more, the patches that a centre takes up")
+        if not 0 <= self.attended <= 1:
+            raise TwigVLMError(
+                f"attended={self.attended:g}: must be 0 to 1, the share of centres that attention chooses"
+            )
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
         """Of one image; the token of all others comes last, and takes the position of the first patch that is gone."""

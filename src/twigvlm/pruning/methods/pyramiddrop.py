@@ -8,6 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from twigvlm.base.layers import project_keys
+from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Choice, Cut, Need, scaled_layers, solve_cuts
 from twigvlm.pruning.images import Positions
 from twigvlm.pruning.methods.twig_attention import layer_scores
@@ -29,6 +30,10 @@ class PyramidDrop:
     """"compacted" as published."""
     paper: ClassVar[str] = "Xing et al., CVPR 2025, arXiv:2410.17247"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.NEXT_LAYER})
+
+    def __post_init__(self) -> None:
+        if not self.layers or self.layers[0] < 1 or list(self.layers) != sorted(set(self.layers)):
+            raise TwigVLMError(f"layers={self.layers}: must be one or more layers, counted from 1 and ascending")
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
         """Cuts that keep λM, λ²M, λ³M, …; raises TwigVLMError if no λ has this average."""

@@ -30,6 +30,12 @@ class VisionZip(PerImage):
     paper: ClassVar[str] = "Yang et al., CVPR 2025, arXiv:2412.04467"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.contextual <= 1:
+            raise TwigVLMError(
+                f"contextual={self.contextual:g}: must be 0 to 1, the share of the kept tokens that others merge into"
+            )
+
     def pick(self, image: ImageTokens, keep: int) -> Picked:
         """Of one image: CLS, dominant patches, contextual tokens. CLS takes the position of the first patch that is gone."""
         contextual = min(int(keep * self.contextual + 0.5), keep - 1)

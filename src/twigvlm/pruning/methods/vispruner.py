@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Need
 from twigvlm.pruning.images import ImageTokens, PerImage, Picked, nearest, unit
 
@@ -21,16 +22,25 @@ class VisPruner(PerImage):
     """
 
     important: float = 0.5
-    """r."""
+    """r, 0 to 1."""
     paper: ClassVar[str] = "Zhang et al., ICCV 2025, arXiv:2412.01818v2"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.important <= 1:
+            raise TwigVLMError(
+                f"important={self.important:g}: must be 0 to 1, the share of the kept tokens that attention chooses"
+            )
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
         """Of one image."""
         ranked = image.importance.argsort(descending=True, stable=True)
         important = int(keep * self.important)
-        diverse = without_duplicates(unit(image.features), ranked[important:], keep - important)
-        return Picked(torch.cat((ranked[:important], diverse)).sort().values)
+        kept = ranked[:important]
+        if important < keep:
+            others = without_duplicates(unit(image.features), ranked[important:], keep - important)
+            kept = torch.cat((kept, others))
+        return Picked(kept.sort().values)
 
 
 def without_duplicates(

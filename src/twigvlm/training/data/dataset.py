@@ -58,6 +58,11 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def digest(self) -> str | None:
+        """Changes with the samples that `load_samples` read; None of others."""
+        return getattr(self.samples, "digest", None)
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """The inputs of a sample, or of the next good one, each [1, …].
 

@@ -1,5 +1,6 @@
 """Read training samples from files, and leave out broken ones."""
 
+import hashlib
 import json
 import logging
 import os
@@ -29,7 +30,8 @@ def load_samples(path: Path, images: Path | None = None, strict: bool = False) -
         strict: make the first broken sample an error.
 
     Returns:
-        The good samples in the form of `to_messages`, with absolute image paths.
+        The good samples in the form of `to_messages`, with absolute image paths; their `digest` changes with their order, ids
+        and texts.
 
     Raises:
         TwigVLMError: names the file, or the sample by its id, with the remedy.
@@ -42,12 +44,14 @@ def load_samples(path: Path, images: Path | None = None, strict: bool = False) -
     folder = (images or (path if path.is_dir() else path.parent)).resolve()
     good: list[tuple[Samples, int]] = []
     broken: list[str] = []
+    digest = hashlib.sha256()
     for part in parts:
         for index in range(len(part)):
             try:
                 sample = to_messages(*read_sample(part, index), folder)
                 _check_files(sample)
                 good.append((part, index))
+                digest.update(_told(sample))
             except BrokenSample as error:
                 if strict:
                     raise
@@ -60,7 +64,7 @@ def load_samples(path: Path, images: Path | None = None, strict: bool = False) -
         raise TwigVLMError(f"data {str(path)!r}: all {len(broken)} samples are broken; {broken[-1]}")
     if processes.is_main():
         summarise(len(broken), len(broken) + len(good))
-    return _Good(good, folder)
+    return _Good(good, folder, digest.hexdigest()[:12])
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class _Good:
 
     found: list[tuple[Samples, int]]
     folder: Path
+    digest: str
 
     def __len__(self) -> int:
         return len(self.found)
@@ -89,6 +94,11 @@ def summarise(broken: int, total: int) -> None:
     """One line that counts broken samples, if there were any."""
     if broken:
         _log.warning("skipped %d of %d samples", broken, total)
+
+
+def _told(sample: Mapping[str, Any]) -> bytes:
+    """What a sample is and says; where its pictures lie may change before a run goes on."""
+    return json.dumps((sample["id"], sample["messages"]), default=str).encode()
 
 
 def _check_files(sample: Mapping[str, Any]) -> None:
@@ -115,7 +125,8 @@ def _read(path: Path) -> list[Samples]:
         files = [path]
     else:
         raise TwigVLMError(f"data {str(path)!r}: no such file or directory; give a .json, .jsonl or .parquet file")
-    return [_table(file) if file.suffix == ".parquet" else _records(file) for file in files]
+    elsewhere = ", or move the file out of this directory of samples" if path.is_dir() else ""
+    return [_table(file) if file.suffix == ".parquet" else _records(file, elsewhere) for file in files]
 
 
 def _table(path: Path) -> Samples:
@@ -139,7 +150,8 @@ def _table(path: Path) -> Samples:
     return table
 
 
-def _records(file: Path) -> list[Any]:
+def _records(file: Path, elsewhere: str) -> list[Any]:
+    """What a JSON file holds; `elsewhere` ends the remedies of a file that may not belong to the samples."""
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".jsonl":
@@ -147,8 +159,9 @@ def _records(file: Path) -> list[Any]:
         records = json.loads(text)
     except (OSError, ValueError) as error:
         raise TwigVLMError(
-            f"data {str(file)!r}: not readable as JSON ({error}); correct it or export it again"
+            f"data {str(file)!r}: not readable as JSON ({error}); correct it or export it again{elsewhere}"
         ) from None
     if not isinstance(records, list):
-        raise TwigVLMError(f"data {str(file)!r}: holds one JSON {type(records).__name__}; put the samples in a list")
+        kind = type(records).__name__
+        raise TwigVLMError(f"data {str(file)!r}: holds one JSON {kind}; put the samples in a list{elsewhere}")
     return records

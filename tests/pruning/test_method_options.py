@@ -1,0 +1,81 @@
+"""Options of published methods: which values they take, and what the ends of a range mean."""
+
+import pytest
+import torch
+from hypothesis import given
+
+from tests.pruning.image_tokens import SIZES, of
+from tests.pruning.trunks import grown
+from tests.tiny import VISUAL, prompt
+from twigvlm.errors import TwigVLMError
+from twigvlm.pruning.cut import Cut, average_visual
+from twigvlm.pruning.methods.fastervlm import FasterVLM
+from twigvlm.pruning.methods.holov import HoloV
+from twigvlm.pruning.methods.mustdrop import MustDrop
+from twigvlm.pruning.methods.prumerge import PruMerge
+from twigvlm.pruning.methods.pyramiddrop import PyramidDrop
+from twigvlm.pruning.methods.sparsevlm import SparseVLM
+from twigvlm.pruning.methods.visionzip import VisionZip
+from twigvlm.pruning.methods.vispruner import VisPruner
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        (VisPruner, {"important": -1.0}), (VisPruner, {"important": 1.5}), (VisPruner, {"important": float("nan")}),
+        (VisionZip, {"contextual": -0.5}), (VisionZip, {"contextual": 1.1}), (HoloV, {"segments": 0}),
+        (PyramidDrop, {"layers": ()}), (PyramidDrop, {"layers": (8, 2)}), (PyramidDrop, {"layers": (0, 2)}),
+        (PruMerge, {"attended": 2.0}), (PruMerge, {"neighbours": 0}), (MustDrop, {"key_share": 2.0}),
+        (MustDrop, {"thresholds": (0.0, 0.1)}),
+    ],
+)  # fmt: skip
+def test_options_of_methods_are_checked(method, option):
+    ((name, _),) = option.items()
+    with pytest.raises(TwigVLMError, match=f"{name}=.*: .*must be ") as caught:
+        method(**option)
+    assert "\n" not in str(caught.value)
+
+
+@given(SIZES)
+def test_vispruner_without_duplicates_to_remove_ranks_by_attention_alone(size):
+    tokens, keep = of(*size)
+    chosen = VisPruner(important=1.0).pick(tokens, keep).slots.tolist()
+    assert chosen == FasterVLM().pick(tokens, keep).slots.tolist()
+
+
+def test_sparsevlm_s_true_budgets_keep_the_shapes_of_their_published_lists():
+    expected = {192: (271, 181, 107), 128: (195, 89, 49), 64: (24, 12, 7)}
+    for retain, sizes in expected.items():
+        cuts = SparseVLM("v2").cuts(retain, 576, 32)
+        assert [cut.keep for cut in cuts] == pytest.approx(sizes, abs=1)
+        assert average_visual(cuts, 576, 32) == pytest.approx(retain, abs=0.5)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize(("retain", "visual"), [(160, 576), (70, 576), (64, 144)])
+def test_sparsevlm_s_authors_count_a_layer_before_a_cut_with_what_the_cut_leaves(version, retain, visual):
+    """For budgets and pictures too that they have not published."""
+    cuts = SparseVLM(version, accounting="published").cuts(retain, visual, 32)
+    assert [cut.layer for cut in cuts] == [3, 7, 16]
+    assert average_visual([Cut(cut.layer - 1, cut.keep) for cut in cuts], visual, 32) == pytest.approx(retain, abs=0.5)
+    assert average_visual(cuts, visual, 32) > retain + 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [0, 2, 4])
+def test_mustdrop_keeps_what_the_question_or_one_of_its_tokens_looks_at(seed):
+    """Some tokens win by the sum over the question, others by what a single one of its tokens gives them."""
+    model, inputs, (share, single) = grown("eager"), prompt(seed, after=30), (0.01, 0.02)
+    pruner = MustDrop(key_share=0.0, thresholds=(share, single))
+    first = pruner.cuts(6, VISUAL, 6)[0]
+    visual = model.base.visual_mask(inputs["input_ids"])[0].nonzero()[:, 0]
+    attention = model.model(**inputs, output_attentions=True).attentions[first.layer - 1][0].mean(0)
+    rows = attention[int(visual[-1]) + 1 :, visual]
+    total, largest = rows.sum(0) / rows.sum() / share, rows.max(0).values / single
+    expected, *others = (
+        visual[scores.topk(first.keep).indices].sort().values.tolist()
+        for scores in (torch.maximum(total, largest), torch.minimum(total, largest), total, largest)
+    )
+    assert expected not in others
+    output = model.generate(**inputs, pruner=pruner, retain=6, max_new_tokens=1, return_dict_in_generate=True)
+    assert output.kept_indices[0].tolist() == expected
