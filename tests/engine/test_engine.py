@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.batches import batched
 from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
-from twigvlm.engine.memory import row_bytes
+from twigvlm.engine import memory
+from twigvlm.engine.memory import row_bytes, together_bytes
 from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.random import RandomScores
@@ -187,6 +189,45 @@ def test_what_does_not_fit_into_memory_waits():
         running.append(len(engine.active))
     assert max(running) == 1
     assert len(requests) == 3
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3])
+def test_no_more_rows_decode_together_than_max_rows(max_rows):
+    """Rows of one batch, which one prefill takes up, and forks, which share a prompt, wait for room like others."""
+    vlm = model()
+    engine = vlm.engine(max_rows=max_rows)
+    expected, together = {}, vlm.base.prompt(**batched([asked(seed, 0, 4, 97)[0] for seed in range(4)]))
+    for seed in range(4):
+        row = engine.make_row(asked(seed, 0, 4, 97)[0], max_new_tokens=4, eos_token_id=97)
+        row.prompt, row.index = together, seed
+        expected[engine.submit([row])[0]] = alone("none", seed, 0, 4, 97)
+    inputs, options = asked(4, 0, 9, 97)
+    plain = engine.add(inputs, **options)
+    forks = {engine.fork(plain, ThreeCuts()): 3 for _ in range(3)}
+    expected |= {request: alone("none", 4, pruning, 9, 97) for request, pruning in {plain: 0, **forks}.items()}
+    got, running = {request: [] for request in expected}, []
+    while engine.busy:
+        for event in engine.step():
+            got[event.id] += event.tokens
+        running.append(len(engine.active))
+    assert max(running) == max_rows
+    assert got == expected
+
+
+def test_rows_that_outgrew_their_estimate_keep_others_waiting(monkeypatch):
+    """Memory is measured where an answer is longer than what its row was admitted with."""
+    monkeypatch.setattr(memory, "_ANSWER", 2)
+    vlm = model()
+    engine = vlm.engine()
+    first = engine.add(prompt(0), max_new_tokens=40)
+    for _ in range(20):
+        engine.step()
+    second = engine.add(prompt(1), max_new_tokens=4)
+    engine.max_bytes = together_bytes(vlm.base, vlm.twig, [*engine.active, *engine.waiting])
+    assert engine.runner.batch.cache.bytes() + row_bytes(vlm.base, vlm.twig, engine.waiting[0]) > engine.max_bytes
+    events = list(engine.stream())
+    ends = next(place for place, event in enumerate(events) if event.id == first and event.finished)
+    assert ends < next(place for place, event in enumerate(events) if event.id == second)
 
 
 def test_a_prompt_that_cannot_be_taken_up_leaves_the_others_be():

@@ -19,8 +19,8 @@ class Projection(torch.nn.Module):
         return (states @ self.weight).tanh()
 
 
-def image(seed, count, cls=True, width=WIDTH):
-    """An image of random tokens, in the middle of two others."""
+def image(seed, count, cls=True, width=WIDTH, shared=0.0):
+    """An image of random tokens, in the middle of two others; features resemble each other by what is `shared`."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -32,7 +32,7 @@ def image(seed, count, cls=True, width=WIDTH):
         torch.arange(total)[None],
         random(total, width),
         numbers,
-        random(total, width),
+        random(total, width) + shared,
         Projection(weight),
         None,
         None,

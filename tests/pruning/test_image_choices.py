@@ -157,9 +157,10 @@ def test_holov(size):
     assert HoloV().pick(tokens, keep).slots.tolist() == sorted(j for part in chosen for j in part)
 
 
-@given(SIZES)
-def test_prunesid(size):
-    tokens, keep = of(*size)
+@given(SIZES, st.sampled_from([0.0, 1.0, 2.0]))
+def test_prunesid(size, shared):
+    """Where features differ, and where many are so alike that it matters how alike two of them may be."""
+    tokens, keep = of(*size, shared=shared)
     slots, states = PruneSID().pick(tokens, keep)
     patches = slots[keep > 1 :].tolist()
     assert len(set(slots.tolist())) == keep

@@ -14,10 +14,23 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.pruning.methods import make_pruner
 from twigvlm.pruning.methods.dart import least_similar
 from twigvlm.pruning.methods.density_peaks import density_peaks
+from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.pruning.methods.sparsevlm import SparseVLM, distance_kernel, raters, recycling
 from twigvlm.pruning.methods.twig_attention import layer_scores
 from twigvlm.pruning.question import attention_from, question_mask
 from twigvlm.pruning.view import CutView, Tokens
+
+
+def least_like_pivots(states, norms, visual, text, keep):
+    """DART's choice: states of length 1, norms of keys, and the indices of visual tokens and of the question."""
+    kept = sorted(visual, key=lambda j: -float(norms[j]))[: min(4, keep)]
+    pivots = [*kept, *sorted(text, key=lambda j: -float(norms[j]))[:4]]
+    chosen = list(kept)
+    for place, pivot in enumerate(pivots):
+        quota = (keep - len(kept)) // len(pivots) + (place < (keep - len(kept)) % len(pivots))
+        pool = [j for j in visual if j not in chosen]
+        chosen += sorted(pool, key=lambda j: float(states[j] @ states[pivot]))[:quota]
+    return sorted(chosen)
 
 
 @given(SIZES)
@@ -27,15 +40,31 @@ def test_dart(size):
     states = torch.nn.functional.normalize(torch.randn(count + 6, WIDTH, generator=generator), dim=-1)
     norms, keep = torch.rand(count + 6, generator=generator), max(1, int(share * count))
     visual, text = list(range(count)), list(range(count, count + 6))
-    kept = sorted(visual, key=lambda j: -float(norms[j]))[: min(4, keep)]
-    pivots = [*kept, *sorted(text, key=lambda j: -float(norms[j]))[:4]]
-    chosen = list(kept)
-    for place, pivot in enumerate(pivots):
-        quota = (keep - len(kept)) // len(pivots) + (place < (keep - len(kept)) % len(pivots))
-        pool = [j for j in visual if j not in chosen]
-        chosen += sorted(pool, key=lambda j: float(states[j] @ states[pivot]))[:quota]
     got = least_similar(states, norms, torch.tensor(visual), torch.tensor(text), keep)
-    assert sorted(got.tolist()) == sorted(chosen)
+    assert sorted(got.tolist()) == least_like_pivots(states, norms, visual, text, keep)
+
+
+@torch.no_grad()
+def test_dart_compares_states_after_the_final_norm():
+    """From what the base makes eagerly; its final norm stretches some directions of a state and shrinks others."""
+    model = TwigVLM.grow(tiny("llava", "eager"), TwigConfig(2, 2))
+    model.base.norm.weight.mul_(torch.linspace(-2, 2, 32).exp())
+    inputs = prompt(model.model, "llava", "images")
+    keys = []
+    hook = model.base.layers[1].self_attn.k_proj.register_forward_hook(lambda *call: keys.append(call[2]))
+    states = model.model(**inputs, output_hidden_states=True).hidden_states[2]
+    hook.remove()
+    rotary = model.base.token_inputs(model.base.prompt(**inputs))
+    rotated = rotate(keys[0].unflatten(-1, (2, -1)).transpose(1, 2), rotary.cos, rotary.sin)
+    norms = rotated[0].abs().sum((0, 2))
+    visual = model.base.visual_mask(inputs["input_ids"])[0].nonzero()[:, 0].tolist()
+    question, keep = range(visual[-1] + 1, inputs["input_ids"].shape[1]), 14
+    raw, normed = (torch.nn.functional.normalize(each[0], dim=-1) for each in (states, model.base.norm(states)))
+    expected = least_like_pivots(normed, norms, visual, question, keep)
+    assert least_like_pivots(raw, norms, visual, question, keep) != expected  # the norm matters in this model
+    options = {"pruner": "dart", "retain": (2 * len(visual) + 4 * keep) / 6, "max_new_tokens": 1}
+    output = model.generate(**inputs, **options, return_dict_in_generate=True)
+    assert output.kept_indices[0].tolist() == expected
 
 
 @given(SIZES)
@@ -157,6 +186,21 @@ def test_later_cuts_are_by_the_base_s_own_attention(layer):
     far = (after.index[0, -1] - after.index[0] >= 9) & tokens.visual[0]
     assert far.any()
     assert bool(scores[0, far].any()) == (layer == 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [2, 3], ids=["sees-all", "has-a-window"])
+def test_attention_restricted_to_visual_tokens_is_the_base_s_own(layer):
+    """A window ends where the base's ends: some text behind an image sees a part of it."""
+    base, captured, tokens = gemma3()
+    tokens = tokens.through(base, 0, layer - 1, base.masks(), None)
+    _, attention = run_last(base, tokens, layer)
+    visual, text = captured.visual_mask, ~captured.visual_mask
+    query = VisualQuery.at(text, visual)
+    got = log_visual_attention(base.layers[layer - 1], tokens.hidden, tokens.inputs, query)[0].exp()
+    seen = attention[0][:, text[0]][:, :, visual[0]]
+    torch.testing.assert_close(got, (seen / seen.sum(-1, keepdim=True).clamp(min=1e-30)).mean(0))
+    assert bool(((got > 0) < query.visible[0]).any()) == (layer == 3)
 
 
 @torch.no_grad()

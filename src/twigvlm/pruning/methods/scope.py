@@ -16,19 +16,18 @@ _CANDIDATES = 16
 
 @dataclass(frozen=True)
 class Scope(PerImage):
-    """Before the decoder R patches stay, greedily those with the largest gain in coverage times importance to the power α.
+    """Before the decoder R patches stay, greedily those with the largest gain in coverage times importance.
 
     Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning", NeurIPS 2025. The coverage is Σ_i max_j cos(i, j)
     over the chosen j (facility location, on features before the projector), the importance the CLS token's attention.
     """
 
-    alpha: float = 1.0
     paper: ClassVar[str] = "Deng et al., NeurIPS 2025, arXiv:2510.24214"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
         """Of one image."""
-        weights = image.vision.importance("sum")[image.rows] ** self.alpha
+        weights = image.vision.importance("sum")[image.rows]
         return Picked(greedy_cover(unit(image.features), weights, keep).sort().values)
 
 
