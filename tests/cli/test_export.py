@@ -66,7 +66,7 @@ def test_scout_mode_is_in_the_instructions(capsys, refused, tmp_path, base_direc
     printed = capsys.readouterr().out
     command = shlex.split(next(line for line in printed.splitlines() if "vllm serve" in line))
     assert command[0] == "VLLM_USE_V2_MODEL_RUNNER=0"
-    assert "--trust-request-mm-kwargs" in command
+    assert "--trust-request-mm-kwargs" not in command  # by which clients could set any option of the processor
     overrides = json.loads(command[command.index("--hf-overrides") + 1])
     assert overrides["mrope_section"] == [0, 0, 0]
     settings = overrides["twig_scout"]

@@ -27,7 +27,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 def test_serve_answers_until_sigterm(base_directory, twig_directory):
     command = [sys.executable, "-m", "twigvlm", "serve", "--model", base_directory, "--twig", twig_directory]
     command += ["--port", "0", "--name", "tiny", "--speculate", "chain", "--retain", "8"]
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "TWIGVLM_API_KEY": "secret"}
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "TWIGVLM_API_KEY": "secret\n"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         line = process.stdout.readline()
@@ -51,7 +51,7 @@ def test_serve_answers_until_sigterm(base_directory, twig_directory):
         process.kill()
 
 
-def test_batch_writes_results_and_goes_on(base_directory, twig_directory, tmp_path, capsys):
+def test_batch_writes_results_and_goes_on(base_directory, twig_directory, tmp_path, capsys, refused):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     source.write_text("".join(json.dumps({"custom_id": f"{n}", "body": body}) + "\n" for n in range(3)))
@@ -60,6 +60,21 @@ def test_batch_writes_results_and_goes_on(base_directory, twig_directory, tmp_pa
     assert len(out.read_text().splitlines()) == 3
     assert main(["batch", str(source), str(out), *options]) == 0
     assert "All 3 requests have their results" in capsys.readouterr().out
+    with source.open("a") as file:
+        file.write(json.dumps({"custom_id": "bad", "body": {**body, "temperature": 9}}) + "\n")
+    assert main(["batch", str(source), str(out), *options]) == 2
+    assert capsys.readouterr().out.endswith("; 1 of 4 requests failed\n")
+    assert main(["batch", str(source), str(out), *options]) == 2  # no run forgets what failed in an earlier one
+    assert capsys.readouterr().out.endswith("; 1 of 4 requests failed\n")
+    refused(
+        "batch", source, out, *options, "--retain", "8", words=["answers with other options (retain)", "another file"]
+    )
+
+
+@pytest.mark.parametrize("key", ["", " \n"])
+def test_an_empty_key_is_refused_before_the_model_is_loaded(refused, monkeypatch, key):
+    monkeypatch.setenv("TWIGVLM_API_KEY", key)
+    refused("serve", "--model", "nowhere", words=["api_key: is empty", "leave it and TWIGVLM_API_KEY unset"])
 
 
 @pytest.mark.parametrize(
@@ -124,8 +139,17 @@ def test_vllm_takes_over_with_the_export(vllm, refused, tmp_path, base_directory
     assert arguments[-2:] == ["--max-model-len", "512"]
     settings = json.loads(arguments[arguments.index("--hf-overrides") + 1])["twig_scout"]
     assert (settings["retain"], settings["diverse"]) == (10, True)
+    assert "--trust-request-mm-kwargs" not in arguments
     assert environment["VLLM_API_KEY"] == "secret"
     assert "secret" not in arguments
+    note = tmp_path / "export" / "export.json"  # of a version that let every client set options of the processor
+    note.write_text(note.read_text().replace('"--hf-overrides"', '"--trust-request-mm-kwargs", "--hf-overrides"'))
+    with pytest.raises(SystemExit):
+        main(["serve", *pruned, "--api-key", "secret"])
+    assert "--trust-request-mm-kwargs" not in vllm[-1][0]
+    with pytest.raises(SystemExit):
+        main(["serve", *pruned, "--api-key", "secret", "--vllm-options=--trust-request-mm-kwargs"])
+    assert "--trust-request-mm-kwargs" in vllm[-1][0]
     refused("serve", *model, words=["other options (scout_retain, scout_diverse)", "another directory"])
     weights = load_file(twig / WEIGHTS)
     name = next(iter(weights))

@@ -90,9 +90,20 @@ def test_records_of_one_id_are_refused(tmp_path):
         read_source(tmp_path)
 
 
+def test_data_uris_and_records_without_an_id_or_a_picture(tmp_path):
+    records = [{"id": None, "image": "data:image/png;base64,AA"}, {"image": None}, {"id": "x", "image": "a.png"}]
+    (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps({"question": "a", **each}) for each in records))
+    found = read_source(tmp_path)
+    assert found.column("id").to_pylist() == ["0", "1", "x"]
+    assert found.column("image").to_pylist() == ["data:image/png;base64,AA", None, str((tmp_path / "a.png").absolute())]
+    pq.write_table(found.set_column(0, "id", [[None, "7", None]]), tmp_path / "a.parquet")
+    assert read_source(tmp_path / "a.parquet").column("id").to_pylist() == ["0", "7", "2"]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        ('{"question": "What?", "image": 5}', "line 2: needs a path as `image`, or null for no image"),
         ('{"question": "What?"', "line 2: not JSON"),
         ('["What?"]', "line 2: needs an object with a text `question`"),
         ('{"image": "a.png"}', "line 2: needs an object with a text `question`"),

@@ -12,6 +12,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from tests.serving.servers import served, slow_down, tiny_service
 from twigvlm.config import PruningConfig
+from twigvlm.serving.limits import Limits
 from twigvlm.serving.service import Defaults
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -22,7 +23,7 @@ PHONE = {"width": 360, "height": 740}
 
 @pytest.fixture(scope="module")
 def service():
-    found = tiny_service(defaults=Defaults(PruningConfig(8, refocus=0.9), "tree"))
+    found = tiny_service(defaults=Defaults(PruningConfig(8, refocus=0.9), "tree"), limits=Limits(max_pixels=1_000_000))
     slow_down(found, 0.02)
     yield found
     found.stop()
@@ -74,7 +75,7 @@ def test_at_first_sight_there_is_a_picture_a_question_and_examples(page):
 
 def test_an_answer_streams_by_origin_with_its_patches(page):
     page.locator("#length").fill("40")
-    page.locator("#question").fill("what is it?")
+    page.locator("#question").fill("what is there?")
     page.locator("#question").press("Enter")
     answer = page.locator(".answer")
     expect(answer).to_have_attribute("aria-busy", "true")
@@ -122,6 +123,59 @@ def test_a_picture_of_ones_own_and_a_file_that_is_none(page, tmp_path):
     page.locator("#file").set_input_files(tmp_path / "none.png")
     expect(page.locator("#error")).to_contain_text("no picture")
     shoot(page, "error")
+
+
+def test_the_same_file_may_be_chosen_twice(page, tmp_path):
+    from PIL import Image
+
+    for width in (80, 60):
+        Image.new("RGB", (width, 40), "teal").save(tmp_path / "own.png")
+        page.locator("#file").set_input_files(tmp_path / "own.png")
+        expect(page.locator("#picture")).to_have_js_property("width", width)
+        assert page.locator("#file").evaluate("input => input.files.length") == 0
+
+
+def test_a_large_picture_is_sent_as_small_as_the_server_takes_it(page, tmp_path):
+    from PIL import Image
+
+    from twigvlm.images import load_image
+
+    Image.effect_noise((2500, 2500), 90).convert("RGB").save(tmp_path / "large.png")
+    page.locator("#file").set_input_files(tmp_path / "large.png")
+    expect(page.locator("#picture")).to_have_js_property("width", 995)
+    page.locator("#length").fill("3")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.locator("#send").click()
+    url = sent.value.post_data_json["messages"][0]["content"][0]["image_url"]["url"]
+    assert url.startswith("data:image/jpeg;base64,")
+    assert load_image(url).width * load_image(url).height <= 1_000_000
+    expect(page.locator(".figures")).to_contain_text("tokens")
+
+
+def test_files_may_be_dropped_anywhere(page):
+    page.evaluate("""async () => {
+        const response = await fetch("/examples/signs");
+        const files = new DataTransfer();
+        files.items.add(new File([await response.blob()], "signs.webp", { type: "image/webp" }));
+        const drop = new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true });
+        document.querySelector("#question").dispatchEvent(drop);
+        window.left = !drop.defaultPrevented;
+    }""")
+    expect(page.locator("#hint")).to_contain_text("another picture")
+    assert page.evaluate("window.left") is False
+
+
+def test_a_new_picture_is_shown_without_the_patches_of_the_last_one(page, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (80, 40), "teal").save(tmp_path / "own.png")
+    page.locator("#length").fill("40")
+    page.locator("#send").click()
+    expect(page.locator(".answer span").first).to_be_visible()
+    page.locator("#file").set_input_files(tmp_path / "own.png")
+    expect(page.locator("#picture")).to_have_js_property("width", 80)
+    expect(page.locator(".figures")).to_contain_text("chosen again")
+    expect(page.locator("#picture")).to_have_attribute("data-kept", "")
 
 
 def test_what_the_server_refuses_is_said_and_the_next_question_works(page):

@@ -14,7 +14,7 @@ import torch
 
 from tests.serving.servers import chat, decoded, expected, picture, tiny_service
 from twigvlm.errors import TwigVLMError
-from twigvlm.serving.batch import URL, BatchRun, open_results, read_batch, write_result
+from twigvlm.serving.batch import URL, BatchLine, BatchRun, open_results, read_batch, write_result
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,13 +34,14 @@ def results(path):
     return {record["custom_id"]: record for record in found}
 
 
-def run(service, source, out):
+def run(service, source, out, settings=None):
     lines = read_batch(source)
     told = []
-    with open_results(out, {line.custom_id for line in lines}) as (file, answered):
+    with open_results(out, lines, settings or {}) as (file, answered):
+        by_id = {line.custom_id: line for line in lines}
 
         def on_result(custom_id, status, body):
-            write_result(file, custom_id, status, body)
+            write_result(file, by_id[custom_id], status, body)
             told.append(status == 200)
 
         BatchRun(service, on_result).run([line for line in lines if line.custom_id not in answered])
@@ -81,9 +82,9 @@ def test_results_of_another_batch_and_two_runs_at_once_are_refused(service, tmp_
     with pytest.raises(TwigVLMError, match="another batch"):
         run(service, write(tmp_path / "other.jsonl", [chat()]), out)
     with (
-        open_results(out, {"r0", "r1"}),
+        open_results(out, read_batch(tmp_path / "in.jsonl"), {}),
         pytest.raises(TwigVLMError, match="another run is writing there"),
-        open_results(out, {"r0", "r1"}),
+        open_results(out, read_batch(tmp_path / "in.jsonl"), {}),
     ):
         pass
 
@@ -99,9 +100,38 @@ def test_results_of_another_batch_and_two_runs_at_once_are_refused(service, tmp_
 def test_a_file_of_anything_else_is_left_as_it_is(tmp_path, text, words):
     out = tmp_path / "out.jsonl"
     out.write_text(text)
-    with pytest.raises(TwigVLMError, match=words), open_results(out, {"r0"}):
+    with pytest.raises(TwigVLMError, match=words), open_results(out, [BatchLine("r0", {})], {}):
         pass
     assert out.read_text() == text
+
+
+def test_results_of_other_settings_or_requests_are_not_gone_on_with(service, tmp_path):
+    out = tmp_path / "out.jsonl"
+    body = chat(max_completion_tokens=1)
+    source = write(tmp_path / "in.jsonl", [body])
+    run(service, source, out, {"retain": 8})
+    before = out.read_bytes()
+    longer = write(tmp_path / "longer.jsonl", [body] * 2)
+    with pytest.raises(TwigVLMError, match=r"other options \(keep, retain\); name another file"):
+        run(service, longer, out, {"keep": 8})
+    changed = write(tmp_path / "changed.jsonl", [{**body, "seed": 1}, body])
+    with pytest.raises(TwigVLMError, match="'r0' has changed since it was answered; choose another file"):
+        run(service, changed, out, {"retain": 8})
+    assert out.read_bytes() == before
+    assert run(service, longer, out, {"retain": 8}) == [True]  # what was not answered may change
+
+
+def test_failures_of_the_server_are_tried_again_and_those_of_requests_are_not(service, tmp_path, monkeypatch):
+    bodies = [chat(max_completion_tokens=1, seed=seed) for seed in range(3)] + [chat(temperature=9)]
+    source, out = write(tmp_path / "in.jsonl", bodies), tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        prepare = service.prepare
+        patch.setattr(service, "prepare", lambda *given: 1 / 0 if given[0].seed == 1 else prepare(*given))
+        assert sorted(run(service, source, out)) == [False, False, True, True]
+    assert run(service, source, out) == [True]
+    assert {key: found["response"]["status_code"] for key, found in results(out).items()} == {
+        "r0": 200, "r1": 200, "r2": 200, "r3": 400,
+    }  # fmt: skip
 
 
 def test_a_line_that_was_cut_anywhere_is_written_again(service, tmp_path):

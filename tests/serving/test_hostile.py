@@ -1,14 +1,11 @@
 """Whatever is sent, the answer is no 5xx, and the server goes on. `recipes/serving_bench.py` sends many more."""
 
-import contextlib
-import gc
 import http.client
 import json
 import signal
 import socket
 import threading
 import time
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -129,75 +126,17 @@ def test_a_client_that_hangs_up_on_a_whole_answer_makes_room(small):
         time.sleep(0.01)
 
 
-def test_requests_together_hold_bounded_memory():
-    service = tiny_service(limits=Limits(max_held=30_000))
-    slow_down(service, 0.02)
-    large = {"user": "x" * 20_000}
-    with served(service) as address, contextlib.closing(connect(address)) as held:
-        body = json.dumps(chat(max_completion_tokens=90, stream=True, **large))
-        held.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-        with held.getresponse() as response:
-            assert response.status == 200
-            status, refused = post(address, chat(**large))
-            assert (status, refused["error"]["code"]) == (429, "rate_limit_exceeded")
-        held.close()
-        deadline = time.monotonic() + 10
-        while post(address, chat(max_completion_tokens=1, **large))[0] != 200:
-            assert time.monotonic() < deadline
-    assert service.memory.held == 0
-
-
-def test_a_single_request_may_exceed_what_all_may_hold():
-    service = tiny_service(limits=Limits(max_held=1_000))
-    with served(service) as address:
-        assert post(address, chat(images=[picture()], max_completion_tokens=1, user="x" * 2_000))[0] == 200
-    assert service.memory.held == 0
-
-
-def test_a_request_that_has_ended_holds_nothing():
-    service, jobs = tiny_service(), []
-    prepare = service.prepare
-
-    def remember(*arguments):
-        job = prepare(*arguments)
-        jobs.append(weakref.ref(job))
-        return job
-
-    service.prepare = remember
-    gc.disable()  # it comes late, and what it would free are pictures
-    try:
-        with served(service) as address:
-            for options in (
-                {},
-                {"stream": True},
-                {"stream": True, "retain": 8, "refocus": 1.0, "speculate": "chain"},
-                {"n": 2},
-            ):
-                assert post(address, chat(images=[picture()], **options))[0] == 200
-            deadline = time.monotonic() + 10
-            while any(job() is not None for job in jobs):
-                assert time.monotonic() < deadline, [gc.get_referrers(job()) for job in jobs if job() is not None]
-                time.sleep(0.01)
-        assert len(jobs) == 4
-    finally:
-        gc.enable()
-
-
-def test_bodies_that_are_on_their_way_are_counted():
-    service = tiny_service(limits=Limits(max_held=30_000))
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with served(service) as address:
-        parts = urlsplit(address)
-        with socket.create_connection((parts.hostname, parts.port), timeout=10) as raw:
-            raw.sendall(head + b"Content-Length: 100000\r\n\r\n" + b" " * 25_000)
-            deadline = time.monotonic() + 10
-            while service.memory.held < 25_000:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            assert post(address, chat(user="x" * 20_000))[0] == 429
-        while post(address, chat(max_completion_tokens=1, user="x" * 20_000))[0] != 200:
-            assert time.monotonic() < deadline
-    assert service.memory.held == 0
+def test_a_request_without_hope_does_not_wait_for_what_prepares(monkeypatch):
+    service, begun, released = tiny_service(), threading.Event(), threading.Event()
+    monkeypatch.setattr(service, "prepare", lambda *_: (begun.set(), released.wait(60), 1 / 0))
+    with served(service) as address, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, address, chat())
+        try:
+            assert begun.wait(20)
+            assert post(address, chat("x" * 9000))[1]["error"]["code"] == "context_length_exceeded"
+        finally:
+            released.set()
+        assert first.result()[0] == 500
 
 
 def test_what_a_shutdown_cannot_wait_for_is_told_so():
@@ -231,6 +170,15 @@ def test_foreign_pages_reach_nothing(address):
     connection.close()
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/page.js"])
+def test_head_is_answered(address, path):
+    connection = connect(address)
+    connection.request("HEAD", path)
+    response = connection.getresponse()
+    assert (response.status, response.read()) == (200, b"")
+    connection.close()
+
+
 def test_health_metrics_and_the_page(address):
     found = {}
     for path in ("/health", "/metrics", "/", "/page.js", "/page/settings", "/examples/signs"):
@@ -253,6 +201,22 @@ def test_the_page_prunes_as_the_server_was_told():
     settings = page_settings(service, needs_key=False)
     assert settings["pruning"] == {"final_wipe": 4, "final_share": 0.0, "diverse": True}
     assert (settings["retain"]["default"], settings["refocus"]) == (8, 0.5)
+    service.stop()
+
+
+@pytest.mark.parametrize(
+    ("pruning", "expected"),
+    [
+        (PruningConfig(), (False, None)),
+        (PruningConfig(retain=8), (True, 8)),
+        (PruningConfig(keep=4), (True, 8)),  # 16 tokens in 2 layers of 6, and 4 in the others
+        (PruningConfig(keep=40), (True, 16)),
+    ],
+)
+def test_the_page_prunes_by_default_where_the_server_does(pruning, expected):
+    service = tiny_service(defaults=Defaults(pruning))
+    settings = page_settings(service, needs_key=False)
+    assert (settings["prunes"], settings["retain"]["default"]) == expected
     service.stop()
 
 

@@ -10,8 +10,10 @@ from openai import APIStatusError, AuthenticationError, NotFoundError, OpenAI
 from tests.serving.servers import NAME, chat, decoded, expected, inputs_of, picture, served, tiny_service
 from tests.tiny import tiny_llava
 from twigvlm import TwigVLM
+from twigvlm.errors import TwigVLMError
 from twigvlm.images import load_image
 from twigvlm.inputs import build_inputs
+from twigvlm.serving.app import create_app
 
 
 def ask(client, *arguments, extra=None, **options):
@@ -108,6 +110,19 @@ def test_seeds_and_several_choices(client):
 
 def test_a_temperature_too_small_to_divide_by_is_greedy(client):
     assert text_of(ask(client, temperature=1e-300, seed=1)) == text_of(ask(client))
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.95}, {"top_p": 1}, {"n": 2}])
+def test_what_asks_for_sampling_is_sampled_at_openai_s_temperature(client, options):
+    answers = ask(client, **options, seed=7).choices
+    assert [one.message.content for one in answers] == [
+        one.message.content for one in ask(client, **options, seed=7, temperature=1).choices
+    ]
+    assert answers[-1].message.content != text_of(ask(client))
+
+
+def test_a_share_of_no_probability_is_greedy(client):
+    assert text_of(ask(client, top_p=0, temperature=1.5, seed=7)) == text_of(ask(client))
 
 
 def test_stop_texts_end_an_answer_and_are_no_part_of_it(client, service):
@@ -248,5 +263,20 @@ def test_keys_are_asked_for(service):
             assert text_of(ask(good))
             with pytest.raises(AuthenticationError):
                 ask(bad)
-            with pytest.raises(AuthenticationError):
+            with pytest.raises(AuthenticationError) as refused:
                 bad.models.list()
+            assert refused.value.response.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_the_line_break_of_a_file_is_no_part_of_a_key(service):
+    with (
+        served(service, api_key=" secret\n", stop_with_app=False) as address,
+        OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0) as client,
+    ):
+        assert client.models.list()
+
+
+@pytest.mark.parametrize("key", ["", " \n"])
+def test_an_empty_key_is_refused(service, key):
+    with pytest.raises(TwigVLMError, match="api_key: is empty; give a key"):
+        create_app(service, key)

@@ -18,7 +18,7 @@ from twigvlm.serving import pictures
 from twigvlm.serving.app import FETCHING
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.limits import Limits
-from twigvlm.serving.pictures import read_picture
+from twigvlm.serving.pictures import check_pixels, read_picture
 from twigvlm.serving.protocol import ChatRequest
 
 NOWHERE = {}
@@ -162,3 +162,28 @@ def test_what_is_refused_anyway_is_not_fetched(service, monkeypatch):
         with pytest.raises(RequestError):
             service.fetch(ChatRequest.model_validate(chat(**{"images": ["https://fast.test/a"], **options})), 0)
     assert hosts.asked == []
+
+
+def test_images_that_are_too_many_pixels_together_are_refused_undecoded(monkeypatch):
+    service = tiny_service(limits=Limits(max_request_pixels=500))
+    try:
+        prepared = service.prepare(ChatRequest.model_validate(chat(images=[picture()] * 2)), print)
+        assert prepared.prompt_tokens > 32
+        monkeypatch.setattr("twigvlm.serving.messages.read_picture", None)
+        images = [picture(), uri(stored(form="JPEG")), picture(form="WEBP")]
+        with pytest.raises(RequestError, match="have 720 pixels together, of at most 500; scale them down") as refused:
+            service.prepare(ChatRequest.model_validate(chat(images=images)), print)
+        assert refused.value.param == "messages"
+    finally:
+        service.stop()
+
+
+@pytest.mark.parametrize("data", [b"no picture", chunk(b"zTXt", b"Comment\0\0" + LONG)], ids=["broken", "long text"])
+def test_an_image_that_does_not_say_its_size_counts_as_the_largest(data):
+    if data != b"no picture":
+        at = stored().index(b"IDAT") - 4
+        data = stored()[:at] + data + stored()[at:]
+    request = ChatRequest.model_validate(chat(images=[uri(data)] * 2))
+    check_pixels(request, Limits(max_pixels=1000, max_request_pixels=2000), NOWHERE)
+    with pytest.raises(RequestError, match="have 2,000 pixels together"):
+        check_pixels(request, Limits(max_pixels=1000, max_request_pixels=1999), NOWHERE)

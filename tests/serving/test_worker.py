@@ -2,6 +2,7 @@
 
 import queue
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,22 @@ def test_a_grammar_that_fails_ends_its_own_request_alone(fresh, monkeypatch):
     assert str(outcome(events)) == "too much work"
     assert outcome(good) == expected(service, "question", [picture()], max_new_tokens=30)
     assert value(service, "twigvlm_engine_failures_total") == 0
+
+
+def test_a_message_of_the_grammar_library_is_one_line_of_bounded_length(fresh, monkeypatch, caplog):
+    service = fresh()
+    with pytest.raises(RequestError, match=r"refuses it \(regex parse error: \( \^ error: unclosed group\)"):
+        service.grammars.compile({"type": "string", "pattern": "("})
+    processor = service.grammars.compile({"type": "object"}).processor(0)
+    long = "too much work\n" + "schema " * 10_000
+
+    processor._matcher = SimpleNamespace(
+        consume_token=print, unsafe_compute_mask_ptr=print, is_error=lambda: True, get_error=lambda: long
+    )
+    processor(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, service.model.base.vocabulary))
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith("a grammar failed: too much work schema schema")
+    assert len(message) < 400
 
 
 def test_what_fails_unforeseen_fails_what_is_under_way_and_no_more(fresh, monkeypatch):

@@ -64,6 +64,7 @@ def test_the_openai_client_gets_answers(capsys, pictures, tmp_path, scouting):
     command = shlex.split(next(line for line in printed if "vllm serve" in line))
     command = command[command.index("vllm") :]  # the tests choose the runner themselves
     assert command[2] == str(tmp_path / "base")
+    command += ["--trust-request-mm-kwargs"] if scouting else []
     url = "data:image/png;base64," + base64.b64encode(Path(pictures[0]).read_bytes()).decode()
     text = "What is in the top left?"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]

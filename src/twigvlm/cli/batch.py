@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,8 @@ class Batch(ServiceOptions):
     input: Annotated[Path, Positional, arg(metavar="INPUT")]
     """File of requests: JSON objects with `custom_id` and `body`, one per line."""
     output: Annotated[Path, Positional, arg(metavar="OUTPUT")]
-    """File of results, in the order in which they are complete; requests that have theirs there are not answered again."""
+    """File of results, in the order in which they are complete. Requests that have theirs there are not answered again, unless
+    the server failed at them."""
 
     @property
     def continuation(self) -> str:
@@ -31,7 +32,7 @@ class Batch(ServiceOptions):
         return "run the command again to go on where it stopped"
 
     def run(self) -> int:
-        """Answer all requests; the exit code is 2 if one failed."""
+        """Answer all requests; the exit code is 2 if one failed, in this run or an earlier one."""
         for name in _OF_SERVERS:
             if (value := getattr(self.limits, name)) != getattr(Limits, name):
                 option = f"--{name.replace('_', '-')}"
@@ -43,26 +44,34 @@ class Batch(ServiceOptions):
         if self.output.is_dir():
             raise TwigVLMError(f"output {str(self.output)!r}: is a directory; name a file")
         check_directory(self.output.parent, "output")
-        lines = read_batch(self.input)
+        lines = {line.custom_id: line for line in read_batch(self.input)}
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        failed = 0
-        with open_results(self.output, {line.custom_id for line in lines}) as (file, answered):
-            left = [line for line in lines if line.custom_id not in answered]
-            if not left:
-                print(f"All {len(lines)} requests have their results in {self.output}")
-                return 0
-            service = self.open_service(patient(self.limits))
-            try:
-                with steps("Answering", len(lines), len(answered)) as advance:
+        with open_results(self.output, [*lines.values()], self.settings) as (file, statuses):
+            left = [line for key, line in lines.items() if key not in statuses]
+            if left:
+                service = self.open_service(patient(self.limits))
+                try:
+                    with steps("Answering", len(lines), len(statuses)) as advance:
 
-                    def on_result(custom_id: str, status: int, body: dict[str, Any]) -> None:
-                        nonlocal failed
-                        write_result(file, custom_id, status, body)
-                        failed += status != 200
-                        advance()
+                        def on_result(custom_id: str, status: int, body: dict[str, Any]) -> None:
+                            write_result(file, lines[custom_id], status, body)
+                            statuses[custom_id] = status
+                            advance()
 
-                    BatchRun(service, on_result).run(left)
-            finally:
-                service.stop()
-        print(f"Results: {self.output}" + (f"; {failed} of {len(left)} requests failed" if failed else ""))
+                        BatchRun(service, on_result).run(left)
+                finally:
+                    service.stop()
+        failed = sum(status != 200 for status in statuses.values())
+        text = f"Results: {self.output}" if left else f"All {len(lines)} requests have their results in {self.output}"
+        print(text + (f"; {failed} of {len(lines)} requests failed" if failed else ""))
         return 2 if failed else 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What results depend on beside their requests."""
+        names = ("model", "twig", "dtype", "speculate")
+        return {
+            **{name: getattr(self, name) for name in names},
+            **asdict(self.pruning),
+            "max_tokens": self.limits.max_tokens,
+        }

@@ -175,8 +175,6 @@ def commands(base: str, drafter: str, config: Any, tokens: int, overrides: dict[
     speculative: dict[str, Any] = {"method": "eagle3", "model": drafter, "num_speculative_tokens": tokens}
     command = ["vllm", "serve", base, "--speculative-config", json.dumps(speculative)]
     arguments = [repr(base), f"speculative_config={speculative!r}"]
-    if overrides:
-        command.append("--trust-request-mm-kwargs")  # or the server refuses a request that says its question
     environment: dict[str, str] = {}
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     if "mrope_section" in rope or overrides or config.model_type != "llava":

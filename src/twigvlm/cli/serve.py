@@ -10,6 +10,7 @@ from typing import Literal
 
 from twigvlm.cli.serving import ServiceOptions
 from twigvlm.errors import TwigVLMError
+from twigvlm.serving.keys import checked_key
 
 KEY_VARIABLE = "TWIGVLM_API_KEY"
 
@@ -47,7 +48,7 @@ class Serve(ServiceOptions):
         """Serve until a signal ends the process."""
         if not 0 <= self.port < 65536:
             raise TwigVLMError(f"port={self.port}: must be 0 to 65535")
-        key = self.api_key or os.environ.get(KEY_VARIABLE) or None
+        key = checked_key(os.environ.get(KEY_VARIABLE) if self.api_key is None else self.api_key)
         if self.engine == "vllm":
             from twigvlm.cli.serve_vllm import serve_with_vllm
 

@@ -20,6 +20,9 @@ from twigvlm.serving.limits import Limits
 if TYPE_CHECKING:
     from twigvlm.cli.serving import ServiceOptions
 
+TRUST = "--trust-request-mm-kwargs"
+"""vLLM's option by which requests name their question for scout mode, and may set any other option of the processor."""
+
 
 def serve_with_vllm(
     options: ServiceOptions, folder: Path | None, host: str, port: int, api_key: str | None, further: str
@@ -111,7 +114,8 @@ def export(options: ServiceOptions, folder: Path) -> tuple[dict[str, str], list[
         raise TwigVLMError(
             f"export {str(folder)!r}: holds an export with other options ({', '.join(other)}); name another directory"
         )
-    return found["environment"], found["serve"][1:]
+    # Notes of twigvlm 0.2.0 also hold the option with which clients may set any option of the processor.
+    return found["environment"], [word for word in found["serve"][1:] if word != TRUST]
 
 
 def _weights(options: ServiceOptions) -> str | None:

@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.files import replacing
+from twigvlm.images import is_uri
 from twigvlm.serving.batch import BatchLine, json_lines
 from twigvlm.serving.checks import asked_pruning, check_limits
 from twigvlm.serving.limits import Limits
+from twigvlm.serving.notes import check_note
 
 QUESTIONS = "questions.jsonl"
 """File of a folder of pictures: objects with `question`, `image` (a path in the folder) and perhaps `id`."""
@@ -68,12 +70,15 @@ def read_source(source: Path) -> pa.Table:
         for number, line in json_lines(listed, f"source {str(listed)!r}"):
             if not isinstance(line, dict) or not isinstance(line.get("question"), str):
                 raise TwigVLMError(f"source {str(listed)!r}: line {number}: needs an object with a text `question`")
+            if not isinstance(line.get("image"), str | None):
+                raise TwigVLMError(
+                    f"source {str(listed)!r}: line {number}: needs a path as `image`, or null for no image"
+                )
             lines.append(line)
-        images = [line.get("image") for line in lines]
         table = pa.table({
-            "id": [str(line.get("id", number)) for number, line in enumerate(lines)],
+            "id": pa.array([None if line.get("id") is None else str(line["id"]) for line in lines], pa.string()),
             "question": [line["question"] for line in lines],
-            "image": pa.array([None if each is None else str((source / each).absolute()) for each in images], pa.string()),
+            "image": pa.array([_in_folder(source, line.get("image")) for line in lines], pa.string()),
         })  # fmt: skip
     else:
         try:
@@ -84,10 +89,16 @@ def read_source(source: Path) -> pa.Table:
             ) from None
     if missing := {"id", "question", "image"} - set(table.column_names):
         raise TwigVLMError(f"{name}: has no column {', '.join(sorted(missing))}")
-    ids = [str(key) for key in table.column("id").to_pylist()]
+    # What has no id is called by its number.
+    ids = [str(number if key is None else key) for number, key in enumerate(table.column("id").to_pylist())]
     if len(set(ids)) < len(ids):
         raise TwigVLMError(f"{name}: has two records with the same id; give each its own")
     return table.select(["question", "image"]).add_column(0, "id", pa.array(ids, pa.string()))
+
+
+def _in_folder(source: Path, image: str | None) -> str | None:
+    """A path in a folder, absolute; data URIs stay as they are."""
+    return image if image is None or is_uri(image) else str((source / image).absolute())
 
 
 def open_answers(out: Path, settings: Mapping[str, Any]) -> set[str]:
@@ -100,19 +111,9 @@ def open_answers(out: Path, settings: Mapping[str, Any]) -> set[str]:
     Raises:
         TwigVLMError: the folder holds answers with other settings. Settings without answers are replaced.
     """
-    wanted, note = json.loads(json.dumps(settings)), out / SETTINGS
     out.mkdir(parents=True, exist_ok=True)
     answers = _parts(out, ["id", "error"]).to_pylist()
-    if answers:
-        found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
-        other = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-        if other:
-            raise TwigVLMError(
-                f"out {str(out)!r}: holds answers with other options ({', '.join(other)}); name another directory"
-            )
-    else:
-        with replacing(note) as temporary:
-            temporary.write_text(json.dumps(wanted), encoding="utf-8")
+    check_note(out / SETTINGS, settings, bool(answers), f"out {str(out)!r}", "directory")
     return {row["id"] for row in answers if row["error"] is None}
 
 

@@ -1,12 +1,10 @@
 """The HTTP interface: OpenAI's chat completions, health, metrics and the page."""
 
 import asyncio
-import hmac
 import time
 from collections.abc import AsyncIterator, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
-from functools import partial
 from typing import Any
 
 import anyio
@@ -16,7 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from twigvlm.serving.errors import RequestError
-from twigvlm.serving.failures import request_error
+from twigvlm.serving.failures import request_error, shutting_down
+from twigvlm.serving.keys import authorize, checked_key
 from twigvlm.serving.limits import Limits
 from twigvlm.serving.memory import Share
 from twigvlm.serving.page import add_page
@@ -53,38 +52,38 @@ def create_app(
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
     _add_errors(app, service)
-    handler, authorize = ChatHandler(service), partial(_authorize, api_key=api_key)
+    handler, key = ChatHandler(service), checked_key(api_key)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        authorize(request)
+        authorize(request.headers.get("authorization", ""), key)
         return await handler.answer(request)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        authorize(request)
+        authorize(request.headers.get("authorization", ""), key)
         return JSONResponse({"object": "list", "data": [_model(service)]})
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> Response:
-        authorize(request)
+        authorize(request.headers.get("authorization", ""), key)
         if name != service.name:
             raise RequestError(
                 f"model: this server has only {service.name!r}", 404, param="model", code="model_not_found"
             )
         return JSONResponse(_model(service))
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         alive = service.worker.alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        authorize(request)
+        authorize(request.headers.get("authorization", ""), key)
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    add_page(app, service, needs_key=api_key is not None)
+    add_page(app, service, needs_key=key is not None)
     return app
 
 
@@ -102,12 +101,20 @@ class ChatHandler:
 
     async def answer(self, http: Request) -> Response:
         """The response to a request; what is wrong with it is found before a stream begins."""
+        try:
+            return await self._answer(http)
+        except asyncio.CancelledError:
+            if not self._service.worker.draining:
+                raise
+            raise shutting_down() from None  # uvicorn's way to end what is left when the time of a shutdown is over
+
+    async def _answer(self, http: Request) -> Response:
         arrived, service = time.monotonic(), self._service
         with ExitStack() as stack:
             stack.enter_context(service.place())
             share = stack.enter_context(service.memory.share())
             body = await _body(http, service.limits, share)
-            request = parse_request(body)
+            request = parse_request(body)  # what takes long to parse is refused, so that this holds up no other request
             running = Running(service, request, http, share)
             stack.callback(running.close)
             await running.start(self._fetching, self._preparing, arrived)
@@ -161,20 +168,12 @@ async def _body(http: Request, limits: Limits, share: Share) -> bytes:
         ) from None
 
 
-def _authorize(request: Request, api_key: str | None) -> None:
-    if api_key is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    # Header values arrive as latin-1; the comparison takes the same time wherever the keys differ.
-    same = hmac.compare_digest(given.strip().encode("latin-1", errors="replace"), api_key.encode())
-    if scheme.lower() != "bearer" or not same:
-        raise RequestError("the API key is missing or wrong; send it as a bearer token", 401, code="invalid_api_key")
-
-
 def _add_errors(app: FastAPI, service: Service) -> None:
     def respond(error: RequestError, headers: dict[str, str] | None = None) -> Response:
         service.metrics.add("twigvlm_requests_total", label=f'status="{error.status}"')
         extra = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        if error.status == 401:
+            extra["WWW-Authenticate"] = "Bearer"
         return JSONResponse(error.as_json(), error.status, headers={**(headers or {}), **extra})
 
     @app.exception_handler(RequestError)

@@ -1,10 +1,11 @@
 """Batch files in OpenAI's format: requests in, results out, as lines of JSON; resumable wherever it was killed."""
 
+import hashlib
 import json
 import os
 import queue
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from twigvlm.errors import TwigVLMError, one_line
-from twigvlm.files import writing
+from twigvlm.files import replacing, writing
 from twigvlm.serving.completion import Completion
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import request_error
-from twigvlm.serving.jobs import Failed, Job, JobEvent
+from twigvlm.serving.jobs import Failed, JobEvent
 from twigvlm.serving.limits import Limits
+from twigvlm.serving.notes import check_note
 from twigvlm.serving.protocol import ChatRequest, parse_request
 from twigvlm.serving.service import Service
 
@@ -43,6 +45,12 @@ class BatchLine:
     method: str = "POST"
     url: str = URL
 
+    @property
+    def id(self) -> str:
+        """What tells it from a request with another body, method or address."""
+        whole = json.dumps([self.method, self.url, self.body], sort_keys=True)
+        return f"req_{hashlib.sha256(whole.encode()).hexdigest()[:24]}"
+
     def request(self) -> ChatRequest:
         """The request.
 
@@ -51,7 +59,7 @@ class BatchLine:
         """
         if self.method != "POST" or self.url != URL:
             raise RequestError(f"{self.method} {self.url}: only POST {URL} is answered"[:200])
-        request = parse_request(json.dumps(self.body))
+        request = parse_request(json.dumps(self.body).encode())
         if request.stream:
             raise RequestError("stream: does not apply to batch files; leave it out", param="stream")
         return request
@@ -104,18 +112,21 @@ def json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
 
 
 @contextmanager
-def open_results(path: Path, known: set[str]) -> Iterator[tuple[BinaryIO, set[str]]]:
-    """The file of results, open for more, and which requests have theirs.
+def open_results(
+    path: Path, lines: Sequence[BatchLine], settings: Mapping[str, Any]
+) -> Iterator[tuple[BinaryIO, dict[str, int]]]:
+    """The file of results, open for more, and the status of each request that has its result.
 
     A result is one line, written whole and flushed to the disk. A run that was killed leaves at most one line without an end,
-    which is removed. A file of anything else is left as it is.
+    which is removed. So are failures of the server (5xx), which are tried again. A file of anything else is left as it is.
 
     Args:
         path: of the file.
-        known: `custom_id`s of the batch.
+        lines: the batch.
+        settings: what the results depend on beside it, JSON-able; noted in a file beside the results.
 
     Raises:
-        TwigVLMError: it cannot be written, another run writes to it, or it has results of another batch.
+        TwigVLMError: it cannot be written, another run writes to it, or it has results of another batch or other settings.
     """
     name = f"output {str(path)!r}"
     lock = FileLock(path.with_name(f".{path.name}.lock"))  # the system frees it when the process is killed
@@ -125,32 +136,46 @@ def open_results(path: Path, known: set[str]) -> Iterator[tuple[BinaryIO, set[st
         except Timeout:
             raise TwigVLMError(f"{name}: another run is writing there; wait until it ends") from None
     try:
-        with writing(name), open(path, "ab+") as file:
-            file.seek(0)
-            data = file.read()
-            whole = data[: data.rfind(b"\n") + 1]
-            answered, rest = _answered(name, whole, known), data[len(whole) :]
-            if not (rest.startswith(_RESULT) or _RESULT.startswith(rest)):
-                raise TwigVLMError(f"{name}: ends with what is no result; choose another file")
-            file.truncate(len(whole))
-            yield file, answered
+        with writing(name):
+            data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        rest = data[len(whole) :]
+        results = _results(name, whole, {line.custom_id: line.id for line in lines})
+        if not (rest.startswith(_RESULT) or _RESULT.startswith(rest)):
+            raise TwigVLMError(f"{name}: ends with what is no result; choose another file")
+        check_note(path.with_name(f"{path.name}.settings.json"), settings, bool(results), name, "file")
+        kept = {key: status for key, (status, _) in results.items() if status < 500}
+        if (new := b"".join(line for status, line in results.values() if status < 500)) != data:
+            with replacing(path) as temporary:
+                temporary.write_bytes(new)
+        with writing(name), open(path, "ab") as file:
+            yield file, kept
     finally:
         lock.release()
 
 
-def _answered(name: str, data: bytes, known: set[str]) -> set[str]:
-    answered: set[str] = set()
-    for number, line in enumerate(data.splitlines(), start=1):
+def _results(name: str, data: bytes, known: Mapping[str, str]) -> dict[str, tuple[int, bytes]]:
+    """Status and line of each result, by `custom_id`.
+
+    Args:
+        name: of the file, for messages.
+        data: of the file.
+        known: `custom_id` -> `BatchLine.id`.
+    """
+    found: dict[str, tuple[int, bytes]] = {}
+    for number, line in enumerate(data.splitlines(keepends=True), start=1):
         try:
             result = json.loads(line)
-        except ValueError:
-            result = None
-        if not isinstance(result, dict) or "response" not in result or not isinstance(result.get("custom_id"), str):
-            raise TwigVLMError(f"{name}: line {number}: is no result; choose another file")
-        answered.add(result["custom_id"])
-    if not answered <= known:
+            key, response = result["custom_id"], result["response"]
+            found[key] = int(response["status_code"]), line
+            other = key in known and response["request_id"] != known[key]
+        except (ValueError, TypeError, KeyError):
+            raise TwigVLMError(f"{name}: line {number}: is no result; choose another file") from None
+        if other:
+            raise TwigVLMError(f"{name}: the request {key!r} has changed since it was answered; choose another file")
+    if not found.keys() <= known.keys():
         raise TwigVLMError(f"{name}: has results of another batch; choose another file")
-    return answered
+    return found
 
 
 OnResult = Callable[[str, int, dict[str, Any]], None]
@@ -168,7 +193,7 @@ class BatchRun:
     def __init__(self, service: Service, on_result: OnResult) -> None:
         self._service, self._on_result = service, on_result
         self._events: queue.Queue[tuple[str, JobEvent]] = queue.Queue()
-        self._running: dict[str, tuple[Job, Completion]] = {}
+        self._running: dict[str, Completion] = {}
 
     def run(self, lines: list[BatchLine]) -> None:
         """Answer them; results come in the order in which they are complete."""
@@ -189,15 +214,7 @@ class BatchRun:
             refused = request_error(error)
             self._on_result(key, refused.status, refused.as_json())
             return
-        completion = Completion(
-            service.name,
-            len(job.choices),
-            job.prompt_tokens,
-            lambda: service.text(request),
-            request.details,
-            lambda index: service.worker.cancel(job, index),
-        )
-        self._running[key] = job, completion
+        self._running[key] = service.completion(request, job)
         service.worker.submit(job)
 
     def _take(self) -> None:
@@ -205,7 +222,7 @@ class BatchRun:
         key, event = self._events.get()
         if key not in self._running:
             return
-        completion = self._running[key][1]
+        completion = self._running[key]
         if isinstance(event, Failed):
             del self._running[key]
             self._on_result(key, event.error.status, event.error.as_json())
@@ -216,11 +233,11 @@ class BatchRun:
             self._on_result(key, 200, completion.as_json())
 
 
-def write_result(file: BinaryIO, custom_id: str, status: int, body: dict[str, Any]) -> None:
+def write_result(file: BinaryIO, line: BatchLine, status: int, body: dict[str, Any]) -> None:
     """Append a result to a file of `open_results`; it is on the disk when this returns."""
-    response = {"status_code": status, "request_id": f"req_{secrets.token_hex(12)}", "body": body}
+    response = {"status_code": status, "request_id": line.id, "body": body}
     error = None if status == 200 else {"code": body["error"]["code"], "message": body["error"]["message"]}
-    record = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id, "response": response, "error": error}
-    file.write(json.dumps(record).encode() + b"\n")
+    identity = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": line.custom_id}
+    file.write(json.dumps({**identity, "response": response, "error": error}).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())

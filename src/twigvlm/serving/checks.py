@@ -16,7 +16,7 @@ def check_limits(request: ChatRequest, limits: Limits) -> None:
         raise RequestError(f"n: must be 1 to {limits.max_choices}", param="n")
     asked = asked_length(request)
     if asked is not None and asked > limits.max_tokens:
-        raise RequestError(f"max_completion_tokens: must be at most {limits.max_tokens}")
+        raise RequestError(f"max_completion_tokens: must be at most {limits.max_tokens}", param="max_completion_tokens")
 
 
 def asked_length(request: ChatRequest) -> int | None:

@@ -15,13 +15,23 @@ from twigvlm.errors import one_line
 from twigvlm.serving.errors import RequestError
 
 _CHUNK = 1 << 16
+_PUBLIC = ipaddress.IPv6Network("2000::/3")
+_NOT_PUBLIC = tuple(map(ipaddress.IPv6Network, ("2001::/23", "2002::/16")))
+"""Ranges of it for special purposes: protocols such as Teredo, and 6to4."""
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet: not this machine, its network or a reserved range."""
+    """Whether an IP address is one of the public internet: not this machine, its network or a reserved range.
+
+    Of IPv6 that is what has been given out as public. Elsewhere lie, among others, addresses of IPv4 in another form (NAT64,
+    6to4), which may lead into this machine's network.
+    """
     found = ipaddress.ip_address(address)
-    mapped = getattr(found, "ipv4_mapped", None)  # ::ffff:127.0.0.1 is 127.0.0.1
-    return (mapped or found).is_global and not (mapped or found).is_multicast
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped is None:  # ::ffff:127.0.0.1 is 127.0.0.1
+            return found in _PUBLIC and found.is_global and not any(found in part for part in _NOT_PUBLIC)
+        found = found.ipv4_mapped
+    return found.is_global and not found.is_multicast
 
 
 class Fetcher:

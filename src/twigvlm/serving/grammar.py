@@ -13,6 +13,7 @@ from transformers import LogitsProcessor
 from twigvlm.serving.errors import RequestError
 
 _log = logging.getLogger(__name__)
+_LONGEST = 300  # characters of the library's messages, some of which hold the whole schema
 
 
 class Grammars:
@@ -55,7 +56,7 @@ class Grammars:
         except ValueError as error:  # also of tokenizers that it does not know
             reason = str(error)
         if reason:
-            reason = "an internal error" if "panic" in reason else reason.partition("\n")[0]
+            reason = "an internal error" if "panic" in reason else _line(reason)
             raise RequestError(f"response_format: the grammar library refuses it ({reason})", param="response_format")
         return Grammar(matcher, self._vocabulary, self._eos)
 
@@ -108,7 +109,7 @@ class GrammarProcessor(LogitsProcessor):
         words = torch.zeros((self._vocabulary + 31) // 32, dtype=torch.int32)
         self._matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.numel() * words.element_size())
         if self._matcher.is_error():
-            _log.warning("a grammar failed: %s", self._matcher.get_error())
+            _log.warning("a grammar failed: %s", _line(self._matcher.get_error()))
             self.error = RequestError(
                 "response_format: this schema takes too much work; simplify it", param="response_format"
             )
@@ -123,3 +124,9 @@ class GrammarProcessor(LogitsProcessor):
         ended = torch.full_like(scores, float("-inf"))
         ended[:, self._eos] = 0
         return ended
+
+
+def _line(message: str) -> str:
+    """A message of the library on one line, which is cut where it is too long."""
+    line = " ".join(message.split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

@@ -100,6 +100,8 @@ class Job:
     """Whether a step with this job failed: it then runs alone, so that it can spoil no other one."""
     started: bool = False
     """Whether a token has come."""
+    failed: bool = False
+    """Whether it was told that it has failed."""
     choices: list[Choice] = field(default_factory=list)
 
     def __post_init__(self) -> None:

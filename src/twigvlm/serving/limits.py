@@ -22,6 +22,8 @@ class Limits:
     """Largest number of images in a request."""
     max_pixels: int = 16_000_000
     """Largest image, in pixels (width times height)."""
+    max_request_pixels: int = 64_000_000
+    """Largest total of the images of a request, in pixels."""
     max_body: int = 20_000_000
     """Largest body of a request, in bytes."""
     max_held: int = 2_000_000_000

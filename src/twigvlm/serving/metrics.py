@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from threading import Lock
 
-SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Upper bounds of the histograms' buckets."""
 
 
@@ -31,7 +31,7 @@ class Metrics:
         self._values[name] = {"sum": 0.0}
 
     def add(self, name: str, value: float = 1, label: str = "") -> None:
-        """Add to a counter, under a label such as `status="200"`."""
+        """Add to a counter or a gauge, under a label such as `status="200"`."""
         with self._lock:
             values = self._values[name]
             values[label] = values.get(label, 0) + value
@@ -76,7 +76,9 @@ def server_metrics() -> Metrics:
     """The metrics of a server."""
     metrics = Metrics()
     metrics.counter("twigvlm_requests_total", "Requests by status of their answers; 499: the client hung up.")
-    metrics.gauge("twigvlm_requests_waiting", "Requests that wait for a place.")
+    metrics.gauge(
+        "twigvlm_requests_waiting", "Requests without a token yet: being fetched, prepared, queued or prefilled."
+    )
     metrics.gauge("twigvlm_rows", "Answers that are being generated.")
     metrics.counter("twigvlm_prompt_tokens_total", "Tokens of prompts, visual tokens included.")
     metrics.counter("twigvlm_generated_tokens_total", "New tokens; their rate is the speed in tokens per second.")

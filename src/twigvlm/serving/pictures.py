@@ -1,6 +1,10 @@
 """Images of requests: data URIs, or addresses that the server's owner allowed."""
 
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
+from io import BytesIO
+from math import inf
 from time import monotonic
 
 from PIL import Image
@@ -9,6 +13,7 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.images import from_data_uri, read_image
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.fetch import Fetcher
+from twigvlm.serving.limits import Limits
 from twigvlm.serving.protocol import ChatRequest, ImagePart, TextPart
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -48,6 +53,35 @@ def fetch_pictures(request: ChatRequest, fetcher: Fetcher, until: float) -> dict
     return found
 
 
+def check_pixels(request: ChatRequest, limits: Limits, fetched: Mapping[str, bytes]) -> None:
+    """Refuse a request whose images have too many pixels together, before any of them is decoded.
+
+    Args:
+        request: what was asked.
+        limits: of requests.
+        fetched: of `fetch_pictures`.
+
+    Raises:
+        RequestError: they have too many.
+    """
+    parts = [part for message in request.messages for part in message.parts if isinstance(part, ImagePart)]
+    total = sum(min(_pixels(part.image_url.url, fetched), limits.max_pixels) for part in parts)
+    if total > limits.max_request_pixels:
+        raise RequestError(
+            f"messages: the images have {total:,} pixels together, of at most {limits.max_request_pixels:,}; scale them down",
+            param="messages",
+        )
+
+
+def _pixels(url: str, fetched: Mapping[str, bytes]) -> float:
+    """Width times height by the header; infinite where it does not say, which `read_picture` may know better."""
+    with warnings.catch_warnings(), suppress(Exception):  # decoders raise whatever a broken file leads them to
+        warnings.simplefilter("ignore")
+        with Image.open(BytesIO(_file(url, fetched)), formats=FORMATS) as image:
+            return image.width * image.height
+    return inf
+
+
 def read_picture(url: str, max_pixels: int, fetched: Mapping[str, bytes]) -> Image.Image:
     """The image of an `image_url` as upright 8-bit RGB.
 
@@ -60,10 +94,13 @@ def read_picture(url: str, max_pixels: int, fetched: Mapping[str, bytes]) -> Ima
         RequestError: one line that says what is wrong with it.
     """
     try:
-        data = from_data_uri("image_url", url) if _is_data(url) else fetched[url]
-        return read_image("image_url", data, FORMATS, max_pixels)
+        return read_image("image_url", _file(url, fetched), FORMATS, max_pixels)
     except TwigVLMError as error:
         raise RequestError(str(error)) from None
+
+
+def _file(url: str, fetched: Mapping[str, bytes]) -> bytes:
+    return from_data_uri("image_url", url) if _is_data(url) else fetched[url]
 
 
 def _is_data(url: str) -> bool:

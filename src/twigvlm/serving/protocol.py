@@ -1,6 +1,7 @@
 """Requests in the format of OpenAI's chat completions, and the options of this library beside them."""
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -10,6 +11,10 @@ from twigvlm.serving.errors import RequestError
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_MESSAGES, MAX_PARTS = 4, 200, 512, 256
 MAX_SCHEMA = 50_000  # characters
+MAX_MARKS = 100_000
+"""Commas and opening brackets of a body, also those in texts: parsing takes time for each, and nothing can interrupt it."""
+_MANY = 1000
+"""Faults beyond which they are only counted: pydantic lists all or none of them."""
 
 _Positive = Annotated[int, Field(ge=1, le=2**31)]
 _Ignored = Annotated[Any, AfterValidator(lambda _: None)]
@@ -25,9 +30,11 @@ _NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "modalities": (None, ["text"]),
     "prediction": (None,),
     "presence_penalty": (None, 0),
+    "reasoning_effort": (None, "none"),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
     "top_logprobs": (None, 0),
+    "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
 """Fields of OpenAI's that are not offered, and the values at which they ask for nothing."""
@@ -42,8 +49,13 @@ _OF_ANSWERS: dict[str, tuple[Any, ...]] = {
 }
 """Fields of an answer's message, and the values at which they say nothing: clients send answers back as they are."""
 
-_MEMBERS = ("str", "text", "image_url")
-"""Steps that pydantic adds to the path of an error: the member of a union that it tried."""
+_MEANT = {
+    "model_type": "must be a JSON object",
+    "union_tag_invalid": "type must be 'text' or 'image_url'",
+    "union_tag_not_found": "type must be 'text' or 'image_url'",
+    "extra_forbidden": "this server knows no such field; leave it out",
+}
+"""What pydantic's messages mean to a client, by their types."""
 
 
 class _Strict(BaseModel):
@@ -88,7 +100,10 @@ class ChatMessage(_Strict):
     def _as_asked(cls, message: Any) -> Any:
         if not isinstance(message, dict):
             return message
-        return {name: value for name, value in message.items() if value not in _OF_ANSWERS.get(name, ())}
+        said = {name: value for name, value in message.items() if value not in _OF_ANSWERS.get(name, ())}
+        if said.get("role") == "assistant" and said.get("content") is None:
+            said["content"] = ""  # an answer that was empty
+        return said
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
@@ -137,7 +152,7 @@ class ChatRequest(_Strict):
     max_tokens: _Positive | None = None
     max_completion_tokens: _Positive | None = None
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     response_format: ResponseFormat | None = None
@@ -171,6 +186,7 @@ class ChatRequest(_Strict):
     service_tier: _Ignored = None
     safety_identifier: _Ignored = None
     prompt_cache_key: _Ignored = None
+    prompt_cache_retention: _Ignored = None
     parallel_tool_calls: _Ignored = None
 
     audio: Any = None
@@ -182,9 +198,11 @@ class ChatRequest(_Strict):
     modalities: Any = None
     prediction: Any = None
     presence_penalty: Any = None
+    reasoning_effort: Any = None
     tool_choice: Any = None
     tools: Any = None
     top_logprobs: Any = None
+    verbosity: Any = None
     web_search_options: Any = None
 
     @model_validator(mode="after")
@@ -211,21 +229,46 @@ class ChatRequest(_Strict):
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-def parse_request(body: bytes | str) -> ChatRequest:
+def parse_request(body: bytes) -> ChatRequest:
     """A request from JSON.
 
     Raises:
         RequestError: it is not JSON, or not a request that this server takes.
     """
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_MARKS:
+        raise RequestError(f"the request has more than {MAX_MARKS:,} commas and brackets; send less", 413)
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        # The names of union members and of discriminators are pydantic's, not the client's; the first step is never one.
-        top, inner = first["loc"][:1], map(str, first["loc"][1:])
-        path = [*map(str, top), *(step for step in inner if step not in _MEMBERS and not step.startswith("list["))]
-        param = ".".join(path)[:100] or None
-        text = str(first["msg"]).removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            text = "this server knows no such field; leave it out"
-        raise RequestError(f"{param}: {text}" if param else text, param=param or text.partition(":")[0][:100]) from None
+        if (count := error.error_count()) > _MANY:
+            raise RequestError(f"the request has {count:,} faults, such as unknown fields; correct them") from None
+        fault = _first_fault(error)
+        path, text = _path(fault["loc"]), str(fault["msg"]).removeprefix("Value error, ")
+        text = _MEANT.get(fault["type"], text)
+        named = text.partition(":")[0]  # of errors of the whole request, which has no path
+        param = path or (named if named in ChatRequest.model_fields else None)
+        raise RequestError(f"{path}: {text}" if path else text, param=param) from None
+
+
+def _first_fault(error: ValidationError) -> Any:
+    """What pydantic says of the first fault. Of a text or a list it says that it is no text first, and then what is wrong with it
+    as a list."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    union = faults[0]["loc"][:-1]
+    if faults[0]["loc"][-1:] != ("str",):
+        return faults[0]
+    return max((fault for fault in faults if fault["loc"][: len(union)] == union), key=lambda fault: len(fault["loc"]))
+
+
+def _path(steps: Sequence[int | str]) -> str | None:
+    """The field at a path, without the names of members of unions, which are pydantic's; None: the whole request.
+
+    Args:
+        steps: of pydantic.
+    """
+    found = []
+    for number, step in enumerate(map(str, steps)):
+        member = number > 0 and (step == "str" or step.startswith("list["))  # a field of this name can only come first
+        if not member and not (number > 1 and str(steps[number - 2]).startswith("list[tagged-union")):
+            found.append(step)
+    return ".".join(found)[:100] or None

@@ -64,7 +64,10 @@ class Running:
     """
 
     def __init__(self, service: Service, request: ChatRequest, http: Request, share: Share) -> None:
-        self._service, self._request, self._http, self._share = service, request, http, share
+        self._service, self._http, self._share = service, http, share
+        # An executor's queue keeps what was cancelled until a thread comes to it, so it gets this object, which lets go of both.
+        self._request: ChatRequest | None = request
+        self._fetched: dict[str, bytes] = {}
         self._events: asyncio.Queue[JobEvent] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._job: Job | None = None
@@ -86,37 +89,47 @@ class Running:
             RequestError: the request cannot be answered.
             ClientGone: the client has hung up.
         """
-        service, request = self._service, self._request
-        job = await self._unless_gone(self._prepare(fetching, preparing, arrived))
-        self._share.take(job.bytes)
-        self._job = job
-        self._completion = Completion(
-            service.name,
-            len(job.choices),
-            job.prompt_tokens,
-            lambda: service.text(request),
-            request.details,
-            lambda index: service.worker.cancel(job, index),
-        )
-        service.worker.submit(job)
-        self._first = await self._next()
+        service, metrics = self._service, self._service.metrics
+        metrics.add("twigvlm_requests_waiting")
+        try:
+            service.check(self._asked)  # here: what prepares requests may be busy with others
+            job = await self._unless_gone(self._prepare(fetching, preparing, arrived))
+            self._share.take(job.bytes)
+            self._job, self._completion = job, service.completion(self._asked, job)
+            service.worker.submit(job)
+            self._first = await self._next()
+        finally:
+            metrics.add("twigvlm_requests_waiting", -1)
 
     async def _prepare(self, fetching: ThreadPoolExecutor, preparing: ThreadPoolExecutor, arrived: float) -> Job:
-        service, request, run = self._service, self._request, self._loop.run_in_executor
-        fetched: dict[str, bytes] = {}
-        if any(is_fetched(part) for message in request.messages for part in message.parts):
-            fetched = await run(fetching, service.fetch, request, arrived)
-        size = sum(map(len, fetched.values()))
+        run = self._loop.run_in_executor
+        if any(is_fetched(part) for message in self._asked.messages for part in message.parts):
+            self._fetched = await run(fetching, self._fetch, arrived)
+        size = sum(map(len, self._fetched.values()))
         self._share.take(size)
-        job = await run(preparing, service.prepare, request, self._listen, arrived, fetched)
+        job = await run(preparing, self._make_job, arrived)
+        self._fetched = {}
         self._share.give_back(size)
         return job
+
+    def _fetch(self, arrived: float) -> dict[str, bytes]:
+        return self._service.fetch(self._asked, arrived)
+
+    def _make_job(self, arrived: float) -> Job:
+        return self._service.prepare(self._asked, self._listen, arrived, self._fetched)
+
+    @property
+    def _asked(self) -> ChatRequest:
+        """What was asked. Raises ClientGone when nobody waits for the answer any more."""
+        if self._request is None:
+            raise ClientGone
+        return self._request
 
     async def chunks(self) -> AsyncIterator[str]:
         """The server-sent events of a stream."""
         completion = self._completion
         assert completion is not None, "it has started"
-        options = self._request.stream_options
+        options = self._asked.stream_options
         counted = options is not None and options.include_usage
         try:
             async for event in self._tokens():
@@ -185,7 +198,8 @@ class Running:
         if self._job is not None and not (self._completion is not None and self._completion.finished):
             self._service.worker.cancel(self._job)
         # A job refers to this object by what it tells its events to. In a circle its pictures would wait for Python's collector.
-        self._job = self._completion = None
+        self._job = self._completion = self._request = None
+        self._fetched = {}
 
 
 def _sse(data: dict[str, Any]) -> str:

@@ -13,16 +13,18 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.inputs import build_inputs
 from twigvlm.model import TwigVLM
 from twigvlm.serving.checks import asked_length, asked_pruning, check_limits
+from twigvlm.serving.completion import Completion
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import shutting_down, waited_too_long
 from twigvlm.serving.fetch import Fetcher
+from twigvlm.serving.fit import fitted
 from twigvlm.serving.grammar import Grammar, Grammars
 from twigvlm.serving.jobs import Job, JobEvent
 from twigvlm.serving.limits import Limits
 from twigvlm.serving.memory import Memory
 from twigvlm.serving.messages import template_messages
 from twigvlm.serving.metrics import Metrics, server_metrics
-from twigvlm.serving.pictures import fetch_pictures
+from twigvlm.serving.pictures import check_pixels, fetch_pictures
 from twigvlm.serving.protocol import ChatRequest, ImagePart, TextPart
 from twigvlm.serving.text import AnswerText
 from twigvlm.serving.worker import Worker
@@ -113,7 +115,7 @@ class Service:
         Raises:
             RequestError: the request cannot be answered, or one of the images cannot be had in time.
         """
-        self._check(request)
+        self.check(request)
         self._check_waiting(arrived)
         return fetch_pictures(request, self.fetcher, arrived + self.limits.longest_wait)
 
@@ -136,13 +138,14 @@ class Service:
             RequestError: the request cannot be answered.
         """
         arrived = time.monotonic() if arrived is None else arrived
-        self._check(request)
+        self.check(request)
         if fetched is None:
             fetched = self.fetch(request, arrived)
         with self._preparing:  # tokenizers are not for several threads
             if self.worker.draining:
                 raise shutting_down()
             self._check_waiting(arrived)
+            check_pixels(request, self.limits, fetched)
             messages = template_messages(request, self.limits.max_pixels, fetched)
             try:
                 inputs = build_inputs(self.processor, [messages], self.model.device, self.model.dtype)
@@ -150,7 +153,7 @@ class Service:
                 raise RequestError(str(error), param="messages") from None
             grammar = self._grammar(request)
         options = {
-            **self._pruning(request),
+            **self._pruning(request, inputs),
             **self._sampling(request),
             "max_new_tokens": self._length(request, inputs["input_ids"].shape[1]),
             "eos_token_id": self.eos or None,
@@ -159,11 +162,17 @@ class Service:
             inputs, options, self._speculate(request), self._seeds(request), listen, grammar, request.details, arrived
         )
 
-    def text(self, request: ChatRequest) -> AnswerText:
-        """What turns the tokens of one answer into text."""
-        return AnswerText(
-            lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)), frozenset(self.eos), request.stops
-        )
+    def completion(self, request: ChatRequest, job: Job) -> Completion:
+        """What gathers the events of a request's job."""
+
+        def text() -> AnswerText:
+            eos, stops = frozenset(self.eos), request.stops
+            return AnswerText(lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)), eos, stops)
+
+        def give_up(index: int) -> None:
+            self.worker.cancel(job, index)
+
+        return Completion(self.name, len(job.choices), job.prompt_tokens, text, request.details, give_up)
 
     def stop(self, seconds: float = 0.0) -> None:
         """End the worker; jobs under way have that many seconds left."""
@@ -173,7 +182,8 @@ class Service:
         if time.monotonic() - arrived > self.limits.longest_wait:
             raise waited_too_long(self.limits.longest_wait)
 
-    def _check(self, request: ChatRequest) -> None:
+    def check(self, request: ChatRequest) -> None:
+        """Raise RequestError where it takes no work to see that a request is refused."""
         limits = self.limits
         if request.model != self.name:
             raise RequestError(f"model: this server has only {self.name!r}", 404, param="model", code="model_not_found")
@@ -188,11 +198,15 @@ class Service:
         if length > _TEXT_PER_TOKEN * self.context:
             raise self._too_long(f"{length:,} characters")
 
-    def _pruning(self, request: ChatRequest) -> dict[str, Any]:
-        """Options of pruning: those of the request, or else the server's."""
-        pruning = asked_pruning(request) or self.defaults.pruning
+    def _pruning(self, request: ChatRequest, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Options of pruning: those of the request, or else the server's, as far as they are possible for its pictures."""
+        asked, base = asked_pruning(request), self.model.base
+        pruning = asked or self.defaults.pruning
         if pruning.active and pruning.pruner in (None, "twig") and not self.has_twig:
             raise RequestError("retain: this model has no twig; name another method with pruner", param="pruner")
+        if asked is None:
+            visual = int(base.visual_mask(inputs["input_ids"]).sum())
+            pruning = fitted(pruning, visual, base.num_layers, self.model.twig.config)
         return {option.name: getattr(pruning, option.name) for option in fields(pruning)}
 
     def _speculate(self, request: ChatRequest) -> str:
@@ -211,13 +225,13 @@ class Service:
         return speculate
 
     def _sampling(self, request: ChatRequest) -> dict[str, Any]:
-        if not _is_drawn(request):
+        if (temperature := _temperature(request)) is None:
             return {"do_sample": False}
-        return {"do_sample": True, "temperature": request.temperature, "top_k": 0, "top_p": request.top_p or 1.0}
+        return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": request.top_p or 1.0}
 
     def _seeds(self, request: ChatRequest) -> list[int | None]:
         """Of each answer; the first one's is the request's."""
-        if not _is_drawn(request):
+        if _temperature(request) is None:
             return [None] * (request.n or 1)
         first = secrets.randbits(62) if request.seed is None else request.seed % 2**63
         return [(first + number) % 2**63 for number in range(request.n or 1)]
@@ -248,5 +262,9 @@ class Service:
         )
 
 
-def _is_drawn(request: ChatRequest) -> bool:
-    return request.temperature is not None and request.temperature >= _COLDEST
+def _temperature(request: ChatRequest) -> float | None:
+    """Of the sampling: OpenAI's 1 where only `top_p` or `n` asks for it; None: the most probable token is chosen."""
+    temperature = request.temperature
+    if temperature is None:
+        temperature = 1.0 if request.top_p is not None or (request.n or 1) > 1 else 0.0
+    return None if temperature < _COLDEST or request.top_p == 0 else temperature

@@ -21,6 +21,8 @@ from twigvlm.serving.metrics import Metrics
 _log = logging.getLogger(__name__)
 _ADMITTED = 2
 """Jobs that are taken up between two steps at most, so that answers under way do not stand still for long."""
+_LAST_STEP = 2.0
+"""Seconds that a step has left to end when the worker stops; nothing can interrupt it, and a prefill may take much longer."""
 
 Loaded = TypeVar("Loaded")
 
@@ -83,13 +85,17 @@ class Worker:
         """Refuse jobs that wait and that come; those under way go on."""
         with self._changed:
             self._draining = True
+            refused = [job for job in self._waiting if not job.suspect]  # those that start over are under way
+            self._waiting = deque(job for job in self._waiting if job.suspect)
             self._changed.notify()
+        for job in refused:
+            self._tell(job, Failed(shutting_down()))
 
     def stop(self, seconds: float = 0.0) -> None:
-        """End the thread.
+        """End the thread, after its step if that is short.
 
         Args:
-            seconds: that jobs under way have left; then they fail.
+            seconds: that jobs under way have left; then they fail, whatever the thread is doing.
         """
         self.drain()
         deadline = time.monotonic() + seconds
@@ -98,7 +104,8 @@ class Worker:
         with self._changed:
             self._stopped = True
             self._changed.notify()
-        self._thread.join()
+        self._tell_the_end()
+        self._thread.join(_LAST_STEP)
 
     @property
     def draining(self) -> bool:
@@ -122,7 +129,11 @@ class Worker:
                 for job in jobs:
                     self._fail(job, error)
                 self._choices.clear()
-        for job in [*self._jobs(), *self._waiting]:
+        self._tell_the_end()
+
+    def _tell_the_end(self) -> None:
+        """Fail everything that is under way; any thread may do this."""
+        for job in [*self._jobs(), *list(self._waiting)]:
             self._tell(job, Failed(shutting_down()))
 
     def _next_turn(self) -> bool:
@@ -130,7 +141,6 @@ class Worker:
         with self._changed:
             while not (self._stopped or self._waiting or self._cancelled or self._choices):
                 self._metrics.set("twigvlm_rows", 0)
-                self._metrics.set("twigvlm_requests_waiting", 0)
                 self._changed.wait()
             return not self._stopped
 
@@ -145,14 +155,13 @@ class Worker:
                 break
             self._admit(next_job)
         self._metrics.set("twigvlm_rows", len(self._choices))
-        self._metrics.set("twigvlm_requests_waiting", len(self._waiting))
         for way in list(self._engines):
             if self._engines[way].busy:
                 self._step(way)
 
     def _jobs(self) -> list[Job]:
         """Jobs with rows."""
-        return list(dict.fromkeys(job for job, _ in self._choices.values()))
+        return list(dict.fromkeys(job for job, _ in list(self._choices.values())))  # copied: see _tell_the_end
 
     def _next_job(self) -> Job | None:
         """The first job that waits, if there is room for it."""
@@ -263,8 +272,6 @@ class Worker:
         limits = self._limits
         if job.suspect:  # it starts over, and has waited before
             return too_late(limits.total_seconds) if waited > limits.total_seconds else None
-        if self._draining:
-            return shutting_down()
         return waited_too_long(limits.longest_wait) if waited > limits.longest_wait else None
 
     def _fail(self, job: Job, error: Exception) -> None:
@@ -284,6 +291,9 @@ class Worker:
                 self._waiting.remove(job)
 
     def _tell(self, job: Job, event: JobEvent) -> None:
+        if job.failed:  # it was told so while a step with it ran
+            return
+        job.failed = isinstance(event, Failed)
         try:
             job.listen(event)
         except Exception:  # nobody listens any more, for example because the event loop is closed

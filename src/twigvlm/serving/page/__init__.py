@@ -45,7 +45,7 @@ def add_page(app: FastAPI, service: Service, needs_key: bool) -> None:
     """
 
     def serve(path: str, data: bytes, kind: str) -> None:
-        @app.get(path, include_in_schema=False)
+        @app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)
         async def file() -> Response:
             return Response(data, media_type=kind, headers=_HEADERS)
 
@@ -66,17 +66,23 @@ def page_settings(service: Service, needs_key: bool) -> dict[str, Any]:
     base, twig, defaults = service.model.base, service.model.twig.config, service.defaults
     visual = getattr(service.model.config, "image_seq_length", None)
     low, high = 32.0, 576.0  # of bases whose visual tokens depend on the picture
+    budget: float | None = defaults.pruning.retain
+    if budget is None:
+        budget = defaults.pruning.keep
     if visual is not None:
         final_wipe = base.num_layers if twig.final_wipe is None else twig.final_wipe
         shape = visual, base.num_layers, twig.trunk_layers, final_wipe, twig.final_share
         low, high = (average_kept(keep, *shape) for keep in (1, visual))
+        if defaults.pruning.keep is not None:
+            budget = average_kept(min(defaults.pruning.keep, visual), *shape)
     ways = ["none", "chain", "tree", "lookup"] if service.has_twig else ["none", "lookup"]
     return {
         "model": service.name,
         "needs_key": needs_key,
         "has_twig": service.has_twig,
         "visual": visual,
-        "retain": {"low": low, "high": high, "default": defaults.pruning.retain},
+        "retain": {"low": low, "high": high, "default": budget},
+        "prunes": defaults.pruning.active,
         "ways": ways if defaults.speculate in ways else [*ways, defaults.speculate],
         "way": defaults.speculate,
         "refocus": defaults.pruning.refocus,

@@ -15,7 +15,7 @@ async function start() {
   const budget = Math.round(settings.retain.default ?? Math.max(low, Math.min(64, high)));
   Object.assign(at("retain"), { min: Math.ceil(low), max: Math.floor(high), value: budget });
   at("retain-value").textContent = at("retain").value;
-  at("prune").checked = settings.retain.default !== null;
+  at("prune").checked = settings.prunes;
   at("refocus").checked = settings.refocus !== null;
   at("length").value = settings.max_tokens;
   for (const way of settings.ways) at("way").add(new Option(way === "none" ? "none (plain decoding)" : way, way));
@@ -53,15 +53,26 @@ async function setPicture(blob) {
   } catch {
     throw new Error("this file is no picture that the browser can read");
   }
-  const scale = Math.min(1, MAX_SIDE / Math.max(picture.width, picture.height));
+  const pixels = picture.width * picture.height;
+  const scale = Math.min(
+    1,
+    MAX_SIDE / Math.max(picture.width, picture.height),
+    Math.sqrt((0.99 * state.settings.max_pixels) / pixels), // sides are rounded
+  );
   const copy = document.createElement("canvas");
   copy.width = Math.max(1, Math.round(picture.width * scale));
   copy.height = Math.max(1, Math.round(picture.height * scale));
-  copy.getContext("2d").drawImage(picture, 0, 0, copy.width, copy.height);
+  const pen = copy.getContext("2d");
+  pen.fillStyle = "white"; // behind what is transparent, as the server reads it
+  pen.fillRect(0, 0, copy.width, copy.height);
+  pen.drawImage(picture, 0, 0, copy.width, copy.height);
+  // As it is where it is small and every server reads it, so that the model sees what was given. A PNG of a large photograph
+  // could be more than the server takes.
+  const small = scale === 1 && blob.size < 4e6;
+  const sent = small && SENT_AS_THEY_ARE.includes(blob.type);
+  const drawn = small ? copy.toDataURL("image/png") : copy.toDataURL("image/jpeg", 0.95);
+  state.uri = sent ? await dataUri(blob) : drawn;
   state.picture = copy;
-  // As it is where it is small and every server reads it, so that the model sees what was given; otherwise as it was drawn.
-  const sent = scale === 1 && blob.size < 4e6 && SENT_AS_THEY_ARE.includes(blob.type);
-  state.uri = sent ? await dataUri(blob) : copy.toDataURL("image/png");
   draw(at("picture"), state.picture, null, null, false);
   at("hint").textContent = "Drop another picture, paste one, or press Enter to choose a file.";
   at("error").textContent = "";
@@ -98,8 +109,8 @@ function newLane(title) {
   return lane;
 }
 
-// Runs one lane; its clock stops with the answer.
-async function runLane(lane, body, signal) {
+// Runs one lane; its clock stops with the answer. Its patches are those of the picture that was asked about.
+async function runLane(lane, body, picture, signal) {
   const [clock, answer] = [lane.querySelector(".clock"), lane.querySelector(".answer")];
   const begun = performance.now();
   const tick = () => {
@@ -122,7 +133,9 @@ async function runLane(lane, body, signal) {
         looks += 1;
         const kept = choice.twigvlm.kept;
         const all = kept.length === state.settings.visual;
-        draw(at("picture"), state.picture, all ? null : kept, state.settings.grid, state.settings.crops);
+        if (picture === state.picture) {
+          draw(at("picture"), picture, all ? null : kept, state.settings.grid, state.settings.crops);
+        }
       }
       reason = choice.finish_reason ?? reason;
     });
@@ -151,10 +164,11 @@ async function run(lanes) {
   at("answers").replaceChildren();
   at("error").textContent = "";
   const aborter = (state.running = new AbortController());
+  const { picture } = state;
   setBusy(true);
   try {
     const made = lanes.map(({ title, body }) => ({ lane: newLane(title), body }));
-    for (const { lane, body } of made) await runLane(lane, body, aborter.signal);
+    for (const { lane, body } of made) await runLane(lane, body, picture, aborter.signal);
   } catch (error) {
     if (error.name !== "AbortError") throw error;
   } finally {
@@ -218,13 +232,22 @@ at("drop").addEventListener("keydown", (event) => {
   event.preventDefault();
   at("file").click();
 });
-at("file").addEventListener("change", () => takeFile(at("file").files));
-at("drop").addEventListener("dragover", (event) => {
+at("file").addEventListener("change", () => {
+  takeFile(at("file").files);
+  at("file").value = ""; // or choosing the same file again would change nothing
+});
+// Files may be dropped anywhere: the browser would leave the page to show them.
+const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
+document.addEventListener("dragover", (event) => {
+  if (!hasFiles(event)) return;
   event.preventDefault();
   at("drop").classList.add("over");
 });
-at("drop").addEventListener("dragleave", () => at("drop").classList.remove("over"));
-at("drop").addEventListener("drop", (event) => {
+document.addEventListener("dragleave", (event) => {
+  if (event.relatedTarget === null) at("drop").classList.remove("over"); // it has left the window
+});
+document.addEventListener("drop", (event) => {
+  if (!hasFiles(event)) return;
   event.preventDefault();
   at("drop").classList.remove("over");
   takeFile(event.dataTransfer.files);

@@ -1,0 +1,63 @@
+"""The server's own budget, fitted to the pictures of a request: a client does not know of it, and cannot be refused for it."""
+
+from dataclasses import replace
+from math import ceil
+
+from twigvlm.config import PruningConfig, TwigConfig
+from twigvlm.errors import TwigVLMError
+from twigvlm.pruning.budget import average_kept, average_scouted, solve_keep, solve_scouted
+from twigvlm.pruning.cut import Pruner, schedule
+from twigvlm.pruning.methods import make_pruner
+
+
+def fitted(pruning: PruningConfig, visual: int, layers: int, twig: TwigConfig) -> PruningConfig:
+    """Options of pruning that are possible for a prompt.
+
+    A prompt that has no more visual tokens than the budget keeps all of them. Of one that has so many that the layers before the
+    first cut take most of R̄, or more, at least R̄ / 2 tokens are kept.
+
+    Args:
+        pruning: the server's.
+        visual: M of the prompt.
+        layers: L.
+        twig: of the model.
+    """
+    budget = pruning.keep if pruning.retain is None else pruning.retain
+    if not visual or budget is None:
+        return pruning
+    if visual <= budget:
+        return PruningConfig()
+    if pruning.retain is None:
+        return pruning
+    least = ceil(pruning.retain / 2)
+    if pruning.pruner not in (None, "twig"):
+        return _of_another(pruning, make_pruner(pruning.pruner), visual, layers, least)
+    if pruning.scout:
+        scouted = visual, layers, twig.trunk_layers
+        low, high = (average_scouted(keep, *scouted) for keep in (1, visual))
+        keep = solve_scouted(min(max(budget, low), high), *scouted)
+    else:
+        given, share = pruning.final_wipe or twig.final_wipe, pruning.final_share
+        shape = visual, layers, twig.trunk_layers, given or layers, twig.final_share if share is None else share
+        low, high = (average_kept(keep, *shape) for keep in (1, visual))
+        keep = solve_keep(min(max(budget, low), high), *shape)
+    return replace(pruning, retain=None, keep=max(keep, least))
+
+
+def _of_another(pruning: PruningConfig, pruner: Pruner, visual: int, layers: int, least: int) -> PruningConfig:
+    """The smallest budget, from R̄ up, of which the first cut of another method keeps enough."""
+
+    def enough(retain: float) -> bool:
+        try:
+            cuts = schedule(pruner, retain, visual, layers)
+        except TwigVLMError:
+            return False
+        return not cuts or cuts[0].keep >= least
+
+    low, high = float(pruning.retain or 0), float(visual)
+    if enough(low) or not enough(high):  # a base that the method is not for is refused as elsewhere
+        return pruning
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return replace(pruning, retain=high)

@@ -1,0 +1,75 @@
+"""A client that asks for no budget is never refused for the server's, nor left with next to nothing of its pictures."""
+
+import pytest
+
+from tests.serving.servers import chat, picture, served, tiny_model, tiny_service
+from tests.serving.test_hostile import post
+from twigvlm.config import PruningConfig, TwigConfig
+from twigvlm.pruning.budget import average_kept, average_scouted
+from twigvlm.pruning.cut import average_visual
+from twigvlm.pruning.methods import make_pruner
+from twigvlm.serving.fit import fitted
+from twigvlm.serving.service import Defaults
+
+TWIG = TwigConfig(trunk_layers=2, twig_layers=3, final_wipe=24)
+
+
+def kept(pruning, visual, twig=TWIG):
+    return fitted(pruning, visual, 32, twig).keep
+
+
+@pytest.mark.parametrize("images", range(1, 20))
+def test_half_of_the_budget_is_kept_at_least(images):
+    visual = 576 * images
+    assert kept(PruningConfig(retain=64), visual) >= 32
+    assert kept(PruningConfig(retain=64, scout=True), visual) >= 32
+    assert kept(PruningConfig(retain=64, final_wipe=3, final_share=0.1), visual) >= 32
+
+
+def test_a_budget_that_is_possible_is_as_it_was():
+    keep = kept(PruningConfig(retain=192), 576)
+    assert average_kept(keep, 576, 32, 2, 24) == pytest.approx(192, abs=0.5)
+    keep = kept(PruningConfig(retain=192, scout=True), 576)
+    assert average_scouted(keep, 576, 32, 2) == pytest.approx(192, abs=0.5)
+    fastv = PruningConfig(retain=192, pruner="fastv:2")
+    for pruning in (fastv, PruningConfig(keep=64, diverse=True), PruningConfig()):
+        assert fitted(pruning, 576, 32, TWIG) == pruning
+
+
+def test_other_options_stay():
+    pruning = fitted(
+        PruningConfig(retain=64, final_wipe=20, final_share=0.5, diverse=True, refocus=0.7), 1728, 32, TWIG
+    )
+    assert (pruning.final_wipe, pruning.final_share, pruning.diverse, pruning.refocus) == (20, 0.5, True, 0.7)
+
+
+@pytest.mark.parametrize("options", [{"retain": 600}, {"keep": 576}, {"retain": 576, "pruner": "fastv:2"}])
+def test_a_picture_that_is_no_larger_than_the_budget_stays_whole(options):
+    assert fitted(PruningConfig(**options), 576, 32, TWIG) == PruningConfig()
+
+
+def test_a_budget_above_what_final_wipe_leaves_keeps_all_until_then():
+    assert kept(PruningConfig(retain=500), 576) == 576
+
+
+def test_another_method_gets_the_smallest_budget_that_keeps_half_of_it():
+    found = fitted(PruningConfig(retain=64, pruner="fastv:2"), 1728, 32, TWIG)
+    cuts = make_pruner("fastv:2").cuts(found.retain, 1728, 32)
+    assert cuts[0].keep == 32
+    assert average_visual(cuts, 1728, 32) == pytest.approx(found.retain, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    "pruning", [PruningConfig(retain=8), PruningConfig(retain=8, pruner="fastv:2"), PruningConfig(keep=8)]
+)
+def test_several_images_are_answered_under_the_server_s_budget(pruning):
+    service = tiny_service(tiny_model(), defaults=Defaults(pruning))
+    with served(service) as address:
+        for images, most in ((0, 0), (1, 8), (3, 8)):
+            status, body = post(address, chat(images=[picture()] * images, max_completion_tokens=2))
+            assert status == 200, body
+            counts = body["usage"]["prompt_tokens_details"]
+            assert counts["visual_tokens"] == 16 * images
+            assert most / 2 <= counts["kept_visual_tokens"] <= most
+        status, body = post(address, chat(images=[picture()] * 3, retain=8))
+        assert (status, "retain=8: must be" in body["error"]["message"]) == (400, True)
