@@ -81,10 +81,12 @@ class PrefixCache:
         base.check_context(ids)
         new = ids[:, known:]
         count = new.shape[1]
-        # With three axes text goes on behind the largest position of any; a picture's last token does not have it on each.
-        last = before.position_ids[..., :known].max()
+        last = before.position_ids[..., :known].amax(dim=-1, keepdim=True)
+        if last.ndim == 3:
+            # Text goes on behind the largest of the three axes; a picture's last token does not have it on each. Some bases
+            # count tokens on a fourth axis before them.
+            last[-3:] = last[-3:].amax(dim=0)
         positions = last + torch.arange(1, count + 1, device=last.device)
-        positions = positions.expand(*before.position_ids.shape[:-1], count)
         index = torch.arange(known, known + count, device=ids.device)[None]
 
         def extended(values: Tensor, more: Tensor) -> Tensor:
