@@ -64,7 +64,9 @@ class PrefixCache:
             return cached.shape[1]
         shared = min(input_ids.shape[1] - 1, cached.shape[1])
         same = input_ids[0, :shared] == cached[0, :shared]
-        return int(same.long().cumprod(0).sum())
+        count = int(same.long().cumprod(0).sum())
+        # Where text goes on behind a picture depends on the family, so that the base lays out its positions with the picture.
+        return count - bool(count and self.prompt.visual_mask[0, count - 1])
 
     def needs_vision(self, base: BaseVLM, input_ids: Int[Tensor, "1 tokens"]) -> bool:
         """Whether a visual token is among what is new."""
@@ -81,11 +83,7 @@ class PrefixCache:
         base.check_context(ids)
         new = ids[:, known:]
         count = new.shape[1]
-        last = before.position_ids[..., :known].amax(dim=-1, keepdim=True)
-        if last.ndim == 3:
-            # Text goes on behind the largest of the three axes; a picture's last token does not have it on each. Some bases
-            # count tokens on a fourth axis before them.
-            last[-3:] = last[-3:].amax(dim=0)
+        last = before.position_ids[..., known - 1 : known]
         positions = last + torch.arange(1, count + 1, device=last.device)
         index = torch.arange(known, known + count, device=ids.device)[None]
 
