@@ -46,15 +46,23 @@ def _evaluate(what: str, questions: str, options: str) -> str:
     return f"twigvlm evaluate {what} --questions {questions}/questions.json {options}"
 
 
-QUESTIONS = {
-    SHORT: "--split test --count 1000 --descriptions 0",
-    LONG: "--split test --count 0 --descriptions 200 --long 25",
-    MIXED: "--split test --count 60 --descriptions 0",
-    VALIDATION: "--split validation --count 160 --descriptions 40 --long 10",
+_QUESTIONS = "recipes.sapling.questions --evaluation --split"
+TRAINING, PROJECTOR, SCHEDULE = f"{RUNS}/training", f"{RUNS}/projector", f"{RUNS}/schedule"
+MADE_FIRST = {
+    f"{SHORT}/questions.json": f"{_QUESTIONS} test --count 1000 --descriptions 0 --output {SHORT}",
+    f"{LONG}/questions.json": f"{_QUESTIONS} test --count 0 --descriptions 200 --long 25 --output {LONG}",
+    f"{MIXED}/questions.json": f"{_QUESTIONS} test --count 60 --descriptions 0 --output {MIXED}",
+    f"{VALIDATION}/questions.json": f"{_QUESTIONS} validation --count 160 --descriptions 40 --long 10 --output {VALIDATION}",
+    f"{TRAINING}/conversations.json": f"recipes.sapling.questions --split train --count 2000 --output {TRAINING}",
+    f"{SCHEDULE}/fitprune.json": f"twigvlm train fitprune --data {TRAINING}/conversations.json --out {SCHEDULE} --retain 64",
+    f"{PROJECTOR}/projector.safetensors": f"twigvlm train visionzip --data {TRAINING}/conversations.json --out {PROJECTOR} "
+    "--retain 64 --learning-rate 1e-3 --batch-size 8 --max-steps 100",
 }
+"""Files that sections need -> the module that makes them, with its options."""
 METHODS = (
-    "twig diverse diverse+refocus:0.7 scout attention fastv pyramiddrop sparsevlm sparsevlm-v2 mustdrop visionzip fastervlm "
-    "divprune scope dart vispruner cdpruner prunesid holov prumerge+ random:0"
+    "twig diverse diverse+refocus:0.7 scout attention fastv pyramiddrop sparsevlm sparsevlm-v2 mustdrop "
+    f"fitprune:{SCHEDULE} visionzip visionzip:{PROJECTOR} fastervlm divprune scope dart vispruner cdpruner prunesid holov "
+    "prumerge+ random:0"
 )
 PAGES = {
     "sapling": [
@@ -151,7 +159,13 @@ PAGES = {
         Section(
             "All methods under the same budgets",
             "Every published method that this project has, and the twig.",
-            f"twigvlm compare --questions {MIXED}/questions.json --methods {METHODS} --budgets 192 64 --timed 0",
+            f"twigvlm compare --questions {MIXED}/questions.json --methods {METHODS} --budgets 192 128 64 --timed 0",
+        ),
+        Section(
+            "Speed of the best, with the quality of the same answers",
+            "Descriptions, one prompt at a time, with the twig's drafts and without.",
+            f"twigvlm compare --questions {LONG}/questions.json --kinds description --limit 12 "
+            "--methods twig diverse cdpruner divprune --budgets 64 --speculate none auto --timed 12 --no-figure",
         ),
     ],
     "exactness": [
@@ -247,10 +261,9 @@ def main(options: Options) -> None:
         raise SystemExit(f"{RUNS}: holds figures of other weights; delete it")
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.write_text(weights)
-    for folder, of in QUESTIONS.items():
-        if not (Path(folder) / "questions.json").exists():
-            making = f"-m recipes.sapling.questions --evaluation --output {folder} {of}"
-            subprocess.run([sys.executable, *shlex.split(making)], check=True)
+    for made, making in MADE_FIRST.items():
+        if not Path(made).exists():
+            subprocess.run([sys.executable, "-m", *shlex.split(making)], check=True)
     for page in options.pages:
         found = []
         for number, section in enumerate(PAGES[page]):

@@ -80,7 +80,7 @@ def test_every_command_can_be_read_and_asks_for_kinds_that_its_questions_have():
             if program == "twigvlm":
                 command = parse(COMMANDS, DESCRIPTION, [*words, "--output", "somewhere"])
                 options = getattr(command, "what", command)
-                of = results.QUESTIONS[str(options.questions.parent)]
+                of = results.MADE_FIRST[str(options.questions)]
                 assert "description" not in options.kinds or "--descriptions 0" not in of
     with pytest.raises(SystemExit, match="must be one of"):
         results.main(results.Options(pages=("none",)))
