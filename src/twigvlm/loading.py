@@ -14,6 +14,15 @@ SAPLING = "sapling"
 """Name of the embedded default model."""
 
 
+def own_twig(name: str) -> str | None:
+    """The twig that comes with a base: Sapling's. None: no twig does."""
+    if name != SAPLING:
+        return None
+    from twigvlm import sapling
+
+    return str(sapling.twig_path())
+
+
 def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
     """An unmodified Hugging Face model in evaluation mode, and its processor.
 

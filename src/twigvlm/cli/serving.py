@@ -46,6 +46,7 @@ class ServiceOptions(ModelOptions):
         from twigvlm.base.vision import VisionModules
         from twigvlm.cli.session import SessionConfig, open_session
         from twigvlm.hf.requests import pruner_by_name
+        from twigvlm.loading import own_twig
         from twigvlm.model import TwigVLM
         from twigvlm.pruning.methods.visionzip import VisionZip
         from twigvlm.pruning.projector import tuned_projector
@@ -74,17 +75,6 @@ class ServiceOptions(ModelOptions):
             fetcher,
             has_twig=twig is not None,
         )
-
-
-def own_twig(model: str) -> str | None:
-    """The twig that comes with a base: Sapling's."""
-    from twigvlm.loading import SAPLING
-
-    if model != SAPLING:
-        return None
-    from twigvlm import sapling
-
-    return str(sapling.twig_path())
 
 
 def check_installed() -> None:

@@ -48,13 +48,9 @@ class OpenModel:
 
     def __call__(self, limits: Limits) -> Service:
         """Load the model."""
-        from twigvlm.loading import SAPLING, bare, load
+        from twigvlm.loading import bare, load, own_twig
 
-        twig = self.twig
-        if twig is None and self.model == SAPLING:
-            from twigvlm import sapling
-
-            twig = str(sapling.twig_path())
+        twig = self.twig or own_twig(self.model)
         base, processor, loaded = load_aside(lambda: load(self.model, twig, self.dtype, self.device))
         exits = self.defaults is not None and self.defaults.speculate == "exit"
         model = bare(base, exits) if loaded is None else loaded
