@@ -218,7 +218,7 @@ def terminate(folder: Path, count: int) -> None:
 
 def kills(folder: Path, count: int) -> None:
     """kill -9 of `twigvlm batch`, at random times, until that many kills were survived; then the run ends."""
-    asked, draw = questions(20 * count), random.Random(0)
+    asked, draw = questions(8 * count), random.Random(0)
     source, out = folder / "batch.jsonl", folder / "results.jsonl"
     out.unlink(missing_ok=True)
     records = [{"custom_id": f"r{n}", "body": ask.body(retain=64)} for n, ask in enumerate(asked)]
