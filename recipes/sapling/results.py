@@ -47,7 +47,7 @@ def _evaluate(what: str, questions: str, options: str) -> str:
 
 
 _QUESTIONS = "recipes.sapling.questions --evaluation --split"
-TRAINING, PROJECTOR, SCHEDULE = f"{RUNS}/training", f"{RUNS}/projector", f"{RUNS}/schedule"
+TRAINING, SCHEDULE = f"{RUNS}/training", f"{RUNS}/schedule"
 MADE_FIRST = {
     f"{SHORT}/questions.json": f"{_QUESTIONS} test --count 1000 --descriptions 0 --output {SHORT}",
     f"{LONG}/questions.json": f"{_QUESTIONS} test --count 0 --descriptions 200 --long 25 --output {LONG}",
@@ -55,13 +55,11 @@ MADE_FIRST = {
     f"{VALIDATION}/questions.json": f"{_QUESTIONS} validation --count 160 --descriptions 40 --long 10 --output {VALIDATION}",
     f"{TRAINING}/conversations.json": f"recipes.sapling.questions --split train --count 2000 --output {TRAINING}",
     f"{SCHEDULE}/fitprune.json": f"twigvlm train fitprune --data {TRAINING}/conversations.json --out {SCHEDULE} --retain 64",
-    f"{PROJECTOR}/projector.safetensors": f"twigvlm train visionzip --data {TRAINING}/conversations.json --out {PROJECTOR} "
-    "--retain 64 --learning-rate 1e-3 --batch-size 8 --max-steps 100",
 }
 """Files that sections need -> the module that makes them, with its options."""
 METHODS = (
     "twig diverse diverse+refocus:0.7 scout attention fastv pyramiddrop sparsevlm sparsevlm-v2 mustdrop "
-    f"fitprune:{SCHEDULE} visionzip visionzip:{PROJECTOR} fastervlm divprune scope dart vispruner cdpruner prunesid holov "
+    f"fitprune:{SCHEDULE} visionzip fastervlm divprune scope dart vispruner cdpruner prunesid holov "
     "prumerge+ random:0"
 )
 PAGES = {
