@@ -133,12 +133,21 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"twigvlm {twigvlm.__version__}\n"
 
 
-def test_shells_complete_the_commands(capsys):
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shells_complete_the_commands(capsys, shell):
     with pytest.raises(SystemExit) as caught:
-        main(["--tyro-print-completion", "bash"])
+        main(["--tyro-print-completion", shell])
     assert not caught.value.code
     script = capsys.readouterr().out
     assert all(command in script for command in ("generate", "evaluate", "doctor", "--retain"))
+
+
+def test_a_shell_whose_completion_needs_another_package_is_told_so(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["--tyro-print-completion", "tcsh"]) == 2
+    assert capsys.readouterr().err == (
+        "twigvlm: error: completion for this shell needs one more package; run: pip install shtab\n"
+    )
 
 
 def test_public_names():

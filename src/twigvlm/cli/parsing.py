@@ -53,6 +53,10 @@ def parse(commands: Any, description: str, args: Sequence[str]) -> Any:
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             command = _tyro(commands, description, args)
+    except ImportError as error:
+        if "--tyro-print-completion" not in args:
+            raise
+        raise TwigVLMError("completion for this shell needs one more package; run: pip install shtab") from error
     except SystemExit as stop:
         if not stop.code:
             raise
