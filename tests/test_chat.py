@@ -98,6 +98,16 @@ def test_another_picture_in_an_earlier_place_is_seen(processor):
     assert alone[0] != alone[1]
 
 
+def test_a_disabled_twig_answers_as_the_base_does(processor):
+    model = grown()
+    chat, alone = (model.chat(processor, max_new_tokens=6) for _ in range(2))
+    chat.ask("what?", images=[picture(0)])
+    with model.disabled():
+        answer = chat.ask("why?")
+        alone.ask("what?", images=[picture(0)])
+        assert alone.ask("why?") == answer
+
+
 def test_a_failed_question_leaves_the_conversation_as_it_was(processor):
     chat = grown().chat(processor, max_new_tokens=4)
     first = chat.ask("what?", images=[picture(0)])

@@ -6,7 +6,6 @@ from transformers import DynamicCache
 
 from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
 from twigvlm import PruningConfig, SpeculationConfig, TwigConfig, TwigVLM, TwigVLMError
-from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.methods.random import RandomScores
 
 
@@ -83,7 +82,7 @@ def test_padding_on_the_right_is_found_without_a_mask(model):
         model.generate(**{**inputs, "input_ids": padded, "attention_mask": None}, pad_token_id=0, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("option", [{"keep": 3}, {"scorer": RandomScores()}, {"memory": PrefixCache()}])
+@pytest.mark.parametrize("option", [{"keep": 3}, {"scorer": RandomScores()}])
 def test_what_a_disabled_twig_would_drop_is_refused(model, option):
     with model.disabled(), pytest.raises(TwigVLMError, match="do not apply while the twig is disabled"):
         model.generate(**prompt(), max_new_tokens=2, **option)

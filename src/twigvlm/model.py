@@ -214,10 +214,9 @@ class TwigVLM(HFInterface, Calibrated):
                 raise TwigVLMError("inputs and input_ids: give only one of them")
             kwargs["input_ids"] = inputs
         if self in _disabled.get():
-            given = scorer is not None or memory is not None
-            if pruning.active or pruner is not None or speculation.active or given:
+            if pruning.active or pruner is not None or scorer is not None or speculation.active:
                 raise TwigVLMError(
-                    "retain, keep, pruner, scorer, speculate and memory do not apply while the twig is disabled: leave them out"
+                    "retain, keep, pruner, scorer and speculate do not apply while the twig is disabled: leave them out"
                 )
             if generator is not None:
                 raise TwigVLMError(
@@ -228,12 +227,12 @@ class TwigVLM(HFInterface, Calibrated):
         self._check_speculation(speculation, len(kwargs["input_ids"]))
         self.base.check_images(kwargs["input_ids"], kwargs)
         looks = pruner is not None and Need.VISION in pruner.needs
+        costs = self.costs() if speculation.speculate == "auto" else None
         if memory is not None:
             pixels = self.base.pixels(kwargs)
             memory.show(pixels)
             if not looks and not memory.needs_vision(self.base, kwargs["input_ids"]):
                 kwargs = {name: value for name, value in kwargs.items() if name not in pixels}
-        costs = self.costs() if speculation.speculate == "auto" else None
         clock = clock_of(self.model.device)
         start_time = clock()
         try:

@@ -95,6 +95,21 @@ def test_a_long_prompt_takes_as_much_room_from_the_rows_beside_it(model):
     assert most <= 1.5 * engine.max_bytes
 
 
+def test_room_that_a_long_prompt_leaves_behind_is_counted(model):
+    engine = model.engine()
+    cache = engine.runner.batch.cache
+    cache.reserve = 1
+    long = engine.add(prompt(0, before=95), max_new_tokens=4)
+    engine.add(prompt(1), max_new_tokens=20)
+    engine.step()
+    engine.cancel(long)
+    engine.max_bytes = cache.allocated()
+    for seed in range(6):
+        engine.add(prompt(seed), max_new_tokens=4)
+    engine.step()
+    assert cache.allocated() <= 1.3 * engine.max_bytes
+
+
 def test_a_request_cancelled_while_events_are_handed_on_gets_no_more(model):
     engine = model.engine()
     requests = [engine.add(prompt(seed), max_new_tokens=length) for seed, length in enumerate((4, 4, 1))]

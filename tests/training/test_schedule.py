@@ -32,5 +32,5 @@ def test_what_cannot_be_fitted_is_refused():
         schedule.fit(data, 1000, 2)
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
     text = ConversationDataset([{"conversations": turns}], tiny_processor())
-    with pytest.raises(TwigVLMError, match="none of the first 1 conversations begins with an image"):
+    with pytest.raises(TwigVLMError, match="none of the first 1 conversations has images in its first question alone"):
         schedule.fit(text, 4, 2)

@@ -38,7 +38,7 @@ class ServiceOptions(ModelOptions):
             limits: None: those of the options.
         """
         check_installed()
-        from twigvlm.serving.worker import load_aside
+        from twigvlm.serving.aside import load_aside
 
         return load_aside(lambda: self._open_service(limits or self.limits))
 
@@ -48,6 +48,7 @@ class ServiceOptions(ModelOptions):
         from twigvlm.hf.requests import pruner_by_name
         from twigvlm.loading import own_twig
         from twigvlm.model import TwigVLM
+        from twigvlm.pruning.methods.fitprune import FitPrune
         from twigvlm.pruning.methods.visionzip import VisionZip
         from twigvlm.pruning.projector import tuned_projector
         from twigvlm.serving.fetch import Fetcher
@@ -64,6 +65,8 @@ class ServiceOptions(ModelOptions):
         # A wrong directory is refused here, not at the first request.
         if isinstance(pruner, VisionZip) and isinstance(pruner.projector, str):
             tuned_projector(pruner.projector, VisionModules.of(model.model, model.base.family.tower).projector)
+        if isinstance(pruner, FitPrune):
+            pruner.check(model.base.num_layers)
         defaults = Defaults(self.pruning, speculate)
         fetcher = Fetcher(self.allow_image_host, self.limits.max_body)
         return Service(

@@ -216,9 +216,11 @@ class CalibrateSchedule(TrainOptions):
     """Conversations that it is fitted on."""
 
     def check(self) -> None:
-        """Reject numbers that no schedule can have."""
+        """Reject numbers that no schedule can have, and what does not apply."""
         from twigvlm.errors import TwigVLMError
 
+        if self.resume:
+            raise TwigVLMError("resume: does not apply to a schedule, which is made at once; leave it out")
         if not self.retain > 0:
             raise TwigVLMError(f"retain={self.retain:g}: must be a number of visual tokens, for example 64")
         if self.count < 1:

@@ -60,7 +60,7 @@ class Engine:
         self._ids = count()
         self._events: list[Event] = []
         """Not yet returned: a step that raises leaves them to the next one."""
-        self._unseen: deque[Event] = deque()
+        self._unread: deque[Event] = deque()
         """Of the newest step, those that `stream` has not handed on yet."""
         self._broken = False
         self._clock = None if timings is None else clock_of(self.base.device)
@@ -77,15 +77,15 @@ class Engine:
         """
         if self.make_row is None:
             raise TwigVLMError("this engine takes only rows: make one with TwigVLM.engine()")
-        row = self.make_row(inputs, **options)
-        if row.noise is not None and any(
-            other.noise is not None and row.noise.shares(other.noise) for other in (*self.waiting, *self.active)
+        generator = options.get("generator")
+        if generator is not None and any(
+            row.noise is not None and row.noise.draws_from(generator) for row in (*self.waiting, *self.active)
         ):
             raise TwigVLMError(
                 "generator: another request still draws from it, so that neither would get the answer that it gets alone; "
                 "give each request its own"
             )
-        return self.submit([row])[0]
+        return self.submit([self.make_row(inputs, **options)])[0]
 
     def submit(self, rows: Sequence[Row]) -> list[int]:
         """Queue the rows of one request and return their ids.
@@ -163,8 +163,8 @@ class Engine:
         Raises:
             TwigVLMError: there is no such request, or it has ended.
         """
-        unseen = len(self._unseen)
-        self._unseen = deque(event for event in self._unseen if event.id != id)
+        before = len(self._unread) + len(self._events)
+        self._unread = deque(event for event in self._unread if event.id != id)
         self._events = [event for event in self._events if event.id != id]
         for row in self.waiting:
             if row.id == id:
@@ -176,7 +176,7 @@ class Engine:
                 row.end()
                 self._leave(place)
                 return
-        if len(self._unseen) < unseen:
+        if len(self._unread) + len(self._events) < before:
             return  # it has ended, but who cancels it cannot know
         raise TwigVLMError(f"request {id}: does not exist, or has ended; use the id of a running request")
 
@@ -216,9 +216,9 @@ class Engine:
     def stream(self) -> Iterator[Event]:
         """Run steps until every request has ended. Requests may be added and cancelled meanwhile."""
         while self.busy:
-            self._unseen = deque(self.step())
-            while self._unseen:
-                yield self._unseen.popleft()
+            self._unread = deque(self.step())
+            while self._unread:
+                yield self._unread.popleft()
 
     def _next_group(self) -> list[Row]:
         """Waiting rows, in their order, that one prefill takes up: those that fit and share prompts and cuts with the first."""
@@ -235,8 +235,9 @@ class Engine:
             if group and not (together and [cut.layer for cut in row.cuts] == [cut.layer for cut in first.cuts]):
                 break
             held += row_bytes(base, twig, row)
-            used = max(held, together_bytes(base, twig, [*self.active, *group, row]))
             number = len(self.active) + len(group) + 1
+            buffers = number * cache.bytes_of_a_row()  # they stay as long as the longest row that they ever held
+            used = max(held, buffers, together_bytes(base, twig, [*self.active, *group, row]))
             fits = used <= self.max_bytes and (self.max_rows is None or number <= self.max_rows)
             locked = bool(group) and row.request.lockstep and row.request is first.request
             if not fits and number > 1 and not locked:

@@ -41,9 +41,9 @@ class Noise:
             self._next += 1
         return self._drawn[place]
 
-    def shares(self, other: "Noise") -> bool:
-        """Whether both draw from one generator."""
-        return self._generator is not None and self._generator is other._generator
+    def draws_from(self, generator: torch.Generator) -> bool:
+        """Whether this is its generator."""
+        return self._generator is generator
 
     def forget(self, place: int) -> None:
         """The tokens before this one are chosen."""

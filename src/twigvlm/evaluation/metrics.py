@@ -104,7 +104,7 @@ def bootstrap_interval(
         rows = [row for group in drawn.tolist() for row in members[group]]
         values.append(statistic(*(array[rows] for array in arrays)))
     tail, undefined = (1 - level) / 2, np.isnan(values)
-    if undefined.sum() >= tail * resamples:
+    if undefined.mean() >= tail - 1e-9:
         return float("nan"), float("nan")
     low, high = np.quantile(np.where(undefined, np.inf, values), (tail, 1 - tail))
     return float(low), float(high)

@@ -93,7 +93,8 @@ class Run:
     @property
     def budget(self) -> str:
         """R̄ as it was asked for; empty without pruning."""
-        return _plain(self.settings.get("retain", ""))
+        budget = _plain(self.settings.get("retain", "none"))
+        return "" if budget == "none" else budget
 
 
 def read_run(path: Path) -> Run:

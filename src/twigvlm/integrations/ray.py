@@ -22,10 +22,10 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.images import load_image
 from twigvlm.integrations.answers import check_options, open_answers, read_source, request_body, write_answers
 from twigvlm.integrations.answers import read_answers as read_answers
+from twigvlm.serving.aside import load_aside
 from twigvlm.serving.batch import BatchLine, BatchRun, patient
 from twigvlm.serving.limits import Limits
 from twigvlm.serving.service import Defaults, Service
-from twigvlm.serving.worker import load_aside
 
 MakeService = Callable[[Limits], Service]
 """Loads a model, in a worker."""

@@ -146,6 +146,13 @@ class KVCache(Segments):
                 total += each * int(self.lengths(layer, slice(0, self.rows)).sum())
         return total
 
+    def bytes_of_a_row(self) -> int:
+        """Bytes that the buffers have for each row, beside its reserve: as much as the longest row needed that they ever held."""
+        buffers = [buffer for buffer in (*self.keys, *self.values) if buffer is not None]
+        return sum(
+            buffer[0, :, : max(buffer.shape[2] - self.reserve, 0)].numel() * buffer.element_size() for buffer in buffers
+        )
+
     def allocated(self) -> int:
         """Bytes of the buffers."""
         buffers = (*self.keys, *self.values)

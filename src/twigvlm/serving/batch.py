@@ -140,10 +140,11 @@ def open_results(
             data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         rest = data[len(whole) :]
-        results = _results(name, whole, {line.custom_id: line.id for line in lines})
         if not (rest.startswith(_RESULT) or _RESULT.startswith(rest)):
             raise TwigVLMError(f"{name}: ends with what is no result; choose another file")
-        check_note(path.with_name(f"{path.name}.settings.json"), settings, bool(results), name, "file")
+        begun = bool(whole) and whole.startswith(_RESULT)
+        check_note(path.with_name(f"{path.name}.settings.json"), settings, begun, name, "file")
+        results = _results(name, whole, {line.custom_id: line.id for line in lines})
         kept = {key: status for key, (status, _) in results.items() if status < 500}
         if (new := b"".join(line for status, line in results.values() if status < 500)) != data:
             with replacing(path) as temporary:

@@ -3,10 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from threading import Condition, Thread
-from typing import TypeVar
 
 import torch
 
@@ -23,18 +20,6 @@ _ADMITTED = 2
 """Jobs that are taken up between two steps at most, so that answers under way do not stand still for long."""
 _LAST_STEP = 2.0
 """Seconds that a step has left to end when the worker stops; nothing can interrupt it, and a prefill may take much longer."""
-
-Loaded = TypeVar("Loaded")
-
-
-def load_aside(load: Callable[[], Loaded]) -> Loaded:
-    """Load a model in a thread that ends, so that a worker is fast on a CPU.
-
-    OpenMP keeps threads for each thread that has computed. Where there are more of them than cores, those of the worker no longer
-    spin between two products, which nearly doubles the time of a token.
-    """
-    with ThreadPoolExecutor(1) as loading:
-        return loading.submit(load).result()
 
 
 class Worker:
@@ -58,6 +43,7 @@ class Worker:
         # Only the thread touches what follows.
         self._engines: dict[str, Engine] = {}
         self._choices: dict[tuple[str, int], tuple[Job, Choice]] = {}
+        self._admitting: Job | None = None  # neither waiting any more nor with rows yet
         self._max_bytes = model.engine().max_bytes if max_bytes is None else max_bytes
         self._threads = torch.get_num_threads()
         self._thread = Thread(target=self._run, name="twigvlm-engine", daemon=True)
@@ -99,7 +85,7 @@ class Worker:
         """
         self.drain()
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and (self._choices or self._waiting):
+        while time.monotonic() < deadline and (self._choices or self._waiting or self._admitting):
             time.sleep(0.02)
         with self._changed:
             self._stopped = True
@@ -133,7 +119,7 @@ class Worker:
 
     def _tell_the_end(self) -> None:
         """Fail everything that is under way; any thread may do this."""
-        for job in [*self._jobs(), *list(self._waiting)]:
+        for job in filter(None, (*self._jobs(), self._admitting, *list(self._waiting))):
             self._tell(job, Failed(shutting_down()))
 
     def _next_turn(self) -> bool:
@@ -154,6 +140,7 @@ class Worker:
             if (next_job := self._next_job()) is None:
                 break
             self._admit(next_job)
+            self._admitting = None
         self._metrics.set("twigvlm_rows", len(self._choices))
         for way in list(self._engines):
             if self._engines[way].busy:
@@ -172,7 +159,8 @@ class Worker:
             alone = job.suspect or any(other.suspect for other in self._jobs())
             if rows and (alone or rows + len(job.choices) > self._limits.max_rows):
                 return None
-            return self._waiting.popleft()
+            self._admitting = self._waiting.popleft()
+            return self._admitting
 
     def _admit(self, job: Job) -> None:
         """Give the job's rows to the engine that drafts as it wants."""

@@ -196,7 +196,7 @@ def train_stage2(
         equal), the entropy of s, R, R̄ and L_AttnKL.
 
     Raises:
-        TwigVLMError: the twig has no P-Head, none of the budgets is possible for the first sample and prunes it, or an error of
+        TwigVLMError: the twig has no P-Head, no budget is both possible for the first sample and smaller than its visual tokens, or an error of
             stage 1.
     """
     head = model.twig.pruning_head

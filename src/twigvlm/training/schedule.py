@@ -33,7 +33,7 @@ class CalibratedSchedule:
         base, taken = self.base, min(count, len(data))
         prompts = [prompt for prompt in (_prompt(base, data[index]) for index in range(taken)) if prompt]
         if not prompts:
-            raise TwigVLMError(f"none of the first {taken} conversations begins with an image; give others")
+            raise TwigVLMError(f"none of the first {taken} conversations has images in its first question alone; give others")
         visual = sum(int(base.visual_mask(prompt["input_ids"]).sum()) for prompt in prompts) / len(prompts)
         if not visual / base.num_layers < retain <= visual:
             raise TwigVLMError(
@@ -48,7 +48,7 @@ class CalibratedSchedule:
 
 
 def _prompt(base: BaseVLM, sample: dict[str, Tensor]) -> dict[str, Any] | None:
-    """What the processor would say of a sample's first question; None: there is no image in it."""
+    """What the processor would say of a sample's first question; None: there is no image in it, or one behind it."""
     length = sample["input_ids"].shape[1]
     end = int(last_prompt_tokens(sample["labels"])[0].nonzero()[0, 0]) + 1
     prompt = {
@@ -56,4 +56,5 @@ def _prompt(base: BaseVLM, sample: dict[str, Tensor]) -> dict[str, Any] | None:
         for name, value in sample.items()
         if name not in ("attention_mask", "labels")
     }
-    return prompt if base.visual_mask(prompt["input_ids"]).any() else None
+    visual = base.visual_mask(sample["input_ids"].to(base.device))[0]
+    return prompt if visual[:end].any() and not visual[end:].any() else None

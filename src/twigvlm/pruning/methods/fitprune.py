@@ -90,10 +90,14 @@ class FitPrune:
         with replacing(folder / SCHEDULE) as temporary:
             temporary.write_text(json.dumps({"kept": self.kept}), encoding="utf-8")
 
-    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """The calibrated schedule, scaled. Raises TwigVLMError if no scale has this average."""
+    def check(self, layers: int) -> None:
+        """Raise TwigVLMError unless the schedule is for a base of that many layers."""
         if len(self.kept) != layers - 1:
             raise TwigVLMError(f"kept: has {len(self.kept)} shares, but this base needs {layers - 1}; calibrate on it")
+
+    def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
+        """The calibrated schedule, scaled. Raises TwigVLMError if it is another base's, or no scale has this average."""
+        self.check(layers)
         return solve_cuts(
             range(1, layers), lambda scale: [scale * each / self.kept[-1] for each in self.kept], retain, visual, layers
         )
