@@ -196,8 +196,8 @@ def train_stage2(
         equal), the entropy of s, R, R̄ and L_AttnKL.
 
     Raises:
-        TwigVLMError: the twig has no P-Head, no budget is both possible for the first sample and smaller than its visual tokens, or an error of
-            stage 1.
+        TwigVLMError: the twig has no P-Head, no budget is both possible for the first sample and smaller than its visual tokens,
+            or an error of stage 1.
     """
     head = model.twig.pruning_head
     if head is None:
