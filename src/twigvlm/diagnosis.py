@@ -50,7 +50,14 @@ def diagnose() -> list[Finding]:
     findings += packages()
     if any(finding.state == "broken" for finding in findings):
         return [*findings, *extras()]  # the rest would only say the same again
-    looks: tuple[Callable[[], Iterator[Finding]], ...] = (devices, number_formats, graphs, families, processors, answers)
+    looks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        devices,
+        number_formats,
+        graphs,
+        families,
+        processors,
+        answers,
+    )
     for look in looks:
         try:
             findings += look()

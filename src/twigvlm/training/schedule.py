@@ -33,7 +33,9 @@ class CalibratedSchedule:
         base, taken = self.base, min(count, len(data))
         prompts = [prompt for prompt in (_prompt(base, data[index]) for index in range(taken)) if prompt]
         if not prompts:
-            raise TwigVLMError(f"none of the first {taken} conversations has images in its first question alone; give others")
+            raise TwigVLMError(
+                f"none of the first {taken} conversations has images in its first question alone; give others"
+            )
         visual = sum(int(base.visual_mask(prompt["input_ids"]).sum()) for prompt in prompts) / len(prompts)
         if not visual / base.num_layers < retain <= visual:
             raise TwigVLMError(
