@@ -130,8 +130,8 @@ PAGES = {
         ),
         Section(
             "Budgets fitted to the question",
-            "Short answers: as many tokens as hold a share of the twig's scores, against as many for every question; the share is "
-            "calibrated on the other half of the questions.",
+            "Short answers: as many tokens as hold a share of the twig's scores, against as many for every question; the "
+            "share is calibrated on the other half of the questions.",
             f"python -m recipes.sapling.fitted --questions {SHORT}/questions.json --output {RUNS}/fitted --budgets 192 128 64 48",
         ),
     ],
