@@ -216,8 +216,13 @@ fill = partial(textwrap.fill, width=WIDTH, break_long_words=False, break_on_hyph
 
 def wrapped(text: str) -> str:
     """With paragraphs in lines of `WIDTH`; tables, headings and pictures stay as they are."""
-    lines = (line if line.startswith(("|", "#", "!")) else fill(line) for line in text.splitlines())
-    return "\n".join(lines)
+
+    def filled(line: str) -> str:
+        if line.startswith(("|", "#", "!")):
+            return line
+        return fill(line, subsequent_indent="  " if line.startswith("- ") else "")
+
+    return "\n".join(map(filled, text.splitlines()))
 
 
 def continued(command: str) -> str:
