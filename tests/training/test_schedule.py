@@ -7,6 +7,7 @@ from tests.tiny_processor import tiny_processor
 from tests.training.runs import make_dataset
 from twigvlm import TwigVLMError
 from twigvlm.base.vlm import BaseVLM
+from twigvlm.cli.train import CalibrateSchedule
 from twigvlm.pruning.methods.fitprune import FitPrune
 from twigvlm.training.data.dataset import IGNORE, ConversationDataset
 from twigvlm.training.schedule import CalibratedSchedule
@@ -34,3 +35,21 @@ def test_what_cannot_be_fitted_is_refused():
     text = ConversationDataset([{"conversations": turns}], tiny_processor())
     with pytest.raises(TwigVLMError, match="none of the first 1 conversations has images in its first question alone"):
         schedule.fit(text, 4, 2)
+
+
+def test_a_picture_in_a_later_turn_leaves_a_conversation_out():
+    base, data = BaseVLM(tiny_llava()), make_dataset()
+    sample = next(each for each in data.samples if each.get("image") or each.get("images"))
+    turns = [
+        {"from": "human", "value": "What?"},
+        {"from": "gpt", "value": "That."},
+        *sample["conversations"],
+    ]
+    later = ConversationDataset([{**sample, "conversations": turns}], tiny_processor())
+    with pytest.raises(TwigVLMError, match="has images in its first question alone"):
+        CalibratedSchedule(base).fit(later, 4, 1)
+
+
+def test_what_a_schedule_does_not_know_is_refused(tmp_path):
+    with pytest.raises(TwigVLMError, match="resume: does not apply"):
+        CalibrateSchedule(data=tmp_path, out=tmp_path, resume=True).check()

@@ -229,6 +229,7 @@ class Engine:
         if self.max_rows is not None and len(self.active) >= self.max_rows:
             return group
         held = cache.bytes() + sum(sight_bytes(base, row) for row in self.active)
+        buffer = cache.bytes_of_a_row()  # as long as the longest row that it ever held
         for row in self.waiting:
             first = group[0] if group else row
             together = row.prompt is first.prompt and row.pruner == first.pruner and row.prefix is None
@@ -236,8 +237,7 @@ class Engine:
                 break
             held += row_bytes(base, twig, row)
             number = len(self.active) + len(group) + 1
-            buffers = number * cache.bytes_of_a_row()  # they stay as long as the longest row that they ever held
-            used = max(held, buffers, together_bytes(base, twig, [*self.active, *group, row]))
+            used = max(held, number * buffer, together_bytes(base, twig, [*self.active, *group, row]))
             fits = used <= self.max_bytes and (self.max_rows is None or number <= self.max_rows)
             locked = bool(group) and row.request.lockstep and row.request is first.request
             if not fits and number > 1 and not locked:

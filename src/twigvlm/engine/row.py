@@ -97,12 +97,12 @@ class Request:
         Args:
             walked: of the rows that go on, by their place; they all stand at the same position.
         """
-        ids = self.padded_ids(walked)
-        length = ids.shape[1]
-        if length not in self._ended_at:
-            nowhere = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-            self._ended_at[length] = nowhere if self.criteria is None else self.criteria.on_batch(ids, [*walked])
-        return self._ended_at[length]
+        if self.criteria is None:
+            return torch.zeros(len(self.rows), dtype=torch.bool)
+        count = max(len(row.tokens) + len(walked.get(row.place, ())) for row in self.rows)
+        if count not in self._ended_at:
+            self._ended_at[count] = self.criteria.on_batch(self.padded_ids(walked), [*walked])
+        return self._ended_at[count]
 
     def padded_ids(self, walked: dict[int, Sequence[int]]) -> Int[Tensor, "batch length"]:
         """Prompts and answers of all rows, as Hugging Face's `generate` would show them; ended rows go on with padding.

@@ -56,6 +56,8 @@ class Chooser:
         Objects of the caller are never asked what follows the end of an answer; plain generation does not ask that either.
         """
         for lane in self.lanes:
+            if not (lane.coupled or lane.asks):
+                continue
             going = walking[lane.index]
             if lane.coupled:
                 going = going.all().expand_as(going)

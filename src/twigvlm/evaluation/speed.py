@@ -32,8 +32,8 @@ T = TypeVar("T")
 def in_turn(systems: Sequence[System], turn: int) -> list[System]:
     """All of them, in an order that depends on the turn alone.
 
-    It is drawn anew for each turn: were they only rotated, each would always follow the same one, and measure what that one
-    leaves in the caches of the machine.
+    Each turn has a random order of its own: if they were only rotated, each would always follow the same one, and measure what
+    that one leaves in the caches of the machine.
     """
     return random.Random(turn).sample(systems, len(systems))
 

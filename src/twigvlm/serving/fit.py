@@ -13,8 +13,8 @@ from twigvlm.pruning.methods import make_pruner
 def fitted(pruning: PruningConfig, visual: int, layers: int, twig: TwigConfig) -> PruningConfig:
     """Options of pruning that are possible for a prompt.
 
-    A prompt that has no more visual tokens than the budget keeps all of them. Of one that has so many that the layers before the
-    first cut take most of R̄, or more, at least R̄ / 2 tokens are kept.
+    A prompt with no more visual tokens than the budget keeps all of them. If the layers before the first cut use up most of R̄,
+    at least R̄ / 2 tokens are kept.
 
     Args:
         pruning: the server's.

@@ -121,16 +121,9 @@ class DistillTrainer(TermTrainer):
         self._samples = self.accelerator.gather(samples).sum()
         return batches, tokens
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The loss of the pass at hand."""
-        counted = {**inputs, "samples_in_step": self._samples}
-        return super().compute_loss(model, counted, return_outputs, num_items_in_batch)
+    def added_inputs(self) -> dict[str, Any]:
+        """The samples of the step at hand."""
+        return {"samples_in_step": self._samples}
 
 
 def train_stage1(

@@ -157,20 +157,13 @@ class PolicyTrainer(TermTrainer):
 
     _progress = (-1, 0)  # optimiser step, and pass within it
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The loss of the pass at hand."""
+    def added_inputs(self) -> dict[str, Any]:
+        """Optimiser step, and pass within it."""
         step, part = self._progress
         self._progress = (step, part + 1) if step == self.state.global_step else (self.state.global_step, 0)
         step, part = self._progress
         # Processes take the batches in turn, so that they draw together what one process would draw alone.
-        draws = {"step": step, "part": part * self.args.world_size + self.args.process_index}
-        return super().compute_loss(model, {**inputs, **draws}, return_outputs, num_items_in_batch)
+        return {"step": step, "part": part * self.args.world_size + self.args.process_index}
 
 
 def train_stage2(

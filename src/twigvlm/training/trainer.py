@@ -44,11 +44,15 @@ class TermTrainer(StagedTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss; its terms are kept for the log."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, {**inputs, **self.added_inputs()}, True, num_items_in_batch)
         for name, value in outputs.items():
             if name != "loss":
                 self._terms.setdefault(name, []).append(value)
         return (loss, outputs) if return_outputs else loss
+
+    def added_inputs(self) -> dict[str, Any]:
+        """What the model is told of a pass beside its batch; asked once for each pass."""
+        return {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms to the log.
