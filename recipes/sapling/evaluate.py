@@ -24,6 +24,7 @@ from recipes.sapling.questions import LONG_KINDS, SHORT_KINDS, evaluation_turns
 from recipes.sapling.scenes import KINDS, Scene, make_scene
 from recipes.sapling.turns import Turn
 from twigvlm import sapling
+from twigvlm.evaluation.questions import exact_match, quoted
 
 NAMES = {form: index for index, kind in enumerate(KINDS) for form in (kind.name, kind.plural)}
 LONG_ANSWER, SHORT_ANSWER = 160, 12  # most tokens of an answer
@@ -50,14 +51,14 @@ class Tally:
     def exact(self, turn: Turn, answer: str) -> None:
         name = turn.kind + (", held out" if turn.held_out else "")
         self.asked[name] += 1
-        self.right[name] += answer.strip().lower() == turn.answer.lower()
+        self.right[name] += exact_match(answer, turn.answer)
 
     def description(self, scene: Scene, answer: str) -> None:
         there, claimed = {thing.kind for thing in scene.things}, named(answer)
         self.found += len(there & claimed)
         self.claimed += len(claimed)
         self.present += len(there)
-        self.quoted += sum(re.search(rf"\b{sign.text}\b", answer) is not None for sign in scene.signs)
+        self.quoted += sum(quoted(sign.text, answer) for sign in scene.signs)
         self.written += len(scene.signs)
 
     def table(self) -> str:

@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from twigvlm.checkpoints.twig_files import WEIGHTS
+from twigvlm.checkpoints.twig_files import CONFIG, WEIGHTS
 from twigvlm.cli.main import main
 from twigvlm.cli.serving import ServiceOptions
 from twigvlm.cli.session import open_session
@@ -69,6 +69,23 @@ def test_batch_writes_results_and_goes_on(base_directory, twig_directory, tmp_pa
     refused(
         "batch", source, out, *options, "--retain", "8", words=["answers with other options (retain)", "another file"]
     )
+
+
+def test_a_batch_goes_on_with_the_same_twig_in_another_place_and_not_with_another_one(
+    base_directory, twig_directory, tmp_path, refused
+):
+    source, out, moved = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "moved"
+    source.write_text(
+        json.dumps({"custom_id": "one", "body": {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}})
+    )
+    run = ["batch", str(source), str(out), "--name", "tiny", "--model", str(base_directory), "--twig"]
+    assert main([*run, str(twig_directory)]) == 0
+    shutil.copytree(twig_directory, moved)
+    assert main([*run, str(moved)]) == 0
+    config = json.loads((moved / CONFIG).read_text())
+    config["twig"]["final_wipe"] -= 1
+    (moved / CONFIG).write_text(json.dumps(config))
+    refused(*run, moved, words=["answers with other options (twig)", "another file"])
 
 
 @pytest.mark.parametrize("key", ["", " \n"])

@@ -58,7 +58,11 @@ class OpenModel:
 
     def settings(self) -> dict[str, Any]:
         """What answers depend on, JSON-able."""
-        return {"model": self.model, "twig": self.twig, "dtype": self.dtype, **asdict(self.defaults or Defaults())}
+        from twigvlm.loading import own_twig
+        from twigvlm.serving.notes import noted_twig
+
+        twig = noted_twig(self.twig or own_twig(self.model))
+        return {"model": self.model, "twig": twig, "dtype": self.dtype, **asdict(self.defaults or Defaults())}
 
 
 def open_model(

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from twigvlm.checkpoints.hub import is_hub_id
+from twigvlm.checkpoints.twig_files import WEIGHTS, digest
 from twigvlm.errors import TwigVLMError
 from twigvlm.files import replacing
 
@@ -31,3 +33,10 @@ def check_note(note: Path, settings: Mapping[str, Any], begun: bool, name: str, 
     other = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
     if other:
         raise TwigVLMError(f"{name}: holds answers with other options ({', '.join(other)}); name another {place}")
+
+
+def noted_twig(twig: str | None) -> str | None:
+    """How a note names a twig: a directory by its content, which a training may have changed since; a hub id as it is."""
+    if twig is None or is_hub_id(twig) or not (Path(twig) / WEIGHTS).is_file():
+        return twig
+    return digest(Path(twig))
