@@ -18,6 +18,7 @@ from twigvlm.checkpoints.twig_files import CONFIG, WEIGHTS
 from twigvlm.cli.main import main
 from twigvlm.cli.serving import ServiceOptions
 from twigvlm.cli.session import open_session
+from twigvlm.pruning.methods.fitprune import FitPrune
 
 pytest.importorskip("uvicorn")
 
@@ -219,4 +220,12 @@ def test_a_tuned_projector_is_looked_for_before_clients_are(refused, base_direct
     refused(
         "serve", "--model", str(base_directory), "--pruner", f"visionzip:{tmp_path}", "--retain", "6",
         words=["projector.safetensors is not there"],
+    )  # fmt: skip
+
+
+def test_a_schedule_of_another_base_is_refused_before_clients_ask(refused, base_directory, tmp_path):
+    FitPrune(kept=(0.5,) * 3).save_pretrained(tmp_path)
+    refused(
+        "serve", "--model", str(base_directory), "--pruner", f"fitprune:{tmp_path}", "--retain", "6",
+        words=["kept: has 3 shares, but this base needs 5"],
     )  # fmt: skip
