@@ -137,6 +137,8 @@ def load(folder: Path, count: int) -> None:
                     results = list(pool.map(lambda ask, o=options: stream(address, ask.body(**o)), asked))
                 seconds = time.perf_counter() - start
                 good = [result for result in results if not result.error]
+                if not good:
+                    raise SystemExit(f"{name}, {clients} clients: every request failed ({results[0].error})")
                 first = sorted(result.first for result in good)
                 found.append({
                     "setting": name, "clients": clients, "requests": count, "failed": count - len(good), "seconds": seconds,

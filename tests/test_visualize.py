@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from tests.families import tiny
 from twigvlm.errors import TwigVLMError
-from twigvlm.visualize import MAX_SIDE, highlight, side_by_side
+from twigvlm.visualize import MAX_SIDE, highlight, patch_grid, side_by_side
 
 
 @pytest.fixture
@@ -64,3 +66,15 @@ def test_pictures_side_by_side_stay_below_the_limit():
     sheet = side_by_side([Image.new("RGB", (6720, 672), "red")] * 4, ["a " * 200, "b", "c", "d"])
     assert max(sheet.size) <= MAX_SIDE
     assert sheet.getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_the_grid_is_that_of_one_whole_image():
+    square, qwen = tiny("llava"), tiny("qwen2_5_vl")
+    square.config.image_seq_length = 16
+    assert patch_grid(square, 16) == (4, 4)
+    assert patch_grid(square, 32) is None
+    merge = qwen.config.vision_config.spatial_merge_size
+    size = torch.tensor([[1, 3 * merge, 5 * merge]])
+    assert patch_grid(qwen, 15, {"image_grid_thw": size}) == (3, 5)
+    assert patch_grid(qwen, 30, {"image_grid_thw": size.repeat(2, 1)}) is None
+    assert patch_grid(qwen, 15) is None

@@ -86,7 +86,7 @@ class TwigVLM(HFInterface, Calibrated):
             TwigVLMError: the base is not supported, or has no more than K layers.
         """
         grown = cls.grow(model, TwigConfig(trunk_layers, twig_layers=1, head="shared"))
-        grown.twig.placeholder = True
+        grown.twig.untrained = True
         return grown
 
     @classmethod
@@ -267,7 +267,7 @@ class TwigVLM(HFInterface, Calibrated):
             TwigVLMError: an option is out of range or does not apply.
         """
         speculation = SpeculationConfig(speculate, **options)  # type: ignore[arg-type]
-        self._check_speculation(speculation, rows=2)
+        self._check_speculation(speculation, rows=2 if max_rows is None else max_rows)
         costs = self.costs() if speculation.speculate == "auto" else None
         runner = EagerRunner(self.base, self.twig, speculation, costs, _RESERVE)
         return Engine(runner, partial(request_row, self.base, self.twig), max_rows, max_bytes)
@@ -275,9 +275,10 @@ class TwigVLM(HFInterface, Calibrated):
     def _check_speculation(self, speculation: SpeculationConfig, rows: int) -> None:
         if speculation.speculate == "exit" and not self.twig.config.trunk_layers:
             raise TwigVLMError(
-                "speculate='exit': no layer drafts; use a twig with a trunk, or TwigVLM.without_twig(base, trunk_layers=8)"
+                "speculate='exit': the twig has no trunk, whose layers would draft; use one with a trunk, or "
+                "TwigVLM.without_twig(base, trunk_layers=8)"
             )
-        if speculation.speculate in ("chain", "tree", "auto") and self.twig.placeholder:
+        if speculation.speculate in ("chain", "tree", "auto") and self.twig.untrained:
             raise TwigVLMError(
                 f"speculate={speculation.speculate!r}: this model has no twig that could draft; use 'lookup', or load "
                 "a twig with TwigVLM.from_pretrained"

@@ -1,6 +1,6 @@
 """Draw which visual tokens were kept, on the picture itself."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,20 @@ MAX_SIDE = 8192
 """Pixels of the longer side beyond which no picture is enlarged: picture formats have limits."""
 
 
-def patch_grid(base: Any, visual_tokens: int) -> tuple[int, int] | None:
-    """Rows and columns of the visual tokens if they form the square of one whole image; None for tiles and other shapes."""
+def patch_grid(base: Any, visual_tokens: int, inputs: Mapping[str, Any] | None = None) -> tuple[int, int] | None:
+    """Rows and columns of the visual tokens if they are the patches of one whole image; None for tiles and other shapes.
+
+    Args:
+        base: Hugging Face model.
+        visual_tokens: M of the prompt.
+        inputs: the processor's outputs for the prompt, which say how large a Qwen-VL image is; None: not known.
+    """
+    sizes = None if inputs is None else inputs.get("image_grid_thw")
+    if sizes is not None and len(sizes) == 1:
+        merge = base.config.vision_config.spatial_merge_size
+        frames, height, width = sizes[0].tolist()
+        grid = height // merge, width // merge
+        return grid if frames * grid[0] * grid[1] == visual_tokens and frames == 1 else None
     side = round(visual_tokens**0.5)
     whole = getattr(base.config, "image_seq_length", None) == visual_tokens
     return (side, side) if whole and side * side == visual_tokens else None

@@ -48,6 +48,9 @@ def test_a_sharded_base_has_its_index_renamed(tmp_path):
     [
         ((), ("'sapling'", "--base")),
         (("--scout-diverse",), ("scout_diverse", "--scout-retain")),
+        (("--tokens", "0"), ("tokens=0", "1 or more")),
+        (("--scout-retain", "-5"), ("scout_retain=-5", "for example 64")),
+        (("--scout-retain", "nan"), ("scout_retain=nan", "for example 64")),
         (("--model", "BASE"), ("--twig",)),
         (("--model", "BASE", "--twig", "TWIG"), ("newer transformers", "--base")),
         (("--model", "BASE", "--twig", "TWIG", "--base", "BASE"), ("exists already",)),

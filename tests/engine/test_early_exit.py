@@ -54,5 +54,5 @@ def test_a_seed_draws_the_same():
 
 
 def test_without_a_trunk_nothing_can_exit():
-    with pytest.raises(TwigVLMError, match="speculate='exit': no layer drafts"):
+    with pytest.raises(TwigVLMError, match="speculate='exit': the twig has no trunk"):
         TwigVLM.without_twig(tiny_llava()).generate(**prompt(), **EXIT, max_new_tokens=2)

@@ -8,6 +8,8 @@ from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
 from twigvlm.engine.memory import row_bytes
 from twigvlm.pruning.methods import make_pruner
+from twigvlm.pruning.methods.twig import TwigPruner
+from twigvlm.pruning.methods.twig_attention import TwigAttention
 
 
 @pytest.fixture
@@ -180,7 +182,7 @@ def test_the_twigs_own_pruning_has_a_name_and_keeps_its_options(model):
 
 def test_without_a_twig_nothing_asks_it():
     plain = TwigVLM.without_twig(tiny_llava(), trunk_layers=2)
-    with pytest.raises(TwigVLMError, match=r"no twig that could choose; name another method with pruner"):
+    with pytest.raises(TwigVLMError, match=r"no trained twig to rank visual tokens; name another method with pruner"):
         plain.generate(**prompt(0), retain=10, max_new_tokens=2)
     for way in ("chain", "tree", "auto"):
         for call in (
@@ -189,3 +191,12 @@ def test_without_a_twig_nothing_asks_it():
         ):
             with pytest.raises(TwigVLMError, match=f"speculate='{way}': this model has no twig that could draft"):
                 call()
+    ranking = TwigPruner(TwigAttention(), trunk_layers=2, final_wipe=4)
+    with pytest.raises(TwigVLMError, match="pruner: ranks by a twig, but this model has none"):
+        plain.generate(**prompt(0), pruner=ranking, retain=10, max_new_tokens=2)
+
+
+def test_what_is_no_twig_is_not_saved_as_one(tmp_path):
+    with pytest.raises(TwigVLMError, match="this model has no twig"):
+        TwigVLM.without_twig(tiny_llava()).save_pretrained(tmp_path / "twig")
+    assert not (tmp_path / "twig").exists()

@@ -8,9 +8,12 @@ from io import BytesIO
 
 import torch
 from PIL import Image
+from transformers import LlavaNextProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from tests.families import tiny
 from tests.tiny import tiny_llava
-from tests.tiny_processor import tiny_processor
+from tests.tiny_processor import CHAT_TEMPLATE, tiny_processor
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.serving.app import create_app
 from twigvlm.serving.server import allowed_hosts, make_server
@@ -34,6 +37,30 @@ def tiny_service(model=None, **options):
     service = Service(model or tiny_model(), tiny_processor(more='{}[]"'), NAME, **options)
     service.grammars.tokenizer = _grammar_tokenizer(service.tokenizer)
     return service
+
+
+def tiled_service():
+    """A service on a tiny LLaVA-NeXT, whose pictures become tiles."""
+    base = tiny("llava_next")
+    vision = base.config.vision_config
+    side, known = vision.image_size, tiny_processor()
+    tiles = LlavaNextImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=base.config.image_grid_pinpoints,
+    )
+    processor = LlavaNextProcessor(
+        tiles,
+        known.tokenizer,
+        vision.patch_size,
+        "default",
+        CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+    base.config.image_seq_length = (side // vision.patch_size) ** 2
+    model = TwigVLM.grow(base, TwigConfig(2, 2, pruning_head=True))
+    model.generation_config.eos_token_id = 2
+    return Service(model, processor, NAME)
 
 
 class _Characters:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.serving import hostile
-from tests.serving.servers import NAME, chat, picture, served, slow_down, tiny_service
+from tests.serving.servers import NAME, chat, picture, served, slow_down, tiled_service, tiny_service
 from twigvlm.config import PruningConfig
 from twigvlm.serving.app import create_app
 from twigvlm.serving.limits import Limits
@@ -217,6 +217,22 @@ def test_the_page_prunes_by_default_where_the_server_does(pruning, expected):
     service = tiny_service(defaults=Defaults(pruning))
     settings = page_settings(service, needs_key=False)
     assert (settings["prunes"], settings["retain"]["default"]) == expected
+    service.stop()
+
+
+def test_the_page_fits_its_budget_to_pictures_whose_tokens_depend_on_their_shape():
+    """LLaVA-NeXT has more tokens than `image_seq_length`, which is that of one tile: no range holds for every picture."""
+    service = tiled_service()
+    settings = page_settings(service, needs_key=False)
+    assert (settings["retain"]["low"], settings["retain"]["high"]) == (32, 576)
+    body = chat("hi", [picture(size=(60, 60))], max_completion_tokens=2) | {"details": True}
+    with served(service) as address:
+        status, refused = post(address, body | {"retain": 1})
+        assert (status, refused["error"]["message"][:9]) == (400, "retain=1:")
+        status, answer = post(address, body | {"retain": 1, "fit_budget": True})
+    details = answer["usage"]["prompt_tokens_details"]
+    assert (status, details["kept_visual_tokens"]) == (200, 1)
+    assert answer["choices"][0]["twigvlm"]["grid"] is None
     service.stop()
 
 

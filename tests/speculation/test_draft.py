@@ -141,7 +141,7 @@ def check_drafts(model, static, ways, expected):
             assert set(got) == expected(definition, answer, new - len(answer) - 1, ends)
     for (request, drafted), (definition, new) in zip(runner.first.items(), rows.values(), strict=True):
         # From the prompt's last token chains are drafted in any case.
-        first = runner.runner.first_policy
+        first = runner.runner.policy.behind_prompts(1)
         assert drafted == len(definition.chain([], min(first.depth, new - 1), first.threshold, ends)) - 1, request
 
 

@@ -44,9 +44,11 @@ def save(base: BaseVLM, twig: Twig, path: str | PathLike[str], name: str | None 
         name: of the twig, for its card; None: the directory's.
 
     Raises:
-        TwigVLMError: the twig's training has diverged, or the directory cannot be written to.
+        TwigVLMError: there is no twig, its training has diverged, or the directory cannot be written to.
     """
     folder = Path(path)
+    if twig.untrained:
+        raise TwigVLMError(f"{folder}: not saved, for this model has no twig; grow one with TwigVLM.grow")
     check_finite(twig.state_dict(), f"{folder}: not saved")
     if folder.exists() and not folder.is_dir():
         raise TwigVLMError(f"{folder}: is a file; name a directory for the twig")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -40,7 +41,8 @@ class Export:
     scout_diverse: bool = False
     """In scout mode keep visual tokens with high scores that also differ from each other."""
     dtype: Dtype = "auto"
-    """Data type of the written weights. auto: as stored in the base's files."""
+    """Data type of the written weights, and of the printed commands. auto: as stored in the base's files; vLLM then computes in
+    half precision."""
 
     def run(self) -> None:
         """Export, and print the command line of vLLM and the same in Python."""
@@ -56,6 +58,10 @@ class Export:
         from twigvlm.model import TwigVLM
         from twigvlm.sapling import twig_path
 
+        if self.tokens < 1:
+            raise TwigVLMError(f"tokens={self.tokens}: must be 1 or more")
+        if self.scout_retain is not None and not (isfinite(self.scout_retain) and self.scout_retain > 0):
+            raise TwigVLMError(f"scout_retain={self.scout_retain:g}: must be a number of visual tokens, for example 64")
         if self.scout_diverse and self.scout_retain is None:
             raise TwigVLMError("scout_diverse: needs a budget; add --scout-retain 64")
         check_directory(self.out)
@@ -84,7 +90,7 @@ class Export:
         overrides = None
         if self.scout_retain is not None:
             overrides = scout_overrides(model, processor, str(self.out), self.scout_retain, self.scout_diverse)
-        return commands(name, str(self.out), base.config, self.tokens, overrides)
+        return commands(name, str(self.out), base.config, self.tokens, overrides, self.dtype)
 
 
 def _check_replaceable(out: Path) -> None:
@@ -161,7 +167,14 @@ class Commands:
         return "\n".join(lines)
 
 
-def commands(base: str, drafter: str, config: Any, tokens: int, overrides: dict[str, Any] | None = None) -> Commands:
+def commands(
+    base: str,
+    drafter: str,
+    config: Any,
+    tokens: int,
+    overrides: dict[str, Any] | None = None,
+    dtype: str = "auto",
+) -> Commands:
     """How to serve a base with an exported twig.
 
     Args:
@@ -170,11 +183,15 @@ def commands(base: str, drafter: str, config: Any, tokens: int, overrides: dict[
         config: of the base.
         tokens: drafted per step.
         overrides: of the base's config, for scout mode; None: nothing is pruned.
+        dtype: that vLLM computes in; "auto": its choice, which is never float32.
     """
     overrides = dict(overrides or {})
     speculative: dict[str, Any] = {"method": "eagle3", "model": drafter, "num_speculative_tokens": tokens}
     command = ["vllm", "serve", base, "--speculative-config", json.dumps(speculative)]
     arguments = [repr(base), f"speculative_config={speculative!r}"]
+    if dtype != "auto":
+        command += ["--dtype", dtype]
+        arguments.append(f"dtype={dtype!r}")
     environment: dict[str, str] = {}
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     if "mrope_section" in rope or overrides or config.model_type != "llava":

@@ -50,9 +50,9 @@ class Inspect(QuestionOptions):
         from twigvlm.visualize import patch_grid, seen_box
 
         config = SessionConfig.resolve(self.model, self.twig, PruningConfig(self.retain), self.speculate)
-        if not config.accelerated:
+        if config.twig is None:
             raise TwigVLMError(
-                "retain=None with speculate=none: no twig to inspect; add --retain 64 or --speculate chain"
+                f"retain={self.retain} with speculate={self.speculate}: no twig to inspect; add --retain 64 or --speculate chain"
             )
         if not self.budgets:
             raise TwigVLMError("budgets: none given; give at least one, for example --budgets 64")
@@ -68,11 +68,9 @@ class Inspect(QuestionOptions):
         inputs = build_inputs(session.processor, [[question]], session.base.device, session.base.dtype)
         mask = model.base.visual_mask(inputs["input_ids"])
         visual = int(mask.sum())
-        grid = patch_grid(session.base, visual)
+        grid = patch_grid(session.base, visual, inputs)
         if grid is None:
-            raise TwigVLMError(
-                f"model {self.model!r}: its {visual} visual tokens form no square grid that could be drawn"
-            )
+            raise TwigVLMError(f"model {self.model!r}: its {visual} visual tokens form no grid that could be drawn")
         keeps = {budget: _keep(model, budget, visual) for budget in self.budgets}
         with steps("Answering", self.max_new_tokens, last_line=False) as advance:
             answer = answer_question(

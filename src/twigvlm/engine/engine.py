@@ -37,7 +37,8 @@ class Engine:
         runner: runs the steps on the device; it belongs to this engine alone.
         make_row: turns the arguments of `add` into a row.
         max_rows: largest number of rows that decode together; None: as many as memory allows.
-        max_bytes: memory for keys and values; None: what is free when the engine is created.
+        max_bytes: memory for keys and values; None: what is free on an accelerator when the engine is
+            created, or half of the machine's memory.
         timings: receives the seconds spent; None: nothing is timed, and the device is not synchronised.
     """
 

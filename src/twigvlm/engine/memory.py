@@ -1,9 +1,9 @@
 """How much memory keys and values need, and how much there is."""
 
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 
+import psutil
 import torch
 
 from twigvlm.base.vlm import BaseVLM
@@ -52,4 +52,4 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + reserved
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return int(psutil.virtual_memory().total) // 2

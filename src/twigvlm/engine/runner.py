@@ -24,9 +24,9 @@ from twigvlm.speculation.batch import NO_TOKEN, Batch, RowState, eos_table
 from twigvlm.speculation.costs import StepCosts
 from twigvlm.speculation.draft import Committed, Draft, Rescore, commit, commit_draft, draft
 from twigvlm.speculation.nodes import Nodes
-from twigvlm.speculation.policies import NoDraft, Policy
+from twigvlm.speculation.policies import DraftPolicy
 from twigvlm.speculation.walk import Accepted, walk
-from twigvlm.speculation.ways import make_policy, policy_of_prefill
+from twigvlm.speculation.ways import make_policy
 from twigvlm.twig.block import Twig
 
 
@@ -56,7 +56,6 @@ class EagerRunner:
         self.exact = base.device.type == "cpu" if static is None else not static
         self.batch = Batch(base, twig, reserve + speculation.step_tokens)
         self.policy = make_policy(speculation, costs, self.exact)
-        self.first_policy = policy_of_prefill(self.policy, speculation, self.exact)
         self.rows: list[Row] = []
         self.chooser = Chooser([], base.device)
 
@@ -72,7 +71,8 @@ class EagerRunner:
             defer = self._defer(trunk, alone=claimed.start == 0 and len(rows) == 1)
             if self.policy.uses_twig and not defer and not trunk.in_twig:
                 trunk.fill_twig()
-            part, step = self._first_step(rows, claimed, trunk, tokens, cuts, NoDraft() if defer else self.first_policy)
+            policy = DraftPolicy() if defer else self.policy.behind_prompts(len(rows))
+            part, step = self._first_step(rows, claimed, trunk, tokens, cuts, policy)
             self.batch.join(part, trunk if defer else None)
         except BaseException:
             for index in reversed(range(claimed.start, claimed.stop)):
@@ -135,7 +135,7 @@ class EagerRunner:
         trunk: TrunkOutput,
         tokens: Tokens,
         cuts: list[Sequence[Cut]],
-        policy: Policy,
+        policy: DraftPolicy,
     ) -> tuple[Batch, Step]:
         """The layers after the trunk, with drafts behind the prompts where that is possible, and the rows' first tokens."""
         base, batch, trunk_layers = self.base, self.batch, self.twig.config.trunk_layers

@@ -104,10 +104,10 @@ def _pruning(
         pruning.check_beside_pruner(scorer)
     elif not pruning.active:
         return None, lambda visual: ()
-    elif scorer is None and twig.placeholder:
+    elif scorer is None and twig.untrained:
         raise TwigVLMError(
-            "pruning: this model has no twig that could choose; name another method with pruner, for example 'divprune', or load "
-            "a twig with TwigVLM.from_pretrained"
+            "pruning: this model has no trained twig to rank visual tokens; name another method with pruner, for example "
+            "'divprune', or load a twig with TwigVLM.from_pretrained"
         )
     else:
         ranking = scorer or default_scorer(twig)

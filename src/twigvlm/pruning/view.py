@@ -124,6 +124,10 @@ class TrunkOutput:
     @cached_property
     def _last_input(self) -> Float[Tensor, "batch tokens width"]:
         twig, count = self.twig, self.tokens.hidden.shape[1]
+        if twig.untrained:
+            raise TwigVLMError(
+                "pruner: ranks by a twig, but this model has none; load one with TwigVLM.from_pretrained"
+            )
         known = self.view.held(twig.first_slot).longest
         before = None if self.prefix is None else self.prefix.last_input
         if before is not None and known == count:

@@ -36,6 +36,7 @@ class Completion:
         text: makes what turns the tokens of an answer into text.
         details: whether to tell which tokens were drafted and which visual tokens were kept.
         give_up: called with the index of an answer that a stop text has ended.
+        grid: rows and columns of the visual tokens; None: they form none.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class Completion:
         text: Callable[[], AnswerText],
         details: bool,
         give_up: Callable[[int], None],
+        grid: tuple[int, int] | None = None,
     ) -> None:
         self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         self._model, self._prompt_tokens, self._details, self._give_up = model, prompt_tokens, details, give_up
+        self._grid = grid
         self._answers = [_Answer(text()) for _ in range(choices)]
         self._begun: set[int] = set()
 
@@ -78,7 +81,7 @@ class Completion:
         if first or new or kept is not None:
             self._begun.add(index)
             delta = {**({"role": "assistant"} if first else {}), "content": _join(new)}
-            extra = {"pieces": _as_json(new), **({} if kept is None else {"kept": kept})}
+            extra = {"pieces": _as_json(new), **({} if kept is None else {"kept": kept, "grid": self._grid})}
             found.append(self._chunk(index, delta, None, extra))
         if answer.finished:
             found.append(self._chunk(index, {}, answer.finish_reason, {}))
@@ -101,7 +104,7 @@ class Completion:
             message = {"role": "assistant", "content": _join(answer.pieces), "refusal": None}
             choice = {"index": index, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
             if self._details:
-                choice["twigvlm"] = {"pieces": _as_json(answer.pieces), "kept": answer.kept}
+                choice["twigvlm"] = {"pieces": _as_json(answer.pieces), "kept": answer.kept, "grid": self._grid}
             choices.append(choice)
         return {**self._head("chat.completion"), "choices": choices, "usage": self.usage()}
 

@@ -1,4 +1,4 @@
-"""The server's own budget, fitted to the pictures of a request: a client does not know of it, and cannot be refused for it."""
+"""A budget fitted to the pictures of a request: the server's own, or that of a client who asks for it."""
 
 from dataclasses import replace
 from math import ceil
@@ -17,7 +17,7 @@ def fitted(pruning: PruningConfig, visual: int, layers: int, twig: TwigConfig) -
     at least R̄ / 2 tokens are kept.
 
     Args:
-        pruning: the server's.
+        pruning: as asked for.
         visual: M of the prompt.
         layers: L.
         twig: of the model.

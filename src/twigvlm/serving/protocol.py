@@ -161,6 +161,8 @@ class ChatRequest(_Strict):
     """R̄, average number of visual tokens over all layers; null: no pruning."""
     keep: _Positive | None = None
     """R, visual tokens kept after the twig's trunk, instead of an average."""
+    fit_budget: bool = False
+    """Whether a budget that is impossible for the images gives way to the nearest possible one, as the server's own does."""
     final_wipe: _Positive | None = None
     """K_f: visual tokens leave after this layer."""
     final_share: float | None = None

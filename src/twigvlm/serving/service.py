@@ -28,6 +28,7 @@ from twigvlm.serving.pictures import check_pixels, fetch_pictures
 from twigvlm.serving.protocol import ChatRequest, ImagePart, TextPart
 from twigvlm.serving.text import AnswerText
 from twigvlm.serving.worker import Worker
+from twigvlm.visualize import patch_grid
 
 _COLDEST = 1e-4
 """Temperature below which the most probable token is chosen, as a draw would: dividing by less overflows."""
@@ -172,7 +173,9 @@ class Service:
         def give_up(index: int) -> None:
             self.worker.cancel(job, index)
 
-        return Completion(self.name, len(job.choices), job.prompt_tokens, text, request.details, give_up)
+        visual = int(self.model.base.visual_mask(job.inputs["input_ids"]).sum())
+        grid = patch_grid(self.model.model, visual, job.inputs)
+        return Completion(self.name, len(job.choices), job.prompt_tokens, text, request.details, give_up, grid)
 
     def stop(self, seconds: float = 0.0) -> None:
         """End the worker; jobs under way have that many seconds left."""
@@ -204,7 +207,7 @@ class Service:
         pruning = asked or self.defaults.pruning
         if pruning.active and pruning.pruner in (None, "twig") and not self.has_twig:
             raise RequestError("retain: this model has no twig; name another method with pruner", param="pruner")
-        if asked is None:
+        if asked is None or request.fit_budget:
             visual = int(base.visual_mask(inputs["input_ids"]).sum())
             pruning = fitted(pruning, visual, base.num_layers, self.model.twig.config)
         return {option.name: getattr(pruning, option.name) for option in fields(pruning)}

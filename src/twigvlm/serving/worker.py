@@ -8,6 +8,7 @@ from threading import Condition, Thread
 import torch
 
 from twigvlm.engine.engine import Engine
+from twigvlm.engine.memory import free_bytes
 from twigvlm.model import TwigVLM
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import request_error, shutting_down, too_late, waited_too_long
@@ -44,7 +45,7 @@ class Worker:
         self._engines: dict[str, Engine] = {}
         self._choices: dict[tuple[str, int], tuple[Job, Choice]] = {}
         self._admitting: Job | None = None  # neither waiting any more nor with rows yet
-        self._max_bytes = model.engine().max_bytes if max_bytes is None else max_bytes
+        self._max_bytes = free_bytes(model.base.device) if max_bytes is None else max_bytes
         self._threads = torch.get_num_threads()
         self._thread = Thread(target=self._run, name="twigvlm-engine", daemon=True)
         self._thread.start()

@@ -1,19 +1,22 @@
 """Trees of the size that pays, by what a step costs and what the draft promises."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from twigvlm.config import SpeculationConfig
 from twigvlm.speculation.costs import StepCosts
 from twigvlm.speculation.nodes import INVALID, Nodes
-from twigvlm.speculation.policies import NoDraft
+from twigvlm.speculation.policies import Chain, DraftPolicy
 
 Numbers = NDArray[np.float64]
 
 
-class AdaptiveTree(NoDraft):
+class AdaptiveTree(DraftPolicy):
     """Drafts as long as what a pass promises is worth its seconds, and not at all where plain steps are faster.
 
     A step is worth the tokens that it promises to all rows, less those that its seconds bring at their rates so far: by this
@@ -26,6 +29,7 @@ class AdaptiveTree(NoDraft):
     Args:
         costs: of this base, twig and machine.
         width: E.
+        exact: whether passes are as long as the drafts, at the price of reads from the device.
     """
 
     FADE = 0.9
@@ -36,9 +40,9 @@ class AdaptiveTree(NoDraft):
 
     linear, depth, uses_twig = False, LEVELS, True
 
-    def __init__(self, costs: StepCosts, width: int) -> None:
+    def __init__(self, costs: StepCosts, width: int, exact: bool) -> None:
         self.alone = self.costs = costs
-        self.width = width
+        self.width, self.exact = width, exact
         # Of each row: probabilities of the paths to verified nodes, added up for each depth.
         self.promised: Numbers = np.zeros((0, self.LEVELS + 1))
         # Of each row: accepted nodes, steps and their seconds; probabilities of best children, added up, and their number.
@@ -64,6 +68,16 @@ class AdaptiveTree(NoDraft):
         self.promised[row], self.history[row] = self.promised[-1], self.history[-1]
         self.promised, self.history = self.promised[:-1], self.history[:-1]
         self.costs = self.alone.of_rows(max(1, len(self.history)))
+
+    def behind_prompts(self, rows: int) -> DraftPolicy:
+        """A published chain, no longer than pays if the twig is right as often as a row is expected to find it at first."""
+        chain, costs = SpeculationConfig("chain"), self.alone.of_rows(rows)
+        depths = np.arange(chain.draft_length + 1)
+        plain = costs.trunk[1] + costs.verify[1]
+        seconds = depths * costs.draft[1] + np.array(costs.verify)[1 + depths]
+        worth = np.cumsum(self.LIKELY**depths) - seconds / plain
+        best = int(worth.argmax())
+        return Chain(replace(chain, draft_length=best), self.exact) if best else DraftPolicy()
 
     def expand(
         self, nodes: Nodes, expandable: Bool[Tensor, "rows nodes"], level: int

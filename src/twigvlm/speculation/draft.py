@@ -12,7 +12,7 @@ from twigvlm.base.masks import Masks, TreeMasks
 from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.speculation.batch import Batch, InTwig
 from twigvlm.speculation.nodes import INVALID, Nodes, ancestor_mask
-from twigvlm.speculation.policies import Policy
+from twigvlm.speculation.policies import DraftPolicy
 from twigvlm.speculation.walk import Accepted
 
 Rescore = Callable[[Float[Tensor, "rows nodes draft_vocabulary"], Int[Tensor, "rows nodes"], int], Tensor]
@@ -40,7 +40,7 @@ class Draft(NamedTuple):
     """Shares of the visual tokens at each node; None where no row looks again."""
 
 
-def draft(batch: Batch, policy: Policy, rescore: Rescore, furthest: int, exact: bool) -> Draft:
+def draft(batch: Batch, policy: DraftPolicy, rescore: Rescore, furthest: int, exact: bool) -> Draft:
     """Draft after each row's newest token.
 
     Nodes that the policy chooses run through the trunk, and the twig if it drafts, in one pass and get E children each, until
@@ -89,7 +89,7 @@ def draft(batch: Batch, policy: Policy, rescore: Rescore, furthest: int, exact: 
 
 def _selected(
     batch: Batch,
-    policy: Policy,
+    policy: DraftPolicy,
     nodes: Nodes,
     ran: Int[Tensor, "rows ran"],
     states: list[Tensor],
@@ -135,7 +135,7 @@ def _selected(
     return Draft(chosen, level, gathered, inputs, masks, slots, ran.shape[1], in_twig, shares)
 
 
-def _late(policy: Policy, selected: Tensor, ran: Tensor, exact: bool) -> Int[Tensor, "rows late"]:
+def _late(policy: DraftPolicy, selected: Tensor, ran: Tensor, exact: bool) -> Int[Tensor, "rows late"]:
     """Selected nodes that have not run."""
     if policy.linear:  # a chain's last one, or the whole of one that no pass drafted
         return selected[:, ran.shape[1] :].clamp(min=0)
@@ -148,7 +148,7 @@ def _late(policy: Policy, selected: Tensor, ran: Tensor, exact: bool) -> Int[Ten
 
 def _predict(
     batch: Batch,
-    policy: Policy,
+    policy: DraftPolicy,
     hidden: Float[Tensor, "rows nodes width"],
     inputs: TokenInputs,
     masks: Masks,
@@ -165,7 +165,7 @@ def _predict(
 
 def _in_twig(
     batch: Batch,
-    policy: Policy,
+    policy: DraftPolicy,
     hidden: Float[Tensor, "rows nodes width"],
     inputs: TokenInputs,
     masks: Masks,
@@ -179,7 +179,7 @@ def _in_twig(
 
 
 def _run(
-    batch: Batch, policy: Policy, nodes: Nodes, ran: Tensor, new: Tensor, level: int, furthest: int
+    batch: Batch, policy: DraftPolicy, nodes: Nodes, ran: Tensor, new: Tensor, level: int, furthest: int
 ) -> tuple[Tensor, TokenInputs, Masks]:
     """Run nodes through the trunk, whose cache holds those that ran before: states, inputs and masks."""
     assert batch.state is not None, "there are rows"
@@ -220,7 +220,7 @@ class Committed(NamedTuple):
 
 
 def commit(
-    batch: Batch, policy: Policy, draft: Draft, committed: Committed, on_host: Int[np.ndarray, "rows numbers"]
+    batch: Batch, policy: DraftPolicy, draft: Draft, committed: Committed, on_host: Int[np.ndarray, "rows numbers"]
 ) -> None:
     """Every cache keeps each row's accepted path (root included) and drops the rest of the draft."""
     kept = committed.accepted.path if _moves(policy, draft) else None
@@ -231,7 +231,7 @@ def commit(
 
 
 def commit_draft(
-    batch: Batch, policy: Policy, draft: Draft, committed: Committed, on_host: Int[np.ndarray, "rows numbers"]
+    batch: Batch, policy: DraftPolicy, draft: Draft, committed: Committed, on_host: Int[np.ndarray, "rows numbers"]
 ) -> None:
     """The part of a commit that trunk and twig need."""
     cache, twig, accepted, rows = batch.cache, batch.twig, committed.accepted, batch.rows
@@ -249,6 +249,6 @@ def commit_draft(
         batch.pending = batch.pending.append(newest, late, counts - in_twig)
 
 
-def _moves(policy: Policy, draft: Draft) -> bool:
+def _moves(policy: DraftPolicy, draft: Draft) -> bool:
     """Whether an accepted path may be other nodes than the first ones."""
     return not policy.linear and draft.nodes.tokens.shape[1] > 1

@@ -7,10 +7,10 @@ from torch import Tensor
 from twigvlm.config import SpeculationConfig
 from twigvlm.speculation.batch import NO_TOKEN, RowState
 from twigvlm.speculation.nodes import Nodes
-from twigvlm.speculation.policies import NoDraft
+from twigvlm.speculation.policies import DraftPolicy
 
 
-class Lookup(NoDraft):
+class Lookup(DraftPolicy):
     """Chains of up to δ tokens, looked up in the row's own prompt and answer.
 
     Args:

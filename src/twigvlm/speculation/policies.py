@@ -1,6 +1,4 @@
-"""Which drafted nodes to expand, and which to have verified: the interface, and fixed settings."""
-
-from typing import Protocol, runtime_checkable
+"""Which drafted nodes to expand, and which to have verified: the interface, and Algorithms 1 and 2."""
 
 import numpy as np
 import torch
@@ -13,26 +11,27 @@ from twigvlm.speculation.batch import RowState
 from twigvlm.speculation.nodes import INVALID, Nodes, most_probable
 
 
-@runtime_checkable
-class Policy(Protocol):
-    """How the rows of a batch draft."""
+class DraftPolicy:
+    """How the rows of a batch draft; this one drafts nothing, and the others override what they do differently."""
 
-    width: int
+    width: int = 1
     """E: children of each node that is expanded."""
-    linear: bool
+    linear: bool = True
     """Whether drafts are chains, whose causal order needs no mask of their own."""
-    depth: int
+    depth: int = 0
     """Of the deepest node that may be drafted."""
-    uses_twig: bool
+    uses_twig: bool = False
     """Whether the twig drafts, which needs to see prompt and answer."""
-    reads_ids: bool
+    reads_ids: bool = False
     """Whether it drafts from the ids of prompts and answers."""
 
     def start(self, state: RowState) -> Nodes:
         """Nodes of a step before any pass has run: the roots, and what is drafted without a pass."""
+        return Nodes.rooted(state.newest)
 
     def grows(self, nodes: Nodes) -> Bool[Tensor, "rows nodes"]:
         """Nodes that may get children, as far as the policy is concerned."""
+        return nodes.valid
 
     def expand(
         self, nodes: Nodes, expandable: Bool[Tensor, "rows nodes"], level: int
@@ -44,9 +43,12 @@ class Policy(Protocol):
             expandable: nodes that may get children and have none yet; the others that are chosen get none.
             level: how many passes have run.
         """
+        return None
 
     def select(self, nodes: Nodes) -> Int[Tensor, "rows selected"]:
         """Nodes to have verified, ascending: the root, and each with its parent; INVALID behind."""
+        index = torch.arange(nodes.tokens.shape[1], device=nodes.tokens.device)
+        return torch.where(nodes.valid, index, INVALID)
 
     def learn(self, accepted: NDArray[np.int64]) -> None:
         """Drafts were verified, and of each row that many drafted nodes were accepted."""
@@ -57,43 +59,12 @@ class Policy(Protocol):
     def leave(self, row: int) -> None:
         """A row leaves, and the last one takes its place."""
 
-
-class NoDraft:
-    """One token of the base per step."""
-
-    width, linear, depth = 1, True, 0
-    uses_twig = reads_ids = False
-
-    def start(self, state: RowState) -> Nodes:
-        """The roots."""
-        return Nodes.rooted(state.newest)
-
-    def grows(self, nodes: Nodes) -> Bool[Tensor, "rows nodes"]:
-        """Every node."""
-        return nodes.valid
-
-    def expand(
-        self, nodes: Nodes, expandable: Bool[Tensor, "rows nodes"], level: int
-    ) -> Int[Tensor, "rows chosen"] | None:
-        """Nothing."""
-        return None
-
-    def select(self, nodes: Nodes) -> Int[Tensor, "rows selected"]:
-        """Every node."""
-        index = torch.arange(nodes.tokens.shape[1], device=nodes.tokens.device)
-        return torch.where(nodes.valid, index, INVALID)
-
-    def learn(self, accepted: NDArray[np.int64]) -> None:
-        """No-op: nothing was drafted."""
-
-    def join(self, rows: int, deferred_tokens: int) -> None:
-        """No-op: no row has settings of its own."""
-
-    def leave(self, row: int) -> None:
-        """No-op: no row has settings of its own."""
+    def behind_prompts(self, rows: int) -> "DraftPolicy":
+        """What drafts behind that many prompts in the pass that takes them up, which has no room for a tree's mask."""
+        return self
 
 
-class Chain(NoDraft):
+class Chain(DraftPolicy):
     """Algorithm 1: up to δ tokens one after another, ending after a token whose probability is below θ.
 
     Args:
@@ -118,7 +89,16 @@ class Chain(NoDraft):
         return torch.full_like(nodes.tokens[:, :1], nodes.tokens.shape[1] - 1)
 
 
-class FixedTree(NoDraft):
+class EarlyExit(Chain):
+    """Chains as a twig of no layers would draft them: the base's own norm and head on the states after layer K.
+
+    Nothing is trained, and only the trunk runs.
+    """
+
+    uses_twig = False
+
+
+class FixedTree(DraftPolicy):
     """Algorithm 2: D levels, of each the K_sel most probable nodes are expanded; the N_max most probable of all are verified.
 
     Args:
@@ -131,6 +111,10 @@ class FixedTree(NoDraft):
     def __init__(self, options: SpeculationConfig, stop_early: bool) -> None:
         self.width, self.depth = options.tree_width, options.tree_depth
         self.expanded, self.verified, self.stop_early = options.tree_expand, options.tree_nodes, stop_early
+
+    def behind_prompts(self, rows: int) -> Chain:
+        """A chain as long as the tree is deep, which ends below Algorithm 1's published θ."""
+        return Chain(SpeculationConfig("chain", draft_length=min(self.depth, self.verified)), self.stop_early)
 
     def expand(
         self, nodes: Nodes, expandable: Bool[Tensor, "rows nodes"], level: int

@@ -39,8 +39,8 @@ class Twig(nn.Module):
     record: list[dict[str, Any]]
     """How it was trained: an entry for each stage."""
 
-    placeholder: bool
-    """Whether it stands in the place of a twig and must not be asked."""
+    untrained: bool
+    """Whether it stands in the place of a twig, and must neither rank, draft nor be saved (`TwigVLM.without_twig`)."""
 
     draft_token_ids: Tensor | None
     head_rows: Tensor | None
@@ -57,7 +57,7 @@ class Twig(nn.Module):
         super().__init__()
         self.config = config
         self.record = []
-        self.placeholder = False
+        self.untrained = False
         self.first_slot = base.num_layers
         sources = _sources(base, config)
         ids = _checked_ids(config, draft_token_ids, base.vocabulary)

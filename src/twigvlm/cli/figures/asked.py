@@ -60,9 +60,9 @@ class FigureAttention(_Asked):
         model, titles = session.model, rankings(session.model, self.deep_layer)
         for question, inputs in _asked(self, session, questions, "Ranking"):
             mask = model.base.visual_mask(inputs["input_ids"])
-            grid = patch_grid(session.base, int(mask.sum()))
+            grid = patch_grid(session.base, int(mask.sum()), inputs)
             if grid is None:
-                raise TwigVLMError(f"model {self.model!r}: its visual tokens form no square grid that could be drawn")
+                raise TwigVLMError(f"model {self.model!r}: its visual tokens form no grid that could be drawn")
             scores = score_all(model, inputs, list(titles))
             maps = {title: scores[method][mask].view(grid) for method, title in titles.items()}
             image = load_image(question.image)

@@ -8,9 +8,10 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from PIL import Image
 
+from twigvlm.inputs import build_inputs, user_turn
 from twigvlm.pruning.budget import average_kept
 from twigvlm.serving.service import Service
-from twigvlm.visualize import patch_grid, seen_box
+from twigvlm.visualize import seen_box
 
 EXAMPLES = (
     ("scene", "Describe this image in detail."),
@@ -64,8 +65,8 @@ def add_page(app: FastAPI, service: Service, needs_key: bool) -> None:
 def page_settings(service: Service, needs_key: bool) -> dict[str, Any]:
     """What the page must know of the model."""
     base, twig, defaults = service.model.base, service.model.twig.config, service.defaults
-    visual = getattr(service.model.config, "image_seq_length", None)
-    low, high = 32.0, 576.0  # of bases whose visual tokens depend on the picture
+    visual = _visual_tokens(service)
+    low, high = 32.0, 576.0  # of bases whose visual tokens depend on the picture; what a picture cannot have is fitted
     budget: float | None = defaults.pruning.retain
     if budget is None:
         budget = defaults.pruning.keep
@@ -80,7 +81,6 @@ def page_settings(service: Service, needs_key: bool) -> dict[str, Any]:
         "model": service.name,
         "needs_key": needs_key,
         "has_twig": service.has_twig,
-        "visual": visual,
         "retain": {"low": low, "high": high, "default": budget},
         "prunes": defaults.pruning.active,
         "ways": ways if defaults.speculate in ways else [*ways, defaults.speculate],
@@ -89,10 +89,19 @@ def page_settings(service: Service, needs_key: bool) -> dict[str, Any]:
         "pruning": _pruning(service),
         "max_tokens": min(256, service.limits.max_tokens),
         "max_pixels": service.limits.max_pixels,
-        "grid": None if visual is None else patch_grid(service.model, visual),
         "crops": seen_box(service.processor, Image.new("RGB", (1, 1))) is not None,
         "examples": [{"picture": f"/examples/{name}", "question": question} for name, question in EXAMPLES],
     }
+
+
+def _visual_tokens(service: Service) -> int | None:
+    """M of a picture; None where that depends on its shape."""
+    counts = set()
+    for shape in ((200, 200), (100, 400)):
+        messages = [user_turn("?", Image.new("RGB", shape))]
+        inputs = build_inputs(service.processor, [messages], service.model.device, service.model.dtype)
+        counts.add(int(service.model.base.visual_mask(inputs["input_ids"]).sum()))
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _pruning(service: Service) -> dict[str, Any]:

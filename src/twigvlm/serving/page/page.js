@@ -96,6 +96,7 @@ function requestBody(pruned, way) {
     max_completion_tokens: Number(at("length").value),
     speculate: way,
     retain: pruned ? Number(at("retain").value) : null,
+    fit_budget: pruned,
   };
   if (!pruned) return body;
   if (at("refocus").checked) body.refocus = state.settings.refocus ?? 0.7;
@@ -132,10 +133,9 @@ async function runLane(lane, body, picture, signal) {
       if (choice.twigvlm?.kept) {
         looks += 1;
         const kept = choice.twigvlm.kept;
-        const all = kept.length === state.settings.visual;
-        if (picture === state.picture) {
-          draw(at("picture"), picture, all ? null : kept, state.settings.grid, state.settings.crops);
-        }
+        const grid = choice.twigvlm.grid;
+        const all = grid !== null && kept.length === grid[0] * grid[1];
+        if (picture === state.picture) draw(at("picture"), picture, all ? null : kept, grid, state.settings.crops);
       }
       reason = choice.finish_reason ?? reason;
     });
