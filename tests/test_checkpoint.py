@@ -124,7 +124,7 @@ def test_a_save_that_was_cut_off_between_its_files(tmp_path):
     before = (tmp_path / CONFIG).read_text()
     _trained(TwigConfig(3, 2)).save_pretrained(tmp_path)  # of the same shapes
     (tmp_path / CONFIG).write_text(before)
-    with pytest.raises(TwigVLMError, match=f"weights and {CONFIG} are of two twigs"):
+    with pytest.raises(TwigVLMError, match=f"weights and {CONFIG} come from different twigs"):
         TwigVLM.from_pretrained(tiny_llava(), tmp_path)
 
 

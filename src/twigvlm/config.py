@@ -53,14 +53,15 @@ class TwigConfig:
     """Whether the twig has a P-Head, which scores visual tokens in place of its last layer's attention (Eq. 7)."""
 
     def __post_init__(self) -> None:
-        _at_least(0, trunk_layers=self.trunk_layers)
-        _at_least(1, twig_layers=self.twig_layers)
+        at_least(0, trunk_layers=self.trunk_layers)
+        at_least(1, twig_layers=self.twig_layers)
         _one_of(("next", "last", "random"), init=self.init)
         _one_of(("own", "shared"), head=self.head)
         if self.draft_vocabulary is not None:
-            _at_least(1, draft_vocabulary=self.draft_vocabulary)
+            at_least(1, draft_vocabulary=self.draft_vocabulary)
         if self.final_wipe is not None:
-            _at_least(self.trunk_layers + 1, final_wipe=self.final_wipe)
+            at_least(self.trunk_layers + 1, final_wipe=self.final_wipe)
+        _number("final_share", self.final_share)
         check_final_share(self.final_share)
 
 
@@ -79,22 +80,22 @@ class PruningConfig:
     retain_per_image: bool = False
     """Split the budget evenly among the images, or frames with text between them, instead of by scores alone."""
     refocus: float | None = None
-    """τ: while the answer grows, replace kept visual tokens by better ones wherever they hold less than this share of the
-    scores that the best ones would hold. None: the tokens that were chosen for the question stay."""
+    """τ: choose the kept visual tokens again while the answer grows, whenever their scores add up to less than this share of
+    what the best ones' scores would. None: the tokens that were chosen for the question stay."""
     pruner: str | None = None
     """Another pruning method, by name (`twigvlm methods`), with the budget `retain`. None: the twig's own."""
     scout: bool = False
-    """Score the visual tokens by a pass of trunk and twig before the decoder, whose layers all hold only the kept tokens then."""
+    """Rank the visual tokens with trunk and twig first, then run every decoder layer on the kept tokens only."""
     diverse: bool = False
     """Keep visual tokens with high scores that also differ from each other, instead of those with the highest scores."""
 
     def __post_init__(self) -> None:
         for name in ("retain", "final_share", "refocus"):
-            value: object = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-                raise TwigVLMError(f"{name}={value!r}: must be a number")
-        if self.keep is not None:
-            _whole("keep", self.keep)
+            if (value := getattr(self, name)) is not None:
+                _number(name, value)
+        for name in ("keep", "final_wipe"):
+            if (value := getattr(self, name)) is not None:
+                _whole(name, value)
         if self.retain is not None and self.keep is not None:
             raise TwigVLMError(f"retain={self.retain:g} and keep={self.keep}: give only one of them")
         if self.pruner is not None:
@@ -194,14 +195,15 @@ class SpeculationConfig:
     tree_nodes: int = 60
     """N_max: largest number of drafted tokens of a tree that are verified."""
     lookup_ngram: int = 3
-    """Largest number of newest tokens that are looked up; fewer where this many did not occur before."""
+    """Longest run of newest tokens to look up; shorter ones are tried if it did not occur before."""
 
     def __post_init__(self) -> None:
         _one_of(get_args(Speculate), speculate=self.speculate)
-        _at_least(1, draft_length=self.draft_length)
-        _at_least(1, tree_depth=self.tree_depth, tree_width=self.tree_width)
-        _at_least(1, tree_expand=self.tree_expand, tree_nodes=self.tree_nodes)
-        _at_least(1, lookup_ngram=self.lookup_ngram)
+        at_least(1, draft_length=self.draft_length)
+        at_least(1, tree_depth=self.tree_depth, tree_width=self.tree_width)
+        at_least(1, tree_expand=self.tree_expand, tree_nodes=self.tree_nodes)
+        at_least(1, lookup_ngram=self.lookup_ngram)
+        _number("draft_threshold", self.draft_threshold)
         if not 0.0 <= self.draft_threshold <= 1.0:
             raise TwigVLMError(f"draft_threshold={self.draft_threshold:g}: must be 0 to 1")
         for option in fields(self):
@@ -277,7 +279,13 @@ def _whole(name: str, value: object) -> None:
         raise TwigVLMError(f"{name}={value!r}: must be a whole number")
 
 
-def _at_least(low: int, **option: int) -> None:
+def _number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TwigVLMError(f"{name}={value!r}: must be a number")
+
+
+def at_least(low: int, **option: int) -> None:
+    """Raise TwigVLMError unless each option is a whole number, and no less than that."""
     for name, value in option.items():
         _whole(name, value)
         if value < low:

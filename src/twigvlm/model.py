@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import fields
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -11,7 +12,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from twigvlm.base.masks import check_mask_attention
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.checkpoints import twig_files
 from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
@@ -27,6 +27,7 @@ from twigvlm.hf.requests import pruner_by_name, request_row, rows_of
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Need, Pruner
 from twigvlm.pruning.view import Scorer
+from twigvlm.speculation.ways import check_speculation
 from twigvlm.timing import Timings, clock_of
 from twigvlm.twig.block import Twig
 
@@ -222,15 +223,19 @@ class TwigVLM(HFInterface, Calibrated):
                 raise TwigVLMError(
                     "generator: the base's own generate takes none; leave it out, and seed by torch.manual_seed"
                 )
+            if memory is not None:
+                raise TwigVLMError("memory: does not apply while the twig is disabled; leave it out")
             return self.model.generate(**kwargs)
         check_arguments(kwargs, self.model.generation_config)
-        self._check_speculation(speculation, len(kwargs["input_ids"]))
+        check_speculation(speculation, self.base, self.twig, len(kwargs["input_ids"]))
         self.base.check_images(kwargs["input_ids"], kwargs)
         looks = pruner is not None and Need.VISION in pruner.needs
         costs = self.costs() if speculation.speculate == "auto" else None
         if memory is not None:
+            if not isinstance(memory, PrefixCache):
+                raise TwigVLMError(f"memory: is {type(memory).__name__}; pass a PrefixCache, or ask through chat")
             pixels = self.base.pixels(kwargs)
-            memory.show(pixels)
+            memory.show(kwargs)
             if not looks and not memory.needs_vision(self.base, kwargs["input_ids"]):
                 kwargs = {name: value for name, value in kwargs.items() if name not in pixels}
         clock = clock_of(self.model.device)
@@ -266,27 +271,15 @@ class TwigVLM(HFInterface, Calibrated):
         Raises:
             TwigVLMError: an option is out of range or does not apply.
         """
+        if unknown := options.keys() - {option.name for option in fields(SpeculationConfig)}:
+            raise TwigVLMError(
+                f"{', '.join(sorted(unknown))}: no option of an engine; give those of an answer to engine.add"
+            )
         speculation = SpeculationConfig(speculate, **options)  # type: ignore[arg-type]
-        self._check_speculation(speculation, rows=2 if max_rows is None else max_rows)
+        check_speculation(speculation, self.base, self.twig, rows=1 if max_rows == 1 else 2)
         costs = self.costs() if speculation.speculate == "auto" else None
         runner = EagerRunner(self.base, self.twig, speculation, costs, _RESERVE)
         return Engine(runner, partial(request_row, self.base, self.twig), max_rows, max_bytes)
-
-    def _check_speculation(self, speculation: SpeculationConfig, rows: int) -> None:
-        if speculation.speculate == "exit" and not self.twig.config.trunk_layers:
-            raise TwigVLMError(
-                "speculate='exit': the twig has no trunk, whose layers would draft; use one with a trunk, or "
-                "TwigVLM.without_twig(base, trunk_layers=8)"
-            )
-        if speculation.speculate in ("chain", "tree", "auto") and self.twig.untrained:
-            raise TwigVLMError(
-                f"speculate={speculation.speculate!r}: this model has no twig that could draft; use 'lookup', or load "
-                "a twig with TwigVLM.from_pretrained"
-            )
-        if speculation.speculate in ("tree", "auto"):
-            check_mask_attention(self.base.attention, f"speculate={speculation.speculate!r}")
-        if rows > 1:
-            check_mask_attention(self.base.attention, f"batch of {rows} prompts")
 
     def chat(self, processor: Any, **options: Any) -> Conversation:
         """Start a conversation of several turns, in which trunk and twig run only once on each token.

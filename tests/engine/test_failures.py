@@ -7,6 +7,8 @@ from transformers import LogitsProcessor, TextStreamer
 from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
 from twigvlm.engine.memory import row_bytes
+from twigvlm.errors import RequestRefused
+from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.methods import make_pruner
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.methods.twig_attention import TwigAttention
@@ -146,13 +148,53 @@ def test_a_prompt_that_cannot_be_pruned_is_refused_when_it_is_added(model):
     assert not engine.busy
 
 
+class Refuses:
+    """A pruner that a prompt is too much for, which shows only when it is asked."""
+
+    needs = frozenset()
+
+    def cuts(self, retain, visual, layers):
+        return (Cut(2, 4),)
+
+    def choose(self, view, keep):
+        raise TwigVLMError("pruner: cannot choose; name another one")
+
+
+def test_a_refusal_within_a_step_names_its_request(model):
+    engine = model.engine(max_rows=1)
+    first = engine.add(prompt(0), max_new_tokens=2)
+    refused = engine.add(prompt(1), max_new_tokens=2, pruner=Refuses())
+    last = engine.add(prompt(2), max_new_tokens=2)
+    ended = set()
+    with pytest.raises(RequestRefused, match="cannot choose; name another one") as caught:
+        ended |= {event.id for event in engine.stream() if event.finished}
+    assert caught.value.requests == (refused,)
+    ended |= {event.id for event in engine.stream() if event.finished}
+    assert last in ended
+    assert refused not in ended
+    assert first not in ended or first != last
+
+
+@pytest.mark.parametrize("way", ["none", "chain"])
+@pytest.mark.parametrize("factor", [float("nan"), -float("inf")])
+def test_no_token_is_drawn_from_scores_that_leave_none(model, way, factor):
+    with pytest.raises(TwigVLMError, match="logits_processor: leaves no token to draw"):
+        model.generate(
+            **prompt(0),
+            max_new_tokens=3,
+            do_sample=True,
+            speculate=way,
+            logits_processor=[lambda ids, scores: torch.full_like(scores, factor)],
+        )
+
+
 def test_a_fork_cannot_share_what_remembers(model):
     engine = model.engine()
     request = engine.add(prompt(0), max_new_tokens=4, logits_processor=[Fails()])
-    with pytest.raises(TwigVLMError, match=f"request {request}: has logits processors of its own"):
+    with pytest.raises(TwigVLMError, match=f"request {request}: has logits processors that two"):
         engine.fork(request, None)
     request = engine.add(prompt(0), max_new_tokens=4, stopping_criteria=[lambda ids, scores: False])
-    with pytest.raises(TwigVLMError, match=f"request {request}: has stopping criteria of its own"):
+    with pytest.raises(TwigVLMError, match=f"request {request}: has stopping criteria that two"):
         engine.fork(request, None)
     harmless = engine.add(prompt(0), max_new_tokens=4, suppress_tokens=[5])
     engine.fork(harmless, None)

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.batches import batched
 from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.kv.prefix_cache import PrefixCache
 
 
 def test_a_prompt_that_ends_with_an_image_is_not_pruned(model):
@@ -22,6 +23,24 @@ def test_ids_as_the_first_argument(model):
     inputs = prompt()
     expected = model.generate(**inputs, max_new_tokens=5)
     assert torch.equal(model.generate(inputs.pop("input_ids"), **inputs, max_new_tokens=5), expected)
+
+
+def test_shorter_answers_are_padded_as_the_base_pads_them(model, monkeypatch):
+    """Without a padding token the base takes the first end token; id 0 could be any word."""
+    inputs = batched([prompt(1), prompt(2)])
+    width = inputs["input_ids"].shape[1]
+    answer = model.generate(**inputs, max_new_tokens=8)[0, width:].tolist()
+    monkeypatch.setattr(model.model.generation_config, "pad_token_id", None)
+    options = {"max_new_tokens": 8, "eos_token_id": [answer[3], answer[2]], "do_sample": False}
+    with model.disabled():
+        expected = model.generate(**inputs, **options)
+    assert expected.shape[1] > width + 4, "one answer is shorter"
+    assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+def test_a_prefix_cache_is_not_kept_while_the_twig_is_disabled(model):
+    with model.disabled(), pytest.raises(TwigVLMError, match="memory: does not apply while the twig is disabled"):
+        model.generate(**prompt(), max_new_tokens=2, memory=PrefixCache())
 
 
 def test_without_an_attention_mask(model):

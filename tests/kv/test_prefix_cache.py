@@ -218,3 +218,25 @@ def test_trees_behind_a_short_turn_of_a_conversation():
             turn = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
             got = model.generate(**turn, keep=5, max_new_tokens=6, memory=memory, **tree)
             assert got.tolist() == model.generate(**turn, keep=5, max_new_tokens=6).tolist()
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_the_same_patches_in_another_grid_are_another_picture(name):
+    """Ids and pixels are the same; also where one picture's patches are the first ones of a larger picture."""
+    model = TwigVLM.grow(families.tiny(name), TwigConfig(2, 2))
+    merge = model.model.config.vision_config.spatial_merge_size**2
+    image, width = model.model.config.image_token_id, 3 * 2 * model.model.config.vision_config.patch_size**2
+    patches = torch.randn(48, width, generator=torch.Generator().manual_seed(0))
+
+    def picture(grid):
+        count = grid[0] * grid[1]
+        ids = torch.cat((torch.tensor([5, 6]), torch.full((count // merge,), image), torch.tensor([7, 8])))[None]
+        types = {families.TINY[name].token_types: (ids == image).long()} if families.TINY[name].token_types else {}
+        grids = torch.tensor([[1, *grid]])
+        return {"input_ids": ids, "pixel_values": patches[:count], "image_grid_thw": grids, **types}
+
+    for first, second in (((4, 6), (6, 4)), ((4, 6), (8, 6))):
+        memory = PrefixCache()
+        model.generate(**picture(first), max_new_tokens=1, memory=memory)
+        got = model.generate(**picture(second), max_new_tokens=6, memory=memory)
+        assert torch.equal(got, model.generate(**picture(second), max_new_tokens=6))

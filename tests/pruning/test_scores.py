@@ -60,9 +60,9 @@ def test_row_of_the_last_twig_layer(attention, queries):
 @torch.no_grad()
 def test_filling_the_twigs_cache_is_running_the_twig():
     trunk = after_trunk(grown())
-    assert not trunk.in_twig
+    assert not trunk.twig_is_filled
     trunk.fill_twig()
-    assert trunk.in_twig
+    assert trunk.twig_is_filled
     cache = KVCache(8, (), 1, trunk.base.device)
     row = cache.claim(1)
     trunk.twig(trunk.tokens.hidden, trunk.tokens.inputs, trunk.masks, cache.view(row))

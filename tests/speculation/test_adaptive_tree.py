@@ -80,7 +80,7 @@ def any_costs(random):
 @given(random=st.randoms(use_true_random=False), width=st.integers(1, 3), room=st.sampled_from([1, 3, 50]))
 def test_adaptive_drafts_are_the_best_by_their_costs_while_rows_come_and_go(random, width, room):
     costs = any_costs(random)
-    policy, plain = AdaptiveTree(costs, width, exact=True), PlainAdaptive(costs)
+    policy, plain = AdaptiveTree(costs, width, static=False), PlainAdaptive(costs)
     rows = 0
     for step in range(6):
         for row in reversed(range(rows)):
@@ -103,7 +103,7 @@ def test_adaptive_drafts_are_the_best_by_their_costs_while_rows_come_and_go(rand
 
 def adaptive(costs, width=1, deferred_tokens=0):
     """The policy of a single row."""
-    policy = AdaptiveTree(costs, width, exact=True)
+    policy = AdaptiveTree(costs, width, static=False)
     policy.join(1, deferred_tokens)
     return policy
 
@@ -173,7 +173,7 @@ def test_rows_are_trusted_for_themselves():
     """One row's drafts are accepted, another's are not; a third leaves, and neither is taken for the other."""
 
     def settled(leaving):
-        policy = AdaptiveTree(step_costs(draft=4.0, per_node=0.1), 1, exact=True)
+        policy = AdaptiveTree(step_costs(draft=4.0, per_node=0.1), 1, static=False)
         policy.join(3, 0)
         for _ in range(4):
             nodes, selected = drafted(policy, lambda row, path: [0.9], rows=3)
@@ -190,7 +190,7 @@ def test_rows_are_trusted_for_themselves():
 @given(draft=st.floats(0.01, 3.0), per_node=st.floats(0.0, 1.0), rows=st.integers(1, 4))
 def test_behind_prompts_a_chain_is_as_long_as_pays(draft, per_node, rows):
     costs = step_costs(draft=draft, per_node=per_node)
-    found = AdaptiveTree(costs, 2, exact=True).behind_prompts(rows).depth
+    found = AdaptiveTree(costs, 2, static=False).behind_prompts(rows).depth
     of_rows = costs.of_rows(rows)
 
     def worth(length):
@@ -202,5 +202,5 @@ def test_behind_prompts_a_chain_is_as_long_as_pays(draft, per_node, rows):
 
 
 def test_nothing_is_drafted_behind_prompts_where_drafts_are_dear():
-    assert AdaptiveTree(step_costs(draft=1000.0), 2, exact=True).behind_prompts(2).depth == 0
-    assert AdaptiveTree(step_costs(draft=0.01, per_node=0.0), 2, exact=True).behind_prompts(2).depth == 5
+    assert AdaptiveTree(step_costs(draft=1000.0), 2, static=False).behind_prompts(2).depth == 0
+    assert AdaptiveTree(step_costs(draft=0.01, per_node=0.0), 2, static=False).behind_prompts(2).depth == 5

@@ -1,1 +1,1 @@
-"""The only room that knows transformers' models."""
+"""The base: transformers' models as the rest of the library sees them."""

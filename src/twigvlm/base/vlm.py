@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from twigvlm import compat
 from twigvlm.base.capture import capture, watch
+from twigvlm.base.checks import check_model
 from twigvlm.base.cpu_linear import cpu_linear
 from twigvlm.base.families import Visual, family_of, language_model_of
 from twigvlm.base.layers import run, window_of
@@ -36,10 +37,7 @@ class BaseVLM:
     """
 
     def __init__(self, model: Any) -> None:
-        if any(hasattr(module, "base_layer") for module in model.modules()):
-            raise TwigVLMError(
-                "the base has adapters that are not merged: call merge_and_unload() and pass what it returns"
-            )
+        check_model(model)
         self.model = model
         self.family = family_of(model)
         self.decoder: Any = _at(model, self.family.decoder)

@@ -18,9 +18,10 @@ pipeline_tag: image-text-to-text
 
 # {name}
 
-A twig on {base}: {layers} decoder layers{head} on the output of its layer {trunk}, with {millions:.1f} M parameters,
-the only ones in here. It chooses the visual tokens that matter to a question, and drafts the answer for the base to check.
-In float32 drafting does not change the answer; pruning may. The twig fits on this base only, loaded in any number format.
+A twig on {base}: {layers} decoder layers{head} on the output of its layer {trunk}, with {millions:.1f} M parameters;
+the base's weights are not in here. It chooses the visual tokens that matter to a question, and drafts the answer for the
+base to check. In float32 drafting does not change the answer; pruning may. The twig fits on this base only, loaded in any
+number format.
 
 ```python
 from transformers import AutoModelForImageTextToText

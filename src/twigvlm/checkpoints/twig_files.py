@@ -238,7 +238,7 @@ def _read_weights(file: Path, config: TwigConfig) -> dict[str, Tensor]:
     saved = {**json.loads(metadata.get("twig", "{}")), **tuned}
     if "twig" in metadata and TwigConfig(**saved) != config:
         raise TwigVLMError(
-            f"{file.parent}: weights and {CONFIG} are of two twigs, since a save was cut off; save it again"
+            f"{file.parent}: weights and {CONFIG} come from different twigs, because a save was interrupted; save it again"
         )
     check_finite(state, str(file))
     return state

@@ -43,5 +43,5 @@ class Calibrated(nn.Module):
             return self._costs[key]
 
     def _costs_key(self) -> tuple[object, ...]:
-        # Less than what a file goes by, which takes milliseconds to find out.
+        # A cheap key: to hash the model, as the name of a file of costs does, takes milliseconds.
         return self.base.dtype, self.base.model.device, self.base.attention, torch.get_num_threads(), is_alone()

@@ -1,7 +1,7 @@
 """The engine: rows join while others decode, and leave when they end (continuous batching)."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from twigvlm.base.vlm import BaseVLM
+from twigvlm.config import at_least
 from twigvlm.engine.memory import free_bytes, row_bytes, sight_bytes, together_bytes
 from twigvlm.engine.protocol import Runner, Step
 from twigvlm.engine.row import Row, extend_all
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import RequestRefused, TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Need, Pruner, schedule
+from twigvlm.pruning.methods import make_pruner
 from twigvlm.pruning.refocus import check_refocus
 from twigvlm.timing import Timings, clock_of
 
@@ -50,8 +52,8 @@ class Engine:
         max_bytes: int | None = None,
         timings: Timings | None = None,
     ) -> None:
-        if max_rows is not None and max_rows < 1:
-            raise TwigVLMError(f"max_rows={max_rows}: must be 1 or more")
+        limits = {"max_rows": max_rows, "max_bytes": max_bytes}
+        at_least(1, **{name: value for name, value in limits.items() if value is not None})
         self.runner, self.make_row, self.max_rows, self.timings = runner, make_row, max_rows, timings
         self.base: BaseVLM = runner.batch.base
         self.max_bytes = free_bytes(self.base.device) if max_bytes is None else max_bytes
@@ -76,6 +78,10 @@ class Engine:
         Raises:
             TwigVLMError: an error of `generate`; nothing is queued then.
         """
+        if not isinstance(inputs, Mapping):
+            raise TwigVLMError(
+                f"inputs: is {type(inputs).__name__}; pass the processor's outputs, with input_ids and the rest"
+            )
         if self.make_row is None:
             raise TwigVLMError("this engine takes only rows: make one with TwigVLM.engine()")
         generator = options.get("generator")
@@ -102,14 +108,16 @@ class Engine:
             self.waiting.append(row)
         return [row.id for row in rows]
 
-    def fork(self, id: int, pruner: Pruner | None, retain: float | None = None, refocus: float | None = None) -> int:
+    def fork(
+        self, id: int, pruner: Pruner | str | None, retain: float | None = None, refocus: float | None = None
+    ) -> int:
         """Queue a second answer to the prompt of a waiting request, with another pruning, and return its id.
 
         Vision, trunk, twig and scores are computed once for both. All other options are those of the request.
 
         Args:
             id: id of a waiting request.
-            pruner: pruning method of the new answer; None: no pruning.
+            pruner: pruning method of the new answer, or its name; None: no pruning.
             retain: R̄; None: the pruner sets its own cuts.
             refocus: τ of the new answer; None: its visual tokens stay the same.
 
@@ -117,21 +125,18 @@ class Engine:
             TwigVLMError: there is no such waiting request, it is sampled or has processors or criteria of its own, the budget is
                 impossible for the prompt, or the pruner cannot choose again or was not shown the picture.
         """
+        if isinstance(pruner, str):
+            pruner = make_pruner(pruner)
+        if pruner is None and retain is not None:
+            raise TwigVLMError(f"retain={retain:g}: needs a pruner; give the pruning method of the new answer too")
         source = next((row for row in self.waiting if row.id == id), None)
         if source is None:
             raise TwigVLMError(f"request {id}: is not waiting; fork it before the next step")
         if source.noise is not None or len(source.request.rows) > 1:
-            raise TwigVLMError(
-                f"request {id}: only greedy requests for one answer can be forked; add it as a new request"
-            )
-        for kind, own in (
-            ("logits processors", source.request.processors),
-            ("stopping criteria", source.request.criteria),
-        ):
-            if own is not None and own.has_state:
-                raise TwigVLMError(
-                    f"request {id}: has {kind} of its own, which two answers cannot share; add it as a new request"
-                )
+            raise TwigVLMError(f"request {id}: is sampled, or asks for several answers; add it as a new request")
+        of_its_own = {"logits processors": source.request.processors, "stopping criteria": source.request.criteria}
+        for kind in (kind for kind, own in of_its_own.items() if own is not None and own.has_state):
+            raise TwigVLMError(f"request {id}: has {kind} that two answers cannot share; add it as a new request")
         if pruner is not None and Need.VISION in pruner.needs and source.prompt.vision is None:
             raise TwigVLMError(
                 f"request {id}: the pruner of the fork ranks by the vision tower; add the request with that pruner, and fork it "
@@ -190,9 +195,9 @@ class Engine:
         """Admit the waiting requests that fit, then draft, verify and commit once for all rows.
 
         Raises:
-            TwigVLMError: a prompt cannot be admitted. Its rows are cancelled; all others continue with the next step, which
-                also returns their events of this one. After any other error, for example of a logits processor, the caches hold
-                half a step: the engine is not busy any more, and refuses further requests.
+            RequestRefused: prompts cannot be admitted. It has the ids of their requests, which are cancelled; all others continue
+                with the next step, which also returns their events of this one. After any other error, for example of a logits
+                processor, the caches hold half a step: the engine is not busy any more, and refuses further requests.
         """
         self._check_whole()
         with torch.inference_mode():
@@ -252,9 +257,11 @@ class Engine:
             self.waiting.popleft()
         try:
             step = self.runner.prefill(group)
-        except BaseException:
+        except BaseException as error:
             for row in group:
                 row.end()
+            if isinstance(error, TwigVLMError):
+                raise RequestRefused(str(error), tuple(row.id for row in group)) from error
             raise
         self.active += group
         if self.timings is not None:

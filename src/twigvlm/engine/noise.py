@@ -58,7 +58,7 @@ class Noise:
 
 
 def _own(device: torch.device) -> torch.Generator | None:
-    """Torch's own generator for a device; None for kinds of devices that keep theirs to themselves."""
+    """Torch's own generator for a device; None for devices without a default generator that can be had."""
     if device.type == "cpu":
         return torch.default_generator
     if device.type == "cuda":

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from twigvlm.engine.row import Processors, Request, Row
+from twigvlm.errors import TwigVLMError
 from twigvlm.speculation.walk import Choose
 
 
@@ -108,6 +109,10 @@ class _Lane:
             process = self._on_ids if processors.needs_ids else lambda scores, *_: processors.on_scores(scores)
             scores = process(scores, walked, walking, processors)
         if self.rows[0].noise is not None:
+            if self.asks and not bool(scores.amax(dim=-1).isfinite().all()):
+                raise TwigVLMError(
+                    "logits_processor: leaves no token to draw, since all scores are -inf, or one is nan or inf; let it keep one"
+                )
             places = walked.shape[1]
             drawn = [row.noise.at(len(row.tokens) + places) for row in self.rows if row.noise is not None]
             scores = scores.softmax(dim=-1) / torch.stack(drawn)

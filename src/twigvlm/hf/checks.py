@@ -16,6 +16,7 @@ def check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
     if kwargs.get("input_ids") is None:
         raise TwigVLMError("input_ids is missing: pass the processor's outputs")
     _check_ids(kwargs["input_ids"])
+    _check_types(kwargs)
     if (mask := kwargs.get("attention_mask")) is not None:
         check_mask(mask)
     given = kwargs.get("generation_config")
@@ -35,6 +36,26 @@ def _check_ids(ids: Any) -> None:
     if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
         shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise TwigVLMError(f"input_ids: is {shape}; pass the processor's ids, a tensor [prompts, tokens]")
+
+
+def _check_types(kwargs: dict[str, Any]) -> None:
+    given = kwargs.get("generation_config")
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise TwigVLMError(f"generation_config: is {type(given).__name__}; pass transformers.GenerationConfig(...)")
+    for name in ("logits_processor", "stopping_criteria"):
+        if kwargs.get(name) is not None and not isinstance(kwargs[name], list):
+            raise TwigVLMError(f"{name}: is {type(kwargs[name]).__name__}; pass a list of them")
+    mask, shape = kwargs.get("attention_mask"), tuple(kwargs["input_ids"].shape)
+    if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != shape):
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise TwigVLMError(f"attention_mask: is {found}; pass the processor's, a tensor {list(shape)}")
+    for name, value in kwargs.items():
+        of_pictures = name.startswith(("pixel_values", "image_", "video_"))
+        tensors = isinstance(value, Tensor) or (
+            isinstance(value, list) and all(isinstance(one, Tensor) for one in value)
+        )
+        if of_pictures and value is not None and not tensors:
+            raise TwigVLMError(f"{name}: is {type(value).__name__}; call the processor with return_tensors='pt'")
 
 
 def check_mask(mask: Tensor) -> None:

@@ -120,7 +120,7 @@ class HFGenerateAdapter:
         noises = _noises(self.base, len(input_ids), generation_config, self.generator, self.alone)
         lanes = split_processors(logits_processor, input_ids, padding, generation_config) if logits_processor else None
         criteria = stopping if stopping.needs_ids else None
-        request = Request(input_ids, padding, lanes, criteria, int(generation_config.pad_token_id or 0))
+        request = Request(input_ids, padding, lanes, criteria, _pad_token(generation_config))
         self.config = generation_config
         visual = prompt.visual_mask.sum(dim=1).tolist()
         schedules = [self.schedule(count) for count in visual]
@@ -196,6 +196,14 @@ def with_stop_strings(kwargs: dict[str, Any], defaults: GenerationConfig) -> dic
     return {**rest, "stopping_criteria": criteria}
 
 
+def _pad_token(config: GenerationConfig) -> int:
+    """What stands behind a shorter answer, as in the base's own `generate`: the first end token, if no padding is named."""
+    if config.pad_token_id is not None:
+        return int(config.pad_token_id)
+    ends = config.eos_token_id
+    return int((ends[0] if isinstance(ends, list) else ends) or 0)
+
+
 def _emitter(streamer: Any) -> Callable[[int], None] | None:
     """Takes each new token of the answer."""
     if streamer is None:
@@ -237,6 +245,8 @@ def _noises(
             raise TwigVLMError("generator: has no effect on greedy decoding; leave it out, or pass do_sample=True")
         return [None] * rows
     device = base.device
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TwigVLMError(f"generator={generator!r}: is no random generator; pass torch.Generator(device)")
     if generator is not None and generator.device.type != device.type and rows == 1:
         raise TwigVLMError(
             f"generator: is on {str(generator.device)!r}, the base on {str(device)!r}; create it with torch.Generator(device)"

@@ -157,7 +157,7 @@ def _check_call(processor: Any, batch: int) -> None:
     name = type(processor).__name__
     if not callable(processor):
         raise TwigVLMError(f"logits_processor: {name} is not callable; pass objects that take (input_ids, scores)")
-    parameters = list(inspect.signature(processor.__call__).parameters)
+    parameters = list(inspect.signature(processor).parameters)
     if len(parameters) > 2:
         raise TwigVLMError(
             f"logits_processor: {name} takes ({', '.join(parameters)}), but generate passes (input_ids, scores); "

@@ -98,6 +98,8 @@ def _pruning(
 ) -> tuple[Pruner | None, Schedule]:
     """What prunes, and its cuts for a number of visual tokens."""
     layers, retain = base.num_layers, pruning.retain
+    if scorer is not None and not callable(scorer):
+        raise TwigVLMError(f"scorer={scorer!r}: cannot be called; give another method than the twig's by pruner")
     if scorer is not None and not pruning.active:
         raise TwigVLMError("scorer: needs a budget; give retain or keep too")
     if pruner is not None:
@@ -129,7 +131,12 @@ def _pruning(
 
 
 def pruner_by_name(pruner: Pruner | str | None) -> Pruner | None:
-    """A pruner as it was given; None: the twig's own."""
+    """A pruner as it was given; None: the twig's own. Raises TwigVLMError if it is none."""
     if isinstance(pruner, str):
         return None if pruner == "twig" else make_pruner(pruner)
+    if pruner is not None and (isinstance(pruner, type) or not isinstance(pruner, Pruner)):
+        name = pruner.__name__ if isinstance(pruner, type) else repr(pruner)
+        raise TwigVLMError(
+            f"pruner={name}: is no pruning method; give one by name, for example 'fastv', or an instance"
+        )
     return pruner

@@ -15,6 +15,9 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.kv.cache import CacheView
 from twigvlm.twig.block import Twig
 
+_OF_TEXT = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "cache_position"}
+"""Inputs with an entry for each token."""
+
 
 @dataclass
 class PrefixCache:
@@ -33,27 +36,27 @@ class PrefixCache:
     """Keys and values [1, kv_heads, tokens, head_dim] by layer."""
     scores: dict[Any, Tensor] = field(default_factory=dict)
     """What scorers have given the prompt, so that another budget does not ask them again."""
-    pixels: dict[str, tuple[int, bytes]] = field(default_factory=dict)
-    """Of the prompt's pixels by their name: how many there are along the first axis, and their digest."""
+    pictures: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    """What the processor says of the prompt's pictures, by name: how much there is along the first axis, and its digest."""
 
     def forget(self) -> None:
         """Drop everything, as after a question that failed on its way."""
         self.prompt = self.hidden = self.last_input = None
-        self.layers, self.scores, self.pixels = {}, {}, {}
+        self.layers, self.scores, self.pictures = {}, {}, {}
 
-    def show(self, pixels: Mapping[str, Any]) -> None:
-        """Tell what the next prompt's pixels are: unless this prompt's are the first of them, everything is dropped.
+    def show(self, inputs: Mapping[str, Any]) -> None:
+        """Tell what the next prompt's pictures are: unless this prompt's are the first of them, everything is dropped.
 
-        Ids alone do not tell pictures apart.
+        Ids alone do not tell pictures apart, and pixels alone not shapes: the same patches may lie in another grid.
 
         Args:
-            pixels: tensors by the names that the base's forward has for them.
+            inputs: the processor's outputs.
         """
-        shown = {name: values for name, values in pixels.items() if isinstance(values, Tensor)}
-        known = [(shown[name], *before) for name, before in self.pixels.items() if name in shown]
+        shown = {name: values for name, values in inputs.items() if isinstance(values, Tensor) and name not in _OF_TEXT}
+        known = [(shown[name], *before) for name, before in self.pictures.items() if name in shown]
         if any(_digest(values[:count]) != digest for values, count, digest in known):
             self.forget()
-        self.pixels |= {name: (len(values), _digest(values)) for name, values in shown.items()}
+        self.pictures |= {name: (len(values), _digest(values)) for name, values in shown.items()}
 
     def known(self, input_ids: Int[Tensor, "1 tokens"]) -> int:
         """Length of the prefix shared with the cached prompt; always leaves one new token of another prompt."""
@@ -65,7 +68,7 @@ class PrefixCache:
         shared = min(input_ids.shape[1] - 1, cached.shape[1])
         same = input_ids[0, :shared] == cached[0, :shared]
         count = int(same.long().cumprod(0).sum())
-        # Where text goes on behind a picture depends on the family, so that the base lays out its positions with the picture.
+        # Positions of text behind a picture depend on the family: the base must lay them out together with the picture.
         return count - bool(count and self.prompt.visual_mask[0, count - 1])
 
     def needs_vision(self, base: BaseVLM, input_ids: Int[Tensor, "1 tokens"]) -> bool:
@@ -102,8 +105,8 @@ class PrefixCache:
 
     def load(self, base: BaseVLM, twig: Twig, view: CacheView, known: int) -> None:
         """Put the first `known` tokens of trunk and twig, as far as the twig has seen them, into an empty row of a cache."""
-        in_twig = 0 if self.last_input is None else min(known, self.last_input.shape[1])
-        parts = (0, twig.config.trunk_layers, known), (twig.first_slot, twig.last_slot + 1, in_twig)
+        num_in_twig = 0 if self.last_input is None else min(known, self.last_input.shape[1])
+        parts = (0, twig.config.trunk_layers, known), (twig.first_slot, twig.last_slot + 1, num_in_twig)
         for start, stop, count in parts:
             if not count or start == stop:
                 continue

@@ -113,7 +113,7 @@ class TrunkOutput:
         return {} if self.prefix is None else self.prefix.scores
 
     @property
-    def in_twig(self) -> bool:
+    def twig_is_filled(self) -> bool:
         """Whether the twig has seen all of the prompt."""
         return self.view.held(self.twig.first_slot).longest == self.tokens.hidden.shape[1]
 

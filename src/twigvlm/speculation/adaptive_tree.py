@@ -29,7 +29,7 @@ class AdaptiveTree(DraftPolicy):
     Args:
         costs: of this base, twig and machine.
         width: E.
-        exact: whether passes are as long as the drafts, at the price of reads from the device.
+        static: whether the shapes of passes do not depend on what was drafted, which saves reads from the device.
     """
 
     FADE = 0.9
@@ -40,9 +40,9 @@ class AdaptiveTree(DraftPolicy):
 
     linear, depth, uses_twig = False, LEVELS, True
 
-    def __init__(self, costs: StepCosts, width: int, exact: bool) -> None:
+    def __init__(self, costs: StepCosts, width: int, static: bool) -> None:
         self.alone = self.costs = costs
-        self.width, self.exact = width, exact
+        self.width, self.static = width, static
         # Of each row: probabilities of the paths to verified nodes, added up for each depth.
         self.promised: Numbers = np.zeros((0, self.LEVELS + 1))
         # Of each row: accepted nodes, steps and their seconds; probabilities of best children, added up, and their number.
@@ -77,7 +77,7 @@ class AdaptiveTree(DraftPolicy):
         seconds = depths * costs.draft[1] + np.array(costs.verify)[1 + depths]
         worth = np.cumsum(self.LIKELY**depths) - seconds / plain
         best = int(worth.argmax())
-        return Chain(replace(chain, draft_length=best), self.exact) if best else DraftPolicy()
+        return Chain(replace(chain, draft_length=best), stop_early=not self.static) if best else DraftPolicy()
 
     def expand(
         self, nodes: Nodes, expandable: Bool[Tensor, "rows nodes"], level: int

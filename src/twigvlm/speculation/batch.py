@@ -123,7 +123,7 @@ class Pending:
         return Pending(torch.take_along_dim(both, index[..., None], dim=1), self.counts + counts, total)
 
 
-class InTwig(NamedTuple):
+class TwigStates(NamedTuple):
     """What the twig makes of tokens."""
 
     states: Float[Tensor, "rows tokens width"]
@@ -233,42 +233,42 @@ class Batch:
         like = torch.empty(1, 1, 1, dtype=self.base.dtype, device=self.base.device)
         return self.base.rotary(like, axes)
 
-    def trunk(
+    def run_trunk(
         self, tokens: Int[Tensor, "rows nodes"], inputs: TokenInputs, masks: Masks
     ) -> Float[Tensor, "rows nodes width"]:
         """States after layer K."""
         layers = self.twig.config.trunk_layers
         return self.base.run_layers(self.base.embed(tokens), 0, layers, inputs, masks, self.cache.view(self.rows))
 
-    def in_twig(self, hidden: Float[Tensor, "rows nodes width"], inputs: TokenInputs, masks: Masks) -> InTwig:
+    def run_twig(self, hidden: Float[Tensor, "rows nodes width"], inputs: TokenInputs, masks: Masks) -> TwigStates:
         """Run the twig on states of layer K."""
         view = self.cache.view(self.rows)
         if self.refocus is None:
-            return InTwig(self.twig(hidden, inputs, masks, view), None)
+            return TwigStates(self.twig(hidden, inputs, masks, view), None)
         before_last, states = self.twig.forward_in_two(hidden, inputs, masks, view)
-        return InTwig(states, self.refocus.scores(before_last, inputs))
+        return TwigStates(states, self.refocus.scores(before_last, inputs))
 
-    def roots_in_twig(self, roots: Float[Tensor, "rows 1 width"], inputs: TokenInputs, furthest: int) -> InTwig:
+    def run_twig_on_roots(self, roots: Float[Tensor, "rows 1 width"], inputs: TokenInputs, furthest: int) -> TwigStates:
         """Run the twig on the newest tokens; it first sees what it has not seen yet, in the same pass."""
         assert self.state is not None, "there are rows"
         assert self.pending is not None, "there are rows"
         self._show_deferred()
         pending = self.pending
         if not pending.on_host.any():
-            return self.in_twig(roots, inputs, self.masks)
+            return self.run_twig(roots, inputs, self.masks)
         size = int(pending.on_host.max()) + 1
         at = pending.counts[:, None]
         states = torch.cat((pending.states, roots), dim=1)
         states = states.scatter(1, at[..., None].expand_as(roots), roots)
         offsets = torch.arange(size, device=at.device) - at
-        all_new = self.in_twig(states, self.inputs(self.state, offsets, furthest), self.masks)
+        all_new = self.run_twig(states, self.inputs(self.state, offsets, furthest), self.masks)
         first, last = self.twig.first_slot, self.twig.last_slot + 1
         self.cache.commit(first, last, self.rows, size, pending.on_host + 1, pending.counts + 1)
         self.pending = Pending.none(len(states), states)
         states = torch.take_along_dim(all_new.states, at[..., None], dim=1)
         if all_new.scores is None:
-            return InTwig(states, None)
-        return InTwig(states, torch.take_along_dim(all_new.scores, at[..., None], dim=1))
+            return TwigStates(states, None)
+        return TwigStates(states, torch.take_along_dim(all_new.scores, at[..., None], dim=1))
 
 
 def without(tensor: Tensor, row: int) -> Tensor:

@@ -68,9 +68,9 @@ class StepCosts:
 def calibrate(base: BaseVLM, twig: Twig, repeats: int = 4) -> StepCosts:
     """Time passes of several sizes after a prompt of text, and how it enters the twig; the sizes between are interpolated.
 
-    What else the machine does must not count. On a CPU the time is that of this thread on its core, which stands still while
-    other processes have it. The rest only ever adds to a time: of each pass the shortest one counts, the sizes take turns, so
-    that a busy moment does not fall upon one of them alone, and a shorter pass never counts as dearer than a longer one.
+    Other load on the machine is kept out of the times. On a CPU the clock is this thread's, which stands still while other
+    processes have the core. What is left only ever adds to a time, so that the shortest of several rounds counts; the sizes take
+    turns, so that a busy moment does not fall upon one of them alone; and the tables are made to rise with the number of nodes.
     Takes a few seconds.
 
     Args:

@@ -25,7 +25,7 @@ class Case:
     row: int
     """Of the batch."""
     end: int
-    """Tokens up to the last but one that is scored."""
+    """Tokens of the shortest input that predicts all scored tokens."""
     answer: Int[Tensor, " answer"]
     """Ids of the answer, or of the part of it that the choice is made for."""
     kept: Int[Tensor, "group keep"]

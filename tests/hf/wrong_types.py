@@ -1,0 +1,68 @@
+"""Arguments of another kind than `generate` takes, as a user without a type checker gives them; prints what they are told.
+
+Run as a program, since the tests' own process checks types at every call.
+"""
+
+import json
+
+import torch
+from transformers import LogitsProcessor
+
+from tests.tiny import prompt, tiny_llava
+from twigvlm import SpeculationConfig, TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.pruning.methods.fastv import FastV
+
+OF_GENERATE = {
+    "final_wipe=4.5: must be a whole number": {"keep": 4, "final_wipe": 4.5},
+    "final_wipe='4': must be a whole number": {"keep": 4, "final_wipe": "4"},
+    "draft_threshold='0.6': must be a number": {"speculate": "chain", "draft_threshold": "0.6"},
+    "pruner=5: is no pruning method": {"retain": 8, "pruner": 5},
+    "pruner=FastV: is no pruning method": {"retain": 8, "pruner": FastV},
+    "scorer='fastv': cannot be called": {"keep": 4, "scorer": "fastv"},
+    "generation_config: is dict": {"generation_config": {"max_new_tokens": 2}},
+    "logits_processor: is LogitsProcessor; pass a list": {"logits_processor": LogitsProcessor()},
+    "takes (ids, scores, more)": {"logits_processor": [lambda ids, scores, more: scores]},
+    "stopping_criteria: is function; pass a list": {"stopping_criteria": lambda ids, scores: False},
+    "attention_mask: is list": {"attention_mask": [[1]]},
+    "attention_mask: is (3,)": {"attention_mask": torch.ones(3)},
+    "pixel_values: is list; call the processor": {"pixel_values": [[0.0]]},
+    "generator=5: is no random generator": {"generator": 5, "do_sample": True},
+    "memory: is dict": {"memory": {}},
+}
+"""Options of `generate` by what their message says."""
+
+
+def calls(model):
+    """All calls by what their message says."""
+    found = {
+        message: lambda options=options: model.generate(**{**prompt(), "max_new_tokens": 2, **options})
+        for message, options in OF_GENERATE.items()
+    }
+    return {
+        **found,
+        "foo: no option of an engine": lambda: model.engine(foo=1),
+        "max_rows='3': must be a whole number": lambda: model.engine(max_rows="3"),
+        "max_bytes=-1: must be 1 or more": lambda: model.engine(max_bytes=-1),
+        "inputs: is Tensor; pass the processor's outputs": lambda: model.engine().add(prompt()["input_ids"]),
+        "base: is NoneType; pass a loaded Hugging Face model": lambda: TwigVLM.grow(None),
+        "base: is str; pass a loaded Hugging Face model": lambda: TwigVLM.grow("llava-hf/llava-1.5-7b-hf"),
+        "base: has a twig already": lambda: TwigVLM.grow(model),
+        "final_share='x': must be a number": lambda: TwigConfig(final_share="x"),
+        "draft_threshold=None: must be a number": lambda: SpeculationConfig("chain", draft_threshold=None),
+    }
+
+
+def told(call):
+    """The message of an error of this library; of any other one its kind."""
+    try:
+        call()
+    except TwigVLMError as error:
+        return str(error)
+    except Exception as error:
+        return repr(error)
+    return "nothing"
+
+
+if __name__ == "__main__":
+    grown = TwigVLM.grow(tiny_llava(3), TwigConfig(2, 2))
+    print(json.dumps({message: told(call) for message, call in calls(grown).items()}))
