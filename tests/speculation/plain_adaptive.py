@@ -57,7 +57,7 @@ class PlainAdaptive:
         """Of having the n most probable nodes of every row verified now, for every n: worth, accepted nodes, late ones."""
         best = [self.ranked(tree, tree.drafted) for tree in trees]  # the root first
         found = []
-        for count in range(1, min(max(map(len, best)), self.costs.most) + 1):
+        for count in range(1, min(max(map(len, best)), self.costs.max_nodes) + 1):
             chosen = [nodes[:count] for nodes in best]
             mass = sum(
                 self.chance(row, tree, node)
@@ -74,7 +74,7 @@ class PlainAdaptive:
         every n, over how many levels may follow."""
         best = [self.ranked(tree, nodes) for tree, nodes in zip(trees, able, strict=True)]
         worth = {}
-        for count in range(1, min(max(map(len, best)), self.costs.most) + 1):
+        for count in range(1, min(max(map(len, best)), self.costs.max_nodes) + 1):
             promised = len(trees) + mass
             running = [
                 sum(self.chance(row, tree, node) for node in nodes[:count])
@@ -85,7 +85,7 @@ class PlainAdaptive:
                     chances * row["child"] ** level for chances, row in zip(running, self.rows, strict=True)
                 )
                 size = kept + level * count
-                if size > self.costs.most:
+                if size > self.costs.max_nodes:
                     break
                 drafting = level * self.costs.draft[count] + self.costs.trunk[max(count, late)]
                 found = self.worth(promised, self.spent + drafting + self.costs.verify[size]), promised

@@ -58,7 +58,7 @@ def check_step(policy, plain, children, rows, room=50):
     nodes, selected = drafted(policy, children, rows, room, watch)
     taken = nodes.take(selected)
     for tree in as_lists(taken):
-        assert len(tree.drafted) <= plain.costs.most
+        assert len(tree.drafted) <= plain.costs.max_nodes
         assert max(tree.depths[node] for node in tree.drafted) <= room
     return taken, late
 

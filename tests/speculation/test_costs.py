@@ -35,8 +35,8 @@ def calibrated(model, monkeypatch, seconds):
 def test_passes_cost_what_their_layers_cost(model, monkeypatch):
     """The sizes between those that are timed lie on lines between them."""
     costs = calibrated(model, monkeypatch, float)
-    assert costs.most == NODES[-1]
-    sizes = range(costs.most + 1)
+    assert costs.max_nodes == NODES[-1]
+    sizes = range(costs.max_nodes + 1)
     assert costs.trunk == pytest.approx([TRUNK * n for n in sizes])
     assert costs.draft == pytest.approx([(TRUNK + TWIG) * n for n in sizes])
     assert costs.verify == pytest.approx([(LAYERS - TRUNK) * n for n in sizes])
@@ -52,7 +52,7 @@ def test_the_time_of_other_processes_does_not_count(model, monkeypatch):
     wall = count(step=1000)
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(wall)))
     costs = calibrated(model, monkeypatch, float)
-    assert costs.verify == pytest.approx([(LAYERS - TRUNK) * n for n in range(costs.most + 1)])
+    assert costs.verify == pytest.approx([(LAYERS - TRUNK) * n for n in range(costs.max_nodes + 1)])
 
 
 def test_on_a_busy_machine_it_ends_after_fewer_rounds(model, monkeypatch):

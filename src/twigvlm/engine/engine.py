@@ -177,10 +177,10 @@ class Engine:
                 self.waiting.remove(row)
                 row.end()
                 return
-        for place, row in enumerate(self.active):
+        for index, row in enumerate(self.active):
             if row.id == id:
                 row.end()
-                self._leave(place)
+                self._leave(index)
                 return
         if len(self._unread) + len(self._events) < before:
             return  # it has ended, but who cancels it cannot know
@@ -284,15 +284,15 @@ class Engine:
         for row, new, tokens, drafted in zip(rows, taken, step.tokens, step.drafted, strict=True):
             row.drafted.append(drafted)
             row.accepted.append(min(len(tokens) - 1, len(new)))
-        for place in reversed(range(len(self.active))):
-            if self.active[place].finished:
-                self._leave(place)
+        for index in reversed(range(len(self.active))):
+            if self.active[index].finished:
+                self._leave(index)
         return [Event(row.id, new, row.finished) for row, new in zip(rows, taken, strict=True)]
 
-    def _leave(self, place: int) -> None:
+    def _leave(self, index: int) -> None:
         with torch.inference_mode():
-            self.runner.leave(place)
-        self.active[place] = self.active[-1]
+            self.runner.leave(index)
+        self.active[index] = self.active[-1]
         self.active.pop()
 
     def _now(self) -> float:

@@ -1,8 +1,8 @@
-"""Sampling noise: one exponential variable for each token of the vocabulary and each place of an answer.
+"""Sampling noise: one exponential variable for each token of the vocabulary and each position of an answer.
 
 Sampling is greedy on scores that carry noise: the largest p(x) / e(x), where each e(x) is an exponential variable, is a draw
 from p (the Gumbel-max trick; torch.multinomial and so Hugging Face's `generate` draw in this very way). The noise belongs to
-a place in the answer, not to a draft: the base chooses with it whatever was drafted, so speculation changes no token of a
+a position in the answer, not to a draft: the base chooses with it whatever was drafted, so speculation changes no token of a
 seed, let alone their distribution. The twig drafts with the same noise, and so draws what the base is about to draw wherever
 their distributions agree; siblings in a tree are a draw without replacement.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Noise:
-    """Exponential noise for each place of one answer, drawn once, in the order of places.
+    """Exponential noise for each position of one answer, drawn once, in the order of positions.
 
     Args:
         temperature: of the sampling; the twig drafts by it.
@@ -32,29 +32,29 @@ class Noise:
         self._states: dict[int, Tensor] = {}
         self._next = 0
 
-    def at(self, place: int) -> Float[Tensor, " vocabulary"]:
-        """Of the `place`-th new token (from 0). Positions already released by `forget` are unavailable."""
-        while self._next <= place:
+    def at(self, position: int) -> Float[Tensor, " vocabulary"]:
+        """Of the `position`-th new token (from 0). Positions already released by `forget` are unavailable."""
+        while self._next <= position:
             if self._generator is not None:
                 self._states[self._next] = self._generator.get_state()
             self._drawn[self._next] = torch.empty_like(self._like).exponential_(1, generator=self._generator)
             self._next += 1
-        return self._drawn[place]
+        return self._drawn[position]
 
     def draws_from(self, generator: torch.Generator) -> bool:
         """Whether this is its generator."""
         return self._generator is generator
 
-    def forget(self, place: int) -> None:
+    def forget(self, position: int) -> None:
         """The tokens before this one are chosen."""
-        for old in [one for one in self._drawn if one < place]:
+        for old in [one for one in self._drawn if one < position]:
             del self._drawn[old]
             self._states.pop(old, None)
 
-    def close(self, places: int) -> None:
+    def close(self, count: int) -> None:
         """The answer ended after that many tokens: rewind the generator past noise drawn for rejected drafts."""
-        if self._generator is not None and places < self._next:
-            self._generator.set_state(self._states[places])
+        if self._generator is not None and count < self._next:
+            self._generator.set_state(self._states[count])
 
 
 def _own(device: torch.device) -> torch.Generator | None:

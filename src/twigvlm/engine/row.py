@@ -38,7 +38,7 @@ class Processors(Protocol):
     def on_row(
         self, row: int, ids: Int[Tensor, "1 tokens"], scores: Float[Tensor, "1 vocabulary"]
     ) -> Float[Tensor, "1 vocabulary"]:
-        """Processed scores of one row, by its place in the request and its ids without padding."""
+        """Processed scores of one row, by its index in the request and its ids without padding."""
 
     def on_batch(
         self, ids: Int[Tensor, "batch tokens"], scores: Float[Tensor, "batch vocabulary"], unfinished: Sequence[int]
@@ -59,7 +59,7 @@ class Criteria(Protocol):
         """Whether one of them sees all rows at once, by `on_batch`."""
 
     def on_row(self, row: int, ids: Int[Tensor, "1 tokens"]) -> bool:
-        """Whether a row ends, by its place in the request and its ids without padding."""
+        """Whether a row ends, by its index in the request and its ids without padding."""
 
     def on_batch(self, ids: Int[Tensor, "batch tokens"], unfinished: Sequence[int]) -> Bool[Tensor, " batch"]:
         """Which rows end."""
@@ -95,11 +95,11 @@ class Request:
         """Which rows the criteria end after tokens beyond the accepted ones; those are asked once for each position.
 
         Args:
-            walked: of the rows that go on, by their place; they all stand at the same position.
+            walked: of the rows that go on, by their index; they all stand at the same position.
         """
         if self.criteria is None:
             return torch.zeros(len(self.rows), dtype=torch.bool)
-        count = max(len(row.tokens) + len(walked.get(row.place, ())) for row in self.rows)
+        count = max(len(row.tokens) + len(walked.get(row.index_in_request, ())) for row in self.rows)
         if count not in self._ended_at:
             self._ended_at[count] = self.criteria.on_batch(self.padded_ids(walked), [*walked])
         return self._ended_at[count]
@@ -108,9 +108,9 @@ class Request:
         """Prompts and answers of all rows, as Hugging Face's `generate` would show them; ended rows go on with padding.
 
         Args:
-            walked: of rows by their place in the request, tokens beyond the accepted ones.
+            walked: of rows by their index in the request, tokens beyond the accepted ones.
         """
-        new = [[*row.tokens, *walked.get(row.place, ())] for row in self.rows]
+        new = [[*row.tokens, *walked.get(row.index_in_request, ())] for row in self.rows]
         longest = max(map(len, new))
         filled = [[*row, *[self.pad_token_id] * (longest - len(row))] for row in new]
         return torch.cat((self.input_ids, self.input_ids.new_tensor(filled).view(len(new), longest)), dim=1)
@@ -122,7 +122,7 @@ class Row:
 
     Args:
         request: that it belongs to.
-        place: in the request.
+        index_in_request: of the row.
         prompt: prompts of which this row's is one.
         index: of this row's prompt.
         pruner: chooses the visual tokens that go on; None: all do.
@@ -136,7 +136,7 @@ class Row:
     """
 
     request: Request
-    place: int
+    index_in_request: int
     prompt: Prompt
     index: int
     pruner: Pruner | None
@@ -175,7 +175,8 @@ class Row:
 
     def ids(self, walked: Sequence[int] = ()) -> Int[Tensor, "1 length"]:
         """Ids of prompt and answer, and of tokens beyond, without padding."""
-        prompt = self.request.input_ids[self.place : self.place + 1, self.request.padding[self.place] :]
+        index, request = self.index_in_request, self.request
+        prompt = request.input_ids[index : index + 1, request.padding[index] :]
         return torch.cat((prompt, prompt.new_tensor([[*self.tokens, *walked]], dtype=prompt.dtype)), dim=1)
 
     def ends_with(self, walked: Sequence[int]) -> bool:
@@ -187,7 +188,7 @@ class Row:
         newest = [*self.tokens, *walked][-1]
         criteria = self.request.criteria if not self.request.lockstep else None
         if criteria is not None and count not in self._ended_at:
-            self._ended_at[count] = criteria.on_row(self.place, self.ids(walked))
+            self._ended_at[count] = criteria.on_row(self.index_in_request, self.ids(walked))
         return newest in self.eos_token_ids or count >= self.max_new_tokens or self._ended_at.get(count, False)
 
     def end(self) -> None:
@@ -216,19 +217,19 @@ def extend_all(rows: Sequence[Row], tokens: Sequence[list[int]]) -> list[list[in
     """Give rows their new tokens, those of a request in lockstep position by position; what each took of them."""
     taken: list[list[int]] = [[] for _ in rows]
     together: dict[int, tuple[Request, list[int]]] = {}
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if row.request.lockstep:
-            together.setdefault(id(row.request), (row.request, []))[1].append(place)
+            together.setdefault(id(row.request), (row.request, []))[1].append(index)
         else:
-            taken[place] = row.extend(tokens[place])
-    for request, places in together.values():
-        for position in range(max(len(tokens[place]) for place in places)):
-            going = [place for place in places if not rows[place].finished]
-            for place in going:
-                taken[place] += rows[place].extend(tokens[place][position : position + 1])
+            taken[index] = row.extend(tokens[index])
+    for request, indices in together.values():
+        for position in range(max(len(tokens[index]) for index in indices)):
+            going = [index for index in indices if not rows[index].finished]
+            for index in going:
+                taken[index] += rows[index].extend(tokens[index][position : position + 1])
             if going:
-                ended = request.ended({rows[place].place: () for place in going})
-                for place in going:
-                    if bool(ended[rows[place].place]):
-                        rows[place].end()
+                ended = request.ended({rows[index].index_in_request: () for index in going})
+                for index in going:
+                    if bool(ended[rows[index].index_in_request]):
+                        rows[index].end()
     return taken

@@ -20,15 +20,15 @@ class Chooser:
 
     def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
         lanes: dict[int, list[int]] = {}
-        for place, row in enumerate(rows):
-            lanes.setdefault(id(row.request), []).append(place)
+        for index, row in enumerate(rows):
+            lanes.setdefault(id(row.request), []).append(index)
         self.rows = list(rows)
         self.lanes = [
-            _Lane(rows[places[0]].request, [rows[place] for place in places], torch.tensor(places, device=device))
-            for places in lanes.values()
+            _Lane(rows[indices[0]].request, [rows[index] for index in indices], torch.tensor(indices, device=device))
+            for indices in lanes.values()
         ]
         self.plain = all(lane.greedy for lane in self.lanes)
-        self.sampled = [(place, row.noise) for place, row in enumerate(rows) if row.noise is not None]
+        self.sampled = [(index, row.noise) for index, row in enumerate(rows) if row.noise is not None]
         self.stops_early = any(lane.asks or lane.coupled for lane in self.lanes)
 
     def choose(self, logits: Float[Tensor, "rows nodes vocabulary"]) -> Choose:
@@ -83,17 +83,17 @@ class Chooser:
             token_ids: of the draft vocabulary; None: the whole.
         """
         logits = logits.clone() if self.sampled else logits
-        for place, noise in self.sampled:
-            count = len(self.rows[place].tokens)
+        for index, noise in self.sampled:
+            count = len(self.rows[index].tokens)
             drawn = torch.stack([noise.at(count + depth) for depth in range(deepest + 1)])
             drawn = drawn if token_ids is None else drawn[:, token_ids]
             drawn = drawn.clamp(min=torch.finfo(drawn.dtype).tiny).log()
-            logits[place] = logits[place] / noise.temperature - drawn[depths[place]]
+            logits[index] = logits[index] / noise.temperature - drawn[depths[index]]
         return logits.log_softmax(dim=-1)
 
 
 class _Lane:
-    """Rows of one request, at these places of the batch."""
+    """Rows of one request, at these indices of the batch."""
 
     def __init__(self, request: Request, rows: Sequence[Row], index: Int[Tensor, " rows"]) -> None:
         self.request, self.rows, self.index = request, rows, index
@@ -113,8 +113,8 @@ class _Lane:
                 raise TwigVLMError(
                     "logits_processor: leaves no token to draw, since all scores are -inf, or one is nan or inf; let it keep one"
                 )
-            places = walked.shape[1]
-            drawn = [row.noise.at(len(row.tokens) + places) for row in self.rows if row.noise is not None]
+            position = walked.shape[1]
+            drawn = [row.noise.at(len(row.tokens) + position) for row in self.rows if row.noise is not None]
             scores = scores.softmax(dim=-1) / torch.stack(drawn)
         return scores.argmax(dim=-1)
 
@@ -122,9 +122,9 @@ class _Lane:
         """Rows whose answers end with what has been walked; where they are coupled, all of them if one does."""
         ended = [goes and row.ends_with(new) for row, new, goes in zip(self.rows, walked, going, strict=True)]
         if self.request.lockstep and all(going):
-            everyone = {row.place: new for row, new in zip(self.rows, walked, strict=True)}
+            everyone = {row.index_in_request: new for row, new in zip(self.rows, walked, strict=True)}
             ends = self.request.ended(everyone)
-            ended = [any(ended) or any(ends[row.place] for row in self.rows)] * len(ended)
+            ended = [any(ended) or any(ends[row.index_in_request] for row in self.rows)] * len(ended)
         return torch.tensor(ended)
 
     def _on_ids(self, scores: Tensor, walked: Tensor, walking: Tensor, processors: Processors) -> Tensor:
@@ -132,12 +132,12 @@ class _Lane:
         new, going = walked.tolist(), walking.tolist()
         unfinished = [at for at, goes in enumerate(going) if goes]
         if unfinished and processors.needs_lockstep and self.request.lockstep:
-            places = [row.place for row in self.rows]
+            indices = [row.index_in_request for row in self.rows]
             everyone = scores.new_zeros(len(self.request.rows), scores.shape[1])
-            everyone[places] = scores
-            ids = self.request.padded_ids(dict(zip(places, new, strict=True)))
-            return processors.on_batch(ids, everyone, [places[at] for at in unfinished])[places]
+            everyone[indices] = scores
+            ids = self.request.padded_ids(dict(zip(indices, new, strict=True)))
+            return processors.on_batch(ids, everyone, [indices[at] for at in unfinished])[indices]
         for at in unfinished:
             row = self.rows[at]
-            scores[at] = processors.on_row(row.place, row.ids(new[at]), scores[at : at + 1])[0]
+            scores[at] = processors.on_row(row.index_in_request, row.ids(new[at]), scores[at : at + 1])[0]
         return scores

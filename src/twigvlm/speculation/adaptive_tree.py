@@ -96,7 +96,7 @@ class AdaptiveTree(DraftPolicy):
         if level >= self.LEVELS or not counts.any():
             return None
         ranked = np.argsort(np.where(able, -self._scores, np.inf), axis=1, kind="stable")
-        ranked = ranked[:, : min(self.costs.most, counts.max())]
+        ranked = ranked[:, : min(self.costs.max_nodes, counts.max())]
         running = np.cumsum(np.take_along_axis(chances * able, ranked, axis=1), axis=1)
         worth, tokens = self._going_on(running, mass, self.LEVELS - level)
         best = int(worth.argmax())
@@ -163,7 +163,7 @@ class AdaptiveTree(DraftPolicy):
 
     def _stop(self, chances: Numbers) -> tuple[float, float]:
         """What it is worth to stop here, and the accepted nodes that it promises, of all rows."""
-        self._ranked = np.argsort(-self._scores, axis=1, kind="stable")[:, : self.costs.most]
+        self._ranked = np.argsort(-self._scores, axis=1, kind="stable")[:, : self.costs.max_nodes]
         mass = np.cumsum(np.take_along_axis(chances, self._ranked, axis=1), axis=1) - 1
         drafted = np.isfinite(np.take_along_axis(self._scores, self._ranked, axis=1))
         late = np.cumsum(drafted & ~np.take_along_axis(self._ran, self._ranked, axis=1), axis=1).max(axis=0)
@@ -182,13 +182,13 @@ class AdaptiveTree(DraftPolicy):
             mass: accepted nodes that stopping promises.
             levels: that may follow.
         """
-        most, sizes, level = self.costs.most, np.arange(1, running.shape[1] + 1), np.arange(1, levels + 1)[:, None]
+        sizes, level = np.arange(1, running.shape[1] + 1), np.arange(1, levels + 1)[:, None]
         promised = len(running) + mass + self._descent[:, :levels].T @ running
         verified = self._kept.max() + level * sizes
         draft, trunk, verify = (np.array(table) for table in (self.costs.draft, self.costs.trunk, self.costs.verify))
         late = trunk[np.maximum(sizes, self._late)]
-        seconds = self._spent + level * draft[sizes] + late + verify[np.minimum(verified, most)]
-        worth = np.where(verified <= most, promised - self._rate.sum() * seconds, -np.inf)
+        seconds = self._spent + level * draft[sizes] + late + verify[np.minimum(verified, self.costs.max_nodes)]
+        worth = np.where(verified <= self.costs.max_nodes, promised - self._rate.sum() * seconds, -np.inf)
         best = worth.argmax(axis=0)[None]
         return np.take_along_axis(worth, best, axis=0)[0], np.take_along_axis(promised, best, axis=0)[0]
 

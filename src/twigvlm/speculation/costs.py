@@ -50,7 +50,7 @@ class StepCosts:
     """Of one prompt token that enters the twig."""
 
     @property
-    def most(self) -> int:
+    def max_nodes(self) -> int:
         """Most nodes of a pass."""
         return len(self.verify) - 1
 
@@ -58,8 +58,8 @@ class StepCosts:
         """Of passes of n nodes in each of several rows, beyond the measured sizes in proportion to the largest."""
 
         def table(measured: tuple[float, ...]) -> tuple[float, ...]:
-            sizes = (nodes * rows for nodes in range(self.most + 1))
-            return tuple(measured[min(size, self.most)] * max(1.0, size / self.most) for size in sizes)
+            sizes = (nodes * rows for nodes in range(self.max_nodes + 1))
+            return tuple(measured[min(size, self.max_nodes)] * max(1.0, size / self.max_nodes) for size in sizes)
 
         return StepCosts(table(self.trunk), table(self.draft), table(self.verify), self.fill)
 
