@@ -11,6 +11,7 @@ from tests.twigs import step_costs
 from twigvlm import TwigVLM
 from twigvlm.base.families import FAMILIES, LANGUAGE_MODELS
 from twigvlm.base.layers import window_of
+from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
@@ -174,6 +175,26 @@ def test_a_budget_is_split_among_images(name):
         [1, 1, 1, 1],
         [1, 1, 2],
     )
+
+
+POOLED = {("llava_next_video", "video"), ("llava_onevision", "video")}
+"""Videos whose patches are pooled, of families that pool no images."""
+
+
+@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[1] != "text"])
+def test_vision_towers_rank_what_is_not_pooled(name, kind):
+    """Images and videos alike, and nothing is dropped for not being known."""
+    model, inputs = grown(name), inputs_of(name, kind)
+    options = {"pruner": "fastervlm", "retain": 0.6 * visual_tokens(name, kind), "max_new_tokens": 2}
+    if model.base.family.tower.pools or (name, kind) in POOLED:
+        with pytest.raises(TwigVLMError, match=r"pools patches|changes them behind its projector"):
+            model.generate(**inputs, **options)
+        return
+    output = model.generate(**inputs, **options, return_dict_in_generate=True)
+    kept = inputs["input_ids"][0, output.kept_indices[0]]
+    for placeholder in {*kept.tolist(), IMAGE, *([VIDEO] if kind == "video" else [])}:
+        share = int((kept == placeholder).sum()) / int((inputs["input_ids"] == placeholder).sum())
+        assert 0.4 < share < 0.8
 
 
 class ScoresById(dict):

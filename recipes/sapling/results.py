@@ -39,7 +39,7 @@ class Section:
     says: str
     """What is measured, in one sentence."""
     command: str
-    """`twigvlm evaluate …` or `twigvlm compare …` without its --output, or a recipe that prints a table."""
+    """`twigvlm evaluate …` or `twigvlm compare …`, to which its --output is added, or a recipe that prints a table."""
 
 
 def _evaluate(what: str, questions: str, options: str) -> str:
@@ -89,7 +89,7 @@ PAGES = {
         ),
         Section(
             "When to choose again, on the validation split",
-            "The lower τ, the rarer a choice is made again.",
+            "With a lower τ, tokens are chosen again less often.",
             _evaluate(
                 "accuracy",
                 VALIDATION,
@@ -177,20 +177,35 @@ PAGES = {
 }
 
 
+def folder_of(page: str, number: int) -> Path:
+    """Where a section's command keeps its raw results and its report."""
+    return Path(RUNS) / f"{page}-{number}"
+
+
+def whole(section: Section, folder: Path) -> str:
+    """A section's command as it runs, and as its page shows it."""
+    return f"{section.command} --output {folder}" if section.command.startswith("twigvlm ") else section.command
+
+
 def measure(command: str, folder: Path) -> str:
-    """Run a command, unless it has finished before; what it found, as markdown."""
+    """Run a command from `whole`; what it found, as markdown.
+
+    The library's own commands go on where they were stopped, and refuse results of other settings. A recipe that prints a
+    table is not run again if it has finished before; the command stands beside its report, and another one replaces both.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    report = folder / "report.md"
+    report, finished = folder / "report.md", folder / "command"
     words = shlex.split(command)
     if words[0] == "twigvlm":
-        subprocess.run([sys.executable, "-m", *words, "--output", str(folder)], check=True)
+        subprocess.run([sys.executable, "-m", *words], check=True)
         return evaluated(report.read_text(encoding="utf8"))
-    if not report.exists():
+    if not (report.exists() and finished.exists() and finished.read_text(encoding="utf8") == command):
+        finished.unlink(missing_ok=True)
         printed = subprocess.run([sys.executable, *words[1:]], check=True, stdout=subprocess.PIPE, text=True).stdout
-        with replacing(report) as temporary:
-            temporary.write_text(
-                "\n".join(line for line in printed.splitlines() if line.startswith("|")), encoding="utf8"
-            )
+        table = "\n".join(line for line in printed.splitlines() if line.startswith("|"))
+        for path, text in ((report, table), (finished, command)):
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf8")
     return report.read_text(encoding="utf8")
 
 
@@ -235,18 +250,22 @@ def continued(command: str) -> str:
     return " \\\n".join(lines)
 
 
-def shown(section: Section, figures: str) -> str:
+def opening(section: Section, folder: Path) -> str:
+    """What a section of a page begins with: its title, what it says, and its command."""
+    return f"## {section.title}\n\n{fill(section.says)}\n\n```bash\n{continued(whole(section, folder))}\n```"
+
+
+def shown(section: Section, folder: Path, figures: str) -> str:
     """A section of a page."""
-    command = f"```bash\n{continued(section.command)}\n```"
-    return "\n\n".join([f"## {section.title}", fill(section.says), command, wrapped(figures.strip())])
+    return f"{opening(section, folder)}\n\n{wrapped(figures.strip())}"
 
 
 def write(page: str, sections: list[str]) -> None:
     """Replace all from the first heading on."""
     path = DOCS / f"{page}.md"
-    opening = re.split(r"^## ", path.read_text(encoding="utf8"), maxsplit=1, flags=re.MULTILINE)[0]
+    by_hand = re.split(r"^## ", path.read_text(encoding="utf8"), maxsplit=1, flags=re.MULTILINE)[0]
     with replacing(path) as temporary:
-        temporary.write_text("\n\n".join([opening.strip(), *sections]) + "\n", encoding="utf8")
+        temporary.write_text("\n\n".join([by_hand.strip(), *sections]) + "\n", encoding="utf8")
 
 
 @dataclass(frozen=True)
@@ -271,9 +290,9 @@ def main(options: Options) -> None:
     for page in options.pages:
         found = []
         for number, section in enumerate(PAGES[page]):
-            folder = Path(RUNS) / f"{page}-{number}"
-            figures = with_figure(measure(section.command, folder), folder, f"{page}-{number}")
-            found.append(shown(section, figures))
+            folder = folder_of(page, number)
+            figures = with_figure(measure(whole(section, folder), folder), folder, folder.name)
+            found.append(shown(section, folder, figures))
         write(page, found)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -5,6 +6,7 @@ from PIL import Image
 
 from tests.tiny import tiny_llava
 from tests.tiny_processor import tiny_processor
+from twigvlm.base.families import Tower, family_of
 from twigvlm.cli.main import main
 from twigvlm.cli.session import build_inputs
 from twigvlm.evaluation import accuracy, speed
@@ -172,6 +174,18 @@ def test_an_attention_that_is_not_available_is_refused_before_anything_is_answer
     refused(*arguments(baselines=["sdpa", "flash"]), words=("attention 'flash': not available here",))
     assert not (tmp_path / "out").exists()
     assert main(arguments("--no-figure", baselines="flash", timed=0)) == 0
+
+
+def test_methods_that_the_base_cannot_have_are_named_before_anything_is_answered(
+    refused, arguments, tmp_path, monkeypatch
+):
+    pooling = dataclasses.replace(family_of(tiny_llava()), tower=Tower(pools=True))
+    monkeypatch.setattr("twigvlm.base.vlm.family_of", lambda model: pooling)
+    line = refused(*arguments("--no-figure", methods=None, budgets=12), words=("methods=mustdrop visionzip fastervlm",))
+    assert not (tmp_path / "out").exists()
+    rest = line.split("leave them out: --methods ")[1].split()
+    assert rest[:2] == ["twig", "fastv"]
+    assert main(arguments("--no-figure", methods=rest, budgets=12, timed=0, limit=1)) == 0
 
 
 def test_no_methods_named_means_all(arguments, tmp_path):

@@ -171,12 +171,6 @@ def test_a_budget_has_two_names_in_every_evaluation(command, arguments):
     assert named[0] != parse(CLI, "", words)
 
 
-def test_systems_to_time_have_two_names(arguments):
-    named = [parse(CLI, "", [*arguments("speed"), option, "chain", "tree"]) for option in ("--systems", "--contenders")]
-    assert named[0] == named[1]
-    assert named[0].what.systems == ("chain", "tree")
-
-
 def test_ctrl_c_keeps_what_is_done_and_the_same_command_continues(capsys, arguments, tmp_path, monkeypatch):
     real, asked = accuracy.answer_all, []
 

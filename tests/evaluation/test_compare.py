@@ -149,10 +149,14 @@ def test_the_table_has_every_method_beside_its_published_figure():
 def test_tokens_that_were_chosen_again_are_shown_where_there_are_any():
     found = lines(times=False)
     twig = found["twig@64/24"]
-    again = replace(twig, quality={"short": replace(twig.quality["short"], ran=7.4)})
+    quality = replace(twig.quality["short"], ran=7.4)
+    again = replace(twig, quality={"short": quality})
     table = "\n".join(comparison_sections([replace(found["none"], quality=again.quality), again], pruning_head=True))
     assert "short: chosen again |" in table
     assert "| 97.7 | 7 |" in table
+    known = replace(again, quality={"short": replace(quality, again=0.125)})
+    table = "\n".join(comparison_sections([replace(found["none"], quality=again.quality), known], pruning_head=True))
+    assert "| 97.7 | 7, 12.5 % of steps |" in table
     assert "chosen again" not in "\n".join(comparison_sections(list(found.values()), pruning_head=True))
 
 
@@ -171,6 +175,27 @@ def test_published_figures_are_of_the_method_that_was_published():
     assert published(Variant("sparsevlm", 192), True) == "95.7 (R̄ 206.5)"
     for variant in (NONE, Variant("fastv", 48), Variant("fastervlm", 192), Variant("dart", 64), Variant("fastv:3", 64)):
         assert published(variant, True) == ""
+
+
+@pytest.mark.parametrize(
+    ("method", "figure"),
+    [
+        ("fastv:2", "77.0"),
+        ("fastv:3", ""),
+        ("pyramiddrop:compacted", "87.6"),
+        ("mustdrop:compacted", "89.6"),
+        ("fastervlm:compacted", "89.1"),
+        ("visionzip:compacted", "93.3"),
+        ("visionzip:runs/projector", "95.2"),
+        ("visionzip:runs/projector:compacted", "95.2"),
+        ("sparsevlm:compacted", "89.9 (R̄ 82.2)"),
+        ("sparsevlm:published:compacted", "89.9 (R̄ 82.2)"),
+        ("sparsevlm-v2:compacted", ""),
+        ("random:0", ""),
+    ],
+)
+def test_published_figures_stand_beside_names_with_options_that_are_no_other_setting(method, figure):
+    assert published(Variant(method, 64), True) == figure
 
 
 @pytest.mark.parametrize("times", [True, False])

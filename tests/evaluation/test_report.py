@@ -61,6 +61,25 @@ def test_accuracy_report():
     assert widths == {4, 6}
 
 
+def test_what_refocusing_costs_is_in_tokens_and_in_steps():
+    rows = [
+        {**row, "looks": {**dict.fromkeys(row["ran"]), "twig@7/5": number}, "steps": dict.fromkeys(row["ran"], 8)}
+        for number, row in enumerate(records())
+    ]
+    again = {one.name: one.again for one in accuracies(rows)}
+    assert again.pop("twig@7/5") == (1 + 2 + 3 + 4) / 40
+    assert all(map(math.isnan, again.values())), "they do not refocus"
+    text = "\n".join(accuracy_sections(accuracies(rows), VARIANTS))
+    assert "| pruning | recall | precision | texts | chosen again | in steps, % |" in text
+    assert "| 1 | 25.0 |" in next(
+        line for line in text.splitlines() if line.startswith("| twig, R̄ 7, K_f 5 |") and "25" in line
+    )
+    assert "share of the steps" in text
+    older = "\n".join(accuracy_sections(accuracies([*records()[:1], *rows[1:]]), VARIANTS))
+    assert "in steps" not in older, "the first record does not say"
+    assert "| pruning | recall | precision | texts | chosen again |\n" in older
+
+
 @pytest.mark.parametrize("name", ["figure.png", "figure.svg"])
 def test_figure(tmp_path, name):
     pytest.importorskip("matplotlib")
@@ -138,6 +157,24 @@ def test_speed_report():
     assert "| chain | 2.0 | 4.0 | 4.00 | exact 0.0 | 2.00 | 250.0 | 250.0 | 100.0 | 100.0 | 50.0 | 1.50 | 1 |" in text
     without = "\n".join(speed_sections(timed(), [SYSTEMS[2], SYSTEMS[3]]))
     assert "**loop** (baseline)" in without
+
+
+def test_what_refocusing_costs_stands_beside_its_speed():
+    (row,) = timed()
+    row["runs"]["chain"]["looks"] = [[1, 3], [2, 4]]  # after how many tokens, and how many ran again
+    row["runs"]["chain"] |= {"drafted": [4, 2, 0, 2, 0], "accepted": [3, 0, 0, 1, 0]}
+    row["runs"]["loop"]["looks"] = None
+    figures = {one.name: one for one in compare_speeds([row], "sdpa", {one.name: one.same_as for one in SYSTEMS})}
+    assert (figures["chain"].ran, figures["chain"].again) == (7, 0.5)
+    assert math.isnan(figures["loop"].ran)
+    assert math.isnan(figures["sdpa"].again)
+    text = "\n".join(speed_sections([row], SYSTEMS))
+    assert "different outputs | chosen again | in steps, % |" in text
+    lines = {line.split(" | ")[0]: line for line in text.splitlines()}
+    assert lines["| chain"].endswith("| 1 | 7 | 50.0 |")
+    assert lines["| loop"].endswith("| – | – | – |")
+    assert "Chosen again: visual tokens that ran" in text
+    assert "hosen again" not in "\n".join(speed_sections(timed(), SYSTEMS)), "older raw results do not say"
 
 
 def test_exactness_report():

@@ -4,11 +4,14 @@ import pytest
 
 from tests.evaluation.conftest import inputs_of
 from tests.tiny import prompt
+from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation import speed
 from twigvlm.evaluation.results_log import ResultsLog
 from twigvlm.evaluation.speed import check_attentions, in_turn, measure, run_speed
+from twigvlm.evaluation.summary import compare_speeds
 from twigvlm.evaluation.systems import System, draft_systems, standard_systems
+from twigvlm.model import TwigVLM
 
 
 def record_answer(record, questions):
@@ -54,6 +57,23 @@ def test_measures_every_system(model, tokenizer, questions, tmp_path):
             if "auto" not in name and "lookup" not in name:  # which draft only if it pays, or if there is anything
                 assert bool(sum(run["drafted"])) == any(way in name for way in ("chain", "tree", "exit"))
     assert sum(records[0]["runs"]["chain"]["accepted"]) > 0
+
+
+def test_what_ran_again_is_recorded_of_systems_that_refocus(base, tokenizer, questions, tmp_path):
+    model = TwigVLM.grow(base, TwigConfig(2, 2, final_wipe=5, pruning_head=True))
+    systems = standard_systems(10, CHAIN, TREE, ["sdpa"], ["refocus", "refocus + chain"], refocus=1.0)
+    results_log = ResultsLog(tmp_path / "results.jsonl", {})
+    (record,) = run_speed(model, tokenizer, first(questions, 1), systems, inputs_of, results_log, 12, 8, 1)
+    runs = record["runs"]
+    assert runs["HF generate, sdpa"]["looks"] is None
+    output = model.generate(**prompt(0), retain=10, refocus=1.0, max_new_tokens=12, return_dict_in_generate=True)
+    looks = [[look.after, look.ran] for look in output.looks[0]]
+    assert looks
+    assert runs["refocus"]["looks"] == runs["refocus + chain"]["looks"] == looks
+    figures = {one.name: one for one in compare_speeds([record], "HF generate, sdpa", dict.fromkeys(runs))}
+    assert figures["refocus"].ran == figures["refocus + chain"].ran == sum(ran for _, ran in looks)
+    assert figures["refocus"].again == len(looks) / 11
+    assert figures["refocus + chain"].again > figures["refocus"].again, "drafts need fewer steps"
 
 
 def test_systems_take_turns_after_a_warm_up(model, tokenizer, questions, tmp_path, monkeypatch):

@@ -55,6 +55,8 @@ def test_every_variant_answers_as_generate_does(attention, seeds):
             one = model.generate(**inputs, **options, max_new_tokens=7, return_dict_in_generate=True)
             assert outcomes[variant.name].ids == one.sequences[0, length:].tolist(), variant
             assert outcomes[variant.name].ran == sum(look.ran for look in (one.looks or [[]])[0])
+            assert outcomes[variant.name].looks == (None if one.looks is None else len(one.looks[0]))
+            assert outcomes[variant.name].steps == len(one.accepted_lengths[0]) - 1
             assert outcomes[variant.name].kept == (VISUAL if variant is NONE else len(one.kept_indices[0]))
         different += len({tuple(outcome.ids) for outcome in outcomes.values()})
         model.model.generation_config.eos_token_id = None

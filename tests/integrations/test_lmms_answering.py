@@ -8,10 +8,11 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image
 
+from tests.tiny import tiny_llava
 from tests.tiny_processor import tiny_processor
 from tests.twigs import grown
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation.variants import scorer_of
+from twigvlm.evaluation.methods import parse_method
 from twigvlm.inputs import build_inputs, user_turn
 from twigvlm.integrations import lmms_eval
 from twigvlm.integrations.lmms_eval import video_qa
@@ -56,8 +57,9 @@ def test_without_a_method_the_base_answers(model, processor):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("twig", {"scorer": ...}),
+        ("twig", {}),
         ("scout", {"scout": True}),
+        ("diverse+scout", {"scout": True, "diverse": True}),
         ("diverse", {"diverse": True}),
         ("refocus:0.9", {"refocus": 0.9}),
         ("diverse+refocus:0.9", {"diverse": True, "refocus": 0.9}),
@@ -69,7 +71,7 @@ def test_without_a_method_the_base_answers(model, processor):
 def test_methods_and_drafts_are_those_of_generate(model, processor, monkeypatch, method, options):
     setting = Setting(method, 10, "chain", seed=5, drafting={"draft_threshold": 0.0})
     if "scorer" in options:
-        options = {"scorer": scorer_of(method, model, 5)}
+        options = {"scorer": parse_method(method).scorer(model, 5)}
     asked = Mock(wraps=model.generate)
     monkeypatch.setattr(model, "generate", asked)
     (one,) = Answerer(model.base, model, processor, setting).answer([question()], NEW, GREEDY)
@@ -79,6 +81,43 @@ def test_methods_and_drafts_are_those_of_generate(model, processor, monkeypatch,
     assert one.average_visual == [pytest.approx(10, abs=0.5)]
     assert one.drafted >= one.accepted > 0
     assert one.passes > 0
+
+
+def test_the_base_s_own_ways_to_draft_repeat_its_answer_and_are_counted(model, processor):
+    (plain,) = Answerer(model.base, None, processor, Setting()).answer([question()], NEW, GREEDY)
+    small = tiny_llava(1, layers=2)
+    for setting, assistant in (
+        (Setting(speculate="hf-lookup", drafting={"draft_length": 2, "lookup_ngram": 1}), None),
+        (Setting(speculate="draft:small"), small),
+    ):
+        assert setting.is_base
+        answerer = Answerer(model.base, None, processor, setting, assistant=assistant)
+        asked = Mock(wraps=model.model.generate)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.model, "generate", asked)
+            (one,) = answerer.answer([question()], NEW, GREEDY)
+        assert (one.texts, one.tokens, one.visual) == (plain.texts, plain.tokens, plain.visual)
+        assert one.drafted >= one.accepted
+        assert (one.drafted > 0) == (one.passes > 0)
+        assert 0 < one.first_token < one.seconds
+        given = asked.call_args.kwargs
+        if assistant is None:
+            assert (given["prompt_lookup_num_tokens"], given["max_matching_ngram_size"]) == (2, 1)
+            assert given["suppress_tokens"] == [model.model.config.image_token_id]
+        else:
+            assert given["assistant_model"] is small
+            assert one.drafted > 0
+        with pytest.raises(TwigVLMError, match=r"one prompt at a time, not for 2; give --batch_size 1"):
+            answerer.answer([question(), question()], NEW, GREEDY)
+
+
+def test_a_base_that_transformers_cannot_draft_for_is_named_in_one_line(model, processor):
+    headless = model.model.model.language_model
+    answerer = Answerer(model.base, None, processor, Setting(speculate="draft:headless"), assistant=headless)
+    with pytest.raises(
+        TwigVLMError, match=r"speculate=draft:headless: transformers' generate cannot run it on this base"
+    ):
+        answerer.answer([question()], NEW, GREEDY)
 
 
 @pytest.mark.parametrize("speculate", ["none", "chain", "lookup"])
@@ -138,6 +177,8 @@ def test_a_base_without_videos_refuses_one(model, processor):
     ("setting", "needs"),
     [
         (Setting(speculate="lookup"), False),
+        (Setting(speculate="hf-lookup"), False),
+        (Setting(speculate="draft:org/small"), False),
         (Setting("fastv", 10, "exit"), False),
         (Setting("fastv", 10, "chain"), True),
         (Setting("twig", 10), True),
@@ -156,7 +197,21 @@ def test_a_twig_is_needed_by_what_ranks_or_drafts_by_it(setting, needs):
         ({"method": "twig", "retain": "130%"}, "share such as"),
         ({"method": "twig", "retain": -3}, "share such as"),
         ({"method": "visionzip", "retain": 10, "final_wipe": 4}, "does not apply"),
-        ({"speculate": "sometimes"}, "must be one of"),
+        ({"speculate": "sometimes"}, "must be one of none, chain, .*, hf-lookup, or draft:MODEL"),
+        (
+            {"speculate": "hf-lookup", "method": "twig", "retain": 10},
+            "which prunes nothing; leave out method and retain",
+        ),
+        (
+            {"speculate": "draft:small", "method": "fastv", "retain": 10},
+            "which prunes nothing; leave out method and retain",
+        ),
+        ({"speculate": "draft:"}, "names no model"),
+        (
+            {"speculate": "draft:small", "drafting": {"draft_length": 3}},
+            "draft_length: does not apply to speculate=draft:",
+        ),
+        ({"speculate": "hf-lookup", "drafting": {"tree_width": 3}}, "tree_width=3: does not apply"),
         ({"speculate": "chain", "drafting": {"colour": 1}}, "colour: is unknown"),
     ],
 )

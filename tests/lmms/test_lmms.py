@@ -112,10 +112,22 @@ def test_drafts_that_need_no_twig(bases, speculate):
     )
 
 
+def test_the_base_s_own_ways_to_draft(bases):
+    plain = TwigVLMChat(**{**bases, "twig": None})
+    (expected,) = plain.generate_until(requests(plain, "What?"))
+    for speculate in ("hf-lookup", f"draft:{bases['pretrained']}"):
+        model = TwigVLMChat(**{**bases, "twig": None}, speculate=speculate)
+        (result,) = model.generate_until(requests(model, "What?"))
+        assert (result.text, result.token_counts) == (expected.text, expected.token_counts)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"method": "fastv", "retain": 10, "colour": 1}, "colour: is unknown"),
+        ({"method": "fastv", "retain": 10, "speculate": "hf-lookup"}, "leave out method and retain"),
+        ({"speculate": "hf-lookup", "batch_size": 2}, "give --batch_size 1"),
+        ({"speculate": "draft:sapling"}, "assistant 'sapling': has a vocabulary of"),
         ({"batch_size": "auto"}, "must be a number"),
         ({"method": "twig", "retain": 10, "twig": None}, "need a twig"),
     ],

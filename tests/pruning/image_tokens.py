@@ -35,10 +35,10 @@ def image(seed, count, cls=True, width=WIDTH, shared=0.0):
         random(total, width) + shared,
         Projection(weight),
         None,
-        None,
+        torch.ones(total, dtype=torch.bool),
         1,
         cls,
-        random(3, width) if cls else None,
+        dict(enumerate(random(3, width).split(1))) if cls else {},
     )
     importance = random(total).softmax(0)
     vision._importance.update(mean=importance, sum=4 * importance)
@@ -48,7 +48,7 @@ def image(seed, count, cls=True, width=WIDTH, shared=0.0):
         ("single_head", importance),
     ):
         vision.__dict__[name] = value  # as `cached_property` does
-    return ImageTokens(vision, torch.arange(count, 2 * count), random(5, width))
+    return ImageTokens(vision, torch.arange(count, 2 * count), random(5, width), torch.arange(2, 7))
 
 
 def of(seed, count, share, **options):

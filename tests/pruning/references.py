@@ -77,6 +77,19 @@ class Alone:
         return entered
 
 
+def peaks(states: Tensor, clusters: int) -> tuple[list[int], list[int]]:
+    """Centres of density-peak clusters, and the cluster of each token."""
+    distance = torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist") / states.shape[1] ** 0.5
+    density = [float((-row.sort().values[:clusters].square().mean()).exp()) for row in distance]
+    gaps = []
+    for j in range(len(states)):
+        denser = [float(distance[j, i]) for i in range(len(states)) if density[i] > density[j]]
+        gaps.append(min(denser) if denser else float(distance[j].max()))
+    centers = sorted(range(len(states)), key=lambda j: -density[j] * gaps[j])[:clusters]
+    nearest = [centers.index(j) if j in centers else int(distance[j, centers].argmin()) for j in range(len(states))]
+    return centers, nearest
+
+
 @torch.no_grad()
 def logits_by_dropping(base: BaseVLM, inputs: dict[str, Any], cuts: Sequence[Cut], tokens: Sequence[int]) -> Tensor:
     """Logits after a prompt and after each of the tokens that follow it, in one pass over all of them."""

@@ -26,13 +26,13 @@ def cosines(rows, others):
 def test_fastervlm(size):
     tokens, keep = of(*size)
     best = sorted(range(len(tokens)), key=lambda j: -float(tokens.importance[j]))[:keep]
-    assert FasterVLM().pick(tokens, keep).slots.tolist() == sorted(best)
+    assert FasterVLM().pick(tokens, keep).indices.tolist() == sorted(best)
 
 
 @given(SIZES, st.booleans())
 def test_visionzip(size, has_cls):
     tokens, keep = of(*size, cls=has_cls)
-    slots, states = VisionZip().pick(tokens, keep)
+    indices, states = VisionZip().pick(tokens, keep)
     contextual = min(int(keep * 5 / 32 + 0.5), keep - 1)
     cls = has_cls and keep - contextual >= 2
     order = sorted(range(len(tokens)), key=lambda j: -float(tokens.importance[j]))
@@ -47,8 +47,8 @@ def test_visionzip(size, has_cls):
     expected += [tokens.features[j] for j in dominant]
     expected += [tokens.features[j] + (torch.stack(others).mean(0) if others else 0) for j, others in merged.items()]
     torch.testing.assert_close(states, tokens.vision.project(torch.stack(expected)), rtol=1e-4, atol=1e-4)
-    assert slots.tolist()[cls:] == [*dominant, *targets]
-    assert len(set(slots.tolist())) == keep
+    assert indices.tolist()[cls:] == [*dominant, *targets]
+    assert len(set(indices.tolist())) == keep
 
 
 @given(SIZES)
@@ -60,7 +60,7 @@ def test_divprune(size):
     while len(chosen) < keep:
         left = [j for j in range(len(tokens)) if j not in chosen]
         chosen.append(max(left, key=lambda j: min(float(distance[j, i]) for i in chosen)))
-    assert DivPrune().pick(tokens, keep).slots.tolist() == sorted(chosen)
+    assert DivPrune().pick(tokens, keep).indices.tolist() == sorted(chosen)
 
 
 @given(SIZES)
@@ -72,7 +72,7 @@ def test_scope(size):
         left = [j for j in range(len(tokens)) if j not in chosen]
         chosen.append(max(left, key=lambda j: float((similar[j] - best).clamp(min=0).sum() * tokens.importance[j])))
         best = torch.maximum(best, similar[chosen[-1]])
-    assert Scope().pick(tokens, keep).slots.tolist() == sorted(chosen)
+    assert Scope().pick(tokens, keep).indices.tolist() == sorted(chosen)
 
 
 @given(SIZES)
@@ -85,13 +85,13 @@ def test_vispruner(size):
         similar = cosines(tokens.features[even], tokens.features[odd]).max(1).values
         count = min(8, len(pool) - (keep - keep // 2), len(even))
         pool = [even[i] for i in sorted(range(len(even)), key=lambda i: -float(similar[i]))[count:]] + odd
-    assert VisPruner().pick(tokens, keep).slots.tolist() == sorted([*important, *pool])
+    assert VisPruner().pick(tokens, keep).indices.tolist() == sorted([*important, *pool])
 
 
 @given(SIZES)
 def test_prumerge(size):
     tokens, keep = of(*size)
-    slots, states = PruMerge(neighbours=4).pick(tokens, keep)
+    indices, states = PruMerge(neighbours=4).pick(tokens, keep)
     attention, features = tokens.vision.single_head[tokens.rows], tokens.features
     keys = tokens.vision.last_keys[tokens.rows]
     attended = min(keep - 1, int((keep - 1) / 4 + 0.5))
@@ -107,7 +107,7 @@ def test_prumerge(size):
         expected.append(features[center] + sum(attention[j] * features[j] for j in near))
     expected.append(sum(attention[j] * features[j] for j in gone))
     torch.testing.assert_close(states, tokens.vision.project(torch.stack(expected)), rtol=1e-4, atol=1e-4)
-    assert slots.tolist() == [*centers, gone[0]]
+    assert indices.tolist() == [*centers, gone[0]]
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.floats(0, 1))
@@ -130,7 +130,7 @@ def test_cdpruner(size):
     while len(chosen) < keep:
         left = [j for j in range(len(tokens)) if j not in chosen]
         chosen.append(max(left, key=lambda j: float(torch.linalg.det(kernel[[*chosen, j]][:, [*chosen, j]]))))
-    assert CDPruner().pick(tokens, keep).slots.tolist() == sorted(chosen)
+    assert CDPruner().pick(tokens, keep).indices.tolist() == sorted(chosen)
 
 
 @given(SIZES)
@@ -154,16 +154,16 @@ def test_holov(size):
     for j in order:
         quota[j] += min(keep - sum(quota), len(segments[j]) - quota[j])
     chosen = [sorted(part, key=lambda j: -float(attention[j]))[:n] for part, n in zip(segments, quota, strict=True)]
-    assert HoloV().pick(tokens, keep).slots.tolist() == sorted(j for part in chosen for j in part)
+    assert HoloV().pick(tokens, keep).indices.tolist() == sorted(j for part in chosen for j in part)
 
 
 @given(SIZES, st.sampled_from([0.0, 1.0, 2.0]))
 def test_prunesid(size, shared):
     """Where features differ, and where many are so alike that it matters how alike two of them may be."""
     tokens, keep = of(*size, shared=shared)
-    slots, states = PruneSID().pick(tokens, keep)
-    patches = slots[keep > 1 :].tolist()
-    assert len(set(slots.tolist())) == keep
+    indices, states = PruneSID().pick(tokens, keep)
+    patches = indices[keep > 1 :].tolist()
+    assert len(set(indices.tolist())) == keep
     kept = tokens.features[patches] if keep == 1 else torch.cat((tokens.cls, tokens.features[patches]))
     torch.testing.assert_close(states, tokens.projected[patches] if keep == 1 else tokens.vision.project(kept))
     variables = tokens.features.sigmoid().T
@@ -189,3 +189,6 @@ def test_quotas_of_groups():
     assert quotas([9, 9, 9], [4, 2, 2], 9, True) == [4, 2, 2]
     assert quotas([9, 1, 9], [9, 1, 2], 9, False) == [6, 1, 2]
     assert quotas([20, 1, 1], [1, 1, 1], 11, True) == [8, 1, 1]
+    # What is left goes to the largest group, not to the one with the most tokens that resemble no other.
+    assert quotas([4, 4, 6], [2, 1, 1], 11, False) == [4, 3, 4]
+    assert quotas([4, 4, 9], [1, 2, 6], 13, False) == [3, 3, 7]

@@ -1,5 +1,7 @@
 """Options of published methods: which values they take, and what the ends of a range mean."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +19,7 @@ from twigvlm.pruning.methods.pyramiddrop import PyramidDrop
 from twigvlm.pruning.methods.sparsevlm import SparseVLM
 from twigvlm.pruning.methods.visionzip import VisionZip
 from twigvlm.pruning.methods.vispruner import VisPruner
+from twigvlm.pruning.view import CutView
 
 
 @pytest.mark.parametrize(
@@ -39,8 +42,8 @@ def test_options_of_methods_are_checked(method, option):
 @given(SIZES)
 def test_vispruner_without_duplicates_to_remove_ranks_by_attention_alone(size):
     tokens, keep = of(*size)
-    chosen = VisPruner(important=1.0).pick(tokens, keep).slots.tolist()
-    assert chosen == FasterVLM().pick(tokens, keep).slots.tolist()
+    chosen = VisPruner(important=1.0).pick(tokens, keep).indices.tolist()
+    assert chosen == FasterVLM().pick(tokens, keep).indices.tolist()
 
 
 def test_sparsevlm_s_true_budgets_keep_the_shapes_of_their_published_lists():
@@ -59,6 +62,76 @@ def test_sparsevlm_s_authors_count_a_layer_before_a_cut_with_what_the_cut_leaves
     assert [cut.layer for cut in cuts] == [3, 7, 16]
     assert average_visual([Cut(cut.layer - 1, cut.keep) for cut in cuts], visual, 32) == pytest.approx(retain, abs=0.5)
     assert average_visual(cuts, visual, 32) > retain + 1
+
+
+@pytest.mark.parametrize(("visual", "layers", "keys"), [(576, 32, 46), (2880, 32, 230), (576, 28, 46), (32, 6, 2)])
+def test_mustdrop_has_room_for_all_key_tokens_if_the_budget_allows_it(visual, layers, keys):
+    """Down to cuts that leave nothing else: R̄ 96 of 576 tokens in 32 layers."""
+    first = MustDrop().cuts(visual / 2, visual, layers)[0].layer
+    least = keys + (visual - keys) * first / layers
+    for retain in (least + 0.01, 1.1 * least, 1.5 * least, 0.9 * visual):
+        cuts = MustDrop().cuts(retain, visual, layers)
+        assert min(cut.keep for cut in cuts) >= keys
+        assert average_visual(cuts, visual, layers) == pytest.approx(retain, abs=0.5)
+    cuts = MustDrop().cuts(least - 0.5, visual, layers)
+    assert cuts[-1].keep < keys <= cuts[0].keep
+    assert cuts == MustDrop(key_share=0.0).cuts(least - 0.5, visual, layers)
+    if (visual, layers) == (576, 32):
+        assert least == pytest.approx(95.7, abs=0.1)
+        assert [cut.keep for cut in MustDrop().cuts(192, 576, 32)] == [361, 226, 141, 89]
+        assert [cut.keep for cut in MustDrop().cuts(128, 576, 32)] == [246, 105, 46, 46]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(3))
+def test_mustdrop_never_drops_a_key_token(seed):
+    model, inputs, left = grown(), prompt(seed), []
+
+    class Noting(MustDrop):
+        def choose(self, view, keep):
+            choice, every = super().choose(view, keep), torch.arange(view.prompt.hidden.shape[1])[None]
+            index = every if view.tokens.index is None else view.tokens.index
+            left.append({*index[choice.stays].tolist()})
+            return choice
+
+    with model.base.watch_vision() as watch:
+        captured = model.base.prompt(**inputs, vision=watch)
+    visual = captured.visual_mask[0].nonzero()[:, 0]
+    pruner = Noting(key_share=0.3)
+    count = int(0.3 * VISUAL)
+    ranked = captured.vision.last_importance[captured.vision.source[0, visual]]
+    keys = {*visual[ranked.topk(count).indices].tolist()}
+    retain = count + (VISUAL - count) / 6 + 0.5
+    model.generate(**inputs, pruner=pruner, retain=retain, max_new_tokens=1)
+    assert len(left) == 4
+    assert len(left[-1]) < count + 2
+    assert all(keys <= each for each in left)
+
+
+def test_mustdrop_ranks_key_tokens_whatever_the_rest_of_the_batch_and_the_prompt_look_at():
+    """Attention to key tokens that differs little, beside a token that almost all of it goes to."""
+    count, keep = 576, 20
+    total = 1e-4 + 1e-7 * torch.rand(2, count, generator=torch.Generator().manual_seed(0))
+    largest = total.clone()
+    total[1, -1] = largest[1, -1] = 0.9
+    is_key = torch.arange(count).expand(2, -1) < 46
+
+    def choose(rows):
+        class Given(MustDrop):
+            def _attention(self, view):
+                return total[rows], largest[rows]
+
+            def _is_key(self, view):
+                return is_key[rows]
+
+        view = Mock(spec=CutView, tokens=Mock(visual=torch.ones(len(rows), count, dtype=torch.bool)))
+        return Given(thresholds=(1.0, 0.001)).choose(view, [keep] * len(rows)).stays
+
+    together = choose([0, 1])
+    for row in range(2):
+        expected = largest[row, :46].argsort(descending=True, stable=True)[:keep].sort().values
+        assert together[row].nonzero()[:, 0].tolist() == expected.tolist()
+        assert torch.equal(choose([row])[0], together[row])
 
 
 @torch.no_grad()

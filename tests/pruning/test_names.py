@@ -2,7 +2,9 @@
 
 import pytest
 
+from twigvlm.cli.main import main
 from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.methods import NAMES
 from twigvlm.pruning.cut import average_visual
 from twigvlm.pruning.methods import make_pruner, reads_files
 from twigvlm.pruning.methods.dart import Dart
@@ -23,6 +25,12 @@ from twigvlm.pruning.methods.visionzip import VisionZip
 def test_names_say_positions_and_accounting(name, pruner):
     assert make_pruner(name) == pruner
     assert reads_files(name) == (getattr(pruner, "projector", None) is not None)
+
+
+def test_the_list_of_methods_has_all_that_evaluations_accept(capsys):
+    assert main(["methods"]) == 0
+    listed = {line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if "│" in line}
+    assert {*NAMES} - {"none"} <= listed
 
 
 def test_what_some_methods_cannot_do_without_is_asked_for(tmp_path):
@@ -54,6 +62,13 @@ def test_what_some_methods_cannot_do_without_is_asked_for(tmp_path):
         ("random:", "needs the layer to cut after"),
         ("fitprune:", "needs the directory of a schedule"),
         ("cdpruner:3", "only dart, fastv, random take a layer"),
+        ("pyramiddrop:published", "pyramiddrop counts its budget in one way only; leave out published$"),
+        ("visionzip:published:compacted", "visionzip counts its budget in one way only; leave out published$"),
+        ("dart:compacted", "dart was not published with other positions; leave out compacted$"),
+        (
+            "fastv:published:compacted",
+            "fastv was not .* positions and counts .* only; leave out compacted and published$",
+        ),
     ],
 )
 def test_names_that_say_nothing_sound_are_refused_with_what_is_wrong(name, words):

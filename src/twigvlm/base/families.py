@@ -37,6 +37,8 @@ class Tower:
 
     path: str = "model.vision_tower"
     """The vision tower; its blocks are in the first list of modules in it."""
+    videos: str | None = None
+    """The vision tower of videos; None: the same as that of images."""
     projector: str = "model.multi_modal_projector"
     """Makes visual tokens of the tower's features."""
     pools: bool = False
@@ -76,9 +78,9 @@ class LanguageModel:
     """What a user should know of it."""
 
 
-_MERGES = Tower("model.visual", "model.visual.merger")
+_MERGES = Tower("model.visual", projector="model.visual.merger")
 _POOLS = Tower(pools=True)
-_SHUFFLES = Tower("model.vision_model", "model.connector", pools=True)
+_SHUFFLES = Tower("model.vision_model", projector="model.connector", pools=True)
 _FRAMES = "its processor makes images of a video's frames"
 _WINDOW = "with sliding-window layers: no flash attention"
 
@@ -91,7 +93,7 @@ FAMILIES: tuple[Family, ...] = (
         "Video-LLaVA",
         "video_llava",
         visuals=(Visual("image", "image_token_id", ("pixel_values_images", "pixel_values")), VIDEOS),
-        tower=Tower("model.image_tower"),
+        tower=Tower("model.image_tower", "model.video_tower"),
     ),
     Family("Mistral 3", "mistral3", tower=_POOLS),
     Family("Idefics3", "idefics3", decoder="model.text_model", tower=_SHUFFLES),

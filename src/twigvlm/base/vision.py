@@ -16,6 +16,8 @@ from twigvlm.base.tower_attention import TowerAttention
 from twigvlm.errors import TwigVLMError
 
 _HASHED = 512  # rows that are compared at a time
+_CLS = ("class_embedding", "cls_token")  # names of the parameter of a tower that has a CLS token
+_ENDS = 4  # different visual tokens that need not be features: a family has one for ends of lines
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,16 @@ class Vision:
     """Before the projector; where it merges several into one, behind it."""
     projector: nn.Module | None
     """From features to visual tokens; None where the features are those behind it."""
-    attention: TowerAttention | None
-    """Of the block whose output the features are; None: the base pools patches, so that they are not known."""
-    last_attention: TowerAttention | None
-    """Of the tower's last block."""
+    attention: tuple[TowerAttention, TowerAttention] | None
+    """Of the block whose output the features are, and of the tower's last block; None: they are not known of visual tokens."""
+    shown: Bool[Tensor, " tower_tokens"]
+    """Which of the tower's tokens become visual tokens, or parts of one: all but the CLS tokens that the base drops."""
     patches: int
     """Patches that a token was merged from."""
     has_cls: bool
-    """Whether the tower has a CLS token that is no visual token."""
-    cls: Float[Tensor, "images features"] | None
-    """Features of the CLS tokens."""
+    """Whether the tower has CLS tokens."""
+    cls: Mapping[int, Float[Tensor, "1 features"]]
+    """Features of the CLS tokens that are no visual tokens, by their images."""
 
     def project(
         self, features: Float[Tensor, "rows features"], weights: Mapping[str, Tensor] | None = None
@@ -59,13 +61,13 @@ class Vision:
 
     def importance(self, over: str = "mean") -> Float[Tensor, " rows"]:
         """The CLS token's attention (softmax over the tower's tokens) to each row, or where there is none the mean that it
-        gets from all others; of merged patches the mean.
+        gets from all others; of merged patches the mean. A CLS token that is a visual token has what it gives itself.
 
         Args:
             over: "mean" or "sum" over heads.
         """
         if over not in self._importance:
-            self._importance[over] = self._merged(self._known.cls_row(over) if self.has_cls else self._known.received())
+            self._importance[over] = self._attention_given(self._known[0], over)
         return self._importance[over]
 
     @cached_property
@@ -75,40 +77,45 @@ class Vision:
     @cached_property
     def last_importance(self) -> Float[Tensor, " rows"]:
         """The same of the last block."""
-        self._known  # noqa: B018 (for its error)
-        last = cast(TowerAttention, self.last_attention)
-        return self._merged(last.cls_row() if self.has_cls else last.received())
+        return self._attention_given(self._known[1])
 
     @cached_property
     def keys(self) -> Float[Tensor, "rows head_dim"]:
         """Keys of the block whose output the features are, mean over heads, before any rotation; of merged patches the mean."""
-        return self._merged(self._known.keys(self.has_cls).float().mean(dim=1))
+        return self._merged(self._known[0].keys(cls=False).float().mean(dim=1))
 
     @cached_property
     def last_keys(self) -> Float[Tensor, "rows width"]:
         """Keys of the last block, its heads side by side; of merged patches the mean."""
-        self._known  # noqa: B018 (for its error)
-        return self._merged(cast(TowerAttention, self.last_attention).keys(self.has_cls).float().flatten(1))
+        return self._merged(self._known[1].keys(cls=False).float().flatten(1))
 
     @cached_property
     def single_head(self) -> Float[Tensor, " rows"]:
         """The CLS token's attention in the last block as if its heads were one; without a CLS token as `last_importance`."""
         if not self.has_cls:
             return self.last_importance
-        last = cast(TowerAttention, self.last_attention)
-        queries, keys = last.queries().float().flatten(1), last.keys(cls=False).float().flatten(1)
+        queries, keys = self._known[1].queries().float().flatten(1), self._known[1].keys(cls=False).float().flatten(1)
         logits = (keys.view(len(queries), -1, keys.shape[1]) @ queries[..., None])[..., 0] * keys.shape[1] ** -0.5
-        return logits.softmax(dim=-1)[:, 1:].flatten()
+        return self._merged(logits.softmax(dim=-1).flatten())
+
+    def _attention_given(self, attention: TowerAttention, over: str = "mean") -> Float[Tensor, " rows"]:
+        if not self.has_cls:
+            return self._merged(attention.received())
+        others = attention.cls_row(over).view(attention.tokens[0], -1)
+        total = 1 if over == "mean" else attention.queries().shape[1]  # in each head a CLS token gives 1 to all tokens
+        to_itself = (total - others.sum(dim=1, keepdim=True)).clamp(min=0)
+        return self._merged(torch.cat((to_itself, others), dim=1).flatten())
 
     def _merged(self, values: Tensor) -> Tensor:
-        return values.unflatten(0, (-1, self.patches)).mean(dim=1)
+        """Of the visual tokens, from values of all of the tower's tokens."""
+        return values[self.shown.to(values.device)].unflatten(0, (-1, self.patches)).mean(dim=1)
 
     @property
-    def _known(self) -> TowerAttention:
+    def _known(self) -> tuple[TowerAttention, TowerAttention]:
         if self.attention is None:
             raise TwigVLMError(
-                "this base pools patches between its vision tower and its language model, so the tower's attention "
-                "cannot be assigned to visual tokens: choose a method that cuts in the decoder, or 'divprune'"
+                "pruner: ranks by the vision tower's attention, but this base pools patches behind its tower, or drops some; "
+                "choose a method that does not need that attention (see 'twigvlm methods'), for example 'fastv' or 'divprune'"
             )
         return self.attention
 
@@ -119,30 +126,39 @@ See = Callable[[Tensor, Tensor], Vision | None]
 
 @dataclass(frozen=True)
 class VisionModules:
-    """The modules of a base that vision passes through."""
+    """The modules of a base that vision passes through, of each of its towers."""
 
-    block: nn.Module
-    """Its output are the features."""
-    attention: nn.Module
-    last_attention: nn.Module
+    blocks: tuple[nn.Module, ...]
+    """Their outputs are the features."""
+    attentions: tuple[nn.Module, ...]
+    last_attentions: tuple[nn.Module, ...]
     projector: nn.Module
     pools: bool
+    has_cls: bool
+    """Whether the towers are known to have CLS tokens."""
 
     @classmethod
     def of(cls, model: Any, tower: Tower) -> "VisionModules":
         """Of a base, by its family's description."""
-        top = _at(model, tower.path)
-        blocks = next(part for part in top.modules() if isinstance(part, nn.ModuleList))
+        towers = [_at(model, path) for path in (tower.path, tower.videos) if path is not None]
+        blocks = [next(part for part in top.modules() if isinstance(part, nn.ModuleList)) for top in towers]
+        names = {name.rpartition(".")[2] for top in towers for name, _ in top.named_parameters()}
         layer = getattr(model.config, "vision_feature_layer", None)
         layer = layer[-1] if isinstance(layer, list | tuple) and layer else layer
         index = -1 if not isinstance(layer, int) else (layer if layer < 0 else layer - 1)
-        block, last = blocks[index], blocks[-1]
-        return cls(block, _attention_in(block), _attention_in(last), _at(model, tower.projector), tower.pools)
+        return cls(
+            tuple(each[index] for each in blocks),
+            tuple(_attention_in(each[index]) for each in blocks),
+            tuple(_attention_in(each[-1]) for each in blocks),
+            _at(model, tower.projector),
+            tower.pools,
+            not names.isdisjoint(_CLS),
+        )
 
     @property
     def watched(self) -> list[nn.Module]:
         """Those whose calls `vision` needs."""
-        return [self.block, self.attention, self.last_attention, self.projector]
+        return [*self.blocks, *self.attentions, *self.last_attentions, self.projector]
 
     def vision(
         self,
@@ -156,51 +172,88 @@ class VisionModules:
             calls: of the watched modules.
             hidden: what the base hands to its language model.
             visual_mask: True at visual tokens.
+
+        Raises:
+            TwigVLMError: visual tokens are not what the projector made.
         """
-        made = {module: tuple(call for call in calls if call.module is module) for module in self.watched}
-        if not made[self.projector]:
+        projections, device = _of(calls, self.projector), hidden.device
+        if not projections:
             return None
-        device = hidden.device
-        projected = torch.cat([_flat(call.output) for call in made[self.projector]]).to(hidden)
-        features = torch.cat([_flat(call.states) for call in made[self.projector]]).to(device)
+        projected = torch.cat([_flat(call.output) for call in projections]).to(hidden)
+        features = torch.cat([_flat(call.states) for call in projections]).to(device)
         whole = len(features) == len(projected)
         source = torch.full(visual_mask.shape, -1, device=device)
         source[visual_mask] = match_rows(hidden[visual_mask], projected)
-        if int((source >= 0).sum()) * 2 < int(visual_mask.sum()):
-            raise TwigVLMError(
-                "this base rearranges its image features behind the projector: choose a method that cuts in the decoder"
-            )
-        attention, last = (TowerAttention(made[module]) for module in (self.attention, self.last_attention))
-        images, tokens = attention.tokens if made[self.attention] else (0, 0)
-        has_cls = tokens != len(projected) and tokens - images == len(projected)
-        patches = 1 if has_cls else tokens // len(projected)
-        known = not self.pools and tokens > 0 and (has_cls or patches * len(projected) == tokens)
-        cls = None
-        if known and has_cls and whole:
-            cls = torch.cat([_output(call)[:, 0] for call in made[self.block]]).to(device)
+        _check_others(hidden[visual_mask & (source < 0)])
+        layout = None if self.pools else self._layout(calls)
+        shown, patches = layout or (torch.ones(0, dtype=torch.bool), 1)
+        has_cls = self.has_cls or not bool(shown.all())
+        attention, last = (TowerAttention(_of(calls, *these)) for these in (self.attentions, self.last_attentions))
         return Vision(
             source,
             projected,
-            _images(made[self.projector], attention if known else None, patches, has_cls).to(device),
+            _images(projections, attention if layout else None, shown, patches).to(device),
             features if whole else projected,
             self.projector if whole else None,
-            attention if known else None,
-            last if known else None,
+            (attention, last) if layout else None,
+            shown,
             patches,
             has_cls,
-            cls,
+            self._dropped_cls(calls, shown, features) if layout and whole and has_cls else {},
+        )
+
+    def _layout(self, calls: Sequence[Call]) -> tuple[Bool[Tensor, " tower_tokens"], int] | None:
+        """Which of the tower's tokens become visual tokens, and how many of them become one; None: that is not known."""
+        passes: list[tuple[list[Call], int]] = []  # of the tower, and how many rows the projector made of each
+        for call in _of(calls, *self.attentions, self.projector):
+            before, rows = passes.pop() if passes else ([], 0)
+            if call.module is self.projector:
+                passes.append((before, rows + len(_flat(call.output))))
+            else:
+                passes += [(before, rows), ([call], 0)] if rows else [([*before, call], 0)]
+        parts, ratios = [], set()
+        for attended, rows in passes:
+            images, tokens = TowerAttention(tuple(attended)).tokens
+            parts.append(torch.ones(tokens, dtype=torch.bool))
+            if rows and tokens == rows + images:
+                parts[-1].view(images, -1)[:, 0] = False
+            elif not tokens or not rows or tokens % rows:
+                return None
+            ratios.add(int(parts[-1].sum()) // rows)
+        return (torch.cat(parts), ratios.pop()) if len(ratios) == 1 else None
+
+    def _dropped_cls(
+        self, calls: Sequence[Call], shown: Bool[Tensor, " tower_tokens"], features: Float[Tensor, "rows features"]
+    ) -> dict[int, Float[Tensor, "1 features"]]:
+        states = torch.cat([_output(call)[:, 0] for call in _of(calls, *self.blocks)]).to(features)
+        if states.shape[1] != features.shape[1]:  # those of several blocks side by side
+            return {}
+        dropped = (~shown.view(len(states), -1)[:, 0]).nonzero()[:, 0]
+        return {image: states[image : image + 1] for image in dropped.tolist()}
+
+
+def _check_others(others: Float[Tensor, "others width"]) -> None:
+    """Raise TwigVLMError where the visual tokens that are no features are more than ends of lines between tiles."""
+    if len(_hashes(others).unique()) > _ENDS:
+        raise TwigVLMError(
+            "pruner: looks at vision features, but this base changes them behind its projector, so that they cannot be matched "
+            "to visual tokens; choose a method that does not need them (see 'twigvlm methods'), for example 'fastv'"
         )
 
 
 def _images(
-    projections: Sequence[Call], attention: TowerAttention | None, patches: int, has_cls: bool
+    projections: Sequence[Call], attention: TowerAttention | None, shown: Bool[Tensor, " tower_tokens"], patches: int
 ) -> Int[Tensor, " rows"]:
     """Which image each visual token belongs to."""
     if attention is None:
         sizes = [size for call in projections for size in [call.output.shape[-2]] * (call.output.shape[:-2].numel())]
         return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     images = attention.image_of()
-    return images.view(attention.tokens[0], -1)[:, 1:].flatten() if has_cls else images[::patches]
+    return images[shown.to(images.device)][::patches]
+
+
+def _of(calls: Sequence[Call], *modules: nn.Module) -> tuple[Call, ...]:
+    return tuple(call for call in calls if call.module in modules)
 
 
 def match_rows(rows: Float[Tensor, "rows width"], among: Float[Tensor, "others width"]) -> Int[Tensor, " rows"]:

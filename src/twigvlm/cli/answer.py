@@ -43,7 +43,7 @@ class Answer:
     visual_tokens: int
     kept_tokens: int
     kept_indices: list[int] | None
-    """Which visual tokens were kept after layer K, counted from the first one; None without pruning."""
+    """Which visual tokens passed the first cut, counted from the first one; None without pruning."""
     average_visual: float | None
     """R̄: average number of visual tokens over all layers; None without pruning."""
     looks: list[KeptAgain] | None

@@ -32,9 +32,8 @@ class Compare(PruningOptions):
     name: ClassVar[str] = "compare"
 
     methods: tuple[str, ...] = ()
-    """Methods of `twigvlm methods`, refocus:τ (the twig's own, which chooses again while the answer grows), diverse,
-    diverse+refocus:τ, scout, or any other way to rank of `evaluate accuracy`; the base takes part in any case. None given:
-    the twig's, if there is a twig, and all of `twigvlm methods`."""
+    """Methods of `twigvlm methods`; the base takes part in any case. None given: twig, if there is a twig, and all published
+    ones but fitprune, which needs a schedule."""
     speculate: tuple[Speculate, ...] = ("none",)
     timed: int = 20
     """Short questions, and long ones, that are timed: the first ones. 0: no times."""
@@ -97,10 +96,10 @@ class Compare(PruningOptions):
         return "no answer of the base is right" if graded else "descriptions alone have no RelAcc"
 
     def _needs_twig(self) -> bool:
-        from twigvlm.evaluation.variants import is_published
+        from twigvlm.evaluation.methods import parse_method
 
-        own = [method for method in self.methods if method not in ("base", "none") and not is_published(method)]
-        return bool(own) or any(way not in WITHOUT_TWIG for way in self.speculate)
+        prune = any(parse_method(method).needs_twig for method in self.methods if method != "base")
+        return prune or any(way not in WITHOUT_TWIG for way in self.speculate)
 
     def _methods(self, has_twig: bool) -> list[str]:
         """Those that are asked for, without the base, which takes part in any case."""

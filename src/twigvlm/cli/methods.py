@@ -2,10 +2,27 @@
 
 from dataclasses import dataclass
 
+_TWIG = "a trained twig"
+_CUTS = "after layer K, and again after layer K_f"
+OWN = (
+    ("twig", _CUTS, _TWIG, "this method, TwigVLM and TwigVLM++"),
+    ("diverse", _CUTS, _TWIG, "ours: twig, but the kept tokens also differ from each other"),
+    ("scout", "before the decoder", _TWIG, "ours: twig, ranked by a pass ahead of the decoder"),
+    ("diverse+scout", "before the decoder", _TWIG, "ours: diverse and scout"),
+    ("refocus:τ", _CUTS, _TWIG, "ours: twig, which chooses again while the answer grows"),
+    ("diverse+refocus:τ", _CUTS, _TWIG, "ours: diverse and refocus"),
+    ("attention", _CUTS, _TWIG, "TwigVLM: the last twig layer's attention from the last token"),
+    ("twig-text", _CUTS, _TWIG, "the same from all text tokens"),
+    ("random", _CUTS, _TWIG, "a floor for twig"),
+    ("deep:N", _CUTS, _TWIG, "an oracle: attention of base layer N in a full pass"),
+    ("deep:N-M", _CUTS, _TWIG, "the same, mean of layers N to M"),
+)
+"""Methods under a twig's cuts or with its ranking: name, where they cut, what they need, and what they are."""
+
 
 @dataclass(frozen=True)
 class Methods:
-    """List the pruning methods that `--pruner` and `compare --methods` accept."""
+    """List the pruning methods that `compare --methods` accepts; `--pruner` accepts twig and the published ones."""
 
     def run(self) -> None:
         """Print the table on stdout."""
@@ -15,9 +32,8 @@ class Methods:
         from twigvlm.pruning.methods import METHODS, described
 
         table = Table(*(Column(header, overflow="fold") for header in ("method", "cuts", "needs", "paper")))
-        table.add_row(
-            "twig", "after layer K, and all after layer K_f", "a trained twig", "this method, TwigVLM and TwigVLM++"
-        )
+        for row in OWN:
+            table.add_row(*row, end_section=row is OWN[-1])
         for name in METHODS:
             table.add_row(*described(name))
         Console().print(table)

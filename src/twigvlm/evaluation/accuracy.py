@@ -4,11 +4,12 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.metrics import overlap
 from twigvlm.evaluation.questions import Namer, Question, Questions, exact_match, quoted
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.evaluation.run import InputsOf, Item, one_by_one, run
-from twigvlm.evaluation.variants import Variant, answer_all
+from twigvlm.evaluation.variants import Variant, answer_all, named_refusal
 from twigvlm.model import TwigVLM
 
 
@@ -38,9 +39,9 @@ def run_accuracy(
 
     Returns:
         The records, in the order of the questions: `id`, `kind`, `answer`, and by variant `kept` (R), `average` (R̄), `ran`
-        (visual tokens that were chosen again), `given` (its answer) and `score` (1 or 0; of a description the numbers of
-        objects found, present and named, and of texts quoted and written). Of a question that failed: `id`, `kind` and
-        `failed`, the reason.
+        (visual tokens that were chosen again), `looks` (how often they were chosen again, None without refocusing), `steps`
+        (of decoding), `given` (its answer) and `score` (1 or 0; of a description the numbers of objects found, present and
+        named, and of texts quoted and written). Of a question that failed: `id`, `kind` and `failed`, the reason.
     """
     namer = Namer(questions.vocabulary)
 
@@ -48,13 +49,18 @@ def run_accuracy(
         (question,) = item.questions
         most = item.limit(max_new_tokens, max_description_tokens)
         own_seed = zlib.crc32(f"{seed} {question.id}".encode())
-        outcomes = answer_all(model, inputs, variants, most, own_seed)
+        try:
+            outcomes = answer_all(model, inputs, variants, most, own_seed)
+        except TwigVLMError as error:
+            raise named_refusal(model, inputs, variants, error) from None
         given = {name: tokenizer.decode(one.ids, skip_special_tokens=True).strip() for name, one in outcomes.items()}
         return {
             "answer": question.answer,
             "kept": {name: outcome.kept for name, outcome in outcomes.items()},
             "average": {name: outcome.average for name, outcome in outcomes.items()},
             "ran": {name: outcome.ran for name, outcome in outcomes.items()},
+            "looks": {name: outcome.looks for name, outcome in outcomes.items()},
+            "steps": {name: outcome.steps for name, outcome in outcomes.items()},
             "given": given,
             "score": {name: score(question, text, namer) for name, text in given.items()},
         }

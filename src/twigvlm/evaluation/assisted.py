@@ -1,7 +1,7 @@
 """Speculation by transformers' own `generate` ("assisted generation"): what it drafts, and which models may draft for it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,35 @@ class AssistedSteps(BaseStreamer):
         return drafted, accepted
 
 
+def prompt_lookup(draft_length: int, lookup_ngram: int) -> dict[str, int]:
+    """Options of `generate` with which it drafts up to δ tokens that followed the newest n, or fewer, before."""
+    return {"prompt_lookup_num_tokens": draft_length, "max_matching_ngram_size": lookup_ngram}
+
+
+@contextmanager
+def assisted_generation(
+    base: BaseVLM, inputs: dict[str, Any], assistant: Any, steps: AssistedSteps, setting: str
+) -> Iterator[dict[str, Any]]:
+    """Inside, the base's own `generate` may speculate on one prompt: its faults are worked around, and its drafts counted.
+
+    Args:
+        base: answers.
+        inputs: of the prompt.
+        assistant: Hugging Face model that drafts; None: prompt lookup does, by the options of `prompt_lookup`.
+        steps: the streamer of `generate`; counts.
+        setting: what errors call this way to draft.
+
+    Yields:
+        Further options of `generate`.
+
+    Raises:
+        TwigVLMError: transformers refuses to speculate on this base.
+    """
+    pictures = nullcontext() if assistant is None else shown_pictures(assistant, inputs)
+    with refusals_of(setting), steps.watching(base.model), pictures:
+        yield without_placeholders(base) if assistant is None else {"assistant_model": assistant}
+
+
 @contextmanager
 def shown_pictures(assistant: Any, inputs: dict[str, Any]) -> Iterator[None]:
     """Inside, an assistant sees the pictures of a prompt when it begins with it.
@@ -97,7 +126,7 @@ def without_placeholders(base: BaseVLM) -> dict[str, list[int]]:
 
 
 @contextmanager
-def refusals_of(system: str) -> Iterator[None]:
+def refusals_of(setting: str) -> Iterator[None]:
     """Inside, what transformers' `generate` refuses is one line; its assisted generation fails in many ways."""
     try:
         yield
@@ -105,7 +134,7 @@ def refusals_of(system: str) -> Iterator[None]:
         if not (is_refusal(error) or isinstance(error, AttributeError | KeyError | TypeError)):
             raise
         raise TwigVLMError(
-            f"system {system!r}: transformers' generate cannot run it on this base ({one_line(error)}); leave it out"
+            f"{setting}: transformers' generate cannot run it on this base ({one_line(error)}); leave it out"
         ) from error
 
 

@@ -7,6 +7,7 @@ from statistics import mean
 from typing import Any
 
 from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.methods import parse_method
 from twigvlm.evaluation.metrics import Column, bootstrap_interval, median_ratio, speeds
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record
@@ -193,7 +194,7 @@ def _times(
     for one, name in names.items():
         mine = _Seconds(records, name)
         texts = [(record["runs"][name]["text"], given.get(record["id"], {})) for record in records]
-        by_chance = one.variant.method.partition(":")[0] == "random"
+        by_chance = parse_method(one.variant.method).is_random
         found[one] = Times(
             count=len(records),
             speed=figures[name],

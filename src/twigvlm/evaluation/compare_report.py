@@ -70,7 +70,7 @@ def _columns(length: str, again: bool, timed: bool) -> dict[str, Callable[[Line]
         f"{length}: RelAcc, %": lambda line: percent(accuracy(line).relative) + span(accuracy(line).interval),
     }
     if again:
-        columns[f"{length}: chosen again"] = lambda line: f"{accuracy(line).ran:.0f}"
+        columns[f"{length}: chosen again"] = lambda line: _again(accuracy(line))
     if timed:
         columns |= {
             f"{length}: tokens/s": lambda line: f"{times(line).speed.speed:.1f}",
@@ -90,7 +90,10 @@ def _explained(lines: Sequence[Line], lengths: Sequence[str]) -> str:
         "(Table 1 of arXiv 2503.14075 v3; another model, other questions)."
     )
     if any(quality.ran for line in lines for quality in line.quality.values()):
-        text += " Chosen again: visual tokens that ran through the pruned layers beside R̄, while an answer grew; mean per answer."
+        text += (
+            " Chosen again: visual tokens that ran through the pruned layers beside R̄, while an answer grew, mean per answer, "
+            "and the share of the steps of decoding in which that happened."
+        )
     if not lines[0].times:
         return text
     counted = " and ".join(f"{lines[0].times[length].count} {length}" for length in lengths if length in lines[0].times)
@@ -130,6 +133,11 @@ def _timed_sections(lines: Sequence[Line], length: str) -> list[str]:
         "without drafts beside the other methods' answers.",
         table(head, rows),
     ]
+
+
+def _again(one: Accuracy) -> str:
+    """Visual tokens chosen again, and in which share of the steps, where that is known."""
+    return f"{one.ran:.0f}" + ("" if isnan(one.again) else f", {percent(one.again)} % of steps")
 
 
 def _number(value: float, digits: int) -> str:

@@ -5,10 +5,11 @@ MME, TextVQA, ScienceQA-IMG and VQAv2, by R̄.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Final
 
 from twigvlm.evaluation.variants import Variant
-from twigvlm.pruning.methods import reads_files
+from twigvlm.pruning.methods import METHODS, make_pruner, reads_files
 
 REL_ACC: Final[Mapping[str, Mapping[float, float]]] = {
     "fastv": {192: 96.5, 128: 92.2, 64: 77.0},
@@ -34,11 +35,25 @@ def published(variant: Variant, pruning_head: bool) -> str:
         variant: a method under a budget.
         pruning_head: whether the twig has a P-Head, without which `twig` is the first TwigVLM.
     """
-    method = "attention" if variant.method == "twig" and not pruning_head else variant.method
-    if method.startswith("visionzip") and reads_files(method):
-        method = "visionzip:"
+    method = "attention" if variant.method == "twig" and not pruning_head else published_name(variant.method)
     if variant.retain is None or variant.retain not in REL_ACC.get(method, {}):
         return ""
     text = f"{REL_ACC[method][variant.retain]:.1f}"
     budget = TRUE_BUDGETS.get(method, {}).get(variant.retain)
     return text if budget is None else f"{text} (R̄ {budget:.1f})"
+
+
+def published_name(method: str) -> str:
+    """The key of `REL_ACC` that a method's figures stand under; the name itself where it has another setting.
+
+    Positions and the way to count a budget make no other setting, so that figures stand beside `visionzip:compacted` and
+    `sparsevlm:published` too, nor does a default that is spelled out, as in `fastv:2`.
+    """
+    name = method.partition(":")[0]
+    if name not in REL_ACC or name not in METHODS:
+        return method
+    if reads_files(method):
+        return f"{name}:"
+    given, default = make_pruner(method), make_pruner(name)
+    names = [field.name for field in fields(given) if field.name not in ("positions", "accounting")]  # type: ignore[arg-type]
+    return name if all(getattr(given, one) == getattr(default, one) for one in names) else method

@@ -188,7 +188,7 @@ def _relative(figure: str, run: Run, base: Run) -> str:
 
 def _check(run: Run, base: Run, tasks: Sequence[str]) -> None:
     if not tasks:
-        raise TwigVLMError(f"run {base.name!r}: holds no task")
+        raise TwigVLMError(f"run {base.name!r}: holds no task; run lmms-eval with --tasks")
     if missing := [task for task in tasks if task not in run.scores]:
         raise TwigVLMError(
             f"run {run.name!r}: has no result of {', '.join(missing)}; run them, or name those to compare by --tasks"
@@ -213,7 +213,9 @@ def _read(file: Path) -> dict[str, Any]:
         if not {"results", "n-samples", "config"} <= record.keys():
             raise ValueError("it has not the fields of lmms-eval")
     except (OSError, ValueError, AttributeError) as error:
-        raise TwigVLMError(f"run {str(file)!r}: no result file of lmms-eval ({error})") from None
+        raise TwigVLMError(
+            f"run {str(file)!r}: no result file of lmms-eval ({error}); give what it got as --output_path"
+        ) from None
     return dict(record)
 
 
@@ -234,7 +236,9 @@ def _score(record: Mapping[str, Any], task: str) -> float:
     better = record.get("higher_is_better", {}).get(task, {})
     metrics = BENCHMARKS[task].metrics if task in BENCHMARKS else [name for name in better if name in found][:1]
     if not metrics or any(name not in found or better.get(name) is False for name in metrics):
-        raise TwigVLMError(f"task {task!r}: has no score of which more is better, so it has no RelAcc")
+        raise TwigVLMError(
+            f"task {task!r}: has no score of which more is better, so it has no RelAcc; name others by --tasks"
+        )
     return sum(found[name] for name in metrics)
 
 

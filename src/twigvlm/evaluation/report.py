@@ -80,17 +80,26 @@ def accuracy_sections(accuracies: Sequence[Accuracy], variants: Sequence[Variant
             _by_kind(list(figures.values()), base),
         ]
     if not isnan(base.recall):
-        rows = [
-            [_label(one.name), percent(one.recall), percent(one.precision), percent(one.read), f"{one.ran:.0f}"]
-            for one in figures.values()
-        ]
-        sections += [
-            "## Descriptions",
-            "Objects named (recall, precision) and texts quoted, in percent; and of all answers, visual tokens that were chosen "
-            "again, mean per answer.",
-            table(["pruning", "recall", "precision", "texts", "chosen again"], rows),
-        ]
+        sections += _descriptions(list(figures.values()))
     return sections
+
+
+def _descriptions(figures: Sequence[Accuracy]) -> list[str]:
+    """What descriptions name and quote, and beside it what refocusing cost."""
+    text = (
+        "Objects named (recall, precision) and texts quoted, in percent; and of all answers, visual tokens that were chosen "
+        "again, mean per answer"
+    )
+    head = ["pruning", "recall", "precision", "texts", "chosen again"]
+    rows = [
+        [_label(one.name), percent(one.recall), percent(one.precision), percent(one.read), f"{one.ran:.0f}"]
+        for one in figures
+    ]
+    if any(not isnan(one.again) for one in figures):
+        text += ", and the share of the steps of decoding in which that happened"
+        head.append("in steps, %")
+        rows = [[*row, percent(one.again)] for row, one in zip(rows, figures, strict=True)]
+    return ["## Descriptions", f"{text}.", table(head, rows)]
 
 
 def _label(name: str) -> str:
@@ -157,7 +166,15 @@ def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list
     ]
     head = ["system", "tokens", "tokens/s", "RelSpd", "quality, %", "prefill ratio", "prefill, ms", "decode, ms"]
     head += ["draft, ms", "verify, ms", "TokAR, %", "accepted per step", "different outputs"]
-    repeats = len(records[0]["runs"][baseline]["total"])
+    repeats, refocusing = len(records[0]["runs"][baseline]["total"]), ""
+    if any(not isnan(one.ran) for one in figures):
+        head += ["chosen again", "in steps, %"]
+        cells = [["–" if isnan(one.ran) else f"{one.ran:.0f}", percent(one.again)] for one in figures]
+        rows = [row + more for row, more in zip(rows, cells, strict=True)]
+        refocusing = (
+            " Chosen again: visual tokens that ran through the pruned layers while an answer grew, mean per answer, and the "
+            "share of the steps of decoding in which that happened."
+        )
     return [
         "## Speed",
         f"{len(records)} prompts, {repeats} alternating repeats after a warm-up; per prompt the median over repeats, then the "
@@ -165,7 +182,7 @@ def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list
         "prompt, with its paired 95 % bootstrap interval over pictures (from 10 on). The prefill ratio is the baseline's mean "
         "prefill time over a system's; draft and verify are parts of decode. Different outputs: prompts where speculation did "
         "not repeat what the same pruning gives without it. Quality is that of the same answers: exact match, objects named "
-        "(recall/precision) and texts quoted by descriptions.",
+        f"(recall/precision) and texts quoted by descriptions.{refocusing}",
         table(head, rows),
     ]
 

@@ -18,7 +18,7 @@ from twigvlm import compat
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.evaluation import peak_memory
 from twigvlm.evaluation.accuracy import score
-from twigvlm.evaluation.assisted import AssistedSteps, refusals_of, shown_pictures, without_placeholders
+from twigvlm.evaluation.assisted import AssistedSteps, assisted_generation
 from twigvlm.evaluation.questions import Namer, Questions
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.evaluation.run import InputsOf, Item, one_by_one, run
@@ -80,6 +80,9 @@ class Measurement:
     verify: float | None
     drafted: list[int]
     accepted: list[int]
+    looks: list[tuple[int, int]] | None
+    """Of each later choice of the visual tokens, after how many tokens of the answer it was, and how many tokens ran again;
+    None: the system does not refocus."""
 
 
 class FirstToken(BaseStreamer):
@@ -155,20 +158,14 @@ def measure(
     """
     clock = clock_of(model.model.device)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
-    if system.assisted:
-        options["assistant_model"] = assistant
-    elif system.speculates:
-        options |= without_placeholders(model.base)
     watch = FirstToken(clock)
     steps = AssistedSteps(watch)
     generate: Callable[..., Any] = model.generate if system.attention is None else model.model.generate
     with ExitStack() as around:
         around.enter_context(attention_of(model.model, system.attention))
         if system.speculates:
-            around.enter_context(refusals_of(system.name))
-            around.enter_context(steps.watching(model.model))
-        if system.assisted:
-            around.enter_context(shown_pictures(assistant, inputs))
+            drafter, name = assistant if system.assisted else None, f"system {system.name!r}"
+            options |= around.enter_context(assisted_generation(model.base, inputs, drafter, steps, name))
         began = clock()
         output: Any = generate(**inputs, **options, **system.options, streamer=steps if system.speculates else watch)
         ended = clock()
@@ -184,6 +181,7 @@ def measure(
         verify=output.timings.verify if own else None,
         drafted=drafted,
         accepted=accepted,
+        looks=None if not own or output.looks is None else [(look.after, look.ran) for look in output.looks[0]],
     )
 
 
@@ -231,8 +229,9 @@ def run_speed(
 
     Returns:
         The records, in the order of the questions: `id`, `kind`, and by system `runs`: `ids`, `text`, `score`, drafted and
-        accepted lengths of each step, lists of seconds (`prefill`, `total`, `draft`, `verify`), one per repeat, and with
-        `memory` the `peak` in bytes. Of a question that failed: `id`, `kind` and `failed`, the reason.
+        accepted lengths of each step, `looks` (pairs as `Measurement` has them, None without refocusing), lists of seconds
+        (`prefill`, `total`, `draft`, `verify`), one per repeat, and with `memory` the `peak` in bytes. Of a question that
+        failed: `id`, `kind` and `failed`, the reason.
     """
     taken = alternating(systems, repeats, partial(measure, model, assistant=assistant))
     namer = Namer(questions.vocabulary)
@@ -257,5 +256,6 @@ def _run(measurements: list[Measurement], tokenizer: Any) -> dict[str, Any]:
         "text": tokenizer.decode(one.ids, skip_special_tokens=True).strip(),
         "drafted": one.drafted,
         "accepted": one.accepted,
+        "looks": one.looks,
         **{name: [getattr(m, name) for m in measurements] for name in ("prefill", "total", "draft", "verify")},
     }

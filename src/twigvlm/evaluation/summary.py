@@ -16,6 +16,7 @@ from twigvlm.evaluation.metrics import (
     speeds,
 )
 from twigvlm.evaluation.results_log import Record
+from twigvlm.evaluation.variants import NONE
 
 Interval = tuple[float, float]
 
@@ -57,6 +58,9 @@ class Accuracy(Quality):
     """R̄, mean over questions."""
     ran: float
     """Visual tokens of an answer that were chosen again and ran through the pruned layers, mean over questions."""
+    again: float
+    """Share of the steps of decoding in which tokens were chosen again, of all answers together; nan where the method does not
+    refocus, and where older raw results do not say."""
     relative: float
     """RelAcc."""
     interval: Interval
@@ -65,15 +69,14 @@ class Accuracy(Quality):
     """Number of questions and exact match per kind."""
 
 
-def accuracies(records: Sequence[Record], base: str = "none") -> list[Accuracy]:
-    """Every variant's figures, in the order of the first record.
+def accuracies(records: Sequence[Record]) -> list[Accuracy]:
+    """Every variant's figures, in the order of the first record; RelAcc is against the variant without pruning.
 
     Args:
         records: of `run_accuracy`.
-        base: the variant without pruning.
     """
-    short = [record for record in records if not isinstance(record["score"][base], list)]
-    reference = [record["score"][base] for record in short]
+    short = [record for record in records if not isinstance(record["score"][NONE.name], list)]
+    reference = [record["score"][NONE.name] for record in short]
     result = []
     for name in records[0]["score"]:
         column = [record["score"][name] for record in short]
@@ -87,6 +90,10 @@ def accuracies(records: Sequence[Record], base: str = "none") -> list[Accuracy]:
                 kept=float(np.mean([record["kept"][name] for record in records])),
                 average=float(np.mean([record["average"][name] for record in records])),
                 ran=float(np.mean([record["ran"][name] for record in records])),
+                again=_share_again(
+                    [record.get("looks", {}).get(name) for record in records],
+                    [record.get("steps", {}).get(name, 0) for record in records],
+                ),
                 relative=relative_accuracy(column, reference) if short else float("nan"),
                 interval=bootstrap_interval(relative_accuracy, column, reference, groups=pictures(short)),
                 kinds={kind: (len(rights), _mean(rights)) for kind, rights in sorted(kinds.items())},
@@ -120,6 +127,11 @@ class Speed(Quality):
     """Accepted tokens per step."""
     different: int | None
     """Prompts whose output differs from that of the system that it must repeat; None if there is none."""
+    ran: float
+    """Visual tokens of an answer that were chosen again and ran through the pruned layers, mean over prompts; nan where the
+    system does not refocus, and where older raw results do not say."""
+    again: float
+    """Share of the steps of decoding in which tokens were chosen again, of all answers together; nan in the same cases."""
 
 
 def faster(records: Sequence[Record], names: Sequence[str]) -> str:
@@ -165,6 +177,11 @@ def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, 
                 different=None
                 if other is None
                 else sum(r["runs"][name]["ids"] != r["runs"][other]["ids"] for r in records),
+                ran=_ran_again(runs),
+                again=_share_again(
+                    [None if run.get("looks") is None else len(run["looks"]) for run in runs],
+                    [max(0, len(run["accepted"]) - 1) for run in runs],
+                ),
             )
         )
     return result
@@ -240,6 +257,21 @@ def times_of(records: Sequence[Record], name: str, part: str) -> list[float]:
 def _speeds(records: Sequence[Record], name: str) -> list[float]:
     tokens = [len(record["runs"][name]["ids"]) for record in records]
     return list(speeds(tokens, times_of(records, name, "total")))
+
+
+def _ran_again(runs: Sequence[dict[str, Any]]) -> float:
+    """Visual tokens that an answer chose again, mean over a system's runs of `run_speed`."""
+    if any(run.get("looks") is None for run in runs):
+        return float("nan")
+    return _mean([sum(ran for _, ran in run["looks"]) for run in runs])
+
+
+def _share_again(looks: Sequence[int | None], steps: Sequence[int]) -> float:
+    """Share of all steps in which tokens were chosen again; nan without steps, or where an answer does not say how often."""
+    known = [count for count in looks if count is not None]
+    if len(known) < len(looks) or not sum(steps):
+        return float("nan")
+    return sum(known) / sum(steps)
 
 
 def _mean(values: Sequence[float]) -> float:

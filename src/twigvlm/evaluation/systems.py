@@ -6,6 +6,7 @@ from typing import Any
 
 from twigvlm.config import WITHOUT_TWIG, SpeculationConfig
 from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.assisted import prompt_lookup
 
 HF_GENERATE = "HF generate, "
 """Begins the names of the base's own `generate`; its attention implementation follows."""
@@ -76,7 +77,7 @@ def standard_systems(
     tree = {"speculate": "tree", **tree}
     baselines = base_systems(attentions)
     lookup = {"speculate": "lookup", "draft_length": chain["draft_length"], "lookup_ngram": lookup_ngram}
-    hf_lookup = {"prompt_lookup_num_tokens": chain["draft_length"], "max_matching_ngram_size": lookup_ngram}
+    hf_lookup = prompt_lookup(chain["draft_length"], lookup_ngram)
     others = [
         System("HF prompt lookup", attentions[0], hf_lookup, baselines[0].name),
         *([System("HF assistant", attentions[0], {}, baselines[0].name, assisted=True)] if assistant else []),

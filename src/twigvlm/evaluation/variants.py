@@ -7,24 +7,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from twigvlm.config import check_coverage, check_final_share
+from twigvlm.config import check_final_share
 from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.evaluation.methods import parse_method, parse_methods
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.model import TwigVLM
 from twigvlm.pruning.cut import Need, Pruner, average_of, schedule
-from twigvlm.pruning.methods import METHODS, make_pruner
-from twigvlm.pruning.methods.base_layer import BaseLayerAttention
-from twigvlm.pruning.methods.pruning_head import default_scorer
-from twigvlm.pruning.methods.random import RandomScores
-from twigvlm.pruning.methods.scout import ScoutPruner
-from twigvlm.pruning.methods.twig import TwigPruner
-from twigvlm.pruning.methods.twig_attention import TwigAttention
 from twigvlm.pruning.refocus import check_refocus
-from twigvlm.pruning.select import best, diverse
-from twigvlm.pruning.view import Scorer
-
-RANKINGS = "none, twig, diverse, scout, refocus:τ, diverse+refocus:τ, attention, twig-text, random, deep:N, deep:N-M"
-_SCORED = ("twig", "diverse", "scout", "attention", "twig-text", "random")
 
 
 @dataclass(frozen=True)
@@ -32,11 +21,7 @@ class Variant:
     """One way to prune, under one budget."""
 
     method: str
-    """none; twig: the twig's own ranking (its P-Head's where it has one); diverse: by the same ranking, tokens that differ from
-    each other; scout: twig before the decoder; refocus:τ, diverse+refocus:τ: twig or diverse, chosen again by the twig's
-    ranking while the answer grows; attention, twig-text: last twig layer's attention, of the last or of all text queries;
-    random; deep:N: attention of base layer N (counted from 1), deep:N-M: mean attention of layers N to M, oracles that need a
-    full pass; or any published method (`twigvlm methods`) with the cuts that are its own."""
+    """Its name, as `parse_method` reads it."""
     retain: float | None = None
     """R̄, by the same formula for every method; None for none."""
     final_wipe: int | None = None
@@ -73,13 +58,9 @@ def make_variants(
     """Every method under every budget, K_f and φ (none given: the twig's own), and no pruning.
 
     Raises:
-        TwigVLMError: an unknown method, a layer that the base does not have, or a share that is not in 0..1.
+        TwigVLMError: an unknown method, one that cannot prune this base, or a share that is not in 0..1.
     """
-    for method in methods:
-        if is_published(method):
-            make_pruner(method)
-        elif method not in ("none", *_SCORED) and refocus_of(method) is None:
-            watched_layers(method, model)
+    parsed = parse_methods(model, methods)
     layers, twig = model.base.num_layers, model.twig.config
     shares = list(final_shares) or [twig.final_share]
     for share in shares:
@@ -91,7 +72,9 @@ def make_variants(
         )
     # Without a FinalWipe nothing is left to share.
     ends = list(dict.fromkeys((wipe, 0.0 if wipe == layers else share) for wipe in wipes for share in shares))
-    of_method = {method: [(None, 0.0)] if _has_own_cuts(method) else ends for method in methods if method != "none"}
+    of_method = {
+        method.name: [(None, 0.0)] if method.has_own_cuts else ends for method in parsed if method.ranking != "none"
+    }
     pruned = [Variant(m, b, *end) for m, own_ends in of_method.items() for b in budgets for end in own_ends]
     if not pruned:
         raise TwigVLMError("nothing to compare: give at least one method that prunes, and one budget")
@@ -99,47 +82,6 @@ def make_variants(
         if given and all(variant.final_wipe is None for variant in pruned):
             raise TwigVLMError(f"{name}: scout and published methods have their own cuts; leave it out")
     return [NONE, *pruned]
-
-
-def _has_own_cuts(method: str) -> bool:
-    return method == "scout" or is_published(method)
-
-
-def is_published(method: str) -> bool:
-    """Whether a method has cuts of its own; `random` alone ranks under the twig's."""
-    return method != "random" and method.partition(":")[0] in METHODS
-
-
-def refocus_of(method: str) -> float | None:
-    """τ of a method that chooses again; None: it does not."""
-    name, _, number = method.partition(":")
-    if name not in ("refocus", "diverse+refocus"):
-        return None
-    try:
-        threshold = float(number)
-    except ValueError:
-        raise TwigVLMError(f"method {method!r}: must name τ, for example {name}:0.7") from None
-    check_coverage(threshold)
-    return threshold
-
-
-def is_diverse(method: str) -> bool:
-    """Whether a method that ranks by the twig keeps tokens that differ from each other."""
-    return method.startswith("diverse")
-
-
-def watched_layers(method: str, model: TwigVLM) -> BaseLayerAttention:
-    """The attention of base layers (from 1) that a method ranks by."""
-    layers = model.base.num_layers
-    name, _, numbers = method.partition(":")
-    first, dash, last = numbers.partition("-")
-    if name != "deep" or not first.isdecimal() or (dash and not last.isdecimal()):
-        raise TwigVLMError(f"method {method!r}: must be one of {RANKINGS}, or of 'twigvlm methods'")
-    if not 1 <= int(first) <= int(last or first) <= layers:
-        raise TwigVLMError(
-            f"method {method!r}: the layers must be 1 to {layers}, those of this base, in ascending order"
-        )
-    return BaseLayerAttention(int(first), through=int(last) if dash else None)
 
 
 @dataclass(frozen=True)
@@ -154,6 +96,10 @@ class Outcome:
     """R̄ of this prompt."""
     ran: int
     """Visual tokens that were chosen again while the answer grew, and ran through the pruned layers."""
+    looks: int | None
+    """How often they were chosen again; None: the method does not refocus."""
+    steps: int
+    """Steps of decoding, each for one token, after the one for the prompt."""
 
 
 def answer_all(
@@ -186,7 +132,7 @@ def answer_all(
     for variant in variants:
         pruner, request = pruners.get(variant), source
         if variant != first:
-            request = engine.fork(source, pruner, variant.retain, refocus_of(variant.method))
+            request = engine.fork(source, pruner, variant.retain, parse_method(variant.method).refocus)
         cuts = () if pruner is None else schedule(pruner, variant.retain, visual, layers)
         names[request], kept[request] = variant.name, cuts[0].keep if cuts else visual
         averages[request] = average_of(pruner, cuts, visual, layers)
@@ -196,10 +142,41 @@ def answer_all(
     ids: dict[int, list[int]] = {request: [] for request in names}
     for event in engine.stream():
         ids[event.id] += event.tokens
-    return {
-        name: Outcome(ids[request], kept[request], averages[request], sum(look.ran for look in rows[request].looks))
-        for request, name in names.items()
-    }
+    outcomes = {}
+    for request, name in names.items():
+        row = rows[request]
+        outcomes[name] = Outcome(
+            ids[request],
+            kept[request],
+            averages[request],
+            sum(look.ran for look in row.looks),
+            None if row.refocus is None else len(row.looks),
+            len(row.accepted) - 1,
+        )
+    return outcomes
+
+
+def named_refusal(
+    model: TwigVLM, inputs: dict[str, Any], variants: Sequence[Variant], error: TwigVLMError
+) -> TwigVLMError:
+    """An error of `answer_all` with the names of the methods that cannot prune the prompt, each of which is tried alone.
+
+    Args:
+        inputs: of the prompt.
+        variants: that were to answer it.
+        error: returned where no method fails alone, or all of them do for the same reason.
+    """
+    reasons: dict[str, list[str]] = {}
+    for variant in variants:
+        try:
+            answer_all(model, inputs, [variant], 1)
+        except TwigVLMError as refusal:
+            reasons.setdefault(one_line(refusal), []).append(variant.method)
+    pruning = {variant.method for variant in variants if variant.retain is not None}
+    if not reasons or any(pruning <= set(refused) for refused in reasons.values()):
+        return error
+    named = [(", ".join(map(repr, dict.fromkeys(refused))), reason) for reason, refused in reasons.items()]
+    return TwigVLMError("; ".join(f"method {names}: {reason}" for names, reason in named))
 
 
 def generate_options(model: TwigVLM, variant: Variant, seed: int = 0) -> dict[str, Any]:
@@ -212,11 +189,8 @@ def generate_options(model: TwigVLM, variant: Variant, seed: int = 0) -> dict[st
     """
     if variant.retain is None:
         return {}
-    refocus = refocus_of(variant.method)
-    if refocus is not None:
-        how = {"final_wipe": variant.final_wipe, "final_share": variant.final_share}
-        return {"retain": variant.retain, **how, "refocus": refocus, "diverse": is_diverse(variant.method)}
-    return {"retain": variant.retain, "pruner": _pruner(model, variant, seed)}
+    method = parse_method(variant.method)
+    return {"retain": variant.retain, **method.options(model, variant.final_wipe, variant.final_share, seed)}
 
 
 def check_variants(model: TwigVLM, variants: Sequence[Variant], visual: int) -> None:
@@ -232,7 +206,7 @@ def check_variants(model: TwigVLM, variants: Sequence[Variant], visual: int) -> 
         try:
             pruner = _pruner(model, variant, 0)
             schedule(pruner, variant.retain, visual, model.base.num_layers)
-            refocus = refocus_of(variant.method)
+            refocus = parse_method(variant.method).refocus
             if refocus is not None:
                 check_refocus(refocus, pruner, model.base, model.twig)
         except TwigVLMError as error:
@@ -241,20 +215,17 @@ def check_variants(model: TwigVLM, variants: Sequence[Variant], visual: int) -> 
         raise TwigVLMError("; ".join(refusals))
 
 
-def score_all(
-    model: TwigVLM, inputs: dict[str, Any], methods: Sequence[str], seed: int = 0
-) -> dict[str, Float[Tensor, "1 tokens"]]:
+def score_all(model: TwigVLM, inputs: dict[str, Any], methods: Sequence[str]) -> dict[str, Float[Tensor, "1 tokens"]]:
     """What every method ranks the visual tokens of one prompt by; of no meaning at text tokens.
 
     Args:
         inputs: the processor's outputs for one prompt.
-        methods: of `Variant.method`, without none.
-        seed: of the random choice.
+        methods: of `Variant.method`, of those that rank under the twig's cuts.
 
     Raises:
         TwigVLMError: an unknown method, or a layer that the base does not have.
     """
-    scorers = {method: scorer_of(method, model, seed) for method in methods}
+    scorers = {method: parse_method(method).scorer(model, seed=0) for method in methods}
     prefix, layers = PrefixCache(), model.base.num_layers
     for scorer in scorers.values():
         options: dict[str, Any] = {"keep": 1, "final_wipe": layers, "scorer": scorer, "max_new_tokens": 1}
@@ -263,31 +234,4 @@ def score_all(
 
 
 def _pruner(model: TwigVLM, variant: Variant, seed: int) -> Pruner:
-    if is_published(variant.method):
-        return make_pruner(variant.method, seed)
-    if variant.method == "scout":
-        return ScoutPruner(model.twig, default_scorer(model.twig))
-    final_wipe = model.base.num_layers if variant.final_wipe is None else variant.final_wipe
-    select = diverse if is_diverse(variant.method) else best
-    scorer = scorer_of(variant.method, model, seed)
-    return TwigPruner(scorer, model.twig.config.trunk_layers, final_wipe, variant.final_share, select=select)
-
-
-def scorer_of(method: str, model: TwigVLM, seed: int) -> Scorer:
-    """What a method that ranks under the twig's cuts ranks by.
-
-    Args:
-        method: of `Variant.method`, but none that has cuts of its own.
-        model: whose twig and layers are meant.
-        seed: of the random choice.
-
-    Raises:
-        TwigVLMError: an unknown method, or a layer that the base does not have.
-    """
-    if method not in _SCORED and refocus_of(method) is None:
-        return watched_layers(method, model)
-    if method in ("twig", "diverse", "scout") or refocus_of(method) is not None:
-        return default_scorer(model.twig)
-    if method == "random":
-        return RandomScores(seed)
-    return TwigAttention("text" if method == "twig-text" else "last")
+    return parse_method(variant.method).pruner(model, variant.final_wipe, variant.final_share, seed)

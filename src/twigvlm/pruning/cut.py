@@ -25,7 +25,10 @@ class Cut:
 
 
 class Need(Enum):
-    """What a method needs that is otherwise not computed or stored."""
+    """What a method looks at, as `twigvlm methods` lists it.
+
+    `VISION` and `LAST_LAYER` are stored only for methods that name them. The others name what a method computes by itself.
+    """
 
     VISION = "vision features"
     TOWER_ATTENTION = "vision attention"
@@ -51,7 +54,7 @@ class Pruner(Protocol):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it needs in addition to the states of the tokens and the twig's own scores."""
+        """What it looks at beside the states of the tokens. `VISION` and `LAST_LAYER` must be named if it needs them."""
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
         """Its schedule for a prompt. The layers of the cuts must depend only on the method.

@@ -28,6 +28,8 @@ class ImageTokens:
     """Of `vision`'s tensors."""
     question: Float[Tensor, "text width"]
     """Embeddings of the text behind the last visual token of the prompt."""
+    question_ids: Int[Tensor, " text"]
+    """Ids of the same text."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,15 +56,15 @@ class ImageTokens:
 
     @property
     def cls(self) -> Float[Tensor, "1 features"] | None:
-        """Features of the image's CLS token."""
-        return None if self.vision.cls is None else self.vision.cls[self.vision.image[self.rows[:1]]]
+        """Features of the image's CLS token; None: it has none, or its CLS token is a visual token like its patches."""
+        return self.vision.cls.get(int(self.vision.image[self.rows[0]]))
 
 
 class Picked(NamedTuple):
     """What a method keeps of one image."""
 
-    slots: Int[Tensor, " kept"]
-    """Which of the tokens' positions are used."""
+    indices: Int[Tensor, " kept"]
+    """Which of the image's tokens have their positions used."""
     states: Float[Tensor, "kept width"] | None = None
     """What stands there, in the order in which the method's authors line it up; None: the tokens themselves."""
 
@@ -124,18 +126,19 @@ class PerImage:
             others = (visual & (source < 0)).nonzero()[:, 0]
             stays[row, others[: max(0, count - len(patches))]] = True
             last = int(visual.nonzero()[-1]) if count else 0
-            question = view.tokens.hidden[row, last + 1 : view.tokens.lengths[row]]
+            question = slice(last + 1, view.tokens.lengths[row])
+            asked = view.tokens.hidden[row, question], view.prompt.input_ids[row, question]
             groups = _by_image(vision.image[source[patches]], patches)
-            for places, share in zip(groups, shares(min(count, len(patches)), list(map(len, groups))), strict=True):
-                if share == len(places):
-                    stays[row, places] = True
+            for group, share in zip(groups, shares(min(count, len(patches)), list(map(len, groups))), strict=True):
+                if share == len(group):
+                    stays[row, group] = True
                 elif share:
-                    slots, states = self.pick(ImageTokens(vision, source[places], question), share)
+                    indices, states = self.pick(ImageTokens(vision, source[group], *asked), share)
                     if self.positions == "compacted":
-                        slots = slots.sort().values
-                    stays[row, places[slots]] = True
+                        indices = indices.sort().values
+                    stays[row, group[indices]] = True
                     if states is not None:
-                        hidden[row, places[slots]] = states.to(hidden)
+                        hidden[row, group[indices]] = states.to(hidden)
         return Choice(stays, hidden, self.positions == "compacted" and not bool(stays.eq(view.tokens.visual).all()))
 
 

@@ -19,10 +19,8 @@ class EvaluateAccuracy(PruningOptions):
     name: ClassVar[str] = "evaluate accuracy"
 
     methods: tuple[str, ...] = ("twig", "random", "fastv")
-    """How to choose the visual tokens: twig (its P-Head if it has one), diverse (by the same scores, tokens that differ from
-    each other), scout (twig, before the decoder), refocus:τ or diverse+refocus:τ (twig or diverse, and again while the answer
-    grows), attention (of the last twig layer), twig-text (the same, from all text tokens), random, deep:N or deep:N-M
-    (attention of base layers, an oracle), or any of `twigvlm methods`, with its own cuts."""
+    """How to choose the visual tokens: methods of `twigvlm methods`, for example twig, diverse+refocus:0.7, deep:15-24 or fastv.
+    The base takes part in any case."""
     final_wipe: int | None = None
     final_share: float | None = None
 
@@ -54,15 +52,16 @@ def compare_prunings(
     from twigvlm.cli.evaluate.bench import open_bench, open_log, showing, write_report
     from twigvlm.evaluation.accuracy import run_accuracy
     from twigvlm.evaluation.figures import draw_accuracy, figure_class
+    from twigvlm.evaluation.methods import parse_method
     from twigvlm.evaluation.progress import Progress
     from twigvlm.evaluation.report import accuracy_sections
     from twigvlm.evaluation.results_log import answered
     from twigvlm.evaluation.summary import accuracies
-    from twigvlm.evaluation.variants import is_published, make_variants
+    from twigvlm.evaluation.variants import make_variants
 
     if options.figure:
         figure_class()  # for its error, before hours of work
-    needs_twig = not all(is_published(method) for method in methods if method != "none")
+    needs_twig = any(parse_method(method).needs_twig for method in methods)
     bench = bench or open_bench(options, needs_twig=needs_twig)
     model = bench.grow()
     variants = make_variants(model, methods, options.budgets, final_wipes, final_shares)

@@ -127,7 +127,8 @@ def _versions() -> dict[str, Any]:
 
 
 RECORDS = 4
-"""Version of what records hold; results of another one cannot be continued."""
+"""Version of what records hold; results of another one cannot be continued. `looks` and `steps` came later: where records lack
+them, reports leave out what refocusing costs."""
 
 
 def open_log(options: EvaluateOptions, settings: dict[str, Any], file: str = RAW) -> ResultsLog:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
-
-from tyro.conf import arg
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from twigvlm.cli.evaluate.options import BaselineOptions, TimingOptions
 from twigvlm.config import PruningConfig, SpeculationConfig
@@ -28,7 +26,7 @@ class EvaluateSpeed(BaselineOptions):
     tree_width: int = SpeculationConfig.tree_width
     tree_expand: int = SpeculationConfig.tree_expand
     tree_nodes: int = SpeculationConfig.tree_nodes
-    systems: Annotated[tuple[str, ...], arg(aliases=("--contenders",))] = ()
+    systems: tuple[str, ...] = ()
     """What to time in addition to the baselines: "own loop", pruning, chain, tree, auto, lookup, exit,
     "pruning + chain", "pruning + tree", "pruning + auto", "pruning + lookup", diverse, "diverse + auto", "HF prompt lookup",
     with assistant also "HF assistant", and with refocus also refocus, "refocus + chain", "refocus + auto", "diverse + refocus",

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.config import WITHOUT_TWIG, SpeculationConfig
+from twigvlm.config import WITHOUT_TWIG, Speculate, SpeculationConfig
 from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.assisted import AssistedSteps, assisted_generation, prompt_lookup
 from twigvlm.evaluation.batches import up_to_end
+from twigvlm.evaluation.methods import parse_method, parse_methods
 from twigvlm.evaluation.speed import FirstToken
-from twigvlm.evaluation.variants import is_diverse, is_published, make_variants, refocus_of, scorer_of
 from twigvlm.images import load_image
 from twigvlm.inputs import Message, build_inputs, media
 from twigvlm.model import TwigVLM
-from twigvlm.pruning.methods import make_pruner
 from twigvlm.timing import clock_of
+
+HF_LOOKUP, HF_DRAFT = "hf-lookup", "draft:"
+"""Ways to draft of the base's own `generate`: prompt lookup, and a small model, whose id or directory stands behind the colon."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Setting:
     retain: float | str | None = None
     """R̄, or a share of each prompt's visual tokens such as "33.3%"; None for none alone."""
     speculate: str = "none"
-    """How to draft, as in `TwigVLM.generate`."""
+    """How to draft, as in `TwigVLM.generate`, or without pruning by the base's own `generate`: `HF_LOOKUP`, `HF_DRAFT` with a
+    small model."""
     final_wipe: int | None = None
     """K_f, for methods that rank under the twig's cuts; None: as the twig was tuned."""
     final_share: float | None = None
@@ -45,25 +49,69 @@ class Setting:
 
     def __post_init__(self) -> None:
         if (self.method == "none") != (self.retain is None):
-            raise TwigVLMError(f"method={self.method}, retain={self.retain}: a method and a budget go together")
+            raise TwigVLMError(
+                f"method={self.method}, retain={self.retain}: a method and a budget go together; give both, or neither"
+            )
+        method = parse_method(self.method)
         for name, value in (("final_wipe", self.final_wipe), ("final_share", self.final_share)):
-            if value is not None and (self.method in ("none", "scout") or is_published(self.method)):
+            if value is not None and (method.ranking == "none" or method.has_own_cuts):
                 raise TwigVLMError(f"{name}={value:g}: does not apply to method={self.method}; leave it out")
         known = {one.name for one in dataclasses.fields(SpeculationConfig)} - {"speculate"}
         if unknown := self.drafting.keys() - known:
             raise TwigVLMError(f"model argument {', '.join(sorted(unknown))}: is unknown; see docs/lmms-eval.md")
-        SpeculationConfig(self.speculate, **self.drafting)  # type: ignore[arg-type]
+        self._check_speculate()
         self.budget(1000)
+
+    def _check_speculate(self) -> None:
+        if self.assisted and self.method != "none":
+            raise TwigVLMError(
+                f"speculate={self.speculate}: drafts for the base's own generate, which prunes nothing; leave out method and "
+                f"retain, or draft by one of {', '.join(get_args(Speculate)[1:])}"
+            )
+        if self.assistant is not None:
+            if not self.assistant:
+                raise TwigVLMError(
+                    f"speculate={HF_DRAFT}: names no model; give its id or directory, as in {HF_DRAFT}ORG/SMALL"
+                )
+            if self.drafting:
+                raise TwigVLMError(
+                    f"{', '.join(self.drafting)}: does not apply to speculate={self.speculate}, since transformers decides how "
+                    "much the model drafts; leave it out"
+                )
+        elif self.speculate == HF_LOOKUP:
+            SpeculationConfig("lookup", **self.drafting)  # type: ignore[arg-type]
+        elif self.speculate not in get_args(Speculate):
+            ways = ", ".join((*get_args(Speculate), HF_LOOKUP))
+            raise TwigVLMError(f"speculate={self.speculate}: must be one of {ways}, or {HF_DRAFT}MODEL")
+        else:
+            SpeculationConfig(self.speculate, **self.drafting)  # type: ignore[arg-type]
+
+    @property
+    def assistant(self) -> str | None:
+        """Id or directory of the small model that drafts for the base's own `generate`; None: none does."""
+        return self.speculate.removeprefix(HF_DRAFT) if self.speculate.startswith(HF_DRAFT) else None
+
+    @property
+    def assisted(self) -> bool:
+        """Whether the base's own `generate` speculates."""
+        return self.speculate == HF_LOOKUP or self.assistant is not None
 
     @property
     def needs_twig(self) -> bool:
         """Whether a trained twig takes part."""
-        return not (self.method == "none" or is_published(self.method)) or self.speculate not in WITHOUT_TWIG
+        return parse_method(self.method).needs_twig or not (self.assisted or self.speculate in WITHOUT_TWIG)
 
     @property
     def is_base(self) -> bool:
         """Whether the base's own `generate` answers."""
-        return self.method == "none" and self.speculate == "none"
+        return self.method == "none" and (self.assisted or self.speculate == "none")
+
+    def check_batch(self, size: int) -> None:
+        """Raise TwigVLMError if that many questions cannot be answered together."""
+        if self.assisted and size > 1:
+            raise TwigVLMError(
+                f"speculate={self.speculate}: transformers drafts for one prompt at a time, not for {size}; give --batch_size 1"
+            )
 
     def budget(self, visual: int) -> float | None:
         """R̄ for a prompt of that many visual tokens; None where it has no more than the budget, so that all of them stay."""
@@ -113,6 +161,7 @@ class Answerer:
         pad: whether pictures are padded to squares with the processor's mean colour, as LLaVA-1.5's evaluation does.
         system: text of a message before each question; empty: none.
         frames: of a video; None: as the processor does.
+        assistant: Hugging Face model that drafts, where the setting names one.
     """
 
     base: BaseVLM
@@ -122,11 +171,11 @@ class Answerer:
     pad: bool = False
     system: str = ""
     frames: int | None = None
+    assistant: Any = None
 
     def __post_init__(self) -> None:
         if self.model is not None and self.setting.method != "none":
-            # For its errors: an unknown method, or a layer that the base does not have.
-            make_variants(self.model, [self.setting.method], [1.0])
+            parse_methods(self.model, [self.setting.method])  # for its errors
 
     def answer(
         self, conversations: Sequence[Sequence[Message]], max_new_tokens: int, sampling: Mapping[str, Any]
@@ -139,8 +188,9 @@ class Answerer:
             sampling: `do_sample` and what belongs to it, as of `generate`.
 
         Raises:
-            TwigVLMError: a picture or a text is refused, or a prompt cannot have the budget.
+            TwigVLMError: a picture or a text is refused, a prompt cannot have the budget, or transformers cannot draft for it.
         """
+        self.setting.check_batch(len(conversations))
         prepared = [self._prepare(messages) for messages in conversations]
         video = any(True for messages in prepared for _ in media(messages, "video"))
         if video and getattr(self.processor, "video_processor", None) is None:
@@ -177,20 +227,23 @@ class Answerer:
         # The base's own generate takes a streamer for a single prompt only.
         watch = FirstToken(clock) if self.model is None and len(visual) == 1 else None
         generate = self.base.model.generate if self.model is None else self.model.generate
-        began = clock()
-        output: Any = generate(
-            **inputs, **options, **self._options(budget), return_dict_in_generate=True, streamer=watch
-        )
-        seconds = clock() - began
+        options, steps = {**options, **self._options(budget), "return_dict_in_generate": True}, None
+        with ExitStack() as around:
+            if self.setting.assisted:
+                assert watch is not None, "it is a single prompt"
+                steps, name = AssistedSteps(watch), f"speculate={self.setting.speculate}"
+                options |= around.enter_context(assisted_generation(self.base, inputs, self.assistant, steps, name))
+            began = clock()
+            output: Any = generate(**inputs, **options, streamer=steps or watch)
+            seconds = clock() - began
         first = None if watch is None or watch.at is None else watch.at - began
         new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
         new = up_to_end(new, self.base.model.generation_config)
-        drafted = accepted = passes = 0
         averages = [float(count) for count in visual]
+        drafted, accepted = ([], []) if steps is None else ([each] for each in steps.counts())
         if self.model is not None:
             first, averages = output.timings.prefill, output.average_visual
-            drafted, accepted = (sum(map(sum, each)) for each in (output.drafted_lengths, output.accepted_lengths))
-            passes = sum(count > 0 for row in output.drafted_lengths for count in row)
+            drafted, accepted = output.drafted_lengths, output.accepted_lengths
         return Answered(
             [self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new],
             [len(ids) for ids in new],
@@ -199,29 +252,25 @@ class Answerer:
             list(averages),
             seconds,
             first,
-            drafted,
-            accepted,
-            passes,
+            sum(map(sum, drafted)),
+            sum(map(sum, accepted)),
+            sum(count > 0 for row in drafted for count in row),
         )
 
     def _options(self, budget: float | None) -> dict[str, Any]:
         """Of `generate`."""
-        setting, method = self.setting, self.setting.method
+        setting = self.setting
         if self.model is None:
-            return {}
+            if setting.speculate != HF_LOOKUP:
+                return {}
+            lookup = SpeculationConfig("lookup", **setting.drafting)  # type: ignore[arg-type]
+            return prompt_lookup(lookup.draft_length, lookup.lookup_ngram)
         drafts = {"speculate": setting.speculate, **setting.drafting}
         if budget is None:
             return drafts
-        if is_published(method):
-            return {**drafts, "retain": budget, "pruner": make_pruner(method, setting.seed)}
-        if method == "scout":
-            return {**drafts, "retain": budget, "scout": True}
-        twig = {**drafts, "retain": budget, "final_wipe": setting.final_wipe, "final_share": setting.final_share}
-        if (coverage := refocus_of(method)) is not None:
-            return {**twig, "refocus": coverage, "diverse": is_diverse(method)}
-        if method == "diverse":
-            return {**twig, "diverse": True}
-        return {**twig, "scorer": scorer_of(method, self.model, setting.seed)}
+        method = parse_method(setting.method)
+        pruning = method.options(self.model, setting.final_wipe, setting.final_share, setting.seed)
+        return {**drafts, "retain": budget, **pruning}
 
 
 def to_square(image: Image.Image, colour: Sequence[int]) -> Image.Image:

@@ -9,6 +9,7 @@ import torch
 
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.assisted import check_assistant
 from twigvlm.evaluation.peak_memory import peak, reset_peak
 from twigvlm.integrations.lmms_eval import NEEDS
 from twigvlm.integrations.lmms_eval.answering import Answered, Answerer, Setting
@@ -46,7 +47,8 @@ class TwigVLMChat(lmms):
         twig: directory or hub id; None: Sapling's own, or none.
         method: none, or a method of `twigvlm evaluate accuracy`; None: twig where there is one and a budget, otherwise none.
         retain: R̄, or a share of each prompt's visual tokens such as 33.3%. A prompt with no more than that is not pruned.
-        speculate: how to draft, as in `TwigVLM.generate`.
+        speculate: how to draft, as in `TwigVLM.generate`; without pruning also hf-lookup, transformers' own prompt lookup, or
+            draft:MODEL, a small model by its Hugging Face id or directory, for the base's own `generate`.
         final_wipe: K_f; None: as the twig was tuned.
         final_share: φ; None: as the twig was tuned.
         pad: whether pictures are padded to squares, as LLaVA-1.5's evaluation does.
@@ -95,6 +97,7 @@ class TwigVLMChat(lmms):
             )
         method = method or ("none" if retain is None else "twig")
         setting = Setting(method, retain, speculate, final_wipe, final_share, seed, drafting)
+        setting.check_batch(int(batch_size))
         if setting.needs_twig and twig is None and pretrained != SAPLING:
             raise TwigVLMError(f"method={method}, speculate={speculate}: need a twig grown on {pretrained!r}; name one")
         system = SYSTEMS.get(system) or self._resolve_system_prompt(system)
@@ -105,7 +108,11 @@ class TwigVLMChat(lmms):
         if model is not None and speculate == "auto":
             model.costs()  # part of no answer's time
         base = BaseVLM(hf_model) if model is None else model.base
-        self.answerer = Answerer(base, model, processor, setting, pad, system, frames)
+        assistant = None
+        if setting.assistant is not None:
+            assistant, _ = load_base(setting.assistant, dtype, str(base.device))
+            check_assistant(base, assistant, setting.assistant)
+        self.answerer = Answerer(base, model, processor, setting, pad, system, frames, assistant)
         self.batch_size, self._longest, self._warm = int(batch_size), max_new_tokens, False
 
     def _place(self, device: str) -> str:
@@ -171,7 +178,9 @@ class TwigVLMChat(lmms):
             if given["type"] == "text":
                 return {"type": "text", "text": given["text"]}
             if given["type"] not in ("image", "video") or isinstance(given["url"], dict):
-                raise TwigVLMError(f"a part of type {given['type']!r}: is not supported")
+                raise TwigVLMError(
+                    f"a part of type {given['type']!r}: is not supported; choose a task of images or videos"
+                )
             return {"type": given["type"], given["type"]: given["url"]}
 
         messages = doc_to_messages(self.task_dict[task][split][doc_id])

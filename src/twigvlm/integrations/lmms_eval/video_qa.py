@@ -36,11 +36,15 @@ def load(places: Any) -> Any:
     folder, place = Path(os.environ[FOLDER]), places[0]
     questions, answers = (_read(folder / place[kind]) for kind in ("questions", "answers"))
     if [one["question_id"] for one in questions] != [one["question_id"] for one in answers]:
-        raise TwigVLMError(f"{folder / place['answers']}: answers other questions than {place['questions']} asks")
+        raise TwigVLMError(
+            f"{folder / place['answers']}: answers other questions than {place['questions']} asks; put the two that "
+            "belong together there"
+        )
     videos = {path.stem: path for path in (folder / place["videos"]).glob("*") if path.suffix.lower() in SUFFIXES}
     if missing := sorted({one["video_name"] for one in questions} - videos.keys()):
         raise TwigVLMError(
-            f"{folder / place['videos']}: lacks {len(missing)} of the videos that are asked about, the first is {missing[0]}"
+            f"{folder / place['videos']}: lacks {len(missing)} of the videos that are asked about, the first is {missing[0]}; "
+            "put them there"
         )
     return Dataset.from_list(
         [
@@ -74,7 +78,9 @@ def judged(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """
     verdict = _judge().evaluate_binary(doc["question"], doc["answer"], results[0], output_format="yes/no")
     if not verdict["raw_response"]:
-        raise TwigVLMError(f"question {doc['question_id']}: the judge gave no verdict")
+        raise TwigVLMError(
+            f"question {doc['question_id']}: the judge gave no verdict; check MODEL_VERSION, API_TYPE and the key"
+        )
     return {"judged": float(verdict["result"])}
 
 
@@ -90,4 +96,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
     try:
         return list(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise TwigVLMError(f"{path}: cannot be read ({error})") from None
+        raise TwigVLMError(
+            f"{path}: cannot be read ({error}); put the file of Video-LLaVA's evaluation there"
+        ) from None

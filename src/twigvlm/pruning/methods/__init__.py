@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from typing import Any, Final
 
 from twigvlm.errors import TwigVLMError
@@ -47,7 +48,12 @@ _AT_A_LAYER = ("dart", "fastv", "random")
 _NEEDED = {"random": "LAYER", "fitprune": "DIRECTORY"}
 """Methods that cannot do without what is given after the colon."""
 _CHOICES = {"compacted": "positions", "published": "accounting"}
-"""Words that any name may have after a colon, and the field of the method's class that they are a value of."""
+"""Words that a name may have after a colon, and the option of the method that they are a value of."""
+_REFUSED = {
+    "compacted": "was not published with other positions",
+    "published": "counts its budget in one way only",
+}
+"""What is said of a method that does not have the option."""
 
 
 def make_pruner(name: str, seed: int = 0) -> Pruner:
@@ -93,13 +99,12 @@ def make_pruner(name: str, seed: int = 0) -> Pruner:
         options["layer"] = int(given)
     elif others:
         raise TwigVLMError(f"pruner {name!r}: only {', '.join(_AT_A_LAYER)} take a layer, for example fastv:3")
-    try:
-        return METHODS[method](**options)
-    except TypeError:  # a field that its class does not have
-        raise TwigVLMError(
-            f"pruner {name!r}: {method} was not published with other positions, or another way to count; leave out "
-            f"{' and '.join(word for word in words if word in _CHOICES)}"
-        ) from None
+    taken = signature(METHODS[method]).parameters
+    refused = [word for word in _CHOICES if word in words and _CHOICES[word] not in taken]
+    if refused:
+        reasons = " and ".join(_REFUSED[word] for word in refused)
+        raise TwigVLMError(f"pruner {name!r}: {method} {reasons}; leave out {' and '.join(refused)}")
+    return METHODS[method](**options)
 
 
 def reads_files(name: str) -> bool:

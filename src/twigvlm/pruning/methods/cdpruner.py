@@ -7,7 +7,6 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from twigvlm.pruning.cut import Need
 from twigvlm.pruning.images import ImageTokens, PerImage, Picked, unit
 from twigvlm.pruning.select import greedy_determinant
 
@@ -29,10 +28,9 @@ class CDPruner(PerImage):
     """
 
     relevance: Callable[[ImageTokens], Tensor] = embedded_relevance
-    """Of an image's tokens to the question. The authors ask CLIP's text tower, which no LLaVA checkpoint has, and negate its
-    cosines; pass a function that does so where you have one."""
+    """Of an image's tokens to the question. The authors ask CLIP's text tower, which no LLaVA checkpoint has: if you have one,
+    pass `ClipRelevance(clip, clip_tokenizer, base_tokenizer)`."""
     paper: ClassVar[str] = "Zhang et al., NeurIPS 2025, arXiv:2506.10967"
-    needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION})
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
         """Of one image."""

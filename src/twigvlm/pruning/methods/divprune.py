@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import torch
 
-from twigvlm.pruning.cut import Need
 from twigvlm.pruning.images import ImageTokens, PerImage, Picked, nearest, unit
 
 
@@ -17,7 +16,6 @@ class DivPrune(PerImage):
     """
 
     paper: ClassVar[str] = "Alvar et al., CVPR 2025, arXiv:2503.02175"
-    needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION})
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
         """Of one image."""

@@ -1,4 +1,4 @@
-"""MustDrop under a budget: cuts after four layers, by the attention of the whole question; key tokens stay."""
+"""MustDrop under a budget: cuts after four layers, by the attention of the whole question; key tokens are dropped last."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.pruning.cut import Choice, Cut, Need, scaled_layers, solve_cuts
+from twigvlm.pruning.cut import Choice, Cut, Need, average_visual, scaled_layers, solve_cuts
 from twigvlm.pruning.images import Positions
 from twigvlm.pruning.question import attention_from, question_mask
 from twigvlm.pruning.select import top_visual
@@ -25,7 +25,10 @@ class MustDrop:
     Liu et al., "Multi-Stage Vision Token Dropping" (2024). As published a token goes if the question gives it less than a
     share g of what it gives to all visual tokens, and no token of the question more than i; how many go differs from
     prompt to prompt. Here the tokens with the largest max(sum/(g·total), max/i) stay, a share λ at each cut, so that a
-    budget holds. Key tokens are the 8 % that the vision tower's last block attends to most.
+    budget holds. Key tokens are the 8 % that the vision tower's last block attends to most, and no cut drops one of them.
+
+    A budget too small for that (R̄ below 96 of 576 tokens in 32 layers) leaves fewer tokens than there are key tokens behind some
+    cuts, which then choose among the key tokens, in the same way.
     """
 
     key_share: float = 0.08
@@ -46,9 +49,20 @@ class MustDrop:
             raise TwigVLMError(f"thresholds={self.thresholds}: both must be more than 0")
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """Cuts that keep λM, λ²M, λ³M, λ⁴M; raises TwigVLMError if no λ has this average."""
+        """Cuts that keep λM, λ²M, λ³M, λ⁴M, and all key tokens if R̄ allows it.
+
+        Raises:
+            TwigVLMError: no λ has this average.
+        """
         at = scaled_layers(_LAYERS, layers)
-        return solve_cuts(at, lambda share: [share**power for power in (1, 2, 3, 4)], retain, visual, layers)
+        cuts = solve_cuts(at, lambda share: [share**power for power in (1, 2, 3, 4)], retain, visual, layers)
+        keys = int(self.key_share * visual)
+        if retain is None or average_visual([Cut(layer, keys) for layer in at], visual, layers) > retain:
+            return cuts
+        least = keys / visual
+        return solve_cuts(
+            at, lambda share: [max(share**power, least) for power in (1, 2, 3, 4)], retain, visual, layers
+        )
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"] | Choice:
         """The key tokens, then those that the question looks at."""
@@ -56,7 +70,8 @@ class MustDrop:
         total, largest = self._attention(view)
         share, single = self.thresholds
         scores = torch.maximum(total / (share * total.sum(dim=1, keepdim=True)), largest / single)
-        scores = scores + self._is_key(view) * (1 + scores.max())
+        # In float64, so that the sum rounds no difference between key tokens away.
+        scores = scores.double() + self._is_key(view) * (1 + scores.amax(dim=1, keepdim=True)).double()
         return Choice(top_visual(scores, visual, keep), None, self.positions == "compacted")
 
     def _attention(self, view: CutView) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch tokens"]]:

@@ -82,6 +82,10 @@ def quotas(sizes: Sequence[int], different: Sequence[int], keep: int, with_cls: 
         different: those that resemble no other.
         keep: R.
         with_cls: whether one of R is the CLS token.
+
+    Returns:
+        At least one of each group, the others in proportion to the tokens that resemble no other; at most 5·⌈R/64⌉ and as many as
+        these are, unless R needs more. What is left of R goes to the groups in the order of their sizes, the largest first.
     """
     total = keep - with_cls
     most = [min(5 * ceil(keep / 64), size, each) for size, each in zip(sizes, different, strict=True)]
@@ -94,6 +98,6 @@ def quotas(sizes: Sequence[int], different: Sequence[int], keep: int, with_cls: 
         split.append(1 + up_to - before)
         before = up_to
     split = [min(count, limit) for count, limit in zip(split, most, strict=True)]
-    for index in sorted(range(len(sizes)), key=lambda index: -different[index]):
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         split[index] += min(most[index] - split[index], total - sum(split))
     return split

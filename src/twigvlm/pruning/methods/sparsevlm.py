@@ -63,11 +63,11 @@ class SparseVLM:
             return Choice(top_visual(scores, visual, keep), None, self.positions == "compacted")
         stays, hidden = torch.zeros_like(visual), view.tokens.hidden.clone()
         for row, count in enumerate(keep):
-            slots, states = _recycled(scores[row], view.tokens.hidden[row], visual[row].nonzero()[:, 0], count)
+            indices, states = _recycled(scores[row], view.tokens.hidden[row], visual[row].nonzero()[:, 0], count)
             if self.positions == "compacted":
-                slots = slots.sort().values
-            stays[row, slots] = True
-            hidden[row, slots] = states
+                indices = indices.sort().values
+            stays[row, indices] = True
+            hidden[row, indices] = states
         return Choice(stays, hidden, self.positions == "compacted")
 
     def _scores(self, view: CutView) -> Float[Tensor, "batch tokens"]:
@@ -135,7 +135,7 @@ def recycling(visual: int, keep: int) -> tuple[int, int]:
 def _recycled(
     scores: Float[Tensor, " tokens"], hidden: Float[Tensor, "tokens width"], visual: Int[Tensor, " visual"], keep: int
 ) -> tuple[Int[Tensor, " keep"], Float[Tensor, "keep width"]]:
-    """Slots and states of the tokens that stay, in their order, and behind them of the clusters' means."""
+    """Indices and states of the tokens that stay, in their order, and behind them of the clusters' means."""
     count, clusters = recycling(len(visual), keep)
     ranked = visual[scores[visual].argsort(descending=True, stable=True)]
     kept = ranked[:count].sort().values

@@ -47,7 +47,7 @@ class VisionZip(PerImage):
         rest[patches] = False
         others = rest.nonzero()[:, 0]
         features = image.features.float()
-        states, slots = [features[patches]], [patches]
+        states, indices = [features[patches]], [patches]
         if contextual:
             step = max(1, len(others) // contextual)
             targets = others[::step][:contextual]
@@ -58,11 +58,11 @@ class VisionZip(PerImage):
             sums = torch.zeros_like(features[targets]).index_add_(0, nearest_target, features[merged])
             sizes = torch.bincount(nearest_target, minlength=contextual).clamp(min=1)
             states.append(features[targets] + sums / sizes[:, None])
-            slots.append(targets)
+            indices.append(targets)
         if cls is not None:
             states.insert(0, cls.float())
-            slots.insert(0, rest.nonzero()[:1, 0])
-        return Picked(torch.cat(slots), self.project(image.vision, torch.cat(states)))
+            indices.insert(0, rest.nonzero()[:1, 0])
+        return Picked(torch.cat(indices), self.project(image.vision, torch.cat(states)))
 
     def project(self, vision: Vision, features: Float[Tensor, "kept features"]) -> Float[Tensor, "kept width"]:
         """Merged features as visual tokens.
