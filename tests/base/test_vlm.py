@@ -75,7 +75,7 @@ def test_the_base_runs_as_before_after_a_prompt_and_after_one_that_it_refuses():
     base.prompt(**prompt())
     assert torch.equal(model(**prompt()).logits, before)
     with pytest.raises(
-        TwigVLMError, match=r"the base refuses this prompt: .*exactly one of input_ids or inputs_embeds"
+        TwigVLMError, match=r"the base refuses this prompt \(.*exactly one of input_ids or inputs_embeds"
     ):
         base.prompt(**prompt(), inputs_embeds=torch.zeros(1, 25, 32))
     assert torch.equal(model(**prompt()).logits, before)

@@ -133,7 +133,7 @@ def test_what_is_finished_is_not_asked_or_timed_again(arguments, tmp_path, monke
 
 def test_what_cannot_be_compared_is_refused(refused, arguments, tmp_path):
     refused(*arguments(methods="fastw"), words=("method 'fastw'", "must be one of", "twigvlm methods"))
-    refused(*arguments(methods="cdpruner:3"), words=("take a layer",))
+    refused(*arguments(methods="cdpruner:3"), words=("takes no layer",))
     refused(*arguments(methods="base"), words=("nothing to compare",))
     refused(*arguments(budgets=3, methods=["fastv", "twig"]), words=("method 'fastv': retain=3", "method 'twig'"))
     refused(*arguments(budgets=99), words=("method 'fastv': retain=99",))

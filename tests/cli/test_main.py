@@ -176,7 +176,7 @@ def test_bad_values_are_one_line_too(option, words, refused):
         ("evaluate speed --question q --output o", "required: --questions PATH; unrecognized: --question, q", "evaluate speed"),
         ("convert", "required: SOURCE, OUT, --model STR", "convert"),
         ("generate", "required: --prompt STR or --prompts PATH", "generate"),
-        ("generate --prompt a --prompts b", "required: --prompt STR or --prompts PATH, one of them", "generate"),
+        ("generate --prompt a --prompts b", "required: --prompt STR or --prompts PATH; give one of them", "generate"),
         ("generate --prompt a --tempurature 1", "unrecognized options: --tempurature, 1; perhaps you meant --temp", "generate"),
         ("generate --prompt a --dtype int3", "invalid choice 'int3' for argument '--dtype'", "generate"),
         ("generate --prompt a --top-p all", "--top-p FLOAT: 'all' does not fit", "generate"),

@@ -101,7 +101,7 @@ def test_the_model_is_left_as_it_was():
         ("deep:²", "refocus:τ, .*deep:N, deep:N-M"),
         ("fastv:²", "'²' is not a layer"),
         ("visionzap", "must be one of"),
-        ("cdpruner:3", "take a layer"),
+        ("cdpruner:3", "takes no layer"),
         ("refocus:x", "must name τ"),
         ("refocus:2", "at most 1"),
     ],

@@ -61,7 +61,7 @@ def test_what_some_methods_cannot_do_without_is_asked_for(tmp_path):
         ("random:-1", "'-1' is not a layer; give its number, for example random:3"),
         ("random:", "needs the layer to cut after"),
         ("fitprune:", "needs the directory of a schedule"),
-        ("cdpruner:3", "only dart, fastv, random take a layer"),
+        ("cdpruner:3", "takes no layer; give one only to dart, fastv, random"),
         ("pyramiddrop:published", "pyramiddrop counts its budget in one way only; leave out published$"),
         ("visionzip:published:compacted", "visionzip counts its budget in one way only; leave out published$"),
         ("dart:compacted", "dart was not published with other positions; leave out compacted$"),

@@ -1,5 +1,6 @@
 """Ray Data and Ray Serve on a local Ray with two workers: `make test-ray`."""
 
+import base64
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("ray")
 
 ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "src" / "twigvlm" / "sapling" / "demo.png"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
@@ -59,6 +61,30 @@ def service():
     found = tiny_service()
     yield found
     found.stop()
+
+
+SAPLING = open_model("sapling", dtype="float32", device="cpu")
+SIGNS = {"retain": 64, "speculate": "chain"}
+
+
+@pytest.fixture(scope="module")
+def sapling():
+    found = SAPLING(Limits())
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def client():
+    """Of the application that a test runs."""
+    from openai import OpenAI
+
+    serve.start(http_options={"host": "127.0.0.1", "port": 8765})
+    try:
+        with OpenAI(base_url="http://127.0.0.1:8765/v1", api_key="unused", max_retries=0) as found:
+            yield found
+    finally:
+        serve.shutdown()
 
 
 def records(count):
@@ -193,18 +219,43 @@ def test_a_lost_worker_loses_no_record(service, tmp_path):
     check(service, out, 40)
 
 
-def test_an_application_with_two_replicas_streams(service):
-    from openai import OpenAI
-
-    serve.start(http_options={"host": "127.0.0.1", "port": 8765})
+def test_an_application_with_two_replicas_streams(service, client):
     serve.run(serve_app(make_service, num_replicas=2, ray_actor_options={"num_cpus": 1}), route_prefix="/")
-    try:
-        with OpenAI(base_url="http://127.0.0.1:8765/v1", api_key="unused", max_retries=0) as client:
-            text = decoded(service, expected(service, "what is it?", [picture()], max_new_tokens=12))
-            for _ in range(4):
-                chunks = list(client.chat.completions.create(**chat(images=[picture()]), stream=True))
-                assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
-                assert len(chunks) > 4
-            assert client.chat.completions.create(**chat(images=[picture()])).choices[0].message.content == text
-    finally:
-        serve.shutdown()
+    text = decoded(service, expected(service, "what is it?", [picture()], max_new_tokens=12))
+    for _ in range(4):
+        chunks = list(client.chat.completions.create(**chat(images=[picture()]), stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+        assert len(chunks) > 4
+    assert client.chat.completions.create(**chat(images=[picture()])).choices[0].message.content == text
+
+
+def test_sapling_answers_on_two_workers_as_alone(sapling, tmp_path):
+    photo = DEMO.read_bytes()
+    asked = [
+        ("What does the sign say?", photo),
+        ("Describe the image.", photo),
+        ("What is it?", base64.b64decode(picture().partition(",")[2])),
+        ("How many things are there?", photo),
+    ]
+    rows = [{"id": f"r{number}", "question": text, "image": image} for number, (text, image) in enumerate(asked)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    options = {"workers": 2, "batch_size": 2, "max_completion_tokens": 16, **SIGNS}
+    assert answer_dataset(tmp_path / "in.parquet", tmp_path / "out", SAPLING, **options) == 4
+    assert len(list((tmp_path / "out").glob("part-*.parquet"))) == 2
+    for (question, image), answer in zip(asked, read_answers(tmp_path / "out").to_pylist(), strict=True):
+        ids = expected(sapling, question, [image], max_new_tokens=16, **SIGNS)
+        assert answer["error"] is None
+        assert (answer["answer"], answer["tokens"]) == (decoded(sapling, ids), len(ids))
+        assert answer["visual_tokens"] == pytest.approx(64, abs=1)
+
+
+def test_sapling_in_an_application_that_scales_itself(sapling, client):
+    """Two replicas at least, where the default of a deployment is one."""
+    app = serve_app(SAPLING, autoscaling_config={"min_replicas": 2, "max_replicas": 3})
+    serve.run(app, name="sapling", route_prefix="/")
+    (deployment,) = serve.status().applications["sapling"].deployments.values()
+    assert deployment.replica_states == {"RUNNING": 2}
+    image = f"data:image/png;base64,{base64.b64encode(DEMO.read_bytes()).decode()}"
+    body = {**chat("What does the sign say?", [image], extra_body=SIGNS), "model": "sapling"}
+    text = decoded(sapling, expected(sapling, "What does the sign say?", [image], max_new_tokens=12, **SIGNS))
+    assert [client.chat.completions.create(**body).choices[0].message.content for _ in range(2)] == [text] * 2

@@ -179,7 +179,7 @@ class BaseVLM:
         except Exception as error:
             if not is_refusal(error):
                 raise
-            raise TwigVLMError(f"the base refuses this prompt: {one_line(error)}") from error
+            raise TwigVLMError(f"the base refuses this prompt ({one_line(error)}); check its inputs") from error
         hidden, input_ids = cast(Tensor, kwargs["inputs_embeds"]).to(self.device), input_ids.to(self.device)
         mask = inputs.get("attention_mask")
         mask = None if mask is None or bool(mask.all()) else mask.to(self.device)

@@ -46,7 +46,7 @@ class Generate(AnswerOptions):
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.prompts is None):
-            raise UsageError("required: --prompt STR or --prompts PATH, one of them")
+            raise UsageError("required: --prompt STR or --prompts PATH; give one of them")
 
     @property
     def continuation(self) -> str:

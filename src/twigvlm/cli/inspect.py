@@ -70,7 +70,9 @@ class Inspect(QuestionOptions):
         visual = int(mask.sum())
         grid = patch_grid(session.base, visual, inputs)
         if grid is None:
-            raise TwigVLMError(f"model {self.model!r}: its {visual} visual tokens form no grid that could be drawn")
+            raise TwigVLMError(
+                f"model {self.model!r}: its {visual} visual tokens form no grid to draw; choose a picture that becomes no tiles"
+            )
         keeps = {budget: _keep(model, budget, visual) for budget in self.budgets}
         with steps("Answering", self.max_new_tokens, last_line=False) as advance:
             answer = answer_question(

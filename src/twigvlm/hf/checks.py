@@ -48,7 +48,7 @@ def _check_types(kwargs: dict[str, Any]) -> None:
     mask, shape = kwargs.get("attention_mask"), tuple(kwargs["input_ids"].shape)
     if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != shape):
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise TwigVLMError(f"attention_mask: is {found}; pass the processor's, a tensor {list(shape)}")
+        raise TwigVLMError(f"attention_mask: is {found}; pass the processor's, of input_ids' shape {shape}")
     for name, value in kwargs.items():
         of_pictures = name.startswith(("pixel_values", "image_", "video_"))
         tensors = isinstance(value, Tensor) or (

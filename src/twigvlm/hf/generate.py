@@ -113,7 +113,9 @@ class HFGenerateAdapter:
             check_mask(mask)  # it may be Hugging Face's own, made from the padding tokens
         padding = [0] * len(input_ids) if mask is None else (mask == 0).sum(dim=1).tolist()
         if self.prefix is not None and any(padding):
-            raise TwigVLMError(f"attention_mask: hides {padding[0]} tokens; a conversation's prompt has no padding")
+            raise TwigVLMError(
+                f"attention_mask: hides {padding[0]} tokens; give a conversation's prompt without padding"
+            )
         inputs = {"input_ids": input_ids, **model_kwargs}
         prompt = (self.prefix or PrefixCache()).open(self.base, inputs, self.vision)
         stopping = split_criteria(stopping_criteria, input_ids, padding)

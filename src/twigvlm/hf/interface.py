@@ -15,14 +15,21 @@ from twigvlm.twig.block import Twig
 
 
 class HFInterface(nn.Module):
-    """The names by which a Hugging Face model is saved and asked about itself; they save the twig and answer for the base."""
+    """Methods and attributes by which a Hugging Face model is saved and inspected; they save the twig and describe the base."""
 
     model: Any
     base: BaseVLM
     twig: Twig
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
-        """Save only the twig to a directory, with a model card. Each file is replaced completely or not at all."""
+        """Save only the twig to a directory, with a model card. Each file is replaced completely or not at all.
+
+        Args:
+            path: of the directory, which is created if it does not exist.
+
+        Raises:
+            TwigVLMError: the model has no twig, its training has diverged, or the directory cannot be written to.
+        """
         twig_files.save(self.base, self.twig, path)
 
     def push_to_hub(

@@ -51,7 +51,7 @@ def rows_of(
             if not any(visual.grid for visual in base.family.visuals):
                 raise
             # Families with grids lay out the positions of images before the adapter is called.
-            raise TwigVLMError(f"the base refuses this prompt: {one_line(error)}") from error
+            raise TwigVLMError(f"the base refuses this prompt ({one_line(error)}); check its inputs") from error
     return adapter
 
 

@@ -88,7 +88,7 @@ def read_source(source: Path) -> pa.Table:
                 f"{name}: is no Parquet file, and no folder with {QUESTIONS} ({one_line(error)}); give one of them"
             ) from None
     if missing := {"id", "question", "image"} - set(table.column_names):
-        raise TwigVLMError(f"{name}: has no column {', '.join(sorted(missing))}")
+        raise TwigVLMError(f"{name}: has no column {', '.join(sorted(missing))}; add it")
     # What has no id is called by its number.
     ids = [str(number if key is None else key) for number, key in enumerate(table.column("id").to_pylist())]
     if len(set(ids)) < len(ids):

@@ -28,7 +28,7 @@ def tuned_projector(folder: str, own: nn.Module) -> dict[str, Tensor]:
     weights, mine = _read(path, path.stat().st_mtime_ns), own.state_dict()
     if {name: one.shape for name, one in weights.items()} != {name: one.shape for name, one in mine.items()}:
         raise TwigVLMError(
-            f"projector {folder!r}: belongs to another base, whose projector has other weights than this one's"
+            f"projector {folder!r}: belongs to another base, whose projector has other weights; train one for this base"
         )
     return {name: one.to(mine[name]) for name, one in weights.items()}
 

@@ -145,7 +145,7 @@ def _check(module: Projecting, data: Dataset[dict[str, Tensor]]) -> None:
         if visual:
             break
     else:
-        raise TwigVLMError("data: no sample has a picture, and only pictures teach a projector")
+        raise TwigVLMError("data: no sample has a picture; add some, since only they teach a projector")
     if retain >= visual:
         raise TwigVLMError(
             f"retain={retain:g}: VisionZip merges nothing among the {visual} visual tokens of the first picture; choose less"
@@ -155,4 +155,6 @@ def _check(module: Projecting, data: Dataset[dict[str, Tensor]]) -> None:
         with torch.no_grad():
             module(**batch)
     except TwigVLMError as error:
-        raise TwigVLMError(f"this base's projector cannot be tuned for VisionZip ({one_line(error)})") from None
+        raise TwigVLMError(
+            f"this base's projector cannot be tuned for VisionZip ({one_line(error)}); choose another base"
+        ) from None

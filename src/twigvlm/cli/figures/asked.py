@@ -62,7 +62,9 @@ class FigureAttention(_Asked):
             mask = model.base.visual_mask(inputs["input_ids"])
             grid = patch_grid(session.base, int(mask.sum()), inputs)
             if grid is None:
-                raise TwigVLMError(f"model {self.model!r}: its visual tokens form no grid that could be drawn")
+                raise TwigVLMError(
+                    f"model {self.model!r}: its visual tokens form no grid to draw; choose a picture that becomes no tiles"
+                )
             scores = score_all(model, inputs, list(titles))
             maps = {title: scores[method][mask].view(grid) for method, title in titles.items()}
             image = load_image(question.image)

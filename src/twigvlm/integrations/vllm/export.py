@@ -79,13 +79,15 @@ def check_exportable(base: BaseVLM) -> None:
     window = min((size for size in map(window_of, base.layers) if size is not None), default=None)
     if window is not None and window < base.config.max_position_embeddings:
         raise TwigVLMError(
-            f"sliding window of {window} tokens: the plug-in for vLLM runs layers that see all tokens; a base without a window "
-            "can be exported"
+            f"sliding window of {window} tokens: the plug-in for vLLM runs layers that see all tokens; choose a base without a "
+            "window"
         )
     if base.config.hidden_act != "silu":
-        raise TwigVLMError(f"activation {base.config.hidden_act!r}: vLLM's layers have silu")
+        raise TwigVLMError(
+            f"activation {base.config.hidden_act!r}: the plug-in's layers have silu; choose a base that has it too"
+        )
     if bias_of(base.head) is not None:
-        raise TwigVLMError("the base's head has a bias, and vLLM's heads have none; it cannot be exported")
+        raise TwigVLMError("the base's head has a bias, which vLLM's heads do not have; choose a base without one")
 
 
 def drafter_config(model: TwigVLM) -> dict[str, Any]:

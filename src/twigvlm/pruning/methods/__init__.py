@@ -98,7 +98,9 @@ def make_pruner(name: str, seed: int = 0) -> Pruner:
             raise TwigVLMError(f"pruner {name!r}: {given!r} is not a layer; give its number, for example {method}:3")
         options["layer"] = int(given)
     elif others:
-        raise TwigVLMError(f"pruner {name!r}: only {', '.join(_AT_A_LAYER)} take a layer, for example fastv:3")
+        raise TwigVLMError(
+            f"pruner {name!r}: takes no layer; give one only to {', '.join(_AT_A_LAYER)}, for example fastv:3"
+        )
     taken = signature(METHODS[method]).parameters
     refused = [word for word in _CHOICES if word in words and _CHOICES[word] not in taken]
     if refused:

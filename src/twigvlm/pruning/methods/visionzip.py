@@ -71,7 +71,9 @@ class VisionZip(PerImage):
             TwigVLMError: the projector cannot be replaced.
         """
         if self.projector is not None and vision.projector is None:
-            raise TwigVLMError("projector: this base merges patches in its own, which no other can replace")
+            raise TwigVLMError(
+                "projector: this base merges patches in its own, which no other can replace; leave it out"
+            )
         if isinstance(self.projector, nn.Module):
             projected: Tensor = self.projector(features[None].to(next(self.projector.parameters()).dtype))
             return projected[0].to(vision.projected)

@@ -129,7 +129,7 @@ def render(sample: Mapping[str, Any], processor: Any) -> tuple[str, list[tuple[i
             answered = render_messages(processor, messages[:end], name, add_generation_prompt=False).rstrip()
         if not (question.startswith(text) and answered.startswith(question)):
             raise TwigVLMError(
-                "chat template: rewrites earlier turns when one is added; training needs one that only appends"
+                "chat template: rewrites earlier turns when one is added; give the processor one that only appends"
             )
         spans.append((len(question), len(answered)))
         text = answered

@@ -71,7 +71,7 @@ def to_messages(sample: Any, identity: Any, folder: Path | None = None) -> dict[
     name = f"sample {identity!r}"
     sample = sample if isinstance(sample, Mapping) else {}
     if any(sample.get(key) for key in ("video", "videos", "audio")):
-        raise BrokenSample(f"{name}: holds video or audio; only pictures are supported, drop it")
+        raise BrokenSample(f"{name}: holds video or audio; drop it, since only pictures are supported")
     messages = list(_turns(sample, name))
     beside = sample.get("images") if sample.get("images") is not None else sample.get("image")
     given = iter(beside if isinstance(beside, list | tuple) else [] if beside is None else [beside])
@@ -108,7 +108,7 @@ def _turns(sample: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
         if "text" not in kinds:
             raise BrokenSample(f"{name}: turn {number} has no text under {what!r}; fill it in or drop the turn")
         if "image" in kinds and role != "user":
-            raise BrokenSample(f"{name}: turn {number} holds an image or {PLACEHOLDER!r}; only questions may")
+            raise BrokenSample(f"{name}: turn {number} holds an image or {PLACEHOLDER!r}; move it into a question")
         yield {"role": role, "content": parts}
         if not leads:
             expected = "user" if expected == "assistant" else "assistant"
@@ -135,7 +135,7 @@ def _parts(content: Any, name: str) -> Iterator[dict[str, Any]]:
             if part["text"].strip():
                 yield {"type": "text", "text": part["text"].strip()}
         else:
-            raise BrokenSample(f"{name} holds a part of type {kind!r}; it may hold 'text' and 'image'")
+            raise BrokenSample(f"{name} holds a part of type {kind!r}; give it 'text' and 'image' alone")
 
 
 def _image(image: Any, name: str, folder: Path | None) -> str | bytes | Image.Image:
