@@ -223,8 +223,6 @@ class TwigVLM(HFInterface, Calibrated):
                 raise TwigVLMError(
                     "generator: the base's own generate takes none; leave it out, and seed by torch.manual_seed"
                 )
-            if memory is not None:
-                raise TwigVLMError("memory: does not apply while the twig is disabled; leave it out")
             return self.model.generate(**kwargs)
         check_arguments(kwargs, self.model.generation_config)
         check_speculation(speculation, self.base, self.twig, len(kwargs["input_ids"]))

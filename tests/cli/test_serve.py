@@ -115,6 +115,34 @@ def test_options_that_do_not_fit_are_refused(refused, options, words):
     refused("serve", *options, words=[words])
 
 
+@pytest.mark.parametrize("name", ["a*b", "https://server.test", ""])
+def test_a_name_that_no_client_can_call_is_refused_before_the_model_is_loaded(refused, name):
+    refused("serve", "--model", "nowhere", "--allow-host", name, words=[f"allow_host {name!r}: is no host name"])
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("/proc/nowhere/out.jsonl", "cannot be written (No such file or directory)"),
+        ("x" * 300, "cannot be written (File name too long)"),
+        ("x" * 240 + ".jsonl", "cannot be written (File name too long)"),
+    ],
+)
+def test_results_that_cannot_be_written_are_refused_before_the_model_is_loaded(refused, tmp_path, output, words):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"custom_id": "one", "body": {}}))
+    refused("batch", source, tmp_path / output, "--model", "nowhere", words=["output ", words])
+    assert [*tmp_path.iterdir()] == [source]
+
+
+def test_requests_are_not_overwritten_with_their_results(refused, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"custom_id": "one", "body": {}}) + "\n")
+    before = source.read_text()
+    refused("batch", source, source, "--model", "nowhere", words=["is no result; choose another file"])
+    assert (source.read_text(), [*tmp_path.iterdir()]) == (before, [source])
+
+
 @pytest.mark.parametrize("name", ["waiting-seconds", "total-seconds", "max-waiting", "max-held", "upload-seconds"])
 def test_limits_of_a_server_are_refused_for_batch_files(refused, tmp_path, name):
     words = [f"{name.replace('-', '_')}=7: does not apply to batch files", f"leave --{name} out"]

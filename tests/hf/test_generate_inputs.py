@@ -7,7 +7,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.batches import batched
 from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
-from twigvlm.kv.prefix_cache import PrefixCache
 
 
 def test_a_prompt_that_ends_with_an_image_is_not_pruned(model):
@@ -36,11 +35,6 @@ def test_shorter_answers_are_padded_as_the_base_pads_them(model, monkeypatch):
         expected = model.generate(**inputs, **options)
     assert expected.shape[1] > width + 4, "one answer is shorter"
     assert torch.equal(model.generate(**inputs, **options), expected)
-
-
-def test_a_prefix_cache_is_not_kept_while_the_twig_is_disabled(model):
-    with model.disabled(), pytest.raises(TwigVLMError, match="memory: does not apply while the twig is disabled"):
-        model.generate(**prompt(), max_new_tokens=2, memory=PrefixCache())
 
 
 def test_without_an_attention_mask(model):

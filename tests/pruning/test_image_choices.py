@@ -1,7 +1,7 @@
 """What each method chooses among an image's tokens, against a reference that makes every table and loops over every token."""
 
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
@@ -173,6 +173,7 @@ def test_prunesid(size, shared):
     group = loadings.argmax(1)
     cosine = cosines(tokens.features, tokens.features)
     most = keep / 32 * cosine.triu(1).sum() / (len(tokens) * (len(tokens) - 1) / 2)
+    assume(bool(((cosine - most).abs() > 1e-5).all()))  # rounding decides about the others
     for index in group.unique().tolist():
         order = sorted((group == index).nonzero()[:, 0].tolist(), key=lambda j: -float(tokens.importance[j]))
         different = []

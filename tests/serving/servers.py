@@ -16,7 +16,8 @@ from tests.tiny import tiny_llava
 from tests.tiny_processor import CHAT_TEMPLATE, tiny_processor
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.serving.app import create_app
-from twigvlm.serving.server import allowed_hosts, make_server
+from twigvlm.serving.hosts import allowed_hosts
+from twigvlm.serving.server import make_server
 from twigvlm.serving.service import Service
 
 NAME = "tiny"

@@ -1,5 +1,6 @@
 """Batch files: every request has one result, whatever fails and whenever the run is killed."""
 
+import base64
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ import torch
 from tests.serving.servers import chat, decoded, expected, picture, tiny_service
 from twigvlm.errors import TwigVLMError
 from twigvlm.serving.batch import URL, BatchLine, BatchRun, open_results, read_batch, write_result
+from twigvlm.serving.errors import RequestError
 
 ROOT = Path(__file__).parents[2]
+PICTURE = base64.b64decode(picture().partition(",")[2])
 
 
 def write(path, bodies, **more):
@@ -62,7 +66,13 @@ def test_answers_and_errors(service, tmp_path):
         assert text == decoded(service, expected(service, f"question {number}", [picture()], max_new_tokens=12))
     for number in (4, 5, 6):
         assert found[f"r{number}"]["response"]["status_code"] == 400
-        assert found[f"r{number}"]["error"]["message"]
+        assert found[f"r{number}"]["response"]["body"]["error"]["message"]
+    assert {record["error"] for record in found.values()} == {None}  # as OpenAI has it where there is a response
+
+
+def test_equal_requests_have_ids_of_their_own(service, tmp_path):
+    run(service, write(tmp_path / "in.jsonl", [chat(max_completion_tokens=1)] * 2), tmp_path / "out.jsonl")
+    assert len({record["response"]["request_id"] for record in results(tmp_path / "out.jsonl").values()}) == 2
 
 
 def test_a_run_goes_on_after_a_line_without_its_end(service, tmp_path):
@@ -93,8 +103,8 @@ def test_results_of_another_batch_and_two_runs_at_once_are_refused(service, tmp_
     ("text", "words"),
     [
         ('{"custom_id": "r0", "body": {}}\n', "line 1: is no result"),
-        ('{"custom_id": "r0", "body": {}}', "ends with what is no result"),
-        ("notes", "ends with what is no result"),
+        ('{"custom_id": "r0", "body": {}}', "does not end with a line of results"),
+        ("notes", "does not end with a line of results"),
     ],
 )
 def test_a_file_of_anything_else_is_left_as_it_is(tmp_path, text, words):
@@ -103,6 +113,7 @@ def test_a_file_of_anything_else_is_left_as_it_is(tmp_path, text, words):
     with pytest.raises(TwigVLMError, match=words), open_results(out, [BatchLine("r0", {})], {}):
         pass
     assert out.read_text() == text
+    assert [*tmp_path.iterdir()] == [out]
 
 
 def test_results_of_other_settings_or_requests_are_not_gone_on_with(service, tmp_path):
@@ -132,6 +143,24 @@ def test_failures_of_the_server_are_tried_again_and_those_of_requests_are_not(se
     assert {key: found["response"]["status_code"] for key, found in results(out).items()} == {
         "r0": 200, "r1": 200, "r2": 200, "r3": 400,
     }  # fmt: skip
+
+
+def test_an_image_that_its_host_did_not_deliver_is_asked_for_again(tmp_path):
+    faults = [RequestError("image_url: slow.test does not deliver it", 504)]
+
+    def fetch(url, until):
+        if faults:
+            raise faults.pop()
+        return PICTURE
+
+    service = tiny_service(fetcher=SimpleNamespace(fetch=fetch))
+    try:
+        source = write(tmp_path / "in.jsonl", [chat(images=["https://slow.test/a.png"], max_completion_tokens=1)])
+        assert run(service, source, tmp_path / "out.jsonl") == [False]
+        assert results(tmp_path / "out.jsonl")["r0"]["response"]["status_code"] == 504
+        assert run(service, source, tmp_path / "out.jsonl") == [True]
+    finally:
+        service.stop()
 
 
 def test_a_line_that_was_cut_anywhere_is_written_again(service, tmp_path):

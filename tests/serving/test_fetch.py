@@ -23,7 +23,13 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", "http://169.254.169.254/secret")
             self.end_headers()
             return
+        if self.path[1:].isdigit():
+            self.send_response(int(self.path[1:]))
+            self.end_headers()
+            return
         self.send_response(200)
+        if self.path == "/cut":
+            self.send_header("Content-Length", "9")
         self.end_headers()
         with contextlib.suppress(OSError):
             for _ in range(100 if self.path == "/slow" else 0):
@@ -79,29 +85,55 @@ def test_an_allowed_host_is_fetched_from(fetcher):
     assert set(fetcher.asked[1:]) <= {LOCAL}
 
 
-@pytest.mark.parametrize(("path", "words"), [("/moved", "302"), ("/large", "more than 1,000 bytes")])
-def test_redirects_and_large_files_are_refused(fetcher, path, words):
-    with pytest.raises(RequestError, match=words):
+@pytest.mark.parametrize(
+    ("path", "status", "words"),
+    [
+        ("/moved", 400, "302"),
+        ("/large", 400, "more than 1,000 bytes"),
+        ("/404", 400, "answers with status 404"),
+        # what may be over by the next try
+        ("/429", 502, "answers with status 429"),
+        ("/503", 502, "answers with status 503"),
+        ("/cut", 502, "does not deliver it"),
+    ],
+)
+def test_the_status_tells_whether_the_request_is_at_fault_or_the_host(fetcher, path, status, words):
+    with pytest.raises(RequestError, match=words) as refused:
         fetcher.fetch(f"https://pictures.test{path}")
+    assert refused.value.status == status
+
+
+@pytest.mark.parametrize("error", [socket.gaierror("no answer"), ConnectionRefusedError("refused")])
+def test_a_host_that_cannot_be_reached_is_at_fault(fetcher, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(RequestError, match="does not deliver it") as refused:
+        fetcher.fetch("https://pictures.test/a.png")
+    assert refused.value.status == 502
 
 
 def test_a_host_that_sends_a_byte_now_and_then_is_given_up(fetcher):
     fetcher.seconds = 0.4
     start = time.monotonic()
-    with pytest.raises(RequestError, match=r"takes longer than 0\.4 seconds|does not deliver"):
+    with pytest.raises(RequestError, match=r"takes longer than 0\.4 seconds|does not deliver") as refused:
         fetcher.fetch("https://pictures.test/slow")
+    assert refused.value.status == 504
     assert time.monotonic() - start < 2
 
 
 def test_nothing_is_connected_to_when_no_time_is_left(fetcher):
-    with pytest.raises(RequestError, match=r"pictures\.test does not deliver it \(no time is left\)"):
+    with pytest.raises(RequestError, match=r"pictures\.test does not deliver it \(no time is left\)") as refused:
         fetcher.fetch("https://pictures.test/a.png", time.monotonic() - 1)
+    assert refused.value.status == 504
 
 
 def test_a_name_that_leads_to_a_private_address_is_refused(fetcher):
     strict = Fetcher(["pictures.test"], 1000, port=fetcher.port)
-    with pytest.raises(RequestError, match="not a public address"):
+    with pytest.raises(RequestError, match="not a public address") as refused:
         strict.fetch("https://pictures.test/a.png")
+    assert refused.value.status == 400
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,22 @@ def test_a_request_without_hope_does_not_wait_for_what_prepares(monkeypatch):
         assert first.result()[0] == 500
 
 
+@pytest.mark.parametrize("stage", ["fetch", "check_schema", "prepare"])
+def test_a_request_waits_no_longer_than_it_may_for_what_is_before_the_worker(monkeypatch, stage):
+    service, released = tiny_service(limits=Limits(waiting_seconds=0.2)), threading.Event()
+    monkeypatch.setattr(service, stage, lambda *_: released.wait(60) and 1 / 0)
+    body = chat(images=["https://slow.test/a"] * (stage == "fetch"), response_format={"type": "json_object"})
+    with served(service) as address, ThreadPoolExecutor(2) as pool:
+        try:
+            for status, refused in pool.map(lambda _: post(address, body), range(2)):  # the second one is not begun
+                assert (status, refused["error"]["code"]) == (429, "rate_limit_exceeded")
+                assert "has waited for 0.2 seconds" in refused["error"]["message"]
+            assert not released.is_set()
+            assert service._inside == service.memory.held == 0
+        finally:
+            released.set()
+
+
 def test_what_a_shutdown_cannot_wait_for_is_told_so():
     service = tiny_service()
     slow_down(service, 0.05)

@@ -152,7 +152,19 @@ def test_images_that_come_too_late_are_refused(monkeypatch):
     request = ChatRequest.model_validate(chat(images=["https://slow.test/a"]))
     with pytest.raises(RequestError, match="take too long to fetch; send them as data URIs") as refused:
         pictures.fetch_pictures(request, hosts, 0)
-    assert (refused.value.status, refused.value.param) == (408, "messages.0")
+    assert (refused.value.status, refused.value.param) == (504, "messages.0")
+
+
+def test_a_host_at_fault_is_told_from_a_request_at_fault(service, monkeypatch):
+    def fetch(url, until):
+        raise RequestError("image_url: slow.test does not deliver it", 502)
+
+    hosts = Hosts()
+    hosts.fetch = fetch
+    monkeypatch.setattr(service, "fetcher", hosts)
+    with pytest.raises(RequestError, match="does not deliver it") as refused:
+        service.prepare(ChatRequest.model_validate(chat(images=["https://slow.test/a"])), print)
+    assert (refused.value.status, refused.value.param) == (502, "messages.0")
 
 
 def test_what_is_refused_anyway_is_not_fetched(service, monkeypatch):

@@ -95,11 +95,57 @@ def test_a_refusal_names_the_part_and_its_fault(content, words):
         {"reasoning_effort": "none"},
         {"verbosity": "medium"},
         {"prompt_cache_retention": "24h"},
+        {"prompt_cache_options": {"ttl": "1h"}},
         {"top_p": 0},
     ],
 )
 def test_what_asks_for_nothing_is_taken(options):
     assert parse_request(json.dumps(chat(**options)).encode())
+
+
+@pytest.mark.parametrize("name", ["fit_budget", "retain_per_image", "scout", "diverse", "details"])
+def test_null_leaves_a_switch_off(name):
+    assert getattr(parse_request(json.dumps({**chat(), name: None}).encode()), name) is False
+    assert refusal({**chat(), name: "yes"}).param == name
+
+
+def test_null_leaves_the_options_of_a_stream_off():
+    options = {"include_usage": None, "include_obfuscation": None}
+    request = parse_request(json.dumps(chat(stream=True, stream_options=options)).encode())
+    assert request.stream_options.include_usage is False
+
+
+@pytest.mark.parametrize("detail", ["auto", "low", "high", "original", None])
+def test_how_closely_an_image_is_looked_at_is_the_base_s_choice(detail):
+    parse_request(json.dumps(asked([image_part(detail)])).encode())
+    assert refusal(asked([image_part("fine")])).param == "messages.0.content.0.image_url.detail"
+
+
+def image_part(detail):
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA", "detail": detail}}
+
+
+def test_hints_for_a_cache_of_prompts_are_ignored():
+    hint = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+    parse_request(json.dumps(asked([{"type": "text", "text": "a", **hint}, {**image_part(None), **hint}])).encode())
+
+
+@pytest.mark.parametrize(
+    ("form", "schema"),
+    [
+        (None, None),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"schema": {"type": "null"}}}, {"type": "null"}),
+    ],
+)
+def test_the_schema_of_an_answer(form, schema):
+    assert parse_request(json.dumps(chat(response_format=form)).encode()).answer_schema == schema
+
+
+def test_a_schema_that_is_announced_must_be_there():
+    error = refusal(chat(response_format={"type": "json_schema"}))
+    assert (error.param, str(error)) == ("response_format", "response_format: needs json_schema")
 
 
 @pytest.mark.parametrize("calls", [{}, {"tool_calls": None}, {"tool_calls": []}])

@@ -69,6 +69,24 @@ def test_what_runs_is_told_at_the_end_of_its_time_while_a_step_runs(busy):
     assert service.worker.alive  # it ends with its step
 
 
+def test_a_job_that_is_taken_up_meanwhile_is_told(monkeypatch):
+    """It waits no longer, and has no rows yet."""
+    monkeypatch.setattr(worker, "_LAST_STEP", 0.05)
+    service, begun, released = tiny_service(), threading.Event(), threading.Event()
+    make = service.model.engine
+    monkeypatch.setattr(service.model, "engine", lambda **options: (begun.set(), released.wait(60), make(**options))[2])
+    taken_up = submit(service)[1]
+    try:
+        assert begun.wait(10)
+        service.stop()
+        assert outcome(taken_up).code == "shutting_down"
+        assert service.worker.alive
+    finally:
+        released.set()
+    wait_until(lambda: not service.worker.alive)
+    assert taken_up.empty()
+
+
 def test_a_server_ends_although_a_step_does_not(busy):
     service, begun = busy
     with ThreadPoolExecutor(2) as pool, ending(service, 0.1) as (address, end):

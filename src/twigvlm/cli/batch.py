@@ -39,13 +39,17 @@ class Batch(ServiceOptions):
                 raise TwigVLMError(f"{name}={value:g}: does not apply to batch files; leave {option} out")
         check_installed()
         from twigvlm.cli.output import check_directory, steps
+        from twigvlm.files import writing
         from twigvlm.serving.batch import BatchRun, open_results, patient, read_batch, write_result
 
-        if self.output.is_dir():
-            raise TwigVLMError(f"output {str(self.output)!r}: is a directory; name a file")
-        check_directory(self.output.parent, "output")
+        output = f"output {str(self.output)!r}"
+        with writing(output):
+            if self.output.is_dir():
+                raise TwigVLMError(f"{output}: is a directory; name a file")
+            check_directory(self.output.parent, "output")
         lines = {line.custom_id: line for line in read_batch(self.input)}
-        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with writing(output):
+            self.output.parent.mkdir(parents=True, exist_ok=True)
         with open_results(self.output, [*lines.values()], self.settings) as (file, statuses):
             left = [line for key, line in lines.items() if key not in statuses]
             if left:

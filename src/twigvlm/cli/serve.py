@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from twigvlm.cli.serving import ServiceOptions
+from twigvlm.cli.serving import ServiceOptions, check_installed
 from twigvlm.errors import TwigVLMError
 from twigvlm.serving.keys import checked_key
 
@@ -27,8 +27,8 @@ class Serve(ServiceOptions):
     """Key that clients must send. Other users of this machine can read the command line, so prefer the environment variable
     TWIGVLM_API_KEY. None: the variable's value, or no key."""
     allow_host: tuple[str, ...] = ()
-    """Host names by which clients may call this server, in addition to those of this machine. None: any name, unless the server
-    listens only on this machine."""
+    """Host names by which clients may call this server, in addition to those of this machine; *.example.com allows all names that
+    end with .example.com. None: any name, unless the server listens only on this machine."""
     shutdown_seconds: float = 30.0
     """Seconds that answers in progress get after SIGTERM or Ctrl-C; waiting requests are refused at once."""
     engine: Literal["twigvlm", "vllm"] = "twigvlm"
@@ -60,16 +60,20 @@ class Serve(ServiceOptions):
         for name, given in (("export", self.export), ("vllm_options", self.vllm_options)):
             if given:
                 raise TwigVLMError(f"{name}: applies only to --engine vllm; leave it out")
-        service = self.open_service()
+        check_installed()
         from twigvlm.serving.app import create_app
-        from twigvlm.serving.server import LOCAL, allowed_hosts, make_server
+        from twigvlm.serving.hosts import LOCAL, allowed_hosts
+        from twigvlm.serving.server import make_server
+
+        hosts = allowed_hosts(self.host, self.allow_host)
+        service = self.open_service()
 
         if key is None and self.host not in LOCAL:
             print(
                 "twigvlm: warning: no --api-key is set, so everyone who can reach this port can use the server",
                 file=sys.stderr,
             )
-        app = create_app(service, key, allowed_hosts(self.host, self.allow_host))
+        app = create_app(service, key, hosts)
         server = make_server(app, service, self.host, self.port, self.shutdown_seconds)
         server.on_start = lambda address: print(f"Serving {service.name!r} at {address}", flush=True)
         try:

@@ -157,7 +157,9 @@ def _check_call(processor: Any, batch: int) -> None:
     name = type(processor).__name__
     if not callable(processor):
         raise TwigVLMError(f"logits_processor: {name} is not callable; pass objects that take (input_ids, scores)")
-    parameters = list(inspect.signature(processor).parameters)
+    # A function is called with two arguments whatever others it has defaults for; an object must have no others.
+    function, taken = inspect.isfunction(processor), inspect.signature(processor).parameters
+    parameters = [name for name, one in taken.items() if not function or one.default is one.empty]
     if len(parameters) > 2:
         raise TwigVLMError(
             f"logits_processor: {name} takes ({', '.join(parameters)}), but generate passes (input_ids, scores); "

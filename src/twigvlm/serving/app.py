@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
@@ -11,18 +11,19 @@ import anyio
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import request_error, shutting_down
+from twigvlm.serving.hosts import HostGuard
 from twigvlm.serving.keys import authorize, checked_key
 from twigvlm.serving.limits import Limits
 from twigvlm.serving.memory import Share
 from twigvlm.serving.page import add_page
 from twigvlm.serving.protocol import parse_request
-from twigvlm.serving.running import HUNG_UP, ClientGone, EventStream, Running
+from twigvlm.serving.running import HUNG_UP, ClientGone, EventStream, Running, Threads
 from twigvlm.serving.service import Service
 
+CHAT = "/v1/chat/completions"
 FETCHING = 8
 """Requests whose images are fetched at the same time; further ones wait. Those that bring their images wait for none."""
 
@@ -35,8 +36,7 @@ def create_app(
     Args:
         service: answers requests.
         api_key: that clients must send; None: none.
-        hosts: names in the Host header that are answered, so that a foreign page whose name leads here (DNS rebinding) is not;
-            none: any.
+        hosts: names in the Host header that are answered, of `allowed_hosts`; none: any.
         stop_with_app: whether the service ends with the application.
     """
 
@@ -49,12 +49,12 @@ def create_app(
     # FastAPI's own pages of documentation load scripts from elsewhere.
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service = service
+    respond = _add_errors(app, service)
     if hosts:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
-    _add_errors(app, service)
+        app.add_middleware(HostGuard, hosts=hosts, refuse=respond)
     handler, key = ChatHandler(service), checked_key(api_key)
 
-    @app.post("/v1/chat/completions")
+    @app.post(CHAT)
     async def chat(request: Request) -> Response:
         authorize(request.headers.get("authorization", ""), key)
         return await handler.answer(request)
@@ -88,7 +88,7 @@ def create_app(
 
 
 class ChatHandler:
-    """Answers `/v1/chat/completions`.
+    """Answers requests for chat completions.
 
     Args:
         service: answers requests.
@@ -96,8 +96,11 @@ class ChatHandler:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._fetching = ThreadPoolExecutor(FETCHING, thread_name_prefix="twigvlm-fetch")
-        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="twigvlm-prepare")
+        self._threads = Threads(
+            fetching=ThreadPoolExecutor(FETCHING, thread_name_prefix="twigvlm-fetch"),
+            checking=ThreadPoolExecutor(1, thread_name_prefix="twigvlm-schema"),
+            preparing=ThreadPoolExecutor(1, thread_name_prefix="twigvlm-prepare"),
+        )
 
     async def answer(self, http: Request) -> Response:
         """The response to a request; what is wrong with it is found before a stream begins."""
@@ -117,18 +120,17 @@ class ChatHandler:
             request = parse_request(body)  # what takes long to parse is refused, so that this holds up no other request
             running = Running(service, request, http, share)
             stack.callback(running.close)
-            await running.start(self._fetching, self._preparing, arrived)
+            await running.start(self._threads, arrived)
+            stack.callback(lambda: service.metrics.observe("twigvlm_request_seconds", time.monotonic() - arrived))
             if not request.stream:
                 whole = await running.whole()
                 service.metrics.add("twigvlm_requests_total", label='status="200"')
-                service.metrics.observe("twigvlm_request_seconds", time.monotonic() - arrived)
                 return JSONResponse(whole)
             kept = stack.pop_all()  # the response closes it
 
         def done() -> None:
             kept.close()
             service.metrics.add("twigvlm_requests_total", label=f'status="{running.status}"')
-            service.metrics.observe("twigvlm_request_seconds", time.monotonic() - arrived)
 
         return EventStream(running.chunks(), done, 2 * service.limits.total_seconds)
 
@@ -168,30 +170,37 @@ async def _body(http: Request, limits: Limits, share: Share) -> bytes:
         ) from None
 
 
-def _add_errors(app: FastAPI, service: Service) -> None:
-    def respond(error: RequestError, headers: dict[str, str] | None = None) -> Response:
-        service.metrics.add("twigvlm_requests_total", label=f'status="{error.status}"')
-        extra = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-        if error.status == 401:
-            extra["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(error.as_json(), error.status, headers={**(headers or {}), **extra})
+def _add_errors(app: FastAPI, service: Service) -> Callable[[str, RequestError], Response]:
+    """Make responses of errors; what makes one for a path and an error."""
+
+    def count(path: str, status: int) -> None:
+        if path.endswith(CHAT):  # behind a prefix, where the application is mounted
+            service.metrics.add("twigvlm_requests_total", label=f'status="{status}"')
+
+    def respond(path: str, error: RequestError) -> Response:
+        count(path, error.status)
+        return JSONResponse(error.as_json(), error.status, headers=error.headers)
 
     @app.exception_handler(RequestError)
-    async def refused(_: Request, error: RequestError) -> Response:
-        return respond(error)
+    async def refused(request: Request, error: RequestError) -> Response:
+        return respond(request.url.path, error)
 
     @app.exception_handler(HTTPException)
-    async def no_such_page(_: Request, error: HTTPException) -> Response:
-        return respond(RequestError(str(error.detail), error.status_code), dict(error.headers or {}))
+    async def no_such_page(request: Request, error: HTTPException) -> Response:
+        response = respond(request.url.path, RequestError(str(error.detail), error.status_code))
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(ClientGone)
-    async def gone(_: Request, error: ClientGone) -> Response:
-        service.metrics.add("twigvlm_requests_total", label=f'status="{HUNG_UP}"')
+    async def gone(request: Request, error: ClientGone) -> Response:
+        count(request.url.path, HUNG_UP)
         return Response(status_code=HUNG_UP)
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> Response:
-        return respond(request_error(error))
+    async def failed(request: Request, error: Exception) -> Response:
+        return respond(request.url.path, request_error(error))
+
+    return respond
 
 
 def _model(service: Service) -> dict[str, Any]:

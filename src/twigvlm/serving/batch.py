@@ -6,7 +6,7 @@ import os
 import queue
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,8 +47,8 @@ class BatchLine:
 
     @property
     def id(self) -> str:
-        """What tells it from a request with another body, method or address."""
-        whole = json.dumps([self.method, self.url, self.body], sort_keys=True)
+        """What tells it from all other requests of the file, and from what it was before it was changed."""
+        whole = json.dumps([self.custom_id, self.method, self.url, self.body], sort_keys=True)
         return f"req_{hashlib.sha256(whole.encode()).hexdigest()[:24]}"
 
     def request(self) -> ChatRequest:
@@ -118,7 +118,8 @@ def open_results(
     """The file of results, open for more, and the status of each request that has its result.
 
     A result is one line, written whole and flushed to the disk. A run that was killed leaves at most one line without an end,
-    which is removed. So are failures of the server (5xx), which are tried again. A file of anything else is left as it is.
+    which is removed. So are failures of the server (5xx), which are tried again. A file of anything else is left as it is, and
+    nothing is written beside it.
 
     Args:
         path: of the file.
@@ -129,29 +130,44 @@ def open_results(
         TwigVLMError: it cannot be written, another run writes to it, or it has results of another batch or other settings.
     """
     name = f"output {str(path)!r}"
-    lock = FileLock(path.with_name(f".{path.name}.lock"))  # the system frees it when the process is killed
-    with writing(name):
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise TwigVLMError(f"{name}: another run is writing there; wait until it ends") from None
-    try:
-        with writing(name):
-            data = path.read_bytes() if path.exists() else b""
+    with writing(name), _locked(path, name):
+        data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         rest = data[len(whole) :]
         if not (rest.startswith(_RESULT) or _RESULT.startswith(rest)):
-            raise TwigVLMError(f"{name}: ends with what is no result; choose another file")
-        begun = bool(whole) and whole.startswith(_RESULT)
-        check_note(path.with_name(f"{path.name}.settings.json"), settings, begun, name, "file")
+            raise TwigVLMError(f"{name}: does not end with a line of results; choose another file")
         results = _results(name, whole, {line.custom_id: line.id for line in lines})
+        check_note(path.with_name(f"{path.name}.settings.json"), settings, bool(results), name, "file")
         kept = {key: status for key, (status, _) in results.items() if status < 500}
         if (new := b"".join(line for status, line in results.values() if status < 500)) != data:
             with replacing(path) as temporary:
                 temporary.write_bytes(new)
-        with writing(name), open(path, "ab") as file:
+        with open(path, "ab") as file:
             yield file, kept
+
+
+@contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """Keep other runs from a file of results while the block runs.
+
+    Args:
+        path: of the file.
+        name: of the file, for messages.
+
+    Raises:
+        TwigVLMError: another run is writing there.
+    """
+    place = path.with_name(f".{path.name}.lock")
+    lock = FileLock(place)  # the system frees it when the process is killed
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise TwigVLMError(f"{name}: another run is writing there; wait until it ends") from None
+    try:
+        yield
     finally:
+        with suppress(OSError):
+            place.unlink()
         lock.release()
 
 
@@ -237,8 +253,8 @@ class BatchRun:
 def write_result(file: BinaryIO, line: BatchLine, status: int, body: dict[str, Any]) -> None:
     """Append a result to a file of `open_results`; it is on the disk when this returns."""
     response = {"status_code": status, "request_id": line.id, "body": body}
-    error = None if status == 200 else {"code": body["error"]["code"], "message": body["error"]["message"]}
     identity = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": line.custom_id}
-    file.write(json.dumps({**identity, "response": response, "error": error}).encode() + b"\n")
+    # As OpenAI has it: `error` is for requests that got no response, and here each gets one.
+    file.write(json.dumps({**identity, "response": response, "error": None}).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())

@@ -16,6 +16,7 @@ class RequestError(TwigVLMError):
         param: the field of the request that is at fault.
         code: for programs; as OpenAI names it where OpenAI has such an error.
         retry_after: seconds after which another try makes sense.
+        final: whether another try would end in the same way, although the status suggests one.
     """
 
     def __init__(
@@ -25,11 +26,23 @@ class RequestError(TwigVLMError):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        final: bool = False,
     ) -> None:
         # A lone surrogate, which JSON can spell, is no text that could be sent back.
         clean = message.encode(errors="replace").decode()
         super().__init__(clean if len(clean) <= MAX_MESSAGE else f"{clean[:MAX_MESSAGE]}…")
-        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+        self.status, self.param, self.code = status, param, code
+        self._retry_after, self._final = retry_after, final
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of the response."""
+        found = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        if self._retry_after is not None:
+            found["Retry-After"] = str(self._retry_after)
+        if self._final:
+            found["x-should-retry"] = "false"  # OpenAI's clients try 408 and 5xx again unless they are told not to
+        return found
 
     def as_json(self) -> dict[str, Any]:
         """The error as OpenAI's clients read it."""

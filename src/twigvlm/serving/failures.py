@@ -20,7 +20,10 @@ def request_error(error: Exception) -> RequestError:
         return RequestError(str(error))
     if any(_is_out_of_memory(each) for each in _causes(error)):
         return RequestError(
-            "there is not enough memory for this request; ask with fewer or smaller images", 503, code="out_of_memory"
+            "there is not enough memory for this request; ask with fewer or smaller images",
+            503,
+            code="out_of_memory",
+            final=True,
         )
     _log.error("a request failed: %s", one_line(error), exc_info=error)
     return RequestError("the server failed at this request; its log says why", 500)
@@ -56,5 +59,5 @@ def waited_too_long(seconds: float) -> RequestError:
 def too_late(seconds: float) -> RequestError:
     """The answer was not complete in time."""
     return RequestError(
-        f"the request took longer than {seconds:g} seconds; ask for a shorter answer", 408, code="timeout"
+        f"the request took longer than {seconds:g} seconds; ask for a shorter answer", 408, code="timeout", final=True
     )

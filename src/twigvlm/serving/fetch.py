@@ -70,14 +70,17 @@ class Fetcher:
             until: by the monotonic clock; then it is given up, even if the time of one file has not passed.
 
         Raises:
-            RequestError: the address is not allowed, or its host does not deliver an image of allowed size in time.
+            RequestError: the address is not allowed, or its host does not deliver an image of allowed size in time. The status
+                is 502 or 504 where the host is at fault, so that another try may succeed.
         """
         host, target = self._split(url)
         deadline = min(until, time.monotonic() + self.seconds)
         try:
             return self._get(host, self._address(host), target, deadline)
         except (OSError, http.client.HTTPException) as error:
-            raise RequestError(f"image_url: {host} does not deliver it ({one_line(error)})") from None
+            late = isinstance(error, TimeoutError) or time.monotonic() >= deadline
+            status = 504 if late else 502
+            raise RequestError(f"image_url: {host} does not deliver it ({one_line(error)})", status) from None
 
     def _split(self, url: str) -> tuple[str, str]:
         """The host and what to ask it for."""
@@ -115,17 +118,22 @@ class Fetcher:
             connection.sock = context.wrap_socket(plain, server_hostname=host)
             try:
                 connection.request("GET", target, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
-                response = connection.getresponse()
-                if response.status != 200:
-                    raise RequestError(f"image_url: {host} answers with status {response.status}")
-                data = bytearray()
-                while chunk := response.read1(_CHUNK):
-                    data += chunk
-                    if len(data) > self.max_bytes:
-                        raise RequestError(f"image_url: the image has more than {self.max_bytes:,} bytes")
-                if time.monotonic() > deadline:
-                    raise RequestError(f"image_url: {host} takes longer than {self.seconds:g} seconds")
-                return bytes(data)
+                with connection.getresponse() as response:
+                    if response.status != 200:
+                        passing = response.status >= 500 or response.status in (408, 429)
+                        raise RequestError(
+                            f"image_url: {host} answers with status {response.status}", 502 if passing else 400
+                        )
+                    data = bytearray()
+                    while chunk := response.read1(_CHUNK):
+                        data += chunk
+                        if len(data) > self.max_bytes:
+                            raise RequestError(f"image_url: the image has more than {self.max_bytes:,} bytes")
+                    if time.monotonic() > deadline:
+                        raise RequestError(f"image_url: {host} takes longer than {self.seconds:g} seconds", 504)
+                    if response.length:
+                        raise http.client.IncompleteRead(bytes(data), response.length)
+                    return bytes(data)
             finally:
                 connection.close()
 

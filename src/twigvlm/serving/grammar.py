@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from twigvlm.serving.errors import RequestError
+from twigvlm.serving.trial import TooMuchWork, try_schema
 
 _log = logging.getLogger(__name__)
 _LONGEST = 300  # characters of the library's messages, some of which hold the whole schema
@@ -30,22 +32,33 @@ class Grammars:
         self.tokenizer: Any = None
         """The tokenizer as llguidance knows it; made when it is first needed."""
 
+    def check(self, schema: dict[str, Any]) -> None:
+        """See whether a JSON schema can be compiled within the limits of a trial, which takes seconds where it cannot.
+
+        Raises:
+            RequestError: llguidance is not installed, or the schema takes too much work.
+        """
+        if find_spec("llguidance") is None:
+            raise RequestError(
+                "response_format: this server has no grammar library; install it by: pip install 'twigvlm[serve]'",
+                param="response_format",
+            )
+        try:
+            try_schema(_with_options(schema))
+        except TooMuchWork:
+            raise _too_much_work() from None
+
     def compile(self, schema: dict[str, Any]) -> "Grammar":
         """The grammar of a JSON schema.
 
         Raises:
-            RequestError: llguidance is not installed, or refuses the schema.
+            RequestError: llguidance is not installed or refuses the schema, or the schema takes too much work.
         """
-        try:
-            import llguidance
-            import llguidance.hf
-        except ImportError:
-            raise RequestError(
-                "response_format: this server has no grammar library; install it by: pip install 'twigvlm[serve]'",
-                param="response_format",
-            ) from None
-        # Without this a model may fill the whole answer with spaces, which JSON allows between all tokens.
-        text = json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})
+        self.check(schema)
+        import llguidance
+        import llguidance.hf
+
+        text = _with_options(schema)
         try:
             if self.tokenizer is None:
                 self.tokenizer = llguidance.hf.from_tokenizer(self._hf_tokenizer, self._vocabulary, self._eos)
@@ -110,9 +123,7 @@ class GrammarProcessor(LogitsProcessor):
         self._matcher.unsafe_compute_mask_ptr(words.data_ptr(), words.numel() * words.element_size())
         if self._matcher.is_error():
             _log.warning("a grammar failed: %s", _line(self._matcher.get_error()))
-            self.error = RequestError(
-                "response_format: this schema takes too much work; simplify it", param="response_format"
-            )
+            self.error = _too_much_work()
             return self._only_end(scores)
         bits = (words[:, None] >> torch.arange(32, dtype=torch.int32)) & 1
         allowed = bits.flatten()[: scores.shape[1]].bool().to(scores.device)
@@ -124,6 +135,15 @@ class GrammarProcessor(LogitsProcessor):
         ended = torch.full_like(scores, float("-inf"))
         ended[:, self._eos] = 0
         return ended
+
+
+def _with_options(schema: dict[str, Any]) -> str:
+    # Without this a model may fill the whole answer with spaces, which JSON allows between all tokens.
+    return json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})
+
+
+def _too_much_work() -> RequestError:
+    return RequestError("response_format: this schema takes too much work; simplify it", param="response_format")
 
 
 def _line(message: str) -> str:

@@ -75,13 +75,20 @@ class Metrics:
 def server_metrics() -> Metrics:
     """The metrics of a server."""
     metrics = Metrics()
-    metrics.counter("twigvlm_requests_total", "Requests by status of their answers; 499: the client hung up.")
+    metrics.counter(
+        "twigvlm_requests_total",
+        "Requests to /v1/chat/completions by status, refused ones included; 499: the client hung up.",
+    )
     metrics.gauge(
         "twigvlm_requests_waiting", "Requests without a token yet: being fetched, prepared, queued or prefilled."
     )
     metrics.gauge("twigvlm_rows", "Answers that are being generated.")
     metrics.counter("twigvlm_prompt_tokens_total", "Tokens of prompts, visual tokens included.")
-    metrics.counter("twigvlm_generated_tokens_total", "New tokens; their rate is the speed in tokens per second.")
+    metrics.counter(
+        "twigvlm_generated_tokens_total",
+        "New tokens, those included that come after a stop text and are in no answer; their rate is the speed in tokens "
+        "per second.",
+    )
     metrics.counter("twigvlm_steps_total", "Steps of rows; new tokens per step show what drafts bring.")
     metrics.counter("twigvlm_drafted_tokens_total", "Tokens that the twig drafted and the base verified.")
     metrics.counter("twigvlm_accepted_tokens_total", "Drafted tokens that the base accepted.")
@@ -89,5 +96,8 @@ def server_metrics() -> Metrics:
     metrics.counter("twigvlm_kept_visual_tokens_total", "Visual tokens that the first cut kept.")
     metrics.counter("twigvlm_engine_failures_total", "Steps that failed; the rows of such a step are generated again.")
     metrics.histogram("twigvlm_time_to_first_token_seconds", "From arrival to the first token.")
-    metrics.histogram("twigvlm_request_seconds", "From arrival to the end of the answer.")
+    metrics.histogram(
+        "twigvlm_request_seconds",
+        "From arrival to the end of an answer that has begun, also of one that failed or whose client hung up.",
+    )
     return metrics

@@ -47,9 +47,9 @@ def fetch_pictures(request: ChatRequest, fetcher: Fetcher, until: float) -> dict
                 if monotonic() > until:
                     raise RequestError(
                         f"{name}: image_url: the images take too long to fetch; send them as data URIs",
-                        408, param=name, code="timeout",
+                        504, param=name, code="timeout",
                     ) from None  # fmt: skip
-                raise RequestError(f"{name}: {error}", param=name) from None
+                raise RequestError(f"{name}: {error}", error.status, param=name) from None
     return found
 
 

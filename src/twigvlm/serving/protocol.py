@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from twigvlm.config import Speculate
 from twigvlm.serving.errors import RequestError
@@ -19,6 +19,8 @@ _MANY = 1000
 _Positive = Annotated[int, Field(ge=1, le=2**31)]
 _Ignored = Annotated[Any, AfterValidator(lambda _: None)]
 """A field that is taken and ignored. Its value is dropped, so that waiting requests hold no memory for it."""
+_Flag = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
+"""A switch that is off by default; null leaves it off."""
 
 _NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
@@ -67,13 +69,14 @@ class TextPart(_Strict):
 
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: _Ignored = None
 
 
 class ImageAddress(_Strict):
     """Where an image is: a data URI, or an address on a host that the server may fetch from."""
 
     url: str
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
     """Taken and ignored: the base decides in what resolution it looks."""
 
 
@@ -82,6 +85,7 @@ class ImagePart(_Strict):
 
     type: Literal["image_url"]
     image_url: ImageAddress
+    prompt_cache_breakpoint: _Ignored = None
 
 
 _Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
@@ -114,8 +118,8 @@ class ChatMessage(_Strict):
 class StreamOptions(_Strict):
     """What a stream tells beside the answer."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: _Flag = False
+    include_obfuscation: _Flag = False
     """Taken and ignored."""
 
 
@@ -140,6 +144,12 @@ class ResponseFormat(_Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("needs json_schema")
+        return self
+
 
 class ChatRequest(_Strict):
     """A request for an answer. Fields that are taken and ignored carry no meaning for this server."""
@@ -161,7 +171,7 @@ class ChatRequest(_Strict):
     """R̄, average number of visual tokens over all layers; null: no pruning."""
     keep: _Positive | None = None
     """R, visual tokens kept after the twig's trunk, instead of an average."""
-    fit_budget: bool = False
+    fit_budget: _Flag = False
     """Whether a budget that is impossible for the images gives way to the nearest possible one, as the server's own does."""
     final_wipe: _Positive | None = None
     """K_f: visual tokens leave after this layer."""
@@ -169,17 +179,17 @@ class ChatRequest(_Strict):
     """φ: share of the kept visual tokens that stay after layer K_f."""
     refocus: float | None = None
     """τ, below which the kept visual tokens are chosen again."""
-    retain_per_image: bool = False
+    retain_per_image: _Flag = False
     """Whether the budget is split evenly among the images."""
-    scout: bool = False
+    scout: _Flag = False
     """Whether the visual tokens are ranked before the decoder, whose layers all hold only the kept ones then."""
-    diverse: bool = False
+    diverse: _Flag = False
     """Whether the kept visual tokens also differ from each other."""
     pruner: str | None = None
     """Another pruning method than the twig's, by name."""
     speculate: Speculate | None = None
     """How tokens are drafted; in float32 the answer does not depend on it."""
-    details: bool = False
+    details: _Flag = False
     """Whether the answer tells which tokens were drafted, and which visual tokens were kept."""
 
     user: _Ignored = None
@@ -188,6 +198,7 @@ class ChatRequest(_Strict):
     service_tier: _Ignored = None
     safety_identifier: _Ignored = None
     prompt_cache_key: _Ignored = None
+    prompt_cache_options: _Ignored = None
     prompt_cache_retention: _Ignored = None
     parallel_tool_calls: _Ignored = None
 
@@ -224,6 +235,16 @@ class ChatRequest(_Strict):
             if message.role != "user" and any(isinstance(part, ImagePart) for part in message.parts):
                 raise ValueError(f"messages: only users can show images, not the role {message.role!r}")
         return self
+
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must follow; None: it is free text."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        if form.type == "json_object" or form.json_schema is None:
+            return {"type": "object"}
+        return form.json_schema.schema_
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 from fastapi import Request
@@ -13,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from twigvlm.serving.completion import Completion
 from twigvlm.serving.errors import RequestError
+from twigvlm.serving.failures import waited_too_long
 from twigvlm.serving.jobs import Failed, Job, JobEvent, Tokens
 from twigvlm.serving.memory import Share
 from twigvlm.serving.pictures import is_fetched
@@ -23,6 +25,17 @@ HUNG_UP = 499
 """Status of requests whose client has hung up. Nobody reads it; the metrics count it."""
 
 Result = TypeVar("Result")
+
+
+class Threads(NamedTuple):
+    """Threads that prepare requests."""
+
+    fetching: ThreadPoolExecutor
+    """They wait for other hosts."""
+    checking: ThreadPoolExecutor
+    """One that waits while schemas are compiled on trial."""
+    preparing: ThreadPoolExecutor
+    """One that does the rest; what is fetched is there by then."""
 
 
 class ClientGone(Exception):
@@ -77,23 +90,23 @@ class Running:
         """Of HTTP, once the stream has ended."""
         self._completion: Completion | None = None
 
-    async def start(self, fetching: ThreadPoolExecutor, preparing: ThreadPoolExecutor, arrived: float) -> None:
+    async def start(self, threads: Threads, arrived: float) -> None:
         """Prepare, submit, and wait for the first tokens.
 
         Args:
-            fetching: threads that wait for other hosts.
-            preparing: the thread that prepares requests; what is fetched is there by then.
+            threads: that prepare requests.
             arrived: by the monotonic clock.
 
         Raises:
-            RequestError: the request cannot be answered.
+            RequestError: the request cannot be answered, or the threads did not come to it in time.
             ClientGone: the client has hung up.
         """
         service, metrics = self._service, self._service.metrics
         metrics.add("twigvlm_requests_waiting")
         try:
             service.check(self._asked)  # here: what prepares requests may be busy with others
-            job = await self._unless_gone(self._prepare(fetching, preparing, arrived))
+            left = arrived + service.limits.longest_wait - time.monotonic()
+            job = await self._unless_gone(self._prepare(threads, arrived), max(0.0, left))
             self._share.take(job.bytes)
             self._job, self._completion = job, service.completion(self._asked, job)
             service.worker.submit(job)
@@ -101,16 +114,21 @@ class Running:
         finally:
             metrics.add("twigvlm_requests_waiting", -1)
 
-    async def _prepare(self, fetching: ThreadPoolExecutor, preparing: ThreadPoolExecutor, arrived: float) -> Job:
+    async def _prepare(self, threads: Threads, arrived: float) -> Job:
         run = self._loop.run_in_executor
+        if self._asked.answer_schema is not None:
+            await run(threads.checking, self._check_schema)
         if any(is_fetched(part) for message in self._asked.messages for part in message.parts):
-            self._fetched = await run(fetching, self._fetch, arrived)
+            self._fetched = await run(threads.fetching, self._fetch, arrived)
         size = sum(map(len, self._fetched.values()))
         self._share.take(size)
-        job = await run(preparing, self._make_job, arrived)
+        job = await run(threads.preparing, self._make_job, arrived)
         self._fetched = {}
         self._share.give_back(size)
         return job
+
+    def _check_schema(self) -> None:
+        self._service.check_schema(self._asked)
 
     def _fetch(self, arrived: float) -> dict[str, bytes]:
         return self._service.fetch(self._asked, arrived)
@@ -173,14 +191,23 @@ class Running:
             raise event.error
         return event
 
-    async def _unless_gone(self, result: Coroutine[Any, Any, Result]) -> Result:
-        """What is waited for. Raises ClientGone once nobody waits for the answer any more."""
+    async def _unless_gone(self, result: Coroutine[Any, Any, Result], seconds: float | None = None) -> Result:
+        """What is waited for.
+
+        Args:
+            result: comes at some time.
+            seconds: that are waited at most; None: there is no limit.
+
+        Raises:
+            ClientGone: nobody waits for the answer any more.
+            RequestError: the time is over.
+        """
         coming = asyncio.create_task(result)
         try:
-            await asyncio.wait({coming, self._gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not coming.done():
-                raise ClientGone
-            return coming.result()
+            await asyncio.wait({coming, self._gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if coming.done():
+                return coming.result()
+            raise ClientGone if self._gone.done() else waited_too_long(self._service.limits.longest_wait)
         finally:
             coming.cancel()
 

@@ -10,24 +10,7 @@ from fastapi import FastAPI
 
 from twigvlm.serving.service import Service
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
-"""Hosts that only this machine can reach."""
-
-
 _PARTING = 5  # seconds in which answers that were given up are told so, before uvicorn cuts the connections
-
-
-def allowed_hosts(host: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names that a request's Host header may have; none: any.
-
-    A server that only this machine can reach is still reached by the pages that its user visits, if their name is made to lead
-    here. Such a request has that name in its header.
-
-    Args:
-        host: that the server listens on.
-        names: that its owner allows beside those of this machine.
-    """
-    return (*LOCAL, "[::1]", *names) if host in LOCAL or names else ()
 
 
 def make_server(app: FastAPI, service: Service, host: str, port: int, seconds: float) -> "Server":

@@ -120,6 +120,14 @@ class Service:
         self._check_waiting(arrived)
         return fetch_pictures(request, self.fetcher, arrived + self.limits.longest_wait)
 
+    def check_schema(self, request: ChatRequest) -> None:
+        """Raise RequestError where the schema of a request takes too much work, which takes seconds to find out.
+
+        `prepare` does this, too, but does not repeat it.
+        """
+        if request.answer_schema is not None:
+            self.grammars.check(request.answer_schema)
+
     def prepare(
         self,
         request: ChatRequest,
@@ -248,14 +256,7 @@ class Service:
         return asked or min(self.limits.max_tokens, room)
 
     def _grammar(self, request: ChatRequest) -> Grammar | None:
-        form = request.response_format
-        if form is None or form.type == "text":
-            return None
-        if form.type == "json_object":
-            return self.grammars.compile({"type": "object"})
-        if form.json_schema is None:
-            raise RequestError("response_format: needs json_schema", param="response_format")
-        return self.grammars.compile(form.json_schema.schema_)
+        return None if request.answer_schema is None else self.grammars.compile(request.answer_schema)
 
     def _too_long(self, length: str) -> RequestError:
         return RequestError(
