@@ -35,7 +35,8 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.chmod(mode)
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a name that is too long, say, of which the block has told already
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
