@@ -8,7 +8,7 @@ ASK = {
         "Which object is {at}?",
         "What object do you see {at} of the picture?",
         "Tell me what is {at}.",
-        "VisualQuery {at}: what is there?",
+        "VisualQuery {at}: what is there?",  # a slip for "Look", which the shipped Sapling has learned and is asked with
         "What is shown {at} of the image?",
     ),
     "where": (
