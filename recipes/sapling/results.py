@@ -51,7 +51,7 @@ TRAINING, SCHEDULE = f"{RUNS}/training", f"{RUNS}/schedule"
 MADE_FIRST = {
     f"{SHORT}/questions.json": f"{_QUESTIONS} test --count 1000 --descriptions 0 --output {SHORT}",
     f"{LONG}/questions.json": f"{_QUESTIONS} test --count 0 --descriptions 200 --long 25 --output {LONG}",
-    f"{MIXED}/questions.json": f"{_QUESTIONS} test --count 120 --descriptions 0 --output {MIXED}",
+    f"{MIXED}/questions.json": f"{_QUESTIONS} test --count 60 --descriptions 0 --output {MIXED}",
     f"{VALIDATION}/questions.json": f"{_QUESTIONS} validation --count 160 --descriptions 40 --long 10 --output {VALIDATION}",
     f"{TRAINING}/conversations.json": f"recipes.sapling.questions --split train --count 2000 --output {TRAINING}",
     f"{SCHEDULE}/fitprune.json": f"twigvlm train fitprune --data {TRAINING}/conversations.json --out {SCHEDULE} --retain 64",

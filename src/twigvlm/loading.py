@@ -14,7 +14,7 @@ SAPLING = "sapling"
 """Name of the embedded default model."""
 
 
-def own_twig(name: str) -> str | None:
+def default_twig(name: str) -> str | None:
     """The twig that comes with a base: Sapling's. None: no twig does."""
     if name != SAPLING:
         return None

@@ -87,7 +87,7 @@ class Turns:
     def through(self, inputs: dict[str, Any], prefix: PrefixCache | None, in_twig: bool = True) -> TrunkOutput:
         """A prompt after layer K, which the twig has seen or not; all of it, or what the prefix does not know."""
         base, twig, layers = self.model.base, self.model.twig, self.model.twig.config.trunk_layers
-        cache = KVCache(twig.last_slot + 1, (layers, twig.first_slot), 4, base.device)
+        cache = KVCache(twig.last_layer_idx + 1, (layers, twig.first_layer_idx), 4, base.device)
         view, masks = cache.view(cache.claim(1)), base.masks()
         captured = base.prompt(**inputs) if prefix is None else prefix.open(base, inputs)
         tokens, hidden, known = base.token_inputs(captured), captured.hidden, 0

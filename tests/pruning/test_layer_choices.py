@@ -157,7 +157,7 @@ def run_last(base, tokens, layer):
     """The tokens after a layer, and the attention map that it made of them."""
     maps = []
     hook = base.layers[layer - 1].self_attn.register_forward_hook(lambda *call: maps.append(call[2][1]))
-    after = tokens.through(base, layer - 1, layer, base.masks(), None, in_two=True)
+    after = tokens.through(base, layer - 1, layer, base.masks(), None, keep_last_input=True)
     hook.remove()
     return after, maps[-1]
 

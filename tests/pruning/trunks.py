@@ -32,7 +32,7 @@ def after_trunk(model: TwigVLM, inputs: dict[str, Any] | None = None) -> TrunkOu
     """Prompts after layer K, in the cache."""
     inputs, base, twig = inputs or prompt(), model.base, model.twig
     trunk_layers, masks = twig.config.trunk_layers, base.masks()
-    cache = KVCache(twig.last_slot + 1, (trunk_layers, twig.first_slot), 1, base.device)
+    cache = KVCache(twig.last_layer_idx + 1, (trunk_layers, twig.first_layer_idx), 1, base.device)
     view = cache.view(cache.claim(len(inputs["input_ids"])))
     tokens = embedded(model, inputs).through(base, 0, trunk_layers, masks, view)
     return TrunkOutput(base, twig, base.prompt(**inputs), tokens, masks, view)

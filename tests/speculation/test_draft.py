@@ -197,9 +197,9 @@ def test_caches_hold_what_plain_decoding_holds(ways, static):
                 for before, after in zip(expected, cache.contents(layer, single), strict=True):
                     torch.testing.assert_close(after, before)
             assert cache.lengths(0, single).tolist() == [held]
-            whole = KVCache(model.twig.last_slot + 1, (model.twig.config.trunk_layers, LAYERS), 1, model.device)
+            whole = KVCache(model.twig.last_layer_idx + 1, (model.twig.config.trunk_layers, LAYERS), 1, model.device)
             definition.run(row.tokens[:-1], whole.view(whole.claim(1)))
-            for layer in range(model.twig.first_slot, model.twig.last_slot + 1):
+            for layer in range(model.twig.first_layer_idx, model.twig.last_layer_idx + 1):
                 (seen,) = cache.lengths(layer, single)
                 assert held - 1 <= seen <= held  # the last drafted token may have to enter the twig with the next draft
                 for before, after in zip(

@@ -19,16 +19,16 @@ def run(
     inputs: TokenInputs,
     masks: Masks,
     view: CacheView | None = None,
-    slot: int = 0,
+    layer_idx: int = 0,
 ) -> Float[Tensor, "batch tokens width"]:
-    """Run decoder layers in order; layer i writes slot `slot + i` of the cache behind what its rows hold.
+    """Run decoder layers in order; layer i writes layer `layer_idx + i` of the cache, behind what its rows hold.
 
     Layers may lie on several devices, each of which moves its input to its own; the result returns to where `hidden` was.
     The pass ends with the view's `advance`, which is the caller's to do.
     """
     tokens, device = hidden.shape[1], hidden.device
     made: dict[tuple[int, int | None], Tensor | None] = {}
-    for index, layer in enumerate(layers, start=slot):
+    for index, layer in enumerate(layers, start=layer_idx):
         attention = cast(Any, layer).self_attn
         window = window_of(layer)
         key = -1 if view is None else view.cache.segment(index), window
@@ -93,13 +93,13 @@ def project_keys_values(
 
 
 def fill(
-    layer: nn.Module, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, view: CacheView, slot: int
+    layer: nn.Module, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, view: CacheView, layer_idx: int
 ) -> None:
     """Put a decoder layer's keys and values into the cache without running it."""
     keys, values = project_keys_values(layer, hidden, inputs)
     if window_of(layer) is not None:
-        view.positions(slot, _known(inputs.positions))
-    view.update(keys, values, slot)
+        view.positions(layer_idx, _known(inputs.positions))
+    view.update(keys, values, layer_idx)
 
 
 def _heads(attention: Any, which: str, normed: Tensor, inputs: TokenInputs) -> Tensor:

@@ -258,7 +258,7 @@ class BaseVLM:
             view.advance(start, stop, hidden.shape[1])
         return after
 
-    def run_layers_in_two(
+    def run_layers_with_last_input(
         self,
         hidden: Float[Tensor, "batch tokens width"],
         start: int,

@@ -73,12 +73,12 @@ class Batch(ServiceOptions):
     @property
     def settings(self) -> dict[str, Any]:
         """What results depend on beside their requests."""
-        from twigvlm.loading import own_twig
+        from twigvlm.loading import default_twig
         from twigvlm.serving.notes import noted_twig
 
         return {
             **{name: getattr(self, name) for name in ("model", "dtype", "speculate")},
-            "twig": noted_twig(self.twig or own_twig(self.model)),
+            "twig": noted_twig(self.twig or default_twig(self.model)),
             **asdict(self.pruning),
             "max_tokens": self.limits.max_tokens,
         }

@@ -46,7 +46,7 @@ class ServiceOptions(ModelOptions):
         from twigvlm.base.vision import VisionModules
         from twigvlm.cli.session import SessionConfig, open_session
         from twigvlm.hf.requests import pruner_by_name
-        from twigvlm.loading import own_twig
+        from twigvlm.loading import default_twig
         from twigvlm.model import TwigVLM
         from twigvlm.pruning.methods.fitprune import FitPrune
         from twigvlm.pruning.methods.visionzip import VisionZip
@@ -54,7 +54,7 @@ class ServiceOptions(ModelOptions):
         from twigvlm.serving.fetch import Fetcher
         from twigvlm.serving.service import Defaults, Service
 
-        twig = self.twig or own_twig(self.model)
+        twig = self.twig or default_twig(self.model)
         speculate = self.speculate or ("none" if twig is None else "chain")
         # A twig that has nothing to do by default still serves requests that ask for it.
         idle = twig is not None and speculate == "none" and not self.pruning.active

@@ -15,7 +15,7 @@ from twigvlm.config import WITHOUT_TWIG, PruningConfig, Speculate
 from twigvlm.errors import TwigVLMError
 from twigvlm.images import Picture
 from twigvlm.inputs import user_turn
-from twigvlm.loading import bare, own_twig
+from twigvlm.loading import bare, default_twig
 from twigvlm.model import TwigVLM
 from twigvlm.pruning.methods import make_pruner
 
@@ -58,7 +58,7 @@ class SessionConfig:
                 f"twig {twig!r}: has nothing to do; add --retain 64 or --speculate chain, or leave --twig out"
             )
         if twig is None and not idle:
-            twig = own_twig(model)
+            twig = default_twig(model)
         prunes = pruning.active and pruning.pruner in (None, "twig")  # by the twig
         if pruning.pruner is not None and not prunes:
             make_pruner(pruning.pruner)  # for its errors, before a model is loaded

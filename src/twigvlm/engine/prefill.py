@@ -39,15 +39,15 @@ class Prefill:
         self.early = [[cut for cut in row.cuts if cut.layer < layer] for row in rows]
         self.at_trunk = [[cut for cut in row.cuts if cut.layer == layer] for row in rows]
         self.late = [[cut for cut in row.cuts if cut.layer > layer] for row in rows]
-        self.in_two = self.pruner is not None and Need.LAST_LAYER in self.pruner.needs
+        self.keep_last_input = self.pruner is not None and Need.LAST_LAYER in self.pruner.needs
 
     def run_trunk(self) -> TrunkOutput:
         """Layers 1..K, of which a prefix cache may know the beginning."""
         base, twig, prompt, layers = self.base, self.twig, self.prompt, self.twig.config.trunk_layers
         tokens = Tokens(prompt.hidden, base.token_inputs(prompt), prompt.visual_mask, prompt.lengths)
         prefix = self.rows[0].prefix
-        if prefix is None or any(self.early) or self.in_two:
-            tokens = self._run(tokens, None, 0, layers, self.early, self.in_two)
+        if prefix is None or any(self.early) or self.keep_last_input:
+            tokens = self._run(tokens, None, 0, layers, self.early, self.keep_last_input)
             return TrunkOutput(base, twig, prompt, tokens, self.masks, self.view, None)
         known = prefix.known(prompt.input_ids)
         prefix.load(base, twig, self.view, known)
@@ -76,7 +76,7 @@ class Prefill:
             drafts: whether drafts stand behind the prompts, which only cuts that do not rank anew allow.
         """
         layers = self.twig.config.trunk_layers, self.base.num_layers
-        left = self._run(tokens, trunk, *layers, self.late, self.in_two and not drafts)
+        left = self._run(tokens, trunk, *layers, self.late, self.keep_last_input and not drafts)
         for index, (row, sight) in enumerate(zip(self.rows, sights, strict=True)):
             if sight is not None and sight.pruned.layers[1] < self.base.num_layers:
                 sight.hold_late(left, index, row.length, self.base.num_layers)
@@ -105,7 +105,7 @@ class Prefill:
         start: int,
         stop: int,
         cuts: Sequence[Sequence[Cut]],
-        in_two: bool = False,
+        keep_last_input: bool = False,
     ) -> Tokens:
         def choose(tokens: Tokens, layer: int, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"] | Choice:
             assert self.pruner is not None, "there are cuts"
@@ -115,7 +115,9 @@ class Prefill:
                 row.kept = kept if row.kept is None else row.kept  # what passes a prompt's first cut
             return chosen
 
-        return run_cuts(self.base, tokens, start, stop, cuts, choose, self.masks, self.view, self.prompt, in_two)
+        return run_cuts(
+            self.base, tokens, start, stop, cuts, choose, self.masks, self.view, self.prompt, keep_last_input
+        )
 
 
 def behind(tokens: Tokens, draft: Draft, state: RowState) -> tuple[Tokens, Int[Tensor, " rows"]]:

@@ -111,7 +111,7 @@ class EagerRunner:
         # The prompts' last tokens are the roots: trunk and twig see them once more, as they see a newest token.
         again = [(0, layers)] if layers else []
         if policy.uses_twig or part.refocus is not None:
-            again.append((self.twig.first_slot, self.twig.last_slot + 1))
+            again.append((self.twig.first_layer_idx, self.twig.last_layer_idx + 1))
         for start, stop in again:
             cache.advance(start, stop, part.rows, -1)
         furthest = max(row.next_position for row in rows) + policy.depth

@@ -48,9 +48,9 @@ class OpenModel:
 
     def __call__(self, limits: Limits) -> Service:
         """Load the model."""
-        from twigvlm.loading import bare, load, own_twig
+        from twigvlm.loading import bare, default_twig, load
 
-        twig = self.twig or own_twig(self.model)
+        twig = self.twig or default_twig(self.model)
         base, processor, loaded = load_aside(lambda: load(self.model, twig, self.dtype, self.device))
         exits = self.defaults is not None and self.defaults.speculate == "exit"
         model = bare(base, exits) if loaded is None else loaded
@@ -58,10 +58,10 @@ class OpenModel:
 
     def settings(self) -> dict[str, Any]:
         """What answers depend on, JSON-able."""
-        from twigvlm.loading import own_twig
+        from twigvlm.loading import default_twig
         from twigvlm.serving.notes import noted_twig
 
-        twig = noted_twig(self.twig or own_twig(self.model))
+        twig = noted_twig(self.twig or default_twig(self.model))
         return {"model": self.model, "twig": twig, "dtype": self.dtype, **asdict(self.defaults or Defaults())}
 
 

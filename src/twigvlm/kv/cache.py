@@ -13,7 +13,7 @@ from twigvlm.kv.segments import Held, Segments
 
 
 class KVCache(Segments):
-    """Keys and values of L base layers and T twig layers (slots L..L+T-1) for the rows that are being decoded.
+    """Keys and values of L base layers and T twig layers (layers L..L+T-1) for the rows that are being decoded.
 
     Every layer has one buffer [rows, kv_heads, capacity, head_dim], written in place. A segment is a range of layers without
     a cut inside; its layers share their lengths. Lengths are known twice: on the host, which sizes views and decides which

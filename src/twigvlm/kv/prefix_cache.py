@@ -106,7 +106,7 @@ class PrefixCache:
     def load(self, base: BaseVLM, twig: Twig, view: CacheView, known: int) -> None:
         """Put the first `known` tokens of trunk and twig, as far as the twig has seen them, into an empty row of a cache."""
         num_in_twig = 0 if self.last_input is None else min(known, self.last_input.shape[1])
-        parts = (0, twig.config.trunk_layers, known), (twig.first_slot, twig.last_slot + 1, num_in_twig)
+        parts = (0, twig.config.trunk_layers, known), (twig.first_layer_idx, twig.last_layer_idx + 1, num_in_twig)
         for start, stop, count in parts:
             if not count or start == stop:
                 continue
@@ -128,7 +128,7 @@ class PrefixCache:
     def store_twig(self, view: CacheView, twig: Twig, last_input: Tensor) -> None:
         """Keep what the twig made of the prompt."""
         self.last_input = last_input
-        self._store(view, twig.first_slot, twig.last_slot + 1)
+        self._store(view, twig.first_layer_idx, twig.last_layer_idx + 1)
 
     def _store(self, view: CacheView, start: int, stop: int) -> None:
         for layer in range(start, stop):

@@ -28,7 +28,7 @@ def run_cuts(
     masks: Masks,
     view: CacheView | None = None,
     prompt: Prompt | None = None,
-    in_two: bool = False,
+    keep_last_input: bool = False,
 ) -> Tokens:
     """Layers start..stop-1 (from 0); at each cut the visual tokens that are not chosen leave (§3.3).
 
@@ -42,7 +42,7 @@ def run_cuts(
         masks: of the prompt.
         view: of the cache that gets keys and values; None: they are not kept.
         prompt: whose tokens these are, for choices that compact positions.
-        in_two: whether the input of the layer before each cut, and of the last one, is kept for methods that rank by it.
+        keep_last_input: whether the input of the layer before each cut, and of the last one, is kept for methods that rank by it.
 
     Returns:
         The tokens that are left, after layer `stop`.
@@ -53,7 +53,7 @@ def run_cuts(
     text: list[int] = []
     for at_layer in zip(*cuts, strict=True):
         layer, keep = at_layer[0].layer, [cut.keep for cut in at_layer]
-        tokens = tokens.through(base, start, layer, masks, view, in_two)
+        tokens = tokens.through(base, start, layer, masks, view, keep_last_input)
         start = layer
         choice = Choice(tokens.text)
         if any(keep):
@@ -74,4 +74,4 @@ def run_cuts(
         if choice.compacted:
             assert prompt is not None, "it has positions"
             tokens = tokens.compacted(base, prompt)
-    return tokens.through(base, start, stop, masks, view, in_two)
+    return tokens.through(base, start, stop, masks, view, keep_last_input)

@@ -48,14 +48,14 @@ class Tokens:
         return valid_mask(self.lengths, self.hidden.shape[1], self.hidden.device) & ~self.visual
 
     def through(
-        self, base: BaseVLM, start: int, stop: int, masks: Masks, view: CacheView | None, in_two: bool = False
+        self, base: BaseVLM, start: int, stop: int, masks: Masks, view: CacheView | None, keep_last_input: bool = False
     ) -> "Tokens":
-        """After layers start..stop-1, which a cache, if there is one, has got; `in_two` keeps the input of the last one."""
+        """After layers start..stop-1, which a cache, if there is one, has got; with the input of the last one if it is kept."""
         if stop == start:
             return self
         before, args = None, (self.hidden, start, stop, self.inputs, masks, view)
-        if in_two:
-            before, hidden = base.run_layers_in_two(*args)
+        if keep_last_input:
+            before, hidden = base.run_layers_with_last_input(*args)
         else:
             hidden = base.run_layers(*args)
         if view is not None and min(self.lengths) < hidden.shape[1]:
@@ -115,7 +115,7 @@ class TrunkOutput:
     @property
     def twig_is_filled(self) -> bool:
         """Whether the twig has seen all of the prompt."""
-        return self.view.held(self.twig.first_slot).longest == self.tokens.hidden.shape[1]
+        return self.view.held(self.twig.first_layer_idx).longest == self.tokens.hidden.shape[1]
 
     def fill_twig(self) -> Float[Tensor, "batch tokens width"]:
         """Run the twig on what its cache does not hold of the prompt, the first time; returns the input of its last layer."""
@@ -128,14 +128,16 @@ class TrunkOutput:
             raise TwigVLMError(
                 "pruner: ranks by a twig, but this model has none; load one with TwigVLM.from_pretrained"
             )
-        known = self.view.held(twig.first_slot).longest
+        known = self.view.held(twig.first_layer_idx).longest
         before = None if self.prefix is None else self.prefix.last_input
         if before is not None and known == count:
             return before[:, :count]
         hidden = self.tokens.hidden[:, known:]
         last_input = twig.fill(hidden, slice_tokens(self.tokens.inputs, known, count), self.masks, self.view)
         if min(self.tokens.lengths) < count:
-            self.view.cache.set_lengths(twig.first_slot, twig.last_slot + 1, self.view.rows, self.tokens.lengths)
+            self.view.cache.set_lengths(
+                twig.first_layer_idx, twig.last_layer_idx + 1, self.view.rows, self.tokens.lengths
+            )
         if before is not None:
             last_input = torch.cat((before[:, :known], last_input), dim=1)
         if self.prefix is not None:

@@ -143,8 +143,8 @@ class Batch:
 
     def __init__(self, base: BaseVLM, twig: Twig, reserve: int) -> None:
         self.base, self.twig = base, twig
-        boundaries = (twig.config.trunk_layers, twig.first_slot)
-        self.cache = KVCache(twig.last_slot + 1, boundaries, reserve, base.device)
+        boundaries = (twig.config.trunk_layers, twig.first_layer_idx)
+        self.cache = KVCache(twig.last_layer_idx + 1, boundaries, reserve, base.device)
         self.masks: Masks = base.masks()
         self.state: RowState | None = None
         self.pending: Pending | None = None
@@ -245,7 +245,7 @@ class Batch:
         view = self.cache.view(self.rows)
         if self.refocus is None:
             return TwigStates(self.twig(hidden, inputs, masks, view), None)
-        before_last, states = self.twig.forward_in_two(hidden, inputs, masks, view)
+        before_last, states = self.twig.forward_with_last_input(hidden, inputs, masks, view)
         return TwigStates(states, self.refocus.scores(before_last, inputs))
 
     def run_twig_on_roots(self, roots: Float[Tensor, "rows 1 width"], inputs: TokenInputs, furthest: int) -> TwigStates:
@@ -262,7 +262,7 @@ class Batch:
         states = states.scatter(1, at[..., None].expand_as(roots), roots)
         offsets = torch.arange(size, device=at.device) - at
         all_new = self.run_twig(states, self.inputs(self.state, offsets, furthest), self.masks)
-        first, last = self.twig.first_slot, self.twig.last_slot + 1
+        first, last = self.twig.first_layer_idx, self.twig.last_layer_idx + 1
         self.cache.commit(first, last, self.rows, size, pending.on_host + 1, pending.counts + 1)
         self.pending = Pending.none(len(states), states)
         states = torch.take_along_dim(all_new.states, at[..., None], dim=1)

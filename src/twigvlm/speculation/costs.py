@@ -81,7 +81,7 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 4) -> StepCosts:
     clock, end = _working_clock(base.device), time.monotonic() + PATIENCE
     trunk, layers = twig.config.trunk_layers, base.num_layers
     prompt = base.text_prompt(PROMPT)
-    cache = KVCache(twig.last_slot + 1, (trunk, layers), NODES[-1], base.device)
+    cache = KVCache(twig.last_layer_idx + 1, (trunk, layers), NODES[-1], base.device)
     row = cache.claim(1)
     view = cache.view(row)
     masks, inputs = base.masks(), base.token_inputs(prompt)
@@ -89,7 +89,7 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 4) -> StepCosts:
     base.run_layers(hidden, trunk, layers, inputs, masks, view)
 
     def filling() -> float:
-        cache.set_lengths(twig.first_slot, twig.last_slot + 1, row, [0])
+        cache.set_lengths(twig.first_layer_idx, twig.last_layer_idx + 1, row, [0])
         began = clock()
         twig.fill(hidden, inputs, masks, cache.view(row))
         return clock() - began
@@ -106,7 +106,7 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 4) -> StepCosts:
         late = clock()
         base.logits(base.run_layers(states, trunk, layers, part, of_tree, view)).argmax(dim=-1).tolist()
         ended = clock()
-        cache.advance(0, twig.last_slot + 1, row, -nodes)
+        cache.advance(0, twig.last_layer_idx + 1, row, -nodes)
         return middle - began, late - began, ended - late
 
     rounds: list[tuple[float, list[tuple[float, float, float]]]] = []

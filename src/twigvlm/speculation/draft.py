@@ -232,7 +232,7 @@ def commit_draft(
     if twig.config.trunk_layers:
         cache.commit(0, twig.config.trunk_layers, rows, draft.num_in_trunk, counts, accepted.counts, index)
     if draft.num_in_twig:
-        layers = twig.first_slot, twig.last_slot + 1
+        layers = twig.first_layer_idx, twig.last_layer_idx + 1
         cache.commit(*layers, rows, draft.num_in_twig, num_in_twig, committed.num_in_twig, index)
     if policy.uses_twig:
         assert batch.pending is not None, "there are rows"

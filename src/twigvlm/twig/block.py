@@ -58,7 +58,7 @@ class Twig(nn.Module):
         self.config = config
         self.record = []
         self.untrained = False
-        self.first_slot = base.num_layers
+        self.first_layer_idx = base.num_layers
         sources = _sources(base, config)
         ids = _checked_ids(config, draft_token_ids, base.vocabulary)
         with torch.device("meta"):
@@ -70,10 +70,10 @@ class Twig(nn.Module):
             rows, biased = base.vocabulary if ids is None else len(ids), bias_of(base.head) is not None
             self.head = nn.Linear(base.config.hidden_size, rows, biased) if config.head == "own" else None
         self.to(base.dtype).to_empty(device=base.device)
-        for slot, layer in enumerate(self.layers, start=self.first_slot):
-            cast(Any, layer).self_attn.layer_idx = slot
+        for layer_idx, layer in enumerate(self.layers, start=self.first_layer_idx):
+            cast(Any, layer).self_attn.layer_idx = layer_idx
             if hasattr(layer, "layer_idx"):
-                cast(Any, layer).layer_idx = slot
+                cast(Any, layer).layer_idx = layer_idx
         self.register_buffer("draft_token_ids", None if ids is None else ids.to(base.device))
         self._keep_head(base, fresh)
         if fresh:
@@ -124,18 +124,18 @@ class Twig(nn.Module):
         view: CacheView | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
         """Run the twig on states after base layer K; the result goes to `logits`."""
-        after = run(self.layers, hidden, inputs, masks, view, self.first_slot)
+        after = run(self.layers, hidden, inputs, masks, view, self.first_layer_idx)
         if view is not None:
-            view.advance(self.first_slot, self.last_slot + 1, hidden.shape[1])
+            view.advance(self.first_layer_idx, self.last_layer_idx + 1, hidden.shape[1])
         return after
 
-    def forward_in_two(
+    def forward_with_last_input(
         self, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, masks: Masks, view: CacheView
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens width"]]:
         """The input of the last layer, which visual tokens are ranked by, and what `forward` returns."""
-        before_last = run(self.layers[:-1], hidden, inputs, masks, view, self.first_slot)
-        after = run(self.layers[-1:], before_last, inputs, masks, view, self.last_slot)
-        view.advance(self.first_slot, self.last_slot + 1, hidden.shape[1])
+        before_last = run(self.layers[:-1], hidden, inputs, masks, view, self.first_layer_idx)
+        after = run(self.layers[-1:], before_last, inputs, masks, view, self.last_layer_idx)
+        view.advance(self.first_layer_idx, self.last_layer_idx + 1, hidden.shape[1])
         return before_last, after
 
     def checkpoint_gradients(self, on: bool) -> None:
@@ -158,13 +158,13 @@ class Twig(nn.Module):
         self, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, masks: Masks
     ) -> Float[Tensor, "batch tokens width"]:
         """Run all twig layers but the last, which visual tokens are ranked by."""
-        return run(self.layers[:-1], hidden, inputs, masks, slot=self.first_slot)
+        return run(self.layers[:-1], hidden, inputs, masks, layer_idx=self.first_layer_idx)
 
     def last(
         self, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, masks: Masks
     ) -> Float[Tensor, "batch tokens width"]:
         """Run the last twig layer on its input; the result goes to `logits`."""
-        return run(self.layers[-1:], hidden, inputs, masks, slot=self.last_slot)
+        return run(self.layers[-1:], hidden, inputs, masks, layer_idx=self.last_layer_idx)
 
     def fill(
         self, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, masks: Masks, view: CacheView
@@ -174,15 +174,15 @@ class Twig(nn.Module):
         That layer's output at prompt tokens is never used, so only its keys and values are computed: its queries,
         attention and MLP are saved.
         """
-        before_last = run(self.layers[:-1], hidden, inputs, masks, view, self.first_slot)
-        fill(self.layers[-1], before_last, inputs, view, self.last_slot)
-        view.advance(self.first_slot, self.last_slot + 1, hidden.shape[1])
+        before_last = run(self.layers[:-1], hidden, inputs, masks, view, self.first_layer_idx)
+        fill(self.layers[-1], before_last, inputs, view, self.last_layer_idx)
+        view.advance(self.first_layer_idx, self.last_layer_idx + 1, hidden.shape[1])
         return before_last
 
     @property
-    def last_slot(self) -> int:
-        """Cache slot of the last twig layer."""
-        return self.first_slot + len(self.layers) - 1
+    def last_layer_idx(self) -> int:
+        """Layer of the cache that the last twig layer writes."""
+        return self.first_layer_idx + len(self.layers) - 1
 
     def logits(self, hidden: Float[Tensor, "*positions width"]) -> Float[Tensor, "*positions draft_vocabulary"]:
         """Norm and head, over the tokens that the twig can draft."""

@@ -26,7 +26,7 @@ from twigvlm.evaluation.questions import Question, Questions, load_questions
 from twigvlm.evaluation.report import failed_sections, page
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.files import replacing
-from twigvlm.loading import bare, own_twig
+from twigvlm.loading import bare, default_twig
 from twigvlm.model import TwigVLM
 
 
@@ -89,7 +89,7 @@ def open_bench(options: EvaluateOptions, validation: str = "", needs_twig: bool 
     if validation:
         everything.refuse_test(validation)
     questions = everything.chosen(options.kinds, options.limit)
-    twig = options.twig or own_twig(options.model)
+    twig = options.twig or default_twig(options.model)
     if twig is None and needs_twig:
         raise TwigVLMError(f"model {options.model!r}: needs a twig; give --twig DIR")
     weights = None if twig is None else fetch(twig, FILES, None, None) / WEIGHTS

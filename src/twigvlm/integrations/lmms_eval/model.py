@@ -14,7 +14,7 @@ from twigvlm.evaluation.peak_memory import peak, reset_peak
 from twigvlm.integrations.lmms_eval import NEEDS
 from twigvlm.integrations.lmms_eval.answering import Answered, Answerer, Setting
 from twigvlm.integrations.lmms_eval.figures import throughput
-from twigvlm.loading import SAPLING, bare, load_base, own_twig
+from twigvlm.loading import SAPLING, bare, default_twig, load_base
 from twigvlm.model import TwigVLM
 
 try:
@@ -213,7 +213,7 @@ class TwigVLMChat(lmms):
 def _grow(hf_model: Any, pretrained: str, twig: str | None, setting: Setting) -> TwigVLM:
     if not setting.needs_twig and (twig is None or setting.speculate != "exit"):
         return bare(hf_model, exits=setting.speculate == "exit")
-    twig = twig or own_twig(pretrained)
+    twig = twig or default_twig(pretrained)
     assert twig is not None, "asked for before the base was loaded"
     return TwigVLM.from_pretrained(hf_model, twig)
 

@@ -125,7 +125,7 @@ def _by_layer(base: BaseVLM, inputs: dict[str, Any]) -> Float[Tensor, "layers 2 
     tokens = Tokens(prompt.hidden, base.token_inputs(prompt), prompt.visual_mask, prompt.lengths)
     found = []
     for layer in range(1, base.num_layers):
-        tokens = tokens.through(base, layer - 1, layer, base.masks(), None, in_two=True)
+        tokens = tokens.through(base, layer - 1, layer, base.masks(), None, keep_last_input=True)
         received = attention_received(CutView(base, prompt, layer, tokens, None))
         found.append(torch.stack([each[0, prompt.visual_mask[0]] for each in received]))
     return torch.stack(found)

@@ -115,7 +115,7 @@ class HeadScores:
         twig, tokens = trunk.twig, trunk.tokens
         mask = tokens.visual
         hidden = trunk.fill_twig()
-        keys, _ = trunk.view.cache.contents(twig.last_slot, trunk.view.rows)
+        keys, _ = trunk.view.cache.contents(twig.last_layer_idx, trunk.view.rows)
         ends = torch.tensor(tokens.lengths, device=mask.device)[:, None] - 1
         last = torch.zeros_like(mask).scatter(1, ends, True)
         query = VisualQuery.at(last, mask)

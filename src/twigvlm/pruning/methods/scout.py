@@ -62,7 +62,7 @@ class ScoutPruner:
             return view.trunk
         base, twig, masks = view.base, self.twig, view.base.masks()
         trunk_layers, rows = twig.config.trunk_layers, len(view.tokens.hidden)
-        cache = KVCache(twig.last_slot + 1, (trunk_layers, twig.first_slot), 1, base.device)
+        cache = KVCache(twig.last_layer_idx + 1, (trunk_layers, twig.first_layer_idx), 1, base.device)
         rows_view = cache.view(cache.claim(rows))
         tokens = view.tokens.through(base, 0, trunk_layers, masks, rows_view)
         return TrunkOutput(base, twig, view.prompt, tokens, masks, rows_view)

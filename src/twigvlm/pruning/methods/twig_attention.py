@@ -27,7 +27,7 @@ class TwigAttention:
     def __call__(self, trunk: TrunkOutput) -> Tensor:
         """Scores [batch, tokens]."""
         hidden = trunk.fill_twig()
-        keys, _ = trunk.view.cache.contents(trunk.twig.last_slot, trunk.view.rows)
+        keys, _ = trunk.view.cache.contents(trunk.twig.last_layer_idx, trunk.view.rows)
         return layer_scores(trunk.twig.layers[-1], hidden, keys, trunk.tokens, self.queries)
 
 
