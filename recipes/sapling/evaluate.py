@@ -99,13 +99,13 @@ class SharedPicture:
         model(**inputs.to(model.dtype), past_key_values=self.cache, logits_to_keep=1)
         self.length = self.cache.get_seq_length()
 
-    def ask(self, question: str, most_tokens: int) -> str:
+    def ask(self, question: str, max_tokens: int) -> str:
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
         text = self.processor.apply_chat_template([message], add_generation_prompt=True)
         tokenizer = self.processor.tokenizer
         ids: Tensor = tokenizer(text.removeprefix(self.opening), return_tensors="pt").input_ids
         answer: list[int] = []
-        while len(answer) < most_tokens:
+        while len(answer) < max_tokens:
             logits = self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1).logits
             token = int(logits[0, -1].argmax())
             if token == tokenizer.eos_token_id:

@@ -209,9 +209,9 @@ def _without_large_texts(data: bytes) -> bytes:
         kind, body = data[start + 4 : start + 8], data[start + 8 : end - 4]
         large = False
         if kind in _PNG_TEXTS:
-            own = MAX_TEXT_CHUNK if length > MAX_TEXT_MEMORY else _text_length(kind, body)
-            length += own
-            large = own >= MAX_TEXT_CHUNK or length > MAX_TEXT_MEMORY
+            size = MAX_TEXT_CHUNK if length > MAX_TEXT_MEMORY else _text_length(kind, body)
+            length += size
+            large = size >= MAX_TEXT_CHUNK or length > MAX_TEXT_MEMORY
         if not large:
             kept.append(data[start:end])
         start = end

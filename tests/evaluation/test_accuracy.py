@@ -25,7 +25,7 @@ def run(model, tokenizer, questions, tmp_path):
 
 
 def test_records_answers_and_scores(run):
-    running = Progress(most=2)
+    running = Progress(max_shown=2)
     records = run(advance=running.add)
     assert [record["id"] for record in records] == ["0", "1", "2", "3"]
     assert [record["kind"] for record in records] == ["place", "place", "place, held out", "description"]

@@ -17,8 +17,8 @@ from twigvlm.integrations.vllm.arithmetic import (
     moved_by,
     slots_of_newest,
     split_deepstack,
-    with_places,
-    without_places,
+    with_offsets,
+    without_offsets,
 )
 from twigvlm.integrations.vllm.budget import check_question, kept_tokens, positions_around
 from twigvlm.integrations.vllm.layout import FORMAT, check_attention, check_stages, check_target
@@ -131,31 +131,34 @@ def test_tokens_around_pruned_pictures_stay_where_they_were():
 
 def test_tokens_of_a_video_stand_on_three_axes():
     # One of text, a video of 1 × 2 × 2 that is kept whole, two of text.
-    places = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1]])
-    positions, more = positions_around(7, [(1, places, 2)])
+    offsets = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1]])
+    positions, more = positions_around(7, [(1, offsets, 2)])
     assert positions.tolist() == [[0, 1, 1, 1, 1, 3, 4], [0, 1, 1, 2, 2, 3, 4], [0, 1, 2, 1, 2, 3, 4]]
     assert more == -2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_places_survive_every_number_format(dtype):
-    features, places = torch.randn(5, 4).to(dtype), torch.tensor([[0, 1], [127, 128], [575, 129], [16383, 3], [300, 2]])
-    again, found = without_places(with_places(features, places), 4)
+def test_offsets_survive_every_number_format(dtype):
+    features, offsets = (
+        torch.randn(5, 4).to(dtype),
+        torch.tensor([[0, 1], [127, 128], [575, 129], [16383, 3], [300, 2]]),
+    )
+    again, found = without_offsets(with_offsets(features, offsets), 4)
     assert torch.equal(again, features)
-    assert torch.equal(found, places)
-    again, found = without_places(features, 4)
+    assert torch.equal(found, offsets)
+    again, found = without_offsets(features, 4)
     assert torch.equal(again, features)
     assert found.shape == (5, 0)
 
 
 @pytest.mark.parametrize("axes", [1, 3])
 def test_positions_are_moved_at_one_address(axes):
-    places, out = torch.tensor([[0, 5, 9], [0, 6, 9], [0, 7, 9]]), torch.zeros(3, 3, dtype=torch.long)
+    offsets, out = torch.tensor([[0, 5, 9], [0, 6, 9], [0, 7, 9]]), torch.zeros(3, 3, dtype=torch.long)
     shape = (2,) if axes == 1 else (3, 2)
     for start in (1, 4):
         positions = torch.arange(start, start + 2).expand(shape)
-        moved = moved_by(positions, places, 10, out)
-        expected = positions + (places[0, :2] if axes == 1 else places[:, :2])
+        moved = moved_by(positions, offsets, 10, out)
+        expected = positions + (offsets[0, :2] if axes == 1 else offsets[:, :2])
         assert torch.equal(moved, expected.clamp(max=10))
         assert moved.data_ptr() == out.data_ptr()
 

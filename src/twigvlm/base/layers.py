@@ -55,10 +55,10 @@ def run(
 def window_of(layer: nn.Module) -> int | None:
     """How many tokens a decoder layer looks back, itself included; None: all."""
     # Missing-attribute lookup on nn.Module is slow, and this is asked at each step.
-    own = vars(compat.uncompiled(cast(Any, layer).self_attn))
-    if "sliding_window" in own:
-        return cast("int | None", own["sliding_window"])
-    return cast("int | None", vars(own["config"]).get("sliding_window"))  # of all its layers, as in Mistral
+    attributes = vars(compat.uncompiled(cast(Any, layer).self_attn))
+    if "sliding_window" in attributes:
+        return cast("int | None", attributes["sliding_window"])
+    return cast("int | None", vars(attributes["config"]).get("sliding_window"))  # of all its layers, as in Mistral
 
 
 def rotary_of(layer: nn.Module, inputs: TokenInputs) -> tuple[Tensor, Tensor]:

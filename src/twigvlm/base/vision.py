@@ -266,9 +266,9 @@ def match_rows(rows: Float[Tensor, "rows width"], among: Float[Tensor, "others w
     order = theirs.argsort(stable=True)
     ordered = theirs[order]
     mine = ours.argsort(stable=True)
-    place = torch.arange(len(ours), device=ours.device)
-    repeated = torch.empty_like(place)
-    repeated[mine] = place - torch.searchsorted(ours[mine], ours[mine])
+    index = torch.arange(len(ours), device=ours.device)
+    repeated = torch.empty_like(index)
+    repeated[mine] = index - torch.searchsorted(ours[mine], ours[mine])
     first = torch.searchsorted(ordered, ours)
     count = torch.searchsorted(ordered, ours, right=True) - first
     at = (first + repeated % count.clamp(min=1)).clamp(max=len(among) - 1)

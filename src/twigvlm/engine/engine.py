@@ -135,7 +135,7 @@ class Engine:
         if source.noise is not None or len(source.request.rows) > 1:
             raise TwigVLMError(f"request {id}: is sampled, or asks for several answers; add it as a new request")
         of_its_own = {"logits processors": source.request.processors, "stopping criteria": source.request.criteria}
-        for kind in (kind for kind, own in of_its_own.items() if own is not None and own.has_state):
+        for kind in (kind for kind, functions in of_its_own.items() if functions is not None and functions.has_state):
             raise TwigVLMError(f"request {id}: has {kind} that two answers cannot share; add it as a new request")
         if pruner is not None and Need.VISION in pruner.needs and source.prompt.vision is None:
             raise TwigVLMError(

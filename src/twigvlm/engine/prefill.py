@@ -73,7 +73,7 @@ class Prefill:
             tokens: after layer K and its cut.
             trunk: the prompts before it.
             sights: of each row what it can look at again; None: nothing.
-            drafts: whether drafts stand behind the prompts, which only cuts that do not rank anew allow.
+            drafts: whether drafts stand behind the prompts, which later cuts allow only if they do not rank again.
         """
         layers = self.twig.config.trunk_layers, self.base.num_layers
         left = self._run(tokens, trunk, *layers, self.late, self.keep_last_input and not drafts)

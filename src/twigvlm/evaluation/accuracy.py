@@ -45,12 +45,12 @@ def run_accuracy(
     """
     namer = Namer(questions.vocabulary)
 
-    def measure(item: Item, inputs: dict[str, Any], place: int) -> Record:
+    def measure(item: Item, inputs: dict[str, Any], number: int) -> Record:
         (question,) = item.questions
-        most = item.limit(max_new_tokens, max_description_tokens)
+        longest = item.limit(max_new_tokens, max_description_tokens)
         own_seed = zlib.crc32(f"{seed} {question.id}".encode())
         try:
-            outcomes = answer_all(model, inputs, variants, most, own_seed)
+            outcomes = answer_all(model, inputs, variants, longest, own_seed)
         except TwigVLMError as error:
             raise named_refusal(model, inputs, variants, error) from None
         given = {name: tokenizer.decode(one.ids, skip_special_tokens=True).strip() for name, one in outcomes.items()}

@@ -73,10 +73,10 @@ def run_batches(
     taken = alternating(systems, repeats, partial(_measure, model))
     namer = Namer(questions.vocabulary)
 
-    def times(item: Item, inputs: dict[str, Any], place: int) -> Record:
-        most = item.limit(max_new_tokens, max_description_tokens)
+    def times(item: Item, inputs: dict[str, Any], number: int) -> Record:
+        longest = item.limit(max_new_tokens, max_description_tokens)
         runs = {}
-        for name, some in taken(inputs, most, place).items():
+        for name, some in taken(inputs, longest, number).items():
             answers, seconds, peaks = zip(*some, strict=True)
             pairs = zip(item.questions, answers[-1], strict=True)
             texts = [(question, tokenizer.decode(ids, skip_special_tokens=True)) for question, ids in pairs]

@@ -80,15 +80,15 @@ def run_exactness(
         if results_log.results(item.about["id"]) is None:
             if OF_THE_BASE & set(checks):
                 with suppress(TwigVLMError):  # such a question fails once more, and is recorded, with the twig
-                    most = item.limit(max_new_tokens, max_description_tokens)
-                    before[item.about["id"]] = _reference(base.generate, inputs_of(*item.questions), most)
+                    longest = item.limit(max_new_tokens, max_description_tokens)
+                    before[item.about["id"]] = _reference(base.generate, inputs_of(*item.questions), longest)
             advance({})
     model = grow()
     pruning = {"retain": retain, "refocus": refocus}
 
-    def measure(item: Item, inputs: dict[str, Any], place: int) -> Record:
-        most = item.limit(max_new_tokens, max_description_tokens)
-        tokens, same = _check(model, inputs, before.get(item.about["id"]), pruning, checks, most)
+    def measure(item: Item, inputs: dict[str, Any], number: int) -> Record:
+        longest = item.limit(max_new_tokens, max_description_tokens)
+        tokens, same = _check(model, inputs, before.get(item.about["id"]), pruning, checks, longest)
         return {"tokens": tokens, "same": same}
 
     return run(one_by_one(questions), inputs_of, measure, results_log, advance)

@@ -29,7 +29,7 @@ def draw_times(speeds: Mapping[str, Speed], lengths: Sequence[int], path: Path) 
     axes = figure.subplots()
     for number, (label, speed) in enumerate(speeds.items()):
         per_token = speed.decode / max(1.0, speed.tokens - 1)
-        at = [place * (len(speeds) + 1) + number for place in range(len(lengths))]
+        at = [index * (len(speeds) + 1) + number for index in range(len(lengths))]
         axes.bar(
             at, [speed.prefill] * len(lengths), color=f"C{number}", label=f"{label}: prefill ({quality_cell(speed)} %)"
         )
@@ -42,7 +42,7 @@ def draw_times(speeds: Mapping[str, Speed], lengths: Sequence[int], path: Path) 
             label=f"{label}: decoding",
         )
     middle = (len(speeds) - 1) / 2
-    axes.set_xticks([place * (len(speeds) + 1) + middle for place in range(len(lengths))], [str(n) for n in lengths])
+    axes.set_xticks([index * (len(speeds) + 1) + middle for index in range(len(lengths))], [str(n) for n in lengths])
     axes.set(xlabel="new tokens of an answer", ylabel="seconds")
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=150)
@@ -58,10 +58,10 @@ def draw_speeds(groups: Mapping[str, Sequence[Speed]], path: Path) -> None:
     tallest = max(map(len, groups.values()))
     figure = figure_class()(figsize=(6 * len(groups), 1.2 + 0.45 * tallest), layout="constrained")
     for axes, (title, speeds) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
-        places = range(len(speeds))
+        positions = range(len(speeds))
         length, error = percent_and_error(speeds)
-        axes.barh(places, length, xerr=error, color="C0", capsize=3)
-        axes.set_yticks(places, [f"{one.name}\n{quality_cell(one)} %" for one in speeds], fontsize=8)
+        axes.barh(positions, length, xerr=error, color="C0", capsize=3)
+        axes.set_yticks(positions, [f"{one.name}\n{quality_cell(one)} %" for one in speeds], fontsize=8)
         axes.invert_yaxis()
         axes.axvline(100, color="grey", linewidth=0.8)
         axes.set(title=title, xlabel="tokens per second, % of the base's (RelSpd)")

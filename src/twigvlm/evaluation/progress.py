@@ -6,10 +6,10 @@ from twigvlm.evaluation.results_log import Record
 class Progress:
     """Exact match so far, per variant; prints as one line."""
 
-    def __init__(self, most: int = 6) -> None:
+    def __init__(self, max_shown: int = 6) -> None:
         self.asked = 0
         self.right: dict[str, int] = {}
-        self._most = most
+        self._max_shown = max_shown
 
     def add(self, record: Record) -> None:
         """Count a record; descriptions and failed questions are left out."""
@@ -20,5 +20,5 @@ class Progress:
 
     def __str__(self) -> str:
         """The first variants with their exact match in percent."""
-        shown = list(self.right.items())[: self._most]
+        shown = list(self.right.items())[: self._max_shown]
         return " · ".join(f"{name} {100 * right / self.asked:.1f}" for name, right in shown)

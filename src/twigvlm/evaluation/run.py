@@ -68,22 +68,22 @@ def run(
     records = []
     measured = any("failed" not in record for record in results_log.records.values())
 
-    def results(item: Item, place: int) -> Record:
+    def results(item: Item, number: int) -> Record:
         try:
             inputs = inputs_of(*item.questions)
         except TwigVLMError as error:
             return {"failed": one_line(error)}
         try:
-            return measure(item, inputs, place)
+            return measure(item, inputs, number)
         except TwigVLMError as error:
             if not measured:
                 raise
             return {"failed": one_line(error)}
 
-    for place, item in enumerate(items):
+    for number, item in enumerate(items):
         record = results_log.results(item.about["id"])
         if record is None:
-            record = results_log.append({**item.about, **results(item, place)})
+            record = results_log.append({**item.about, **results(item, number)})
         measured = measured or "failed" not in record
         records.append(record)
         advance(record)

@@ -55,15 +55,15 @@ def alternating(
     """
     warm = False
 
-    def measurements(inputs: dict[str, Any], most: int, place: int) -> dict[str, list[T]]:
+    def measurements(inputs: dict[str, Any], longest: int, number: int) -> dict[str, list[T]]:
         nonlocal warm
         for system in () if warm else systems:
-            once(inputs, system, most)
+            once(inputs, system, longest)
         warm = True
         taken: dict[str, list[T]] = {system.name: [] for system in systems}
-        for turn in range(place * repeats, (place + 1) * repeats):
+        for turn in range(number * repeats, (number + 1) * repeats):
             for system in in_turn(systems, turn):
-                taken[system.name].append(once(inputs, system, most))
+                taken[system.name].append(once(inputs, system, longest))
         return taken
 
     return measurements
@@ -169,19 +169,19 @@ def measure(
         began = clock()
         output: Any = generate(**inputs, **options, **system.options, streamer=steps if system.speculates else watch)
         ended = clock()
-    own = system.attention is None
+    ours = system.attention is None
     drafted, accepted = ([], []) if not system.speculates else steps.counts()
-    if own:
+    if ours:
         drafted, accepted = output.drafted_lengths[0], output.accepted_lengths[0]
     return Measurement(
         ids=output.sequences[0, inputs["input_ids"].shape[1] :].tolist(),
         prefill=(ended if watch.at is None else watch.at) - began,
         total=ended - began,
-        draft=output.timings.draft if own else None,
-        verify=output.timings.verify if own else None,
+        draft=output.timings.draft if ours else None,
+        verify=output.timings.verify if ours else None,
         drafted=drafted,
         accepted=accepted,
-        looks=None if not own or output.looks is None else [(look.after, look.ran) for look in output.looks[0]],
+        looks=None if not ours or output.looks is None else [(look.after, look.ran) for look in output.looks[0]],
     )
 
 
@@ -236,14 +236,14 @@ def run_speed(
     taken = alternating(systems, repeats, partial(measure, model, assistant=assistant))
     namer = Namer(questions.vocabulary)
 
-    def times(item: Item, inputs: dict[str, Any], place: int) -> Record:
-        most = item.limit(max_new_tokens, max_description_tokens)
-        measurements = taken(inputs, most, place)
+    def times(item: Item, inputs: dict[str, Any], number: int) -> Record:
+        longest = item.limit(max_new_tokens, max_description_tokens)
+        measurements = taken(inputs, longest, number)
         runs = {name: _run(some, tokenizer) for name, some in measurements.items()}
         for one in runs.values():
             one["score"] = score(item.questions[0], one["text"], namer)
         for system in systems if memory else ():
-            runs[system.name]["peak"] = peak_of(model, inputs, system, most, assistant)
+            runs[system.name]["peak"] = peak_of(model, inputs, system, longest, assistant)
         return {"runs": runs}
 
     return run(one_by_one(questions.items), inputs_of, times, results_log, advance)

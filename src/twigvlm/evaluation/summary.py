@@ -219,7 +219,7 @@ def compare_batches(records: Sequence[Record], baselines: Sequence[str]) -> list
         baseline = max(baselines, key=speed.__getitem__)
         for name in runs[0]:
             peaks = [held for run in runs for held in run[name]["peak"]]
-            most = float("nan") if None in peaks else float(max(peaks))
+            highest = float("nan") if None in peaks else float(max(peaks))
             result.append(
                 BatchSpeed(
                     **vars(quality([score for run in runs for score in run[name]["scores"]])),
@@ -227,7 +227,7 @@ def compare_batches(records: Sequence[Record], baselines: Sequence[str]) -> list
                     size=size,
                     speed=speed[name],
                     relative=speed[name] / speed[baseline],
-                    peak=most,
+                    peak=highest,
                     is_baseline=name == baseline,
                 )
             )

@@ -253,8 +253,8 @@ def _noises(
         raise TwigVLMError(
             f"generator: is on {str(generator.device)!r}, the base on {str(device)!r}; create it with torch.Generator(device)"
         )
-    own = rows == 1 and (alone or generator is not None)
-    streams = [generator] if own else _streams(rows, device, generator)
+    draws_from_it = rows == 1 and (alone or generator is not None)
+    streams = [generator] if draws_from_it else _streams(rows, device, generator)
     temperature = 1.0 if config.temperature is None else config.temperature
     return [Noise(temperature, base.vocabulary, device, stream) for stream in streams]
 

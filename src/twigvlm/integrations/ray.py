@@ -207,8 +207,8 @@ def serve_app(
 
         return create_app(make_service(limits), api_key)
 
-    most = limits.max_rows + limits.max_waiting + REFUSED
-    options = {"max_ongoing_requests": most, "max_queued_requests": most, **deployment}
+    max_requests = limits.max_rows + limits.max_waiting + REFUSED
+    options = {"max_ongoing_requests": max_requests, "max_queued_requests": max_requests, **deployment}
     return serve.deployment(serve.ingress(build)(), **options).bind()
 
 

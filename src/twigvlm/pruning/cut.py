@@ -143,10 +143,10 @@ def solve_cuts(
         raise TwigVLMError(f"cut after layer {layers_of_cuts[-1]}: needs a base of more layers than {layers}")
 
     def counts(parameter: float) -> list[float]:
-        exact, most = [], float(visual)
+        exact, left = [], float(visual)
         for share in kept(parameter):
-            most = min(most, max(visual * share, 1.0))
-            exact.append(most)
+            left = min(left, max(visual * share, 1.0))
+            exact.append(left)
         return exact
 
     def average(sizes: Sequence[float]) -> float:

@@ -12,12 +12,12 @@ from twigvlm.errors import TwigVLMError
 WEIGHTS = "projector.safetensors"
 
 
-def tuned_projector(folder: str, own: nn.Module) -> dict[str, Tensor]:
+def tuned_projector(folder: str, projector: nn.Module) -> dict[str, Tensor]:
     """Weights in place of a base's own, in its number format and on its device.
 
     Args:
         folder: that `twigvlm train visionzip` has written to.
-        own: the base's projector.
+        projector: the base's projector.
 
     Raises:
         TwigVLMError: there is no such file, it is broken, or it belongs to another base.
@@ -25,7 +25,7 @@ def tuned_projector(folder: str, own: nn.Module) -> dict[str, Tensor]:
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise TwigVLMError(f"projector {folder!r}: {WEIGHTS} is not there; train one with 'twigvlm train visionzip'")
-    weights, mine = _read(path, path.stat().st_mtime_ns), own.state_dict()
+    weights, mine = _read(path, path.stat().st_mtime_ns), projector.state_dict()
     if {name: one.shape for name, one in weights.items()} != {name: one.shape for name, one in mine.items()}:
         raise TwigVLMError(
             f"projector {folder!r}: belongs to another base, whose projector has other weights; train one for this base"

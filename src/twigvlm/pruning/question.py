@@ -53,6 +53,6 @@ def attention_from(view: CutView, asking: Bool[Tensor, "batch prompt_tokens"]) -
     keys = project_keys(layer, view.before, tokens.inputs)
     asks = valid_mask(counts, positions.shape[1], asking.device)
     scaling, window, at = cast(Any, layer).self_attn.scaling, window_of(layer), tokens.inputs.positions
-    places = positions if inputs.positions is None else inputs.positions
-    for part, shares in attention_chunks(queries, keys, scaling, places, window, key_positions=at):
+    query_positions = positions if inputs.positions is None else inputs.positions
+    for part, shares in attention_chunks(queries, keys, scaling, query_positions, window, key_positions=at):
         yield QuestionRows(shares, asks[:, part], select_tokens(tokens.inputs, positions[:, part]))

@@ -51,7 +51,7 @@ class HeldTokens:
 
     layers: tuple[int, int]
     """Of layers start..stop-1, counted from 0."""
-    places: Int[Tensor, " left"]
+    positions: Int[Tensor, " left"]
     """Position in the prompt of each token that is held."""
     slots: Int[Tensor, " visual"]
     """Which of the held tokens each visual token is; -1: none."""
@@ -70,9 +70,9 @@ class HeldTokens:
         new: Int[Tensor, " new"],
         states: Float[Tensor, "1 new width"],
         inputs: TokenInputs,
-        places: Int[Tensor, " new"],
+        positions: Int[Tensor, " new"],
     ) -> Float[Tensor, "1 new width"]:
-        """Run visual tokens that take the places of others; returns their states after the layers.
+        """Run visual tokens that take the place of others; returns their states after the layers.
 
         Args:
             base: the base.
@@ -82,16 +82,16 @@ class HeldTokens:
             new: numbers of those that come, as many.
             states: of those before the layers.
             inputs: of those.
-            places: of those in the prompt.
+            positions: of those in the prompt.
         """
         slots = self.slots[gone]
         self.slots[new], self.slots[gone] = slots, -1
-        self.places[slots] = places
-        until = places if inputs.attends_until is None else inputs.attends_until[0]
-        mask = (self.places <= until[:, None])[None, None]
+        self.positions[slots] = positions
+        until = positions if inputs.attends_until is None else inputs.attends_until[0]
+        mask = (self.positions <= until[:, None])[None, None]
         if base.attention == "eager":
             mask = additive(mask, base.dtype)
-        view = ReplacingView(cache, row, slots, len(self.places))
+        view = ReplacingView(cache, row, slots, len(self.positions))
         return base.run_layers(
             states, *self.layers, inputs._replace(attends_until=None), lambda tokens, held: mask, view
         )
@@ -155,11 +155,11 @@ class Sight:
             layers: L.
         """
         assert left.index is not None, "there was a cut"
-        places, visual = left.index[row, : left.lengths[row]], left.visual[row, : left.lengths[row]]
+        positions, visual = left.index[row, : left.lengths[row]], left.visual[row, : left.lengths[row]]
         if bool(visual.any()):
             slots = torch.full_like(self.visual, -1)
-            slots[torch.searchsorted(self.visual, places[visual])] = visual.nonzero()[:, 0]
-            self.late = HeldTokens((self.pruned.layers[1], layers), places[places < length], slots)
+            slots[torch.searchsorted(self.visual, positions[visual])] = visual.nonzero()[:, 0]
+            self.late = HeldTokens((self.pruned.layers[1], layers), positions[positions < length], slots)
 
     @property
     def keep(self) -> int:
@@ -224,12 +224,12 @@ class Refocus:
         self.slots = pad_sequence(
             [none if row is None else row.pruned.slots for row in rows], batch_first=True, padding_value=-1
         )
-        places = [none if row is None else row.visual for row in rows]
-        self.places = pad_sequence(places, batch_first=True)
+        positions = [none if row is None else row.visual for row in rows]
+        self.positions = pad_sequence(positions, batch_first=True)
         counts = torch.tensor([0 if row is None else len(row.visual) for row in rows], device=none.device)
         self.visible = torch.arange(self.keys.shape[2], device=none.device) < counts[:, None]
         keep = [0 if row is None else row.keep for row in rows]
-        self.most, self.last = max(keep), torch.tensor(keep, device=none.device).sub(1).clamp(min=0)
+        self.max_keep, self.last = max(keep), torch.tensor(keep, device=none.device).sub(1).clamp(min=0)
         thresholds = [0.0 if row is None else row.threshold for row in rows]
         self.threshold = torch.tensor(thresholds, device=none.device)[:, None]
 
@@ -246,14 +246,14 @@ class Refocus:
         window = window_of(layer)
         if window is not None and head is None:  # a P-Head looks at all visual tokens
             assert inputs.positions is not None, "the base has windows"
-            visible = visible & (self.places[:, None] > inputs.positions[..., None] - window)
+            visible = visible & (self.positions[:, None] > inputs.positions[..., None] - window)
         scaling = cast(Any, layer).self_attn.scaling
         return visual_attention(queries, self.keys, scaling, visible).exp()
 
     def asks(self, scores: Float[Tensor, "rows new visual"]) -> Bool[Tensor, "rows new"]:
         """Where the kept tokens have less than τ of what as many others could have."""
         kept = (scores * (self.slots >= 0)[:, None]).sum(dim=-1)
-        best = scores.topk(self.most, dim=-1).values.cumsum(dim=-1)
+        best = scores.topk(self.max_keep, dim=-1).values.cumsum(dim=-1)
         best = best.gather(2, self.last[:, None, None].expand(-1, scores.shape[1], 1))[..., 0]
         return kept < self.threshold * best * (1 - _ROUNDING)
 

@@ -41,9 +41,9 @@ def evenly(
     order = scores.masked_fill(~visual_mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
     grouped = order.gather(1, images.gather(1, order).argsort(dim=1, stable=True))  # image by image, its best first
     image = images.gather(1, grouped)
-    place = torch.arange(tokens, device=scores.device).expand_as(order)
-    within = torch.zeros_like(order).scatter(1, grouped, place - torch.searchsorted(image, image))
-    among_all = torch.zeros_like(order).scatter(1, order, place)
+    index = torch.arange(tokens, device=scores.device).expand_as(order)
+    within = torch.zeros_like(order).scatter(1, grouped, index - torch.searchsorted(image, image))
+    among_all = torch.zeros_like(order).scatter(1, order, index)
     return -(within * tokens + among_all).double()  # exact: of 10,000 tokens a float32 would mix up ranks
 
 
@@ -87,11 +87,11 @@ def diverse(
     for row, count in enumerate(keep):
         if not count:
             continue
-        places = visual_mask[row].nonzero()[:, 0]
-        quality = scores[row, places].float().nan_to_num(nan=0.0).clamp(min=0)
+        positions = visual_mask[row].nonzero()[:, 0]
+        quality = scores[row, positions].float().nan_to_num(nan=0.0).clamp(min=0)
         quality = (quality / quality.max().clamp(min=_TINY)).clamp(min=_LEAST).sqrt()
-        directions = torch.nn.functional.normalize(states[row, places].float(), dim=-1)
-        chosen[row, places[greedy_determinant(directions * quality[:, None], count, _RIDGE)]] = True
+        directions = torch.nn.functional.normalize(states[row, positions].float(), dim=-1)
+        chosen[row, positions[greedy_determinant(directions * quality[:, None], count, _RIDGE)]] = True
     return chosen
 
 

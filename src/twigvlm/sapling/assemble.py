@@ -141,10 +141,10 @@ def assemble(
     """Join the language model with `weights`: keys `vision_tower.*`, `multi_modal_projector.*` and `<layer>.up/.down`."""
     state = {key.removeprefix("model."): value for key, value in language.state_dict().items()}
     state.pop("lm_head.weight")
-    own = {key: value.float() for key, value in weights.items() if not key.endswith((".up", ".down"))}
-    merge(state, {key: value for key, value in weights.items() if key not in own})
+    unmerged = {key: value.float() for key, value in weights.items() if not key.endswith((".up", ".down"))}
+    merge(state, {key: value for key, value in weights.items() if key not in unmerged})
     full = {f"model.language_model.{key}": value for key, value in state.items()}
-    full |= {f"model.{key}": value for key, value in own.items()}
+    full |= {f"model.{key}": value for key, value in unmerged.items()}
     full["lm_head.weight"] = full["model.language_model.embed_tokens.weight"]
     model, loaded = LlavaForConditionalGeneration.from_pretrained(
         None,
@@ -170,10 +170,10 @@ def _store(folder: Path, weights: Path) -> None:
     """Assemble once, in float16: reading the language model's GGUF file takes half a minute, reading this a second."""
     language, inputs = language_model(), processor()
     try:
-        own = load_file(weights)
+        vision = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise TwigVLMError(f"{weights}: not a readable weight file ({error}); reinstall twigvlm") from error
-    model = assemble(language, inputs.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), own)
+    model = assemble(language, inputs.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), vision)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as unfinished:
         model.half().save_pretrained(unfinished)

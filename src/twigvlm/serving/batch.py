@@ -157,8 +157,8 @@ def _locked(path: Path, name: str) -> Iterator[None]:
     Raises:
         TwigVLMError: another run is writing there.
     """
-    place = path.with_name(f".{path.name}.lock")
-    lock = FileLock(place)  # the system frees it when the process is killed
+    lock_file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(lock_file)  # the system frees it when the process is killed
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -167,7 +167,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            place.unlink()
+            lock_file.unlink()
         lock.release()
 
 
@@ -214,9 +214,9 @@ class BatchRun:
 
     def run(self, lines: list[BatchLine]) -> None:
         """Answer them; results come in the order in which they are complete."""
-        most = self._service.limits.max_rows + _AHEAD
+        max_running = self._service.limits.max_rows + _AHEAD
         for line in lines:
-            while len(self._running) >= most:
+            while len(self._running) >= max_running:
                 self._take()
             self._start(line)
         while self._running:

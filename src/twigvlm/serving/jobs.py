@@ -153,7 +153,7 @@ class Job:
         counts = _counts(row, layers) if choice.counts is None else choice.counts
         choice.counts = replace(counts, drafted=counts.drafted + row.drafted[choice.steps])
         skip = max(0, choice.given - choice.position)
-        new = [(token, place < accepted) for place, token in enumerate(tokens)][skip:]
+        new = [(token, index < accepted) for index, token in enumerate(tokens)][skip:]
         choice.steps, choice.position = choice.steps + 1, choice.position + len(tokens)
         choice.given = max(choice.given, choice.position)
         choice.ended = finished
@@ -171,7 +171,7 @@ def kept_visual(row: Row) -> list[int]:
         kept[row.looks[-1].kept] = True
     else:
         kept = mask if row.kept is None else row.kept
-    return [int(place) for place in kept[mask].nonzero()[:, 0].tolist()]
+    return [int(index) for index in kept[mask].nonzero()[:, 0].tolist()]
 
 
 def _counts(row: Row, layers: int) -> Counts:

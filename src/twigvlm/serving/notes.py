@@ -11,7 +11,7 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.files import replacing
 
 
-def check_note(note: Path, settings: Mapping[str, Any], begun: bool, name: str, place: str) -> None:
+def check_note(note: Path, settings: Mapping[str, Any], begun: bool, name: str, kind: str) -> None:
     """Compare the settings with those of the note, or write it where there is no result yet.
 
     Args:
@@ -19,7 +19,7 @@ def check_note(note: Path, settings: Mapping[str, Any], begun: bool, name: str, 
         settings: JSON-able.
         begun: whether there are results.
         name: of what holds the results, for messages.
-        place: what else could hold the others, for messages: "file" or "directory".
+        kind: of what else could hold the others, for messages: "file" or "directory".
 
     Raises:
         TwigVLMError: there are results with other settings, or with unknown ones.
@@ -32,7 +32,7 @@ def check_note(note: Path, settings: Mapping[str, Any], begun: bool, name: str, 
     found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
     other = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
     if other:
-        raise TwigVLMError(f"{name}: holds answers with other options ({', '.join(other)}); name another {place}")
+        raise TwigVLMError(f"{name}: holds answers with other options ({', '.join(other)}); name another {kind}")
 
 
 def noted_twig(twig: str | None) -> str | None:

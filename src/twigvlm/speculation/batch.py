@@ -58,8 +58,8 @@ class RowState:
             if more > 0:
                 self.ids = torch.nn.functional.pad(self.ids, (0, max(more, _STEP)), value=NO_TOKEN)
             # What is not accepted is overwritten by the next step's tokens.
-            places = (self.prompt_length + self.count)[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-            self.ids = self.ids.scatter(1, places, tokens)
+            index = (self.prompt_length + self.count)[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+            self.ids = self.ids.scatter(1, index, tokens)
         self.newest = tokens.gather(1, accepted.counts[:, None] - 1)[:, 0]
         self.count = self.count + accepted.counts
 
@@ -116,10 +116,10 @@ class Pending:
         total = self.on_host + on_host
         if not total.any():
             return Pending(self.states[:, :0], counts, on_host)
-        places = torch.arange(int(total.max()), device=states.device) - self.counts[:, None]
+        relative = torch.arange(int(total.max()), device=states.device) - self.counts[:, None]
         both = torch.cat((self.states, states), dim=1)
-        old = torch.arange(places.shape[1], device=states.device).expand_as(places)
-        index = torch.where(places < 0, old, self.states.shape[1] + places).clamp(max=both.shape[1] - 1)
+        old = torch.arange(relative.shape[1], device=states.device).expand_as(relative)
+        index = torch.where(relative < 0, old, self.states.shape[1] + relative).clamp(max=both.shape[1] - 1)
         return Pending(torch.take_along_dim(both, index[..., None], dim=1), self.counts + counts, total)
 
 
@@ -218,12 +218,12 @@ class Batch:
             offsets: of each token from the newest one, which is at 0.
             furthest: upper bound of their positions.
         """
-        places = state.count[:, None] - 1 + offsets
+        in_answer = state.count[:, None] - 1 + offsets
         if self._table is None or self._table.cos.shape[1] <= furthest:
             self._table = self._rotary_table((furthest // _STEP + 1) * _STEP)
         table = self._table
-        index = (state.first_position[:, None] + places).clamp(max=table.cos.shape[1] - 1)
-        positions = state.prompt_length[:, None] + places if self.base.windowed else None
+        index = (state.first_position[:, None] + in_answer).clamp(max=table.cos.shape[1] - 1)
+        positions = state.prompt_length[:, None] + in_answer if self.base.windowed else None
         cos, sin = (torch.nn.functional.embedding(index, part[0]) for part in (table.cos, table.sin))
         return TokenInputs(cos, sin, table.kinds, positions)
 

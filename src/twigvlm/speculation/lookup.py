@@ -55,14 +55,14 @@ def continuations(
         count: most tokens of a continuation.
     """
     width, end = ids.shape[1], lengths - 1
-    place = torch.arange(width, device=ids.device)
-    matches = place < end[:, None]
+    index = torch.arange(width, device=ids.device)
+    matches = index < end[:, None]
     start = torch.zeros_like(lengths)
     for back in range(ngram):
         token = ids.gather(1, (end - back).clamp(min=0)[:, None])
         earlier = torch.nn.functional.pad(ids, (back, 0), value=NO_TOKEN)[:, :width]
         matches = matches & (earlier == token) & (token != NO_TOKEN)
-        newest = torch.where(matches, place, -1).amax(dim=1)
+        newest = torch.where(matches, index, -1).amax(dim=1)
         start = torch.where(newest >= 0, newest + 1, start)
     offsets = torch.arange(count, device=ids.device) % (lengths - start)[:, None]
     found = ids.gather(1, (start[:, None] + offsets).clamp(max=width - 1))

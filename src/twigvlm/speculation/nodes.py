@@ -61,10 +61,10 @@ class Nodes(NamedTuple):
         """These nodes, renumbered: the root first, each after its parent, INVALID ones behind."""
         count = self.tokens.shape[1]
         known = chosen.clamp(min=0)
-        place = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
+        index = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
         # One more column, so that INVALID ones overwrite no node's number.
         numbers = torch.zeros(len(chosen), count + 1, dtype=torch.long, device=chosen.device)
-        numbers.scatter_(1, chosen.masked_fill(chosen == INVALID, count), place)
+        numbers.scatter_(1, chosen.masked_fill(chosen == INVALID, count), index)
         return Nodes(
             self.tokens.gather(1, known),
             numbers.gather(1, self.parents.gather(1, known)),

@@ -34,12 +34,12 @@ def following_positions(positions: Tensor, starts: Tensor | None) -> Tensor:
     return torch.where(inside, shifted, following)
 
 
-def moved_by(positions: Tensor, places: Tensor, last: int, out: Tensor) -> Tensor:
+def moved_by(positions: Tensor, offsets: Tensor, last: int, out: Tensor) -> Tensor:
     """Positions with the places of visual tokens added, at one address: CUDA graphs read them where they were captured.
 
     Args:
         positions: [tokens] or [3, tokens].
-        places: [3, most tokens]; of positions on one axis its first row counts.
+        offsets: [3, most tokens]; of positions on one axis its first row counts.
         last: the largest position.
         out: [3, most tokens]; it is overwritten.
 
@@ -47,7 +47,7 @@ def moved_by(positions: Tensor, places: Tensor, last: int, out: Tensor) -> Tenso
         A part of `out`, of the shape of the positions.
     """
     count = positions.shape[-1]
-    target, added = (out, places) if positions.ndim == 2 else (out[0], places[0])
+    target, added = (out, offsets) if positions.ndim == 2 else (out[0], offsets[0])
     return target[..., :count].copy_((positions + added[..., :count]).clamp(max=last))
 
 
@@ -66,25 +66,25 @@ def split_deepstack(embeddings: Tensor, width: int) -> tuple[Tensor, Tensor | No
     return embeddings[..., :width], embeddings[..., width:]
 
 
-def with_places(features: Tensor, places: Tensor) -> Tensor:
-    """Features with the tokens' places in their picture behind them, as pairs of digits.
+def with_offsets(features: Tensor, offsets: Tensor) -> Tensor:
+    """Features with the tokens' offsets in their picture behind them, as pairs of digits.
 
     Args:
         features: of the kept visual tokens, [tokens, columns].
-        places: how far each is from its picture's first position, on each axis, [tokens, axes]; less than 16,384.
+        offsets: how far each is from its picture's first position, on each axis, [tokens, axes]; less than 16,384.
 
     Returns:
         [tokens, columns + 2 × axes].
     """
-    digits = torch.stack((places // BASE, places % BASE), dim=-1).flatten(1)
+    digits = torch.stack((offsets // BASE, offsets % BASE), dim=-1).flatten(1)
     return torch.cat((features, digits.to(features.dtype)), dim=1)
 
 
-def without_places(features: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Features [tokens, columns] and places [tokens, axes] again; without axes where none were written.
+def without_offsets(features: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Features [tokens, columns] and offsets [tokens, axes] again; without axes where none were written.
 
     Args:
-        features: as `with_places` gives them.
+        features: as `with_offsets` gives them.
         columns: of the features.
     """
     digits = features[:, columns:].round().long().unflatten(1, (-1, 2)) if features.shape[1] > columns else None

@@ -71,11 +71,11 @@ def positions_around(tokens: int, pictures: Sequence[tuple[int, Tensor, int]]) -
     """
     positions = torch.zeros(3, tokens, dtype=torch.long)
     done, position = 0, 0
-    for start, places, extent in sorted(pictures, key=lambda picture: picture[0]):
+    for start, offsets, extent in sorted(pictures, key=lambda picture: picture[0]):
         positions[:, done:start] = torch.arange(position, position + start - done)
         position += start - done
-        done = start + places.shape[1]
-        positions[:, start:done] = position + places
+        done = start + offsets.shape[1]
+        positions[:, start:done] = position + offsets
         position += extent
     positions[:, done:] = torch.arange(position, position + tokens - done)
     return positions, position - done

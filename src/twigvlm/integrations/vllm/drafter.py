@@ -33,7 +33,7 @@ from twigvlm.integrations.vllm.arithmetic import (
     moved_by,
     slots_of_newest,
     split_deepstack,
-    without_places,
+    without_offsets,
 )
 from twigvlm.integrations.vllm.layout import check_attention, check_target
 
@@ -139,26 +139,26 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         # At one address for as long as the model lives, because CUDA graphs read it there.
         self.deepstack = torch.zeros(tokens, config.hidden_size * levels) if levels else None
         # In scout mode how far each visual token is from its picture's first position, on three axes or one.
-        self.places = torch.zeros(3, tokens, dtype=torch.long)
-        self.positions = torch.zeros_like(self.places)
+        self.offsets = torch.zeros(3, tokens, dtype=torch.long)
+        self.positions = torch.zeros_like(self.offsets)
         self._embeddings: Tensor | None = None
 
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, is_multimodal: Tensor | None = None
     ) -> Tensor:
-        """Embeddings [tokens, width], with those of images in their places; `forward` adds what Qwen3-VL has beside them."""
+        """Embeddings [tokens, width], with those of images where they belong; `forward` adds what Qwen3-VL has beside them."""
         tokens, width = input_ids.shape[0], self.config.hidden_size
-        self.places.zero_()
+        self.offsets.zero_()
         if self.deepstack is not None:
             self.deepstack[:tokens].zero_()
         if not multimodal_embeddings or is_multimodal is None:
             return self.model.embed_tokens(input_ids)
         is_multimodal = is_multimodal.to(input_ids.device)
         embedded = self.model.embed_tokens(input_ids.masked_fill(is_multimodal, 0))
-        placed = [without_places(features, self._columns) for features in multimodal_embeddings]
-        places = torch.cat([place for _, place in placed])
-        if places.shape[1]:
-            self.places[:, :tokens][:, is_multimodal] = places.T
+        placed = [without_offsets(features, self._columns) for features in multimodal_embeddings]
+        offsets = torch.cat([offset for _, offset in placed])
+        if offsets.shape[1]:
+            self.offsets[:, :tokens][:, is_multimodal] = offsets.T
         parts = [split_deepstack(features, width) for features, _ in placed]
         if self.deepstack is not None and parts[0][1] is not None:
             beside = [part for _, part in parts if part is not None]
@@ -178,7 +178,7 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
             inputs_embeds = self._at_one_address(self.embed_input_ids(input_ids))
         if self._target_mrope:
             last = self.config.max_position_embeddings - 1  # as in scout.py, and why
-            positions = moved_by(self._following(positions), self.places, last, self.positions)
+            positions = moved_by(self._following(positions), self.offsets, last, self.positions)
         deepstack = None if self.deepstack is None else self.deepstack[: inputs_embeds.shape[0]]
         return self.model(inputs_embeds, positions, deepstack)
 
@@ -190,11 +190,11 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
     def _at_one_address(self, embeddings: Tensor) -> Tensor:
         """Of an engine without images, whose runner hands over ids: CUDA graphs read the embeddings where they were captured."""
         if self._embeddings is None:
-            self._embeddings = embeddings.new_zeros(self.places.shape[1], embeddings.shape[1])
+            self._embeddings = embeddings.new_zeros(self.offsets.shape[1], embeddings.shape[1])
         return self._embeddings[: len(embeddings)].copy_(embeddings)
 
     def _following(self, positions: Tensor) -> Tensor:
-        """Positions of the slots' tokens where the target's have three axes, after their places in the cache are put right."""
+        """Positions of the slots' tokens where the target's have three axes, once their indices in the cache are put right."""
         context = get_forward_context()
         metadata = context.attn_metadata
         name = self._first_attention.layer_name

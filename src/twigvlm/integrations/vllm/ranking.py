@@ -46,8 +46,10 @@ class Ranking(nn.Module):
             head = PruningHead(config.hidden_size, config.num_attention_heads * exported["head_dim"])
         self.pruning_head = head if any(name.startswith("pruning_head.") for name in weights) else None
         self.to(dtype).to_empty(device=device)
-        own = {name: tensor for name, tensor in weights.items() if name.startswith(("layers.", "pruning_head."))}
-        self.load_state_dict(own)
+        of_the_twig = {
+            name: tensor for name, tensor in weights.items() if name.startswith(("layers.", "pruning_head."))
+        }
+        self.load_state_dict(of_the_twig)
         self.requires_grad_(False)
         rotary = Qwen2VLRotaryEmbedding if "mrope_section" in config.rope_parameters else LlamaRotaryEmbedding
         self.rotary = rotary(config).to(device)

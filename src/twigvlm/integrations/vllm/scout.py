@@ -18,7 +18,7 @@ from vllm.config import VllmConfig
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptReplacement
 
-from twigvlm.integrations.vllm.arithmetic import moved_by, with_places, without_places
+from twigvlm.integrations.vllm.arithmetic import moved_by, with_offsets, without_offsets
 from twigvlm.integrations.vllm.budget import OPTIONS, check_question, kept_tokens
 from twigvlm.integrations.vllm.layout import check_stages
 from twigvlm.integrations.vllm.ranking import Ranking
@@ -78,8 +78,8 @@ class ScoutProcessor(Base):
         def replacement(item: int) -> list[int]:
             return [token] * int(out_mm_kwargs["image"][item]["scout_keep"].data)
 
-        own = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        others = [update for update in own if update.modality != "image"]
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        others = [update for update in updates if update.modality != "image"]
         return [PromptReplacement(modality="image", target=[token], replacement=replacement), *others]
 
 
@@ -92,10 +92,10 @@ class Scout(Base):
         self.settings: dict[str, Any] = self.config.twig_scout
         self._dtype = vllm_config.model_config.dtype
         # At one address for as long as the model lives, because CUDA graphs read it there.
-        self.places = torch.zeros(3, vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.long)
-        self.positions = torch.zeros_like(self.places)
+        self.offsets = torch.zeros(3, vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.long)
+        self.positions = torch.zeros_like(self.offsets)
 
-    def _places_in_pictures(self, kwargs: Mapping[str, Any], pictures: int) -> list[Tensor]:
+    def _offsets_in_pictures(self, kwargs: Mapping[str, Any], pictures: int) -> list[Tensor]:
         """How far each visual token of each picture is from the picture's first position, on each axis: [M, axes]."""
         raise NotImplementedError
 
@@ -103,50 +103,50 @@ class Scout(Base):
         """The base's from its own files, trunk and twig from the export."""
         loaded = super().load_weights(weights)
         device = next(self.language_model.parameters()).device
-        self.places, self.positions = self.places.to(device), self.positions.to(device)
+        self.offsets, self.positions = self.offsets.to(device), self.positions.to(device)
         ranking = Ranking(self.settings["path"], self._dtype, device)
         object.__setattr__(self, "ranking", ranking)  # no part of the checkpoint that vLLM has loaded
         return loaded
 
     def embed_multimodal(self, **kwargs: object) -> Any:
-        """Of each picture the kept tokens and their places, [R, width + 2 × axes]; of a video all tokens."""
+        """Of each picture the kept tokens and their offsets, [R, width + 2 × axes]; of a video all tokens."""
         if "scout_ids" not in kwargs:
             videos: Any = super().embed_multimodal(**kwargs)
-            return [with_places(video, video.new_zeros(len(video), 3, dtype=torch.long)) for video in videos]
+            return [with_offsets(video, video.new_zeros(len(video), 3, dtype=torch.long)) for video in videos]
         questions: Any = kwargs.pop("scout_ids")
         keeps: Any = kwargs.pop("scout_keep")
         differ: Any = kwargs.pop("scout_diverse")
-        places = self._places_in_pictures(kwargs, len(keeps))
+        offsets = self._offsets_in_pictures(kwargs, len(keeps))
         pictures: Any = super().embed_multimodal(**kwargs)
-        rows = zip(pictures, questions, keeps, differ, places, strict=True)
+        rows = zip(pictures, questions, keeps, differ, offsets, strict=True)
         return [
             self._scouted(features, ids.view(-1), int(keep), diverse if bool(other) else best, at)
             for features, ids, keep, other, at in rows
         ]
 
-    def _scouted(self, features: Tensor, ids: Tensor, keep: int, select: Select, places: Tensor) -> Tensor:
+    def _scouted(self, features: Tensor, ids: Tensor, keep: int, select: Select, offsets: Tensor) -> Tensor:
         token = image_token(self.config)
-        at, places = int((ids == token).nonzero()[0]), places.to(features.device)
+        at, offsets = int((ids == token).nonzero()[0]), offsets.to(features.device)
         embedded = self.language_model.embed_input_ids(ids.masked_fill(ids == token, 0))
         embedded = torch.cat((embedded[:at], features.to(embedded.dtype), embedded[at + 1 :]))
         visual = torch.zeros(len(embedded), dtype=torch.bool, device=embedded.device)
         visual[at : at + len(features)] = True
-        text = torch.arange(len(ids), device=embedded.device).expand(places.shape[1], -1)
-        behind = text[:, at + 1 :] + int(places.max())
-        positions = torch.cat((text[:, :at], at + places.T, behind), dim=1)
+        text = torch.arange(len(ids), device=embedded.device).expand(offsets.shape[1], -1)
+        behind = text[:, at + 1 :] + int(offsets.max())
+        positions = torch.cat((text[:, :at], at + offsets.T, behind), dim=1)
         kept = self.ranking(embedded, visual, positions, keep, select)
-        return with_places(features[kept], places[kept])
+        return with_offsets(features[kept], offsets[kept])
 
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
     ) -> Tensor:
         """As the base's; the places of visual tokens are kept for `forward`."""
-        self.places.zero_()
+        self.offsets.zero_()
         if not multimodal_embeddings or is_multimodal is None:
             return super().embed_input_ids(input_ids)
-        parts = [without_places(part, self.config.get_text_config().hidden_size) for part in multimodal_embeddings]
-        places = torch.cat([place for _, place in parts]).to(self.places.device)
-        self.places[:, : len(input_ids)][:, is_multimodal.to(self.places.device)] = places.T
+        parts = [without_offsets(part, self.config.get_text_config().hidden_size) for part in multimodal_embeddings]
+        offsets = torch.cat([offset for _, offset in parts]).to(self.offsets.device)
+        self.offsets[:, : len(input_ids)][:, is_multimodal.to(self.offsets.device)] = offsets.T
         return super().embed_input_ids(input_ids, [part for part, _ in parts], is_multimodal=is_multimodal)
 
     def forward(
@@ -160,7 +160,7 @@ class Scout(Base):
         """As the base's, with every token at the position that it has in the whole prompt."""
         # vLLM bounds how many tokens a sequence has, not their positions: beyond the last one there are no rotary embeddings.
         last = self.config.get_text_config().max_position_embeddings - 1
-        moved = moved_by(positions, self.places, last, self.positions)
+        moved = moved_by(positions, self.offsets, last, self.positions)
         return super().forward(input_ids, moved, intermediate_tensors, inputs_embeds, **kwargs)
 
 

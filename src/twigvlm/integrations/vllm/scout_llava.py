@@ -52,8 +52,8 @@ class ScoutLlava(Scout, LlavaForConditionalGeneration, SupportsMRoPE):
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
         """Positions [3, tokens] as in the whole prompt, of each picture's tokens its first one; and what a later token's position
         is more than its index."""
-        places = [feature.mm_position for feature in mm_features]
-        pictures = [(place.offset, torch.zeros(3, place.length, dtype=torch.long), self.visual) for place in places]
+        spans = [feature.mm_position for feature in mm_features]
+        pictures = [(span.offset, torch.zeros(3, span.length, dtype=torch.long), self.visual) for span in spans]
         return positions_around(len(input_tokens), pictures)
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,7 @@ class _Processor(ScoutProcessor):
 
 
 class _Scout(Scout):
-    def _places_in_pictures(self, kwargs: Mapping[str, Any], pictures: int) -> list[Tensor]:
+    def _offsets_in_pictures(self, kwargs: Mapping[str, Any], pictures: int) -> list[Tensor]:
         return [_grid(size, self.config) for size in kwargs["image_grid_thw"]]
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:
@@ -38,12 +38,12 @@ class _Scout(Scout):
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         items = []
         for feature, (start, *sizes, pace) in zip(features, self.iter_mm_grid_thw(features), strict=True):
-            places = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).view(-1, 3).T
-            places[0] = (places[0] * pace).long()
-            extent = int(places.max()) + 1
+            offsets = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).view(-1, 3).T
+            offsets[0] = (offsets[0] * pace).long()
+            extent = int(offsets.max()) + 1
             if feature.modality == "image":
-                places = torch.zeros(3, feature.mm_position.length, dtype=torch.long)
-            items.append((start, places, extent))
+                offsets = torch.zeros(3, feature.mm_position.length, dtype=torch.long)
+            items.append((start, offsets, extent))
         return positions_around(len(input_tokens), items)
 
 

@@ -18,10 +18,10 @@ def density_peaks(
     nearest = min(clusters, len(states))
     density = torch.cat([_density(part, states, nearest) for part in states.split(_CHUNK)])
     gaps = []
-    for part, own in zip(states.split(_CHUNK), density.split(_CHUNK), strict=True):
+    for part, of_part in zip(states.split(_CHUNK), density.split(_CHUNK), strict=True):
         distances = _distances(part, states)
         farthest = distances.max(dim=1).values
-        gap = distances.masked_fill(density <= own[:, None], float("inf")).min(dim=1).values
+        gap = distances.masked_fill(density <= of_part[:, None], float("inf")).min(dim=1).values
         gaps.append(torch.where(gap.isinf(), farthest, gap))
     centers = (density * torch.cat(gaps)).argsort(descending=True, stable=True)[:clusters]
     cluster = torch.cat([_distances(part, states[centers]).argmin(dim=1) for part in states.split(_CHUNK)])

@@ -55,7 +55,7 @@ def suppressed(
     tokens: Float[Tensor, "tokens width"],
     importance: Float[Tensor, " tokens"],
     members: Int[Tensor, " group"],
-    most: float,
+    max_cosine: float,
 ) -> tuple[Int[Tensor, " group"], int]:
     """A group's tokens, first those that resemble no more important one, and how many these are.
 
@@ -63,13 +63,13 @@ def suppressed(
         tokens: of length 1.
         importance: ranks them.
         members: of the group.
-        most: cosine above which a token resembles another.
+        max_cosine: cosine above which a token resembles another.
     """
     order = members[importance[members].argsort(descending=True, stable=True)]
     left, kept = order, []
     while len(left):
         kept.append(left[0])
-        left = left[1:][tokens[left[1:]] @ tokens[left[0]] <= most]
+        left = left[1:][tokens[left[1:]] @ tokens[left[0]] <= max_cosine]
     different = torch.stack(kept)
     return torch.cat((different, order[~torch.isin(order, different)])), len(kept)
 
@@ -88,16 +88,16 @@ def quotas(sizes: Sequence[int], different: Sequence[int], keep: int, with_cls: 
         these are, unless R needs more. What is left of R goes to the groups in the order of their sizes, the largest first.
     """
     total = keep - with_cls
-    most = [min(5 * ceil(keep / 64), size, each) for size, each in zip(sizes, different, strict=True)]
-    while sum(most) < total:
-        most = [min(each + 1, size) for each, size in zip(most, sizes, strict=True)]
+    limits = [min(5 * ceil(keep / 64), size, each) for size, each in zip(sizes, different, strict=True)]
+    while sum(limits) < total:
+        limits = [min(each + 1, size) for each, size in zip(limits, sizes, strict=True)]
     split, seen, before = [], 0, 0
     for each in different:
         seen += each
         up_to = round(seen / sum(different) * (total - len(sizes)))
         split.append(1 + up_to - before)
         before = up_to
-    split = [min(count, limit) for count, limit in zip(split, most, strict=True)]
+    split = [min(count, limit) for count, limit in zip(split, limits, strict=True)]
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        split[index] += min(most[index] - split[index], total - sum(split))
+        split[index] += min(limits[index] - split[index], total - sum(split))
     return split

@@ -54,6 +54,6 @@ def _scores(prompt: Prompt, tokens: Tokens, seed: int) -> Tensor:
     scores = torch.zeros(tokens.visual.shape)
     for row, (whole, length) in enumerate(zip(prompt.lengths, tokens.lengths, strict=True)):
         # With one seed for all, a benchmark whose pictures begin at the same place would be measured under a single choice.
-        own = zlib.crc32(f"{seed} {prompt.input_ids[row, :whole].tolist()}".encode())
-        scores[row, :length] = torch.rand(length, generator=torch.Generator().manual_seed(own))
+        prompt_seed = zlib.crc32(f"{seed} {prompt.input_ids[row, :whole].tolist()}".encode())
+        scores[row, :length] = torch.rand(length, generator=torch.Generator().manual_seed(prompt_seed))
     return scores.to(tokens.visual.device)

@@ -55,5 +55,7 @@ def layer_scores(
     inputs = select_tokens(tokens.inputs, rows)
     row_queries = project_queries(layer, gather_tokens(hidden, rows), inputs)
     scaling, window, at = cast(Any, layer).self_attn.scaling, window_of(layer), tokens.inputs.positions
-    places = rows if inputs.positions is None else inputs.positions
-    return attention_scores(row_queries, keys, scaling, places, counts, tokens.visual, window, key_positions=at)
+    query_positions = rows if inputs.positions is None else inputs.positions
+    return attention_scores(
+        row_queries, keys, scaling, query_positions, counts, tokens.visual, window, key_positions=at
+    )

@@ -77,6 +77,6 @@ class VisionZip(PerImage):
         if isinstance(self.projector, nn.Module):
             projected: Tensor = self.projector(features[None].to(next(self.projector.parameters()).dtype))
             return projected[0].to(vision.projected)
-        own = vision.projector
-        weights = None if self.projector is None or own is None else tuned_projector(self.projector, own)
+        projector = vision.projector
+        weights = None if self.projector is None or projector is None else tuned_projector(self.projector, projector)
         return vision.project(features.to(vision.features), weights)

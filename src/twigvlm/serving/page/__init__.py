@@ -110,9 +110,11 @@ def _pruning(service: Service) -> dict[str, Any]:
     if not pruning.active:
         return {"diverse": True} if service.has_twig else {}
     asked = {option.name: getattr(pruning, option.name) for option in fields(pruning)}
-    own = ("retain", "keep", "refocus")  # the page has controls of its own for these
+    controls = ("retain", "keep", "refocus")  # the page has controls of its own for these
     return {
-        name: value for name, value in asked.items() if value is not None and value is not False and name not in own
+        name: value
+        for name, value in asked.items()
+        if value is not None and value is not False and name not in controls
     }
 
 
