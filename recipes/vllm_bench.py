@@ -73,7 +73,7 @@ def prepare(options: Options) -> tuple[list[System], list[dict[str, Any]], list[
     if not base.exists():
         save_base(model.model, processor, base)
     export(model, drafter)
-    own = System(
+    plain = System(
         PLAIN,
         "vllm",
         str(base),
@@ -85,17 +85,17 @@ def prepare(options: Options) -> tuple[list[System], list[dict[str, Any]], list[
         gpu_share=options.gpu_share,
     )
     overrides = scout_overrides(model, processor, str(drafter), options.retain, diverse=True)
-    systems = [own, *(replace(own, name=f"vLLM + twig ({count})", tokens=count) for count in options.tokens)]
+    systems = [plain, *(replace(plain, name=f"vLLM + twig ({count})", tokens=count) for count in options.tokens)]
     best = 4 if 4 in options.tokens else options.tokens[0]
     pruned = f"R̄ {options.retain:g}, diverse"
     systems += [
-        replace(own, name=f"vLLM, scout {pruned}", overrides=overrides, retain=options.retain),
+        replace(plain, name=f"vLLM, scout {pruned}", overrides=overrides, retain=options.retain),
         replace(
-            own, name=f"vLLM + twig ({best}), scout {pruned}", tokens=best, overrides=overrides, retain=options.retain
+            plain, name=f"vLLM + twig ({best}), scout {pruned}", tokens=best, overrides=overrides, retain=options.retain
         ),
-        replace(own, name="HF generate", engine="hf"),
-        replace(own, name="twigvlm, auto", engine="twigvlm"),
-        replace(own, name=f"twigvlm, auto, {pruned}", engine="twigvlm", retain=options.retain),
+        replace(plain, name="HF generate", engine="hf"),
+        replace(plain, name="twigvlm, auto", engine="twigvlm"),
+        replace(plain, name=f"twigvlm, auto, {pruned}", engine="twigvlm", retain=options.retain),
     ]
     names = [system.name for system in systems]
     if unknown := set(options.systems) - set(names):
@@ -159,12 +159,12 @@ def summarise(records: Sequence[dict[str, Any]], asked: Sequence[Question], name
         plain = {record["first"]: record["ids"] for record in of_size if record["system"] == PLAIN}
         lines, speed = [], {}
         for name in dict.fromkeys(record["system"] for record in of_size):
-            own = [record for record in of_size if record["system"] == name]
-            tokens = sum(len(ids) for record in own for ids in record["ids"])
-            speed[name] = tokens / sum(record["seconds"] for record in own)
-            texts = [(record["first"] + at, text) for record in own for at, text in enumerate(record["texts"])]
+            records = [record for record in of_size if record["system"] == name]
+            tokens = sum(len(ids) for record in records for ids in record["ids"])
+            speed[name] = tokens / sum(record["seconds"] for record in records)
+            texts = [(record["first"] + at, text) for record in records for at, text in enumerate(record["texts"])]
             worth = quality([score(asked[number], text, namer) for number, text in texts])
-            drafts, accepted = (sum(record[key] for record in own) for key in ("drafts", "accepted"))
+            drafts, accepted = (sum(record[key] for record in records) for key in ("drafts", "accepted"))
             prefills = [record["prefill"] for record in own if record["prefill"] is not None]
             same = sum(
                 one == other
