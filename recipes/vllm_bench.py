@@ -159,12 +159,12 @@ def summarise(records: Sequence[dict[str, Any]], asked: Sequence[Question], name
         plain = {record["first"]: record["ids"] for record in of_size if record["system"] == PLAIN}
         lines, speed = [], {}
         for name in dict.fromkeys(record["system"] for record in of_size):
-            records = [record for record in of_size if record["system"] == name]
-            tokens = sum(len(ids) for record in records for ids in record["ids"])
-            speed[name] = tokens / sum(record["seconds"] for record in records)
-            texts = [(record["first"] + at, text) for record in records for at, text in enumerate(record["texts"])]
+            of_system = [record for record in of_size if record["system"] == name]
+            tokens = sum(len(ids) for record in of_system for ids in record["ids"])
+            speed[name] = tokens / sum(record["seconds"] for record in of_system)
+            texts = [(record["first"] + at, text) for record in of_system for at, text in enumerate(record["texts"])]
             worth = quality([score(asked[number], text, namer) for number, text in texts])
-            drafts, accepted = (sum(record[key] for record in records) for key in ("drafts", "accepted"))
+            drafts, accepted = (sum(record[key] for record in of_system) for key in ("drafts", "accepted"))
             prefills = [record["prefill"] for record in own if record["prefill"] is not None]
             same = sum(
                 one == other
