@@ -165,10 +165,10 @@ def summarise(records: Sequence[dict[str, Any]], asked: Sequence[Question], name
             texts = [(record["first"] + at, text) for record in of_system for at, text in enumerate(record["texts"])]
             worth = quality([score(asked[number], text, namer) for number, text in texts])
             drafts, accepted = (sum(record[key] for record in of_system) for key in ("drafts", "accepted"))
-            prefills = [record["prefill"] for record in own if record["prefill"] is not None]
+            prefills = [record["prefill"] for record in of_system if record["prefill"] is not None]
             same = sum(
                 one == other
-                for record in own
+                for record in of_system
                 for one, other in zip(record["ids"], plain.get(record["first"], []), strict=False)
             )
             lines.append(

@@ -285,7 +285,7 @@ def _number(name: str, value: object) -> None:
 
 
 def at_least(low: int, **option: int) -> None:
-    """Raise TwigVLMError unless each option is a whole number, and no less than that."""
+    """Raise TwigVLMError unless each option is a whole number of at least `low`."""
     for name, value in option.items():
         _whole(name, value)
         if value < low:

@@ -87,7 +87,7 @@ class TwigVLM(HFInterface, Calibrated):
             TwigVLMError: the base is not supported, or has no more than K layers.
         """
         grown = cls.grow(model, TwigConfig(trunk_layers, twig_layers=1, head="shared"))
-        grown.twig.untrained = True
+        grown.twig.is_stand_in = True
         return grown
 
     @classmethod

@@ -131,7 +131,7 @@ def test_a_name_that_no_client_can_call_is_refused_before_the_model_is_loaded(re
 def test_results_that_cannot_be_written_are_refused_before_the_model_is_loaded(refused, tmp_path, output, words):
     source = tmp_path / "in.jsonl"
     source.write_text(json.dumps({"custom_id": "one", "body": {}}))
-    refused("batch", source, tmp_path / output, "--model", "nowhere", words=["output ", words])
+    refused("batch", source, tmp_path / output, "--model", "nowhere", words=[words])
     assert [*tmp_path.iterdir()] == [source]
 
 

@@ -1,5 +1,6 @@
 """Arguments of another kind than the library takes are refused by name, before any work."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -23,6 +24,20 @@ def told():
 @pytest.mark.parametrize("message", list(calls(None)))
 def test_what_is_of_another_kind_is_named(told, message):
     assert message in told[message]
+
+
+def scaled(ids, scores, factor=1.0):
+    return scores * factor
+
+
+class Scaled:
+    def called(self, ids, scores, factor=1.0):
+        return scores * factor
+
+
+@pytest.mark.parametrize("processor", [scaled, functools.partial(scaled, factor=2.0), Scaled().called])
+def test_processors_may_have_further_parameters_with_defaults(model, processor):
+    assert model.generate(**prompt(), max_new_tokens=2, logits_processor=[processor]).shape[0] == 1
 
 
 def test_a_fork_takes_names_and_no_budget_without_a_pruner(model):

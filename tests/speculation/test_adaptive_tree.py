@@ -1,5 +1,6 @@
 """The adaptive tree: each of its decisions is the best by its costs, and it learns which drafts are accepted."""
 
+import dataclasses
 import math
 
 import torch
@@ -195,7 +196,7 @@ def test_behind_prompts_a_chain_is_as_long_as_pays(draft, per_node, rows):
 
     def worth(length):
         tokens = sum(AdaptiveTree.LIKELY**depth for depth in range(length + 1))
-        seconds = length * of_rows.draft[1] + of_rows.verify[1 + length]
+        seconds = length * of_rows.draft[1] + of_rows.verify[1 + length] + (of_rows.trunk[1] if length else 0)
         return tokens - seconds / (of_rows.trunk[1] + of_rows.verify[1])
 
     assert worth(found) >= max(map(worth, range(6))) - 1e-9
@@ -204,3 +205,6 @@ def test_behind_prompts_a_chain_is_as_long_as_pays(draft, per_node, rows):
 def test_nothing_is_drafted_behind_prompts_where_drafts_are_dear():
     assert AdaptiveTree(step_costs(draft=1000.0), 2, static=False).behind_prompts(2).depth == 0
     assert AdaptiveTree(step_costs(draft=0.01, per_node=0.0), 2, static=False).behind_prompts(2).depth == 5
+    # The trunk's pass on a chain's last node counts: without it a token would cost 30 s of a plain step's 50, and pay.
+    dear = dataclasses.replace(step_costs(draft=30.0, per_node=0.0), trunk=(0.0, *[40.0] * MAX_NODES))
+    assert AdaptiveTree(dear, 2, static=False).behind_prompts(1).depth == 0

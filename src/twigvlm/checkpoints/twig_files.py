@@ -47,7 +47,7 @@ def save(base: BaseVLM, twig: Twig, path: str | PathLike[str], name: str | None 
         TwigVLMError: there is no twig, its training has diverged, or the directory cannot be written to.
     """
     folder = Path(path)
-    if twig.untrained:
+    if twig.is_stand_in:
         raise TwigVLMError(f"{folder}: not saved, for this model has no twig; grow one with TwigVLM.grow")
     check_finite(twig.state_dict(), f"{folder}: not saved")
     if folder.exists() and not folder.is_dir():

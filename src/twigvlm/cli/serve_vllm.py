@@ -23,6 +23,9 @@ from twigvlm.serving.limits import Limits
 if TYPE_CHECKING:
     from twigvlm.cli.serving import ServiceOptions
 
+_FORMAT = 2
+"""Of the notes beside exports: those of another one hold other options for vLLM."""
+
 
 def serve_with_vllm(
     options: ServiceOptions, folder: Path | None, host: str, port: int, api_key: str | None, further: str
@@ -117,7 +120,7 @@ def export(options: ServiceOptions, folder: Path) -> tuple[dict[str, str], list[
         dtype=options.dtype,
     )
     wanted = {name: getattr(asked, name) for name in ("model", "twig", "scout_retain", "scout_diverse", "dtype")}
-    wanted["weights"] = _weights(options)
+    wanted |= {"weights": _weights(options), "format": _FORMAT}
     note = folder / "export.json"
     if not note.exists():
         made = asked.write()

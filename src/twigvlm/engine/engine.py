@@ -196,8 +196,8 @@ class Engine:
 
         Raises:
             RequestRefused: prompts cannot be admitted. It has the ids of their requests, which are cancelled; all others continue
-                with the next step, which also returns their events of this one. After any other error, for example of a logits
-                processor, the caches hold half a step: the engine is not busy any more, and refuses further requests.
+                with the next step, which also returns their events of this one. After an error while tokens are decoded, for
+                example of a logits processor, the caches hold half a step: the engine refuses to go on.
         """
         self._check_whole()
         with torch.inference_mode():

@@ -67,13 +67,13 @@ class Prefill:
         return self._run(trunk.tokens, trunk, layers, layers, self.at_trunk)
 
     def run_rest(self, tokens: Tokens, trunk: TrunkOutput, sights: Sequence[Sight | None], drafts: bool) -> Tokens:
-        """Layers K+1..L with the cuts among them; what the last ones hold of prompts that may be looked at again is noted.
+        """Layers K+1..L and their cuts; stores what refocusing needs of the last layers.
 
         Args:
             tokens: after layer K and its cut.
             trunk: the prompts before it.
             sights: of each row what it can look at again; None: nothing.
-            drafts: whether drafts stand behind the prompts, which later cuts allow only if they do not rank again.
+            drafts: whether drafts stand behind the prompts, allowed only if no later cut ranks by the last token.
         """
         layers = self.twig.config.trunk_layers, self.base.num_layers
         left = self._run(tokens, trunk, *layers, self.late, self.keep_last_input and not drafts)

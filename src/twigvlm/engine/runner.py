@@ -59,7 +59,8 @@ class EagerRunner:
     def prefill(self, rows: Sequence[Row]) -> Step:
         """Prompts through trunk and twig, the cut, and the other layers, each with the tokens that are left (§3.3).
 
-        Drafts from the prompts' last tokens, chains in any case, are verified in the same pass, which saves one of each answer.
+        Where the policy drafts behind prompts, and no later cut ranks by a prompt's last token, a chain is drafted from that
+        token and verified in the same pass, which saves one of each answer.
         """
         cache = self.batch.cache
         claimed = cache.claim(len(rows))

@@ -157,9 +157,10 @@ def _check_call(processor: Any, batch: int) -> None:
     name = type(processor).__name__
     if not callable(processor):
         raise TwigVLMError(f"logits_processor: {name} is not callable; pass objects that take (input_ids, scores)")
-    # A function is called with two arguments whatever others it has defaults for; an object must have no others.
-    function, taken = inspect.isfunction(processor), inspect.signature(processor).parameters
-    parameters = [name for name, one in taken.items() if not function or one.default is one.empty]
+    # An object's own `__call__` must have no further parameters; whatever else can be called may have some with defaults.
+    is_object, taken = inspect.isfunction(type(processor).__call__), inspect.signature(processor).parameters
+    needed = {name for name, one in taken.items() if one.default is one.empty and one.kind is not one.VAR_KEYWORD}
+    parameters = [name for name in taken if is_object or name in needed]
     if len(parameters) > 2:
         raise TwigVLMError(
             f"logits_processor: {name} takes ({', '.join(parameters)}), but generate passes (input_ids, scores); "

@@ -106,7 +106,7 @@ def _pruning(
         pruning.check_beside_pruner(scorer)
     elif not pruning.active:
         return None, lambda visual: ()
-    elif scorer is None and twig.untrained:
+    elif scorer is None and twig.is_stand_in:
         raise TwigVLMError(
             "pruning: this model has no trained twig to rank visual tokens; name another method with pruner, for example "
             "'divprune', or load a twig with TwigVLM.from_pretrained"

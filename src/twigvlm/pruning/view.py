@@ -124,7 +124,7 @@ class TrunkOutput:
     @cached_property
     def _last_input(self) -> Float[Tensor, "batch tokens width"]:
         twig, count = self.twig, self.tokens.hidden.shape[1]
-        if twig.untrained:
+        if twig.is_stand_in:
             raise TwigVLMError(
                 "pruner: ranks by a twig, but this model has none; load one with TwigVLM.from_pretrained"
             )

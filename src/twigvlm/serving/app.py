@@ -171,7 +171,7 @@ async def _body(http: Request, limits: Limits, share: Share) -> bytes:
 
 
 def _add_errors(app: FastAPI, service: Service) -> Callable[[str, RequestError], Response]:
-    """Make responses of errors; what makes one for a path and an error."""
+    """Register the handlers of errors; returns what makes the response for a path and an error."""
 
     def count(path: str, status: int) -> None:
         if path.endswith(CHAT):  # behind a prefix, where the application is mounted

@@ -157,17 +157,19 @@ def _locked(path: Path, name: str) -> Iterator[None]:
     Raises:
         TwigVLMError: another run is writing there.
     """
-    lock_file = path.with_name(f".{path.name}.lock")
-    lock = FileLock(lock_file)  # the system frees it when the process is killed
+    lock_path = path.with_name(f".{path.name}.lock")
+    lock = FileLock(lock_path)  # the system frees it when the process is killed
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise TwigVLMError(f"{name}: another run is writing there; wait until it ends") from None
     try:
         yield
+    except TwigVLMError:
+        with suppress(OSError):  # not after a run: another one may have opened it, and a third would lock a new one
+            lock_path.unlink()
+        raise
     finally:
-        with suppress(OSError):
-            lock_file.unlink()
         lock.release()
 
 

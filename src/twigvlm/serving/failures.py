@@ -47,7 +47,7 @@ def shutting_down() -> RequestError:
 
 
 def waited_too_long(seconds: float) -> RequestError:
-    """No place was free in time."""
+    """The request was not taken up in time."""
     return RequestError(
         f"the request has waited for {seconds:g} seconds; try again later",
         429,

@@ -27,6 +27,10 @@ HUNG_UP = 499
 Result = TypeVar("Result")
 
 
+_GRACE = 1.0
+"""Seconds beyond the longest wait in which a thread can tell by itself what took too long, such as a host of pictures."""
+
+
 class Threads(NamedTuple):
     """Threads that prepare requests."""
 
@@ -105,7 +109,7 @@ class Running:
         metrics.add("twigvlm_requests_waiting")
         try:
             service.check(self._asked)  # here: what prepares requests may be busy with others
-            left = arrived + service.limits.longest_wait - time.monotonic()
+            left = arrived + service.limits.longest_wait + _GRACE - time.monotonic()
             job = await self._unless_gone(self._prepare(threads, arrived), max(0.0, left))
             self._share.take(job.bytes)
             self._job, self._completion = job, service.completion(self._asked, job)

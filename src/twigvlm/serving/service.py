@@ -181,8 +181,10 @@ class Service:
         def give_up(index: int) -> None:
             self.worker.cancel(job, index)
 
-        visual = int(self.model.base.visual_mask(job.inputs["input_ids"]).sum())
-        grid = patch_grid(self.model.model, visual, job.inputs)
+        grid = None
+        if request.details:
+            visual = int(self.model.base.visual_mask(job.inputs["input_ids"]).sum())
+            grid = patch_grid(self.model.model, visual, job.inputs)
         return Completion(self.name, len(job.choices), job.prompt_tokens, text, request.details, give_up, grid)
 
     def stop(self, seconds: float = 0.0) -> None:

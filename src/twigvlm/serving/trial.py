@@ -37,7 +37,10 @@ def try_schema(text: str) -> None:
     task = json.dumps([list(map(str, sys.path)), text, SECONDS, MAX_BYTES])
     command = [sys.executable, "-I", __file__]
     try:
-        done = subprocess.run(command, input=task, capture_output=True, text=True, timeout=_PATIENCE * SECONDS)
+        # In a session of its own: Ctrl-C is meant for the server, which ends in its own time.
+        done = subprocess.run(
+            command, input=task, capture_output=True, text=True, timeout=_PATIENCE * SECONDS, start_new_session=True
+        )
     except subprocess.TimeoutExpired:
         raise TooMuchWork from None
     if done.returncode < 0:  # a signal: it has exceeded a limit, or the library has crashed

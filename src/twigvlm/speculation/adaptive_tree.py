@@ -74,7 +74,8 @@ class AdaptiveTree(DraftPolicy):
         chain, costs = SpeculationConfig("chain"), self.alone.of_rows(rows)
         depths = np.arange(chain.draft_length + 1)
         plain = costs.trunk[1] + costs.verify[1]
-        seconds = depths * costs.draft[1] + np.array(costs.verify)[1 + depths]
+        # The trunk sees the last node of a chain too, which the twig does not.
+        seconds = depths * costs.draft[1] + (depths > 0) * costs.trunk[1] + np.array(costs.verify)[1 + depths]
         worth = np.cumsum(self.LIKELY**depths) - seconds / plain
         best = int(worth.argmax())
         return Chain(replace(chain, draft_length=best), stop_early=not self.static) if best else DraftPolicy()

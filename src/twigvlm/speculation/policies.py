@@ -12,7 +12,7 @@ from twigvlm.speculation.nodes import INVALID, Nodes, most_probable
 
 
 class DraftPolicy:
-    """How the rows of a batch draft; this one drafts nothing, and the others override what they do differently."""
+    """How the rows of a batch draft; this one drafts nothing, and subclasses override what differs."""
 
     width: int = 1
     """E: children of each node that is expanded."""

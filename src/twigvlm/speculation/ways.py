@@ -42,7 +42,7 @@ def check_speculation(speculation: SpeculationConfig, base: BaseVLM, twig: Twig,
             "speculate='exit': the twig has no trunk, whose layers would draft; use one with a trunk, or "
             "TwigVLM.without_twig(base, trunk_layers=8)"
         )
-    if speculation.speculate in ("chain", "tree", "auto") and twig.untrained:
+    if speculation.speculate in ("chain", "tree", "auto") and twig.is_stand_in:
         raise TwigVLMError(
             f"speculate={speculation.speculate!r}: this model has no twig that could draft; use 'lookup', or load "
             "a twig with TwigVLM.from_pretrained"

@@ -39,8 +39,8 @@ class Twig(nn.Module):
     record: list[dict[str, Any]]
     """How it was trained: an entry for each stage."""
 
-    untrained: bool
-    """Whether it stands in the place of a twig, and must neither rank, draft nor be saved (`TwigVLM.without_twig`)."""
+    is_stand_in: bool
+    """Whether there is no twig, and this is where one would be: it neither ranks, drafts nor is saved."""
 
     draft_token_ids: Tensor | None
     head_rows: Tensor | None
@@ -57,7 +57,7 @@ class Twig(nn.Module):
         super().__init__()
         self.config = config
         self.record = []
-        self.untrained = False
+        self.is_stand_in = False
         self.first_layer_idx = base.num_layers
         sources = _sources(base, config)
         ids = _checked_ids(config, draft_token_ids, base.vocabulary)
