@@ -28,7 +28,7 @@ from twigvlm.sapling import assemble
 DOCS = Path("docs/results")
 RUNS = "runs/results"
 SHORT, LONG = f"{RUNS}/short", f"{RUNS}/long"
-VALIDATION, MIXED = f"{RUNS}/validation", f"{RUNS}/mixed"
+VALIDATION, MIXED, MANY = f"{RUNS}/validation", f"{RUNS}/mixed", f"{RUNS}/long100"
 WIDTH = 120  # of the lines that are written
 SETTINGS = ("dtype", "device", "number of questions", "threads", "CPU", "torch", "transformers")
 
@@ -51,6 +51,7 @@ TRAINING, SCHEDULE = f"{RUNS}/training", f"{RUNS}/schedule"
 MADE_FIRST = {
     f"{SHORT}/questions.json": f"{_QUESTIONS} test --count 1000 --descriptions 0 --output {SHORT}",
     f"{LONG}/questions.json": f"{_QUESTIONS} test --count 0 --descriptions 200 --long 25 --output {LONG}",
+    f"{MANY}/questions.json": f"{_QUESTIONS} test --count 0 --descriptions 100 --long 100 --output {MANY}",
     f"{MIXED}/questions.json": f"{_QUESTIONS} test --count 60 --descriptions 0 --output {MIXED}",
     f"{VALIDATION}/questions.json": f"{_QUESTIONS} validation --count 160 --descriptions 40 --long 10 --output {VALIDATION}",
     f"{TRAINING}/conversations.json": f"recipes.sapling.questions --split train --count 2000 --output {TRAINING}",
@@ -172,6 +173,15 @@ PAGES = {
             "Long answers, with refocusing",
             "Every way to draft against no drafts, token for token; kept tokens are exchanged while the answers grow.",
             _evaluate("exactness", LONG, "--limit 10 --refocus 0.7 --budgets 64"),
+        ),
+        Section(
+            "More long answers, with refocusing",
+            "The same, for the pruned answers alone, of descriptions and of the four other long kinds.",
+            _evaluate(
+                "exactness",
+                MANY,
+                "--refocus 0.7 --budgets 64 --checks 'pruned chain' 'pruned tree' 'pruned auto' 'pruned lookup'",
+            ),
         ),
     ],
 }
