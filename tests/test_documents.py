@@ -159,7 +159,7 @@ def refuse(name, error, several):
     raise TwigVLMError(f"{name}: broken{more} ({changed}, {error[0]}{error[1]}); {_way(error)}")
 def _way(error) -> str:
     if error:
-        return "mend it"
+        return "repair it"
     return f"replace {error.part}"
 def check():
     raise TwigVLMError(NEEDS)
@@ -170,7 +170,7 @@ def check():
         *(
             f"NAME: broken{more} (CHANGED, …); {way}"
             for more in ("", " and others")
-            for way in ("mend it", "replace PART")
+            for way in ("repair it", "replace PART")
         ),
         "a part is missing; run: pip install part",
     }

@@ -158,7 +158,7 @@ def test_commands_exist_and_take_these_options(page, words):
 
 @pytest.mark.parametrize("name", sorted(pages_with("sh")))
 def test_scripts_call_commands_that_exist_with_these_options(name, tmp_path):
-    """Blocks with functions, loops and variables, which bash runs as a whole, but for the programs."""
+    """Blocks with functions, loops and variables: bash runs them whole, with every program replaced by a recorder."""
     calls = script_calls(pages_with("sh")[name], tmp_path)
     assert [words for words in calls if check_options(words)]
     for words in calls:

@@ -167,7 +167,7 @@ def says_something(text: str) -> bool:
 
 
 def sentence(text: str) -> str:
-    """A text with a capital at its beginning and a stop at its end, but for commands, which would be copied with the stop."""
+    """A text that begins with a capital and ends with a full stop; a command gets no stop, which readers would copy."""
     return f"{text[:1].upper()}{text[1:]}" + ("" if ": pip " in text or text.endswith(("…", ".")) else ".")
 
 

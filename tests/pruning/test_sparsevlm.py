@@ -13,7 +13,7 @@ SIZES = [(27, 3), (19, 1), (10, 1)]  # behind each cut: tokens that stay as they
 
 
 def six_images():
-    """A prompt of so many visual tokens that what is recycled falls into several clusters."""
+    """A prompt with enough visual tokens for several clusters of recycled ones."""
     generator, parts = torch.Generator().manual_seed(0), []
     for _ in range(IMAGES):
         parts += [torch.randint(2, VIDEO, (1, 2), generator=generator), torch.full((1, PATCHES), IMAGE)]
