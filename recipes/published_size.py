@@ -71,7 +71,7 @@ def main(options: Options) -> None:
     inputs = {name: value.to(options.device) for name, value in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     systems = [System("HF generate, sdpa", "sdpa"), System("own loop")]
-    systems += [System(f"pruning, R̄ = {budget:g}", options={"retain": budget}) for budget in BUDGETS]
+    systems += [System(f"pruning, R̄ = {budget:g}", options={"retain": budget}, method="twig") for budget in BUDGETS]
     runs: dict[str, list[tuple[float, float]]] = {system.name: [] for system in systems}
     for turn in range(options.repeats + 1):
         for system in in_turn(systems, turn):

@@ -117,16 +117,14 @@ PAGES = {
             _evaluate(
                 "speed",
                 LONG,
-                "--kinds description rows halves --limit 20 --repeats 1 --refocus 0.7 --budgets 64 "
-                "--systems chain auto 'pruning + auto' 'diverse + auto' 'diverse + refocus + auto'",
+                "--kinds description rows halves --limit 20 --repeats 1 --budgets 64 "
+                "--systems chain auto 'twig + auto' 'diverse + auto' 'diverse+refocus:0.7 + auto'",
             ),
         ),
         Section(
             "Short answers",
             "One prompt at a time.",
-            _evaluate(
-                "speed", SHORT, "--kinds --limit 40 --repeats 1 --budgets 64 --systems chain auto 'pruning + auto'"
-            ),
+            _evaluate("speed", SHORT, "--kinds --limit 40 --repeats 1 --budgets 64 --systems chain auto 'twig + auto'"),
         ),
     ],
     "compare": [
@@ -146,7 +144,7 @@ PAGES = {
         Section(
             "Long answers, with refocusing",
             "Every way to draft against no drafts, token for token; kept tokens are exchanged while the answers grow.",
-            _evaluate("exactness", LONG, "--limit 10 --refocus 0.7 --budgets 64"),
+            _evaluate("exactness", LONG, "--limit 10 --method refocus:0.7 --budgets 64"),
         ),
         Section(
             "More long answers, with refocusing",
@@ -154,7 +152,7 @@ PAGES = {
             _evaluate(
                 "exactness",
                 MANY,
-                "--refocus 0.7 --budgets 64 --checks 'pruned chain' 'pruned tree' 'pruned auto' 'pruned lookup'",
+                "--method refocus:0.7 --budgets 64 --checks 'pruned chain' 'pruned tree' 'pruned auto' 'pruned lookup'",
             ),
         ),
     ],

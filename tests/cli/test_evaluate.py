@@ -23,6 +23,7 @@ COMMANDS = {
     "batches": {"retain": 10, "repeats": 1, "kinds": "place", "sizes": 1},
     "exactness": {"retain": 10},
 }
+ONE_METHOD = ("drafts", "batches", "exactness")
 
 
 @pytest.fixture
@@ -73,6 +74,16 @@ def test_speed_of_drafts_without_a_twig(arguments, base_directory, tmp_path, ref
         assert named[name][-1].startswith("0")  # different outputs
     assert float(named["HF assistant"][-3]) == 100.0  # the base drafts for itself
     refused(*words, "chain", words=("needs a twig",))
+
+
+@pytest.mark.parametrize("command", ONE_METHOD)
+def test_any_method_may_prune(arguments, tmp_path, command):
+    assert main(arguments(command, limit=1, method="divprune")) == 0
+    record = json.loads((tmp_path / "out" / "results.jsonl").read_text().splitlines()[-1])
+    assert "failed" not in json.dumps(record)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "--method divprune" in report
+    assert ("| divprune + auto |" in report) == (command == "batches")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -214,6 +225,10 @@ def test_bad_options_are_refused(refused, arguments, tmp_path):
         words.remove("0")
         refused(*words, words=(f"{option}: none given",))
     refused(*arguments("drafts", lengths=0), words=("draft_length=0",))
+    for command in ("drafts", "batches", "exactness", "sweep"):
+        refused(*arguments(command, method="none", output=tmp_path / "never"), words=("method=none", "such as twig"))
+        refused(*arguments(command, method="fastvv", output=tmp_path / "never"), words=("'fastvv'", "twigvlm methods"))
+        assert not (tmp_path / "never").exists()
     questions = tmp_path / "questions.json"
     questions.write_text(questions.read_text().replace("validation", "test"))
     refused(*arguments("sweep"), words=("validation split",))

@@ -12,7 +12,7 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.assisted import AssistedSteps, check_assistant
 from twigvlm.evaluation.results_log import ResultsLog
 from twigvlm.evaluation.speed import FirstToken, measure, run_speed
-from twigvlm.evaluation.systems import System, standard_systems
+from twigvlm.evaluation.systems import System, drafting_ways, named_systems
 from twigvlm.model import TwigVLM
 
 LOOKUP = System("HF prompt lookup", "sdpa", {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 2})
@@ -59,7 +59,7 @@ def test_a_step_is_counted_until_base_and_draft_part():
 
 
 def test_an_assistant_is_timed_beside_the_others(model, tokenizer, questions, tmp_path):
-    systems = standard_systems(10, {"draft_length": 4}, {}, ["sdpa"], ["HF assistant"], assistant=True)
+    systems = named_systems(["HF assistant"], 10, drafting_ways({"draft_length": 4}, {}, 2), ["sdpa"], assistant=True)
     assert [system.name for system in systems] == ["HF generate, sdpa", "HF assistant"]
     assert [system.is_baseline for system in systems] == [True, False]
     log = ResultsLog(tmp_path / "results.jsonl", {})
@@ -69,8 +69,8 @@ def test_an_assistant_is_timed_beside_the_others(model, tokenizer, questions, tm
         runs = record["runs"]
         assert runs["HF assistant"]["ids"] == runs["HF generate, sdpa"]["ids"]
         assert sum(runs["HF assistant"]["drafted"]) > 0
-    with pytest.raises(TwigVLMError, match="system 'HF assistant': must be one of HF prompt lookup, own loop"):
-        standard_systems(10, {"draft_length": 4}, {}, ["sdpa"], ["HF assistant"])
+    with pytest.raises(TwigVLMError, match=r"system 'HF assistant': .*needs assistant"):
+        named_systems(["HF assistant"], 10, drafting_ways({"draft_length": 4}, {}, 2), ["sdpa"])
 
 
 def test_assistants_that_cannot_help_are_refused(model):

@@ -21,7 +21,7 @@ def batch_of(*questions):
 def test_every_size_answers_the_same_prompts(model, tokenizer, questions, tmp_path):
     model.model.generation_config.eos_token_id = list(range(0, 100, 3))
     model.model.generation_config.pad_token_id = 0
-    systems = batch_systems(10, ["sdpa"])
+    systems = batch_systems("twig", 10, ["sdpa"])
     results_log = ResultsLog(tmp_path / "results.jsonl", {})
     records = run_batches(model, tokenizer, questions, (1, 4), systems, batch_of, results_log, 12, 12, 1)
     assert [record["id"] for record in records] == ["1-0", "1-1", "1-2", "1-3", "4-0"]
@@ -53,7 +53,7 @@ def test_a_run_goes_on_where_it_was(model, tokenizer, questions, tmp_path, monke
         "_measure",
         lambda model, inputs, system, new: order.append(system.name) or ([[1]] * len(inputs["input_ids"]), 1.0, None),
     )
-    systems = batch_systems(10, ["sdpa"])
+    systems = batch_systems("twig", 10, ["sdpa"])
 
     def run(sizes):
         results_log = ResultsLog(tmp_path / "results.jsonl", {})

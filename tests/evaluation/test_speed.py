@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 
@@ -10,7 +11,8 @@ from twigvlm.evaluation import speed
 from twigvlm.evaluation.results_log import ResultsLog
 from twigvlm.evaluation.speed import check_attentions, in_turn, measure, run_speed
 from twigvlm.evaluation.summary import compare_speeds
-from twigvlm.evaluation.systems import System, draft_systems, standard_systems
+from twigvlm.evaluation.systems import System, draft_systems, drafting_ways, named_systems
+from twigvlm.evaluation.variants import answer_all, make_variants
 from twigvlm.model import TwigVLM
 
 
@@ -22,12 +24,11 @@ def first(questions, count):
     return dataclasses.replace(questions, items=questions.items[:count])
 
 
-CHAIN = {"draft_length": 4, "draft_threshold": 0.0}
-TREE = {"tree_depth": 3, "tree_nodes": 12}
+WAYS = drafting_ways({"draft_length": 4, "draft_threshold": 0.0}, {"tree_depth": 3, "tree_nodes": 12}, 2)
 
 
 def test_measures_every_system(model, tokenizer, questions, tmp_path):
-    systems = standard_systems(10, CHAIN, TREE, ["sdpa", "eager"])
+    systems = named_systems((), 10, WAYS, ["sdpa", "eager"])
     results_log = ResultsLog(tmp_path / "results.jsonl", {})
     records = run_speed(model, tokenizer, first(questions, 2), systems, inputs_of, results_log, 8, 8, 2)
     assert [record["id"] for record in records] == ["0", "1"]
@@ -39,8 +40,8 @@ def test_measures_every_system(model, tokenizer, questions, tmp_path):
         )
         for name in ("auto", "lookup", "exit", "HF prompt lookup"):
             assert runs[name]["ids"] == runs["own loop"]["ids"]
-        assert runs["pruning + chain"]["ids"] == runs["pruning + tree"]["ids"] == runs["pruning"]["ids"]
-        assert runs["pruning + auto"]["ids"] == runs["pruning + lookup"]["ids"] == runs["pruning"]["ids"]
+        for way in ("chain", "tree", "auto", "lookup"):
+            assert runs[f"twig + {way}"]["ids"] == runs["twig"]["ids"]
         for name, run in runs.items():
             assert len(run["ids"]) == 8
             assert run["text"] == tokenizer.decode(run["ids"], skip_special_tokens=True).strip()
@@ -61,7 +62,7 @@ def test_measures_every_system(model, tokenizer, questions, tmp_path):
 
 def test_what_ran_again_is_recorded_of_systems_that_refocus(base, tokenizer, questions, tmp_path):
     model = TwigVLM.grow(base, TwigConfig(2, 2, final_wipe=5, pruning_head=True))
-    systems = standard_systems(10, CHAIN, TREE, ["sdpa"], ["refocus", "refocus + chain"], refocus=1.0)
+    systems = named_systems(["refocus:1", "refocus:1 + chain"], 10, WAYS, ["sdpa"])
     results_log = ResultsLog(tmp_path / "results.jsonl", {})
     (record,) = run_speed(model, tokenizer, first(questions, 1), systems, inputs_of, results_log, 12, 8, 1)
     runs = record["runs"]
@@ -69,11 +70,12 @@ def test_what_ran_again_is_recorded_of_systems_that_refocus(base, tokenizer, que
     output = model.generate(**prompt(0), retain=10, refocus=1.0, max_new_tokens=12, return_dict_in_generate=True)
     looks = [[look.after, look.ran] for look in output.looks[0]]
     assert looks
-    assert runs["refocus"]["looks"] == runs["refocus + chain"]["looks"] == looks
+    assert runs["refocus:1"]["looks"] == runs["refocus:1 + chain"]["looks"] == looks
     figures = {one.name: one for one in compare_speeds([record], "HF generate, sdpa", dict.fromkeys(runs))}
-    assert figures["refocus"].ran == figures["refocus + chain"].ran == sum(ran for _, ran in looks)
-    assert figures["refocus"].again == len(looks) / 11
-    assert figures["refocus + chain"].again > figures["refocus"].again, "drafts need fewer steps"
+    alone, drafted = figures["refocus:1"], figures["refocus:1 + chain"]
+    assert alone.ran == drafted.ran == sum(ran for _, ran in looks)
+    assert alone.again == len(looks) / 11
+    assert drafted.again > alone.again, "drafts need fewer steps"
 
 
 def test_systems_take_turns_after_a_warm_up(model, tokenizer, questions, tmp_path, monkeypatch):
@@ -139,15 +141,44 @@ def test_the_attention_of_the_model_is_put_back(model):
 
 
 def test_drafts_are_compared_on_the_same_pruning():
-    systems = draft_systems(10, (3, 5), (0.3, 0.6))
-    assert [one.name for one in systems] == ["pruning", "δ=3 θ=0.3", "δ=3 θ=0.6", "δ=5 θ=0.3", "δ=5 θ=0.6"]
+    systems = draft_systems("fastv", 10, (3, 5), (0.3, 0.6))
+    assert [one.name for one in systems] == ["fastv", "δ=3 θ=0.3", "δ=3 θ=0.6", "δ=5 θ=0.3", "δ=5 θ=0.6"]
+    assert {one.method for one in systems} == {"fastv"}
     assert {one.options["retain"] for one in systems} == {10}
-    assert {one.same_as for one in systems[1:]} == {"pruning"}
+    assert {one.same_as for one in systems[1:]} == {"fastv"}
     assert systems[3].options == {"retain": 10, "speculate": "chain", "draft_length": 5, "draft_threshold": 0.3}
 
 
 def test_systems_can_be_chosen_and_bring_what_they_are_compared_to():
-    systems = standard_systems(10, CHAIN, TREE, ["sdpa"], ["pruning + chain"])
-    assert [system.name for system in systems] == ["HF generate, sdpa", "pruning", "pruning + chain"]
-    with pytest.raises(TwigVLMError, match="system 'prunning': must be one of HF prompt lookup, own loop, pruning"):
-        standard_systems(10, CHAIN, TREE, ["sdpa"], ["prunning"])
+    systems = named_systems(["chain", "diverse+refocus:0.7 + auto", "chain"], 10, WAYS, ["sdpa"])
+    names = [system.name for system in systems]
+    refocused = ["diverse+refocus:0.7", "diverse+refocus:0.7 + auto"]
+    assert names == ["HF generate, sdpa", "own loop", "chain", *refocused]
+    assert [system.same_as for system in systems] == [None, None, "own loop", None, refocused[0]]
+
+
+@pytest.mark.parametrize("name", ["prunning", "prunning + chain", "twig + chian", "none", "none + chain", "refocus"])
+def test_unknown_systems_are_refused_by_name(name):
+    with pytest.raises(TwigVLMError, match=f"system {re.escape(repr(name))}: .*'twig \\+ chain'"):
+        named_systems([name], 10, WAYS, ["sdpa"])
+
+
+@pytest.mark.parametrize("method", ["fastv", "divprune", "diverse", "scout", "diverse+refocus:0.7"])
+def test_any_method_is_timed_with_drafts_that_change_nothing(method, base, tokenizer, questions, tmp_path):
+    model = TwigVLM.grow(base, TwigConfig(2, 2, final_wipe=5, pruning_head=True))
+    systems = named_systems([f"{method} + chain", f"{method} + lookup"], 10, WAYS, ["sdpa"])
+    log = ResultsLog(tmp_path / "results.jsonl", {})
+    (record,) = run_speed(model, tokenizer, first(questions, 1), systems, inputs_of, log, 8, 8, 1)
+    runs = record["runs"]
+    assert runs[f"{method} + chain"]["ids"] == runs[f"{method} + lookup"]["ids"] == runs[method]["ids"]
+    (variant,) = [one for one in make_variants(model, [method], [10]) if one.retain == 10]
+    outcome = answer_all(model, inputs_of(questions.items[0]), [variant], 8)[variant.name]
+    assert runs[method]["ids"] == outcome.ids
+
+
+def test_only_the_parts_that_need_a_twig_ask_for_one():
+    names = ["own loop", "lookup", "exit", "fastv", "fastv + lookup", "HF prompt lookup"]
+    assert not any(system.needs_twig for system in named_systems(names, 10, WAYS, ["sdpa"]))
+    needing = ["chain", "twig", "diverse+refocus:0.7", "scout", "deep:3", "fastv + tree", "twig + lookup"]
+    systems = {system.name: system for system in named_systems(needing, 10, WAYS, ["sdpa"])}
+    assert all(systems[name].needs_twig for name in needing)

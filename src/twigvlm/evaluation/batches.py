@@ -16,18 +16,21 @@ from twigvlm.model import TwigVLM
 from twigvlm.timing import clock_of
 
 
-def batch_systems(retain: float, attentions: Sequence[str]) -> list[System]:
-    """The base's `generate` per attention implementation, and the twig's parts together.
+def batch_systems(method: str, retain: float, attentions: Sequence[str]) -> list[System]:
+    """The base's `generate` per attention implementation, and pruning without drafts and with the twig's.
 
     Args:
+        method: what prunes, as `parse_method` reads it.
         retain: R̄.
         attentions: implementations that the base's `generate` is measured with.
     """
     return [
         *base_systems(attentions),
-        System("pruning", options={"retain": retain}),
-        System("pruning + chain", options={"retain": retain, "speculate": "chain"}),
-        System("pruning + auto", options={"retain": retain, "speculate": "auto"}),
+        System(method, options={"retain": retain}, method=method),
+        *(
+            System(f"{method} + {way}", options={"retain": retain, "speculate": way}, method=method)
+            for way in ("chain", "auto")
+        ),
     ]
 
 
@@ -103,10 +106,11 @@ def _measure(
     device = model.model.device
     clock = clock_of(device)
     generate: Callable[..., Any] = model.generate if system.attention is None else model.model.generate
+    options = system.arguments(model)
     with attention_of(model.model, system.attention):
         peak_memory.reset_peak(device)
         began = clock()
-        ids = generate(**inputs, **system.options, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = generate(**inputs, **options, max_new_tokens=max_new_tokens, do_sample=False)
         ended = clock()
     new = ids[:, inputs["input_ids"].shape[1] :]
     return up_to_end(new.tolist(), model.model.generation_config), ended - began, peak_memory.peak(device)

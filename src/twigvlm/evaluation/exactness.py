@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.methods import parse_methods
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.evaluation.run import InputsOf, Item, one_by_one, run
@@ -57,7 +58,7 @@ def run_exactness(
     max_new_tokens: int = 16,
     max_description_tokens: int = 192,
     advance: Callable[[Record], None] = lambda record: None,
-    refocus: float | None = None,
+    method: str = "twig",
 ) -> list[Record]:
     """Compare answers token for token; prompts that the log holds already are not asked again.
 
@@ -69,7 +70,7 @@ def run_exactness(
         max_new_tokens: longest short answer.
         max_description_tokens: longest description.
         advance: called once for each prompt that is asked, after the base alone answered it, and with every record.
-        refocus: τ of the pruned checks; None: the kept visual tokens stay the same.
+        method: what prunes in the pruned checks, as `parse_method` reads it.
 
     Returns:
         The records, in the order of the questions: `id`, `kind`, `tokens` (length of the base's answer, or if no check asks for
@@ -84,7 +85,8 @@ def run_exactness(
                     before[item.about["id"]] = _reference(base.generate, inputs_of(*item.questions), longest)
             advance({})
     model = grow()
-    pruning = {"retain": retain, "refocus": refocus}
+    (prunes,) = parse_methods(model, [method])
+    pruning = {"retain": retain, **prunes.options(model, None, None, seed=0)}
 
     def measure(item: Item, inputs: dict[str, Any], number: int) -> Record:
         longest = item.limit(max_new_tokens, max_description_tokens)
@@ -98,7 +100,7 @@ def _check(
     model: TwigVLM,
     inputs: dict[str, Any],
     before: tuple[list[int], str] | None,
-    pruning: dict[str, float | None],
+    pruning: dict[str, Any],
     checks: Sequence[str],
     max_new_tokens: int,
 ) -> tuple[int, dict[str, bool]]:

@@ -160,16 +160,17 @@ def measure(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
     watch = FirstToken(clock)
     steps = AssistedSteps(watch)
-    generate: Callable[..., Any] = model.generate if system.attention is None else model.model.generate
+    ours = system.attention is None
+    generate: Callable[..., Any] = model.generate if ours else model.model.generate
+    options |= system.arguments(model)
     with ExitStack() as around:
         around.enter_context(attention_of(model.model, system.attention))
         if system.speculates:
             drafter, name = assistant if system.assisted else None, f"system {system.name!r}"
             options |= around.enter_context(assisted_generation(model.base, inputs, drafter, steps, name))
         began = clock()
-        output: Any = generate(**inputs, **options, **system.options, streamer=steps if system.speculates else watch)
+        output: Any = generate(**inputs, **options, streamer=steps if system.speculates else watch)
         ended = clock()
-    ours = system.attention is None
     drafted, accepted = ([], []) if not system.speculates else steps.counts()
     if ours:
         drafted, accepted = output.drafted_lengths[0], output.accepted_lengths[0]

@@ -1,15 +1,21 @@
-"""Ways to generate that are timed side by side."""
+"""Ways to generate that are timed side by side, by their names: what prunes, what drafts, or both."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from twigvlm.config import WITHOUT_TWIG, SpeculationConfig
+from twigvlm.config import WITHOUT_TWIG
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.assisted import prompt_lookup
+from twigvlm.evaluation.methods import parse_method
+from twigvlm.model import TwigVLM
 
 HF_GENERATE = "HF generate, "
 """Begins the names of the base's own `generate`; its attention implementation follows."""
+HF_LOOKUP, HF_ASSISTANT = "HF prompt lookup", "HF assistant"
+"""The base's own `generate` with drafts from prompt and answer, and from a small model."""
+OWN_LOOP = "own loop"
+"""TwigVLM's `generate` that neither prunes nor drafts."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +24,15 @@ class System:
 
     name: str
     attention: str | None = None
-    """The base's own `generate` with this attention implementation; None: TwigVLM's, with `options`."""
+    """The base's own `generate` with this attention implementation; None: TwigVLM's."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the `generate` that is called."""
+    """Of the `generate` that is called, beside those of the method."""
     same_as: str | None = None
     """System whose output this one must repeat."""
     assisted: bool = False
     """Whether a small model drafts for the base's own `generate`."""
+    method: str = "none"
+    """What prunes, as `parse_method` reads it."""
 
     @property
     def is_baseline(self) -> bool:
@@ -34,13 +42,16 @@ class System:
     @property
     def needs_twig(self) -> bool:
         """Whether a trained twig prunes or drafts."""
-        prunes = "retain" in self.options and "pruner" not in self.options
-        return prunes or self.options.get("speculate", "none") not in WITHOUT_TWIG
+        return parse_method(self.method).needs_twig or self.options.get("speculate", "none") not in WITHOUT_TWIG
 
     @property
     def speculates(self) -> bool:
         """Whether the base's own `generate` speculates, which transformers calls assisted generation."""
         return self.attention is not None and (self.assisted or "prompt_lookup_num_tokens" in self.options)
+
+    def arguments(self, model: TwigVLM) -> dict[str, Any]:
+        """Arguments of the `generate` that is called, beside inputs and length; K_f and φ are the twig's."""
+        return {**self.options, **parse_method(self.method).options(model, None, None, seed=0)}
 
 
 def base_systems(attentions: Sequence[str]) -> list[System]:
@@ -48,84 +59,86 @@ def base_systems(attentions: Sequence[str]) -> list[System]:
     return [System(f"{HF_GENERATE}{attention}", attention) for attention in attentions]
 
 
-def standard_systems(
-    retain: float,
-    chain: dict[str, Any],
-    tree: dict[str, Any],
-    attentions: Sequence[str],
-    names: Sequence[str] = (),
-    refocus: float | None = None,
-    assistant: bool = False,
-    lookup_ngram: int = SpeculationConfig.lookup_ngram,
-) -> list[System]:
-    """The base's `generate` per attention implementation, its ways to speculate, and the twig's parts alone and together.
+def drafting_ways(chain: dict[str, Any], tree: dict[str, Any], lookup_ngram: int) -> dict[str, dict[str, Any]]:
+    """Arguments of TwigVLM's `generate` for every way to draft, by its name.
 
     Args:
+        chain: options of chains (`draft_length`, `draft_threshold`); early exit takes them too.
+        tree: options of trees (`tree_depth`, `tree_width`, `tree_expand`, `tree_nodes`).
+        lookup_ngram: n of prompt lookup, which drafts as many tokens as a chain.
+    """
+    lookup = {"draft_length": chain["draft_length"], "lookup_ngram": lookup_ngram}
+    options = {"chain": chain, "tree": tree, "auto": {}, "lookup": lookup, "exit": chain}
+    return {way: {"speculate": way, **more} for way, more in options.items()}
+
+
+def named_systems(
+    names: Sequence[str],
+    retain: float,
+    ways: Mapping[str, dict[str, Any]],
+    attentions: Sequence[str],
+    assistant: bool = False,
+) -> list[System]:
+    """The base's `generate` per attention implementation, and systems by their names, with what their output is compared to.
+
+    Args:
+        names: `own loop`, a way to draft, a pruning method as `parse_method` reads it, both as in `twig + chain`, or
+            `HF prompt lookup` and `HF assistant`; none: all ways to draft, the twig's pruning with them, and `diverse`.
         retain: R̄.
-        chain: options of chain speculation (`draft_length`, `draft_threshold`).
-        tree: options of tree speculation (`tree_depth`, `tree_width`, `tree_expand`, `tree_nodes`).
+        ways: from `drafting_ways`.
         attentions: implementations that the base's `generate` is measured with.
-        names: of those among the others that are wanted, together with what their output is compared to; none: all.
-        refocus: τ of further systems that choose their visual tokens again; None: there are none.
         assistant: whether there is a small model that drafts for the base's own `generate`.
-        lookup_ngram: n of prompt lookup, the base's own and ours, which draft as many tokens as a chain.
 
     Raises:
         TwigVLMError: there is no system of a name.
     """
-    chain = {"speculate": "chain", **chain}
-    tree = {"speculate": "tree", **tree}
     baselines = base_systems(attentions)
-    lookup = {"speculate": "lookup", "draft_length": chain["draft_length"], "lookup_ngram": lookup_ngram}
-    hf_lookup = prompt_lookup(chain["draft_length"], lookup_ngram)
-    others = [
-        System("HF prompt lookup", attentions[0], hf_lookup, baselines[0].name),
-        *([System("HF assistant", attentions[0], {}, baselines[0].name, assisted=True)] if assistant else []),
-        System("own loop"),
-        System("pruning", options={"retain": retain}),
-        System("chain", options=chain, same_as="own loop"),
-        System("tree", options=tree, same_as="own loop"),
-        System("auto", options={"speculate": "auto"}, same_as="own loop"),
-        System("lookup", options=lookup, same_as="own loop"),
-        System("exit", options={**chain, "speculate": "exit"}, same_as="own loop"),
-        System("pruning + chain", options={"retain": retain, **chain}, same_as="pruning"),
-        System("pruning + tree", options={"retain": retain, **tree}, same_as="pruning"),
-        System("pruning + auto", options={"retain": retain, "speculate": "auto"}, same_as="pruning"),
-        System("pruning + lookup", options={"retain": retain, **lookup}, same_as="pruning"),
-        System("diverse", options={"retain": retain, "diverse": True}),
-        System("diverse + auto", options={"retain": retain, "diverse": True, "speculate": "auto"}, same_as="diverse"),
-    ]
-    if refocus is not None:
-        again = {"retain": retain, "refocus": refocus}
-        others += [
-            System("refocus", options=again),
-            System("refocus + chain", options={**again, **chain}, same_as="refocus"),
-            System("refocus + auto", options={**again, "speculate": "auto"}, same_as="refocus"),
-            System("diverse + refocus", options={**again, "diverse": True}),
-            System(
-                "diverse + refocus + auto",
-                options={**again, "diverse": True, "speculate": "auto"},
-                same_as="diverse + refocus",
-            ),
-        ]
-    known = {system.name: system for system in others}
-    for name in names:
-        if name not in known:
-            raise TwigVLMError(f"system {name!r}: must be one of {', '.join(known)}")
-    wanted = {*names, *(known[name].same_as for name in names)} if names else known.keys()
-    return [*baselines, *(system for system in others if system.name in wanted)]
+    first = baselines[0]
+    lookup = prompt_lookup(ways["lookup"]["draft_length"], ways["lookup"]["lookup_ngram"])
+    of_hf = {HF_LOOKUP: System(HF_LOOKUP, first.attention, lookup, first.name)}
+    if assistant:
+        of_hf[HF_ASSISTANT] = System(HF_ASSISTANT, first.attention, {}, first.name, assisted=True)
+    pruned = [f"twig + {way}" for way in ways if way != "exit"]
+    chosen = {system.name: system for system in baselines}
+    for name in names or (*of_hf, OWN_LOOP, *ways, "twig", *pruned, "diverse", "diverse + auto"):
+        system = of_hf[name] if name in of_hf else _system(name, retain, ways)
+        if system.same_as is not None and system.same_as not in chosen:
+            chosen[system.same_as] = _system(system.same_as, retain, ways)
+        chosen[name] = system
+    return list(chosen.values())
 
 
-def draft_systems(retain: float, lengths: Sequence[int], thresholds: Sequence[float]) -> list[System]:
+def _system(name: str, retain: float, ways: Mapping[str, dict[str, Any]]) -> System:
+    """A system of TwigVLM's own `generate`."""
+    if name == OWN_LOOP:
+        return System(name)
+    if name in ways:
+        return System(name, options=ways[name], same_as=OWN_LOOP)
+    method, plus, way = name.rpartition(" + ")
+    drafts = bool(plus) and way in ways
+    method = method if drafts else name
+    choices = f"{OWN_LOOP}, {HF_LOOKUP}, {', '.join(ways)}, a pruning method, or both as in 'twig + chain'"
+    try:
+        prunes = parse_method(method).ranking != "none"
+    except TwigVLMError as error:
+        raise TwigVLMError(f"system {name!r}: {error}; choose {choices}; {HF_ASSISTANT} needs assistant") from None
+    if not prunes:
+        raise TwigVLMError(f"system {name!r}: prunes nothing; choose {choices}")
+    options = {"retain": retain, **(ways[way] if drafts else {})}
+    return System(name, options=options, same_as=method if drafts else None, method=method)
+
+
+def draft_systems(method: str, retain: float, lengths: Sequence[int], thresholds: Sequence[float]) -> list[System]:
     """Pruning without drafts, and with chains of every length δ and threshold θ."""
     pruning = {"retain": retain}
     return [
-        System("pruning", options=pruning),
+        System(method, options=pruning, method=method),
         *(
             System(
                 f"δ={length} θ={threshold:g}",
                 options={**pruning, "speculate": "chain", "draft_length": length, "draft_threshold": threshold},
-                same_as="pruning",
+                same_as=method,
+                method=method,
             )
             for length in lengths
             for threshold in thresholds

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from twigvlm.cli.evaluate.options import TimingOptions
+from twigvlm.cli.evaluate.options import MethodOption, TimingOptions
 from twigvlm.cli.evaluate.speed import time_systems
 from twigvlm.config import SpeculationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateDrafts(TimingOptions):
+class EvaluateDrafts(MethodOption, TimingOptions):
     """Speed for several draft lengths and thresholds, on the validation split."""
 
     name: ClassVar[str] = "evaluate drafts"
@@ -24,8 +24,9 @@ class EvaluateDrafts(TimingOptions):
         from twigvlm.evaluation.systems import draft_systems
 
         self.check("lengths", "thresholds")
+        self.check_method()
         for length in self.lengths:
             for threshold in self.thresholds:
                 SpeculationConfig("chain", length, threshold)  # for its errors
-        systems = draft_systems(self.retain, self.lengths, self.thresholds)
+        systems = draft_systems(self.method, self.retain, self.lengths, self.thresholds)
         time_systems(self, "Drafts", systems, validation="choosing δ and θ")

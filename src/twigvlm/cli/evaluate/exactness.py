@@ -3,19 +3,18 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from twigvlm.cli.evaluate.options import BudgetOptions
+from twigvlm.cli.evaluate.options import BudgetOptions, MethodOption
 from twigvlm.cli.options import Dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateExactness(BudgetOptions):
+class EvaluateExactness(MethodOption, BudgetOptions):
     """Count the prompts whose answers differ where they must not; best in float32."""
 
     name: ClassVar[str] = "evaluate exactness"
 
     dtype: Dtype = "float32"
     """Data type of the weights. auto: as stored in the base's files; in half precision, near ties may flip."""
-    refocus: float | None = None
     checks: tuple[str, ...] = ()
     """What to compare: chain, tree, auto, lookup, exit, "pruned chain", "pruned tree", "pruned auto", "pruned lookup", "no
     pruning", disabled. None given: all."""
@@ -29,9 +28,10 @@ class EvaluateExactness(BudgetOptions):
         from twigvlm.evaluation.results_log import answered
 
         checks = choose_checks(self.checks)
+        self.check_method()
         bench = open_bench(self)
-        PruningConfig(self.retain, refocus=self.refocus)  # for its errors
-        more = {"retain": self.retain, "refocus": self.refocus}
+        PruningConfig(self.retain)  # for its errors
+        more = {"retain": self.retain, "method": self.method}
         log = open_log(self, {**bench.settings, **more, "checks": checks})
         questions = bench.questions.items
         with showing("Exactness", (question.id for question in questions), log, passes=2) as show:
@@ -46,6 +46,6 @@ class EvaluateExactness(BudgetOptions):
                 self.max_new_tokens,
                 self.max_description_tokens,
                 show,
-                self.refocus,
+                self.method,
             )
         write_report(self, "Exactness", bench, more, exactness_sections(answered(records)), records)

@@ -60,6 +60,21 @@ class BudgetOptions(EvaluateOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MethodOption:
+    """Of evaluations of one way to prune."""
+
+    method: str = "twig"
+    """How to choose the visual tokens: a method of `twigvlm methods`, for example twig, diverse+refocus:0.7 or fastv."""
+
+    def check_method(self) -> None:
+        """Refuse a method that does not exist or prunes nothing, before anything is loaded."""
+        from twigvlm.evaluation.methods import parse_method
+
+        if parse_method(self.method).ranking == "none":
+            raise TwigVLMError(f"method={self.method}: prunes nothing; choose one that prunes, such as twig")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TimingOptions(BudgetOptions):
     """Of evaluations of speed."""
 

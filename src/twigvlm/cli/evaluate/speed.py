@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from twigvlm.cli.evaluate.options import BaselineOptions, TimingOptions
-from twigvlm.config import PruningConfig, SpeculationConfig
+from twigvlm.config import SpeculationConfig
 
 if TYPE_CHECKING:
     from twigvlm.evaluation.systems import System
@@ -27,11 +27,10 @@ class EvaluateSpeed(BaselineOptions):
     tree_expand: int = SpeculationConfig.tree_expand
     tree_nodes: int = SpeculationConfig.tree_nodes
     systems: tuple[str, ...] = ()
-    """What to time in addition to the baselines: "own loop", pruning, chain, tree, auto, lookup, exit,
-    "pruning + chain", "pruning + tree", "pruning + auto", "pruning + lookup", diverse, "diverse + auto", "HF prompt lookup",
-    with assistant also "HF assistant", and with refocus also refocus, "refocus + chain", "refocus + auto", "diverse + refocus",
-    "diverse + refocus + auto". None given: all."""
-    refocus: float | None = None
+    """What to time in addition to the baselines: "own loop", which neither prunes nor drafts; a way to draft, one of chain,
+    tree, auto, lookup and exit; a pruning method of `twigvlm methods`; both, as in "twig + chain" or
+    "diverse+refocus:0.7 + auto"; "HF prompt lookup", and with assistant "HF assistant". None given: all ways to draft, alone and
+    beside the twig's pruning, and diverse."""
     assistant: str | None = None
     """Small vision-language model of the base's vocabulary, a Hugging Face id or a directory, which drafts for the base's own
     `generate`. None: there is no system "HF assistant"."""
@@ -39,7 +38,7 @@ class EvaluateSpeed(BaselineOptions):
 
     def run(self) -> None:
         """Measure, and write results.jsonl and report.md."""
-        from twigvlm.evaluation.systems import standard_systems
+        from twigvlm.evaluation.systems import drafting_ways, named_systems
 
         self.check("baselines")
         chain: dict[str, Any] = {"draft_length": self.draft_length, "draft_threshold": self.draft_threshold}
@@ -48,17 +47,8 @@ class EvaluateSpeed(BaselineOptions):
         }
         SpeculationConfig("chain", **chain)  # for their errors
         SpeculationConfig("tree", **tree)
-        PruningConfig(self.retain, refocus=self.refocus)
-        systems = standard_systems(
-            self.retain,
-            chain,
-            tree,
-            self.baselines,
-            self.systems,
-            self.refocus,
-            self.assistant is not None,
-            self.lookup_ngram,
-        )
+        ways = drafting_ways(chain, tree, self.lookup_ngram)
+        systems = named_systems(self.systems, self.retain, ways, self.baselines, self.assistant is not None)
         time_systems(self, "Speed", systems, assistant=self.assistant)
 
 
@@ -79,6 +69,7 @@ def time_systems(
         assistant: small model that drafts for the base's own `generate`; None: none.
     """
     from twigvlm.cli.evaluate.bench import machine, open_bench, open_log, showing, write_report
+    from twigvlm.evaluation.methods import parse_methods
     from twigvlm.evaluation.report import speed_sections
     from twigvlm.evaluation.results_log import answered
     from twigvlm.evaluation.speed import check_attentions, run_speed
@@ -87,6 +78,7 @@ def time_systems(
     check_attentions(bench.base, (system.attention for system in systems))
     drafter = None if assistant is None else bench.load_assistant(assistant, options)
     model = bench.grow(exits=any(system.options.get("speculate") == "exit" for system in systems))
+    parse_methods(model, [system.method for system in systems])  # for its errors
     more = {"repeats": options.repeats, **machine(), **({} if assistant is None else {"assistant": assistant})}
     described = [dataclasses.asdict(system) for system in systems]
     log = open_log(options, {**bench.settings, **more, "systems": described})
