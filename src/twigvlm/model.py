@@ -20,12 +20,12 @@ from twigvlm.engine.calibrated import Calibrated
 from twigvlm.engine.engine import Engine
 from twigvlm.engine.runner import EagerRunner
 from twigvlm.errors import TwigVLMError
-from twigvlm.hf.checks import check_arguments
+from twigvlm.hf.checks import check_arguments, check_memory
 from twigvlm.hf.generate import TwigOutput, run_rows
 from twigvlm.hf.interface import HFInterface
 from twigvlm.hf.requests import pruner_by_name, request_row, rows_of
 from twigvlm.kv.prefix_cache import PrefixCache
-from twigvlm.pruning.cut import Need, Pruner
+from twigvlm.pruning.cut import Pruner
 from twigvlm.pruning.view import Scorer
 from twigvlm.speculation.ways import check_speculation
 from twigvlm.timing import Timings, clock_of
@@ -61,8 +61,8 @@ class TwigVLM(HFInterface, Calibrated):
         """Grow a fresh twig on a Hugging Face VLM.
 
         Args:
-            model: the base; unmodified, any attention implementation.
-            config: shape of the twig; None: the published one.
+            model: the base; unmodified, with `sdpa`, `eager` or FlashAttention.
+            config: shape of the twig; None: K and T as published, without a P-Head and without FinalWipe.
             draft_token_ids: ids of the tokens that the twig can draft, as many as `config.draft_vocabulary`.
 
         Raises:
@@ -80,7 +80,7 @@ class TwigVLM(HFInterface, Calibrated):
         It has a single untrained layer in a twig's place, which never runs: what needs a twig is refused.
 
         Args:
-            model: the base; unmodified, any attention implementation.
+            model: the base; unmodified, with `sdpa`, `eager` or FlashAttention.
             trunk_layers: K, the layers that draft by early exit.
 
         Raises:
@@ -154,10 +154,11 @@ class TwigVLM(HFInterface, Calibrated):
     ) -> Tensor | TwigOutput | Any:
         """Generate like the base's `generate`, greedily or by sampling, with pruning and speculation.
 
-        Each prompt of a batch (padded on the left) gets the answer that it would get alone. Hugging Face's own processors
-        and criteria see it without its padding. The caller's processors and criteria see the whole padded batch, once
-        per position, and the rows of such a batch advance together. Sampling draws what the base's `generate` would
-        draw: the same seed gives the same answer, whatever the speculation. In a batch, each row has its own random stream.
+        In float32, each prompt of a batch (padded on the left) gets the answer that it would get alone. Hugging Face's own
+        processors and criteria see it without its padding. The caller's processors and criteria see the whole padded batch,
+        once per position, and the rows of such a batch advance together. With one prompt, in float32 and without pruning,
+        sampling draws exactly the tokens that the base's own `generate` draws with the same seed, whichever way of drafting
+        is used. In a batch, each row has its own random stream, so the draws differ from those of Hugging Face.
 
         Args:
             inputs: prompt ids; they can also be passed as `input_ids`.
@@ -167,18 +168,19 @@ class TwigVLM(HFInterface, Calibrated):
             final_share: φ, the share of the kept tokens, those with the highest scores, that stay after layer K_f; None: the
                 twig's own.
             retain_per_image: split the budget evenly among a prompt's images, or frames with text between them.
-            refocus: τ; while the answer grows, kept visual tokens are replaced by better ones wherever they hold less than
-                this share of the scores that the best ones would hold; None: they stay the same.
+            refocus: τ; while the answer grows, kept visual tokens are replaced by better ones whenever their scores add up to
+                less than this share of the highest possible sum; None: they stay the same.
             scout: rank by a pass of trunk and twig over the whole prompt before the decoder, whose layers then all hold
                 only the kept tokens: R̄ = R + M·K/L, without FinalWipe.
-            diverse: of the visual tokens with high scores keep those that also differ from each other.
+            diverse: keep visual tokens with high scores that also differ from each other.
             scorer: function that scores the visual tokens; None: the twig's P-Head, or its last layer's attention if it has none.
             pruner: another pruning method, by name (`twigvlm methods`) with the budget `retain`, or as an object, which may
                 have its own cuts; None or "twig": the twig's.
             speculate: "none", "chain", "tree", or "auto", which drafts as much as pays off on this machine, or nothing; on
-                its first use on a machine it measures for a few seconds (see `calibrate`). Without a twig, "lookup": what
-                followed the newest tokens where they occurred before, in the prompt or the answer; "exit": chains by the
-                base's own head on the states after layer K. In float32 the output is the same for all.
+                its first use on a machine it measures for a few seconds (see `calibrate`). "lookup" and "exit" need no twig:
+                "lookup" drafts what followed the newest tokens where they occurred before, in the prompt or the answer, and
+                "exit" drafts chains by the base's own head on the states after layer K. In float32 the output is the same
+                for all.
             draft_length: δ, length of the longest chain, or of what is looked up.
             draft_threshold: θ; a chain ends after a token whose probability is below it.
             tree_depth: D, length of the longest path of a tree.
@@ -227,15 +229,8 @@ class TwigVLM(HFInterface, Calibrated):
         check_arguments(kwargs, self.model.generation_config)
         check_speculation(speculation, self.base, self.twig, len(kwargs["input_ids"]))
         self.base.check_images(kwargs["input_ids"], kwargs)
-        looks = pruner is not None and Need.VISION in pruner.needs
+        check_memory(memory)
         costs = self.costs() if speculation.speculate == "auto" else None
-        if memory is not None:
-            if not isinstance(memory, PrefixCache):
-                raise TwigVLMError(f"memory: is {type(memory).__name__}; pass a PrefixCache, or ask through chat")
-            pixels = self.base.pixels(kwargs)
-            memory.show(kwargs)
-            if not looks and not memory.needs_vision(self.base, kwargs["input_ids"]):
-                kwargs = {name: value for name, value in kwargs.items() if name not in pixels}
         clock = clock_of(self.model.device)
         start_time = clock()
         try:

@@ -84,10 +84,10 @@ class Engine:
             )
         if self.make_row is None:
             raise TwigVLMError("this engine takes only rows: make one with TwigVLM.engine()")
-        generator = options.get("generator")
-        if generator is not None and any(
-            row.noise is not None and row.noise.draws_from(generator) for row in (*self.waiting, *self.active)
-        ):
+        memory, generator, here = options.get("memory"), options.get("generator"), (*self.waiting, *self.active)
+        if memory is not None and any(row.prefix is memory for row in here):
+            raise TwigVLMError("memory: another request still uses this prefix cache; give each request its own")
+        if generator is not None and any(row.noise is not None and row.noise.draws_from(generator) for row in here):
             raise TwigVLMError(
                 "generator: another request still draws from it, so that neither would get the answer that it gets alone; "
                 "give each request its own"

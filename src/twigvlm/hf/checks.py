@@ -88,6 +88,12 @@ def check_generation(config: GenerationConfig) -> None:
         raise TwigVLMError(f"cache_implementation={cache!r}: pruning needs its own cache; leave it out")
 
 
+def check_memory(memory: Any) -> None:
+    """Refuse what is no prefix cache."""
+    if memory is not None and not isinstance(memory, PrefixCache):
+        raise TwigVLMError(f"memory: is {type(memory).__name__}; pass a PrefixCache, or ask through chat")
+
+
 def check_rows(rows: int, streamer: Any, prefix: PrefixCache | None) -> None:
     """Refuse several answers where one is expected."""
     if rows > 1 and streamer is not None:

@@ -9,7 +9,7 @@ from twigvlm.base.vlm import BaseVLM, is_refusal
 from twigvlm.config import PruningConfig
 from twigvlm.engine.row import Row
 from twigvlm.errors import TwigVLMError, one_line
-from twigvlm.hf.checks import check_arguments
+from twigvlm.hf.checks import check_arguments, check_memory
 from twigvlm.hf.generate import HFGenerateAdapter, Schedule, with_stop_strings
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Need, Pruner, schedule
@@ -37,6 +37,11 @@ def rows_of(
     """What the base's own `generate` makes of its arguments: rows for an engine."""
     pruner, schedule = _pruning(base, twig, pruning, scorer, pruner)
     looks = pruner is not None and Need.VISION in pruner.needs
+    if prefix is not None:
+        pixels = base.pixels(kwargs)
+        prefix.show(kwargs)
+        if not looks and not prefix.needs_vision(base, kwargs["input_ids"]):
+            kwargs = {name: value for name, value in kwargs.items() if name not in pixels}
     with torch.inference_mode(), base.watch_vision() if looks else nullcontext() as vision:
         adapter = HFGenerateAdapter(
             base, pruner, schedule, pruning.refocus, kwargs.get("streamer"), generator, prefix, vision, alone
@@ -71,6 +76,7 @@ def request_row(
     scorer: Scorer | None = None,
     pruner: Pruner | str | None = None,
     generator: torch.Generator | None = None,
+    memory: PrefixCache | None = None,
     **kwargs: Any,
 ) -> Row:
     """The row of one request to an engine; the options are those of `TwigVLM.generate`.
@@ -86,8 +92,14 @@ def request_row(
         if kwargs.get(name):
             raise TwigVLMError(f"{name}: an engine gives tokens by its events; leave it out, or use generate")
     check_arguments(kwargs, base.model.generation_config)
+    check_memory(memory)
     base.check_images(kwargs["input_ids"], kwargs)
-    adapter = rows_of(base, twig, pruning, scorer, pruner, generator, None, kwargs, alone=False)
+    try:
+        adapter = rows_of(base, twig, pruning, scorer, pruner, generator, memory, kwargs, alone=False)
+    except BaseException:
+        if memory is not None:
+            memory.forget()  # it may know pictures of a prompt that it has not seen
+        raise
     if len(adapter.rows) > 1:
         raise TwigVLMError(f"{len(adapter.rows)} answers: an engine takes requests one by one; add them so")
     return adapter.rows[0]

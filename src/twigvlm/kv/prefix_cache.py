@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,17 @@ class PrefixCache:
     pictures: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     """What the processor says of the prompt's pictures, by name: how much there is along the first axis, and its digest."""
 
+    def copy(self) -> "PrefixCache":
+        """The same contents for another prompt; what becomes of one does not change the other."""
+        return replace(self, layers=dict(self.layers), scores=dict(self.scores), pictures=dict(self.pictures))
+
+    def bytes(self) -> int:
+        """Bytes that the contents hold, without the scores."""
+        prompt = self.prompt
+        of_prompt = () if prompt is None else (prompt.hidden, prompt.position_ids, prompt.input_ids, *prompt.deepstack)
+        states = (*of_prompt, self.hidden, self.last_input, *(part for layer in self.layers.values() for part in layer))
+        return sum(part.numel() * part.element_size() for part in states if part is not None)
+
     def forget(self) -> None:
         """Drop everything, as after a question that failed on its way."""
         self.prompt = self.hidden = self.last_input = None
@@ -52,11 +63,15 @@ class PrefixCache:
         Args:
             inputs: the processor's outputs.
         """
-        shown = {name: values for name, values in inputs.items() if isinstance(values, Tensor) and name not in _OF_TEXT}
-        known = [(shown[name], *before) for name, before in self.pictures.items() if name in shown]
-        if any(_digest(values[:count]) != digest for values, count, digest in known):
+        pictures = Pictures(inputs)
+        if not self.begins(pictures):
             self.forget()
-        self.pictures |= {name: (len(values), _digest(values)) for name, values in shown.items()}
+        self.pictures |= {name: (len(values), pictures.digest(name)) for name, values in pictures.values.items()}
+
+    def begins(self, pictures: "Pictures") -> bool:
+        """Whether a prompt's pictures begin with those of this one."""
+        known = ((name, *before) for name, before in self.pictures.items() if name in pictures.values)
+        return all(pictures.digest(name, count) == digest for name, count, digest in known)
 
     def known(self, input_ids: Int[Tensor, "1 tokens"]) -> int:
         """Length of the prefix shared with the cached prompt; always leaves one new token of another prompt."""
@@ -134,6 +149,28 @@ class PrefixCache:
         for layer in range(start, stop):
             keys, values = view.cache.contents(layer, view.rows)
             self.layers[layer] = keys.clone(), values.clone()
+
+
+class Pictures:
+    """What the processor says of a prompt's pictures; each digest is computed once.
+
+    Args:
+        inputs: the processor's outputs.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        self.values = {
+            name: values for name, values in inputs.items() if isinstance(values, Tensor) and name not in _OF_TEXT
+        }
+        self._digests: dict[tuple[str, int], bytes] = {}
+
+    def digest(self, name: str, count: int | None = None) -> bytes:
+        """Of the first entries along the first axis; None: of all."""
+        values = self.values[name][:count]
+        key = name, len(values)
+        if key not in self._digests:
+            self._digests[key] = _digest(values)
+        return self._digests[key]
 
 
 def _digest(values: Tensor) -> bytes:

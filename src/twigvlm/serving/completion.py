@@ -17,7 +17,7 @@ class _Answer:
     text: AnswerText
     pieces: list[Piece] = field(default_factory=list)
     kept: list[list[int]] = field(default_factory=list)
-    counts: Counts = field(default_factory=lambda: Counts(0, 0, 0, 0.0))
+    counts: Counts = field(default_factory=lambda: Counts(0, 0, 0, 0.0, 0))
     finished: bool = False
 
     @property
@@ -118,7 +118,7 @@ class Completion:
             "completion_tokens": new,
             "total_tokens": self._prompt_tokens + new,
             "prompt_tokens_details": {
-                "cached_tokens": 0,
+                "cached_tokens": first.cached,
                 "visual_tokens": first.visual,
                 "kept_visual_tokens": first.kept,
                 "average_visual_tokens": round(first.average, 2),

@@ -29,6 +29,9 @@ class Limits:
     max_held: int = 2_000_000_000
     """Largest total size of bodies and prepared images of all requests, in bytes; further requests are refused with status 429.
     A single request may exceed it."""
+    prefix_bytes: int = 500_000_000
+    """Largest total size, in bytes, of what is kept of earlier prompts, so that requests that begin as they do, such as the next
+    turns of a conversation, compute only what is new. 0: nothing is kept."""
     upload_seconds: float = 60.0
     """Seconds within which a request must have arrived."""
     waiting_seconds: float = 60.0
@@ -44,7 +47,7 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            low = 0 if field.name == "max_waiting" else 1
+            low = 0 if field.name in ("max_waiting", "prefix_bytes") else 1
             if isinstance(value, float) and not (value > 0 and isfinite(value)):
                 raise TwigVLMError(f"{field.name}={value:g}: must be more than 0")
             if isinstance(value, int) and value < low:

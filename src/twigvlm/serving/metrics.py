@@ -85,6 +85,9 @@ def server_metrics() -> Metrics:
     metrics.gauge("twigvlm_rows", "Answers that are being generated.")
     metrics.counter("twigvlm_prompt_tokens_total", "Tokens of prompts, visual tokens included.")
     metrics.counter(
+        "twigvlm_cached_prompt_tokens_total", "Tokens of prompts whose trunk states an earlier request had left."
+    )
+    metrics.counter(
         "twigvlm_generated_tokens_total",
         "New tokens, those included that come after a stop text and are in no answer; their rate is the speed in tokens "
         "per second.",

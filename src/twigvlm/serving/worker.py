@@ -9,6 +9,7 @@ import torch
 
 from twigvlm.engine.engine import Engine
 from twigvlm.engine.memory import free_bytes
+from twigvlm.kv.prefix_pool import PrefixPool
 from twigvlm.model import TwigVLM
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import request_error, shutting_down, too_late, waited_too_long
@@ -44,6 +45,7 @@ class Worker:
         # Only the thread touches what follows.
         self._engines: dict[str, Engine] = {}
         self._choices: dict[tuple[str, int], tuple[Job, Choice]] = {}
+        self._prefixes = PrefixPool(limits.prefix_bytes)
         self._admitting: Job | None = None  # neither waiting any more nor with rows yet
         self._max_bytes = free_bytes(model.base.device) if max_bytes is None else max_bytes
         self._threads = torch.get_num_threads()
@@ -173,7 +175,9 @@ class Worker:
             assert engine.make_row is not None, "the model makes its engines so"
             open_choices = [choice for choice in job.choices if not choice.ended]
             for choice in open_choices:
-                choice.row = engine.make_row(job.inputs, **job.row_options(choice, self._model.device))
+                memory = self._prefixes.take(job.inputs)
+                choice.cached = memory.known(job.inputs["input_ids"])
+                choice.row = engine.make_row(job.inputs, **job.row_options(choice, self._model.device), memory=memory)
             for choice in open_choices:
                 choice.key = way, engine.submit([choice.row])[0]  # type: ignore[list-item]
                 self._choices[choice.key] = job, choice
@@ -183,7 +187,7 @@ class Worker:
     def _step(self, way: str) -> None:
         engine = self._engines[way]
         others = sum(other.runner.batch.cache.allocated() for other in self._engines.values() if other is not engine)
-        engine.max_bytes = self._max_bytes - others
+        engine.max_bytes = self._max_bytes - others - self._prefixes.bytes
         try:
             events = engine.step()
         except Exception as error:
@@ -210,10 +214,15 @@ class Worker:
         metrics.add("twigvlm_steps_total")
         metrics.add("twigvlm_drafted_tokens_total", row.drafted[choice.steps - 1])
         metrics.add("twigvlm_accepted_tokens_total", row.accepted[choice.steps - 1])
+        if row.prefix is not None:  # the prefill has ended
+            if row.prefix.prompt is row.prompt:  # not so where a cut before the trunk let it see less
+                self._prefixes.keep(row.prefix)
+            row.prefix = None
         if not job.started:
             job.started = True
             metrics.observe("twigvlm_time_to_first_token_seconds", time.monotonic() - job.arrived)
             metrics.add("twigvlm_prompt_tokens_total", job.prompt_tokens)
+            metrics.add("twigvlm_cached_prompt_tokens_total", counts.cached)
             metrics.add("twigvlm_visual_tokens_total", counts.visual)
             metrics.add("twigvlm_kept_visual_tokens_total", counts.kept)
 

@@ -1,0 +1,117 @@
+"""Requests that begin as an earlier one compute only what is new, and get the answers that they get alone."""
+
+import queue
+
+import pytest
+import torch
+
+from tests.serving.servers import NAME, chat, decoded, expected, picture, tiny_service
+from tests.serving.test_worker import outcome, value
+from twigvlm.errors import TwigVLMError
+from twigvlm.inputs import build_inputs, user_turn
+from twigvlm.kv.prefix_cache import PrefixCache
+from twigvlm.serving.limits import Limits
+from twigvlm.serving.protocol import ChatRequest
+
+PRUNINGS = {
+    "unpruned": {},
+    "twig": {"retain": 8},
+    "refocus": {"retain": 8, "refocus": 0.9},
+    "scout": {"retain": 10, "scout": True},
+    "before the decoder": {"retain": 8, "pruner": "visionzip"},
+    "in the decoder": {"retain": 10, "pruner": "fastv"},
+}
+
+
+@pytest.fixture
+def start():
+    """Makes services that end with the test."""
+    made = []
+
+    def make(**limits):
+        made.append(tiny_service(limits=Limits(**limits)))
+        return made[-1]
+
+    yield make
+    for service in made:
+        service.stop()
+
+
+def ask(service, body):
+    """The ids of an answer, and how many tokens of its prompt were known."""
+    events = queue.Queue()
+    request = ChatRequest.model_validate(body)
+    job = service.prepare(request, events.put)
+    service.worker.submit(job)
+    return outcome(events), job.choices[0].counts.cached
+
+
+@pytest.mark.parametrize("options", PRUNINGS.values(), ids=PRUNINGS)
+@pytest.mark.parametrize("way", ["none", "chain"])
+def test_a_next_turn_computes_what_is_new(start, options, way):
+    service, options = start(), {**options, "speculate": way}
+    first = chat("what is it?", [picture()], **options)
+    ids, cached = ask(service, first)
+    assert cached == 0
+    said = {"role": "assistant", "content": decoded(service, ids)}
+    messages = [*first["messages"], said, {"role": "user", "content": [{"type": "text", "text": "and where?"}]}]
+    ids, cached = ask(service, {**first, "messages": messages})
+    alone, _ = ask(start(prefix_bytes=0), {**first, "messages": messages})
+    assert ids == alone
+    whole_prompt_in_trunk = "scout" not in options and "pruner" not in options
+    assert (cached > 16) == whole_prompt_in_trunk
+
+
+def test_another_question_about_a_picture_does_not_look_at_it_again(start):
+    service, looks = start(), []
+    service.model.model.model.vision_tower.register_forward_pre_hook(lambda *_: looks.append(1))
+    for question in ("what is it?", "and where?", "what is it?"):
+        ids, _ = ask(service, chat(question, [picture()], retain=8, speculate="chain"))
+        assert ids == expected(service, question, [picture()], max_new_tokens=12, retain=8)
+        looks.pop()  # that of the single run
+    assert len(looks) == 1
+    assert value(service, "twigvlm_cached_prompt_tokens_total") > 32
+
+
+def test_other_pictures_are_looked_at(start):
+    service = start()
+    for colour in ("red", "blue", "red"):
+        ids, cached = ask(service, chat("what is it?", [picture(colour)], retain=8))
+        assert ids == expected(service, "what is it?", [picture(colour)], max_new_tokens=12, retain=8)
+    assert cached > 16, "the first one is known"
+
+
+def test_answers_that_share_a_prompt_do_not_mix(start):
+    service = start()
+    bodies = [chat(question, [picture()], retain=8) for question in ("what is it?", "where?", "who?", "what is it?")]
+    all_events = []
+    for body in bodies:
+        events = queue.Queue()
+        service.worker.submit(service.prepare(ChatRequest.model_validate(body), events.put))
+        all_events.append(events)
+    found = [outcome(events) for events in all_events]
+    for body, ids in zip(bodies, found, strict=True):
+        question = body["messages"][0]["content"][-1]["text"]
+        assert ids == expected(service, question, [picture()], max_new_tokens=12, retain=8)
+
+
+def test_usage_tells_what_was_known(client):
+    body = chat("how many tokens are known?", [picture("purple")])
+    first = client.chat.completions.create(**body).usage.prompt_tokens_details.cached_tokens
+    usage = client.chat.completions.create(**body).usage
+    assert first < usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens
+    assert body["model"] == NAME
+
+
+def test_two_requests_of_an_engine_do_not_share_a_prefix_cache(start):
+    service = start()
+    inputs = build_inputs(service.processor, [[user_turn("what?", [picture()])]], service.model.device, torch.float32)
+    engine, memory = service.model.engine(), PrefixCache()
+    engine.add(inputs, memory=memory, max_new_tokens=4, do_sample=False)
+    with pytest.raises(TwigVLMError, match="memory: another request still uses"):
+        engine.add(inputs, memory=memory, max_new_tokens=4, do_sample=False)
+    first = [token for event in engine.stream() for token in event.tokens]
+    engine.add(inputs, memory=memory, max_new_tokens=4, do_sample=False)
+    assert [token for event in engine.stream() for token in event.tokens] == first
+    with pytest.raises(TwigVLMError, match="memory: is dict"):
+        engine.add(inputs, memory={}, max_new_tokens=4)
