@@ -187,7 +187,7 @@ def test_vision_towers_rank_what_is_not_pooled(name, kind):
     model, inputs = grown(name), inputs_of(name, kind)
     options = {"pruner": "fastervlm", "retain": 0.6 * visual_tokens(name, kind), "max_new_tokens": 2}
     if model.base.family.tower.pools or (name, kind) in POOLED:
-        with pytest.raises(TwigVLMError, match=r"pools patches|changes them behind its projector"):
+        with pytest.raises(TwigVLMError, match=r"pools patches|changes them after its projector"):
             model.generate(**inputs, **options)
         return
     output = model.generate(**inputs, **options, return_dict_in_generate=True)

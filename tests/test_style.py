@@ -11,7 +11,7 @@ LINES, STATEMENTS = 300, 60
 
 
 def length(function):
-    """Lines of a function behind its signature and its docstring."""
+    """Lines of a function after its signature and its docstring."""
     first = function.body[1:2] if ast.get_docstring(function) else function.body[:1]
     return function.end_lineno - first[0].lineno + 1 if first else 0
 

@@ -32,7 +32,8 @@ _APPLY: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class TwigConfig:
-    """Shape of a twig (method of the paper's §3.1; the defaults are the published ones)."""
+    """Shape of a twig (the paper's §3.1). K and T default to the published sizes. The default has no P-Head, unlike `twigvlm
+    train stage1`, and no FinalWipe; the published twig of TwigVLM++ has both."""
 
     trunk_layers: int = 2
     """K: base layers shared by the base and the twig; the twig grows on the output of layer K."""
@@ -80,8 +81,8 @@ class PruningConfig:
     retain_per_image: bool = False
     """Split the budget evenly among the images, or frames with text between them, instead of by scores alone."""
     refocus: float | None = None
-    """τ: choose the kept visual tokens again while the answer grows, whenever their scores add up to less than this share of
-    what the best ones' scores would. None: the tokens that were chosen for the question stay."""
+    """τ: while the answer grows, choose the kept visual tokens again whenever their scores add up to less than this share of the
+    highest possible sum. None: the tokens that were chosen for the question stay."""
     pruner: str | None = None
     """Another pruning method, by name (`twigvlm methods`), with the budget `retain`. None: the twig's own."""
     scout: bool = False
@@ -231,7 +232,7 @@ class SpeculationConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How each token of an answer is chosen. The draws do not depend on speculation; the base alone draws the same tokens."""
+    """How each token of an answer is chosen. In float32 speculation does not change the draws; unpruned, they are the base's."""
 
     temperature: float | None = None
     """Sample at this temperature. None: always take the most probable token."""

@@ -12,7 +12,7 @@ from twigvlm.kv.prefix_cache import PrefixCache
 class Conversation:
     """A conversation with a TwigVLM; `TwigVLM.chat` starts one.
 
-    Each answer is the one that the whole conversation would get as a single prompt. The results of trunk and twig are
+    In float32, each answer is the one that the whole conversation would get as a single prompt. The results of trunk and twig are
     reused, and vision runs again only when there are new pictures. Visual tokens are chosen again for each question.
 
     Args:

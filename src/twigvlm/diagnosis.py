@@ -179,7 +179,7 @@ def processors() -> Iterator[Finding]:
         yield Finding("Models", "torchvision", "ok", found)
         return
     needed_by = "Qwen-VL, InternVL, LLaVA-OneVision and Video-LLaVA"
-    # With torch's release pinned, pip finds the torchvision that was made for it; the build stands behind a plus sign.
+    # With torch's release pinned, pip finds the torchvision that was made for it; the build follows a plus sign.
     release, _, build = (_installed("torch") or "").partition("+")
     remedy = f"pip install torchvision 'torch=={release}'"
     if build:

@@ -44,7 +44,7 @@ def writing(name: str, remedy: str = _REMEDY) -> Iterator[None]:
     """Within this context, what the disk refuses is one line.
 
     Args:
-        name: of what is written.
+        name: name of what is written.
         remedy: what the user can do about it.
 
     Raises:

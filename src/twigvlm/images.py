@@ -69,7 +69,7 @@ def read_image(
     """A file or a PIL image as `load_image` reads it.
 
     Args:
-        name: of the picture, for messages.
+        name: name of the picture, for messages.
         source: the path of a file, its bytes, or a PIL image.
         formats: Pillow's names of those that are read; None: all.
         max_pixels: largest width times height; None, and at most: `MAX_PIXELS`.
@@ -109,7 +109,7 @@ def from_data_uri(name: str, uri: str) -> bytes:
     """What a data URI holds.
 
     Args:
-        name: of the picture, for messages.
+        name: name of the picture, for messages.
         uri: in base64 or percent-encoded; white space is passed over.
 
     Raises:

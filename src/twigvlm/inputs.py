@@ -76,7 +76,7 @@ def render(
     """A conversation as text, by the processor's chat template, with one placeholder for each picture.
 
     Args:
-        processor: the base's.
+        processor: the base's processor.
         messages: the conversation; only the parts for pictures count, not the pictures themselves.
         name: beginning of error messages.
         add_generation_prompt: end with the beginning of an answer.
@@ -121,7 +121,7 @@ def encode(
     """The processor's outputs for rendered conversations and their pictures; several are padded on the left.
 
     Args:
-        processor: the base's.
+        processor: the base's processor.
         texts: results of `render`.
         images: pictures of each text, as `load_image` returns them.
         videos: videos of each text.

@@ -126,7 +126,7 @@ def test_no_twig_is_needed():
         ({"pruner": "visionzap", "retain": 9}, "must be one of twig, fastv"),
         ({"pruner": "random", "retain": 9}, "needs the layer"),
         ({"pruner": "cdpruner:3", "retain": 9}, "takes no layer"),
-        ({"pruner": "fastv:", "retain": 9}, "nothing stands behind a colon"),
+        ({"pruner": "fastv:", "retain": 9}, "nothing follows a colon"),
         ({"pruner": "fastv:compacted", "retain": 9}, "not published with other positions.*leave out compacted"),
         ({"pruner": "fastv:0", "retain": 9}, "must be 1 or more"),
         ({"pruner": "fastv:6", "retain": 9}, "needs a base of more layers than 6"),

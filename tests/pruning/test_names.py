@@ -52,9 +52,9 @@ def test_what_some_methods_cannot_do_without_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("visionzip:", "nothing stands behind a colon; leave the colon out"),
-        ("fastv:", "nothing stands behind a colon"),
-        ("cdpruner::compacted", "nothing stands behind a colon"),
+        ("visionzip:", "nothing follows a colon; leave the colon out"),
+        ("fastv:", "nothing follows a colon"),
+        ("cdpruner::compacted", "nothing follows a colon"),
         ("fastv:x", "'x' is not a layer; give its number, for example fastv:3"),
         ("fastv:²", "'²' is not a layer"),
         ("fastv:2:3", "'2:3' is not a layer"),

@@ -101,7 +101,7 @@ def test_a_batch_of_images_and_videos_is_as_if_alone():
 
 @pytest.mark.parametrize(
     ("family", "words"),
-    [("llava_next_video", "pools patches"), ("llava_onevision", "changes them behind its projector")],
+    [("llava_next_video", "pools patches"), ("llava_onevision", "changes them after its projector")],
 )
 def test_videos_that_a_base_pools_are_refused_with_the_reason(family, words):
     """Next to images of which all is known; what remains to be chosen works."""

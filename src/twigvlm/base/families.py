@@ -98,7 +98,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("Mistral 3", "mistral3", tower=_POOLS),
     Family("Idefics3", "idefics3", decoder="model.text_model", tower=_SHUFFLES),
     Family("SmolVLM", "smolvlm", decoder="model.text_model", tower=_SHUFFLES, notes=_FRAMES),
-    Family("InternVL 3", "internvl", tower=_POOLS, notes=_FRAMES),
+    Family("InternVL 3 and 3.5", "internvl", tower=_POOLS, notes=_FRAMES),
     Family("Qwen2-VL", "qwen2_vl", visuals=GRIDS, tower=_MERGES),
     Family("Qwen2.5-VL", "qwen2_5_vl", visuals=GRIDS, tower=_MERGES),
     Family("Qwen3-VL", "qwen3_vl", visuals=GRIDS, tower=_MERGES),

@@ -21,7 +21,7 @@ def run(
     view: CacheView | None = None,
     layer_idx: int = 0,
 ) -> Float[Tensor, "batch tokens width"]:
-    """Run decoder layers in order; layer i writes layer `layer_idx + i` of the cache, behind what its rows hold.
+    """Run decoder layers in order; layer i writes layer `layer_idx + i` of the cache, after what its rows hold.
 
     Layers may lie on several devices, each of which moves its input to its own; the result returns to where `hidden` was.
     The pass ends with the view's `advance`, which is the caller's to do.

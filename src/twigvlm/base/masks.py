@@ -29,7 +29,7 @@ def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> 
 def mixed_length_mask(queries: int, held: Held) -> Bool[Tensor, "rows queries keys"]:
     """Causal mask of rows that hold different numbers of tokens: query i of a row sees its first held + i + 1 keys.
 
-    The new tokens of a row stand right behind those it holds; there are max(held) + queries keys.
+    The new tokens of a row stand right after those it holds; there are max(held) + queries keys.
     """
     device = held.lengths.device
     last = held.lengths[:, None] + torch.arange(queries, device=device)
@@ -97,7 +97,7 @@ class CausalMasks:
     Args:
         attention: the base's attention implementation (`eager`, `sdpa`, `flash_attention_*`).
         dtype: of the states.
-        device: of the states.
+        device: device of the states.
         single: whether a single query, which sees everything, gets a mask too.
     """
 

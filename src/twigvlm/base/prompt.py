@@ -25,7 +25,7 @@ class Prompt:
     input_ids: Int[Tensor, "batch tokens"]
     """The ids, placeholders included."""
     lengths: Lengths
-    """Tokens of each row. They come first; what stands behind them in shorter rows is padding, which no token sees."""
+    """Tokens of each row. They come first; what follows them in shorter rows is padding, which no token sees."""
     attends_until: Int[Tensor, "batch tokens"] | None = None
     """Index of the last token that each token sees, where some see beyond themselves."""
     deepstack: tuple[Tensor, ...] = ()

@@ -51,12 +51,12 @@ def select_rows(inputs: TokenInputs, rows: Int[Tensor, " rows"]) -> TokenInputs:
 
 
 def join_tokens(prompt: TokenInputs, new: TokenInputs, positions: Int[Tensor, "batch new"]) -> TokenInputs:
-    """Tokens of a prompt, and new ones behind them.
+    """Tokens of a prompt, and new ones after them.
 
     Args:
         prompt: per-token inputs of the prompt.
-        new: of the new tokens, whose rotary embeddings count.
-        positions: of the new tokens in the unpruned sequence.
+        new: inputs of the new tokens, whose rotary embeddings count.
+        positions: positions of the new tokens in the unpruned sequence.
     """
 
     def after(old: Tensor | None, more: Tensor) -> Tensor | None:

@@ -31,9 +31,9 @@ class Vision:
     image: Int[Tensor, " rows"]
     """Which image, tile or pair of frames each row belongs to."""
     features: Float[Tensor, "rows features"]
-    """Before the projector; where it merges several into one, behind it."""
+    """Before the projector; where it merges several into one, after it."""
     projector: nn.Module | None
-    """From features to visual tokens; None where the features are those behind it."""
+    """From features to visual tokens; None where the features are those after it."""
     attention: tuple[TowerAttention, TowerAttention] | None
     """Of the block whose output the features are, and of the tower's last block; None: they are not known of visual tokens."""
     shown: Bool[Tensor, " tower_tokens"]
@@ -52,7 +52,7 @@ class Vision:
 
         Args:
             features: before the projector.
-            weights: of the projector, by their names; None: its own.
+            weights: weights of the projector, by their names; None: its own.
         """
         if self.projector is None:
             return features
@@ -114,7 +114,7 @@ class Vision:
     def _known(self) -> tuple[TowerAttention, TowerAttention]:
         if self.attention is None:
             raise TwigVLMError(
-                "pruner: ranks by the vision tower's attention, but this base pools patches behind its tower, or drops some; "
+                "pruner: ranks by the vision tower's attention, but this base pools patches after its tower, or drops some; "
                 "choose a method that does not need that attention (see 'twigvlm methods'), for example 'fastv' or 'divprune'"
             )
         return self.attention
@@ -169,7 +169,7 @@ class VisionModules:
         """What the calls made of the pixels; None without any.
 
         Args:
-            calls: of the watched modules.
+            calls: calls of the watched modules.
             hidden: what the base hands to its language model.
             visual_mask: True at visual tokens.
 
@@ -236,7 +236,7 @@ def _check_others(others: Float[Tensor, "others width"]) -> None:
     """Raise TwigVLMError where the visual tokens that are no features are more than ends of lines between tiles."""
     if len(_hashes(others).unique()) > _ENDS:
         raise TwigVLMError(
-            "pruner: looks at vision features, but this base changes them behind its projector, so that they cannot be matched "
+            "pruner: looks at vision features, but this base changes them after its projector, so that they cannot be matched "
             "to visual tokens; choose a method that does not need them (see 'twigvlm methods'), for example 'fastv'"
         )
 

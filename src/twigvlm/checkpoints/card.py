@@ -47,7 +47,7 @@ def model_card(twig: Twig, name: str, base: str | None) -> str:
 
     Args:
         twig: the twig.
-        name: of the twig, on the hub or on disk.
+        name: name of the twig, on the hub or on disk.
         base: hub id of its base; None: it has none.
     """
     config = twig.config

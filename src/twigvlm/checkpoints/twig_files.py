@@ -41,7 +41,7 @@ def save(base: BaseVLM, twig: Twig, path: str | PathLike[str], name: str | None 
         base: its base.
         twig: the twig.
         path: the directory.
-        name: of the twig, for its card; None: the directory's.
+        name: name of the twig, for its card; None: the directory's.
 
     Raises:
         TwigVLMError: there is no twig, its training has diverged, or the directory cannot be written to.
@@ -120,7 +120,7 @@ def digest(folder: Path) -> str:
     """Twelve characters that change with a twig's weights, and with what may be tuned in its config.
 
     Args:
-        folder: of the twig.
+        folder: directory of the twig.
     """
     whole = hashlib.sha256((folder / WEIGHTS).read_bytes())
     # K_f and φ may be tuned in the config: no weight tells of them.
@@ -133,7 +133,7 @@ def check_finite(state: Mapping[str, Tensor], name: str, remedy: str = DIVERGED)
 
     Args:
         state: weights by their names.
-        name: of what is refused, for the message.
+        name: name of what is refused, for the message.
         remedy: what the user can do about it.
 
     Raises:
@@ -150,7 +150,7 @@ def fingerprint(base: BaseVLM, names: list[str] | None = None) -> dict[str, Any]
 
     Args:
         base: the base. What is quantised of it tells nothing and is left out.
-        names: of the tensors, where the base has them; None: 24 of all.
+        names: names of the tensors, where the base has them; None: 24 of all.
     """
     dimensions = {name: getattr(base.config, name, None) for name in _DIMENSIONS}
     dimensions["vocab_size"] = base.vocabulary

@@ -175,7 +175,7 @@ def _answer_of(
         prompt: its ids, [1, tokens].
         output: with a twig a TwigOutput, otherwise Hugging Face's.
         accelerated: whether the twig took part.
-        times: of the start, the first token and the end, in seconds.
+        times: times of the start, the first token and the end, in seconds.
     """
     start, first, end = times
     tokens = output.sequences[0, prompt.shape[1] :].tolist()

@@ -23,13 +23,13 @@ class Batch(ServiceOptions):
     input: Annotated[Path, Positional, arg(metavar="INPUT")]
     """File of requests: JSON objects with `custom_id` and `body`, one per line."""
     output: Annotated[Path, Positional, arg(metavar="OUTPUT")]
-    """File of results, in the order in which they are complete. Requests that have theirs there are not answered again, unless
-    the server failed at them."""
+    """File of results, in the order in which requests finish. A request that already has a result there is not answered again,
+    unless the result is a server error."""
 
     @property
     def continuation(self) -> str:
         """What to do after Ctrl-C."""
-        return "run the command again to go on where it stopped"
+        return "run the command again to continue where it stopped"
 
     def run(self) -> int:
         """Answer all requests; the exit code is 2 if one failed, in this run or an earlier one."""

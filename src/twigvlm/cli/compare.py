@@ -36,7 +36,7 @@ class Compare(PruningOptions):
     ones but fitprune, which needs a schedule."""
     speculate: tuple[Speculate, ...] = ("none",)
     timed: int = 20
-    """Short questions, and long ones, that are timed: the first ones. 0: no times."""
+    """How many short and how many long questions are timed, from the start of the file. 0: no times."""
     repeats: int = 1
     """How often each system answers each timed question."""
     baselines: tuple[str, ...] = ("sdpa", "eager")

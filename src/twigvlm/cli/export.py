@@ -116,7 +116,7 @@ def scout_overrides(
         processor: the base's; its chat template frames the question that the pictures are ranked for.
         drafter: directory of the export.
         retain: R̄ of requests that do not say theirs.
-        diverse: of the same requests, whether the kept tokens also differ from each other.
+        diverse: whether the kept tokens of those requests also differ from each other.
 
     Raises:
         TwigVLMError: the plug-in has no scout mode for this base.
@@ -180,9 +180,9 @@ def commands(
     Args:
         base: what vLLM loads.
         drafter: directory of the export.
-        config: of the base.
+        config: configuration of the base.
         tokens: drafted per step.
-        overrides: of the base's config, for scout mode; None: nothing is pruned.
+        overrides: overrides of the base's config, for scout mode; None: nothing is pruned.
         dtype: that vLLM computes in; "auto": its choice, which is never float32.
     """
     overrides = dict(overrides or {})

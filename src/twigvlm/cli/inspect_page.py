@@ -40,7 +40,7 @@ def answer_page(
 
     Args:
         question: what was asked.
-        answer: of a twig.
+        answer: answer of a twig.
         decode: ids to text, special tokens included.
         picture: a PNG.
         settings: by name.

@@ -68,7 +68,7 @@ def steps(title: str, total: int, done: int = 0, last_line: bool = True) -> Iter
     """Show work of known length on stderr: a bar with the time left, or lines now and then where stderr is no terminal.
 
     Args:
-        title: of the work.
+        title: title of the work.
         total: its steps.
         done: steps that an earlier run has done.
         last_line: whether a line is printed as the work ends where stderr is no terminal, however short it was.

@@ -43,7 +43,7 @@ def parse(commands: Any, description: str, args: Sequence[str]) -> Any:
 
     Args:
         commands: a union of dataclasses, one for each subcommand.
-        description: of the program, for its help.
+        description: description of the program, for its help.
         args: without the program's name.
 
     Raises:
@@ -71,7 +71,7 @@ def parse(commands: Any, description: str, args: Sequence[str]) -> Any:
         repeated = next(_repeated_lists(command, args), None)
         if repeated is None:
             return command
-        message = f"{repeated}: given more than once; give it once, with all its values behind it"
+        message = f"{repeated}: given more than once; give it once, followed by all its values"
     print(f"twigvlm: error: {message}\n{_usage(commands, description, args)}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -42,8 +42,8 @@ def read_prompts(path: Path, images: Sequence[str] = (), videos: Sequence[str] =
 
     Args:
         path: the file.
-        images: of prompts that name none.
-        videos: of prompts that name none.
+        images: images of prompts that name none.
+        videos: videos of prompts that name none.
 
     Raises:
         TwigVLMError: names the file or the line, what is wrong with it, and the remedy.

@@ -198,7 +198,7 @@ class TuneProjector(TrainOptions):
         return TunedProjector(BaseVLM(base))
 
     def train(self, model: Any, data: Any, directory: Path, progress: Any) -> None:
-        """Train it by the answers behind pruned pictures."""
+        """Train it by the answers after pruned pictures."""
         from twigvlm.training.projector import train_projector
 
         train_projector(model, data, self.projector, directory, self.resume, [progress])

@@ -34,7 +34,7 @@ def run_accuracy(
         results_log: where records go.
         max_new_tokens: longest short answer.
         max_description_tokens: longest description.
-        seed: of the random choice, which differs from question to question.
+        seed: seed of the random choice, which differs from question to question.
         advance: called with each record.
 
     Returns:

@@ -75,7 +75,7 @@ def assisted_generation(
 
     Args:
         base: answers.
-        inputs: of the prompt.
+        inputs: inputs of the prompt.
         assistant: Hugging Face model that drafts; None: prompt lookup does, by the options of `prompt_lookup`.
         steps: the streamer of `generate`; counts.
         setting: what errors call this way to draft.
@@ -100,7 +100,7 @@ def shown_pictures(assistant: Any, inputs: dict[str, Any]) -> Iterator[None]:
 
     Args:
         assistant: a Hugging Face model.
-        inputs: of the prompt.
+        inputs: inputs of the prompt.
     """
 
     def show(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -119,7 +119,7 @@ def shown_pictures(assistant: Any, inputs: dict[str, Any]) -> Iterator[None]:
 def without_placeholders(base: BaseVLM) -> dict[str, list[int]]:
     """Options of `generate` with which transformers' prompt lookup drafts no placeholders of visual tokens.
 
-    It would where the end of a prompt stands before an image too ("USER:"), and behind a prompt (transformers 5.23) the base
+    It would where the end of a prompt stands before an image too ("USER:"), and after a prompt (transformers 5.23) the base
     then fails, since it gets more placeholders than features.
     """
     return {"suppress_tokens": [getattr(base.model.config, visual.placeholder) for visual in base.family.visuals]}
@@ -144,7 +144,7 @@ def check_assistant(base: BaseVLM, assistant: Any, name: str) -> None:
     Args:
         base: drafts are verified by it.
         assistant: a Hugging Face model.
-        name: of the assistant.
+        name: name of the assistant.
 
     Raises:
         TwigVLMError: the assistant has another vocabulary, or other placeholders of visual tokens.

@@ -117,7 +117,7 @@ def _measure(
 
 
 def up_to_end(rows: Iterable[list[int]], generation: Any) -> list[list[int]]:
-    """New ids of each row up to its first end token, that included; behind it a batch is padded.
+    """New ids of each row up to its first end token, that included; after it a batch is padded.
 
     Args:
         rows: new ids.

@@ -61,7 +61,7 @@ def combination_systems(
         model: that answers.
         combinations: from `make_combinations`.
         attentions: implementations that the base's `generate` is timed with.
-        seed: of the random choice.
+        seed: seed of the random choice.
     """
     return [
         *base_systems(attentions),
@@ -153,8 +153,8 @@ def compare(
     """A line per combination.
 
     Args:
-        answers: of `run_accuracy`, without those that failed.
-        timed: of `run_speed` on `combination_systems`, without those that failed; may be empty.
+        answers: records of `run_accuracy`, without those that failed.
+        timed: records of `run_speed` on `combination_systems`, without those that failed; may be empty.
         combinations: from `make_combinations`.
         attentions: implementations that the base's `generate` was timed with; the faster one counts, at each length.
     """

@@ -15,7 +15,7 @@ def comparison_sections(lines: Sequence[Line], pruning_head: bool, figure: str |
     """The table, the picture and details of the timed answers.
 
     Args:
-        lines: of `compare`, the base first.
+        lines: lines of `compare`, the base first.
         pruning_head: whether the twig has a P-Head.
         figure: where the picture lies, seen from the report; None: there is none.
     """
@@ -54,7 +54,7 @@ def _columns(length: str, again: bool, timed: bool) -> dict[str, Callable[[Line]
     """Of answers of one length: heading -> cell.
 
     Args:
-        length: of `LENGTHS`.
+        length: one of `LENGTHS`.
         again: whether anyone chose visual tokens again while its answer grew.
         timed: whether there are times.
     """

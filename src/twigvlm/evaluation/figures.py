@@ -43,7 +43,7 @@ def show_scores(
     Args:
         axes: that show the picture.
         image: the picture.
-        scores: of its patches.
+        scores: scores of its patches.
         box: the part of the picture (left, top, right, bottom) that the patches cover; None: all of it.
     """
     left, top, right, bottom = box or (0, 0, *image.size)
@@ -141,7 +141,7 @@ def draw_comparison(lines: Sequence[Line], path: Path) -> None:
     """RelAcc in percent over R̄, and over the time of an answer relative to the base's; a row of panels per length of answers.
 
     Args:
-        lines: of `compare`, with `drawn_lengths`.
+        lines: lines of `compare`, with `drawn_lengths`.
         path: PNG or SVG by the name's ending.
     """
     base, lengths = next(line for line in lines if line.combination == BASE), drawn_lengths(lines)

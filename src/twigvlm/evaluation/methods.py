@@ -65,7 +65,7 @@ class Method:
 
         Args:
             model: whose twig and layers are meant.
-            seed: of the random choice.
+            seed: seed of the random choice.
 
         Raises:
             TwigVLMError: the method has no such ranking, or names a layer that the base does not have.
@@ -95,7 +95,7 @@ class Method:
             model: that answers.
             final_wipe: K_f; None: no FinalWipe.
             final_share: φ.
-            seed: of the random choice.
+            seed: seed of the random choice.
         """
         if self.ranking == "published":
             return make_pruner(self.name, seed)
@@ -112,7 +112,7 @@ class Method:
             model: that answers.
             final_wipe: K_f; None: the twig's own.
             final_share: φ; None: the twig's own.
-            seed: of the random choice.
+            seed: seed of the random choice.
         """
         if self.ranking == "none":
             return {}
@@ -178,7 +178,7 @@ def parse_methods(model: TwigVLM, names: Sequence[str]) -> list[Method]:
         instead = f"leave them out: --methods {' '.join(rest)}" if rest else "choose divprune, cdpruner or fastv"
         raise TwigVLMError(
             f"methods={' '.join(pooled)}: need the vision tower's attention to each visual token, which is not known where a "
-            f"base pools patches behind its tower, as {model.base.family.name} does; {instead}"
+            f"base pools patches after its tower, as {model.base.family.name} does; {instead}"
         )
     return methods
 

@@ -75,8 +75,8 @@ def bootstrap_interval(
 
     Args:
         statistic: takes the columns.
-        columns: of equal length, one entry per sample.
-        groups: of each sample, which group it belongs to; None: each is one of its own.
+        columns: columns of equal length, one entry per sample.
+        groups: the group that each sample belongs to; None: each is one of its own.
         level: probability that the interval covers.
         resamples: how many are drawn.
         seed: the same seed gives the same interval.

@@ -23,7 +23,7 @@ def draw_times(speeds: Mapping[str, Speed], lengths: Sequence[int], path: Path) 
     Args:
         speeds: by the label of the bar; measured, and carried on to other lengths at the same time per token.
         lengths: new tokens of an answer.
-        path: of the picture.
+        path: path of the picture.
     """
     figure = figure_class()(figsize=(1.5 + 0.35 * (len(speeds) + 1) * len(lengths), 4), layout="constrained")
     axes = figure.subplots()
@@ -53,7 +53,7 @@ def draw_speeds(groups: Mapping[str, Sequence[Speed]], path: Path) -> None:
 
     Args:
         groups: by title, for example short and long answers.
-        path: of the picture.
+        path: path of the picture.
     """
     tallest = max(map(len, groups.values()))
     figure = figure_class()(figsize=(6 * len(groups), 1.2 + 0.45 * tallest), layout="constrained")
@@ -73,8 +73,8 @@ def draw_samples(by_samples: Mapping[int, Sequence[Accuracy]], names: Sequence[s
 
     Args:
         by_samples: figures of a twig, by the number of samples that it was trained on.
-        names: of the variants that are drawn.
-        path: of the picture.
+        names: names of the variants that are drawn.
+        path: path of the picture.
     """
     figure = figure_class()(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -134,8 +134,8 @@ def draw_drafts(answers: Sequence[Drafted], width: int = 1000, size: int = 18) -
 
     Args:
         answers: with the text that each token adds.
-        width: of the picture, in pixels.
-        size: of the letters.
+        width: width of the picture, in pixels.
+        size: size of the letters.
     """
     font, line, margin = ImageFont.load_default(size), round(1.7 * size), size
     boxes: list[tuple[float, int, str, tuple[int, int, int] | None]] = []

@@ -33,7 +33,7 @@ def percent(share: float) -> str:
 
 
 def span(interval: Interval, scale: float = 100.0, digits: int = 1) -> str:
-    """An interval behind its figure; nothing for nan."""
+    """An interval after its figure; nothing for nan."""
     if isnan(interval[0]):
         return ""
     return f" [{scale * interval[0]:.{digits}f}, {scale * interval[1]:.{digits}f}]"

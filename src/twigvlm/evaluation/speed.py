@@ -148,7 +148,7 @@ def measure(
 
     Args:
         model: the base with its twig.
-        inputs: of one prompt.
+        inputs: inputs of one prompt.
         system: how to answer.
         max_new_tokens: longest answer.
         assistant: Hugging Face model that drafts where the system has one.
@@ -216,7 +216,7 @@ def run_speed(
 
     Args:
         model: the base with its twig.
-        tokenizer: the base's.
+        tokenizer: the base's tokenizer.
         questions: what is asked.
         systems: with different names.
         inputs_of: prepares a question.

@@ -73,7 +73,7 @@ def accuracies(records: Sequence[Record]) -> list[Accuracy]:
     """Every variant's figures, in the order of the first record; RelAcc is against the variant without pruning.
 
     Args:
-        records: of `run_accuracy`.
+        records: records of `run_accuracy`.
     """
     short = [record for record in records if not isinstance(record["score"][NONE.name], list)]
     reference = [record["score"][NONE.name] for record in short]
@@ -143,7 +143,7 @@ def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, 
     """Every system's figures against the baseline.
 
     Args:
-        records: of `run_speed`.
+        records: records of `run_speed`.
         baseline: a system.
         same_as: systems, and whose output each must repeat.
     """
@@ -206,7 +206,7 @@ def compare_batches(records: Sequence[Record], baselines: Sequence[str]) -> list
     """Every system at every size, in the order of the records.
 
     Args:
-        records: of `run_batches`.
+        records: records of `run_batches`.
         baselines: systems, of which at each size the faster one is the baseline.
     """
     result = []
@@ -243,8 +243,8 @@ def times_of(records: Sequence[Record], name: str, part: str) -> list[float]:
     """Seconds of a part of a system's answers, per prompt the median over repeats; nan where it has no such part.
 
     Args:
-        records: of `run_speed`.
-        name: of the system.
+        records: records of `run_speed`.
+        name: name of the system.
         part: prefill, total, draft or verify.
     """
 

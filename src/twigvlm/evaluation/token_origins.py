@@ -37,7 +37,7 @@ def pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[s
     """The text that each token adds; a character of several tokens comes with the last of them.
 
     Args:
-        ids: of the tokens.
+        ids: ids of the tokens.
         decode: ids to text.
     """
     found, shown = [], 0

@@ -91,7 +91,7 @@ class Outcome:
     ids: list[int]
     """New ids; the last one is the end token unless the answer was cut."""
     kept: int
-    """Visual tokens behind the first cut; M without pruning."""
+    """Visual tokens after the first cut; M without pruning."""
     average: float
     """R̄ of this prompt."""
     ran: int
@@ -113,7 +113,7 @@ def answer_all(
         inputs: the processor's outputs for one prompt.
         variants: without repetitions.
         max_new_tokens: longest answer.
-        seed: of the random choice.
+        seed: seed of the random choice.
 
     Returns:
         Outcomes by the variants' names.
@@ -162,7 +162,7 @@ def named_refusal(
     """An error of `answer_all` with the names of the methods that cannot prune the prompt, each of which is tried alone.
 
     Args:
-        inputs: of the prompt.
+        inputs: inputs of the prompt.
         variants: that were to answer it.
         error: returned where no method fails alone, or all of them do for the same reason.
     """
@@ -185,7 +185,7 @@ def generate_options(model: TwigVLM, variant: Variant, seed: int = 0) -> dict[st
     Args:
         model: that answers.
         variant: from `make_variants`.
-        seed: of the random choice.
+        seed: seed of the random choice.
     """
     if variant.retain is None:
         return {}
@@ -220,7 +220,7 @@ def score_all(model: TwigVLM, inputs: dict[str, Any], methods: Sequence[str]) ->
 
     Args:
         inputs: the processor's outputs for one prompt.
-        methods: of `Variant.method`, of those that rank under the twig's cuts.
+        methods: values of `Variant.method`, for methods that rank under the twig's cuts.
 
     Raises:
         TwigVLMError: an unknown method, or a layer that the base does not have.

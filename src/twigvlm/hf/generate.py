@@ -42,8 +42,8 @@ class TwigOutput:
     drafted_lengths: list[list[int]]
     """For each prompt, the number of tokens drafted in each step, the prefill first; of a tree, its verified nodes."""
     accepted_lengths: list[list[int]]
-    """For each prompt, the number of drafted tokens accepted in each step. Each step also adds one token of the base's own,
-    unless it ends the answer."""
+    """For each prompt, the number of drafted tokens accepted in each step. Each step also adds one token chosen by
+    the base, unless an accepted token ends the answer."""
     timings: Timings
     """Seconds of prefill, drafting, verification and in total, of all prompts together."""
     costs: StepCosts | None
@@ -65,9 +65,9 @@ class HFGenerateAdapter:
         pruner: chooses the visual tokens that go on; None: all do.
         schedule: its cuts.
         refocus: τ; None: the kept visual tokens stay the same.
-        streamer: of `generate`.
+        streamer: the streamer of `generate`.
         generator: what sampling draws from; None: torch's own.
-        prefix: of a conversation.
+        prefix: prefix cache of a conversation.
         vision: what the vision tower computes, for pruners that rank by it.
         alone: whether its rows decode without those of other calls, so that one row can draw from torch's own generator.
     """
@@ -175,7 +175,7 @@ def with_stop_strings(kwargs: dict[str, Any], defaults: GenerationConfig) -> dic
     """Arguments with stop strings as a criterion: `generate` with a custom loop does not pass its tokenizer on.
 
     Args:
-        kwargs: of `generate`.
+        kwargs: arguments of `generate`.
         defaults: the checkpoint's generation config.
     """
     rest = dict(kwargs)
@@ -199,7 +199,7 @@ def with_stop_strings(kwargs: dict[str, Any], defaults: GenerationConfig) -> dic
 
 
 def _pad_token(config: GenerationConfig) -> int:
-    """What stands behind a shorter answer, as in the base's own `generate`: the first end token, if no padding is named."""
+    """What follows a shorter answer, as in the base's own `generate`: the first end token, if no padding is named."""
     if config.pad_token_id is not None:
         return int(config.pad_token_id)
     ends = config.eos_token_id
@@ -238,7 +238,7 @@ def _noises(
     Args:
         base: the base.
         rows: number of rows.
-        config: of `generate`; says whether to sample.
+        config: configuration of `generate`; says whether to sample.
         generator: what sampling draws from; None: torch's own.
         alone: whether no other call draws meanwhile.
     """

@@ -25,7 +25,7 @@ class HFInterface(nn.Module):
         """Save only the twig to a directory, with a model card. Each file is replaced completely or not at all.
 
         Args:
-            path: of the directory, which is created if it does not exist.
+            path: path of the directory, which is created if it does not exist.
 
         Raises:
             TwigVLMError: the model has no twig, its training has diverged, or the directory cannot be written to.
@@ -46,7 +46,7 @@ class HFInterface(nn.Module):
             repo_id: `user/name`.
             private: whether a new repository is private; None: the default of your account.
             token: with write access; None: the token of your login.
-            commit_message: of the upload.
+            commit_message: message of the upload.
 
         Raises:
             TwigVLMError: the hub refuses or cannot be reached.

@@ -46,7 +46,7 @@ class Lanes:
     """The logits processors of a request.
 
     Pass float32 scores that nothing else needs: processors of users may write into them. Processors can have a state, so
-    call `on_row` and `on_batch` once for each position that is decoded, in order, and never behind a drafted token that
+    call `on_row` and `on_batch` once for each position that is decoded, in order, and never after a drafted token that
     may be rejected.
     """
 
@@ -84,7 +84,7 @@ class Lanes:
         Args:
             row: index of the row in the request.
             ids: its prompt without padding, and its new tokens.
-            scores: of its next token.
+            scores: scores of its next token.
         """
         for stage in self.stages:
             if stage.lane == "batch":
@@ -100,7 +100,7 @@ class Lanes:
 
         Args:
             ids: padded prompts and new tokens; a finished row goes on with the padding token.
-            scores: of the next tokens; those of finished rows may be any finite numbers, and mean nothing afterwards.
+            scores: scores of the next tokens; those of finished rows may be any finite numbers, and mean nothing afterwards.
             unfinished: rows whose answers go on.
         """
         for stage in self.stages:
@@ -129,7 +129,7 @@ def split_processors(
         processors: for the padded batch, the user's among them.
         input_ids: padded prompts, one for each answer, on the device of the scores.
         padding: number of padding tokens on the left of each row.
-        config: of the call; says whether a least length counts the prompt's tokens.
+        config: configuration of the call; says whether a least length counts the prompt's tokens.
 
     Raises:
         TwigVLMError: a processor that Hugging Face's `generate` cannot call, or one made for another number of rows.

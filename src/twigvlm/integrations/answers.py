@@ -37,7 +37,7 @@ def request_body(model: str, parts: list[dict[str, Any]], options: Mapping[str, 
 
     Args:
         model: its name.
-        parts: of the question.
+        parts: parts of the question.
         options: further fields.
     """
     return {"model": model, "messages": [{"role": "user", "content": parts}], **options}

@@ -38,7 +38,7 @@ REFUSED = 16
 
 @dataclass(frozen=True)
 class OpenModel:
-    """Makes a service in a worker; arguments as of `open_model`."""
+    """Makes a service in a worker; arguments as in `open_model`."""
 
     model: str
     twig: str | None
@@ -77,8 +77,8 @@ def open_model(
     Args:
         model: base: "sapling", a Hugging Face id or a directory that all workers reach.
         twig: directory or hub id; None: Sapling's own, and of another model none.
-        dtype: as of `twigvlm.loading.load`.
-        device: of each worker.
+        dtype: as in `twigvlm.loading.load`.
+        device: device of each worker.
         defaults: pruning and speculation; None: neither.
     """
     return OpenModel(model, twig, dtype, device, defaults)
@@ -92,10 +92,10 @@ class Answerer:
     the answer.
 
     Args:
-        make_service: of `open_model`.
+        make_service: from `open_model`.
         out: folder of the answers.
         options: further fields of each request, for example `retain` and `max_completion_tokens`.
-        limits: of each request, without those of its time.
+        limits: limits of each request, without those of its time.
     """
 
     def __init__(self, make_service: MakeService, out: str, options: dict[str, Any], limits: Limits) -> None:
@@ -150,12 +150,12 @@ def answer_dataset(
     Args:
         source: what to answer; see `Answerer` for the columns.
         out: folder of the answers, in Parquet.
-        make_service: of `open_model`.
+        make_service: from `open_model`.
         workers: models that answer at the same time.
         batch_size: records that are written together, and so are lost together with a worker.
-        cpus: of each worker.
-        gpus: of each worker.
-        limits: of each request; those of its time do not apply. None: those of `twigvlm serve`.
+        cpus: number of CPUs of each worker.
+        gpus: number of GPUs of each worker.
+        limits: limits of each request; those of its time do not apply. None: those of `twigvlm serve`.
         options: further fields of each request.
 
     Raises:
@@ -195,9 +195,9 @@ def serve_app(
     """A Ray Serve application: the same HTTP interface, streams included, with a model in each replica.
 
     Args:
-        make_service: of `open_model`.
+        make_service: from `open_model`.
         api_key: that clients must send; None: none.
-        limits: of each replica; None: those of `twigvlm serve`.
+        limits: limits of each replica; None: those of `twigvlm serve`.
         deployment: of `serve.deployment`, for example `num_replicas=2`, `autoscaling_config={...}`, `ray_actor_options={...}`.
     """
     limits = limits or Limits()

@@ -33,12 +33,12 @@ def twig_cuts(
 
 
 def average_kept(keep: int, visual: int, layers: int, trunk: int, final_wipe: int, final_share: float = 0.0) -> float:
-    """R̄ = [M·K + R·(K_f − K) + φR·(L − K_f)] / L, Eq. 6 for φ = 0; arguments and errors as of `twig_cuts`."""
+    """R̄ = [M·K + R·(K_f − K) + φR·(L − K_f)] / L, Eq. 6 for φ = 0; arguments and errors as in `twig_cuts`."""
     return average_visual(twig_cuts(keep, visual, layers, trunk, final_wipe, final_share), visual, layers)
 
 
 def solve_keep(retain: float, visual: int, layers: int, trunk: int, final_wipe: int, final_share: float = 0.0) -> int:
-    """R, rounded to the nearest integer, for an average R̄ (`retain`); other arguments as of `twig_cuts`.
+    """R, rounded to the nearest integer, for an average R̄ (`retain`); other arguments as in `twig_cuts`.
 
     Raises:
         TwigVLMError: K_f is not in K+1..L, φ not in 0..1, or no R in 1..M has this average; the message names the range.
@@ -52,7 +52,7 @@ def solve_keep(retain: float, visual: int, layers: int, trunk: int, final_wipe: 
         share = f" for all but a share of {final_share:g}" if final_share else ""
         raise TwigVLMError(
             f"retain={retain:g}: must be {low:.1f} to {high:.1f} for {visual} visual tokens, "
-            f"{trunk} trunk layers and FinalWipe after layer {final_wipe} of {layers}{share}"
+            f"trunk_layers={trunk} and FinalWipe after layer {final_wipe} of {layers}{share}"
         )
     return keep
 
@@ -72,7 +72,7 @@ def average_scouted(keep: int, visual: int, layers: int, trunk: int) -> float:
 
 
 def solve_scouted(retain: float, visual: int, layers: int, trunk: int) -> int:
-    """R, rounded to the nearest integer, for an average R̄ (`retain`); arguments as of `average_scouted`.
+    """R, rounded to the nearest integer, for an average R̄ (`retain`); arguments as in `average_scouted`.
 
     Raises:
         TwigVLMError: no R in 1..M has this average; the message names the possible range.

@@ -27,7 +27,7 @@ class ImageTokens:
     rows: Int[Tensor, " tokens"]
     """Of `vision`'s tensors."""
     question: Float[Tensor, "text width"]
-    """Embeddings of the text behind the last visual token of the prompt."""
+    """Embeddings of the text after the last visual token of the prompt."""
     question_ids: Int[Tensor, " text"]
     """Ids of the same text."""
 
@@ -36,7 +36,7 @@ class ImageTokens:
 
     @property
     def features(self) -> Float[Tensor, "tokens features"]:
-        """Before the projector; where it merges patches, behind it."""
+        """Before the projector; where it merges patches, after it."""
         return self.vision.features[self.rows]
 
     @property
@@ -111,7 +111,7 @@ class PerImage:
 
         Args:
             view: the prompts before the decoder.
-            keep: of each prompt.
+            keep: R of each prompt.
 
         Raises:
             TwigVLMError: the base does not tell what the method needs.

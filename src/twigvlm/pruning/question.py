@@ -17,7 +17,7 @@ from twigvlm.pruning.view import CutView
 
 
 def question_mask(prompt: Prompt) -> Bool[Tensor, "batch tokens"]:
-    """True at the text behind the last visual token of each prompt; without any, or without text behind it, at the last token."""
+    """True at the text after the last visual token of each prompt; without any, or without text after it, at the last token."""
     visual, device = prompt.visual_mask, prompt.hidden.device
     real = valid_mask(prompt.lengths, visual.shape[1], device)
     behind = real & (visual.flip(1).cumsum(dim=1).flip(1) == 0)

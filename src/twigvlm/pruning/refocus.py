@@ -47,7 +47,7 @@ class Look(NamedTuple):
 
 @dataclass
 class HeldTokens:
-    """What layers hold of one prompt that hold the same visual tokens."""
+    """Which tokens of a prompt a range of layers holds in the KV cache; all layers of the range hold the same ones."""
 
     layers: tuple[int, int]
     """Of layers start..stop-1, counted from 0."""
@@ -80,9 +80,9 @@ class HeldTokens:
             row: of the cache.
             gone: numbers of the visual tokens that give way.
             new: numbers of those that come, as many.
-            states: of those before the layers.
-            inputs: of those.
-            positions: of those in the prompt.
+            states: states of the new tokens before the layers.
+            inputs: inputs of the new tokens.
+            positions: positions of the new tokens in the prompt.
         """
         slots = self.slots[gone]
         self.slots[new], self.slots[gone] = slots, -1
@@ -149,7 +149,7 @@ class Sight:
         """Note what layers K_f+1..L hold of the prompt.
 
         Args:
-            left: what has passed all cuts; behind the prompts there may be drafts.
+            left: what has passed all cuts; drafts may follow the prompts.
             row: which of them.
             length: number of tokens of its prompt.
             layers: L.
@@ -190,9 +190,9 @@ def exchanged(scores: Float[Tensor, " visual"], held: Bool[Tensor, " visual"], s
     Each exchange takes up the best token that is not held for the worst that is, as long as it is better.
 
     Args:
-        scores: of all visual tokens.
+        scores: scores of all visual tokens.
         held: True at those that are held now.
-        share: of the sum of the highest scores of as many tokens, 0 to 1.
+        share: share, from 0 to 1, of the sum of the highest scores of as many tokens.
     """
     count = int(held.sum())
     best = scores.topk(count).values.sum()
@@ -238,7 +238,7 @@ class Refocus:
 
         Args:
             hidden: the input of the last twig layer.
-            inputs: of the new tokens.
+            inputs: inputs of the new tokens.
         """
         layer, head = self.twig.layers[-1], self.twig.pruning_head
         queries = ranking_queries(layer, head, hidden, inputs)
@@ -266,7 +266,7 @@ class Refocus:
             base: the base.
             cache: whose row changes.
             row: of cache and batch.
-            scores: of the newest token.
+            scores: scores of the newest token.
             after: new tokens so far.
         """
         sight = self.rows[row]

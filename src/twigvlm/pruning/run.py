@@ -37,10 +37,10 @@ def run_cuts(
         tokens: before layer `start`.
         start: first layer.
         stop: layer after the last one.
-        cuts: of each row, at the same layers in all of them, `start` <= layer <= `stop`.
+        cuts: cuts of each row, at the same layers in all of them, `start` <= layer <= `stop`.
         choose: who stays; not asked where all leave.
-        masks: of the prompt.
-        view: of the cache that gets keys and values; None: they are not kept.
+        masks: masks of the prompt.
+        view: view of the cache that gets keys and values; None: they are not kept.
         prompt: whose tokens these are, for choices that compact positions.
         keep_last_input: whether the input of the layer before each cut, and of the last one, is kept for methods that rank by it.
 

@@ -50,7 +50,8 @@ class Tokens:
     def through(
         self, base: BaseVLM, start: int, stop: int, masks: Masks, view: CacheView | None, keep_last_input: bool = False
     ) -> "Tokens":
-        """After layers start..stop-1, which a cache, if there is one, has got; with the input of the last one if it is kept."""
+        """The tokens after layers start..stop-1. Keys and values are stored in the cache, if there is one; with
+        `keep_last_input`, the input of the last layer is kept in `before`."""
         if stop == start:
             return self
         before, args = None, (self.hidden, start, stop, self.inputs, masks, view)

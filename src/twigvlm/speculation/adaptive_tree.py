@@ -19,15 +19,16 @@ Numbers = NDArray[np.float64]
 class AdaptiveTree(DraftPolicy):
     """Drafts as long as what a pass promises is worth its seconds, and not at all where plain steps are faster.
 
-    A step is worth the tokens that it promises to all rows, less those that its seconds bring at their rates so far: by this
-    measure the best steps make the highest rate of whole answers. All rows run equally many nodes, since a pass costs what its
-    longest row does. A node counts as much as its path is probable by the twig, times
-    trust^depth, for the twig errs by a factor per token: the one by which the earlier drafts of this row would have been
-    accepted as often as they were. What is earlier counts less, so that a draft is tried again after a bad stretch. Only
-    calibrated costs count, never the clock: the same request drafts the same on every run of one calibration.
+    The value of a step is the number of tokens it is expected to add to all rows, minus the number those rows would produce in
+    the same time at their rates so far. Choosing the steps of highest value gives the highest rate for whole answers.
+
+    All rows run equally many nodes, since a pass costs what its longest row does. A node counts as much as its path is probable
+    by the twig, times trust^depth, for the twig errs by a factor per token: the one by which the earlier drafts of this row
+    would have been accepted as often as they were. What is earlier counts less, so that a draft is tried again after a bad
+    stretch. Only calibrated costs count, never the clock: the same request drafts the same on every run of one calibration.
 
     Args:
-        costs: of this base, twig and machine.
+        costs: costs of this base, twig and machine.
         width: E.
         static: whether the shapes of passes do not depend on what was drafted, which saves reads from the device.
     """
@@ -179,7 +180,7 @@ class AdaptiveTree(DraftPolicy):
         it promises, of all rows; entry n - 1.
 
         Args:
-            running: of each row, chances of the n most probable nodes that may be run, added up.
+            running: chances of the n most probable nodes of each row that may be run, added up.
             mass: accepted nodes that stopping promises.
             levels: that may follow.
         """
@@ -195,7 +196,7 @@ class AdaptiveTree(DraftPolicy):
 
 
 def _ascending(nodes: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of each row the first ones of some nodes, ascending, INVALID behind."""
+    """Of each row the first ones of some nodes, ascending, padded at the end with INVALID."""
     last = np.iinfo(np.int64).max
     kept = np.sort(np.where(np.arange(nodes.shape[1]) < counts[:, None], nodes, last), axis=1)
     return np.where(kept == last, INVALID, kept)

@@ -42,7 +42,7 @@ class RowState:
     eos_token_ids: Int[Tensor, "rows ids"]
     """Nothing is drafted after them; NO_TOKEN: none."""
     ids: Int[Tensor, "rows width"]
-    """Of prompt and answer, NO_TOKEN at visual tokens, anything behind the newest one; without any column where no draft is
+    """Of prompt and answer, NO_TOKEN at visual tokens, anything after the newest one; without any column where no draft is
     looked up in them."""
 
     def advance(self, accepted: Accepted, longest: int) -> None:
@@ -64,7 +64,7 @@ class RowState:
         self.count = self.count + accepted.counts
 
     def join(self, other: "RowState") -> "RowState":
-        """Further rows behind these."""
+        """Further rows after these."""
 
         def parts(name: str) -> list[Tensor]:
             both = [getattr(self, name), getattr(other, name)]
@@ -96,7 +96,7 @@ class Pending:
         return cls(empty, torch.zeros(rows, dtype=torch.long, device=like.device), np.zeros(rows, np.int64))
 
     def join(self, other: "Pending") -> "Pending":
-        """Further rows behind these."""
+        """Further rows after these."""
         width = max(self.states.shape[1], other.states.shape[1])
         padded = (
             torch.nn.functional.pad(part.states, (0, 0, 0, width - part.states.shape[1])) for part in (self, other)
@@ -112,7 +112,7 @@ class Pending:
         return Pending(without(self.states, row)[:, : int(on_host.max())], without(self.counts, row), on_host)
 
     def append(self, states: Float[Tensor, "rows new width"], counts: Tensor, on_host: NDArray[np.int64]) -> "Pending":
-        """With the first `counts` of new states behind those of each row."""
+        """With the first `counts` of new states after those of each row."""
         total = self.on_host + on_host
         if not total.any():
             return Pending(self.states[:, :0], counts, on_host)
@@ -214,8 +214,8 @@ class Batch:
         """Per-token inputs of new tokens.
 
         Args:
-            state: of the rows.
-            offsets: of each token from the newest one, which is at 0.
+            state: state of the rows.
+            offsets: offset of each token from the newest one, which is at 0.
             furthest: upper bound of their positions.
         """
         in_answer = state.count[:, None] - 1 + offsets

@@ -49,7 +49,7 @@ def draft(batch: Batch, policy: DraftPolicy, rescore: Rescore, furthest: int, st
 
     Args:
         batch: the rows.
-        policy: of their drafts.
+        policy: policy of their drafts.
         rescore: turns logits into log-probabilities.
         furthest: upper bound of the positions of the drafted tokens.
         static: whether to pad to the most nodes that there can be, instead of reading how many have not run.
@@ -72,7 +72,7 @@ class _Growing:
 
     Args:
         batch: the rows.
-        policy: of their drafts.
+        policy: policy of their drafts.
         furthest: upper bound of the positions of the drafted tokens.
     """
 
@@ -145,7 +145,7 @@ class _Growing:
         return Draft(chosen, self.level, hidden, inputs, masks, cache_index, num_in_trunk, num_in_twig, scores)
 
     def _run_trunk(self, new: Int[Tensor, "rows new"]) -> tuple[Float[Tensor, "rows new width"], TokenInputs, Masks]:
-        """Run nodes through layers 1..K behind those that ran before: states, inputs and masks."""
+        """Run nodes through layers 1..K after those that ran before: states, inputs and masks."""
         batch, nodes, known = self.batch, self.nodes, new.clamp(min=0)
         self.ran = torch.cat((self.ran, new), dim=1)
         masks: Masks = batch.masks

@@ -49,8 +49,8 @@ def continuations(
     goes on with its own beginning, as a text that repeats itself does.
 
     Args:
-        ids: of the rows; NO_TOKEN at visual tokens, anything behind the rows' ends.
-        lengths: of the rows.
+        ids: ids of the rows; NO_TOKEN at visual tokens, anything after the rows' ends.
+        lengths: lengths of the rows.
         ngram: n.
         count: most tokens of a continuation.
     """

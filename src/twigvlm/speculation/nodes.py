@@ -58,7 +58,7 @@ class Nodes(NamedTuple):
         )
 
     def take(self, chosen: Int[Tensor, "rows chosen"]) -> "Nodes":
-        """These nodes, renumbered: the root first, each after its parent, INVALID ones behind."""
+        """These nodes, renumbered: the root first, each after its parent, INVALID ones last."""
         count = self.tokens.shape[1]
         known = chosen.clamp(min=0)
         index = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
@@ -77,7 +77,7 @@ def most_probable(nodes: Nodes, among: Bool[Tensor, "rows nodes"], count: int) -
     """The `count` nodes with the highest cumulative path probability among some, ascending; of equals the first ones.
 
     A path's probability never rises, so that among all nodes the ancestors of a chosen node are chosen too. Rows with fewer
-    nodes are filled up with INVALID, behind.
+    nodes are filled up with INVALID at the end.
     """
     scores = nodes.scores.masked_fill(~among, float("-inf"))
     best = scores.sort(dim=1, descending=True, stable=True)
@@ -96,7 +96,7 @@ def ancestor_mask(
     """Which nodes each queried node may see: its ancestors and itself, the root included. INVALID sees and is seen by none.
 
     Args:
-        parents: of all nodes.
+        parents: parents of all nodes.
         queries: nodes that ask.
         keys: nodes that may be seen.
         depth: of the deepest node.

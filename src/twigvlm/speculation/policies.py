@@ -36,7 +36,8 @@ class DraftPolicy:
     def expand(
         self, nodes: Nodes, expandable: Bool[Tensor, "rows nodes"], level: int
     ) -> Int[Tensor, "rows chosen"] | None:
-        """Nodes to run through trunk and twig next, ascending, INVALID behind; None: the drafts are complete.
+        """Choose the nodes to run through trunk and twig next: ascending indices, padded at the end with INVALID; None: the
+        drafts are complete.
 
         Args:
             nodes: as far as they are drafted.
@@ -46,21 +47,21 @@ class DraftPolicy:
         return None
 
     def select(self, nodes: Nodes) -> Int[Tensor, "rows selected"]:
-        """Nodes to have verified, ascending: the root, and each with its parent; INVALID behind."""
+        """Choose the nodes to verify: ascending indices, padded at the end with INVALID; the root, and each with its parent."""
         index = torch.arange(nodes.tokens.shape[1], device=nodes.tokens.device)
         return torch.where(nodes.valid, index, INVALID)
 
     def learn(self, accepted: NDArray[np.int64]) -> None:
-        """Drafts were verified, and of each row that many drafted nodes were accepted."""
+        """Called after verification with the number of accepted drafted nodes of each row."""
 
     def join(self, rows: int, deferred_tokens: int) -> None:
-        """Rows join behind the others. `deferred_tokens`: prompt tokens that the twig has not seen, of a row that joins alone."""
+        """Rows join after the others. `deferred_tokens`: prompt tokens that the twig has not seen, of a row that joins alone."""
 
     def leave(self, row: int) -> None:
         """A row leaves, and the last one takes its place."""
 
     def behind_prompts(self, rows: int) -> "DraftPolicy":
-        """What drafts behind that many prompts in the pass that takes them up, which has no room for a tree's mask."""
+        """The policy for drafts appended to that many prompts during the prefill, where a tree's mask cannot be used."""
         return self
 
 

@@ -13,7 +13,7 @@ Choose = Callable[[int, Int[Tensor, " rows"], Int[Tensor, "rows walked"], Bool[T
 """(step, node, tokens chosen so far in this walk, rows that still walk) -> the base's choice after the node, [rows]."""
 
 GoOn = Callable[[Int[Tensor, "rows walked"], Bool[Tensor, " rows"]], Bool[Tensor, " rows"]]
-"""(tokens chosen so far in this walk, rows that could go on) -> those that do: not behind the end of an answer, and rows that
+"""(tokens chosen so far in this walk, rows that could go on) -> those that do: not after the end of an answer, and rows that
 advance together stop together."""
 
 
@@ -33,7 +33,7 @@ def walk(nodes: Nodes, depth: int, choose: Choose, go_on: GoOn | None = None) ->
 
     Args:
         nodes: siblings have different tokens.
-        depth: of the deepest node.
+        depth: depth of the deepest node.
         choose: asked once for each step of the walk, from the root on.
         go_on: which of the rows that could go on do; None: all.
     """

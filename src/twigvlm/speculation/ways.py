@@ -16,7 +16,7 @@ def make_policy(speculation: SpeculationConfig, costs: StepCosts | None, static:
 
     Args:
         speculation: the configuration.
-        costs: of this machine, which `auto` needs.
+        costs: costs of this machine, which `auto` needs.
         static: whether the shapes of passes do not depend on what was drafted, which saves reads from the device.
     """
     if speculation.speculate == "auto":

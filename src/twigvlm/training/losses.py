@@ -31,7 +31,7 @@ def next_token_loss(
     Args:
         logits: the shallow model's.
         targets: from `draft_targets`.
-        count: of answer tokens in all batches of one optimiser step, so that each token weighs the same.
+        count: number of answer tokens in all batches of one optimiser step, so that each token weighs the same.
     """
     return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum") / count
 

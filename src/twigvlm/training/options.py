@@ -109,7 +109,8 @@ class Stage1Config(StageConfig):
     temperature: float = 5.0
     """Temperature that softens both predictions; L_PredKL is multiplied by its square."""
     clip: float = 4.0
-    """Largest L_PredKL of a token, which is also divided by it; a larger one has its gradient scaled down, not cut off."""
+    """Limit on the L_PredKL of a token. The loss is divided by this limit; above it, the gradient is scaled down to the limit
+    rather than cut off."""
     gradient_checkpointing: bool = False
     """Compute each twig layer again in the backward pass instead of storing its activations: less memory, more time."""
 
@@ -140,7 +141,8 @@ class Stage2Config(StageConfig):
     """Budgets R̄, averages over all layers, ascending, in place of keep_budgets; R follows from the visual tokens of each sample.
     None: those of keep_budgets."""
     beta: float = 8.0
-    """β_max: the last steps draw the i-th budget with probability ∝ exp(-β_max·i); the first ones draw all alike."""
+    """β_max: at the end of training the i-th budget is drawn with probability ∝ exp(-β_max·i); at the beginning all budgets are
+    equally likely."""
     power: float = 2.0
     """p: β grows with the p-th power of the fraction of steps done."""
     gamma: tuple[float, float] = (1.0, 2.0)

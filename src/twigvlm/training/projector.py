@@ -1,4 +1,4 @@
-"""VisionZip‡: a copy of the base's projector learns to project merged tokens, by the answers that the base gives behind them."""
+"""VisionZip‡: a copy of the base's projector learns to project merged tokens, by the answers that the base gives after them."""
 
 import copy
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ class Projecting(nn.Module):
     def forward(
         self, labels: Int[Tensor, "batch tokens"], num_items_in_batch: Tensor | None = None, **inputs: Any
     ) -> dict[str, Tensor]:
-        """Cross-entropy of the answers behind the pruned pictures of a batch, which is padded on the right.
+        """Cross-entropy of the answers after the pruned pictures of a batch, which is padded on the right.
 
         Args:
             labels: ids at answers, -100 elsewhere.
@@ -111,7 +111,7 @@ def train_projector(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
-    """Train the projector in place; arguments, result and errors as of `train_stage1`.
+    """Train the projector in place; arguments, result and errors as in `train_stage1`.
 
     Raises:
         TwigVLMError: also where the base's projector cannot be tuned, or there is nothing to learn from.

@@ -61,8 +61,8 @@ def answer_likelihoods(
         base: the base.
         hidden: states after layer K of a batch padded on the right.
         visual_mask: True at visual tokens.
-        inputs: of all tokens.
-        masks: of the batch.
+        inputs: inputs of all tokens.
+        masks: masks of the batch.
         cases: what to reward.
         config: of the twig: K, K_f, and φ, the share of the kept tokens, those drawn first, that stay after layer K_f.
         chunk: prunings, of all cases together, that the base runs at once; None: all.

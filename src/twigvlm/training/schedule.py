@@ -50,7 +50,7 @@ class CalibratedSchedule:
 
 
 def _prompt(base: BaseVLM, sample: dict[str, Tensor]) -> dict[str, Any] | None:
-    """What the processor would say of a sample's first question; None: there is no image in it, or one behind it."""
+    """What the processor would say of a sample's first question; None: there is no image in it, or one after it."""
     length = sample["input_ids"].shape[1]
     end = int(last_prompt_tokens(sample["labels"])[0].nonzero()[0, 0]) + 1
     prompt = {

@@ -58,8 +58,8 @@ def run_teacher(
         base: the base.
         hidden: states after layer K.
         trunk: K.
-        inputs: of all tokens.
-        masks: of the batch.
+        inputs: inputs of all tokens.
+        masks: masks of the batch.
         query: whose attention to which visual tokens is asked for; None: nobody's.
         layers: whose attention is averaged, from 1, ascending, above K.
         answers: positions whose logits are asked for, of all but the last; None: none.

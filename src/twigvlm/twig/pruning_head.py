@@ -16,7 +16,7 @@ class PruningHead(nn.Module):
     to a part of the tokens and every row learns from the first step. `open` moves that start to where it is also of use.
 
     Args:
-        width: of the layer's input.
+        width: width of the layer's input.
         gates: H·d_h, heads times their size.
     """
 

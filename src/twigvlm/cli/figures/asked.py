@@ -21,7 +21,7 @@ class _Asked(ModelOptions):
     """What both figures need."""
 
     questions: Path
-    """JSON file of questions with answers, as of `evaluate`."""
+    """JSON file of questions with answers, as in `evaluate`."""
     kinds: tuple[str, ...] = ()
     """Kinds of questions to ask. None given: all."""
     limit: int = 3

@@ -24,7 +24,7 @@ from twigvlm.model import TwigVLM
 from twigvlm.timing import clock_of
 
 HF_LOOKUP, HF_DRAFT = "hf-lookup", "draft:"
-"""Ways to draft of the base's own `generate`: prompt lookup, and a small model, whose id or directory stands behind the colon."""
+"""Ways to draft of the base's own `generate`: prompt lookup, and a small model, whose id or directory follows the colon."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,11 @@ class Answerer:
     Args:
         base: the base.
         model: the same with its twig, or for methods without one; None: the base's own `generate` answers.
-        processor: the base's.
+        processor: the base's processor.
         setting: how.
         pad: whether pictures are padded to squares with the processor's mean colour, as LLaVA-1.5's evaluation does.
         system: text of a message before each question; empty: none.
-        frames: of a video; None: as the processor does.
+        frames: number of frames of a video; None: as the processor does.
         assistant: Hugging Face model that drafts, where the setting names one.
     """
 
@@ -185,7 +185,7 @@ class Answerer:
         Args:
             conversations: each ends with a question.
             max_new_tokens: longest answer.
-            sampling: `do_sample` and what belongs to it, as of `generate`.
+            sampling: `do_sample` and what belongs to it, as in `generate`.
 
         Raises:
             TwigVLMError: a picture or a text is refused, a prompt cannot have the budget, or transformers cannot draft for it.

@@ -45,7 +45,7 @@ class TwigVLMChat(lmms):
     Args: those of `--model_args`; lmms-eval adds `batch_size`, `max_batch_size` and `device`.
         pretrained: base: "sapling", a Hugging Face id or a directory.
         twig: directory or hub id; None: Sapling's own, or none.
-        method: none, or a method of `twigvlm evaluate accuracy`; None: twig where there is one and a budget, otherwise none.
+        method: none, or a method of `twigvlm evaluate accuracy`; None: twig if a budget is given, otherwise none.
         retain: R̄, or a share of each prompt's visual tokens such as 33.3%. A prompt with no more than that is not pruned.
         speculate: how to draft, as in `TwigVLM.generate`; without pruning also hf-lookup, transformers' own prompt lookup, or
             draft:MODEL, a small model by its Hugging Face id or directory, for the base's own `generate`.
@@ -53,15 +53,15 @@ class TwigVLMChat(lmms):
         final_share: φ; None: as the twig was tuned.
         pad: whether pictures are padded to squares, as LLaVA-1.5's evaluation does.
         system: a system sentence, one of `SYSTEMS` by its name, or a file that holds one.
-        frames: of a video.
+        frames: number of frames of a video.
         max_new_tokens: longest answer of tasks that do not say it themselves.
-        dtype: of the weights.
-        attention: implementation; auto: as the base is loaded.
+        dtype: data type of the weights.
+        attention: sdpa, eager or flash_attention_2; auto: as the base is loaded.
         device: auto: a GPU if there is one, its own for each process.
         batch_size: questions that are answered together.
-        max_batch_size: of automatic sizes, which are not supported.
-        seed: of the ranking `random`.
-        drafting: δ, θ, D, E, K_sel and N_max, by the names that `generate` gives them.
+        max_batch_size: largest size, for automatic sizes, which are not supported.
+        seed: seed of the ranking `random`.
+        drafting: δ, θ, D, E, K_sel, N_max and n, by the names that `generate` gives them.
 
     Raises:
         TwigVLMError: an argument is unknown, out of range or does not apply, or something cannot be loaded.

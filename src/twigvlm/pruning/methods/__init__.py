@@ -65,7 +65,7 @@ def make_pruner(name: str, seed: int = 0) -> Pruner:
 
     Args:
         name: as `twigvlm methods` lists it.
-        seed: of a random choice.
+        seed: seed of a random choice.
 
     Raises:
         TwigVLMError: there is no such method, or it does not take what is given.
@@ -77,7 +77,7 @@ def make_pruner(name: str, seed: int = 0) -> Pruner:
     others = [word for word in words if word not in _CHOICES]
     given = ":".join(others)
     if "" in words and method not in _NEEDED:
-        raise TwigVLMError(f"pruner {name!r}: nothing stands behind a colon; leave the colon out")
+        raise TwigVLMError(f"pruner {name!r}: nothing follows a colon; leave the colon out")
     if method == "random":
         options["seed"] = seed
         if not given:

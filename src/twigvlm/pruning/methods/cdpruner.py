@@ -14,7 +14,7 @@ _LEAST = 1e-6
 
 
 def embedded_relevance(image: ImageTokens) -> Float[Tensor, " tokens"]:
-    """Mean cosine of each visual token and the embeddings of the text behind the image, for bases without a text tower."""
+    """Mean cosine of each visual token and the embeddings of the text after the image, for bases without a text tower."""
     return unit(image.projected) @ unit(image.question).mean(dim=0)
 
 

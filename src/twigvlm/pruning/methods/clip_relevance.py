@@ -17,7 +17,7 @@ class ClipRelevance:
 
     Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity", NeurIPS 2025, for
     `CDPruner(relevance=...)`. A visual token is its feature before the base's projector after CLIP's last norm and visual
-    projection; like the authors' code this negates the cosines. The question is the text behind the last image, without
+    projection; like the authors' code this negates the cosines. The question is the text after the last image, without
     special tokens but with what the chat template puts there. Its CLIP tokens are cut into segments of CLIP's context, the last
     one filled up with token 0.
     """
@@ -29,7 +29,7 @@ class ClipRelevance:
     base_tokenizer: Any
     """Of the base, `processor.tokenizer`: it turns a prompt's ids back into text."""
     ending: str = ""
-    """What the chat template puts behind a question, for example " ASSISTANT:"; it is left out."""
+    """What the chat template puts after a question, for example " ASSISTANT:"; it is left out."""
 
     @torch.no_grad()
     def __call__(self, image: ImageTokens) -> Float[Tensor, " tokens"]:
@@ -54,7 +54,7 @@ class ClipRelevance:
         """CLIP's tokens of a question.
 
         Args:
-            question_ids: the base's.
+            question_ids: token ids of the base.
         """
         text = (
             self.base_tokenizer.decode(question_ids, skip_special_tokens=True).strip().removesuffix(self.ending.strip())

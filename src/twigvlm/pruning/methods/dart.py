@@ -71,7 +71,7 @@ def least_similar(
 
     Args:
         states: of length 1.
-        norms: of the keys.
+        norms: norms of the keys.
         visual: indices of the visual tokens.
         text: of the text that may be pivots.
         keep: how many stay; all: every visual token.

@@ -26,11 +26,11 @@ class FitPrune:
     """After each layer the visual tokens stay that visual tokens and the question attend to most: the product of both.
 
     Ye et al., "Fit and Prune", AAAI 2025; attention is the maximum over heads. The authors prune inside a layer, between
-    attention and feed-forward network; here tokens go behind the layer.
+    attention and feed-forward network; here tokens go after the layer.
     """
 
     kept: tuple[float, ...]
-    """Share of M that goes on behind layers 1..L−1, from `calibrated`; scaled to other budgets."""
+    """Share of M that goes on after layers 1..L−1, from `calibrated`; scaled to other budgets."""
     paper: ClassVar[str] = "Ye et al., AAAI 2025, arXiv:2409.10197"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LAST_LAYER})
 
@@ -120,7 +120,7 @@ def attention_received(view: CutView) -> tuple[Float[Tensor, "batch tokens"], Fl
 
 
 def _by_layer(base: BaseVLM, inputs: dict[str, Any]) -> Float[Tensor, "layers 2 visual"]:
-    """Both distributions of a prompt behind layers 1..L−1, without pruning."""
+    """Both distributions of a prompt after layers 1..L−1, without pruning."""
     prompt = base.prompt(**inputs)
     tokens = Tokens(prompt.hidden, base.token_inputs(prompt), prompt.visual_mask, prompt.lengths)
     found = []
@@ -132,7 +132,7 @@ def _by_layer(base: BaseVLM, inputs: dict[str, Any]) -> Float[Tensor, "layers 2 
 
 
 def _left(measured: Sequence[Float[Tensor, "layers 2 visual"]], alpha: float) -> Float[Tensor, " layers"]:
-    """Share of the visual tokens that is left behind each layer; a token that went stays away. At least one of 1,000 is left."""
+    """Share of the visual tokens that is left after each layer; a token that went stays away. At least one of 1,000 is left."""
     shares = []
     for received in measured:
         order = received.argsort(dim=-1)

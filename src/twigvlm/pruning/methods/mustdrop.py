@@ -27,7 +27,7 @@ class MustDrop:
     prompt to prompt. Here the tokens with the largest max(sum/(g·total), max/i) stay, a share λ at each cut, so that a
     budget holds. Key tokens are the 8 % that the vision tower's last block attends to most, and no cut drops one of them.
 
-    A budget too small for that (R̄ below 96 of 576 tokens in 32 layers) leaves fewer tokens than there are key tokens behind some
+    A budget too small for that (R̄ below 96 of 576 tokens in 32 layers) leaves fewer tokens than there are key tokens after some
     cuts, which then choose among the key tokens, in the same way.
     """
 

@@ -62,7 +62,7 @@ def suppressed(
     Args:
         tokens: of length 1.
         importance: ranks them.
-        members: of the group.
+        members: members of the group.
         max_cosine: cosine above which a token resembles another.
     """
     order = members[importance[members].argsort(descending=True, stable=True)]

@@ -51,7 +51,7 @@ def ranking_queries(
         layer: base or twig layer.
         head: P-Head on it; None: there is none.
         hidden: its input at the tokens that ask.
-        inputs: of the same tokens.
+        inputs: inputs of the same tokens.
     """
     queries = project_queries(layer, hidden, inputs)
     return queries if head is None else head.gate_queries(cast(Any, layer).input_layernorm(hidden), queries)
@@ -70,7 +70,7 @@ def ranking_keys(
         layer: base or twig layer.
         head: P-Head on it; None: there is none.
         hidden: its input at the visual tokens.
-        inputs: of the same tokens.
+        inputs: inputs of the same tokens.
         rotated: the layer's rotated keys, where they are known.
     """
     keys = project_keys(layer, hidden, inputs) if rotated is None else rotated
@@ -90,7 +90,7 @@ def log_visual_attention(
     Args:
         layer: base or twig layer.
         hidden: its input.
-        inputs: of all tokens.
+        inputs: inputs of all tokens.
         query: which tokens attend to which.
         head: P-Head; None: the layer's own attention.
         keys: the layer's rotated keys of all tokens, where they are known.

@@ -41,7 +41,7 @@ def greedy_cover(
 
     Args:
         tokens: of length 1.
-        weights: of each gain.
+        weights: weight of each gain.
         keep: how many to choose, at most all.
     """
     best = torch.zeros(len(tokens), device=tokens.device)

@@ -24,7 +24,7 @@ _PUBLISHED = {
     "v1": {192: (309, 204, 113), 128: (312, 117, 39), 96: (249, 55, 27), 64: (82, 32, 18)},
     "v2": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
 }
-"""Tokens of 576 behind each cut, by what their authors call the budget."""
+"""Tokens of 576 after each cut, by what their authors call the budget."""
 _FLOOR = 0.05  # of the distance kernel, which a division by it would not survive
 
 
@@ -32,7 +32,7 @@ _FLOOR = 0.05  # of the distance kernel, which a division by it would not surviv
 class SparseVLM:
     """At each cut the visual tokens stay that the raters attend to most in the layer before it.
 
-    Zhang et al., "SparseVLM", ICML 2025. Raters are the text tokens behind the image whose embeddings fit the visual
+    Zhang et al., "SparseVLM", ICML 2025. Raters are the text tokens after the image whose embeddings fit the visual
     ones better than the mean. v1 recycles: of what is dropped the best 30 %, and one token more, are clustered, and the
     clusters' means stay too. v2 recycles nothing, divides attention by what rotary embeddings alone make of a distance, and
     asks the half of the heads that look at the image most.
@@ -42,7 +42,7 @@ class SparseVLM:
     accounting: Literal["true", "published"] = "true"
     """"published": R̄ as the authors count it, the layers before a cut with what it leaves."""
     positions: Positions = "kept"
-    """"compacted" as published for v1, with the means behind the other tokens."""
+    """"compacted" as published for v1, with the means after the other tokens."""
     paper: ClassVar[str] = "Zhang et al., ICML 2025, arXiv:2410.04417"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LAST_LAYER})
 
@@ -91,7 +91,7 @@ class SparseVLM:
 
 
 def raters(prompt: Prompt) -> Bool[Tensor, "batch tokens"]:
-    """True at text tokens behind the image to which visual tokens give more than the mean of a softmax over that text."""
+    """True at text tokens after the image to which visual tokens give more than the mean of a softmax over that text."""
     chosen = question_mask(prompt)
     for row in range(len(prompt.lengths)):
         text, visual = chosen[row].nonzero()[:, 0], prompt.hidden[row, prompt.visual_mask[row]]
@@ -135,7 +135,7 @@ def recycling(visual: int, keep: int) -> tuple[int, int]:
 def _recycled(
     scores: Float[Tensor, " tokens"], hidden: Float[Tensor, "tokens width"], visual: Int[Tensor, " visual"], keep: int
 ) -> tuple[Int[Tensor, " keep"], Float[Tensor, "keep width"]]:
-    """Indices and states of the tokens that stay, in their order, and behind them of the clusters' means."""
+    """Indices and states of the tokens that stay, in their order, followed by those of the clusters' means."""
     count, clusters = recycling(len(visual), keep)
     ranked = visual[scores[visual].argsort(descending=True, stable=True)]
     kept = ranked[:count].sort().values

@@ -37,7 +37,7 @@ class TwigPruner:
     """Chooses among the ranked tokens."""
     needs: ClassVar[frozenset[Need]] = frozenset({Need.TWIG})
     ranks_once: ClassVar[bool] = True
-    """Later cuts use the scores of the first one, so that drafts can stand behind the prompt when it passes them."""
+    """Later cuts use the scores of the first one, so that drafts can follow the prompt when it passes them."""
 
     def ranks_later(self, twig: Twig) -> bool:
         """Whether its ranking can be asked again at new tokens, as refocusing does."""
@@ -60,7 +60,7 @@ class TwigPruner:
         assert view.trunk is not None, "the cuts follow layer K"
         scores, tokens = self._scores(view.trunk), view.tokens
         if tokens.index is not None:
-            last = scores.shape[1] - 1  # what stands behind the prompt is text
+            last = scores.shape[1] - 1  # what follows the prompt is text
             scores = scores.gather(1, tokens.index.clamp(max=last))
         return self.select(scores, tokens.hidden, tokens.visual, keep)
 

@@ -61,7 +61,7 @@ def to_messages(sample: Any, identity: Any, folder: Path | None = None) -> dict[
     A sample that has this form already stays as it is.
 
     Args:
-        sample: of either kind.
+        sample: a sample of either kind.
         identity: its id.
         folder: that relative image paths start from.
 

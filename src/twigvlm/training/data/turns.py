@@ -23,7 +23,7 @@ def draw_turns(
 ) -> Bool[Tensor, "batch tokens"]:
     """True at one token in each row: the last prompt token of one of the turns that follow a visual token; all False without.
 
-    With `span`, the token is that one, or any that comes a multiple of `span` tokens behind it and has answer tokens behind it.
+    With `span`, the token is that one, or any that comes a multiple of `span` tokens after it and has answer tokens after it.
     """
     asking = last_prompt_tokens(labels) & (visual_mask.cumsum(dim=1) > 0)
     chosen = torch.zeros_like(asking)
