@@ -2,6 +2,7 @@
 
 python -m recipes.serving_bench baseline   # Hugging Face's generate, one question at a time
 python -m recipes.serving_bench load       # 1, 4, 16 and 64 clients, four settings
+python -m recipes.serving_bench turns      # conversations, with and without the prefix cache
 python -m recipes.serving_bench soak       # 5,000 requests
 python -m recipes.serving_bench hostile    # 10,000 malformed and hostile requests
 python -m recipes.serving_bench terminate  # SIGTERM under the load of 16 clients
@@ -11,7 +12,6 @@ python -m recipes.serving_bench report     # the page, of what has been measured
 Each keeps its figures in `--folder`; a stopped load test goes on. Measure on a machine that does nothing else.
 """
 
-import base64
 import http.client
 import json
 import os
@@ -23,7 +23,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -31,12 +30,9 @@ from urllib.parse import urlsplit
 import psutil
 import tyro
 
-from recipes.sapling.evaluate import LONG_ANSWER, SHORT_ANSWER, Tally
-from recipes.sapling.pictures import render
-from recipes.sapling.questions import evaluation_turns
-from recipes.sapling.scenes import Scene, make_scene
-from recipes.sapling.turns import Turn
 from recipes.serving_client import serving, stream
+from recipes.serving_questions import Ask, quality, questions
+from recipes.serving_turns import TURNS, measure
 
 CLIENTS = (1, 4, 16, 64)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -45,56 +41,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pruned to R̄ 64, chains": {"speculate": "chain", "retain": 64, "diverse": True},
     "the same, refocusing": {"speculate": "chain", "retain": 64, "diverse": True, "refocus": 0.7},
 }
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A question about a scene."""
-
-    scene: Scene
-    turn: Turn
-    uri: str
-
-    @property
-    def length(self) -> int:
-        return LONG_ANSWER if self.turn.kind == "description" else SHORT_ANSWER
-
-    def body(self, **options: Any) -> dict[str, Any]:
-        parts = [{"type": "image_url", "image_url": {"url": self.uri}}, {"type": "text", "text": self.turn.question}]
-        messages = [{"role": "user", "content": parts}]
-        return {"model": "sapling", "messages": messages, "max_completion_tokens": self.length, **options}
-
-
-def questions(count: int) -> list[Ask]:
-    """Mixed: of each scene three short questions and a description."""
-    found: list[Ask] = []
-    index = 0
-    while len(found) < count:
-        scene = make_scene("test", 5000 + index)
-        data = BytesIO()
-        render(scene).save(data, "PNG")
-        uri = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-        turns = evaluation_turns(scene, 3)
-        short = [turn for turn in turns if turn.kind != "description"][:3]
-        found += [Ask(scene, turn, uri) for turn in [*short, *(t for t in turns if t.kind == "description")]]
-        index += 1
-    return found[:count]
-
-
-def quality(asked: list[Ask], answers: list[str]) -> dict[str, float]:
-    """Of short answers the share of exact ones, of descriptions what they name and quote, in per cent."""
-    tally = Tally()
-    for ask, answer in zip(asked, answers, strict=True):
-        if ask.turn.kind == "description":
-            tally.description(ask.scene, answer)
-        else:
-            tally.exact(ask.turn, answer)
-    return {
-        "exact": 100 * sum(tally.right.values()) / max(1, sum(tally.asked.values())),
-        "objects recall": 100 * tally.found / max(1, tally.present),
-        "objects precision": 100 * tally.found / max(1, tally.claimed),
-        "texts": 100 * tally.quoted / max(1, tally.written),
-    }
 
 
 def baseline(folder: Path, count: int) -> None:
@@ -148,6 +94,13 @@ def load(folder: Path, count: int) -> None:
                 })  # fmt: skip
                 found.sort(key=lambda row: (list(SETTINGS).index(row["setting"]), row["clients"]))
                 keep(folder, "load", found)
+
+
+def turns(folder: Path, count: int) -> None:
+    """Conversations of three short questions about a picture, pruned and drafted."""
+    asked, options = questions(4 * (count + 1)), SETTINGS["pruned to R̄ 64, chains"]
+    about = [asked[start : start + TURNS] for start in range(0, len(asked), 4)]
+    keep(folder, "turns", measure([[(ask.body(**options), ask.turn) for ask in some] for some in about]))
 
 
 def soak(folder: Path, count: int) -> None:
@@ -268,11 +221,12 @@ def report(folder: Path) -> None:
 class Options:
     """What to measure, and how much of it."""
 
-    what: tyro.conf.Positional[Literal["baseline", "load", "soak", "hostile", "terminate", "kills", "report"]]
+    what: tyro.conf.Positional[Literal["baseline", "load", "turns", "soak", "hostile", "terminate", "kills", "report"]]
     folder: Path = Path("runs/serving")
     """Where figures are kept."""
     count: int | None = None
-    """Requests or kills. None: 128 of baseline, load and terminate, 5,000 of the soak, 10,000 hostile ones, 50 kills."""
+    """Requests, conversations or kills. None: 128 of baseline, load and terminate, 40 conversations, 5,000 of the soak, 10,000
+    hostile ones, 50 kills."""
 
 
 def main(options: Options) -> None:
@@ -281,8 +235,8 @@ def main(options: Options) -> None:
         report(options.folder)
         return
     work, count = {
-        "baseline": (baseline, 128), "load": (load, 128), "soak": (soak, 5000), "hostile": (hostile_requests, 10_000),
-        "terminate": (terminate, 128), "kills": (kills, 50),
+        "baseline": (baseline, 128), "load": (load, 128), "turns": (turns, 40), "soak": (soak, 5000),
+        "hostile": (hostile_requests, 10_000), "terminate": (terminate, 128), "kills": (kills, 50),
     }[options.what]  # fmt: skip
     work(options.folder, options.count or count)
 

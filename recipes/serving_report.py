@@ -16,6 +16,8 @@ def sections(found: dict[str, Any]) -> list[str]:
             "Streams of clients that ask one question after another.",
             _load(found["load"], found.get("baseline")),
         ]
+    if "turns" in found:
+        parts += ["## Conversations", *_turns(found["turns"])]
     if "soak" in found:
         soak = found["soak"]
         parts += ["## Soak", (
@@ -50,6 +52,25 @@ def sections(found: dict[str, Any]) -> list[str]:
     if faults:
         parts += ["## Faults", "\n".join(faults)]
     return parts
+
+
+def _turns(found: dict[str, Any]) -> list[str]:
+    ways = found["ways"]
+    turns = len(next(iter(ways.values()))["first"])
+    lines = [
+        f"| | {' | '.join(f'turn {number + 1}, s' for number in range(turns))} | exact |",
+        f"|---|{'---|' * (turns + 1)}",
+        *(
+            f"| {name} | {' | '.join(f'{first:.2f}' for first in way['first'])} | {way['right']:.1f} |"
+            for name, way in ways.items()
+        ),
+    ]
+    says = (
+        f"{found['conversations']} conversations of {turns} short questions about one picture, pruned to R̄ = 64 with chains, "
+        "one request at a time; servers with and without a prefix cache take turns. Seconds to the first token, medians. "
+        f"{found['same']} of {found['answers']} answers are the same."
+    )
+    return [says, "\n".join(lines)]
 
 
 def _load(rows: list[dict[str, Any]], single: dict[str, Any] | None) -> str:

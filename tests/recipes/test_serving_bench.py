@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("psutil")
 
-from recipes import serving_bench
+from recipes.serving_questions import quality, questions
 from recipes.serving_report import sections
 
 
@@ -26,7 +26,15 @@ def test_faults_are_told_in_a_line_each():
 
 
 def test_questions_are_mixed_and_graded_by_their_kind():
-    asked = serving_bench.questions(8)
+    asked = questions(8)
     assert [ask.turn.kind == "description" for ask in asked] == [False, False, False, True] * 2
-    found = serving_bench.quality(asked, [ask.turn.answer for ask in asked])
+    found = quality(asked, [ask.turn.answer for ask in asked])
     assert found["exact"] == found["objects recall"] == found["texts"] == 100
+
+
+def test_conversations_are_shown_with_what_the_cache_changes():
+    ways = {"prefix cache": {"first": [0.3, 0.1], "right": 90.0}, "none": {"first": [0.3, 0.4], "right": 90.0}}
+    shown = "\n".join(sections({"turns": {"conversations": 2, "answers": 4, "same": 4, "ways": ways}}))
+    assert "| prefix cache | 0.30 | 0.10 | 90.0 |" in shown
+    assert "| none | 0.30 | 0.40 | 90.0 |" in shown
+    assert "4 of 4 answers are the same" in shown
