@@ -33,6 +33,26 @@ from twigvlm.loading import SAPLING, load
 from twigvlm.sapling import twig_path
 
 PLAIN = "vLLM"
+COLUMNS = (
+    "system",
+    "tokens/s",
+    "× vLLM",
+    "prefill, ms",
+    "decode, ms/token",
+    "accepted",
+    "tokens",
+    "recall %",
+    "precision %",
+    "read %",
+    "as plain vLLM",
+)
+NOTE = (
+    "Speeds count new tokens over the whole time of the answers, preprocessing and vision included. Prefill is the median "
+    "time of answers of one token; with a twig, vLLM has drafted the tokens after it by then, so it includes as many draft "
+    "steps as it drafts tokens. Decode is the time of each token after the first: that of the whole answers less that of "
+    "answers of one token. Accepted are drafted tokens per step that verified some. Recall and precision are of the things "
+    "that descriptions name, read is the share of signs that they quote."
+)
 
 
 @dataclass(frozen=True)
@@ -151,6 +171,13 @@ def measure(options: Options, systems: Sequence[System], prompts: Sequence[dict[
     return records
 
 
+def decode_time(records: Sequence[dict[str, Any]]) -> str:
+    """Milliseconds of each token after the first, in a cell of a table; of records whose prefill was measured."""
+    seconds = sum(record["seconds"] - record["prefill"] for record in records)
+    tokens = sum(len(ids) - 1 for record in records for ids in record["ids"])
+    return f"{1000 * seconds / tokens:.1f}" if tokens else "–"
+
+
 def summarise(records: Sequence[dict[str, Any]], asked: Sequence[Question], namer: Namer) -> list[str]:
     """A table for each size of batch: speed, and the quality of the same answers."""
     sections = []
@@ -165,7 +192,8 @@ def summarise(records: Sequence[dict[str, Any]], asked: Sequence[Question], name
             texts = [(record["first"] + at, text) for record in of_system for at, text in enumerate(record["texts"])]
             worth = quality([score(asked[number], text, namer) for number, text in texts])
             drafts, accepted = (sum(record[key] for record in of_system) for key in ("drafts", "accepted"))
-            prefills = [record["prefill"] for record in of_system if record["prefill"] is not None]
+            single = [record for record in of_system if record["prefill"] is not None]
+            prefill = 1000 * statistics.median(record["prefill"] for record in single) if single else None
             same = sum(
                 one == other
                 for record in of_system
@@ -176,31 +204,16 @@ def summarise(records: Sequence[dict[str, Any]], asked: Sequence[Question], name
                     name,
                     f"{speed[name]:.1f}",
                     f"{speed[name] / speed[PLAIN]:.2f}" if PLAIN in speed else "–",
-                    f"{1000 * statistics.median(prefills):.0f}" if prefills else "–",
+                    "–" if prefill is None else f"{prefill:.0f}",
+                    decode_time(single),
                     f"{accepted / drafts:.2f}" if drafts else "–",
                     f"{tokens / len(texts):.0f}",
                     *(percent(share) for share in (worth.recall, worth.precision, worth.read)),
                     f"{same}/{len(texts)}" if plain else "–",
                 ]
             )
-        head = [
-            "system",
-            "tokens/s",
-            "× vLLM",
-            "prefill, ms",
-            "accepted",
-            "tokens",
-            "recall %",
-            "precision %",
-            "read %",
-        ]
-        sections += [f"## {rows} at once", table([*head, "as plain vLLM"], lines)]
-    note = (
-        "Speeds count new tokens over the whole time of the answers, preprocessing and vision included. Prefill is the median "
-        "time of answers of one token. Accepted are drafted tokens per step that verified some. Recall and precision are of the "
-        "things that descriptions name, read is the share of signs that they quote."
-    )
-    return [*sections, note]
+        sections += [f"## {rows} at once", table(COLUMNS, lines)]
+    return [*sections, NOTE]
 
 
 def main(options: Options) -> None:

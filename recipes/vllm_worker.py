@@ -42,6 +42,9 @@ def serve(connection: Connection, system: System) -> None:
     # Processes take turns: threads of those that wait must not spin.
     os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ENABLE_V1_MULTIPROCESSING="0", KMP_BLOCKTIME="0")
     os.environ.update(OMP_WAIT_POLICY="passive", VLLM_LOGGING_LEVEL="ERROR")
+    if system.tokens or system.overrides:
+        # vLLM's second model runner drafts on few bases, and on none in scout mode.
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     answer = {"vllm": _vllm, "hf": _hf, "twigvlm": _twigvlm}[system.engine](system)
     connection.send("ready")
     while (request := connection.recv()) is not None:

@@ -13,15 +13,24 @@ import torch
 from twigvlm import TwigVLMError
 from twigvlm.integrations.vllm import DRAFTER, TESTED, refusal_of, register
 from twigvlm.integrations.vllm.arithmetic import (
+    following_indices,
     following_positions,
     moved_by,
-    slots_of_newest,
+    position_buffer,
     split_deepstack,
+    take_indices,
     with_offsets,
     without_offsets,
 )
-from twigvlm.integrations.vllm.budget import check_question, kept_tokens, positions_around
-from twigvlm.integrations.vllm.layout import FORMAT, check_attention, check_stages, check_target
+from twigvlm.integrations.vllm.budget import check_question, kept_tokens, parts, positions_around
+from twigvlm.integrations.vllm.layout import (
+    FORMAT,
+    check_attention,
+    check_runner,
+    check_scout,
+    check_stages,
+    check_target,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,14 +110,42 @@ def test_positions_that_follow_on_three_axes():
     assert torch.equal(following[:, :7], first[:, 1:])
     assert following[:, 7].tolist() == [6, 6, 6]
     assert following[:, 8:].tolist() == [[8, 9]] * 3
-    assert torch.equal(following_positions(slots, None), slots + 1)
 
 
-def test_slots_of_the_newest_tokens():
-    blocks = torch.tensor([[5, 2, 9], [7, 1, 3]], dtype=torch.int32)
-    slots = slots_of_newest(torch.tensor([1, 9], dtype=torch.int32), blocks, 4)
-    assert slots.tolist() == [5 * 4, 3 * 4]
-    assert slots_of_newest(torch.tensor([4, 5]), blocks, 4).tolist() == [5 * 4 + 3, 1 * 4]
+LONGEST, BLOCK = 16, 4
+
+
+def step_of_vllm(position, blocks, length):
+    """The next position, slot and length of a request's draft, as vLLM's `eagle_step_slot_mapping_metadata_kernel` counts."""
+    if position + 1 >= LONGEST:
+        return 0, -1, 1
+    return position + 1, blocks[(position + 1) // BLOCK] * BLOCK + (position + 1) % BLOCK, length + 1
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_drafts_go_on_where_their_sequences_end(axes):
+    """Of two requests, one is at positions beyond the longest sequence, as after a pruned picture, and one behind its index, as
+    after a picture of Qwen's; the first has a rejected draft, and the last two slots are padding."""
+    first, second = torch.tensor([100, 101, 102]), torch.tensor([5, 6])
+    given = torch.cat((first, second, torch.tensor([77, 77])))
+    buffer = torch.zeros(9, dtype=torch.long) if axes == 1 else torch.zeros(3, 9, dtype=torch.long)
+    buffer[..., :7] = given
+    lengths, starts = torch.tensor([9, 11], dtype=torch.int32), torch.tensor([0, 3, 5], dtype=torch.int32)
+    gaps = take_indices(buffer[..., :7], lengths, starts)
+    assert buffer[..., :5].view(-1, 5).tolist() == [[6, 7, 8, 9, 10]] * axes
+    # The runner takes the sampled slots, and goes on from the first axis.
+    counted, slots = [[int(index)] for index in buffer.view(axes, -1)[0, [1, 4]]], [[], []]
+    sizes = [9 - 1, 11]
+    for step in range(3):
+        for request, blocks in enumerate(([5, 2, 9, 1], [7, 3, 4, 8])):
+            index, slot, sizes[request] = step_of_vllm(counted[request][-1], blocks, sizes[request])
+            counted[request].append(index)
+            slots[request].append(slot)
+        buffer[..., :2] = torch.tensor([counted[0][-1], counted[1][-1]])
+        following = following_indices(buffer[..., :4], gaps)[..., :2]  # two more are padding
+        assert following.view(-1, 2).tolist() == [[101 + step + 2, 6 + step + 2]] * axes
+    assert slots == [[9 * 4, 9 * 4 + 1, 9 * 4 + 2], [4 * 4 + 3, 8 * 4, 8 * 4 + 1]]
+    assert sizes == [8 + 3, 11 + 3]
 
 
 def test_deepstack_is_split_off():
@@ -153,7 +190,7 @@ def test_offsets_survive_every_number_format(dtype):
 
 @pytest.mark.parametrize("axes", [1, 3])
 def test_positions_are_moved_at_one_address(axes):
-    offsets, out = torch.tensor([[0, 5, 9], [0, 6, 9], [0, 7, 9]]), torch.zeros(3, 3, dtype=torch.long)
+    offsets, out = torch.tensor([[0, 5, 9], [0, 6, 9], [0, 7, 9]]), position_buffer(3)
     shape = (2,) if axes == 1 else (3, 2)
     for start in (1, 4):
         positions = torch.arange(start, start + 2).expand(shape)
@@ -163,6 +200,16 @@ def test_positions_are_moved_at_one_address(axes):
         assert moved.data_ptr() == out.data_ptr()
 
 
+def test_positions_of_the_most_tokens_are_not_contiguous_as_those_of_fewer():
+    """torch.compile traces with the most, and the code that it makes is for all."""
+    for tokens in (8, 3):
+        moved = moved_by(
+            torch.arange(tokens).expand(3, -1), torch.zeros(3, 8, dtype=torch.long), 10, position_buffer(8)
+        )
+        assert moved.tolist() == [list(range(tokens))] * 3
+        assert not moved.is_contiguous()
+
+
 def test_engines_that_a_twig_cannot_serve_are_refused():
     check_stages(SimpleNamespace(pipeline_parallel_size=1), "it works")
     with pytest.raises(ValueError, match="it works on one pipeline stage; use --tensor-parallel-size"):
@@ -170,6 +217,37 @@ def test_engines_that_a_twig_cannot_serve_are_refused():
     check_attention("FLASH_ATTN")
     with pytest.raises(ValueError, match=r'FLASHINFER; add "attention_backend": "FLASH_ATTN"'):
         check_attention("FLASHINFER")
+    check_runner(second=False)
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        check_runner(second=True)
+
+
+def engine(stages=1, captured=False, rate=None):
+    multimodal = SimpleNamespace(video_pruning_rate=rate)
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        compilation_config=SimpleNamespace(cudagraph_mm_encoder=captured),
+        model_config=SimpleNamespace(get_multimodal_config=lambda: multimodal),
+    )
+
+
+def test_options_that_scout_mode_does_not_know_are_refused_in_one_line():
+    check_scout(engine())
+    check_scout(engine(rate=0.0))
+    for config, words in (
+        (engine(stages=2), "--tensor-parallel-size"),
+        (engine(captured=True), "cudagraph_mm_encoder=true .*; leave it out of --compilation-config"),
+        (engine(rate=0.5), "--video-pruning-rate 0.5 .*; leave it out"),
+    ):
+        with pytest.raises(ValueError, match=words) as refused:
+            check_scout(config)
+        assert "\n" not in str(refused.value)
+
+
+def test_pictures_go_through_the_tower_in_parts():
+    assert parts([4, 4, 4], 8) == [(0, 2), (2, 3)]
+    assert parts([9, 3, 5, 1, 20], 8) == [(0, 1), (1, 3), (3, 4), (4, 5)]  # one of more than 8 goes alone
+    assert parts([4], 8) == [(0, 1)]
 
 
 def test_a_request_may_say_its_own_budget():

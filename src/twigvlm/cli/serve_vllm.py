@@ -33,7 +33,7 @@ def serve_with_vllm(
     """Replace this process by `vllm serve`.
 
     Args:
-        options: of the command.
+        options: options of the command.
         folder: for the export.
         host: address to listen on.
         port: to listen on.
@@ -103,11 +103,11 @@ def export(options: ServiceOptions, folder: Path) -> tuple[dict[str, str], list[
     """Export base and twig unless that was done before; the environment and the command that serve them.
 
     Args:
-        options: of the command.
+        options: options of the command.
         folder: for both.
 
     Raises:
-        TwigVLMError: the directory holds the export of another model, or what `twigvlm export vllm` raises.
+        TwigVLMError: the directory holds the export of another model or has been moved, or what `twigvlm export vllm` raises.
     """
     asked = Export(
         to="vllm",
@@ -131,6 +131,12 @@ def export(options: ServiceOptions, folder: Path) -> tuple[dict[str, str], list[
     if other:
         raise TwigVLMError(
             f"export {str(folder)!r}: holds an export with other options ({', '.join(other)}); name another directory"
+        )
+    place = Path(found["serve"][2]).parent  # of the base, whose path is absolute, as the drafter's is
+    if place.resolve() != folder.resolve():
+        raise TwigVLMError(
+            f"export {str(folder)!r}: was made as {str(place)!r}, where its paths lead to; move it back there, or name another "
+            "directory"
         )
     return found["environment"], found["serve"]
 

@@ -6,32 +6,39 @@ would use, are not needed, because the drafter has the trunk's layers itself.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 BASE = 128
 """Of the two digits that a place is written with: numbers below it are exact in every number format."""
 
 
-def following_positions(positions: Tensor, starts: Tensor | None) -> Tensor:
+def following_positions(positions: Tensor, starts: Tensor) -> Tensor:
     """Positions of the tokens that the slots hold, from those of the slots.
 
     Where positions count the tokens this is not needed: they are one less for all tokens of a request, and rotary attention sees
     differences alone. With M-RoPE, and where visual tokens have left, the step from a token to the next differs.
 
     Args:
-        positions: of the slots, [tokens] or [3, tokens].
-        starts: where the requests begin, and where the last one ends, [requests + 1]; None: every slot is a request.
+        positions: positions of the slots, [tokens] or [3, tokens].
+        starts: where the requests begin, and where the last one ends, [requests + 1].
 
     Returns:
-        Positions of the same shape; of each request's last slot: one more, as behind text.
+        Positions of the same shape; of each request's last slot: one more, as after text.
     """
-    following = positions + 1
-    if starts is None:
-        return following
     ends = starts[1:] - 1
     inside = torch.ones(positions.shape[-1], dtype=torch.bool, device=positions.device)
     inside[ends.clamp(min=0).long()] = False
     shifted = positions.roll(-1, dims=-1)
-    return torch.where(inside, shifted, following)
+    return torch.where(inside, shifted, positions + 1)
+
+
+def position_buffer(tokens: int) -> Tensor:
+    """Where `moved_by` writes the positions of at most that many tokens, [3, tokens + 1].
+
+    One column is never used, as in vLLM's own buffer (`v1/worker/gpu_model_runner.py`, `mrope_positions`): torch.compile traces
+    with the most tokens, and would take for granted that positions are contiguous, which those of fewer tokens are not.
+    """
+    return torch.zeros(3, tokens + 1, dtype=torch.long)
 
 
 def moved_by(positions: Tensor, offsets: Tensor, last: int, out: Tensor) -> Tensor:
@@ -41,7 +48,7 @@ def moved_by(positions: Tensor, offsets: Tensor, last: int, out: Tensor) -> Tens
         positions: [tokens] or [3, tokens].
         offsets: [3, most tokens]; of positions on one axis its first row counts.
         last: the largest position.
-        out: [3, most tokens]; it is overwritten.
+        out: what `position_buffer` makes; it is overwritten.
 
     Returns:
         A part of `out`, of the shape of the positions.
@@ -56,7 +63,7 @@ def split_deepstack(embeddings: Tensor, width: int) -> tuple[Tensor, Tensor | No
 
     Args:
         embeddings: [tokens, width × (1 + levels)].
-        width: of the states.
+        width: width of the states.
 
     Returns:
         [tokens, width], and [tokens, width × levels]; None: there is no level.
@@ -70,7 +77,7 @@ def with_offsets(features: Tensor, offsets: Tensor) -> Tensor:
     """Features with the tokens' offsets in their picture behind them, as pairs of digits.
 
     Args:
-        features: of the kept visual tokens, [tokens, columns].
+        features: features of the kept visual tokens, [tokens, columns].
         offsets: how far each is from its picture's first position, on each axis, [tokens, axes]; less than 16,384.
 
     Returns:
@@ -93,21 +100,34 @@ def without_offsets(features: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     return features[:, :columns], digits[..., 0] * BASE + digits[..., 1]
 
 
-def slots_of_newest(lengths: Tensor, blocks: Tensor, block_size: int) -> Tensor:
-    """Where each request's newest token goes in a paged cache.
+def take_indices(positions: Tensor, lengths: Tensor, starts: Tensor) -> Tensor:
+    """Write the slots' indices in their sequences over their positions.
 
-    vLLM 0.32 (`v1/spec_decode/llm_base_proposer.py`, `_update_positions_dependent_metadata`) takes the rotary position for
-    the index in the sequence when it drafts a second token; with M-RoPE they differ behind an image, and the keys of a
-    draft would overwrite those of the prompt.
+    vLLM 0.32 (`v1/spec_decode/llm_base_proposer.py`, `_update_positions_dependent_metadata`) takes the position for the index in
+    the sequence when it drafts a second token. With M-RoPE and in scout mode they differ after a picture: a draft's keys would
+    overwrite those of the prompt, and where positions exceed the longest sequence vLLM would begin at position 0 again.
 
     Args:
-        lengths: of the sequences, the newest token included, [requests].
-        blocks: of each request in order, [requests, blocks].
-        block_size: tokens of a block.
+        positions: positions of the slots in vLLM's own buffer, [tokens] or [3, tokens]; it is overwritten.
+        lengths: lengths of the sequences, all slots included, [requests].
+        starts: where the requests begin, and where the last one ends, [requests + 1].
 
     Returns:
-        [requests].
+        By how much the position of each request's last slot exceeded its index, [requests] or [3, requests].
     """
-    index = (lengths.long() - 1).clamp(min=0)
-    block = blocks.gather(1, (index // block_size)[:, None])[:, 0].long()
-    return block * block_size + index % block_size
+    slots, ends = torch.arange(positions.shape[-1], device=positions.device), starts[1:].long()
+    request = torch.bucketize(slots, ends, right=True).clamp(max=len(ends) - 1)  # of padding: the last one
+    indices = slots + (lengths.long() - ends)[request]
+    gaps = (positions - indices)[..., (ends - 1).clamp(min=0)]
+    positions.copy_(indices)
+    return gaps
+
+
+def following_indices(indices: Tensor, gaps: Tensor) -> Tensor:
+    """Positions of the tokens that the slots hold, one slot of each request, from the slots' indices.
+
+    Args:
+        indices: indices of the slots in their sequences, [tokens] or [3, tokens]; padding comes last.
+        gaps: by how much positions exceed indices, [requests] or [3, requests].
+    """
+    return indices + 1 + pad(gaps, (0, indices.shape[-1] - gaps.shape[-1]))

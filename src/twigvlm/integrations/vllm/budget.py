@@ -1,6 +1,7 @@
 """What scout mode keeps of a picture, and where the tokens around it stand."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from math import ceil
 from typing import Any
 
@@ -12,6 +13,8 @@ from twigvlm.pruning.budget import average_scouted, solve_scouted
 
 OPTIONS = ("question", "retain", "keep", "diverse")
 """What a request may say in `mm_processor_kwargs`."""
+PATCHES = 16_384
+"""Of pictures that go through the vision tower together."""
 
 
 def kept_tokens(settings: Mapping[str, Any], options: Mapping[str, object], visual: int) -> int:
@@ -21,7 +24,7 @@ def kept_tokens(settings: Mapping[str, Any], options: Mapping[str, object], visu
 
     Args:
         settings: `twig_scout` of the model's config.
-        options: of the request: `keep` (R) or `retain` (R̄), instead of the settings' R̄.
+        options: options of the request: `keep` (R) or `retain` (R̄), instead of the settings' R̄.
         visual: M, the picture's visual tokens.
 
     Raises:
@@ -45,9 +48,9 @@ def check_question(ids: Sequence[int], image_token: int, limit: int) -> None:
     """Refuse a question that a picture cannot be ranked for, in the server's process: in the model's, an error ends it for all.
 
     Args:
-        ids: of the prompt around the question, the picture one token.
+        ids: ids of the prompt around the question, the picture one token.
         image_token: its id.
-        limit: of tokens, for a whole prompt. The picture, whose size the processor bounds, does not count.
+        limit: largest number of tokens of a whole prompt. The picture, whose size the processor bounds, does not count.
 
     Raises:
         TwigVLMError: the question holds picture tokens, or is too long.
@@ -58,11 +61,27 @@ def check_question(ids: Sequence[int], image_token: int, limit: int) -> None:
         raise TwigVLMError(f"question: makes a prompt of {len(ids) - 1} tokens, of at most {limit}; shorten it")
 
 
+def parts(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Which pictures go through the vision tower together: the first of them, and the one after the last.
+
+    Args:
+        sizes: sizes of the pictures.
+        limit: largest size of a part of several pictures.
+    """
+    cuts, held = [0], 0
+    for index, size in enumerate(sizes):
+        if index and held + size > limit:
+            cuts.append(index)
+            held = 0
+        held += size
+    return list(pairwise([*cuts, len(sizes)]))
+
+
 def positions_around(tokens: int, pictures: Sequence[tuple[int, Tensor, int]]) -> tuple[Tensor, int]:
     """Positions as in the whole prompt.
 
     Args:
-        tokens: of the prompt, as far as they are kept.
+        tokens: number of tokens of the prompt, as far as they are kept.
         pictures: where each begins; how far its kept tokens are from its first position, [3, R], as far as that is known; and by
             how much what follows is further on than its beginning.
 

@@ -29,13 +29,15 @@ from vllm.model_executor.models.utils import (
 from vllm.platforms import current_platform
 
 from twigvlm.integrations.vllm.arithmetic import (
+    following_indices,
     following_positions,
     moved_by,
-    slots_of_newest,
+    position_buffer,
     split_deepstack,
+    take_indices,
     without_offsets,
 )
-from twigvlm.integrations.vllm.layout import check_attention, check_target
+from twigvlm.integrations.vllm.layout import check_attention, check_runner, check_target
 
 _log = init_logger(__name__)
 
@@ -85,7 +87,7 @@ class TwigLayers(nn.Module):
         """Normed states [tokens, width], which the head takes, and those before the norm.
 
         Args:
-            embeddings: of the tokens, images merged, [tokens, width].
+            embeddings: embeddings of the tokens, images merged, [tokens, width].
             positions: [tokens], or [3, tokens] with M-RoPE.
             deepstack: added to the states after the trunk's first layers, [tokens, width × levels].
         """
@@ -107,6 +109,9 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         nn.Module.__init__(self)
         config = vllm_config.speculative_config.draft_model_config.hf_config
         check_target(config.twigvlm, vllm_config.model_config.hf_text_config, vllm_config.parallel_config)
+        self._target_mrope = vllm_config.model_config.uses_mrope
+        if self._target_mrope:
+            check_runner(vllm_config.use_v2_model_runner)
         if current_platform.is_cpu():
             _log.warning(
                 "twigvlm: vLLM 0.32 samples wrongly on a CPU with any drafter; ask with temperature 0, or serve without one"
@@ -129,8 +134,6 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         ids = nn.Parameter(torch.zeros(config.draft_vocab_size, dtype=torch.long), requires_grad=False)
         self.draft_id_to_target_id = ids if reduced else None
         self.use_parallel_drafting = False
-        self._cache = vllm_config.cache_config
-        self._target_mrope = vllm_config.model_config.uses_mrope
         levels = config.twigvlm["deepstack_levels"]
         if self._target_mrope:
             check_attention(self._first_attention.attn_backend.get_name())
@@ -140,7 +143,9 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         self.deepstack = torch.zeros(tokens, config.hidden_size * levels) if levels else None
         # In scout mode how far each visual token is from its picture's first position, on three axes or one.
         self.offsets = torch.zeros(3, tokens, dtype=torch.long)
-        self.positions = torch.zeros_like(self.offsets)
+        self.positions = position_buffer(tokens)
+        self._begins = False
+        self._gaps = self.offsets[:, :0]
         self._embeddings: Tensor | None = None
 
     def embed_input_ids(
@@ -194,24 +199,22 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         return self._embeddings[: len(embeddings)].copy_(embeddings)
 
     def _following(self, positions: Tensor) -> Tensor:
-        """Positions of the slots' tokens where the target's have three axes, once their indices in the cache are put right."""
-        context = get_forward_context()
-        metadata = context.attn_metadata
-        name = self._first_attention.layer_name
-        of_layer = metadata.get(name) if isinstance(metadata, dict) else None
-        starts = getattr(of_layer, "query_start_loc", None)
-        if of_layer is not None and of_layer.max_query_len == 1:
-            slots = slots_of_newest(of_layer.seq_lens, of_layer.block_table, self._cache.block_size)
-            for mapping in (context.slot_mapping.get(name), of_layer.slot_mapping):
-                if mapping is not None:  # one buffer for all layers of the drafter
-                    given = mapping[: len(slots)]
-                    # Negative: padding of a captured graph, or a draft beyond the longest sequence.
-                    given.copy_(torch.where(given < 0, given, slots[: len(given)].to(given.dtype)))
-            starts = None
-        return following_positions(positions, starts)
+        """Positions of the slots' tokens where the target's have three axes; vLLM's own buffer gets the slots' indices."""
+        metadata = get_forward_context().attn_metadata
+        of_layer = metadata.get(self._first_attention.layer_name) if isinstance(metadata, dict) else None
+        if of_layer is None:  # a pass without a cache, before vLLM serves
+            return positions + 1
+        if not self._begins:
+            return following_indices(positions, self._gaps)
+        self._begins = False
+        following = following_positions(positions, of_layer.query_start_loc)
+        self._gaps = take_indices(positions, of_layer.seq_lens, of_layer.query_start_loc)
+        return following
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
-        """As they are: runners copy them, and `forward` does not look at them."""
+        """As they are: runners copy them, and `forward` does not look at them. The first runner calls this once for each draft,
+        before its first pass."""
+        self._begins = True
         return hidden_states
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -40,6 +40,36 @@ def check_target(record: dict[str, Any], target: Any, parallel: Any) -> None:
     check_stages(parallel, "a twig drafts")
 
 
+def check_runner(second: bool) -> None:
+    """Refuse vLLM's second model runner for drafts on a base with M-RoPE, and in scout mode.
+
+    Args:
+        second: whether vLLM runs its second model runner.
+    """
+    if second:
+        raise ValueError(
+            "twigvlm: vLLM's second model runner gives drafts no positions of a base with M-RoPE or in scout mode; set the "
+            "environment variable VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+
+
+def check_scout(config: Any) -> None:
+    """Refuse options of vLLM that scout mode does not know.
+
+    Args:
+        config: vLLM's configuration.
+    """
+    check_stages(config.parallel_config, "the places of kept tokens are known")
+    if config.compilation_config.cudagraph_mm_encoder:
+        raise ValueError(
+            "twigvlm: cudagraph_mm_encoder=true captures the vision tower without the ranking of scout mode; leave it out of "
+            "--compilation-config"
+        )
+    rate = config.model_config.get_multimodal_config().video_pruning_rate
+    if rate:
+        raise ValueError(f"twigvlm: --video-pruning-rate {rate:g} does not work in scout mode; leave it out")
+
+
 def check_stages(parallel: Any, what: str) -> None:
     """Refuse an engine with pipeline stages.
 

@@ -30,9 +30,9 @@ class Ranking(nn.Module):
     """Trunk and twig of an export, as transformers' decoder layers.
 
     Args:
-        folder: of the export.
-        dtype: of the layers.
-        device: of the layers.
+        folder: directory of the export.
+        dtype: data type of the layers.
+        device: device of the layers.
     """
 
     def __init__(self, folder: str | Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -64,9 +64,9 @@ class Ranking(nn.Module):
         """Which visual tokens of a prompt stay: their indices among its visual tokens, ascending, [keep].
 
         Args:
-            embeddings: of the prompt, the picture merged, [tokens, width].
+            embeddings: embeddings of the prompt, the picture merged, [tokens, width].
             visual: True at visual tokens, [tokens]; the last token is none.
-            positions: of the tokens, [1, tokens], or [3, tokens] with M-RoPE.
+            positions: positions of the tokens, [1, tokens], or [3, tokens] with M-RoPE.
             keep: R.
             select: chooses among the ranked tokens.
         """

@@ -2,14 +2,15 @@
 
 vLLM's own interfaces carry it. The placeholder of a picture is as long as what is kept. The question comes with the request
 (`mm_processor_kwargs`), and so into the picture's hash, by which vLLM caches embeddings and prefixes. Positions other than 0, 1,
-2, … are those of M-RoPE: a picture's tokens all get its first one, and what stands behind it the ones that it has in the whole
-prompt. Where each kept token belongs is known after the ranking only: that is written behind its features and added to its
+2, … are those of M-RoPE: a picture's tokens all get its first one, and what follows it the ones that it has in the whole
+prompt. Where each kept token belongs is known after the ranking only: that is written after its features and added to its
 position when it enters the decoder, as it is in the drafter.
 
 Here is what all bases share, to be mixed into vLLM's own classes of a base (`scout_llava.py`, `scout_qwen.py`).
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +19,9 @@ from vllm.config import VllmConfig
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptReplacement
 
-from twigvlm.integrations.vllm.arithmetic import moved_by, with_offsets, without_offsets
-from twigvlm.integrations.vllm.budget import OPTIONS, check_question, kept_tokens
-from twigvlm.integrations.vllm.layout import check_stages
+from twigvlm.integrations.vllm.arithmetic import moved_by, position_buffer, with_offsets, without_offsets
+from twigvlm.integrations.vllm.budget import OPTIONS, PATCHES, check_question, kept_tokens, parts
+from twigvlm.integrations.vllm.layout import check_scout
 from twigvlm.integrations.vllm.ranking import Ranking
 from twigvlm.pruning.select import Select, best, diverse
 
@@ -67,7 +68,7 @@ class ScoutProcessor(Base):
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         fields = super()._get_mm_fields_config(hf_inputs, _others(hf_processor_mm_kwargs))
-        batched = MultiModalFieldConfig.batched("image")
+        batched = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         return {**fields, "scout_ids": batched, "scout_keep": batched, "scout_diverse": batched}
 
     def _get_prompt_updates(
@@ -87,16 +88,31 @@ class Scout(Base):
     """A base whose decoder gets the kept visual tokens of pictures alone."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        check_stages(vllm_config.parallel_config, "the places of kept tokens are known")
+        check_scout(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.settings: dict[str, Any] = self.config.twig_scout
         self._dtype = vllm_config.model_config.dtype
         # At one address for as long as the model lives, because CUDA graphs read it there.
-        self.offsets = torch.zeros(3, vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.long)
-        self.positions = torch.zeros_like(self.offsets)
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.offsets = torch.zeros(3, tokens, dtype=torch.long)
+        self.positions = position_buffer(tokens)
+
+    @cached_property
+    def ranking(self) -> Ranking:
+        """Trunk and twig, which are no part of the checkpoint that vLLM loads. They are there from the first use on, because some
+        of vLLM's loaders do not call `load_weights`."""
+        return Ranking(self.settings["path"], self._dtype, next(self.language_model.parameters()).device)
 
     def _offsets_in_pictures(self, kwargs: Mapping[str, Any], pictures: int) -> list[Tensor]:
         """How far each visual token of each picture is from the picture's first position, on each axis: [M, axes]."""
+        raise NotImplementedError
+
+    def _patches(self, kwargs: Mapping[str, Any], pictures: int) -> list[int]:
+        """How many patches of each picture the vision tower sees."""
+        raise NotImplementedError
+
+    def _part(self, kwargs: Mapping[str, Any], first: int, end: int) -> dict[str, Any]:
+        """What the vision tower gets for some of the pictures."""
         raise NotImplementedError
 
     def load_weights(self, weights: Any) -> Any:
@@ -104,8 +120,7 @@ class Scout(Base):
         loaded = super().load_weights(weights)
         device = next(self.language_model.parameters()).device
         self.offsets, self.positions = self.offsets.to(device), self.positions.to(device)
-        ranking = Ranking(self.settings["path"], self._dtype, device)
-        object.__setattr__(self, "ranking", ranking)  # no part of the checkpoint that vLLM has loaded
+        _ = self.ranking  # now, so that vLLM counts its memory
         return loaded
 
     def embed_multimodal(self, **kwargs: object) -> Any:
@@ -116,26 +131,29 @@ class Scout(Base):
         questions: Any = kwargs.pop("scout_ids")
         keeps: Any = kwargs.pop("scout_keep")
         differ: Any = kwargs.pop("scout_diverse")
-        offsets = self._offsets_in_pictures(kwargs, len(keeps))
-        pictures: Any = super().embed_multimodal(**kwargs)
-        rows = zip(pictures, questions, keeps, differ, offsets, strict=True)
-        return [
-            self._scouted(features, ids.view(-1), int(keep), diverse if bool(other) else best, at)
-            for features, ids, keep, other, at in rows
-        ]
+        rows = list(zip(questions, keeps, differ, self._offsets_in_pictures(kwargs, len(keeps)), strict=True))
+        scouted: list[Tensor] = []
+        # vLLM lets in as many pictures as their kept tokens have room, but the tower sees all of their patches.
+        for first, end in parts(self._patches(kwargs, len(keeps)), PATCHES):
+            pictures: Any = super().embed_multimodal(**self._part(kwargs, first, end))
+            for features, (ids, keep, other, offsets) in zip(pictures, rows[first:end], strict=True):
+                select = diverse if bool(other) else best
+                scouted.append(self._scouted(features, ids.view(-1), int(keep), select, offsets))
+        return scouted
 
     def _scouted(self, features: Tensor, ids: Tensor, keep: int, select: Select, offsets: Tensor) -> Tensor:
-        token = image_token(self.config)
-        at, offsets = int((ids == token).nonzero()[0]), offsets.to(features.device)
-        embedded = self.language_model.embed_input_ids(ids.masked_fill(ids == token, 0))
+        # `ids` and `offsets` are on the CPU, so that the GPU need not be waited for.
+        token, device = image_token(self.config), features.device
+        at = int((ids == token).nonzero()[0])
+        embedded = self.language_model.embed_input_ids(ids.masked_fill(ids == token, 0).to(device))
         embedded = torch.cat((embedded[:at], features.to(embedded.dtype), embedded[at + 1 :]))
-        visual = torch.zeros(len(embedded), dtype=torch.bool, device=embedded.device)
+        visual = torch.zeros(len(embedded), dtype=torch.bool)
         visual[at : at + len(features)] = True
-        text = torch.arange(len(ids), device=embedded.device).expand(offsets.shape[1], -1)
+        text = torch.arange(len(ids)).expand(offsets.shape[1], -1)
         behind = text[:, at + 1 :] + int(offsets.max())
         positions = torch.cat((text[:, :at], at + offsets.T, behind), dim=1)
-        kept = self.ranking(embedded, visual, positions, keep, select)
-        return with_offsets(features[kept], offsets[kept])
+        kept = self.ranking(embedded, visual.to(device), positions.to(device), keep, select)
+        return with_offsets(features[kept], offsets.to(device)[kept])
 
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
@@ -144,10 +162,10 @@ class Scout(Base):
         self.offsets.zero_()
         if not multimodal_embeddings or is_multimodal is None:
             return super().embed_input_ids(input_ids)
-        parts = [without_offsets(part, self.config.get_text_config().hidden_size) for part in multimodal_embeddings]
-        offsets = torch.cat([offset for _, offset in parts]).to(self.offsets.device)
+        placed = [without_offsets(part, self.config.get_text_config().hidden_size) for part in multimodal_embeddings]
+        offsets = torch.cat([offset for _, offset in placed]).to(self.offsets.device)
         self.offsets[:, : len(input_ids)][:, is_multimodal.to(self.offsets.device)] = offsets.T
-        return super().embed_input_ids(input_ids, [part for part, _ in parts], is_multimodal=is_multimodal)
+        return super().embed_input_ids(input_ids, [part for part, _ in placed], is_multimodal=is_multimodal)
 
     def forward(
         self,

@@ -46,8 +46,14 @@ class ScoutLlava(Scout, LlavaForConditionalGeneration, SupportsMRoPE):
         whole = self.config.vision_feature_select_strategy == "full"
         self.visual = (vision.image_size // vision.patch_size) ** 2 + whole
 
-    def _places_in_pictures(self, kwargs: Mapping[str, Any], pictures: int) -> list[Tensor]:
+    def _offsets_in_pictures(self, kwargs: Mapping[str, Any], pictures: int) -> list[Tensor]:
         return [torch.arange(self.visual)[:, None]] * pictures
+
+    def _patches(self, kwargs: Mapping[str, Any], pictures: int) -> list[int]:
+        return [self.visual] * pictures
+
+    def _part(self, kwargs: Mapping[str, Any], first: int, end: int) -> dict[str, Any]:
+        return {name: values[first:end] for name, values in kwargs.items()}
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
         """Positions [3, tokens] as in the whole prompt, of each picture's tokens its first one; and what a later token's position

@@ -32,6 +32,20 @@ class _Scout(Scout):
     def _offsets_in_pictures(self, kwargs: Mapping[str, Any], pictures: int) -> list[Tensor]:
         return [_grid(size, self.config) for size in kwargs["image_grid_thw"]]
 
+    def _patches(self, kwargs: Mapping[str, Any], pictures: int) -> list[int]:
+        return [int(patches) for patches in kwargs["image_grid_thw"].prod(-1)]
+
+    def _part(self, kwargs: Mapping[str, Any], first: int, end: int) -> dict[str, Any]:
+        sizes = self._patches(kwargs, end)
+        start, stop = sum(sizes[:first]), sum(sizes[:end])
+        merged = self.config.vision_config.spatial_merge_size**2
+        rows = {
+            name: kwargs[name][start // patches : stop // patches]
+            for name, patches in (("pixel_values", 1), ("image_embeds", merged))
+            if name in kwargs
+        }
+        return {**rows, "image_grid_thw": kwargs["image_grid_thw"][first:end]}
+
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:
         """Positions [3, tokens] as in the whole prompt, of each picture's tokens its first one; and what a later token's position
         is more than its index."""
