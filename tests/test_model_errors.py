@@ -26,6 +26,8 @@ def model():
         ({"keep": 17}, "keep=17: must be 1 to 16"),
         ({"max_new_tokens": 4.5}, r"max_new_tokens=4\.5: must be a whole number"),
         ({"keep": 4, "scorer": lambda trunk: None}, "scorer: returned NoneType"),
+        ({"keep": 4, "scorer": lambda trunk: [1.0], "scout": True}, "scorer: returned list"),
+        ({"keep": 4, "scorer": lambda trunk: torch.zeros(3), "scout": True}, r"scorer: returned \(3,\)"),
         ({"keep": 4, "scorer": lambda trunk: torch.zeros(3)}, r"scorer: returned \(3,\); return .* \(1, 25\)"),
         ({"input_ids": [[1, 2]]}, "input_ids: is list"),
         ({"input_ids": torch.tensor([1, 2])}, r"input_ids: is \(2,\)"),

@@ -124,6 +124,8 @@ class PruningConfig:
 
     def _check_pruner(self) -> None:
         if self.pruner == "twig":
+            if not self.active:
+                raise TwigVLMError("pruner='twig': needs a budget; give retain or keep")
             return
         if self.retain is None:
             raise TwigVLMError(f"pruner={self.pruner!r}: needs a budget; give retain")

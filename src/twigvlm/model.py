@@ -23,15 +23,16 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.hf.checks import check_arguments, check_memory
 from twigvlm.hf.generate import TwigOutput, run_rows
 from twigvlm.hf.interface import HFInterface
-from twigvlm.hf.requests import pruner_by_name, request_row, rows_of
+from twigvlm.hf.requests import request_row, rows_of
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Pruner
+from twigvlm.pruning.methods import pruner_by_name
 from twigvlm.pruning.view import Scorer
 from twigvlm.speculation.ways import check_speculation
 from twigvlm.timing import Timings, clock_of
 from twigvlm.twig.block import Twig
 
-_RESERVE = 512  # new tokens that a cache has room for at first
+_RESERVE = 256  # new tokens that a cache has room for at first
 _disabled: ContextVar[tuple["TwigVLM", ...]] = ContextVar("twigvlm_disabled", default=())
 """Models whose twig is disabled in this thread or task."""
 
@@ -257,7 +258,8 @@ class TwigVLM(HFInterface, Calibrated):
 
         Args:
             max_rows: largest number of requests that decode together; None: as many as memory allows.
-            max_bytes: memory for keys and values; None: what is free on an accelerator, or half of the machine's memory.
+            max_bytes: memory for keys and values; None: nine tenths of what is free on an accelerator, or half
+                of the machine's memory.
             speculate: how to draft, as in `generate`.
             options: δ, θ, D, E, K_sel, N_max and n, under the names that they have in `generate`.
 

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from tests.batches import batched
 from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
-from twigvlm.engine import memory
-from twigvlm.engine.memory import row_bytes, together_bytes
 from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.random import RandomScores
@@ -159,7 +157,7 @@ def test_a_row_that_looks_again_needs_more_memory():
     for pruning in ({"keep": 6}, {"keep": 6, "refocus": 0.9}):
         engine = vlm.engine()
         engine.add(prompt(0), **pruning, max_new_tokens=4)
-        needed.append(row_bytes(vlm.base, vlm.twig, engine.waiting[0]))
+        needed.append(engine.waiting[0].cache_bytes + engine.waiting[0].sight_bytes)
     assert needed[1] - needed[0] == 16 * (32 + 2 * 32) * 4
 
 
@@ -170,8 +168,8 @@ def test_rows_that_decode_and_look_again_keep_their_memory():
     engine.add(prompt(0), **options)
     engine.step()
     engine.add(prompt(1), **options)
-    wanted = row_bytes(vlm.base, vlm.twig, engine.waiting[0])
-    engine.max_bytes = engine.runner.batch.cache.bytes() + wanted  # which leaves out what the first row looks at
+    both = engine.runner.batch.cache.bytes_of_a_row() * 2 + engine.waiting[0].sight_bytes
+    engine.max_bytes = both  # which leaves out what the first row looks at
     engine.step()
     assert len(engine.waiting) == 1
     engine.max_bytes = 10**9
@@ -214,17 +212,16 @@ def test_no_more_rows_decode_together_than_max_rows(max_rows):
     assert got == expected
 
 
-def test_rows_that_outgrew_their_estimate_keep_others_waiting(monkeypatch):
+def test_rows_that_outgrew_their_estimate_keep_others_waiting():
     """Memory is measured where an answer is longer than what its row was admitted with."""
-    monkeypatch.setattr(memory, "_ANSWER", 2)
     vlm = model()
     engine = vlm.engine()
+    engine.runner.batch.cache.reserve = 2
     first = engine.add(prompt(0), max_new_tokens=40)
     for _ in range(20):
         engine.step()
     second = engine.add(prompt(1), max_new_tokens=4)
-    engine.max_bytes = together_bytes(vlm.base, vlm.twig, [*engine.active, *engine.waiting])
-    assert engine.runner.batch.cache.bytes() + row_bytes(vlm.base, vlm.twig, engine.waiting[0]) > engine.max_bytes
+    engine.max_bytes = sum(row.cache_bytes for row in (*engine.active, *engine.waiting))
     events = list(engine.stream())
     ends = next(place for place, event in enumerate(events) if event.id == first and event.finished)
     assert ends < next(place for place, event in enumerate(events) if event.id == second)

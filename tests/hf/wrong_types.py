@@ -26,6 +26,9 @@ OF_GENERATE = {
     "attention_mask: is list": {"attention_mask": [[1]]},
     "attention_mask: is (3,)": {"attention_mask": torch.ones(3)},
     "pixel_values: is list; call the processor": {"pixel_values": [[0.0]]},
+    "pixel_values: is list; call": {"pixel_values": [torch.zeros(1, 3, 8, 8)]},
+    "token_type_ids: is list; call": {"token_type_ids": [[0]]},
+    "pruner='twig': needs a budget": {"pruner": "twig"},
     "generator=5: is no random generator": {"generator": 5, "do_sample": True},
     "memory: is dict": {"memory": {}},
 }

@@ -1,5 +1,6 @@
 """What a later prompt takes over from an earlier one, against prompts that are computed alone."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -240,3 +241,26 @@ def test_the_same_patches_in_another_grid_are_another_picture(name):
         model.generate(**picture(first), max_new_tokens=1, memory=memory)
         got = model.generate(**picture(second), max_new_tokens=6, memory=memory)
         assert torch.equal(got, model.generate(**picture(second), max_new_tokens=6))
+
+
+@dataclass
+class Seeded:
+    """A ranking that cannot be hashed, since it can be compared."""
+
+    seed: int
+
+    def __call__(self, trunk):
+        return torch.rand(trunk.tokens.visual.shape, generator=torch.Generator().manual_seed(self.seed))
+
+
+def test_rankings_that_cannot_be_hashed_are_told_apart():
+    """Each one's id is free for the next."""
+    model = TwigVLM.grow(tiny_llava(), TwigConfig(2, 2))
+
+    def kept(seed, **options):
+        options = {"keep": 4, "scorer": Seeded(seed), "max_new_tokens": 2, "return_dict_in_generate": True, **options}
+        return model.generate(**prompt(), **options).kept_indices[0].tolist()
+
+    memory = PrefixCache()
+    for seed in range(12):
+        assert kept(seed, memory=memory) == kept(seed)

@@ -5,7 +5,7 @@ import queue
 import pytest
 import torch
 
-from tests.serving.servers import NAME, chat, decoded, expected, picture, tiny_service
+from tests.serving.servers import NAME, chat, decoded, expected, picture, tiny_model, tiny_service
 from tests.serving.test_worker import outcome, value
 from twigvlm.errors import TwigVLMError
 from twigvlm.inputs import build_inputs, user_turn
@@ -60,6 +60,38 @@ def test_a_next_turn_computes_what_is_new(start, options, way):
     assert ids == alone
     whole_prompt_in_trunk = "scout" not in options and "pruner" not in options
     assert (cached > 16) == whole_prompt_in_trunk
+
+
+@pytest.mark.parametrize("name", ["scout", "before the decoder", "in the decoder"])
+def test_what_is_computed_again_is_not_called_known(start, name):
+    service = start()
+    ask(service, chat("what is it?", [picture()]))
+    assert ask(service, chat("what is it?", [picture()], **PRUNINGS[name]))[1] == 0
+    assert ask(service, chat("what is it?", [picture()], retain=8))[1] > 16
+
+
+def test_earlier_prompts_take_a_part_of_the_memory_alone(start):
+    model = tiny_model()
+    service = tiny_service(model, max_bytes=400_000)
+    for number in range(12):
+        ask(service, chat(f"question {number}", [picture()], retain=8))
+    pool = service.worker._prefixes
+    assert 0 < pool.bytes <= 100_000
+    service.stop()
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_job_is_told_of_a_failure_after_its_last_token(start, length):
+    service = start()
+
+    def keep(prefix):
+        raise torch.OutOfMemoryError("no memory")
+
+    service.worker._prefixes.keep = keep
+    events = queue.Queue()
+    request = ChatRequest.model_validate(chat("hello", [picture()], max_completion_tokens=length))
+    service.worker.submit(service.prepare(request, events.put))
+    assert outcome(events).code == "out_of_memory"
 
 
 def test_another_question_about_a_picture_does_not_look_at_it_again(start):

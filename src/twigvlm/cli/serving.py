@@ -45,9 +45,9 @@ class ServiceOptions(ModelOptions):
     def _open_service(self, limits: Limits) -> Service:
         from twigvlm.base.vision import VisionModules
         from twigvlm.cli.session import SessionConfig, open_session
-        from twigvlm.hf.requests import pruner_by_name
         from twigvlm.loading import default_twig
         from twigvlm.model import TwigVLM
+        from twigvlm.pruning.methods import pruner_by_name
         from twigvlm.pruning.methods.fitprune import FitPrune
         from twigvlm.pruning.methods.visionzip import VisionZip
         from twigvlm.pruning.projector import tuned_projector

@@ -16,7 +16,8 @@ from twigvlm.engine.row import Row, extend_all
 from twigvlm.errors import RequestRefused, TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Need, Pruner, schedule
-from twigvlm.pruning.methods import make_pruner
+from twigvlm.pruning.methods import pruner_by_name
+from twigvlm.pruning.methods.twig import tuned_pruner
 from twigvlm.pruning.refocus import check_refocus
 from twigvlm.timing import Timings, clock_of
 
@@ -39,7 +40,7 @@ class Engine:
         runner: runs the steps on the device; it belongs to this engine alone.
         make_row: turns the arguments of `add` into a row.
         max_rows: largest number of rows that decode together; None: as many as memory allows.
-        max_bytes: memory for keys and values; None: what is free on an accelerator when the engine is
+        max_bytes: memory for keys and values; None: nine tenths of what is free on an accelerator when the engine is
             created, or half of the machine's memory.
         timings: receives the seconds spent; None: nothing is timed, and the device is not synchronised.
     """
@@ -101,10 +102,13 @@ class Engine:
             TwigVLMError: a prompt that is to be pruned ends with a visual token.
         """
         self._check_whole()
+        batch = self.runner.batch
         if any(row.pruner is not None and bool(row.prompt.visual_mask[row.index, row.length - 1]) for row in rows):
             raise TwigVLMError("the prompt ends with a visual token: put text behind it, or leave pruning out")
         for row in rows:
             row.id = next(self._ids)
+            row.cache_bytes = row_bytes(self.base, batch.twig, row, batch.cache.reserve)
+            row.sight_bytes = sight_bytes(self.base, row)
             self.waiting.append(row)
         return [row.id for row in rows]
 
@@ -125,8 +129,8 @@ class Engine:
             TwigVLMError: there is no such waiting request, it is sampled or has processors or criteria of its own, the budget is
                 impossible for the prompt, or the pruner cannot choose again or was not shown the picture.
         """
-        if isinstance(pruner, str):
-            pruner = make_pruner(pruner)
+        twig = self.runner.batch.twig
+        pruner = tuned_pruner(twig, self.base.num_layers) if pruner == "twig" else pruner_by_name(pruner)
         if pruner is None and retain is not None:
             raise TwigVLMError(f"retain={retain:g}: needs a pruner; give the pruning method of the new answer too")
         source = next((row for row in self.waiting if row.id == id), None)
@@ -143,23 +147,16 @@ class Engine:
                 "to the others"
             )
         if refocus is not None:
-            check_refocus(refocus, pruner, self.base, self.runner.batch.twig)
+            check_refocus(refocus, pruner, self.base, twig)
         if source.prefix is None:
             source.prompt, source.index = source.prompt.rows([source.index]), 0
             source.prefix = PrefixCache()
         cuts = () if pruner is None else schedule(pruner, retain, source.visual, self.base.num_layers)
         request = replace(source.request, rows=[])
         fork = replace(
-            source,
-            request=request,
-            pruner=pruner if cuts else None,
-            cuts=cuts,
-            refocus=refocus,
-            tokens=[],
-            drafted=[],
-            accepted=[],
-            looks=[],
-        )
+            source, request=request, pruner=pruner if cuts else None, cuts=cuts, refocus=refocus,
+            tokens=[], drafted=[], accepted=[], looks=[],
+        )  # fmt: skip
         request.rows.append(fork)
         return self.submit([fork])[0]
 
@@ -211,7 +208,11 @@ class Engine:
     def _whole(self, run: Callable[..., list[Event]], *arguments: Any) -> list[Event]:
         """Run a part of a step; if it fails, the engine stays broken."""
         self._broken = True
-        events = run(*arguments)
+        try:
+            events = run(*arguments)
+        except BaseException:
+            _forget(self.active)
+            raise
         self._broken = False
         return events
 
@@ -229,21 +230,13 @@ class Engine:
     def _next_group(self) -> list[Row]:
         """Waiting rows, in their order, that one prefill takes up: those that fit and share prompts and cuts with the first."""
         group: list[Row] = []
-        if not self.waiting:
-            return group
-        base, twig, cache = self.base, self.runner.batch.twig, self.runner.batch.cache
-        if self.max_rows is not None and len(self.active) >= self.max_rows:
-            return group
-        held = cache.bytes() + sum(sight_bytes(base, row) for row in self.active)
-        buffer = cache.bytes_of_a_row()  # as long as the longest row that it ever held
+        cache = self.runner.batch.cache
         for row in self.waiting:
             first = group[0] if group else row
             together = row.prompt is first.prompt and row.pruner == first.pruner and row.prefix is None
             if group and not (together and [cut.layer for cut in row.cuts] == [cut.layer for cut in first.cuts]):
                 break
-            held += row_bytes(base, twig, row)
-            number = len(self.active) + len(group) + 1
-            used = max(held, number * buffer, together_bytes(base, twig, [*self.active, *group, row]))
+            number, used = len(self.active) + len(group) + 1, together_bytes(cache, [*self.active, *group, row])
             fits = used <= self.max_bytes and (self.max_rows is None or number <= self.max_rows)
             locked = bool(group) and row.request.lockstep and row.request is first.request
             if not fits and number > 1 and not locked:
@@ -260,6 +253,7 @@ class Engine:
         except BaseException as error:
             for row in group:
                 row.end()
+            _forget(group)
             if isinstance(error, TwigVLMError):
                 raise RequestRefused(str(error), tuple(row.id for row in group)) from error
             raise
@@ -297,3 +291,10 @@ class Engine:
 
     def _now(self) -> float:
         return 0.0 if self._clock is None else self._clock()
+
+
+def _forget(rows: Sequence[Row]) -> None:
+    """Empty the prefix caches of prompts that may be in them by half."""
+    for row in rows:
+        if row.prefix is not None:
+            row.prefix.forget()

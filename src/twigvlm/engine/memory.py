@@ -8,30 +8,38 @@ import torch
 
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.engine.row import Row
+from twigvlm.kv.cache import KVCache
 from twigvlm.twig.block import Twig
 
-_ANSWER = 256  # new tokens that a row is admitted with; longer answers grow into what is free
 
+def row_bytes(base: BaseVLM, twig: Twig, row: Row, reserve: int) -> int:
+    """Bytes of the buffers that a row needs: keys and values of its prompt between the cuts, and room for its answer.
 
-def row_bytes(base: BaseVLM, twig: Twig, row: Row) -> int:
-    """Bytes that a row needs: keys and values of its prompt between the cuts and of the beginning of its answer, and where it
-    looks again, states of its visual tokens and the keys that rank them."""
+    Args:
+        base: the base.
+        twig: its twig.
+        row: not admitted yet.
+        reserve: new tokens that the cache has room for; longer answers grow into what is free.
+    """
     per_token = 2 * base.config.num_key_value_heads * _head_width(base) * base.dtype.itemsize
     visual, text = row.visual, row.length - row.visual
-    answer = min(row.max_new_tokens, _ANSWER)
     borders = [0, *(cut.layer for cut in row.cuts), base.num_layers]
     kept = [visual, *(cut.keep for cut in row.cuts)]
     tokens = sum(
-        (stop - start) * (text + count + answer) for (start, stop), count in zip(pairwise(borders), kept, strict=True)
+        (stop - start) * (text + count + reserve) for (start, stop), count in zip(pairwise(borders), kept, strict=True)
     )
-    return per_token * (tokens + len(twig.layers) * (row.length + answer)) + sight_bytes(base, row)
+    return per_token * (tokens + len(twig.layers) * (row.length + reserve))
 
 
-def together_bytes(base: BaseVLM, twig: Twig, rows: Sequence[Row]) -> int:
-    """Bytes that rows need side by side: the buffers have room in every row for what the largest one holds."""
-    sights = [sight_bytes(base, row) for row in rows]
-    cached = [row_bytes(base, twig, row) - sight for row, sight in zip(rows, sights, strict=True)]
-    return len(rows) * max(cached, default=0) + sum(sights)
+def together_bytes(cache: KVCache, rows: Sequence[Row]) -> int:
+    """Bytes that rows need side by side: the buffers have room in every row for what the largest one holds.
+
+    Args:
+        cache: the cache of those that are decoded already.
+        rows: those, and others that join them.
+    """
+    each = max(cache.bytes_of_a_row(), max((row.cache_bytes for row in rows), default=0))
+    return cache.capacity_for(len(rows)) * each + sum(row.sight_bytes for row in rows)
 
 
 def sight_bytes(base: BaseVLM, row: Row) -> int:
@@ -48,8 +56,8 @@ def _head_width(base: BaseVLM) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that keys and values may take: what is free of an accelerator's, half of the machine's otherwise."""
+    """Memory that keys and values may take: nine tenths of what is free of an accelerator's, half of the machine's otherwise."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + reserved
+        return (int(torch.cuda.mem_get_info(device)[0]) + reserved) * 9 // 10
     return int(psutil.virtual_memory().total) // 2

@@ -49,7 +49,7 @@ class Prefill:
         if prefix is None or any(self.early) or self.keep_last_input:
             tokens = self._run(tokens, None, 0, layers, self.early, self.keep_last_input)
             return TrunkOutput(base, twig, prompt, tokens, self.masks, self.view, None)
-        known = prefix.known(prompt.input_ids)
+        known = self.rows[0].cached = prefix.known(prompt.input_ids)
         prefix.load(base, twig, self.view, known)
         hidden = tokens.hidden[:, known:]
         if hidden.shape[1]:

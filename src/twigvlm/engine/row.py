@@ -148,6 +148,12 @@ class Row:
     emit: Callable[[int], None] | None = None
     refocus: float | None = None
     id: int = -1
+    cache_bytes: int = 0
+    """Of keys and values, which the row is admitted by."""
+    sight_bytes: int = 0
+    """Of what it needs to choose its visual tokens again."""
+    cached: int = 0
+    """Tokens of the prompt that the trunk did not run on, since the prefix cache knew them."""
     next_position: int = 0
     """Position, for rotary embeddings, of the first new token."""
     tokens: list[int] = field(default_factory=list)

@@ -10,6 +10,8 @@ from transformers.generation import GenerationMode
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
 
+_OF_TOKENS = ("position_ids", "token_type_ids", "mm_token_type_ids")
+
 
 def check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
     """Refuse, before any work, what this loop would otherwise have to drop."""
@@ -50,11 +52,8 @@ def _check_types(kwargs: dict[str, Any]) -> None:
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise TwigVLMError(f"attention_mask: is {found}; pass the processor's, of input_ids' shape {shape}")
     for name, value in kwargs.items():
-        of_pictures = name.startswith(("pixel_values", "image_", "video_"))
-        tensors = isinstance(value, Tensor) or (
-            isinstance(value, list) and all(isinstance(one, Tensor) for one in value)
-        )
-        if of_pictures and value is not None and not tensors:
+        of_prompt = name.startswith(("pixel_values", "image_", "video_")) or name in _OF_TOKENS
+        if of_prompt and value is not None and not isinstance(value, Tensor):
             raise TwigVLMError(f"{name}: is {type(value).__name__}; call the processor with return_tensors='pt'")
 
 

@@ -13,7 +13,7 @@ from twigvlm.hf.checks import check_arguments, check_memory
 from twigvlm.hf.generate import HFGenerateAdapter, Schedule, with_stop_strings
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Need, Pruner, schedule
-from twigvlm.pruning.methods import make_pruner
+from twigvlm.pruning.methods import pruner_by_name
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.scout import ScoutPruner
 from twigvlm.pruning.methods.twig import TwigPruner
@@ -140,15 +140,3 @@ def _pruning(
     if pruning.refocus is not None:
         check_refocus(pruning.refocus, pruner, base, twig)
     return pruner, lambda visual: schedule(pruner, retain, visual, layers)
-
-
-def pruner_by_name(pruner: Pruner | str | None) -> Pruner | None:
-    """A pruner as it was given; None: the twig's own. Raises TwigVLMError if it is none."""
-    if isinstance(pruner, str):
-        return None if pruner == "twig" else make_pruner(pruner)
-    if pruner is not None and (isinstance(pruner, type) or not isinstance(pruner, Pruner)):
-        name = pruner.__name__ if isinstance(pruner, type) else repr(pruner)
-        raise TwigVLMError(
-            f"pruner={name}: is no pruning method; give one by name, for example 'fastv', or an instance"
-        )
-    return pruner

@@ -40,7 +40,7 @@ class KVCache(Segments):
         """Take up that many rows; they are empty, and the last ones of the claimed rows."""
         claimed = slice(self.rows, self.rows + count)
         if claimed.stop > self._capacity:
-            self._widen(max(claimed.stop, self._capacity * 5 // 4))
+            self._widen(self.capacity_for(claimed.stop))
         self.rows = claimed.stop
         for states in (*self.keys, *self.values):
             if states is not None:
@@ -48,6 +48,10 @@ class KVCache(Segments):
         self._host[:, claimed] = 0
         self._device[:, claimed] = 0
         return claimed
+
+    def capacity_for(self, rows: int) -> int:
+        """Rows that the buffers have room for once that many are claimed."""
+        return self._capacity if rows <= self._capacity else max(rows, self._capacity * 5 // 4)
 
     def _widen(self, capacity: int) -> None:
         """Room for that many rows. Where memory runs out, the cache stays as it was."""
@@ -75,11 +79,20 @@ class KVCache(Segments):
             self._host[:, row] = self._host[:, last]
             self._device[:, row] = self._device[:, last]
         self.rows -= 1
-        if not self.rows:
+        if self.rows:
+            self._shorten()
+        else:
             self.keys, self.values = [None] * self.layers, [None] * self.layers
             self._positions = [None] * len(self.starts)
             self._host, self._device = self._host[:, :0], self._device[:, :0]
             self._capacity = 0
+
+    def _shorten(self) -> None:
+        """Give up what a long row left behind: buffers more than twice as long as the rows that remain need."""
+        for layer, keys in enumerate(self.keys):
+            values, needed = self.values[layer], self.held(layer, slice(0, self.rows)).longest + self.reserve
+            if keys is not None and values is not None and keys.shape[2] > 2 * needed:
+                self.keys[layer], self.values[layer] = keys[:, :, :needed].clone(), values[:, :, :needed].clone()
 
     def commit(
         self,
@@ -147,11 +160,8 @@ class KVCache(Segments):
         return total
 
     def bytes_of_a_row(self) -> int:
-        """Bytes that the buffers have for each row, beside its reserve: as much as the longest row needed that they ever held."""
-        buffers = [buffer for buffer in (*self.keys, *self.values) if buffer is not None]
-        return sum(
-            buffer[0, :, : max(buffer.shape[2] - self.reserve, 0)].numel() * buffer.element_size() for buffer in buffers
-        )
+        """Bytes that the buffers have for each row, its reserve included."""
+        return self.allocated() // max(self._capacity, 1)
 
     def allocated(self) -> int:
         """Bytes of the buffers."""

@@ -30,7 +30,7 @@ class PrefixCache:
     prompt: Prompt | None = None
     hidden: Float[Tensor, "1 tokens width"] | None = None
     """After layer K."""
-    last_input: Float[Tensor, "1 tokens width"] | None = None
+    last_input: Float[Tensor, "1 seen width"] | None = None
     """Input of the last twig layer, as far as the twig has seen the prompt."""
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Keys and values [1, kv_heads, tokens, head_dim] by layer."""
@@ -70,7 +70,8 @@ class PrefixCache:
 
     def begins(self, pictures: "Pictures") -> bool:
         """Whether a prompt's pictures begin with those of this one."""
-        known = ((name, *before) for name, before in self.pictures.items() if name in pictures.values)
+        small_first = sorted(self.pictures.keys() & pictures.values, key=lambda name: pictures.values[name].numel())
+        known = ((name, *self.pictures[name]) for name in small_first)
         return all(pictures.digest(name, count) == digest for name, count, digest in known)
 
     def known(self, input_ids: Int[Tensor, "1 tokens"]) -> int:

@@ -16,12 +16,9 @@ class PrefixPool:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._kept: list[PrefixCache] = []
-
-    @property
-    def bytes(self) -> int:
+        self.bytes = 0
         """Bytes that all of them hold."""
-        return sum(kept.bytes() for kept in self._kept)
+        self._kept: list[PrefixCache] = []
 
     def take(self, inputs: Mapping[str, Any]) -> PrefixCache:
         """A prefix cache for a request, which may change it: a copy of the one whose prompt has the longest beginning in common
@@ -31,13 +28,15 @@ class PrefixPool:
             inputs: the processor's outputs for one prompt.
         """
         ids, pictures = inputs["input_ids"], Pictures(inputs)
-        lengths = [kept.known(ids) if kept.begins(pictures) else 0 for kept in self._kept]
-        longest = max(lengths, default=0)
+        longest, found = 0, -1
+        for index, kept in enumerate(self._kept):
+            length = kept.known(ids)
+            if length > longest and kept.begins(pictures):  # in this order: ids are compared faster than pictures
+                longest, found = length, index
         if not longest:
             return PrefixCache()
-        found = self._kept.pop(lengths.index(longest))
-        self._kept.append(found)
-        return found.copy()
+        self._kept.append(self._kept.pop(found))
+        return self._kept[-1].copy()
 
     def keep(self, prefix: PrefixCache) -> None:
         """Take in a prompt that has passed the prefill, in place of those that it continues.
@@ -51,13 +50,15 @@ class PrefixPool:
         prefix.prompt = replace(prefix.prompt, vision=None)
         self._kept = [kept for kept in self._kept if not _continues(prefix, kept)]
         self._kept.append(prefix)
-        held = self.bytes
-        while held > self.max_bytes:
-            held -= self._kept.pop(0).bytes()
+        sizes = [kept.bytes() for kept in self._kept]
+        while sum(sizes) > self.max_bytes:
+            del self._kept[0], sizes[0]
+        self.bytes = sum(sizes)
 
     def clear(self) -> None:
         """Drop all of them."""
         self._kept.clear()
+        self.bytes = 0
 
 
 def _continues(prefix: PrefixCache, kept: PrefixCache) -> bool:

@@ -150,6 +150,19 @@ Scorer = Callable[[TrunkOutput], Tensor]
 """Ranks visual tokens: scores [batch, tokens], read at visual positions only. The twig's own, or a baseline's."""
 
 
+def checked_scores(scorer: Scorer, trunk: TrunkOutput) -> Float[Tensor, "batch tokens"]:
+    """What a scorer ranks a prompt's tokens by.
+
+    Raises:
+        TwigVLMError: it returns something else than a number for each token.
+    """
+    scores, shape = scorer(trunk), tuple(trunk.tokens.visual.shape)
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != shape:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise TwigVLMError(f"scorer: returned {got}; return a tensor with a score for each token, {shape}")
+    return scores if scores.is_floating_point() else scores.float()
+
+
 @dataclass(frozen=True)
 class CutView:
     """A prompt at a cut, as a pruning method sees it."""

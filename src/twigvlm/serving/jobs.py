@@ -71,8 +71,6 @@ class Choice:
     """Tokens given out."""
     looks: int = -1
     """Choices of visual tokens given out, less the first one."""
-    cached: int = 0
-    """Tokens of the prompt that the prefix cache knew when the row was made."""
     ended: bool = False
     counts: Counts | None = None
 
@@ -154,7 +152,7 @@ class Job:
         row = choice.row
         assert row is not None, "it is in an engine"
         accepted = row.accepted[choice.steps]
-        counts = _counts(row, layers, choice.cached) if choice.counts is None else choice.counts
+        counts = _counts(row, layers) if choice.counts is None else choice.counts
         choice.counts = replace(counts, drafted=counts.drafted + row.drafted[choice.steps])
         skip = max(0, choice.given - choice.position)
         new = [(token, index < accepted) for index, token in enumerate(tokens)][skip:]
@@ -178,14 +176,13 @@ def kept_visual(row: Row) -> list[int]:
     return [int(index) for index in kept[mask].nonzero()[:, 0].tolist()]
 
 
-def _counts(row: Row, layers: int, cached: int) -> Counts:
+def _counts(row: Row, layers: int) -> Counts:
     """What a row has kept after its prefill, before its drafts are counted.
 
     Args:
         row: of an engine.
         layers: L of the base.
-        cached: tokens of the prompt that were known.
     """
     visual = row.visual
     kept = visual if row.kept is None else int(row.kept.sum())
-    return Counts(0, visual, kept, average_of(row.pruner, row.cuts, visual, layers), cached)
+    return Counts(0, visual, kept, average_of(row.pruner, row.cuts, visual, layers), row.cached)

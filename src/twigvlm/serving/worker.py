@@ -45,9 +45,9 @@ class Worker:
         # Only the thread touches what follows.
         self._engines: dict[str, Engine] = {}
         self._choices: dict[tuple[str, int], tuple[Job, Choice]] = {}
-        self._prefixes = PrefixPool(limits.prefix_bytes)
         self._admitting: Job | None = None  # neither waiting any more nor with rows yet
         self._max_bytes = free_bytes(model.base.device) if max_bytes is None else max_bytes
+        self._prefixes = PrefixPool(min(limits.prefix_bytes, self._max_bytes // 4))
         self._threads = torch.get_num_threads()
         self._thread = Thread(target=self._run, name="twigvlm-engine", daemon=True)
         self._thread.start()
@@ -114,6 +114,7 @@ class Worker:
             except Exception as error:  # what no other handler foresaw must not end the thread
                 _log.exception("the worker failed; all answers under way are given up")
                 jobs = self._jobs()
+                self._prefixes.clear()
                 self._engines.clear()  # first: they may be broken, and rows that fail would leave them one by one
                 for job in jobs:
                     self._fail(job, error)
@@ -176,7 +177,6 @@ class Worker:
             open_choices = [choice for choice in job.choices if not choice.ended]
             for choice in open_choices:
                 memory = self._prefixes.take(job.inputs)
-                choice.cached = memory.known(job.inputs["input_ids"])
                 choice.row = engine.make_row(job.inputs, **job.row_options(choice, self._model.device), memory=memory)
             for choice in open_choices:
                 choice.key = way, engine.submit([choice.row])[0]  # type: ignore[list-item]
@@ -200,11 +200,11 @@ class Worker:
             if choice.grammar is not None and choice.grammar.error is not None:
                 self._fail(job, choice.grammar.error)
                 continue
-            if event.finished:
-                del self._choices[way, event.id]
             told = job.tell(choice, event.tokens, event.finished, self._model.base.num_layers)
             self._count(job, choice, len(told.tokens))
             self._tell(job, told)
+            if event.finished:  # last, so that a job that fails on its way here is told so
+                self._choices.pop((way, event.id), None)
 
     def _count(self, job: Job, choice: Choice, new: int) -> None:
         metrics, row, counts = self._metrics, choice.row, choice.counts
@@ -240,6 +240,7 @@ class Worker:
                 self._fail(job, error)
             return
         self._metrics.add("twigvlm_engine_failures_total")
+        self._prefixes.clear()  # where memory has run out, this is the part that nobody needs
         _log.error("a step failed", exc_info=error)
         del self._engines[way]
         jobs = list(dict.fromkeys(job for job, _ in here))

@@ -109,6 +109,18 @@ def make_pruner(name: str, seed: int = 0) -> Pruner:
     return METHODS[method](**options)
 
 
+def pruner_by_name(pruner: Pruner | str | None) -> Pruner | None:
+    """A pruner as it was given; None: the twig's own. Raises TwigVLMError if it is none."""
+    if isinstance(pruner, str):
+        return None if pruner == "twig" else make_pruner(pruner)
+    if pruner is not None and (isinstance(pruner, type) or not isinstance(pruner, Pruner)):
+        name = pruner.__name__ if isinstance(pruner, type) else repr(pruner)
+        raise TwigVLMError(
+            f"pruner={name}: is no pruning method; give one by name, for example 'fastv', or an instance"
+        )
+    return pruner
+
+
 def reads_files(name: str) -> bool:
     """Whether a method's name says where a file of its own is."""
     method, *words = name.split(":")

@@ -12,7 +12,7 @@ from twigvlm.kv.cache import KVCache
 from twigvlm.pruning.budget import solve_scouted
 from twigvlm.pruning.cut import Cut, Need
 from twigvlm.pruning.select import Select, best
-from twigvlm.pruning.view import CutView, Scorer, TrunkOutput
+from twigvlm.pruning.view import CutView, Scorer, TrunkOutput, checked_scores
 from twigvlm.twig.block import Twig
 
 
@@ -54,7 +54,7 @@ class ScoutPruner:
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
         """R of the visual tokens, by their scores."""
         trunk = self._scouted(view)
-        return self.select(self.scorer(trunk), trunk.tokens.hidden, view.tokens.visual, keep)
+        return self.select(checked_scores(self.scorer, trunk), trunk.tokens.hidden, view.tokens.visual, keep)
 
     def _scouted(self, view: CutView) -> TrunkOutput:
         """The whole prompt after layer K, in a cache that is gone after the ranking."""

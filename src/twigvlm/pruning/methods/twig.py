@@ -7,12 +7,11 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.budget import solve_keep, twig_cuts
 from twigvlm.pruning.cut import Cut, Need
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.select import Select, best, best_of_each_image
-from twigvlm.pruning.view import CutView, Scorer, TrunkOutput
+from twigvlm.pruning.view import CutView, Scorer, TrunkOutput, checked_scores
 from twigvlm.twig.block import Twig
 
 
@@ -66,12 +65,33 @@ class TwigPruner:
 
     def _scores(self, trunk: TrunkOutput) -> Float[Tensor, "batch tokens"]:
         # Only requests that share a prefix must know equal scorers as such; others may not even be hashable.
-        key = self.scorer if trunk.prefix is not None and isinstance(self.scorer, Hashable) else id(self.scorer)
+        equal = trunk.prefix is not None and isinstance(self.scorer, Hashable)
+        key = self.scorer if equal else _Itself(self.scorer)
         if key not in trunk.scores:
-            scores = self.scorer(trunk)
-            shape = tuple(trunk.tokens.visual.shape)
-            if not isinstance(scores, Tensor) or tuple(scores.shape) != shape:
-                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-                raise TwigVLMError(f"scorer: returned {got}; return a tensor with a score for each token, {shape}")
-            trunk.scores[key] = scores if scores.is_floating_point() else scores.float()
+            trunk.scores[key] = checked_scores(self.scorer, trunk)
         return trunk.scores[key]
+
+
+@dataclass(frozen=True, eq=False)
+class _Itself:
+    """Stands for a scorer that is equal to nothing else, and keeps it alive: its id is not given to another one meanwhile."""
+
+    scorer: Scorer
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.scorer is self.scorer
+
+    def __hash__(self) -> int:
+        return id(self.scorer)
+
+
+def tuned_pruner(twig: Twig, layers: int) -> TwigPruner:
+    """The twig's own pruning, with the K_f and φ that it was tuned for.
+
+    Args:
+        twig: a trained twig.
+        layers: L of the base.
+    """
+    config = twig.config
+    final_wipe = layers if config.final_wipe is None else config.final_wipe
+    return TwigPruner(default_scorer(twig), config.trunk_layers, final_wipe, config.final_share)
