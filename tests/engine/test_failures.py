@@ -1,7 +1,5 @@
 """What goes wrong in an engine stays with whom it belongs to, and what an engine cannot do is refused."""
 
-import itertools
-
 import pytest
 import torch
 from transformers import LogitsProcessor, TextStreamer
@@ -73,81 +71,6 @@ def test_an_idle_engine_holds_no_keys_and_values(model):
         got = {request: [] for request in answers}
         got |= {event.id: event.tokens for event in engine.stream() if event.finished}
         assert cache.allocated() == 0
-
-
-def test_requests_that_came_one_by_one_keep_room_for_their_answers(model):
-    engine = model.engine()
-    for seed in range(6):
-        engine.add(prompt(seed), max_new_tokens=40)
-    engine.max_bytes = 3 * engine.waiting[0].cache_bytes
-    most = 0
-    while engine.busy:
-        engine.step()
-        most = max(most, len(engine.active))
-    assert most == 3
-
-
-def test_a_long_prompt_takes_as_much_room_from_the_rows_beside_it(model):
-    """Buffers are as long in every row; by their own sizes all of these would fit."""
-    engine = model.engine(max_bytes=1)
-    engine.runner.batch.cache.reserve = 1
-    engine.add(prompt(0, before=95), max_new_tokens=4)
-    for seed in range(12):
-        engine.add(prompt(seed), max_new_tokens=4)
-    engine.max_bytes = sum(row.cache_bytes for row in engine.waiting)
-    most = 0
-    while engine.busy:
-        engine.step()
-        most = max(most, engine.runner.batch.cache.allocated())
-    assert most <= engine.max_bytes
-
-
-def test_room_that_a_long_prompt_leaves_behind_is_counted(model):
-    engine = model.engine()
-    cache = engine.runner.batch.cache
-    cache.reserve = 1
-    long = engine.add(prompt(0, before=95), max_new_tokens=4)
-    engine.add(prompt(1), max_new_tokens=20)
-    engine.step()
-    engine.cancel(long)
-    engine.max_bytes = cache.allocated()
-    for seed in range(6):
-        engine.add(prompt(seed), max_new_tokens=4)
-    engine.step()
-    assert cache.allocated() <= engine.max_bytes
-
-
-@pytest.mark.parametrize(("before", "limit"), [(0, 16), (0, 256), (70, 16)])
-def test_what_the_buffers_take_stays_within_the_limit(model, before, limit):
-    engine = model.engine(max_bytes=1)
-    for seed in range(24):
-        engine.add(prompt(seed, before=before), max_new_tokens=limit, eos_token_id=list(range(0, 100, 7)))
-    engine.max_bytes = 10 * engine.waiting[0].cache_bytes
-    most = rows = 0
-    while engine.busy:
-        engine.step()
-        most, rows = max(most, engine.runner.batch.cache.allocated()), max(rows, len(engine.active))
-    assert most <= engine.max_bytes
-    assert rows >= 8, "buffers have room for some rows more than they hold"
-
-
-def test_rows_come_back_after_a_long_prompt(model):
-    """The queue is never empty, so that the buffers are never given up as a whole."""
-    engine, lengths = model.engine(max_bytes=1), itertools.cycle(range(4, 12))
-    engine.runner.batch.cache.reserve = 12
-
-    def rows():
-        while len(engine.waiting) < 12:
-            engine.add(prompt(0), max_new_tokens=next(lengths), eos_token_id=-1)
-        engine.step()
-        return len(engine.active)
-
-    rows()
-    engine.max_bytes = 12 * engine.waiting[0].cache_bytes
-    before = [rows() for _ in range(30)][-20:]
-    engine.add(prompt(0, before=95), max_new_tokens=4, eos_token_id=-1)
-    after = [rows() for _ in range(60)][-20:]
-    assert sum(after) > 0.8 * sum(before)
 
 
 def test_half_a_prompt_is_not_taken_for_a_whole_one(model, monkeypatch):
