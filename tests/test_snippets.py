@@ -28,6 +28,7 @@ OTHERS = {
 """Pages whose code needs a server or packages that the tests do not have -> what stands in for them does nothing."""
 PROGRAMS = (
     "accelerate",
+    "curl",
     "docker",
     "export",
     "hf",
