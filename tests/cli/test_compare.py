@@ -183,7 +183,7 @@ def test_methods_that_the_base_cannot_have_are_named_before_anything_is_answered
     monkeypatch.setattr("twigvlm.base.vlm.family_of", lambda model: pooling)
     line = refused(*arguments("--no-figure", methods=None, budgets=12), words=("methods=mustdrop visionzip fastervlm",))
     assert not (tmp_path / "out").exists()
-    rest = line.split("leave them out: --methods ")[1].split()
+    rest = line.split("leave them out, and ask for ")[1].split()
     assert rest[:2] == ["twig", "fastv"]
     assert main(arguments("--no-figure", methods=rest, budgets=12, timed=0, limit=1)) == 0
 

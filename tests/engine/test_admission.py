@@ -88,3 +88,35 @@ def test_rows_come_back_after_a_long_prompt(model):
     engine.add(prompt(0, before=95), max_new_tokens=4, eos_token_id=-1)
     after = [rows() for _ in range(60)][-20:]
     assert sum(after) > 0.8 * sum(before)
+
+
+def test_rows_join_where_there_is_room_already(model):
+    """Also where an answer has made the buffers larger than they may become."""
+    engine, lengths = model.engine(max_bytes=1), itertools.cycle([60, *[8] * 11])
+    engine.runner.batch.cache.reserve = 16
+    for _ in range(96):
+        engine.add(prompt(0), max_new_tokens=next(lengths), eos_token_id=-1)
+    engine.max_bytes = 8 * engine.waiting[0].cache_bytes
+    active = []
+    while engine.busy:
+        engine.step()
+        active.append(len(engine.active))
+    assert len(active) < 200
+
+
+def test_a_row_leaves_although_there_is_no_memory_to_copy_into(model, monkeypatch):
+    engine = model.engine()
+    engine.runner.batch.cache.reserve = 1
+    long = engine.add(prompt(0, before=95), max_new_tokens=8)
+    short = engine.add(prompt(1), max_new_tokens=8, eos_token_id=-1)
+    got = [token for event in engine.step() if event.id == short for token in event.tokens]
+
+    def clone(self):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    engine.cancel(long)
+    monkeypatch.undo()
+    got += [token for event in engine.stream() for token in event.tokens]
+    expected = model.generate(**prompt(1), max_new_tokens=8, eos_token_id=-1)
+    assert got == expected[0, prompt(1)["input_ids"].shape[1] :].tolist()

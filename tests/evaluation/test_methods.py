@@ -90,7 +90,7 @@ def test_what_a_base_that_pools_patches_cannot_have_is_named_with_what_is_left(f
         make_variants(model, PUBLISHED, [20])
     refused, rest = str(caught.value).split(": need the vision tower's attention")
     assert refused.removeprefix("methods=").split() == [name for name in PUBLISHED if name in BY_TOWER]
-    left = rest.split("leave them out: --methods ")[1].split()
+    left = rest.split("leave them out, and ask for ")[1].split()
     assert left == [name for name in PUBLISHED if name not in BY_TOWER]
     assert [method.name for method in parse_methods(model, left)] == left
     with pytest.raises(TwigVLMError, match=r"methods=visionzip:compacted: need .*; choose divprune, cdpruner or"):

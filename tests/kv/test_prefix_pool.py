@@ -4,7 +4,7 @@ import torch
 
 from tests.tiny import IMAGE_TOKEN
 from twigvlm.base.prompt import Prompt
-from twigvlm.kv.prefix_cache import PrefixCache
+from twigvlm.kv.prefix_cache import Pictures, PrefixCache
 from twigvlm.kv.prefix_pool import PrefixPool
 
 
@@ -17,19 +17,20 @@ def inputs_of(ids, *pictures):
 def seen(pool, ids, *pictures):
     """Take a prompt from the pool as a request does, and keep it."""
     inputs = inputs_of(ids, *pictures)
-    prefix = pool.take(inputs)
-    prefix.show(inputs)
+    shown = Pictures(inputs)
+    prefix = pool.take(inputs["input_ids"], shown)
+    prefix.show(shown)
     states = torch.zeros(1, len(ids), 4)
     tensor = inputs["input_ids"]
     prompt = Prompt(states, torch.arange(len(ids))[None], tensor == IMAGE_TOKEN, tensor, (len(ids),))
     prefix.prompt, prefix.hidden = prompt, states
-    pool.keep(prefix)
+    pool.keep(prefix, shown)
     return prefix
 
 
 def known(pool, ids, *pictures):
     inputs = inputs_of(ids, *pictures)
-    return pool.take(inputs).known(inputs["input_ids"])
+    return pool.take(inputs["input_ids"], Pictures(inputs)).known(inputs["input_ids"])
 
 
 def test_the_longest_common_beginning_serves():
@@ -52,11 +53,12 @@ def test_other_pictures_have_other_states():
 def test_what_is_taken_is_not_what_is_kept():
     pool = PrefixPool(10**6)
     seen(pool, [1, 2, 3])
-    taken = pool.take(inputs_of([1, 2, 3, 4]))
+    inputs = inputs_of([1, 2, 3, 4])
+    taken = pool.take(inputs["input_ids"], Pictures(inputs))
     taken.layers[0] = torch.zeros(1), torch.zeros(1)
     taken.forget()
     assert known(pool, [1, 2, 3, 4]) == 3
-    assert not pool.take(inputs_of([1, 2, 3, 4])).layers
+    assert not pool.take(inputs["input_ids"], Pictures(inputs)).layers
 
 
 def test_a_conversation_takes_up_one_place():
@@ -83,15 +85,32 @@ def test_the_least_recently_used_give_way():
     assert pool.bytes == 0
 
 
-def test_without_room_nothing_is_kept():
-    for room in (0, 1):
-        pool = PrefixPool(room)
-        seen(pool, [1, 2, 3])
-        assert pool.bytes == 0
-        assert known(pool, [1, 2, 3, 4]) == 0
+def test_a_conversation_may_bring_further_pictures():
+    pool = PrefixPool(10**6)
+    seen(pool, [1, IMAGE_TOKEN, 3], 0.0)
+    last = seen(pool, [1, IMAGE_TOKEN, 3, IMAGE_TOKEN, 4], 0.0, 1.0)
+    assert pool.bytes == last.bytes()
+
+
+def test_a_prompt_larger_than_the_pool_leaves_the_others_there():
+    size = seen(PrefixPool(10**6), [1, 2, 3]).bytes()
+    pool = PrefixPool(3 * size)
+    seen(pool, [1, 2, 3])
+    seen(pool, list(range(4, 34)))
+    assert known(pool, [1, 2, 3, 9]) == 3
+    assert known(pool, [4, 5, 6, 9]) == 0
+
+
+def test_without_room_nothing_is_kept_and_nothing_computed():
+    inputs = inputs_of([1, 2, 3], 0.0)
+    assert PrefixPool(0).take(inputs["input_ids"], Pictures(inputs)) is None
+    pool = PrefixPool(1)
+    seen(pool, [1, 2, 3])
+    assert pool.bytes == 0
+    assert known(pool, [1, 2, 3, 4]) == 0
 
 
 def test_a_prompt_that_was_not_computed_is_not_kept():
     pool = PrefixPool(10**6)
-    pool.keep(PrefixCache())
+    pool.keep(PrefixCache(), Pictures({}))
     assert pool.bytes == 0

@@ -84,7 +84,7 @@ def test_earlier_prompts_take_a_part_of_the_memory_alone(start):
 def test_a_job_is_told_of_a_failure_after_its_last_token(start, length):
     service = start()
 
-    def keep(prefix):
+    def keep(prefix, pictures):
         raise torch.OutOfMemoryError("no memory")
 
     service.worker._prefixes.keep = keep

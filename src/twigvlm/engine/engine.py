@@ -129,8 +129,8 @@ class Engine:
             TwigVLMError: there is no such waiting request, it is sampled or has processors or criteria of its own, the budget is
                 impossible for the prompt, or the pruner cannot choose again or was not shown the picture.
         """
-        twig = self.runner.batch.twig
-        pruner = tuned_pruner(twig, self.base.num_layers) if pruner == "twig" else pruner_by_name(pruner)
+        twig, layers = self.runner.batch.twig, self.base.num_layers
+        pruner = tuned_pruner(twig, layers, retain) if pruner == "twig" else pruner_by_name(pruner)
         if pruner is None and retain is not None:
             raise TwigVLMError(f"retain={retain:g}: needs a pruner; give the pruning method of the new answer too")
         source = next((row for row in self.waiting if row.id == id), None)
@@ -151,7 +151,7 @@ class Engine:
         if source.prefix is None:
             source.prompt, source.index = source.prompt.rows([source.index]), 0
             source.prefix = PrefixCache()
-        cuts = () if pruner is None else schedule(pruner, retain, source.visual, self.base.num_layers)
+        cuts = () if pruner is None else schedule(pruner, retain, source.visual, layers)
         request = replace(source.request, rows=[])
         fork = replace(
             source, request=request, pruner=pruner if cuts else None, cuts=cuts, refocus=refocus,

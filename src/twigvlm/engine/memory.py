@@ -32,14 +32,17 @@ def row_bytes(base: BaseVLM, twig: Twig, row: Row, reserve: int) -> int:
 
 
 def together_bytes(cache: KVCache, rows: Sequence[Row]) -> int:
-    """Bytes that rows need side by side: the buffers have room in every row for what the largest one holds.
+    """Bytes that rows need side by side: the buffers have room in every row for what the largest one holds. 0 where they have
+    that room already, however large they have become.
 
     Args:
         cache: the cache of those that are decoded already.
-        rows: those, and others that join them.
+        rows: those, and others that join them; one at least.
     """
-    each = max(cache.bytes_of_a_row(), max((row.cache_bytes for row in rows), default=0))
-    return cache.capacity_for(len(rows)) * each + sum(row.sight_bytes for row in rows)
+    largest, there = max(row.cache_bytes for row in rows), cache.bytes_of_a_row()
+    if len(rows) <= cache.capacity_for(0) and largest <= there and not rows[-1].sight_bytes:
+        return 0
+    return cache.capacity_for(len(rows)) * max(largest, there) + sum(row.sight_bytes for row in rows)
 
 
 def sight_bytes(base: BaseVLM, row: Row) -> int:

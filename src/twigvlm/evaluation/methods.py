@@ -175,7 +175,7 @@ def parse_methods(model: TwigVLM, names: Sequence[str]) -> list[Method]:
     pooled = [method.name for method in methods if _ranks_by_tower(method)] if model.base.family.tower.pools else []
     if pooled:
         rest = [method.name for method in methods if method.name not in pooled and method.ranking != "none"]
-        instead = f"leave them out: --methods {' '.join(rest)}" if rest else "choose divprune, cdpruner or fastv"
+        instead = f"leave them out, and ask for {' '.join(rest)}" if rest else "choose divprune, cdpruner or fastv"
         raise TwigVLMError(
             f"methods={' '.join(pooled)}: need the vision tower's attention to each visual token, which is not known where a "
             f"base pools patches after its tower, as {model.base.family.name} does; {instead}"

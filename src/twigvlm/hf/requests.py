@@ -11,7 +11,7 @@ from twigvlm.engine.row import Row
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.hf.checks import check_arguments, check_memory
 from twigvlm.hf.generate import HFGenerateAdapter, Schedule, with_stop_strings
-from twigvlm.kv.prefix_cache import PrefixCache
+from twigvlm.kv.prefix_cache import Pictures, PrefixCache
 from twigvlm.pruning.cut import Need, Pruner, schedule
 from twigvlm.pruning.methods import pruner_by_name
 from twigvlm.pruning.methods.pruning_head import default_scorer
@@ -33,13 +33,14 @@ def rows_of(
     prefix: PrefixCache | None,
     kwargs: dict[str, Any],
     alone: bool = True,
+    pictures: Pictures | None = None,
 ) -> HFGenerateAdapter:
     """What the base's own `generate` makes of its arguments: rows for an engine."""
     pruner, schedule = _pruning(base, twig, pruning, scorer, pruner)
     looks = pruner is not None and Need.VISION in pruner.needs
     if prefix is not None:
         pixels = base.pixels(kwargs)
-        prefix.show(kwargs)
+        prefix.show(pictures or Pictures(kwargs))
         if not looks and not prefix.needs_vision(base, kwargs["input_ids"]):
             kwargs = {name: value for name, value in kwargs.items() if name not in pixels}
     with torch.inference_mode(), base.watch_vision() if looks else nullcontext() as vision:
@@ -77,9 +78,11 @@ def request_row(
     pruner: Pruner | str | None = None,
     generator: torch.Generator | None = None,
     memory: PrefixCache | None = None,
+    pictures: Pictures | None = None,
     **kwargs: Any,
 ) -> Row:
-    """The row of one request to an engine; the options are those of `TwigVLM.generate`.
+    """The row of one request to an engine; the options are those of `TwigVLM.generate`, and for `memory` the digests of the
+    `pictures`, where they are known.
 
     Raises:
         TwigVLMError: an option does not apply, or there is more than one prompt or answer.
@@ -95,7 +98,7 @@ def request_row(
     check_memory(memory)
     base.check_images(kwargs["input_ids"], kwargs)
     try:
-        adapter = rows_of(base, twig, pruning, scorer, pruner, generator, memory, kwargs, alone=False)
+        adapter = rows_of(base, twig, pruning, scorer, pruner, generator, memory, kwargs, False, pictures)
     except BaseException:
         if memory is not None:
             memory.forget()  # it may know pictures of a prompt that it has not seen

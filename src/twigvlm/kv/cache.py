@@ -1,6 +1,7 @@
 """The key-value cache: a pool of rows; layers between two cuts hold equally many tokens of a row and share their lengths."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -88,11 +89,13 @@ class KVCache(Segments):
             self._capacity = 0
 
     def _shorten(self) -> None:
-        """Give up what a long row left behind: buffers more than twice as long as the rows that remain need."""
-        for layer, keys in enumerate(self.keys):
-            values, needed = self.values[layer], self.held(layer, slice(0, self.rows)).longest + self.reserve
-            if keys is not None and values is not None and keys.shape[2] > 2 * needed:
-                self.keys[layer], self.values[layer] = keys[:, :, :needed].clone(), values[:, :, :needed].clone()
+        """Give up what a long row left behind: buffers more than twice as long as the rows that remain need. Where there is no
+        memory to copy into, they stay."""
+        with suppress(torch.OutOfMemoryError, MemoryError, RuntimeError):
+            for layer, keys in enumerate(self.keys):
+                values, needed = self.values[layer], self.held(layer, slice(0, self.rows)).longest + self.reserve
+                if keys is not None and values is not None and keys.shape[2] > 2 * needed:
+                    self.keys[layer], self.values[layer] = keys[:, :, :needed].clone(), values[:, :, :needed].clone()
 
     def commit(
         self,

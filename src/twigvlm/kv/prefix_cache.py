@@ -55,15 +55,11 @@ class PrefixCache:
         self.prompt = self.hidden = self.last_input = None
         self.layers, self.scores, self.pictures = {}, {}, {}
 
-    def show(self, inputs: Mapping[str, Any]) -> None:
+    def show(self, pictures: "Pictures") -> None:
         """Tell what the next prompt's pictures are: unless this prompt's are the first of them, everything is dropped.
 
         Ids alone do not tell pictures apart, and pixels alone not shapes: the same patches may lie in another grid.
-
-        Args:
-            inputs: the processor's outputs.
         """
-        pictures = Pictures(inputs)
         if not self.begins(pictures):
             self.forget()
         self.pictures |= {name: (len(values), pictures.digest(name)) for name, values in pictures.values.items()}
@@ -164,6 +160,11 @@ class Pictures:
             name: values for name, values in inputs.items() if isinstance(values, Tensor) and name not in _OF_TEXT
         }
         self._digests: dict[tuple[str, int], bytes] = {}
+
+    def digest_all(self) -> None:
+        """Compute what most requests need beforehand, in another thread."""
+        for name in self.values:
+            self.digest(name)
 
     def digest(self, name: str, count: int | None = None) -> bytes:
         """Of the first entries along the first axis; None: of all."""

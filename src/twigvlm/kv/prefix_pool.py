@@ -1,8 +1,9 @@
 """Prompts of earlier requests, whose trunk and twig states serve requests that begin as they do."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
 
 from twigvlm.kv.prefix_cache import Pictures, PrefixCache
 
@@ -16,21 +17,26 @@ class PrefixPool:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.bytes = 0
-        """Bytes that all of them hold."""
         self._kept: list[PrefixCache] = []
 
-    def take(self, inputs: Mapping[str, Any]) -> PrefixCache:
+    @property
+    def bytes(self) -> int:
+        """Bytes that all of them hold."""
+        return sum(kept.bytes() for kept in self._kept)
+
+    def take(self, input_ids: Int[Tensor, "1 tokens"], pictures: Pictures) -> PrefixCache | None:
         """A prefix cache for a request, which may change it: a copy of the one whose prompt has the longest beginning in common
-        with the request's, pictures included; an empty one if none has.
+        with the request's, pictures included, or an empty one. None: nothing is kept.
 
         Args:
-            inputs: the processor's outputs for one prompt.
+            input_ids: ids of the prompt.
+            pictures: its pictures.
         """
-        ids, pictures = inputs["input_ids"], Pictures(inputs)
+        if not self.max_bytes:
+            return None
         longest, found = 0, -1
         for index, kept in enumerate(self._kept):
-            length = kept.known(ids)
+            length = kept.known(input_ids)
             if length > longest and kept.begins(pictures):  # in this order: ids are compared faster than pictures
                 longest, found = length, index
         if not longest:
@@ -38,33 +44,32 @@ class PrefixPool:
         self._kept.append(self._kept.pop(found))
         return self._kept[-1].copy()
 
-    def keep(self, prefix: PrefixCache) -> None:
+    def keep(self, prefix: PrefixCache, pictures: Pictures) -> None:
         """Take in a prompt that has passed the prefill, in place of those that it continues.
 
         Args:
             prefix: nobody changes it any more, except for adding the twig's states.
+            pictures: pictures of the prompt.
         """
-        if prefix.prompt is None or not self.max_bytes:
+        if prefix.prompt is None:
             return
         # What pruners saw of the vision tower is of no use to later prompts, which bring their pictures where it is needed.
         prefix.prompt = replace(prefix.prompt, vision=None)
-        self._kept = [kept for kept in self._kept if not _continues(prefix, kept)]
+        if prefix.bytes() > self.max_bytes:
+            return
+        self._kept = [kept for kept in self._kept if not _continues(prefix, pictures, kept)]
         self._kept.append(prefix)
-        sizes = [kept.bytes() for kept in self._kept]
-        while sum(sizes) > self.max_bytes:
-            del self._kept[0], sizes[0]
-        self.bytes = sum(sizes)
+        while self.bytes > self.max_bytes:
+            del self._kept[0]
 
     def clear(self) -> None:
         """Drop all of them."""
         self._kept.clear()
-        self.bytes = 0
 
 
-def _continues(prefix: PrefixCache, kept: PrefixCache) -> bool:
+def _continues(prefix: PrefixCache, pictures: Pictures, kept: PrefixCache) -> bool:
     """Whether a prompt begins with the whole of another one and its pictures."""
     assert prefix.prompt is not None
     assert kept.prompt is not None, "it has passed the prefill"
     count = kept.prompt.input_ids.shape[1]
-    same_text = prefix.prompt.input_ids[:, :count].equal(kept.prompt.input_ids)
-    return same_text and kept.pictures.items() <= prefix.pictures.items()
+    return prefix.prompt.input_ids[:, :count].equal(kept.prompt.input_ids) and kept.begins(pictures)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from twigvlm.engine.row import Row
+from twigvlm.kv.prefix_cache import Pictures
 from twigvlm.pruning.cut import average_of
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.grammar import Grammar, GrammarProcessor
@@ -98,6 +99,8 @@ class Job:
     grammar: Grammar | None = None
     details: bool = False
     arrived: float = field(default_factory=time.monotonic)
+    pictures: Pictures = field(init=False)
+    """What tells the prompt's pictures from others."""
     suspect: bool = False
     """Whether a step with this job failed: it then runs alone, so that it can spoil no other one."""
     started: bool = False
@@ -107,6 +110,7 @@ class Job:
     choices: list[Choice] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.pictures = Pictures(self.inputs)
         self.choices = [Choice(index, seed) for index, seed in enumerate(self.seeds)]
 
     @property

@@ -167,9 +167,12 @@ class Service:
             "max_new_tokens": self._length(request, inputs["input_ids"].shape[1]),
             "eos_token_id": self.eos or None,
         }
-        return Job(
+        job = Job(
             inputs, options, self._speculate(request), self._seeds(request), listen, grammar, request.details, arrived
         )
+        if self.limits.prefix_bytes:
+            job.pictures.digest_all()
+        return job
 
     def completion(self, request: ChatRequest, job: Job) -> Completion:
         """What gathers the events of a request's job."""

@@ -9,6 +9,7 @@ import torch
 
 from twigvlm.engine.engine import Engine
 from twigvlm.engine.memory import free_bytes
+from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_pool import PrefixPool
 from twigvlm.model import TwigVLM
 from twigvlm.serving.errors import RequestError
@@ -176,8 +177,9 @@ class Worker:
             assert engine.make_row is not None, "the model makes its engines so"
             open_choices = [choice for choice in job.choices if not choice.ended]
             for choice in open_choices:
-                memory = self._prefixes.take(job.inputs)
-                choice.row = engine.make_row(job.inputs, **job.row_options(choice, self._model.device), memory=memory)
+                memory = self._prefixes.take(job.inputs["input_ids"], job.pictures)
+                options = {**job.row_options(choice, self._model.device), "memory": memory, "pictures": job.pictures}
+                choice.row = engine.make_row(job.inputs, **options)
             for choice in open_choices:
                 choice.key = way, engine.submit([choice.row])[0]  # type: ignore[list-item]
                 self._choices[choice.key] = job, choice
@@ -214,17 +216,15 @@ class Worker:
         metrics.add("twigvlm_steps_total")
         metrics.add("twigvlm_drafted_tokens_total", row.drafted[choice.steps - 1])
         metrics.add("twigvlm_accepted_tokens_total", row.accepted[choice.steps - 1])
-        if row.prefix is not None:  # the prefill has ended
-            if row.prefix.prompt is row.prompt:  # not so where a cut before the trunk let it see less
-                self._prefixes.keep(row.prefix)
-            row.prefix = None
+        prefix, row.prefix = row.prefix, None  # the prefill has ended
+        if prefix is not None and prefix.prompt is row.prompt:  # not so where a cut before the trunk let it see less
+            self._prefixes.keep(prefix, job.pictures)
         if not job.started:
             job.started = True
             metrics.observe("twigvlm_time_to_first_token_seconds", time.monotonic() - job.arrived)
-            metrics.add("twigvlm_prompt_tokens_total", job.prompt_tokens)
-            metrics.add("twigvlm_cached_prompt_tokens_total", counts.cached)
-            metrics.add("twigvlm_visual_tokens_total", counts.visual)
-            metrics.add("twigvlm_kept_visual_tokens_total", counts.kept)
+            of_prompt = {"prompt": job.prompt_tokens, "cached_prompt": counts.cached}
+            for name, count in {**of_prompt, "visual": counts.visual, "kept_visual": counts.kept}.items():
+                metrics.add(f"twigvlm_{name}_tokens_total", count)
 
     def _after_failure(self, way: str, error: Exception) -> None:
         """A step raised. Whose prompt could not be taken up fails; otherwise all rows of the engine are generated again.
@@ -232,6 +232,8 @@ class Worker:
         The engine's state is unknown after a failed step of decoding, and so is whose fault that was. Answers do not depend on
         what runs beside them, so each job starts over by itself, and gives out what is new; one that fails alone is at fault.
         """
+        if not isinstance(error, TwigVLMError):
+            self._prefixes.clear()  # where memory has run out, this is the part that nobody needs
         here = [(job, choice) for key, (job, choice) in self._choices.items() if key[0] == way]
         # Such a row was ended by the engine before its first token; the engine goes on with all others.
         refused = [job for job, choice in here if choice.row and choice.row.finished and not choice.row.drafted]
@@ -240,7 +242,6 @@ class Worker:
                 self._fail(job, error)
             return
         self._metrics.add("twigvlm_engine_failures_total")
-        self._prefixes.clear()  # where memory has run out, this is the part that nobody needs
         _log.error("a step failed", exc_info=error)
         del self._engines[way]
         jobs = list(dict.fromkeys(job for job, _ in here))

@@ -69,8 +69,12 @@ class MethodOption:
     def check_method(self) -> None:
         """Refuse a method that does not exist or prunes nothing, before anything is loaded."""
         from twigvlm.evaluation.methods import parse_method
+        from twigvlm.pruning.methods import make_pruner
 
-        if parse_method(self.method).ranking == "none":
+        ranking = parse_method(self.method).ranking
+        if ranking == "published":
+            make_pruner(self.method)  # for its errors
+        if ranking == "none":
             raise TwigVLMError(f"method={self.method}: prunes nothing; choose one that prunes, such as twig")
 
 

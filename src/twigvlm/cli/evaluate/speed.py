@@ -78,7 +78,7 @@ def time_systems(
     check_attentions(bench.base, (system.attention for system in systems))
     drafter = None if assistant is None else bench.load_assistant(assistant, options)
     model = bench.grow(exits=any(system.options.get("speculate") == "exit" for system in systems))
-    parse_methods(model, [system.method for system in systems])  # for its errors
+    parse_methods(model, list(dict.fromkeys(system.method for system in systems)))  # for its errors
     more = {"repeats": options.repeats, **machine(), **({} if assistant is None else {"assistant": assistant})}
     described = [dataclasses.asdict(system) for system in systems]
     log = open_log(options, {**bench.settings, **more, "systems": described})
