@@ -8,6 +8,8 @@ import torch
 
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.serving.errors import RequestError
+from twigvlm.serving.jobs import Job
+from twigvlm.serving.limits import Limits
 
 _log = logging.getLogger(__name__)
 
@@ -61,3 +63,16 @@ def too_late(seconds: float) -> RequestError:
     return RequestError(
         f"the request took longer than {seconds:g} seconds; ask for a shorter answer", 408, code="timeout", final=True
     )
+
+
+def why_given_up(job: Job, waited: float, limits: Limits) -> RequestError | None:
+    """Why a job that waits is given up; None: it is not.
+
+    Args:
+        job: has no rows.
+        waited: seconds since it arrived.
+        limits: of the server.
+    """
+    if job.suspect:  # it starts over, and has waited before
+        return too_late(limits.total_seconds) if waited > limits.total_seconds else None
+    return waited_too_long(limits.longest_wait) if waited > limits.longest_wait else None

@@ -12,8 +12,8 @@ from twigvlm.engine.memory import free_bytes
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.prefix_pool import PrefixPool
 from twigvlm.model import TwigVLM
-from twigvlm.serving.errors import RequestError
-from twigvlm.serving.failures import request_error, shutting_down, too_late, waited_too_long
+from twigvlm.serving.failures import request_error, shutting_down, too_late, why_given_up
+from twigvlm.serving.heap import give_back_freed_memory
 from twigvlm.serving.jobs import Choice, Failed, Job, JobEvent
 from twigvlm.serving.limits import Limits
 from twigvlm.serving.metrics import Metrics
@@ -21,6 +21,8 @@ from twigvlm.serving.metrics import Metrics
 _log = logging.getLogger(__name__)
 _ADMITTED = 2
 """Jobs that are taken up between two steps at most, so that answers under way do not stand still for long."""
+_TRIMMED = 64
+"""Jobs after which freed memory is given back to the system, which takes hundredths of a second."""
 _LAST_STEP = 2.0
 """Seconds that a step has left to end when the worker stops; nothing can interrupt it, and a prefill may take much longer."""
 
@@ -46,6 +48,7 @@ class Worker:
         # Only the thread touches what follows.
         self._engines: dict[str, Engine] = {}
         self._choices: dict[tuple[str, int], tuple[Job, Choice]] = {}
+        self._admitted = 0
         self._admitting: Job | None = None  # neither waiting any more nor with rows yet
         self._max_bytes = free_bytes(model.base.device) if max_bytes is None else max_bytes
         self._prefixes = PrefixPool(min(limits.prefix_bytes, self._max_bytes // 4))
@@ -146,6 +149,9 @@ class Worker:
                 break
             self._admit(next_job)
             self._admitting = None
+            self._admitted += 1
+            if self._admitted % _TRIMMED == 0:
+                give_back_freed_memory()
         self._metrics.set("twigvlm_rows", len(self._choices))
         for way in list(self._engines):
             if self._engines[way].busy:
@@ -261,18 +267,11 @@ class Worker:
             if now - job.arrived > limits.total_seconds:
                 self._fail(job, too_late(limits.total_seconds))
         with self._changed:
-            ended = {job: error for job in self._waiting if (error := self._why_not(job, now - job.arrived))}
+            ended = {job: error for job in self._waiting if (error := why_given_up(job, now - job.arrived, limits))}
             for job in ended:
                 self._waiting.remove(job)
         for job, error in ended.items():
             self._tell(job, Failed(error))
-
-    def _why_not(self, job: Job, waited: float) -> RequestError | None:
-        """Why a job that waits is given up."""
-        limits = self._limits
-        if job.suspect:  # it starts over, and has waited before
-            return too_late(limits.total_seconds) if waited > limits.total_seconds else None
-        return waited_too_long(limits.longest_wait) if waited > limits.longest_wait else None
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._give_up(job, None)
