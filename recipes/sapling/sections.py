@@ -129,8 +129,13 @@ PAGES = {
     ],
     "compare": [
         Section(
-            "All methods under the same budgets",
+            "All methods at R̄ = 64",
             "Every published method that this project has, and the twig.",
+            f"twigvlm compare --questions {SHORT}/questions.json --limit 300 --methods {METHODS} --budgets 64 --timed 0 --no-figure",
+        ),
+        Section(
+            "All methods under three budgets",
+            "The same on fewer questions.",
             f"twigvlm compare --questions {MIXED}/questions.json --methods {METHODS} --budgets 192 128 64 --timed 0",
         ),
         Section(
