@@ -131,7 +131,8 @@ PAGES = {
         Section(
             "All methods at R̄ = 64",
             "Every published method that this project has, and the twig.",
-            f"twigvlm compare --questions {SHORT}/questions.json --limit 300 --methods {METHODS} --budgets 64 --timed 0 --no-figure",
+            f"twigvlm compare --questions {SHORT}/questions.json --limit 300 --methods {METHODS} --budgets 64 --timed 0 "
+            "--no-figure",
         ),
         Section(
             "All methods under three budgets",
