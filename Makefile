@@ -9,7 +9,9 @@ SAPLING := $(VENV)/.sapling
 STAMP := $(VENV)/.installed
 DEMO_FLAGS ?=
 
-# Pure functions and small parts; of the tests that go through all families, those of one. Refocusing and videos are left out.
+# Pure functions and small parts; of the tests that go through all families, those of one. Refocusing, videos, the methods one
+# by one and their runs through the layers are left out.
+SLOW_TESTS := tests/pruning/test_refocus.py tests/pruning/test_videos.py tests/pruning/test_methods.py tests/pruning/test_run.py
 FAST_TESTS := tests/base tests/pruning tests/twig \
 	tests/speculation/test_adaptive_tree.py tests/speculation/test_costs.py tests/speculation/test_nodes.py \
 	tests/speculation/test_policies.py tests/speculation/test_walk.py tests/engine/test_sampling.py \
@@ -64,7 +66,7 @@ test: $(STAMP)  ## All tests, warnings as errors, on all cores
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(PYTEST_FLAGS)
 
 test-fast: $(STAMP)  ## In less than a minute: pure functions, small parts and one family
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(FAST_TESTS) --ignore tests/pruning/test_refocus.py --ignore tests/pruning/test_videos.py --family llava $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(FAST_TESTS) $(SLOW_TESTS:%=--ignore %) --family llava $(PYTEST_FLAGS)
 
 test-versions: $(PYTHONS:%=test-lowest-on-python-%)  ## The lowest torch and transformers, on every Python that is promised
 
