@@ -178,14 +178,23 @@ def decode_time(records: Sequence[dict[str, Any]]) -> str:
     return f"{1000 * seconds / tokens:.1f}" if tokens else "–"
 
 
-def summarise(records: Sequence[dict[str, Any]], asked: Sequence[Question], namer: Namer) -> list[str]:
-    """A table for each size of batch: speed, and the quality of the same answers."""
+def summarise(
+    records: Sequence[dict[str, Any]], systems: Sequence[str], asked: Sequence[Question], namer: Namer
+) -> list[str]:
+    """A table for each size of batch: speed, and the quality of the same answers.
+
+    Args:
+        records: from `measure`.
+        systems: names in the order of the lines; plain vLLM, which others are compared with, is the first.
+        asked: the questions.
+        namer: finds what descriptions name.
+    """
     sections = []
     for rows in dict.fromkeys(record["rows"] for record in records):
         of_size = [record for record in records if record["rows"] == rows]
         plain = {record["first"]: record["ids"] for record in of_size if record["system"] == PLAIN}
         lines, speed = [], {}
-        for name in dict.fromkeys(record["system"] for record in of_size):
+        for name in (name for name in systems if any(record["system"] == name for record in of_size)):
             of_system = [record for record in of_size if record["system"] == name]
             tokens = sum(len(ids) for record in of_system for ids in record["ids"])
             speed[name] = tokens / sum(record["seconds"] for record in of_system)
@@ -232,7 +241,9 @@ def main(options: Options) -> None:
         "machine": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
     }
     command = f"python -m recipes.vllm_bench --questions {options.questions} --output {options.output}"
-    report = page("Twigs in vLLM", command, settings, summarise(records, asked, namer))
+    report = page(
+        "Twigs in vLLM", command, settings, summarise(records, [system.name for system in systems], asked, namer)
+    )
     (options.output / "report.md").write_text(report, encoding="utf-8")
     print(report)
 

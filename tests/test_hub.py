@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalTokenNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -98,10 +99,20 @@ def hub(tmp_path, monkeypatch):
         assert options == {"private": True, "token": "secret", "exist_ok": True}
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}", endpoint="https://huggingface.co")
 
-    def upload(*, repo_id, folder_path, commit_message, token):
+    def upload(*, repo_id, folder_path, commit_message, token, ignore_patterns, delete_patterns):
         assert (repo_id, commit_message, token) == ("user/twig", "First", "secret")
-        shutil.copytree(folder_path, tmp_path / "hub")
+        for name in delete_patterns:
+            (tmp_path / "hub" / name).unlink(missing_ok=True)
+        shutil.copytree(
+            folder_path, tmp_path / "hub", dirs_exist_ok=True, ignore=shutil.ignore_patterns(*ignore_patterns)
+        )
 
+    def download(name, file, token):
+        if not (tmp_path / "hub" / file).exists():
+            raise RemoteEntryNotFoundError("404", response=ANSWER)
+        return str(tmp_path / "hub" / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "create_repo", create)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
     return tmp_path / "hub"
@@ -120,10 +131,22 @@ def test_push(grown, hub):
     assert "library_name: twigvlm\n" in front
     assert 'TwigVLM.from_pretrained(base, "user/twig")' in card
     assert "| twig_layers | 2 |" in card
-    assert "3 steps on 7 samples" in card
+    assert "3 steps, on 7 samples" in card
     assert "| loss | 1.25 |" in card
     assert "| alpha | 0.1 |" in card
     TwigVLM.from_pretrained(tiny_llava(), hub)
+
+
+def test_a_push_keeps_a_card_that_someone_wrote_and_no_record_of_another_twig(grown, hub):
+    def push():
+        grown.push_to_hub("user/twig", private=True, token="secret", commit_message="First")
+
+    push()
+    (hub / twig_files.CARD).write_text("Mine.")
+    grown.twig.record = []
+    push()
+    assert (hub / twig_files.CARD).read_text() == "Mine."
+    assert not (hub / twig_files.RECORD).exists()
 
 
 def test_a_push_that_is_refused(grown, monkeypatch):

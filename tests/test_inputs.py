@@ -85,6 +85,14 @@ def test_text_alone_goes_through_a_template_for_text():
     assert inputs_of([{"role": "user", "content": "What?"}], processor=tiny_processor(TEXT_ONLY))
 
 
+def test_a_conversation_goes_on_after_an_answer_that_contains_a_placeholder():
+    answer = "<image> or <image>"
+    for content in (answer, [{"type": "text", "text": answer}]):
+        asked = [user_turn("Write a tag.", picture(0)), {"role": "assistant", "content": content}, user_turn("Why?")]
+        assert int((inputs_of(asked)["input_ids"] == IMAGE_TOKEN).sum()) == VISUAL
+        assert asked[1]["content"] == content
+
+
 def test_placeholders_in_a_text():
     refused("image placeholder '<image>'", "leave it out", conversation=[user_turn("An <image> tag?", picture(0))])
     refused("image placeholder '<image>'", conversation=[user_turn("An <image> tag?")])

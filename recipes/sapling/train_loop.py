@@ -1,15 +1,17 @@
 """The training loop that the recipe's steps share: AdamW, cosine, and checkpoints from which a stopped run goes on."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from twigvlm.files import replacing
+from twigvlm.training.run_directory import latest
+from twigvlm.training.trainer import AllStepsDone, Steps
 
 
 def train(
@@ -47,8 +49,11 @@ def train(
         ),
         train_dataset=data,
         data_collator=collate,
+        callbacks=[Steps()],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if Path(output).exists() else None)
+    checkpoint = latest(Path(output))  # the Trainer would also take one that was cut off
+    with suppress(AllStepsDone):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     with replacing(Path(output) / "final.safetensors") as temporary:
         save_file(weights, temporary)

@@ -63,6 +63,8 @@ class TwigConfig:
             at_least(self.trunk_layers + 1, final_wipe=self.final_wipe)
         _number("final_share", self.final_share)
         check_final_share(self.final_share)
+        if self.final_share and self.final_wipe is None:
+            raise TwigVLMError(f"final_share={self.final_share:g}: is what stays after layer K_f; give final_wipe too")
 
 
 @dataclass(frozen=True)
@@ -251,9 +253,7 @@ class SamplingConfig:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise TwigVLMError(f"seed={self.seed}: must be 0 or more, and less than 2^63")
         if not (self.temperature > 0 and isfinite(self.temperature)):
-            raise TwigVLMError(
-                f"temperature={self.temperature:g}: must be more than 0; leave it out for the most probable tokens"
-            )
+            raise TwigVLMError(f"temperature={self.temperature:g}: must be more than 0; leave it out to be greedy")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise TwigVLMError(f"top_p={self.top_p:g}: must be more than 0, and at most 1")
 

@@ -1,5 +1,7 @@
 """Input errors. Each message is one line that names the value and the remedy."""
 
+_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 class TwigVLMError(ValueError):
     """Bad input, configuration or weight file. The command line prints it without a traceback and exits with 2."""
@@ -16,6 +18,19 @@ class RequestRefused(TwigVLMError):
     def __init__(self, message: str, requests: tuple[int, ...]) -> None:
         super().__init__(message)
         self.requests = requests
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a device, or the machine, had too little memory for what an exception or its cause ended."""
+    import torch  # not above: these errors are also raised where torch is not needed
+
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
+            return True
+        error = error.__cause__
+    return False
 
 
 def one_line(error: Exception) -> str:

@@ -38,6 +38,8 @@ def build_inputs(
 ) -> dict[str, Any]:
     """The base's inputs for conversations that end with a question: one batch, padded on the left.
 
+    An answer may contain a placeholder, since the base wrote it; a space is added inside, so that no picture is meant.
+
     Args:
         processor: the base's processor, with a chat template.
         conversations: the messages of each conversation.
@@ -46,8 +48,10 @@ def build_inputs(
         options: options of the processor, for example `num_frames` of a video.
 
     Raises:
-        TwigVLMError: a picture cannot be read, a text contains a placeholder, or the template or processor rejects the input.
+        TwigVLMError: a picture cannot be read, a question contains a placeholder, or the template or processor rejects the
+            input.
     """
+    conversations = [[_harmless(processor, message) for message in messages] for messages in conversations]
     images = [[load_image(image) for image in media(messages, "image")] for messages in conversations]
     videos = [list(media(messages, "video")) for messages in conversations]
     texts = [render(processor, messages) for messages in conversations]
@@ -178,6 +182,25 @@ def _bare(messages: Sequence[Message]) -> list[dict[str, Any]]:
         {**message, "content": content if isinstance(content := message["content"], str) else list(map(bare, content))}
         for message in messages
     ]
+
+
+def _harmless(processor: Any, message: Message) -> Message:
+    """An answer whose placeholders stand for nothing; other messages as they are."""
+    if message["role"] != "assistant":
+        return message
+
+    def broken(text: str) -> str:
+        for name in _placeholders(processor, "image") | _placeholders(processor, "video"):
+            text = text.replace(name, f"{name[0]} {name[1:]}")
+        return text
+
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": broken(content)}
+    return {
+        **message,
+        "content": [{**part, "text": broken(part["text"])} if part.get("text") else part for part in content],
+    }
 
 
 def _placeholders(processor: Any, kind: str) -> set[str]:

@@ -277,7 +277,7 @@ class TwigVLM(HFInterface, Calibrated):
         return Engine(runner, partial(request_row, self.base, self.twig), max_rows, max_bytes)
 
     def chat(self, processor: Any, **options: Any) -> Conversation:
-        """Start a conversation of several turns, in which trunk and twig run only once on each token.
+        """Start a conversation of several turns, in which trunk and twig run only on what a prompt adds to the one before.
 
         Args:
             processor: the base's processor.

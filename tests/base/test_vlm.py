@@ -1,15 +1,20 @@
 """BaseVLM against the model that it opens."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from tests.families import prompt as family_prompt
 from tests.families import tiny
 from tests.tiny import IMAGE_TOKEN, VISUAL, prompt, tiny_llava
 from twigvlm.base.layers import project_keys_values
 from twigvlm.base.token_inputs import slice_tokens
 from twigvlm.base.vlm import BaseVLM
+from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.kv.cache import KVCache
+from twigvlm.model import TwigVLM
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -114,6 +119,19 @@ def test_a_prompt_longer_than_the_context_is_refused():
     base = BaseVLM(tiny_llava(context=20))
     with pytest.raises(TwigVLMError, match="25 tokens, the base's context only 20"):
         base.prompt(**prompt())
+
+
+def test_a_picture_takes_fewer_positions_of_m_rope_than_it_has_tokens():
+    model = tiny("qwen2_5_vl")
+    inputs = family_prompt(model, "qwen2_5_vl", "images")
+    needed = int(BaseVLM(model).prompt(**inputs).position_ids.max()) + 1
+    assert needed < inputs["input_ids"].shape[1]
+    for context, refused in ((needed, False), (needed - 1, True), (4, True)):
+        model.config.text_config.max_position_embeddings = context
+        grown = TwigVLM.grow(model, TwigConfig(2, 2))
+        words = f"more positions than the {context}|only {context}"
+        with pytest.raises(TwigVLMError, match=words) if refused else nullcontext():
+            grown.generate(**inputs, max_new_tokens=1)
 
 
 def test_images_and_placeholders_must_come_together():

@@ -73,7 +73,7 @@ def test_speed_of_drafts_without_a_twig(arguments, base_directory, tmp_path, ref
     for name in ("lookup", "exit", "HF assistant"):
         assert named[name][-1].startswith("0")  # different outputs
     assert float(named["HF assistant"][-3]) == 100.0  # the base drafts for itself
-    refused(*words, "chain", words=("needs a twig",))
+    refused(*words, "chain", "HF assistant", words=("needs a twig",))
 
 
 @pytest.mark.parametrize("command", ONE_METHOD)

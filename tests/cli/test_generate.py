@@ -16,7 +16,7 @@ KEYS = {
     "text", "num_tokens", "tokens_per_second", "prefill_ms", "decode_ms", "draft_ms", "verify_ms", "visual_tokens",
     "kept_tokens", "kept_indices", "token_ids", "drafted_lengths", "accepted_lengths", "model", "twig", "dtype", "device",
     "average_visual", "looks", "retain", "keep", "final_wipe", "final_share", "retain_per_image", "refocus", "pruner",
-    "scout", "diverse", "speculate",
+    "scout", "diverse", "speculate", "grid",
 }  # fmt: skip
 
 

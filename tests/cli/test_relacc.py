@@ -24,7 +24,9 @@ SPEED |= {"avg_answer_speed": 20.0}
 def write(tmp_path):
     """Write a result file, and return its run's folder."""
 
-    def file(run, args="pretrained=base", scores=SCORES, samples=1000, throughput=SPEED, date="20261201_100000"):
+    def file(
+        run, args="pretrained=base", scores=SCORES, samples=1000, throughput=SPEED, date="20261201_100000", **config
+    ):
         record = {
             "results": {
                 task: {
@@ -39,7 +41,7 @@ def write(tmp_path):
             "higher_is_better": {
                 task: dict.fromkeys(["submission", *metrics], True) for task, metrics in scores.items()
             },
-            "config": {"model": "twigvlm", "model_args": args},
+            "config": {"model": "twigvlm", "model_args": args, **config},
             "throughput": throughput,
         }
         folder = tmp_path / run / "org__base"
@@ -55,6 +57,21 @@ def rows(capsys, *arguments):
     assert main(["evaluate", "relacc", *map(str, arguments)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     return {line[0]: line[1:] for line in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
+
+
+def test_a_gain_by_batching_is_not_shown_as_a_method_s(capsys, write):
+    base, method = write("base", batch_size="1"), "pretrained=base,method=fastv,retain=192"
+    found = rows(capsys, base, write("alone", method, batch_size="1"))
+    assert found["fastv"][-2:] == ["1.00", "1.00"]
+    found = rows(capsys, base, write("eight", method, batch_size="8"))
+    assert found["fastv"][-3:] == ["30.0", "–", "–"]
+
+
+def test_a_run_with_other_lengths_of_answers_is_refused(capsys, write):
+    base = write("base", gen_kwargs="")
+    run = write("short", "pretrained=base,method=fastv,retain=192", gen_kwargs={"max_new_tokens": 16})
+    assert main(["evaluate", "relacc", str(base), str(run)]) == 2
+    assert "gen_kwargs=" in capsys.readouterr().err
 
 
 def test_the_layout_of_table_1(capsys, write):

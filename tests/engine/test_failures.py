@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessor, TextStreamer
+from transformers import LogitsProcessor, SynthIDTextWatermarkingConfig, TextStreamer
 
 from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
@@ -193,9 +193,26 @@ def test_no_token_is_drawn_from_scores_that_leave_none(model, way, factor):
         )
 
 
-def test_a_fork_cannot_share_what_remembers(model):
+@pytest.mark.parametrize("way", ["none", "chain", "tree"])
+def test_no_token_is_drawn_where_every_one_is_suppressed(model, way):
+    everything = list(range(model.base.vocabulary))
+    with pytest.raises(TwigVLMError, match="there is no token to draw"):
+        model.generate(
+            **prompt(0), max_new_tokens=3, do_sample=True, speculate=way, suppress_tokens=everything, temperature=0.5
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logits_processor": [Fails()]},
+        {"watermarking_config": SynthIDTextWatermarkingConfig(keys=[1, 2], ngram_len=3)},
+    ],
+    ids=["own", "watermark"],
+)
+def test_a_fork_cannot_share_what_remembers(model, options):
     engine = model.engine()
-    request = engine.add(prompt(0), max_new_tokens=4, logits_processor=[Fails()])
+    request = engine.add(prompt(0), max_new_tokens=4, **options)
     with pytest.raises(TwigVLMError, match=f"request {request}: has logits processors that two"):
         engine.fork(request, None)
     request = engine.add(prompt(0), max_new_tokens=4, stopping_criteria=[lambda ids, scores: False])

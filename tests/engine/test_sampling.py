@@ -32,6 +32,19 @@ def noise_of(seed, temperature=1.0, vocabulary=TOKENS):
     return Noise(temperature, vocabulary, CPU, torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_generator_is_rewound_only_if_nobody_else_has_drawn_from_it(others):
+    generator, alone = (torch.Generator().manual_seed(3) for _ in range(2))
+    noise = Noise(1.0, TOKENS, CPU, generator)
+    noise.at(4)
+    seen = torch.rand(others, generator=generator)
+    noise.close(2)
+    first = Noise(1.0, TOKENS, CPU, alone)
+    following = first.at(2) if not others else (first.at(4), torch.rand(1, generator=alone), first.at(5))[2]
+    assert torch.equal(torch.empty(TOKENS).exponential_(1, generator=generator), following)
+    assert len(seen) == others
+
+
 class Seeing:
     """Processors that change nothing, or what they are told to, and remember what they saw."""
 

@@ -7,7 +7,15 @@ import pytest
 from tests.tiny import prompt, tiny_llava
 from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation.compare import BASE, Combination, checked_inputs, compare, make_combinations, timed_questions
+from twigvlm.evaluation.compare import (
+    BASE,
+    LOOP,
+    Combination,
+    checked_inputs,
+    compare,
+    make_combinations,
+    timed_questions,
+)
 from twigvlm.evaluation.compare_report import comparison_sections
 from twigvlm.evaluation.figures import draw_comparison
 from twigvlm.evaluation.metrics import FEWEST
@@ -62,6 +70,7 @@ def timed():
         runs = {name: run(scale, 2.0, 4.0, 9 * 2**20) for name in ("none + chain", "fastv@64", "random:0@64 + chain")}
         runs["fastv@64 + chain"] = run(scale, 2.0, 4.0, 9 * 2**20, "something else")
         runs["random:0@64"] = run(scale, 2.0, 4.0, 9 * 2**20, "something else")
+        runs["own loop"] = run(scale, 2.0, 3.0, 9 * 2**20)
         runs["HF generate, sdpa"] = run(scale, 2.0, 4.0, 10 * 2**20)
         runs["HF generate, eager"] = run(scale, 3.0, 5.0, 12 * 2**20)
         runs["twig@64/24"] = run(scale, 0.5, 4.0, 8 * 2**20)
@@ -78,11 +87,14 @@ def lines(times=True):
 
 def test_every_way_to_draft_goes_on_top_of_every_method():
     assert COMBINATIONS[0] == BASE
-    assert [one.label for one in COMBINATIONS[1:4]] == ["base + chain", "twig", "twig + chain"]
-    assert make_combinations([NONE, FASTV], ["chain"]) == [
+    assert [one.label for one in COMBINATIONS[1:5]] == ["own loop", "base + chain", "twig", "twig + chain"]
+    drafted = [Combination(NONE, "chain"), Combination(FASTV, "chain")]
+    assert make_combinations([NONE, FASTV], ["chain"]) == [BASE, LOOP, *drafted]
+    assert make_combinations([NONE, FASTV], ["none", "chain"], timed=False) == [
         BASE,
-        Combination(NONE, "chain"),
-        Combination(FASTV, "chain"),
+        drafted[0],
+        Combination(FASTV),
+        drafted[1],
     ]
 
 
@@ -106,11 +118,21 @@ def test_ratios_are_medians_over_questions_against_the_faster_base():
     assert found["none"].times["short"].speed.speed == pytest.approx((1 / 2 + 1 / 200 + 1 / 6) / 3)
 
 
+def test_what_the_loop_itself_gains_is_shown_beside_the_methods():
+    loop = lines()["own loop"]
+    assert loop.times["short"].decode == pytest.approx(4 / 3)
+    assert loop.quality["short"].relative == 1
+    text = "\n\n".join(comparison_sections(list(lines().values()), pruning_head=True))
+    assert "| own loop | – | 576.0 | exact 100.0 |" in text
+
+
 def test_intervals_of_speeds_are_over_pictures():
     def interval(pictures):
         rows = [{**timed()[number % 3], "id": str(number), "picture": number % pictures} for number in range(SHORT)]
         line = next(
-            line for line in compare(answers(), rows, COMBINATIONS, ["eager", "sdpa"]) if line.combination != BASE
+            line
+            for line in compare(answers(), rows, COMBINATIONS, ["eager", "sdpa"])
+            if line.combination == Combination(NONE, "chain")
         )
         return line.times["short"].interval
 

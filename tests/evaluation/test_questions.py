@@ -116,6 +116,7 @@ def test_objects_named_in_a_text():
     assert named("a bear, a cat's tail, a hotdog, cats") == {"bear", "cat"}
     assert named("") == set()
     assert Namer({})("a dog") == set()
+    assert Namer({"cow": ["inek"]})("İnek çayırda") == {"cow"}
 
 
 def test_words_in_capitals_count_where_the_vocabulary_has_them_so(write):

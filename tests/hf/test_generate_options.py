@@ -216,6 +216,16 @@ def test_stop_strings(model):
     assert base.shape[1] < whole.shape[1]
 
 
+def test_what_a_checkpoint_s_config_asks_of_a_cache_and_of_texts_can_be_left_out(model):
+    defaults = model.model.generation_config
+    model.model.generation_config = GenerationConfig(pad_token_id=0, cache_implementation="static", stop_strings=["x"])
+    try:
+        answer = model.generate(**prompt(), max_new_tokens=NEW, stop_strings=None)
+    finally:
+        model.model.generation_config = defaults
+    assert answer.tolist() == model.generate(**prompt(), max_new_tokens=NEW).tolist()
+
+
 def test_max_time_stops(model):
     answer = model.generate(**prompt(), max_new_tokens=60, max_time=0.0)
     assert answer.shape[1] == prompt()["input_ids"].shape[1] + 1

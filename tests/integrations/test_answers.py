@@ -9,16 +9,22 @@ pytest.importorskip("pydantic")
 
 from twigvlm.errors import TwigVLMError  # noqa: E402
 from twigvlm.integrations.answers import (  # noqa: E402
+    asked,
     check_options,
     open_answers,
     read_answers,
     read_source,
+    unanswered,
     write_answers,
 )
 from twigvlm.serving.limits import Limits  # noqa: E402
 
 FAILED = {"answer": None, "error": "no picture", "tokens": 0, "visual_tokens": 0.0}
 GOOD = {"answer": "a sign", "error": None, "tokens": 3, "visual_tokens": 8.0}
+
+
+def write(out, answers):
+    return write_answers(out, {key: {**row, "asked": f"{key}?"} for key, row in answers.items()})
 
 
 @pytest.mark.parametrize(
@@ -46,12 +52,12 @@ def test_options_within_the_limits_are_taken():
 
 def test_records_that_failed_are_answered_again_and_an_answer_counts_more_than_an_error(tmp_path):
     options = {"retain": 8}
-    assert open_answers(tmp_path, options) == set()
-    write_answers(tmp_path, {"a": GOOD, "b": FAILED, "c": FAILED})
-    assert open_answers(tmp_path, options) == {"a"}
+    assert open_answers(tmp_path, options) == {}
+    write(tmp_path, {"a": GOOD, "b": FAILED, "c": FAILED})
+    assert open_answers(tmp_path, options) == {"a": "a?"}
     for ids in ("b", "bc", "cb", "ab"):  # under several names, so that files come in different orders
-        write_answers(tmp_path, {key: GOOD if key == "b" else {**FAILED, "error": "again"} for key in ids})
-    assert open_answers(tmp_path, options) == {"a", "b"}
+        write(tmp_path, {key: GOOD if key == "b" else {**FAILED, "error": "again"} for key in ids})
+    assert open_answers(tmp_path, options) == {"a": "a?", "b": "b?"}
     answers = read_answers(tmp_path).to_pylist()
     assert answers[:2] == [{"id": "a", **GOOD}, {"id": "b", **GOOD}]
     assert answers[2]["id"] == "c"
@@ -61,14 +67,27 @@ def test_records_that_failed_are_answered_again_and_an_answer_counts_more_than_a
 def test_answers_with_other_options_are_not_gone_on_with(tmp_path):
     open_answers(tmp_path / "out", {"retain": 8})
     open_answers(tmp_path / "out", {"retain": 16})  # nothing was answered with the first ones
-    write_answers(tmp_path / "out", {"a": GOOD})
+    write(tmp_path / "out", {"a": GOOD})
     with pytest.raises(TwigVLMError, match=r"other options \(keep, retain\); name another directory"):
         open_answers(tmp_path / "out", {"keep": 8})
-    assert open_answers(tmp_path / "out", {"retain": 16}) == {"a"}
+    assert open_answers(tmp_path / "out", {"retain": 16}) == {"a": "a?"}
     for note in (tmp_path / "out").glob("*.json"):
         note.unlink()
     with pytest.raises(TwigVLMError, match="other options"):
         open_answers(tmp_path / "out", {"retain": 16})
+
+
+def test_an_answer_belongs_to_the_question_that_was_asked(tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "one"}\n{"question": "two"}\n')
+    first = read_source(tmp_path)
+    done = {"0": asked("one", None)}
+    assert unanswered(first, {}) == first
+    assert unanswered(first, done).column("question").to_pylist() == ["two"]
+    questions.write_text('{"question": "new"}\n{"question": "one"}\n{"question": "two"}\n')
+    with pytest.raises(TwigVLMError, match="record '0' has changed since it was answered; name another out"):
+        unanswered(read_source(tmp_path), done)
+    assert len({asked("one", None), asked("one", "a.png"), asked("one", b"picture"), asked("two", None)}) == 4
 
 
 def test_a_folder_without_answers_has_none(tmp_path):

@@ -6,7 +6,7 @@ from twigvlm.cli.main import main
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.methods import NAMES
 from twigvlm.pruning.cut import average_visual
-from twigvlm.pruning.methods import make_pruner, reads_files
+from twigvlm.pruning.methods import make_pruner, own_files, reads_files
 from twigvlm.pruning.methods.dart import Dart
 from twigvlm.pruning.methods.sparsevlm import SparseVLM
 from twigvlm.pruning.methods.visionzip import VisionZip
@@ -25,6 +25,19 @@ from twigvlm.pruning.methods.visionzip import VisionZip
 def test_names_say_positions_and_accounting(name, pruner):
     assert make_pruner(name) == pruner
     assert reads_files(name) == (getattr(pruner, "projector", None) is not None)
+
+
+def test_what_a_file_of_a_method_holds_is_told_apart(tmp_path):
+    names = ["fastv", f"visionzip:{tmp_path}:compacted", f"fitprune:{tmp_path}", None]
+    assert own_files(names) == {}
+    (tmp_path / "fitprune.json").write_text("first")
+    first = own_files(names)
+    assert first.keys() == {f"fitprune:{tmp_path}"}
+    (tmp_path / "fitprune.json").write_text("second")
+    assert own_files(names).keys() == first.keys()
+    assert own_files(names) != first
+    (tmp_path / "projector.safetensors").write_text("weights")
+    assert f"visionzip:{tmp_path}:compacted" in own_files(names)
 
 
 def test_the_list_of_methods_has_all_that_evaluations_accept(capsys):

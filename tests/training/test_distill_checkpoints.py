@@ -29,6 +29,34 @@ def test_resumed_equals_uninterrupted(make_model, dataset, tmp_path):
     assert same(copy(whole.twig), copy(resumed.twig))
 
 
+def test_a_run_that_had_ended_is_resumed_without_another_step(make_model, dataset, tmp_path):
+    options = {"max_steps": 3, "batch_size": 1, "save_steps": 3}  # a part of an epoch
+    whole, again = make_model(), make_model()
+    run(whole, dataset, tmp_path, **options)
+    log = run(again, dataset, tmp_path, resume=True, **options)
+    assert max(entry["step"] for entry in log) == 3
+    assert again.twig.record == whole.twig.record
+    assert same(copy(whole.twig), copy(again.twig))
+
+
+def test_a_run_goes_on_saving_as_often_as_is_asked_for_now(make_model, dataset, tmp_path):
+    options = {"max_steps": 4, "batch_size": 1, "log_steps": 4}
+    run(make_model(), dataset, tmp_path, save_steps=2, callbacks=[StopAt(2)], **options)
+    log = run(make_model(), dataset, tmp_path, resume=True, save_steps=1, **{**options, "log_steps": 1})
+    assert (tmp_path / "checkpoint-3").is_dir()
+    assert {entry["step"] for entry in log if "loss" in entry} >= {3, 4}
+
+
+def test_samples_end_where_the_context_of_the_base_does(make_model, samples, processor, tmp_path):
+    model = make_model()
+    context = model.base.context
+    samples[0]["conversations"][-1]["value"] = "word " * context
+    run(model, ConversationDataset(samples, processor), tmp_path / "cut", max_steps=8, batch_size=1)
+    longer = ConversationDataset(samples, processor, max_length=context + 1)
+    with pytest.raises(TwigVLMError, match=f"max_length={context + 1}: must be at most {context}"):
+        run(make_model(), longer, tmp_path / "refused", max_steps=1)
+
+
 def test_checkpoints_hold_the_twig_only(make_model, dataset, tmp_path):
     model = make_model(head="shared")
     run(model, dataset, tmp_path, max_steps=1, save_steps=1)

@@ -277,9 +277,8 @@ def match_rows(rows: Float[Tensor, "rows width"], among: Float[Tensor, "others w
 
 def _hashes(rows: Tensor) -> Int[Tensor, " rows"]:
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
-    weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=torch.Generator().manual_seed(0)).to(
-        rows.device
-    )
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator, device="cpu").to(rows.device)
     parts = rows.contiguous().view(bits).split(_HASHED)
     return torch.cat([(part.long() * weights).sum(dim=1) for part in parts])
 

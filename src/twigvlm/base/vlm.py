@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from twigvlm import compat
 from twigvlm.base.capture import capture, watch
-from twigvlm.base.checks import check_model
+from twigvlm.base.checks import check_model, check_rope, has_mrope
 from twigvlm.base.cpu_linear import cpu_linear
 from twigvlm.base.families import Visual, family_of, language_model_of
 from twigvlm.base.layers import run, window_of
@@ -49,10 +49,9 @@ class BaseVLM:
         self.embed: Any = model.get_input_embeddings()
         self.windowed = any(window_of(layer) is not None for layer in self.layers)
         check_attention(self.attention, self.windowed)
-        # These change their frequencies while a sequence grows; tables made ahead would not follow them.
-        rope_type = next((kind for kind in _rope_types(self.config) if kind in ("dynamic", "longrope")), None)
-        if rope_type is not None:
-            raise TwigVLMError(f"rope_type={rope_type!r} is not supported: use a base with fixed rotary frequencies")
+        check_rope(self.config)
+        self.context: int | None = getattr(self.config, "max_position_embeddings", None)
+        """Number of positions; None: there is no limit."""
 
     @property
     def num_layers(self) -> int:
@@ -132,12 +131,22 @@ class BaseVLM:
                 "pass the processor's outputs as they are, made without truncation"
             )
 
+    def least_positions(self, input_ids: Int[Tensor, "batch tokens"]) -> int:
+        """How many positions the longest prompt needs: all its tokens; with M-RoPE a picture may take fewer than it has."""
+        counted = ~self.visual_mask(input_ids) if has_mrope(self.config) else torch.ones_like(input_ids)
+        return int(counted.sum(dim=1).max())
+
+    def check_positions(self, position_ids: Int[Tensor, "*axes batch tokens"]) -> None:
+        """Raise TwigVLMError if a prompt has more positions than the base."""
+        axes = position_ids[-3:] if position_ids.ndim == 3 else position_ids  # the first of four is the token's place
+        if self.context is not None and int(axes.max()) >= self.context:
+            raise TwigVLMError(f"The prompt needs more positions than the {self.context} of the base: shorten it")
+
     def check_context(self, input_ids: Int[Tensor, "batch tokens"]) -> None:
-        """Raise TwigVLMError if a prompt is longer than the base's context."""
-        context = getattr(self.config, "max_position_embeddings", None)
-        if context is not None and input_ids.shape[1] > context:
+        """Raise TwigVLMError if a prompt is longer than the base's context, as far as its ids tell."""
+        if self.context is not None and self.least_positions(input_ids) > self.context:
             raise TwigVLMError(
-                f"The prompt has {input_ids.shape[1]} tokens, the base's context only {context}: shorten the text"
+                f"The prompt has {input_ids.shape[1]} tokens, the base's context only {self.context}: shorten the text"
             )
 
     def pixels(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -189,6 +198,7 @@ class BaseVLM:
         elif positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
         positions, attends_until = positions.to(self.device), attention_ends_of(kwargs.get("attention_mask"))
+        self.check_positions(positions)
         visual_mask = self.visual_mask(input_ids)
         prompt = Prompt(
             hidden,
@@ -206,8 +216,8 @@ class BaseVLM:
         """A prompt of random text, always the same, no longer than the context: to see how layers treat it, or to time them."""
         ids = torch.arange(self.vocabulary)
         ids = ids[~self.visual_mask(ids[None])[0]]
-        length = min(tokens, getattr(self.config, "max_position_embeddings", None) or tokens)
-        picked = torch.randint(len(ids), (1, length), generator=torch.Generator().manual_seed(0))
+        size, generator = (1, min(tokens, self.context or tokens)), torch.Generator().manual_seed(0)
+        picked = torch.randint(len(ids), size, generator=generator, device="cpu")
         return self.prompt(ids[picked].to(self.device))
 
     def masks(self) -> CausalMasks:
@@ -284,13 +294,6 @@ def is_refusal(error: Exception) -> bool:
     """Whether the prompt may be at fault for an error of a base's forward: pixels and placeholders that do not match, say."""
     kinds = (ValueError, RuntimeError, IndexError, StopIteration)
     return isinstance(error, kinds) and not isinstance(error, TwigVLMError | torch.OutOfMemoryError)
-
-
-def _rope_types(config: Any) -> list[str]:
-    """The types of a model's rotary embeddings: one, or one for each type of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return [str(one.get("rope_type", "default")) for one in nested or [parameters]]
 
 
 def _at(root: Any, path: str) -> Any:

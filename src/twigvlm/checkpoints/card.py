@@ -21,7 +21,7 @@ pipeline_tag: image-text-to-text
 A twig on {base}: {layers} decoder layers{head} on the output of its layer {trunk}, with {millions:.1f} M parameters;
 the base's weights are not in here. It chooses the visual tokens that matter to a question, and drafts the answer for the
 base to check. In float32 drafting does not change the answer; pruning may. The twig fits on this base only, loaded in any
-number format.
+number format. With `retain`, the average number of visual tokens per layer, `generate` also prunes.
 
 ```python
 from transformers import AutoModelForImageTextToText
@@ -29,7 +29,7 @@ from twigvlm import TwigVLM
 
 base = AutoModelForImageTextToText.from_pretrained("{base_id}", dtype="auto")
 model = TwigVLM.from_pretrained(base, "{name}")
-output = model.generate(**inputs, max_new_tokens=256, retain=64, speculate="chain")
+output = model.generate(**inputs, max_new_tokens=256, speculate="chain")
 ```
 
 ## Shape
@@ -67,7 +67,9 @@ def model_card(twig: Twig, name: str, base: str | None) -> str:
 
 
 def _stage(entry: dict[str, Any]) -> str:
-    head = f"### {entry['stage']}\n\n{entry['steps']} steps on {entry['samples']} samples; at the end:"
+    batch = entry.get("batch")  # older records have none
+    steps = f"{entry['steps']} steps" + ("" if batch is None else f" of {batch} samples each")
+    head = f"### {entry['stage']}\n\n{steps}, on {entry['samples']} samples; at the end:"
     return f"{head}\n\n{_table(entry['final'])}\n\nSettings:\n\n{_table(entry['settings'])}"
 
 

@@ -9,10 +9,12 @@ from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
+from twigvlm.checkpoints.card import MARK
 from twigvlm.errors import TwigVLMError, one_line
 
 
@@ -38,20 +40,50 @@ def fetch(path: str | PathLike[str], files: list[str], revision: str | None, tok
         raise TwigVLMError(f"{name}: {_reason(error, revision)}") from error
 
 
-def push(folder: Path, name: str, private: bool | None, token: str | None, message: str) -> str:
-    """Upload a directory to a repository, which is made if need be; the page of the repository.
+def push(
+    folder: Path, name: str, private: bool | None, token: str | None, message: str, card: str, replaced: list[str]
+) -> str:
+    """Upload a directory to a repository, which is made if need be.
+
+    Args:
+        folder: the directory.
+        name: of the repository.
+        private: whether a new repository is private; None: the default of the account.
+        token: None: that of the login.
+        message: of the commit.
+        card: file that stays where the repository has one that is not ours.
+        replaced: files that go if the directory has none.
+
+    Returns:
+        The page of the repository.
 
     Raises:
         TwigVLMError: the hub refuses or cannot be reached.
     """
     try:
         page = huggingface_hub.create_repo(name, private=private, token=token, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=page.repo_id, folder_path=folder, commit_message=message, token=token)
+        huggingface_hub.upload_folder(
+            repo_id=page.repo_id,
+            folder_path=folder,
+            commit_message=message,
+            token=token,
+            ignore_patterns=[] if _is_ours(page.repo_id, card, token) else [card],
+            delete_patterns=replaced,
+        )
     except (OSError, ValueError) as error:
         raise TwigVLMError(
             f"{name}: not pushed ({one_line(error)}); log in with 'hf auth login', or pass a token"
         ) from error
     return str(page)
+
+
+def _is_ours(name: str, card: str, token: str | None) -> bool:
+    """Whether a repository's model card may be written again; it may also have none."""
+    try:
+        found = Path(huggingface_hub.hf_hub_download(name, card, token=token))
+    except RemoteEntryNotFoundError:
+        return True
+    return MARK in found.read_text(encoding="utf-8", errors="replace")
 
 
 def _reason(error: Exception, revision: str | None) -> str:

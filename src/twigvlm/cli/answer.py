@@ -8,6 +8,7 @@ import torch
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from twigvlm.base.checks import has_mrope
 from twigvlm.cli.session import Session
 from twigvlm.config import SamplingConfig
 from twigvlm.errors import TwigVLMError
@@ -15,6 +16,7 @@ from twigvlm.evaluation.speed import FirstToken, attention_of
 from twigvlm.inputs import Message, build_inputs
 from twigvlm.pruning.refocus import Look
 from twigvlm.timing import clock_of
+from twigvlm.visualize import patch_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Answer:
     draft_ms: float | None
     verify_ms: float | None
     visual_tokens: int
+    grid: tuple[int, int] | None
+    """Rows and columns of the visual tokens, where they are the patches of one whole image."""
     kept_tokens: int
     kept_indices: list[int] | None
     """Which visual tokens passed the first cut, counted from the first one; None without pruning."""
@@ -162,22 +166,23 @@ def answer_question(
         output: Any = generate(**inputs, **options)
         end = clock()
     first = end if watch.at is None else watch.at
-    return _answer_of(session, inputs["input_ids"], output, accelerated, (start, first, end))
+    return _answer_of(session, inputs, output, accelerated, (start, first, end))
 
 
 def _answer_of(
-    session: Session, prompt: torch.Tensor, output: Any, accelerated: bool, times: tuple[float, float, float]
+    session: Session, inputs: dict[str, Any], output: Any, accelerated: bool, times: tuple[float, float, float]
 ) -> Answer:
     """What `generate` returned, counted and decoded.
 
     Args:
         session: what answered.
-        prompt: its ids, [1, tokens].
+        inputs: of the prompt.
         output: with a twig a TwigOutput, otherwise Hugging Face's.
         accelerated: whether the twig took part.
         times: times of the start, the first token and the end, in seconds.
     """
     start, first, end = times
+    prompt = inputs["input_ids"]
     tokens = output.sequences[0, prompt.shape[1] :].tolist()
     visual = _visual_positions(session.base.config, prompt[0].tolist())
     kept = None if not accelerated or output.kept_indices is None else output.kept_indices[0].tolist()
@@ -192,6 +197,7 @@ def _answer_of(
         draft_ms=None if timings is None else 1000 * timings.draft,
         verify_ms=None if timings is None else 1000 * timings.verify,
         visual_tokens=len(visual),
+        grid=patch_grid(session.base, len(visual), inputs),
         kept_tokens=len(visual if kept is None else kept),
         kept_indices=None if kept is None else [visual[position] for position in kept],
         average_visual=None if kept is None else output.average_visual[0],
@@ -213,7 +219,8 @@ def _visual_positions(config: Any, ids: list[int]) -> dict[int, int]:
 
 
 def _check_context(base: Any, length: int, max_new_tokens: int) -> None:
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    config = base.config.get_text_config()
+    limit = None if has_mrope(config) else getattr(config, "max_position_embeddings", None)
     if limit is not None and length + max_new_tokens > limit:
         raise TwigVLMError(
             f"prompt of {length} tokens with max_new_tokens={max_new_tokens}: longer than the model's context of {limit}; "

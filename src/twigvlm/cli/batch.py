@@ -74,11 +74,13 @@ class Batch(ServiceOptions):
     def settings(self) -> dict[str, Any]:
         """What results depend on beside their requests."""
         from twigvlm.loading import default_twig
+        from twigvlm.pruning.methods import own_files
         from twigvlm.serving.notes import noted_twig
 
         return {
             **{name: getattr(self, name) for name in ("model", "dtype", "speculate")},
             "twig": noted_twig(self.twig or default_twig(self.model)),
             **asdict(self.pruning),
+            **own_files([self.pruning.pruner]),
             "max_tokens": self.limits.max_tokens,
         }

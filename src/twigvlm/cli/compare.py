@@ -59,7 +59,7 @@ class Compare(PruningOptions):
         check_attentions(bench.base, self.baselines if self.timed else ())
         model = bench.grow(exits="exit" in self.speculate)
         variants = make_variants(model, self._methods(bench.twig is not None), self.budgets)
-        combinations = make_combinations(variants, self.speculate)
+        combinations = make_combinations(variants, self.speculate, timed=self.timed > 0)
         inputs_of = checked_inputs(model, variants, bench.questions.items, bench.inputs_of)
         answers = _answer(self, bench, model, variants, inputs_of)
         times = _time(self, bench, model, combinations, inputs_of) if self.timed else []
@@ -120,7 +120,8 @@ def _answer(
     from twigvlm.evaluation.progress import Progress
 
     names = [variant.name for variant in variants]
-    log = open_log(options, {**bench.settings, "variants": names, "seed": options.seed})
+    methods = [variant.method for variant in variants]
+    log = open_log(options, {**bench.settings, "variants": names, "seed": options.seed}, methods)
     ids = [question.id for question in bench.questions.items]
     with showing("Answers", ids, log, accuracies=Progress()) as show:
         return run_accuracy(
@@ -149,7 +150,8 @@ def _time(
 
     systems = combination_systems(model, combinations, options.baselines, options.seed)
     settings = {"systems": [system.name for system in systems], "seed": options.seed, "repeats": options.repeats}
-    log = open_log(options, {**bench.settings, **settings, **machine()}, TIMES)
+    methods = [one.variant.method for one in combinations]
+    log = open_log(options, {**bench.settings, **settings, **machine()}, methods, TIMES)
     questions = dataclasses.replace(bench.questions, items=timed_questions(bench.questions.items, options.timed))
     with showing("Times", (question.id for question in questions.items), log) as show:
         return run_speed(

@@ -193,10 +193,9 @@ def differences(plain: str, given: str) -> Text:
 
 def show_kept(session: Session, image: Image.Image, answer: Answer) -> Image.Image | None:
     """The image with the patches kept for the question and, beside it, those that were chosen again; None: no square grid."""
-    from twigvlm.visualize import highlight, patch_grid, seen_box, side_by_side
+    from twigvlm.visualize import highlight, seen_box, side_by_side
 
-    grid = patch_grid(session.base, answer.visual_tokens)
-    if grid is None:
+    if answer.grid is None:
         return None
     box, tokenizer = seen_box(session.processor, image), session.processor.tokenizer
     everything = list(range(answer.visual_tokens))
@@ -208,7 +207,7 @@ def show_kept(session: Session, image: Image.Image, answer: Answer) -> Image.Ima
     captions = [caption for caption, _ in sets]
     if len(looks) >= PANELS:
         captions[-1] += f" (and {len(looks) - PANELS + 1} more times)"
-    return side_by_side([highlight(image, kept, grid, box) for _, kept in sets], captions)
+    return side_by_side([highlight(image, kept, answer.grid, box) for _, kept in sets], captions)
 
 
 def _visual(answer: Answer) -> str:

@@ -20,6 +20,7 @@ class TrainOptions(BaseOptions):
     """What all trainings need."""
 
     makes: ClassVar[str] = "Twig"
+    continuation: ClassVar[str] = "run the same command with --resume to continue from the latest checkpoint"
 
     data: Path
     """Conversations in LLaVA's format or as chat messages, with one, several or no images: a .json, .jsonl or .parquet file, a
@@ -80,8 +81,7 @@ class TrainOptions(BaseOptions):
         with busy(f"Loading {self.model}"):
             base, processor = load_base(self.model, self.dtype, processes.device(self.device))
         model = self.twig_of(base, samples, processor)
-        limit = self.max_length or getattr(base.config.get_text_config(), "max_position_embeddings", None)
-        data = ConversationDataset(samples, processor, limit, self.strict)
+        data = ConversationDataset(samples, processor, self.max_length, self.strict)
         with TrainingProgress() as progress:
             self.train(model, data, self.out / "checkpoints", progress)
         data.summarise()
@@ -209,6 +209,7 @@ class CalibrateSchedule(TrainOptions):
     """Fit FitPrune's schedule to the base, on the first questions of conversations with images. No weights are trained."""
 
     makes: ClassVar[str] = "Schedule"
+    continuation: ClassVar[str] = "run the command again to start over"
 
     retain: float = 64
     """R̄ that the schedule is fitted to; it is scaled when other budgets are asked for."""
@@ -253,8 +254,10 @@ class Train:
         tyro.conf.OmitSubcommandPrefixes,
     ]
 
-    continuation = "run the same command with --resume to continue from the latest checkpoint"
-    """What the command line says when Ctrl-C ends the training."""
+    @property
+    def continuation(self) -> str:
+        """What the command line says when Ctrl-C ends the training."""
+        return self.stage.continuation
 
     def run(self) -> None:
         """Run the chosen stage."""

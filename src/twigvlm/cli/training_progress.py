@@ -10,7 +10,7 @@ from twigvlm.training.fit import NO_LOSSES
 
 
 class TrainingProgress(TrainerCallback):
-    """A rich progress bar where stderr is a terminal, and one line per log elsewhere; as a context, which takes the bar away."""
+    """One line per log, and a rich progress bar where stderr is a terminal; as a context, which takes the bar away."""
 
     def __init__(self) -> None:
         self._bar = progress()
@@ -39,6 +39,9 @@ class TrainingProgress(TrainerCallback):
         if "loss" not in entry or not state.is_world_process_zero:
             return
         self._bar.update(self._task, description=f"Training the twig, loss {entry['loss']:.3f}")
+        terms = [f"{name} {value:.4f}" for name, value in entry.items() if name not in NO_LOSSES]
+        line = f"step {state.global_step}/{state.max_steps} {' '.join(terms)}"
         if self._bar.disable:
-            terms = [f"{name} {value:.4f}" for name, value in entry.items() if name not in NO_LOSSES]
-            print(f"step {state.global_step}/{state.max_steps} {' '.join(terms)}", file=sys.stderr)
+            print(line, file=sys.stderr)
+        else:
+            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -30,6 +30,7 @@ class Noise:
         self._generator = _own(device) if generator is None else generator
         self._drawn: dict[int, Tensor] = {}
         self._states: dict[int, Tensor] = {}
+        self._last: Tensor | None = None  # the generator's state after its newest noise
         self._next = 0
 
     def at(self, position: int) -> Float[Tensor, " vocabulary"]:
@@ -38,6 +39,7 @@ class Noise:
             if self._generator is not None:
                 self._states[self._next] = self._generator.get_state()
             self._drawn[self._next] = torch.empty_like(self._like).exponential_(1, generator=self._generator)
+            self._last = None if self._generator is None else self._generator.get_state()
             self._next += 1
         return self._drawn[position]
 
@@ -52,8 +54,13 @@ class Noise:
             self._states.pop(old, None)
 
     def close(self, count: int) -> None:
-        """The answer ended after that many tokens: rewind the generator past noise drawn for rejected drafts."""
-        if self._generator is not None and count < self._next:
+        """The answer ended after that many tokens: rewind the generator past noise drawn for rejected drafts.
+
+        Not where somebody else, such as another thread, has drawn from it since, who would be given the same numbers again.
+        """
+        if self._generator is None or self._last is None or count >= self._next:
+            return
+        if torch.equal(self._generator.get_state(), self._last):
             self._generator.set_state(self._states[count])
 
 

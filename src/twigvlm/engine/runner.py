@@ -14,7 +14,7 @@ from twigvlm.config import SpeculationConfig
 from twigvlm.engine.prefill import Prefill, behind
 from twigvlm.engine.protocol import Step
 from twigvlm.engine.row import Row
-from twigvlm.engine.sampling import Chooser
+from twigvlm.engine.sampling import Chooser, check_drawn
 from twigvlm.pruning.refocus import Sight
 from twigvlm.pruning.view import Tokens, TrunkOutput
 from twigvlm.speculation.batch import NO_TOKEN, Batch, RowState, eos_table
@@ -85,12 +85,15 @@ class EagerRunner:
                 accepted = walk(Nodes.rooted(part.state.newest), 0, first)
                 self._advance(part, accepted, rows)
                 step = Step(accepted.tokens.tolist(), [0] * len(rows))
+                check_drawn(token for (token,) in step.tokens)
             self.batch.join(part, trunk if defer else None)
         except BaseException:
             for index in reversed(range(claimed.start, claimed.stop)):
                 cache.release(index)
             raise
         self.policy.join(len(rows), trunk.tokens.lengths[0] if defer else 0)
+        for row in rows:
+            row.prompt = row.prompt.without_vision()
         self.rows += rows
         self.chooser = Chooser(self.rows, self.base.device)
         return step
@@ -185,7 +188,9 @@ class EagerRunner:
             assert draft.scores is not None, "rows look again"
             nodes = nodes.without(batch.refocus.asks(draft.scores))  # what follows needs another look first
         committed = Committed.of(draft, walk(nodes, draft.depth, chooser.choose(logits), go_on))
-        return committed, committed.to_host()
+        on_host = committed.to_host()
+        check_drawn(numbers[2 + numbers[0]] for numbers in on_host)
+        return committed, on_host
 
     def _advance(self, batch: Batch, accepted: Accepted, rows: Sequence[Row]) -> None:
         assert batch.state is not None, "there are rows"

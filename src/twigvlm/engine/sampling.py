@@ -1,6 +1,6 @@
 """The base's choice of tokens, greedy or sampled, after whatever logits processors the caller asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,6 +9,17 @@ from torch import Tensor
 from twigvlm.engine.row import Processors, Request, Row
 from twigvlm.errors import TwigVLMError
 from twigvlm.speculation.walk import Choose
+
+_NOTHING = -1  # in place of a token where there is none to draw
+
+
+def check_drawn(newest: Iterable[int]) -> None:
+    """Raise TwigVLMError if one of the newest tokens is none."""
+    if _NOTHING in newest:
+        raise TwigVLMError(
+            "do_sample: there is no token to draw, since all scores are -inf, or one is nan or inf; load the base in bfloat16 or "
+            "float32, or suppress fewer tokens"
+        )
 
 
 class Chooser:
@@ -115,7 +126,9 @@ class _Lane:
                 )
             position = walked.shape[1]
             drawn = [row.noise.at(len(row.tokens) + position) for row in self.rows if row.noise is not None]
-            scores = scores.softmax(dim=-1) / torch.stack(drawn)
+            scores = scores.softmax(dim=-1)
+            # Where one probability is nan, all are.
+            return (scores / torch.stack(drawn)).argmax(dim=-1).masked_fill(scores[:, 0].isnan(), _NOTHING)
         return scores.argmax(dim=-1)
 
     def ended(self, walked: Sequence[Sequence[int]], going: Sequence[bool]) -> Bool[Tensor, " rows"]:

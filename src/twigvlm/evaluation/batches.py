@@ -62,32 +62,33 @@ def run_batches(
 ) -> list[Record]:
     """Answer all prompts in batches of every size by every system; their order changes from turn to turn.
 
-    Batches that the log holds already are not measured again. The first batch of a run is answered once by everyone
-    before any time counts.
+    Batches that the log holds already are not measured again. Everyone answers each batch once while the memory is watched, and
+    the first of each size once more, before times count.
 
     Returns:
         The records: `id`, `size`, and by system `runs`: new `tokens` of each row, up to its end token, `scores` of its answer,
-        and lists of `total` seconds and `peak` bytes, one per repeat. Of a batch with a question that failed: `id`, `size` and
-        `failed`.
+        a list of `total` seconds, one per repeat, and `peak` bytes, None where the machine does not say. Of a batch with a
+        question that failed: `id`, `size` and `failed`.
 
     Raises:
         TwigVLMError: a size that does not divide the number of prompts.
     """
-    taken = alternating(systems, repeats, partial(_measure, model))
+    taken = {size: alternating(systems, repeats, partial(_measure, model)) for size in sizes}
     namer = Namer(questions.vocabulary)
 
     def times(item: Item, inputs: dict[str, Any], number: int) -> Record:
         longest = item.limit(max_new_tokens, max_description_tokens)
+        peaks = {system.name: _peak(model, inputs, system, longest) for system in systems}
         runs = {}
-        for name, some in taken(inputs, longest, number).items():
-            answers, seconds, peaks = zip(*some, strict=True)
+        for name, some in taken[len(item.questions)](inputs, longest, number).items():
+            answers, seconds = zip(*some, strict=True)
             pairs = zip(item.questions, answers[-1], strict=True)
             texts = [(question, tokenizer.decode(ids, skip_special_tokens=True)) for question, ids in pairs]
             runs[name] = {
                 "tokens": [len(ids) for ids in answers[-1]],
                 "scores": [score(question, text.strip(), namer) for question, text in texts],
                 "total": seconds,
-                "peak": peaks,
+                "peak": peaks[name],
             }
         return {"runs": runs}
 
@@ -101,19 +102,24 @@ def run_batches(
 
 def _measure(
     model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int
-) -> tuple[list[list[int]], float, int | None]:
-    """New ids of each row, seconds, and peak bytes of one greedy answer to a batch."""
-    device = model.model.device
-    clock = clock_of(device)
+) -> tuple[list[list[int]], float]:
+    """New ids of each row, and seconds of one greedy answer to a batch."""
+    clock = clock_of(model.model.device)
     generate: Callable[..., Any] = model.generate if system.attention is None else model.model.generate
     options = system.arguments(model)
     with attention_of(model.model, system.attention):
-        peak_memory.reset_peak(device)
         began = clock()
         ids = generate(**inputs, **options, max_new_tokens=max_new_tokens, do_sample=False)
         ended = clock()
     new = ids[:, inputs["input_ids"].shape[1] :]
-    return up_to_end(new.tolist(), model.model.generation_config), ended - began, peak_memory.peak(device)
+    return up_to_end(new.tolist(), model.model.generation_config), ended - began
+
+
+def _peak(model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int) -> int | None:
+    """Most bytes held at once while a batch is answered; in an answer of its own, since it begins with less memory at hand."""
+    peak_memory.reset_peak(model.model.device)
+    _measure(model, inputs, system, max_new_tokens)
+    return peak_memory.peak(model.model.device)
 
 
 def up_to_end(rows: Iterable[list[int]], generation: Any) -> list[list[int]]:

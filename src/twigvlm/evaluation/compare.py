@@ -13,7 +13,7 @@ from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record
 from twigvlm.evaluation.run import InputsOf
 from twigvlm.evaluation.summary import Accuracy, Interval, Speed, accuracies, compare_speeds, faster, pictures, times_of
-from twigvlm.evaluation.systems import System, base_systems
+from twigvlm.evaluation.systems import OWN_LOOP, System, base_systems
 from twigvlm.evaluation.variants import NONE, Variant, check_variants, generate_options
 from twigvlm.model import TwigVLM
 
@@ -27,15 +27,19 @@ class Combination:
 
     variant: Variant
     speculate: str = "none"
+    hf: bool = False
+    """Whether the base's own `generate` is timed, instead of TwigVLM's."""
 
     @property
     def name(self) -> str:
         """For example `visionzip@64 + chain`."""
-        return self.variant.name + self._drafts
+        return OWN_LOOP if self == LOOP else self.variant.name + self._drafts
 
     @property
     def label(self) -> str:
         """The name without the budget; `base` where nothing is pruned."""
+        if self == LOOP:
+            return OWN_LOOP
         return ("base" if self.variant == NONE else self.variant.method) + self._drafts
 
     @property
@@ -43,13 +47,14 @@ class Combination:
         return "" if self.speculate == "none" else f" + {self.speculate}"
 
 
-BASE = Combination(NONE)
-"""The base's own `generate`."""
+BASE, LOOP = Combination(NONE, hf=True), Combination(NONE)
+"""The base's own `generate`, and TwigVLM's that neither prunes nor drafts: what every method gains beside its pruning."""
 
 
-def make_combinations(variants: Sequence[Variant], ways: Sequence[str]) -> list[Combination]:
-    """The base, and every variant with every way to draft."""
-    return list(dict.fromkeys([BASE, *(Combination(variant, way) for variant in variants for way in ways)]))
+def make_combinations(variants: Sequence[Variant], ways: Sequence[str], timed: bool = True) -> list[Combination]:
+    """The base, and every variant with every way to draft; if answers are timed, also `LOOP`."""
+    every = [Combination(variant, way) for variant in variants for way in ways]
+    return list(dict.fromkeys([BASE, LOOP, *every] if timed else [BASE, *(one for one in every if one != LOOP)]))
 
 
 def combination_systems(

@@ -96,7 +96,7 @@ def load_questions(path: Path) -> Questions:
     """
     name = f"questions {str(path)!r}"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise TwigVLMError(f"{name}: no such file; give a JSON file of questions") from None
     except (OSError, ValueError) as error:
@@ -177,13 +177,14 @@ class Namer:
     """
 
     def __init__(self, vocabulary: Mapping[str, Sequence[str]]) -> None:
-        self._names = {form.lower(): name for name, forms in vocabulary.items() for form in forms}
+        names = {form.lower(): name for name, forms in vocabulary.items() for form in forms}
         self._capitals = {form for forms in vocabulary.values() for form in forms if form.isupper()}
         # Longest first: in "polar bear" no "bear" is named.
-        forms = sorted(self._names, key=lambda form: (-len(form), form))
-        self._pattern = (
-            re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, forms))})(?!\w)", re.IGNORECASE) if forms else None
-        )
+        forms = sorted(names, key=lambda form: (-len(form), form))
+        # Each form is a group: what ignores letter case, such as "İ" for "i", need not be the form in small letters.
+        self._names = [names[form] for form in forms]
+        groups = "|".join(f"({re.escape(form)})" for form in forms)
+        self._pattern = re.compile(rf"(?<!\w)(?:{groups})(?!\w)", re.IGNORECASE) if forms else None
 
     def __call__(self, text: str) -> set[str]:
         """The names whose forms occur as whole words, in whichever letter case.
@@ -192,5 +193,5 @@ class Namer:
         """
         if self._pattern is None:
             return set()
-        found = self._pattern.findall(text)
-        return {self._names[form.lower()] for form in found if not form.isupper() or form in self._capitals}
+        found = ((match.group(), match.lastindex or 0) for match in self._pattern.finditer(text))
+        return {self._names[at - 1] for form, at in found if not form.isupper() or form in self._capitals}

@@ -80,6 +80,10 @@ class Run:
     """Tasks that the speed was measured on."""
     throughput: dict[str, float]
     """lmms-eval's figures of speed, and what the model adds to them; empty without any."""
+    batch_sizes: frozenset[str]
+    """Questions that were answered together."""
+    generation: frozenset[str]
+    """What lmms-eval's `--gen_kwargs` changed of the tasks' own options; `none`: nothing."""
 
     @property
     def method(self) -> str:
@@ -123,6 +127,8 @@ def read_run(path: Path) -> Run:
         {task: int(record["n-samples"][task]["effective"]) for task, record in newest.items()},
         frozenset(task for record in used for task in record["n-samples"]),
         _throughput(used),
+        frozenset(str(record["config"].get("batch_size", 1)) for record in used),
+        frozenset(json.dumps(record["config"].get("gen_kwargs") or "none", sort_keys=True) for record in used),
     )
 
 
@@ -181,9 +187,10 @@ def _row(label: str, run: Run, base: Run, tasks: Sequence[str]) -> list[str]:
 
 
 def _relative(figure: str, run: Run, base: Run) -> str:
-    """A speed over the base's; a dash where they were not measured on the same tasks."""
+    """A speed over the base's; a dash where they were not measured on the same tasks in batches of the same size."""
     mine, its = run.throughput.get(figure), base.throughput.get(figure)
-    return "–" if not mine or not its or run.timed != base.timed else f"{mine / its:.2f}"
+    alike = run.timed == base.timed and run.batch_sizes == base.batch_sizes
+    return f"{mine / its:.2f}" if mine and its and alike else "–"
 
 
 def _check(run: Run, base: Run, tasks: Sequence[str]) -> None:
@@ -199,6 +206,11 @@ def _check(run: Run, base: Run, tasks: Sequence[str]) -> None:
                 f"run {run.name!r}: {run.samples[task]} questions of {task}, where the base was asked "
                 f"{base.samples[task]}; use the same --limit"
             )
+    if run.generation != base.generation:
+        mine, its = (", ".join(sorted(one.generation)) for one in (run, base))
+        raise TwigVLMError(
+            f"run {run.name!r}: gen_kwargs={mine}, where the base has gen_kwargs={its}; compare runs of one protocol"
+        )
     for name, default in PROTOCOL.items():
         mine, its = (_plain(one.settings.get(name, default)) for one in (run, base))
         if mine != its:

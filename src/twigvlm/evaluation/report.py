@@ -24,7 +24,11 @@ _LISTED = 20  # failed questions that a report gives the reasons of; the raw res
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table; the first column is text, the others are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").splitlines())
 
 
 def percent(share: float) -> str:
@@ -46,8 +50,7 @@ def page(title: str, command: str, settings: Mapping[str, Any], sections: Sequen
 
 
 def _value(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return text.replace("|", "\\|")
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def failed_sections(records: Sequence[Record]) -> list[str]:
@@ -201,10 +204,13 @@ def batch_sections(records: Sequence[Record], systems: Sequence[System]) -> list
                 cells.append(f"{one.speed:.1f} · {ratio} · {held} · {quality_cell(one)}")
         rows.append([system.name, *cells])
     first = next(iter(records[0]["runs"].values()))
-    prompts = sum(record["size"] for record in records if record["size"] == sizes[0])
+    counts = {size: sum(record["size"] for record in records if record["size"] == size) for size in sizes}
+    prompts = f"{counts[sizes[0]]} prompts, the same at every size"
+    if len(set(counts.values())) > 1:  # a question that fails takes all of its batch along
+        prompts = " and ".join(f"{count} prompts at size {size}" for size, count in counts.items())
     return [
         "## Batches",
-        f"{prompts} prompts, the same at every size; {len(first['total'])} alternating repeats after a warm-up. New tokens per "
+        f"{prompts}; {len(first['total'])} alternating repeats after a warm-up. New tokens per "
         "second of all rows together (median over repeats), their ratio to the faster baseline of the same size (bold), and "
         "the most memory held at once, weights included, those of the twig in all. Quality as of single prompts: exact match, "
         "objects named (recall/precision) and texts quoted.",

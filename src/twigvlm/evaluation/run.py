@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.errors import TwigVLMError, is_out_of_memory, one_line
 from twigvlm.evaluation.questions import Question
 from twigvlm.evaluation.results_log import Record, ResultsLog
 
@@ -30,7 +30,12 @@ class InputsOf(Protocol):
 
 Measure = Callable[[Item, dict[str, Any], int], Record]
 """(item, its inputs, its place among all) -> what the record holds beside `about`; raises TwigVLMError where the item fails,
-for example because a prompt cannot have a budget."""
+for example because a prompt cannot have a budget. An item that memory does not suffice for fails too."""
+
+
+_NO_MEMORY = (
+    "there is not enough memory for this question; use smaller pictures or batches, or leave eager out of --baselines"
+)
 
 
 def one_by_one(questions: Iterable[Question]) -> list[Item]:
@@ -75,10 +80,16 @@ def run(
             return {"failed": one_line(error)}
         try:
             return measure(item, inputs, number)
-        except TwigVLMError as error:
-            if not measured:
+        except (TwigVLMError, MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                reason = _NO_MEMORY
+            elif isinstance(error, TwigVLMError):
+                reason = one_line(error)
+            else:
                 raise
-            return {"failed": one_line(error)}
+            if not measured:
+                raise TwigVLMError(reason) from error
+            return {"failed": reason}
 
     for number, item in enumerate(items):
         record = results_log.results(item.about["id"])

@@ -218,7 +218,7 @@ def compare_batches(records: Sequence[Record], baselines: Sequence[str]) -> list
         }
         baseline = max(baselines, key=speed.__getitem__)
         for name in runs[0]:
-            peaks = [held for run in runs for held in run[name]["peak"]]
+            peaks = [run[name]["peak"] for run in runs]
             highest = float("nan") if None in peaks else float(max(peaks))
             result.append(
                 BatchSpeed(

@@ -99,6 +99,10 @@ def named_systems(
     if assistant:
         of_hf[HF_ASSISTANT] = System(HF_ASSISTANT, first.attention, {}, first.name, assisted=True)
     pruned = [f"twig + {way}" for way in ways if way != "exit"]
+    if assistant and names and HF_ASSISTANT not in names:
+        raise TwigVLMError(
+            f"assistant: takes part in {HF_ASSISTANT!r} alone; add it to systems, or leave assistant out"
+        )
     chosen = {system.name: system for system in baselines}
     for name in names or (*of_hf, OWN_LOOP, *ways, "twig", *pruned, "diverse", "diverse + auto"):
         system = of_hf[name] if name in of_hf else _system(name, retain, ways)

@@ -29,9 +29,16 @@ def check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
             if config["max_new_tokens"] < 1:
                 raise TwigVLMError(f"max_new_tokens={config['max_new_tokens']}: must be 1 or more")
             break
-    for name in ("assistant_model", "custom_generate", "past_key_values", "inputs_embeds", "synced_gpus"):
+    for name in ("assistant_model", "custom_generate", "past_key_values", "inputs_embeds"):
         if kwargs.get(name) is not None:
             raise TwigVLMError(f"{name} is not supported with a twig: leave it out, or use model.disabled()")
+    # Some of these Hugging Face's generate would act on, or refuse for another reason, before the loop is asked.
+    for config in (kwargs, vars(given) if given is not None else {}):
+        for name in ("synced_gpus", "token_healing", "cache_implementation", "prefill_chunk_size"):
+            if config.get(name):
+                raise TwigVLMError(
+                    f"{name}={config[name]!r} is not supported with a twig: leave it out, or use model.disabled()"
+                )
 
 
 def _check_ids(ids: Any) -> None:
@@ -83,8 +90,6 @@ def check_generation(config: GenerationConfig) -> None:
             raise TwigVLMError(f"{name}=True is not supported with a twig: leave it out, or use model.disabled()")
     if config.use_cache is False:
         raise TwigVLMError("use_cache=False: a twig needs the cache; leave it out")
-    if (cache := config.cache_implementation) is not None:
-        raise TwigVLMError(f"cache_implementation={cache!r}: pruning needs its own cache; leave it out")
 
 
 def check_memory(memory: Any) -> None:

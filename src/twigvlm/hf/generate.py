@@ -118,6 +118,7 @@ class HFGenerateAdapter:
             )
         inputs = {"input_ids": input_ids, **model_kwargs}
         prompt = (self.prefix or PrefixCache()).open(self.base, inputs, self.vision)
+        self.vision = None  # it holds all that the tower computed
         stopping = split_criteria(stopping_criteria, input_ids, padding)
         noises = _noises(self.base, len(input_ids), generation_config, self.generator, self.alone)
         lanes = split_processors(logits_processor, input_ids, padding, generation_config) if logits_processor else None
@@ -174,18 +175,23 @@ def run_rows(
 def with_stop_strings(kwargs: dict[str, Any], defaults: GenerationConfig) -> dict[str, Any]:
     """Arguments with stop strings as a criterion: `generate` with a custom loop does not pass its tokenizer on.
 
+    A cache that the checkpoint's config names is not made either, since the engine has its own.
+
     Args:
         kwargs: arguments of `generate`.
         defaults: the checkpoint's generation config.
     """
     rest = dict(kwargs)
+    if defaults.cache_implementation is not None:
+        rest["cache_implementation"] = None
     tokenizer, given = rest.pop("tokenizer", None), rest.get("generation_config")
     from_config = None if given is None else given.stop_strings
-    strings = next(
-        (each for each in (rest.pop("stop_strings", None), from_config, defaults.stop_strings) if each), None
-    )
-    if strings is None:
-        return rest
+    strings = from_config or defaults.stop_strings
+    if "stop_strings" in rest:
+        strings = rest["stop_strings"]  # None: none, whatever the configs say
+    if not strings:
+        return {**rest, "stop_strings": None} if "stop_strings" in rest else rest
+    rest.pop("stop_strings", None)
     if tokenizer is None:
         raise TwigVLMError("stop_strings: needs the tokenizer too; pass tokenizer=processor.tokenizer")
     if from_config is not None:

@@ -42,6 +42,8 @@ class HFInterface(nn.Module):
     ) -> str:
         """Save the twig to a hub repository, which is created if it does not exist, and return its URL.
 
+        A model card there that is not ours stays.
+
         Args:
             repo_id: `user/name`.
             private: whether a new repository is private; None: the default of your account.
@@ -53,7 +55,8 @@ class HFInterface(nn.Module):
         """
         with TemporaryDirectory() as folder:
             twig_files.save(self.base, self.twig, folder, name=repo_id)
-            return push(Path(folder), repo_id, private, token, commit_message)
+            card, record = twig_files.CARD, twig_files.RECORD
+            return push(Path(folder), repo_id, private, token, commit_message, card, [record])
 
     @property
     def config(self) -> Any:

@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 from transformers.generation import (
     ClassifierFreeGuidanceLogitsProcessor,
     LogitsProcessorList,
+    SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
@@ -62,12 +63,14 @@ class Lanes:
     @property
     def needs_lockstep(self) -> bool:
         """Whether rows must advance together and be processed by `on_batch`."""
-        return len(self.hidden_ids) > 1 and self.has_state
+        return len(self.hidden_ids) > 1 and any(stage.lane == "batch" for stage in self.stages)
 
     @property
     def has_state(self) -> bool:
-        """Whether one of them may remember what it was asked, as those of users and guidance do."""
-        return any(stage.lane == "batch" for stage in self.stages)
+        """Whether one of them may remember what it was asked, as those of users, guidance and SynthID's watermark do."""
+        ours = (one for stage in self.stages for processors in stage.processors for one in processors)
+        remembers = any(isinstance(one, SynthIDTextWatermarkLogitsProcessor) for one in ours)
+        return remembers or any(stage.lane == "batch" for stage in self.stages)
 
     def on_scores(self, scores: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n vocabulary"]:
         """Processed scores of any rows and positions at once; without `needs_ids`."""

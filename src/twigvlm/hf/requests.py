@@ -36,6 +36,8 @@ def rows_of(
     pictures: Pictures | None = None,
 ) -> HFGenerateAdapter:
     """What the base's own `generate` makes of its arguments: rows for an engine."""
+    # As accelerate's hooks do: a base that lies on several devices takes inputs from wherever they are.
+    kwargs = {name: one.to(base.device) if isinstance(one, torch.Tensor) else one for name, one in kwargs.items()}
     pruner, schedule = _pruning(base, twig, pruning, scorer, pruner)
     looks = pruner is not None and Need.VISION in pruner.needs
     if prefix is not None:
@@ -54,9 +56,7 @@ def rows_of(
                 raise
             if isinstance(error, ValueError):
                 raise TwigVLMError(one_line(error)) from error
-            if not any(visual.grid for visual in base.family.visuals):
-                raise
-            # Families with grids lay out the positions of images before the adapter is called.
+            # Positions of images, and for some families their features, are made before the adapter is called.
             raise TwigVLMError(f"the base refuses this prompt ({one_line(error)}); check its inputs") from error
     return adapter
 

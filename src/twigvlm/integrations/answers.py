@@ -28,8 +28,12 @@ _SCHEMA = pa.schema(
         ("error", pa.string()),
         ("tokens", pa.int64()),
         ("visual_tokens", pa.float64()),
+        ("asked", pa.string()),
     ]
 )
+_RECORDS = 2  # version of the schema
+_ASKED = "asked"
+"""Column that says which question and picture a record had when it was answered."""
 
 
 def request_body(model: str, parts: list[dict[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,8 +105,14 @@ def _in_folder(source: Path, image: str | None) -> str | None:
     return image if image is None or is_uri(image) else str((source / image).absolute())
 
 
-def open_answers(out: Path, settings: Mapping[str, Any]) -> set[str]:
-    """Make a folder of answers, or go on with one; the ids of records that are answered there, without those that failed.
+def asked(question: Any, image: Any) -> str:
+    """A digest of a record's question and picture; a picture in a file counts by its path."""
+    picture = image if isinstance(image, bytes) else str(image).encode()
+    return hashlib.sha256(json.dumps(str(question)).encode() + picture).hexdigest()
+
+
+def open_answers(out: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Make a folder of answers, or go on with one; what was `asked` by the ids that have an answer, without those that failed.
 
     Args:
         out: the folder.
@@ -112,23 +122,46 @@ def open_answers(out: Path, settings: Mapping[str, Any]) -> set[str]:
         TwigVLMError: the folder holds answers with other settings. Settings without answers are replaced.
     """
     out.mkdir(parents=True, exist_ok=True)
-    answers = _parts(out, ["id", "error"]).to_pylist()
-    check_note(out / SETTINGS, settings, bool(answers), f"out {str(out)!r}", "directory")
-    return {row["id"] for row in answers if row["error"] is None}
+    begun = any(out.glob("part-*.parquet"))
+    check_note(out / SETTINGS, {**settings, "records": _RECORDS}, begun, f"out {str(out)!r}", "directory")
+    answers = _parts(out, ["id", "error", _ASKED]).to_pylist()
+    return {row["id"]: row[_ASKED] for row in answers if row["error"] is None}
+
+
+def unanswered(records: pa.Table, answered: Mapping[str, str]) -> pa.Table:
+    """The records that have no answer yet.
+
+    Args:
+        records: from `read_source`.
+        answered: from `open_answers`.
+
+    Raises:
+        TwigVLMError: a record is another one now than when it was answered.
+    """
+    ids = records.column("id").to_pylist()
+    for row, key in enumerate(ids):
+        if key in answered:
+            question, image = (records.column(name)[row].as_py() for name in ("question", "image"))
+            if answered[key] != asked(question, image):
+                raise TwigVLMError(f"source: the record {key!r} has changed since it was answered; name another out")
+    return records.filter(pa.array([key not in answered for key in ids], pa.bool_()))
 
 
 def write_answers(out: Path, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Write the answers of a batch to a file of their own, which is there whole or not at all; returns its columns.
+    """Write the answers of a batch to a file of their own, which is there whole or not at all.
 
     Args:
         out: folder of the answers.
         answers: id -> the other columns.
+
+    Returns:
+        The columns that `read_answers` gives.
     """
     columns = {"id": [*answers], **{name: [row[name] for row in answers.values()] for name in _SCHEMA.names[1:]}}
     name = hashlib.sha256(json.dumps(sorted(answers)).encode()).hexdigest()[:32]
     with replacing(out / f"part-{name}.parquet") as temporary:
         pq.write_table(pa.table(columns, schema=_SCHEMA), temporary)
-    return columns
+    return {name: column for name, column in columns.items() if name != _ASKED}
 
 
 def read_answers(out: str | Path) -> pa.Table:
@@ -136,7 +169,7 @@ def read_answers(out: str | Path) -> pa.Table:
 
     A worker that is lost after it wrote may have written under another grouping of records; the answers are the same.
     """
-    table = _parts(Path(out), _SCHEMA.names)
+    table = _parts(Path(out), [name for name in _SCHEMA.names if name != _ASKED])
     best: dict[str, int] = {}
     errors = table.column("error").to_pylist()
     for row, key in enumerate(table.column("id").to_pylist()):

@@ -14,13 +14,20 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 from ray import serve
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.images import load_image
-from twigvlm.integrations.answers import check_options, open_answers, read_source, request_body, write_answers
+from twigvlm.integrations.answers import (
+    asked,
+    check_options,
+    open_answers,
+    read_source,
+    request_body,
+    unanswered,
+    write_answers,
+)
 from twigvlm.integrations.answers import read_answers as read_answers
 from twigvlm.serving.aside import load_aside
 from twigvlm.serving.batch import BatchLine, BatchRun, patient
@@ -59,10 +66,12 @@ class OpenModel:
     def settings(self) -> dict[str, Any]:
         """What answers depend on, JSON-able."""
         from twigvlm.loading import default_twig
+        from twigvlm.pruning.methods import own_files
         from twigvlm.serving.notes import noted_twig
 
-        twig = noted_twig(self.twig or default_twig(self.model))
-        return {"model": self.model, "twig": twig, "dtype": self.dtype, **asdict(self.defaults or Defaults())}
+        twig, defaults = noted_twig(self.twig or default_twig(self.model)), self.defaults or Defaults()
+        files = own_files([defaults.pruning.pruner])
+        return {"model": self.model, "twig": twig, "dtype": self.dtype, **asdict(defaults), **files}
 
 
 def open_model(
@@ -104,8 +113,10 @@ class Answerer:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The answers to one batch."""
         found: dict[str, dict[str, Any]] = {}
+        digests: dict[str, str] = {}
         lines = []
         for key, question, image in zip(batch["id"], batch["question"], batch["image"], strict=True):
+            digests[str(key)] = asked(question, image)
             try:
                 if not isinstance(question, str):
                     raise TwigVLMError("question: must be a text")
@@ -120,7 +131,7 @@ class Answerer:
                 found[key] = _record(None, body["error"]["message"], {})
 
         BatchRun(self._service, on_result).run(lines)
-        return write_answers(self._out, {key: found[key] for key in map(str, batch["id"])})
+        return write_answers(self._out, {key: {**found[key], "asked": digests[key]} for key in digests})
 
     def _body(self, question: str, image: Any) -> dict[str, Any]:
         parts: list[dict[str, Any]] = [{"type": "text", "text": question}]
@@ -160,21 +171,21 @@ def answer_dataset(
 
     Raises:
         TwigVLMError: an option is none or beyond the limits, the source has not these columns or an `id` twice, or `out` holds
-            answers with other options.
+            answers with other options, or of a record that has changed since.
     """
     limits = limits or Limits()
     check_options(options, limits)
     out = Path(out).absolute()
     records = read_source(Path(source))
     model = make_service.settings() if isinstance(make_service, OpenModel) else {}
-    done = open_answers(out, {**options, "model": model, "limits.max_tokens": limits.max_tokens})
-    left = records.filter(pa.array([key not in done for key in records.column("id").to_pylist()], pa.bool_()))
+    answered = open_answers(out, {**options, "model": model, "limits.max_tokens": limits.max_tokens})
+    left = unanswered(records, answered)
     if not len(left):
         return 0
     # Small blocks, so that all workers have something to do.
     blocks = max(1, min(len(left) // batch_size, 4 * workers))
     data = ray.data.from_arrow(left).repartition(blocks)
-    answered = data.map_batches(
+    batches = data.map_batches(
         Answerer,
         fn_constructor_args=(make_service, str(out), options, limits),
         batch_size=batch_size,
@@ -184,7 +195,7 @@ def answer_dataset(
         compute=ray.data.ActorPoolStrategy(size=workers),
         ray_remote_args_fn=lambda: {"max_task_retries": RETRIES},
     )
-    for _ in answered.iter_batches(batch_size=None):
+    for _ in batches.iter_batches(batch_size=None):
         pass
     return len(left)
 

@@ -83,6 +83,10 @@ class PrefixCache:
         # Positions of text behind a picture depend on the family: the base must lay them out together with the picture.
         return count - bool(count and self.prompt.visual_mask[0, count - 1])
 
+    def holds(self, prompt: Prompt) -> bool:
+        """Whether it was filled by this very prompt; not so where a cut before the trunk let it see less."""
+        return self.prompt is not None and self.prompt.hidden is prompt.hidden
+
     def needs_vision(self, base: BaseVLM, input_ids: Int[Tensor, "1 tokens"]) -> bool:
         """Whether a visual token is among what is new."""
         return bool(base.visual_mask(input_ids[:, self.known(input_ids) :]).any())
@@ -100,6 +104,7 @@ class PrefixCache:
         count = new.shape[1]
         last = before.position_ids[..., known - 1 : known]
         positions = last + torch.arange(1, count + 1, device=last.device)
+        base.check_positions(positions)
         index = torch.arange(known, known + count, device=ids.device)[None]
 
         def extended(values: Tensor, more: Tensor) -> Tensor:
@@ -135,7 +140,7 @@ class PrefixCache:
             self.scores = {}
             self.last_input = None if self.last_input is None else self.last_input[:, :known]
             self._store(view, 0, trunk)
-        self.prompt, self.hidden = prompt, hidden
+        self.prompt, self.hidden = prompt.without_vision(), hidden
 
     def store_twig(self, view: CacheView, twig: Twig, last_input: Tensor) -> None:
         """Keep what the twig made of the prompt."""

@@ -1,7 +1,5 @@
 """Prompts of earlier requests, whose trunk and twig states serve requests that begin as they do."""
 
-from dataclasses import replace
-
 from jaxtyping import Int
 from torch import Tensor
 
@@ -53,8 +51,6 @@ class PrefixPool:
         """
         if prefix.prompt is None:
             return
-        # What pruners saw of the vision tower is of no use to later prompts, which bring their pictures where it is needed.
-        prefix.prompt = replace(prefix.prompt, vision=None)
         if prefix.bytes() > self.max_bytes:
             return
         self._kept = [kept for kept in self._kept if not _continues(prefix, pictures, kept)]

@@ -1,12 +1,8 @@
 """Exceptions, as what clients are told of them."""
 
 import logging
-from collections.abc import Iterator
-from typing import Any
 
-import torch
-
-from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.errors import TwigVLMError, is_out_of_memory, one_line
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.jobs import Job
 from twigvlm.serving.limits import Limits
@@ -18,9 +14,9 @@ def request_error(error: Exception) -> RequestError:
     """An exception as what the client is told; of our own failures it learns no more than that."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, TwigVLMError):
+    if isinstance(error, TwigVLMError) and not is_out_of_memory(error):
         return RequestError(str(error))
-    if any(_is_out_of_memory(each) for each in _causes(error)):
+    if is_out_of_memory(error):
         return RequestError(
             "there is not enough memory for this request; ask with fewer or smaller images",
             503,
@@ -29,18 +25,6 @@ def request_error(error: Exception) -> RequestError:
         )
     _log.error("a request failed: %s", one_line(error), exc_info=error)
     return RequestError("the server failed at this request; its log says why", 500)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _is_out_of_memory(error: Any) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def shutting_down() -> RequestError:

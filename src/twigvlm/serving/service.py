@@ -79,7 +79,7 @@ class Service:
         eos = model.generation_config.eos_token_id
         eos = processor.tokenizer.eos_token_id if eos is None else eos
         self.eos: list[int] = [eos] if isinstance(eos, int) else list(eos or ())
-        self.context: int = getattr(model.base.config, "max_position_embeddings", None) or 2**31
+        self.context: int = model.base.context or 2**31
         self.grammars = Grammars(self.tokenizer, model.base.vocabulary, self.eos)
         self._preparing = Lock()
         self._inside = 0
@@ -164,7 +164,7 @@ class Service:
         options = {
             **self._pruning(request, inputs),
             **self._sampling(request),
-            "max_new_tokens": self._length(request, inputs["input_ids"].shape[1]),
+            "max_new_tokens": self._length(request, self.model.base.least_positions(inputs["input_ids"])),
             "eos_token_id": self.eos or None,
         }
         job = Job(

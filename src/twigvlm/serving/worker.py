@@ -223,7 +223,7 @@ class Worker:
         metrics.add("twigvlm_drafted_tokens_total", row.drafted[choice.steps - 1])
         metrics.add("twigvlm_accepted_tokens_total", row.accepted[choice.steps - 1])
         prefix, row.prefix = row.prefix, None  # the prefill has ended
-        if prefix is not None and prefix.prompt is row.prompt:  # not so where a cut before the trunk let it see less
+        if prefix is not None and prefix.holds(row.prompt):
             self._prefixes.keep(prefix, job.pictures)
         if not job.started:
             job.started = True

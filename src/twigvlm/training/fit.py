@@ -7,7 +7,7 @@ import math
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from twigvlm.compat.trainer import use_one_gpu
 from twigvlm.errors import TwigVLMError
 from twigvlm.files import reserved
 from twigvlm.model import TwigVLM
-from twigvlm.training.data.dataset import Collator
+from twigvlm.training.data.dataset import Collator, ConversationDataset
 from twigvlm.training.data.samples import BrokenSample
 from twigvlm.training.distributed import fsdp, processes
 from twigvlm.training.options import TrainingConfig
 from twigvlm.training.run_directory import UNFINISHED, check_room, check_settings, latest
-from twigvlm.training.trainer import LogLastStep, TermTrainer
+from twigvlm.training.trainer import AllStepsDone, Steps, TermTrainer
 
 NO_LOSSES = ("grad_norm", "learning_rate", "epoch", "step")
 """Of what a Trainer logs."""
@@ -64,6 +64,7 @@ def fit(
     """
     _check_trainable(base, through)
     samples = len(data)  # type: ignore[arg-type]
+    _limit_length(base, data)
     together = config.batch_size * config.accumulate * processes.count()
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(samples / together))
     module = make_student(steps)
@@ -83,7 +84,8 @@ def fit(
         processes.broadcast_weights(module)
         trainer = _trainer(trainer_class, module, arguments, data, callbacks)
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with suppress(AllStepsDone):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             fsdp.unshard(module)
             trainer.check_weights(module)
         except BrokenSample as error:  # from a process beside the training it brings that process's traceback along
@@ -137,6 +139,15 @@ def _check_trainable(base: BaseVLM, through: Iterable[nn.Parameter]) -> None:
         )
 
 
+def _limit_length(base: BaseVLM, data: Dataset[dict[str, Tensor]]) -> None:
+    """Have samples cut where the base's context ends, which it would refuse in the middle of the training."""
+    limit = getattr(data, "max_length", None)
+    if base.context is not None and limit is not None and limit > base.context:
+        raise TwigVLMError(f"max_length={limit}: must be at most {base.context}, the context of this base")
+    if isinstance(data, ConversationDataset):
+        data.context = base.context
+
+
 def _settings(
     base: BaseVLM, shape: Mapping[str, Any], config: TrainingConfig, data: Dataset[dict[str, Tensor]], samples: int
 ) -> dict[str, Any]:
@@ -167,7 +178,7 @@ def _trainer(
         args=arguments,
         train_dataset=data,
         data_collator=Collator(pad_token_id=0),
-        callbacks=[*callbacks, LogLastStep()],
+        callbacks=[*callbacks, Steps()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -218,6 +229,7 @@ def _entry(config: TrainingConfig, samples: int, state: TrainerState) -> dict[st
         "stage": type(config).__name__.removesuffix("Config").lower(),
         "samples": samples,
         "steps": state.global_step,
+        "batch": config.batch_size * config.accumulate * processes.count(),
         "final": {name: value for name, value in last.items() if name not in NO_LOSSES},
         "settings": dataclasses.asdict(config),
     }

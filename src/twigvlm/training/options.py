@@ -126,6 +126,8 @@ class Stage2Config(StageConfig):
 
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW (betas 0.9 and 0.98, no weight decay), with a cosine schedule."""
+    save_steps: int = 50
+    """Optimiser steps between checkpoints; fewer than in stage 1, since a step takes longer."""
     group: int = 32
     """G: number of prunings drawn for each sample."""
     chunk: int | None = None

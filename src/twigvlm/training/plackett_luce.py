@@ -16,7 +16,7 @@ def sample(
         log_scores: logarithm of the scores s.
         generator: on the CPU, so that a seed draws alike on every device.
     """
-    noise = -torch.empty(group, len(log_scores)).exponential_(generator=generator).log()
+    noise = -torch.empty(group, len(log_scores), device="cpu").exponential_(generator=generator).log()
     return (log_scores + noise.to(log_scores)).topk(keep, dim=-1).indices
 
 

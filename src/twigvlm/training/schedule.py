@@ -31,6 +31,7 @@ class CalibratedSchedule:
             TwigVLMError: none of the samples has an image before its first answer, or the budget is out of range.
         """
         base, taken = self.base, min(count, len(data))
+        data.context = base.context
         prompts = [prompt for prompt in (_prompt(base, data[index]) for index in range(taken)) if prompt]
         if not prompts:
             raise TwigVLMError(

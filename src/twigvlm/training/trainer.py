@@ -18,11 +18,27 @@ from twigvlm.training.distributed import fsdp, processes
 from twigvlm.training.run_directory import UNFINISHED, latest, publish
 
 
-class LogLastStep(TrainerCallback):
-    """The last step is logged whatever `log_steps` is, also where a callback ends the training."""
+class AllStepsDone(Exception):
+    """A run that is resumed has nothing left to do; its weights and its state are those of the last checkpoint."""
+
+
+class Steps(TrainerCallback):
+    """What `save_steps`, `log_steps` and the number of steps mean for a run that is resumed, and at its end."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and log as often as is asked for now: a checkpoint brings along how often it was.
+
+        Raises:
+            AllStepsDone: the Trainer would take one step more.
+        """
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
+        if state.global_step >= state.max_steps:
+            raise AllStepsDone
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log the step if the training ends with it."""
+        """Log the last step whatever `log_steps` is, also where a callback ends the training."""
         if control.should_training_stop:
             control.should_log = True
 

@@ -66,7 +66,7 @@ def compare_prunings(
     model = bench.grow()
     variants = make_variants(model, methods, options.budgets, final_wipes, final_shares)
     names = [variant.name for variant in variants]
-    log = open_log(options, {**bench.settings, "variants": names, "seed": options.seed})
+    log = open_log(options, {**bench.settings, "variants": names, "seed": options.seed}, methods)
     questions = bench.questions.items
     with showing(title, (question.id for question in questions), log, accuracies=Progress()) as show:
         records = run_accuracy(

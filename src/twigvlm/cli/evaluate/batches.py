@@ -35,7 +35,7 @@ class EvaluateBatches(MethodOption, BaselineOptions):
         described = [dataclasses.asdict(system) for system in systems]
         # Batches have no names of their own: which prompts they hold follows from the kinds.
         more = {"repeats": self.repeats, **machine(), "kinds": self.kinds}
-        log = open_log(self, {**bench.settings, **more, "systems": described})
+        log = open_log(self, {**bench.settings, **more, "systems": described}, [self.method])
         model = bench.grow()
         parse_methods(model, [self.method])  # for its errors
         with showing("Batches", ids, log) as show:

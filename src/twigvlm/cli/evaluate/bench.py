@@ -28,6 +28,7 @@ from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.files import replacing
 from twigvlm.loading import bare, default_twig
 from twigvlm.model import TwigVLM
+from twigvlm.pruning.methods import own_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,7 @@ def open_bench(options: EvaluateOptions, validation: str = "", needs_twig: bool 
         "model": _digest(json.dumps(fingerprint(body), sort_keys=True).encode()),
         "twig": "none" if weights is None else digest(weights.parent),
         "questions": _digest(options.questions.read_bytes()),
+        "processor": _digest(f"{processor.to_json_string()}{processor.chat_template}".encode()),
         "dtype": str(base.dtype).removeprefix("torch."),
         "attention": body.attention,
         "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type,
@@ -126,14 +128,22 @@ def _versions() -> dict[str, Any]:
     return {"torch": torch.__version__, "transformers": transformers.__version__, "twigvlm": version("twigvlm")}
 
 
-RECORDS = 4
+RECORDS = 5
 """Version of what records hold; results of another one cannot be continued. `looks` and `steps` came later: where records lack
 them, reports leave out what refocusing costs."""
 
 
-def open_log(options: EvaluateOptions, settings: dict[str, Any], file: str = RAW) -> ResultsLog:
-    """The raw results in the output directory, made under these settings."""
-    return ResultsLog(options.output / file, {**settings, "records": RECORDS})
+def open_log(options: EvaluateOptions, settings: dict[str, Any], methods: Iterable[str], file: str = RAW) -> ResultsLog:
+    """The raw results in the output directory, made under these settings.
+
+    Args:
+        options: of the command.
+        settings: what results depend on.
+        methods: that prune; the files that some read are settings too.
+        file: name of the results.
+    """
+    files = own_files(methods)
+    return ResultsLog(options.output / file, {**settings, **({"files": files} if files else {}), "records": RECORDS})
 
 
 @contextmanager

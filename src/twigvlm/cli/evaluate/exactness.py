@@ -32,7 +32,7 @@ class EvaluateExactness(MethodOption, BudgetOptions):
         bench = open_bench(self)
         PruningConfig(self.retain)  # for its errors
         more = {"retain": self.retain, "method": self.method}
-        log = open_log(self, {**bench.settings, **more, "checks": checks})
+        log = open_log(self, {**bench.settings, **more, "checks": checks}, [self.method])
         questions = bench.questions.items
         with showing("Exactness", (question.id for question in questions), log, passes=2) as show:
             records = run_exactness(

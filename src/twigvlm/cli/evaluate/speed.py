@@ -81,7 +81,7 @@ def time_systems(
     parse_methods(model, list(dict.fromkeys(system.method for system in systems)))  # for its errors
     more = {"repeats": options.repeats, **machine(), **({} if assistant is None else {"assistant": assistant})}
     described = [dataclasses.asdict(system) for system in systems]
-    log = open_log(options, {**bench.settings, **more, "systems": described})
+    log = open_log(options, {**bench.settings, **more, "systems": described}, [system.method for system in systems])
     questions = bench.questions.items
     with showing(title, (question.id for question in questions), log) as show:
         records = run_speed(

@@ -21,6 +21,7 @@ from twigvlm.evaluation.speed import FirstToken
 from twigvlm.images import load_image
 from twigvlm.inputs import Message, build_inputs, media
 from twigvlm.model import TwigVLM
+from twigvlm.pruning.budget import average_kept
 from twigvlm.timing import clock_of
 
 HF_LOOKUP, HF_DRAFT = "hf-lookup", "draft:"
@@ -178,14 +179,19 @@ class Answerer:
             parse_methods(self.model, [self.setting.method])  # for its errors
 
     def answer(
-        self, conversations: Sequence[Sequence[Message]], max_new_tokens: int, sampling: Mapping[str, Any]
+        self,
+        conversations: Sequence[Sequence[Message]],
+        max_new_tokens: int,
+        sampling: Mapping[str, Any],
+        draw: int = 0,
     ) -> list[Answered]:
-        """The answers to conversations: in one batch, or one by one where their budgets differ.
+        """The answers to conversations: in one batch, or one by one where their budgets or their draws differ.
 
         Args:
             conversations: each ends with a question.
             max_new_tokens: longest answer.
             sampling: `do_sample` and what belongs to it, as in `generate`.
+            draw: number of the first question: where the choice is random, prompts of the same text keep other tokens.
 
         Raises:
             TwigVLMError: a picture or a text is refused, a prompt cannot have the budget, or transformers cannot draft for it.
@@ -200,11 +206,24 @@ class Answerer:
         device, dtype = self.base.device, self.base.dtype
         inputs = build_inputs(self.processor, prepared, device, dtype, **options)
         visual = [int(count) for count in self.base.visual_mask(inputs["input_ids"]).sum(dim=1)]
-        budgets = {self.setting.budget(count) for count in visual}
-        if len(budgets) > 1:
-            return [one for single in conversations for one in self.answer([single], max_new_tokens, sampling)]
+        budgets = {self.budget(count) for count in visual}
+        random = parse_method(self.setting.method).is_random
+        if len(budgets) > 1 or (random and len(conversations) > 1):
+            parts = enumerate(conversations, draw)
+            return [one for number, single in parts for one in self.answer([single], max_new_tokens, sampling, number)]
         (budget,) = budgets
-        return [self._generate(inputs, visual, {"max_new_tokens": max_new_tokens, **sampling}, budget)]
+        pruning = {} if budget is None else {"retain": budget, **self._pruning(draw)}
+        return [self._generate(inputs, visual, {"max_new_tokens": max_new_tokens, **sampling, **pruning})]
+
+    def budget(self, visual: int) -> float | None:
+        """R̄ for a prompt of that many visual tokens: with FinalWipe, no more than it has if all others keep them all."""
+        retain, method = self.setting.budget(visual), parse_method(self.setting.method)
+        if retain is None or self.model is None or method.has_own_cuts:
+            return retain
+        config, layers = self.model.twig.config, self.base.num_layers
+        wipe = self.setting.final_wipe or config.final_wipe or layers
+        share = config.final_share if self.setting.final_share is None else self.setting.final_share
+        return min(retain, average_kept(visual, visual, layers, config.trunk_layers, wipe, share))
 
     def _prepare(self, messages: Sequence[Message]) -> list[Message]:
         system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
@@ -220,14 +239,12 @@ class Answerer:
 
         return [*system, *({**one, "content": [squared(part) for part in one["content"]]} for one in messages)]
 
-    def _generate(
-        self, inputs: dict[str, Any], visual: list[int], options: dict[str, Any], budget: float | None
-    ) -> Answered:
+    def _generate(self, inputs: dict[str, Any], visual: list[int], options: dict[str, Any]) -> Answered:
         clock = clock_of(self.base.device)
         # The base's own generate takes a streamer for a single prompt only.
         watch = FirstToken(clock) if self.model is None and len(visual) == 1 else None
         generate = self.base.model.generate if self.model is None else self.model.generate
-        options, steps = {**options, **self._options(budget), "return_dict_in_generate": True}, None
+        options, steps = {**options, **self._drafting(), "return_dict_in_generate": True}, None
         with ExitStack() as around:
             if self.setting.assisted:
                 assert watch is not None, "it is a single prompt"
@@ -257,20 +274,21 @@ class Answerer:
             sum(count > 0 for row in drafted for count in row),
         )
 
-    def _options(self, budget: float | None) -> dict[str, Any]:
-        """Of `generate`."""
+    def _drafting(self) -> dict[str, Any]:
+        """Options of `generate`."""
         setting = self.setting
         if self.model is None:
             if setting.speculate != HF_LOOKUP:
                 return {}
             lookup = SpeculationConfig("lookup", **setting.drafting)  # type: ignore[arg-type]
             return prompt_lookup(lookup.draft_length, lookup.lookup_ngram)
-        drafts = {"speculate": setting.speculate, **setting.drafting}
-        if budget is None:
-            return drafts
-        method = parse_method(setting.method)
-        pruning = method.options(self.model, setting.final_wipe, setting.final_share, setting.seed)
-        return {**drafts, "retain": budget, **pruning}
+        return {"speculate": setting.speculate, **setting.drafting}
+
+    def _pruning(self, draw: int) -> dict[str, Any]:
+        """Options of `generate`, beside the budget."""
+        assert self.model is not None, "the base's own generate prunes nothing"
+        setting, method = self.setting, parse_method(self.setting.method)
+        return method.options(self.model, setting.final_wipe, setting.final_share, setting.seed + draw)
 
 
 def to_square(image: Image.Image, colour: Sequence[int]) -> Image.Image:

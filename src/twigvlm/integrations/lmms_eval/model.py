@@ -142,23 +142,24 @@ class TwigVLMChat(lmms):
         reset_peak(self.answerer.base.device)
         with tqdm(total=len(requests), disable=self.rank != 0, desc="Answering") as bar:
             for chunk in _chunks(requests, self.batch_size):
-                answered = self._answer(chunk)
+                answered = self._answer(chunk, len(results))
                 batches += answered
-                results += [
+                new = [
                     GenerationResult(text, TokenCounts(input_tokens=asked, output_tokens=tokens))
                     for batch in answered
                     for text, asked, tokens in zip(batch.texts, batch.prompt_tokens, batch.tokens, strict=True)
                 ]
+                for request, result in zip(chunk, new, strict=True):
+                    self.cache_hook.add_partial("generate_until", (request.args[0], request.args[2]), result.text)
+                results += new
                 bar.update(len(chunk))
         if batches:
             seconds, tokens = sum(batch.seconds for batch in batches), sum(sum(batch.tokens) for batch in batches)
             figures = throughput(batches, peak(self.answerer.base.device))
             log_metrics(seconds, tokens, tokens / seconds, figures)
-        for request, result in zip(requests, results, strict=True):
-            self.cache_hook.add_partial("generate_until", (request.args[0], request.args[2]), result.text)
         return results
 
-    def _answer(self, chunk: Sequence[Instance]) -> list[Answered]:
+    def _answer(self, chunk: Sequence[Instance], draw: int) -> list[Answered]:
         _, _, options, doc_id, task, _ = chunk[0].args
         try:
             conversations = [self._conversation(request) for request in chunk]
@@ -166,7 +167,7 @@ class TwigVLMChat(lmms):
             if not self._warm:
                 self._warm = True
                 self.answerer.answer(conversations[:1], longest, sampling)
-            return self.answerer.answer(conversations, longest, sampling)
+            return self.answerer.answer(conversations, longest, sampling, draw)
         except TwigVLMError as error:
             raise TwigVLMError(f"task {task}, from question {doc_id} on: {error}") from None
 

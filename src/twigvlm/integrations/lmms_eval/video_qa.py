@@ -94,7 +94,7 @@ def _judge() -> Any:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        return list(json.loads(path.read_text(encoding="utf-8")))
+        return list(json.loads(path.read_text(encoding="utf-8-sig")))
     except (OSError, ValueError) as error:
         raise TwigVLMError(
             f"{path}: cannot be read ({error}); put the file of Video-LLaVA's evaluation there"

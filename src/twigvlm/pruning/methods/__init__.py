@@ -1,8 +1,10 @@
 """Ways to choose visual tokens, one file each, and the published methods by name."""
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any, Final
 
 from twigvlm.errors import TwigVLMError
@@ -12,7 +14,7 @@ from twigvlm.pruning.methods.dart import Dart
 from twigvlm.pruning.methods.divprune import DivPrune
 from twigvlm.pruning.methods.fastervlm import FasterVLM
 from twigvlm.pruning.methods.fastv import FastV
-from twigvlm.pruning.methods.fitprune import FitPrune
+from twigvlm.pruning.methods.fitprune import SCHEDULE, FitPrune
 from twigvlm.pruning.methods.holov import HoloV
 from twigvlm.pruning.methods.mustdrop import MustDrop
 from twigvlm.pruning.methods.prumerge import PruMerge
@@ -23,6 +25,7 @@ from twigvlm.pruning.methods.scope import Scope
 from twigvlm.pruning.methods.sparsevlm import SparseVLM
 from twigvlm.pruning.methods.visionzip import VisionZip
 from twigvlm.pruning.methods.vispruner import VisPruner
+from twigvlm.pruning.projector import WEIGHTS
 
 METHODS: Final[Mapping[str, Callable[..., Pruner]]] = {
     "fastv": FastV,
@@ -54,6 +57,8 @@ _REFUSED = {
     "published": "counts its budget in one way only",
 }
 """What is said of a method that does not have the option."""
+_FILES = {"visionzip": WEIGHTS, "fitprune": SCHEDULE}
+"""What lies in the directory that a name may give."""
 
 
 def make_pruner(name: str, seed: int = 0) -> Pruner:
@@ -123,8 +128,20 @@ def pruner_by_name(pruner: Pruner | str | None) -> Pruner | None:
 
 def reads_files(name: str) -> bool:
     """Whether a method's name says where a file of its own is."""
+    return _own_file(name) is not None
+
+
+def own_files(names: Iterable[str | None]) -> dict[str, str]:
+    """By the names of methods that read a file of their own, twelve characters that change with what the file holds."""
+    paths = {name: _own_file(name) for name in names if name is not None}
+    found = {name: path.read_bytes() for name, path in paths.items() if path is not None and path.is_file()}
+    return {name: hashlib.sha256(data).hexdigest()[:12] for name, data in found.items()}
+
+
+def _own_file(name: str) -> Path | None:
     method, *words = name.split(":")
-    return method in ("visionzip", "fitprune") and any(word and word not in _CHOICES for word in words)
+    folder = ":".join(word for word in words if word not in _CHOICES)
+    return Path(folder) / _FILES[method] if folder and method in _FILES else None
 
 
 def listed(method: str) -> str:

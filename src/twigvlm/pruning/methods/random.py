@@ -55,5 +55,6 @@ def _scores(prompt: Prompt, tokens: Tokens, seed: int) -> Tensor:
     for row, (whole, length) in enumerate(zip(prompt.lengths, tokens.lengths, strict=True)):
         # With one seed for all, a benchmark whose pictures begin at the same place would be measured under a single choice.
         prompt_seed = zlib.crc32(f"{seed} {prompt.input_ids[row, :whole].tolist()}".encode())
-        scores[row, :length] = torch.rand(length, generator=torch.Generator().manual_seed(prompt_seed))
+        generator = torch.Generator().manual_seed(prompt_seed)
+        scores[row, :length] = torch.rand(length, generator=generator, device="cpu")
     return scores.to(tokens.visual.device)

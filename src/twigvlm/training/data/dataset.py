@@ -37,7 +37,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     Args:
         samples: as `load_samples` returns them.
         processor: the base's processor, with a chat template and a fast tokenizer.
-        max_length: longer samples are cut at the end. None: no limit.
+        max_length: longer samples are cut at the end. None: those that the base's context does not hold, once it trains.
         strict: make a broken sample an error.
     """
 
@@ -52,6 +52,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         self.processor = processor
         self.max_length = max_length
         self.strict = strict
+        self.context: int | None = None
+        """Tokens that the base can take; set when a training begins."""
         # Shared, so that processes that read beside the training report a broken sample once in all epochs.
         self.broken = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
 
@@ -103,11 +105,12 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
             inputs = dict(encode(self.processor, [text], [images], name=name))
         ids = inputs["input_ids"][0]
         labels = align(text, spans, ids, self.processor, name)
-        limit = self.max_length or len(ids)
+        remedy = "shorten it" + ("" if self.max_length is None else " or raise max_length")
+        limit = min(length for length in (self.max_length, self.context, len(ids)) if length is not None)
         if (labels[:limit] == IGNORE).all():
-            raise BrokenSample(f"{name}: no answer within the first {limit} tokens; shorten it or raise max_length")
+            raise BrokenSample(f"{name}: no answer within the first {limit} tokens; {remedy}")
         if torch.isin(ids[limit:], torch.tensor(self.processor.image_token_ids)).any():
-            raise BrokenSample(f"{name}: an image comes after the first {limit} tokens; shorten it or raise max_length")
+            raise BrokenSample(f"{name}: an image comes after the first {limit} tokens; {remedy}")
         cut = {key: value[:, :limit] if is_per_token(value, len(ids)) else value for key, value in inputs.items()}
         return {**cut, "labels": labels[None, :limit]}
 

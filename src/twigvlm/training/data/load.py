@@ -153,7 +153,7 @@ def _table(path: Path) -> Samples:
 def _records(file: Path, elsewhere: str) -> list[Any]:
     """What a JSON file holds; `elsewhere` ends the remedies of a file that may not belong to the samples."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         if file.suffix == ".jsonl":
             return [json.loads(line) for line in text.split("\n") if line.strip()]
         records = json.loads(text)
