@@ -27,13 +27,21 @@ def test_decoding_is_timed_apart_from_prefill_for_one_at_a_time():
         record("vLLM", 1, 0.6, 0.6, [[1]]),
         record("vLLM", 2, None, 2.0, [[1] * 5, [1] * 5]),
     ]
-    *sections, note = summarise(records, questions, Namer({"dog": ["dog"]}))
+    *sections, note = summarise(records, ["vLLM"], questions, Namer({"dog": ["dog"]}))
     column = COLUMNS.index("decode, ms/token")
     cells = [[cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")] for table in sections[1::2]]
     assert [row[column] for row in cells] == ["100.0", "–"]  # 0.7 s for 7 tokens
     assert [row[column - 1] for row in cells] == ["600", "–"]
     assert [len(row) for row in cells] == [len(COLUMNS)] * 2
     assert "it includes as many draft steps as it drafts tokens" in note
+
+
+def test_systems_stand_in_their_order_whoever_was_asked_first():
+    questions = [Question("0", Path("x.png"), "Describe.", "", "description", objects=("dog",))]
+    records = [record("drafts", 1, 0.5, 0.5, [[1] * 5]), record("vLLM", 1, 0.5, 1.0, [[1] * 5])]
+    _, table, _ = summarise(records, ["vLLM", "drafts", "absent"], questions, Namer({"dog": ["dog"]}))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert [row[:3] for row in rows] == [["vLLM", "5.0", "1.00"], ["drafts", "10.0", "2.00"]]
 
 
 class Connection:
