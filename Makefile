@@ -9,16 +9,17 @@ SAPLING := $(VENV)/.sapling
 STAMP := $(VENV)/.installed
 DEMO_FLAGS ?=
 
-# Pure functions and small parts; of the tests that go through all families, those of one. Refocusing, videos, the methods one
-# by one and their runs through the layers are left out.
-SLOW_TESTS := tests/pruning/test_refocus.py tests/pruning/test_videos.py tests/pruning/test_methods.py tests/pruning/test_run.py
+# Pure functions and small parts; of the tests that go through all families, those of one. Refocusing, scouting, diverse choices,
+# videos, the methods one by one and their runs through the layers are left out.
+SLOW_TESTS := tests/pruning/test_refocus.py tests/pruning/test_scout.py tests/pruning/test_diverse.py \
+	tests/pruning/test_videos.py tests/pruning/test_methods.py tests/pruning/test_run.py
 FAST_TESTS := tests/base tests/pruning tests/twig \
 	tests/speculation/test_adaptive_tree.py tests/speculation/test_costs.py tests/speculation/test_nodes.py \
 	tests/speculation/test_policies.py tests/speculation/test_walk.py tests/engine/test_sampling.py \
 	tests/evaluation/test_results_log.py tests/evaluation/test_metrics.py tests/evaluation/test_token_origins.py \
 	tests/evaluation/test_report.py tests/evaluation/test_questions.py \
 	tests/training/test_losses.py tests/training/test_plackett_luce.py tests/training/test_samples.py \
-	tests/test_documents.py tests/test_images.py tests/test_imports.py tests/test_inputs.py tests/test_makefile.py \
+	tests/test_documents.py tests/test_images.py tests/test_inputs.py tests/test_makefile.py \
 	tests/test_placeholders.py tests/test_visualize.py tests/test_families.py tests/test_family_twigs.py
 
 # What pyproject.toml promises is read from there: the Python versions of its classifiers, and the lower bounds of torch and
