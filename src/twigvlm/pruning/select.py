@@ -44,7 +44,15 @@ def evenly(
     index = torch.arange(tokens, device=scores.device).expand_as(order)
     within = torch.zeros_like(order).scatter(1, grouped, index - torch.searchsorted(image, image))
     among_all = torch.zeros_like(order).scatter(1, order, index)
-    return -(within * tokens + among_all).double()  # exact: of 10,000 tokens a float32 would mix up ranks
+    return ranked(-(within * tokens + among_all))
+
+
+def ranked(values: Tensor) -> Float[Tensor, "batch tokens"]:
+    """Scores of the same order whose differences are whole: 0 for the largest of a row, -1 for the next; of equal values the
+    earlier one is the larger. No sum with other whole numbers rounds them, and devices without float64 have them too."""
+    order = values.argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(values.shape[1], device=values.device).expand_as(order)
+    return -torch.zeros_like(order).scatter(1, order, place).float()
 
 
 Select = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]

@@ -96,9 +96,8 @@ def attention_loss(
 
 def advantages(rewards: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
     """(r - mean) / std within a group; 0 for a group without spread."""
-    # In float64 equal rewards have exactly their value as the mean; 1e-6 keeps rounding from passing for a spread.
-    centred = rewards.double() - rewards.double().mean()
-    return (centred / rewards.double().std().clamp(min=1e-6)).to(rewards.dtype)
+    above = rewards - rewards[0]  # exactly 0 for equal rewards, whose mean may be rounded
+    return (above - above.mean()) / above.std().clamp(min=1e-6)  # nor does rounding pass for a spread
 
 
 def policy_loss(log_probabilities: Float[Tensor, " group"], advantages: Float[Tensor, " group"]) -> Float[Tensor, ""]:

@@ -12,7 +12,7 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Choice, Cut, Need, average_visual, scaled_layers, solve_cuts
 from twigvlm.pruning.images import Positions
 from twigvlm.pruning.question import attention_from, question_mask
-from twigvlm.pruning.select import top_visual
+from twigvlm.pruning.select import ranked, top_visual
 from twigvlm.pruning.view import CutView
 
 _LAYERS = (3, 7, 11, 15)
@@ -70,8 +70,9 @@ class MustDrop:
         total, largest = self._attention(view)
         share, single = self.thresholds
         scores = torch.maximum(total / (share * total.sum(dim=1, keepdim=True)), largest / single)
-        # In float64, so that the sum rounds no difference between key tokens away.
-        scores = scores.double() + self._is_key(view) * (1 + scores.amax(dim=1, keepdim=True)).double()
+        scores = (
+            ranked(scores.nan_to_num(nan=0.0)) + self._is_key(view) * scores.shape[1]
+        )  # key tokens before all others
         return Choice(top_visual(scores, visual, keep), None, self.positions == "compacted")
 
     def _attention(self, view: CutView) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch tokens"]]:
@@ -88,8 +89,8 @@ class MustDrop:
         prompt, vision = view.prompt, view.prompt.vision
         assert vision is not None, "it is among what the method needs"
         patch = prompt.visual_mask & (vision.source >= 0)
-        ranked = vision.last_importance[vision.source.clamp(min=0)]
+        given = vision.last_importance[vision.source.clamp(min=0)]
         counts = [int(self.key_share * count) for count in patch.sum(dim=1).tolist()]
-        keys = top_visual(ranked, patch, counts)
+        keys = top_visual(given, patch, counts)
         index = view.tokens.index
         return (keys if index is None else keys.gather(1, index)) & view.tokens.visual
