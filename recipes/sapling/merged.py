@@ -1,20 +1,26 @@
-"""Dropped visual tokens that merge into kept ones after layer K, against the twig's plain cut: `twigvlm evaluate accuracy` with
-the methods `merged-0.1`, `merged-0.25` and `merged-0.5` beside its own.
+"""Dropped visual tokens that merge into kept ones after layer K, against the twig's plain cut at the same R̄.
 
-    python -m recipes.sapling.merged --questions runs/validation/questions.json --methods diverse merged-0.25 --budgets 64 \
-        --output runs/merged
+python -m recipes.sapling.merged --questions runs/validation/questions.json --output runs/merged
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+import tyro
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from recipes.sapling.twig import SHAPE
-from twigvlm.cli.main import main
+from twigvlm.cli.evaluate.options import RAW
+from twigvlm.cli.main import main as command_line
+from twigvlm.evaluation.report import percent, span, table
+from twigvlm.evaluation.results_log import answered, read_records
+from twigvlm.evaluation.summary import accuracies
 from twigvlm.pruning.cut import Choice
 from twigvlm.pruning.images import nearest, unit
 from twigvlm.pruning.methods import METHODS
@@ -31,7 +37,7 @@ class Merging(TwigPruner):
     share: float
     """Of a merged state, the part that comes from the mean of the dropped ones."""
 
-    def choose(self, view: CutView, keep: list[int]) -> Choice:
+    def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
         """As the twig chooses; FinalWipe merges nothing."""
         stays, hidden = super().choose(view, keep), view.tokens.hidden
         if view.layer == self.trunk_layers:
@@ -67,10 +73,31 @@ def merge(
     return hidden.index_copy(0, kept, merged.to(hidden.dtype))
 
 
-for share in (0.1, 0.25, 0.5):
+@dataclass(frozen=True)
+class Options:
+    questions: Path
+    output: Path
+    """Directory for raw results; a stopped run goes on there."""
+    shares: tuple[float, ...] = (0.1, 0.25, 0.5)
+    """Of a merged state, what comes from the dropped ones."""
+    retain: float = 64
+    """R̄."""
+
+
+def main(options: Options) -> None:
+    names = {f"merged-{share:g}": share for share in options.shares}
     shape = SHAPE.trunk_layers, SHAPE.final_wipe, SHAPE.final_share
-    METHODS[f"merged-{share:g}"] = partial(Merging, HeadScores(), *shape, select=diverse, share=share)
+    for name, share in names.items():
+        cast(dict[str, Any], METHODS)[name] = partial(Merging, HeadScores(), *shape, select=diverse, share=share)
+    words = ["--questions", str(options.questions), "--output", str(options.output), "--budgets", f"{options.retain:g}"]
+    if code := command_line(["evaluate", "accuracy", *words, "--methods", "diverse", *names]):
+        sys.exit(code)
+    rows = []
+    for one in accuracies(answered(read_records(options.output / RAW))):
+        relative = percent(one.relative) + span(one.interval)
+        rows.append([one.name, percent(one.exact), relative, *map(percent, (one.recall, one.precision, one.read))])
+    print(table(["pruning", "exact, %", "RelAcc, %", "recall, %", "precision, %", "texts, %"], rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main(["evaluate", "accuracy", *sys.argv[1:]]))
+    main(tyro.cli(Options))
