@@ -21,13 +21,14 @@ def _evaluate(what: str, questions: str, options: str) -> str:
 
 
 _QUESTIONS = "recipes.sapling.questions --evaluation --split"
-TRAINING, SCHEDULE = f"{RUNS}/training", f"{RUNS}/schedule"
+TRAINING, SCHEDULE, ABLATED = f"{RUNS}/training", f"{RUNS}/schedule", f"{RUNS}/ablated"
 MADE_FIRST = {
     f"{SHORT}/questions.json": f"{_QUESTIONS} test --count 1000 --descriptions 0 --output {SHORT}",
     f"{LONG}/questions.json": f"{_QUESTIONS} test --count 0 --descriptions 200 --long 25 --output {LONG}",
     f"{MANY}/questions.json": f"{_QUESTIONS} test --count 0 --descriptions 100 --long 100 --output {MANY}",
     f"{MIXED}/questions.json": f"{_QUESTIONS} test --count 60 --descriptions 0 --output {MIXED}",
     f"{VALIDATION}/questions.json": f"{_QUESTIONS} validation --count 160 --descriptions 40 --long 10 --output {VALIDATION}",
+    f"{ABLATED}/questions.json": f"{_QUESTIONS} test --count 1000 --descriptions 30 --output {ABLATED}",
     f"{TRAINING}/conversations.json": f"recipes.sapling.questions --split train --count 2000 --output {TRAINING}",
     f"{SCHEDULE}/fitprune.json": f"twigvlm train fitprune --data {TRAINING}/conversations.json --out {SCHEDULE} --retain 64",
 }
@@ -108,6 +109,21 @@ PAGES = {
             "Short answers: as many tokens as hold a share of the twig's scores, against as many for every question; the "
             "share is calibrated on the other half of the questions.",
             f"python -m recipes.sapling.fitted --questions {SHORT}/questions.json --output {RUNS}/fitted --budgets 192 128 64 48",
+        ),
+        Section(
+            "Dropped tokens merged into kept ones, on the validation split",
+            "160 short questions, 40 whose answers are long, and 40 descriptions, R̄ = 64: after layer K each kept token takes "
+            "up a share of the mean of the dropped ones that are most like it.",
+            f"python -m recipes.sapling.merged --questions {VALIDATION}/questions.json --output {RUNS}/merged",
+        ),
+    ],
+    "ablations": [
+        Section(
+            "What each stage teaches, from 800 conversations",
+            "Twigs of the shape that ships, each trained afresh on the same conversations; short answers at R̄ = 64, and chains "
+            "of up to five tokens in 30 descriptions without pruning.",
+            f"python -m recipes.sapling.ablations --data {TRAINING} --questions {ABLATED} --output {RUNS}/ablations "
+            "--runs few-first few few-answers few-rl",
         ),
     ],
     "speed": [

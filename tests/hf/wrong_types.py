@@ -47,6 +47,7 @@ def calls(model):
         "max_rows='3': must be a whole number": lambda: model.engine(max_rows="3"),
         "max_bytes=-1: must be 1 or more": lambda: model.engine(max_bytes=-1),
         "inputs: is Tensor; pass the processor's outputs": lambda: model.engine().add(prompt()["input_ids"]),
+        "memory: is dict; pass a PrefixCache": lambda: model.engine().add(prompt(), memory={}, max_new_tokens=2),
         "base: is NoneType; pass a loaded Hugging Face model": lambda: TwigVLM.grow(None),
         "base: is str; pass a loaded Hugging Face model": lambda: TwigVLM.grow("llava-hf/llava-1.5-7b-hf"),
         "base: has a twig already": lambda: TwigVLM.grow(model),

@@ -145,5 +145,3 @@ def test_two_requests_of_an_engine_do_not_share_a_prefix_cache(start):
     first = [token for event in engine.stream() for token in event.tokens]
     engine.add(inputs, memory=memory, max_new_tokens=4, do_sample=False)
     assert [token for event in engine.stream() for token in event.tokens] == first
-    with pytest.raises(TwigVLMError, match="memory: is dict"):
-        engine.add(inputs, memory={}, max_new_tokens=4)
