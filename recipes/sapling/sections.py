@@ -21,7 +21,7 @@ def _evaluate(what: str, questions: str, options: str) -> str:
 
 
 _QUESTIONS = "recipes.sapling.questions --evaluation --split"
-TRAINING, SCHEDULE, ABLATED = f"{RUNS}/training", f"{RUNS}/schedule", f"{RUNS}/ablated"
+TRAINING, SCHEDULE, ABLATED, PROJECTOR = (f"{RUNS}/{name}" for name in ("training", "schedule", "ablated", "projector"))
 MADE_FIRST = {
     f"{SHORT}/questions.json": f"{_QUESTIONS} test --count 1000 --descriptions 0 --output {SHORT}",
     f"{LONG}/questions.json": f"{_QUESTIONS} test --count 0 --descriptions 200 --long 25 --output {LONG}",
@@ -30,6 +30,8 @@ MADE_FIRST = {
     f"{VALIDATION}/questions.json": f"{_QUESTIONS} validation --count 160 --descriptions 40 --long 10 --output {VALIDATION}",
     f"{ABLATED}/questions.json": f"{_QUESTIONS} test --count 1000 --descriptions 30 --output {ABLATED}",
     f"{TRAINING}/conversations.json": f"recipes.sapling.questions --split train --count 2000 --output {TRAINING}",
+    f"{PROJECTOR}/projector.safetensors": f"twigvlm train visionzip --data {TRAINING}/conversations.json --out {PROJECTOR} "
+    "--retain 64 --max-steps 100 --batch-size 4 --learning-rate 2e-4",
     f"{SCHEDULE}/fitprune.json": f"twigvlm train fitprune --data {TRAINING}/conversations.json --out {SCHEDULE} --retain 64",
 }
 """Files that sections need -> the module that makes them, with its options."""
@@ -160,6 +162,12 @@ PAGES = {
             "Descriptions, one prompt at a time, with the twig's drafts and without.",
             f"twigvlm compare --questions {LONG}/questions.json --kinds description --limit 12 "
             "--methods twig diverse cdpruner divprune --budgets 64 --speculate none auto --timed 12 --no-figure",
+        ),
+        Section(
+            "VisionZip with a tuned projector",
+            "VisionZip‡: in place of the base's projector a copy, trained on 400 conversations at a learning rate of 2e-4.",
+            f"twigvlm compare --questions {SHORT}/questions.json --limit 300 --methods visionzip visionzip:{PROJECTOR} "
+            "--budgets 64 --timed 0 --no-figure",
         ),
     ],
     "exactness": [
