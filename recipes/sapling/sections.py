@@ -122,10 +122,10 @@ PAGES = {
     "ablations": [
         Section(
             "What each stage teaches, from 800 conversations",
-            "Twigs of the shape that ships, trained afresh on the same conversations (few-rl goes on from few); short answers at R̄ = 64, and chains "
-            "of up to five tokens in 30 descriptions without pruning.",
+            "Twigs of the shape that ships, trained afresh on the same conversations (few-rl goes on from few); short answers "
+            "at R̄ = 64, and chains of up to five tokens in 30 descriptions without pruning.",
             f"python -m recipes.sapling.ablations --data {TRAINING} --questions {ABLATED} --output {RUNS}/ablations "
-            "--runs few few-answers few-rl",
+            "--runs few-first few few-answers few-rl",
         ),
     ],
     "speed": [
