@@ -9,8 +9,6 @@ import pytest
 from PIL import Image
 
 from tests.tiny import tiny_llava
-from tests.tiny_processor import tiny_processor
-from tests.twigs import grown
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.methods import parse_method
 from twigvlm.inputs import build_inputs, user_turn
@@ -23,16 +21,6 @@ from twigvlm.pruning.methods.visionzip import VisionZip
 
 GREEDY = {"do_sample": False}
 NEW = 6
-
-
-@pytest.fixture(scope="module")
-def model():
-    return grown()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 def question(text="What?", pictures=1):

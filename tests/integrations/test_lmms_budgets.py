@@ -1,28 +1,16 @@
-"""What budgets of the plug-in of lmms-eval mean for single prompts, and what is drawn anew for each."""
+"""The budget that the lmms-eval plug-in gives each prompt, and the random choice that each question gets."""
 
 from unittest.mock import Mock
 
 import pytest
 from PIL import Image
 
-from tests.tiny_processor import tiny_processor
-from tests.twigs import grown
 from twigvlm.inputs import user_turn
 from twigvlm.integrations.lmms_eval.answering import Answerer, Setting
 from twigvlm.pruning.methods.random import RandomTokens
 
 GREEDY = {"do_sample": False}
 NEW = 4
-
-
-@pytest.fixture(scope="module")
-def model():
-    return grown()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 def question():

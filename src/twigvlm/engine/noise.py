@@ -35,12 +35,14 @@ class Noise:
 
     def at(self, position: int) -> Float[Tensor, " vocabulary"]:
         """Of the `position`-th new token (from 0). Positions already released by `forget` are unavailable."""
+        draws = self._next <= position
         while self._next <= position:
             if self._generator is not None:
                 self._states[self._next] = self._generator.get_state()
             self._drawn[self._next] = torch.empty_like(self._like).exponential_(1, generator=self._generator)
-            self._last = None if self._generator is None else self._generator.get_state()
             self._next += 1
+        if draws and self._generator is not None:
+            self._last = self._generator.get_state()
         return self._drawn[position]
 
     def draws_from(self, generator: torch.Generator) -> bool:

@@ -70,9 +70,8 @@ class MustDrop:
         total, largest = self._attention(view)
         share, single = self.thresholds
         scores = torch.maximum(total / (share * total.sum(dim=1, keepdim=True)), largest / single)
-        scores = (
-            ranked(scores.nan_to_num(nan=0.0)) + self._is_key(view) * scores.shape[1]
-        )  # key tokens before all others
+        # Ranks, so that adding their number puts the key tokens before all others and changes no order among them.
+        scores = ranked(scores.nan_to_num(nan=0.0)) + self._is_key(view) * scores.shape[1]
         return Choice(top_visual(scores, visual, keep), None, self.positions == "compacted")
 
     def _attention(self, view: CutView) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch tokens"]]:
