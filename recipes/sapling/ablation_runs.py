@@ -17,7 +17,7 @@ TWIG = TwigConfig(
 
 @dataclass(frozen=True)
 class Run:
-    """A twig: trained in one stage, then asked under every budget and K_f."""
+    """A twig: trained in one stage, then asked under every budget."""
 
     stage: Stage1Config | Stage2Config
     samples: int
@@ -27,7 +27,6 @@ class Run:
     twig: TwigConfig = TWIG
     """Grown in stage 1."""
     budgets: tuple[float, ...] = BUDGETS
-    wipes: tuple[int, ...] = (WIPE,)
 
 
 DISTILLED = {"alpha": 1.0, "temperature": 1.0}  # as published, L_PredKL stands at its clip here

@@ -154,7 +154,7 @@ class Asker:
         variants = [Variant(PLAIN)]
         if name != PLAIN:
             run = RUNS[name]
-            variants = [Variant("twig", budget, wipe) for budget in run.budgets for wipe in run.wipes]
+            variants = [Variant("twig", budget, run.twig.final_wipe) for budget in run.budgets]
         for split in todo:
             result = {
                 "answers": {variant.name: self._answers(model, variant, split) for variant in variants},

@@ -19,9 +19,9 @@ from twigvlm.training.options import Stage1Config, Stage2Config
 
 SHAPE = TwigConfig(trunk_layers=1, twig_layers=2, head="shared", draft_vocabulary=40, final_wipe=5, pruning_head=True)
 RUNS = {
-    "taught": Run(Stage1Config(batch_size=4, learning_rate=1e-3), 8, twig=SHAPE, budgets=(8.0,), wipes=(5,)),
+    "taught": Run(Stage1Config(batch_size=4, learning_rate=1e-3), 8, twig=SHAPE, budgets=(8.0,)),
     "rewarded": Run(
-        Stage2Config(batch_size=2, learning_rate=1e-2, group=4, budgets=(8,)), 4, "taught", budgets=(8.0,), wipes=(5,)
+        Stage2Config(batch_size=2, learning_rate=1e-2, group=4, budgets=(8,)), 4, "taught", twig=SHAPE, budgets=(8.0,)
     ),
 }
 
