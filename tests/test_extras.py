@@ -29,7 +29,7 @@ USED = {
     "": "from twigvlm.cli.main import main; main(['methods'])",
     "sapling": "from twigvlm.sapling.assemble import language_model, processor; language_model(), processor()",
     "train": TRAINING,
-    "serve": "import twigvlm.serving.app, twigvlm.serving.server; from twigvlm.cli.serving import check_installed; check_installed()",
+    "serve": "import twigvlm.serving.app, twigvlm.serving.server, llguidance",
     "report": "from twigvlm.evaluation.figures import figure_class; figure_class()",
 }
 """Extra -> what to run with it. Those of Ray, lmms-eval and vLLM have environments and tests of their own."""
