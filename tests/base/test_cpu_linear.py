@@ -6,14 +6,21 @@ from threading import Thread
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from twigvlm import compat
+from twigvlm.base import cpu_linear as module
 from twigvlm.base.cpu_linear import MAX_TOKENS, alone_in_process, cpu_linear, linear
 
 
+@pytest.fixture(params=[False, True], ids=["any processor", "Intel"], autouse=True)
+def processor(request, monkeypatch):
+    monkeypatch.setattr(module, "HAS_SMALL_PRODUCTS", request.param)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=2),
     width=st.integers(1, 40),

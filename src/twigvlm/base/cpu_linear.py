@@ -13,6 +13,8 @@ from torch.nn.modules import linear as torch_linear
 
 from twigvlm import compat
 
+HAS_SMALL_PRODUCTS = torch.backends.mkl.is_available() and "Intel" in str(torch.cpu.get_capabilities().get("cpu_name"))
+"""Whether torch multiplies a few rows with a large matrix fast by itself, as MKL does on Intel's processors alone."""
 MAX_TOKENS = 64
 """A pass over more tokens is left to torch."""
 WEIGHT_FIRST = 5
@@ -66,15 +68,16 @@ def linear(
     """x·Wᵀ + b, in the fastest way for a few tokens on a CPU in float32, and for one in bfloat16; elsewhere by torch's `linear`.
 
     To multiply a few rows with a large matrix, the BLAS libraries of CPUs copy the matrix first. For (W·xᵀ)ᵀ they do not, and
-    read the weights once for all tokens. MKL multiplies a single vector on one core, so one token is given to it twice.
+    read the weights once for all tokens. MKL multiplies a single vector on one core, so one token is given to it twice. On
+    Intel's processors it does neither; there only the product of a matrix and a vector is faster than torch's `linear`.
     """
     # Some weights only pass for plain ones: tensor subclasses (quantised, sharded), sparse ones.
     plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype == states.dtype and weight.layout == torch.strided
     if not (plain and _fits(states)):
         return F.linear(states, weight, bias)
     rows = states.reshape(-1, states.shape[-1])
-    if states.dtype == torch.bfloat16:
-        with compat.without_onednn():
+    if states.dtype == torch.bfloat16 or HAS_SMALL_PRODUCTS:
+        with compat.without_onednn() if states.dtype == torch.bfloat16 else nullcontext():
             product = torch.mv(weight, rows[0]).view(*states.shape[:-1], -1)
         return product if bias is None else product + bias
     count = len(rows)
@@ -94,7 +97,8 @@ def _fits(states: Tensor) -> bool:
         return False
     if states.dtype == torch.bfloat16:
         return _alone and states.numel() == states.shape[-1] and compat.HAS_ONEDNN_SWITCH
-    return states.dtype == torch.float32 and 0 < states.numel() <= MAX_TOKENS * states.shape[-1]
+    longest = 1 if HAS_SMALL_PRODUCTS else MAX_TOKENS
+    return states.dtype == torch.float32 and 0 < states.numel() <= longest * states.shape[-1]
 
 
 class _Forward:
