@@ -159,7 +159,7 @@ def test_limit_is_inclusive(tmp_path, monkeypatch):
 def test_animations_and_pages_are_refused(tmp_path, suffix):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
     path = save(tmp_path / f"a.{suffix}", frames[0], save_all=True, append_images=frames[1:])
-    refused(path, "3 frames", "save the one you mean as PNG")
+    refused(path, "several frames or pages", "save the one you mean as PNG")
 
 
 def test_still_gif_is_read(tmp_path):

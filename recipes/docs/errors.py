@@ -15,8 +15,10 @@ from typing import Any
 
 SOURCE = Path(__file__).parents[2] / "src" / "twigvlm"
 PAGE = "troubleshooting.md"
-SHOWN = ("TwigVLMError", "UsageError", "BrokenSample", "RequestError")
+SHOWN = ("TwigVLMError", "UsageError", "BrokenSample", "RequestError", "NotImplementedError")
 """Errors that users meet. A ValueError is shown only where one of these, or a server, reports it."""
+RETURNING = ("refusal_of",)
+"""Functions that return a message, which another function raises."""
 AREAS = {
     "Loading a base or a twig": (
         "loading.py",
@@ -103,15 +105,20 @@ def messages(file: Path) -> Iterator[tuple[int, str]]:
         for node in ast.iter_child_nodes(scope):
             is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             scopes.append((node, {**texts, **texts_of(node.body)} if is_function else texts))
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Name)
-                and node.func.id in reported
-                and node.args
-            ):
-                for text in templates(node.args[0], texts):
+            for said in said_by(node, reported):
+                for text in templates(said, texts):
                     if says_something(text):
-                        yield node.lineno, re.sub("…+", "…", " ".join(text.split()))
+                        yield said.lineno, re.sub("…+", "…", " ".join(text.split()))
+
+
+def said_by(node: ast.AST, reported: Sequence[str]) -> list[ast.expr]:
+    """The messages of an error that is made here, or of a function that returns them."""
+    match node:
+        case ast.Call(func=ast.Name(id=name), args=[first, *_]) if name in reported:
+            return [first]
+        case ast.FunctionDef(name=name) if name in RETURNING:
+            return [one.value for one in ast.walk(node) if isinstance(one, ast.Return) and one.value is not None]
+    return []
 
 
 def by_area() -> dict[str, dict[str, str]]:

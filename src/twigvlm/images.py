@@ -97,8 +97,8 @@ def read_image(
             raise TwigVLMError(_too_large(name, "far more", rules.max_pixels)) from None
         except PermissionError:
             raise TwigVLMError(f"{name}: may not be read; check the file's permissions") from None
-        except MemoryError:
-            raise TwigVLMError(f"{name}: needs more memory than is available; scale it down") from None
+        except MemoryError as error:
+            raise TwigVLMError(f"{name}: needs more memory than is available; scale it down") from error
         except Exception as error:  # decoders raise whatever a broken file leads them to
             raise TwigVLMError(
                 f"{name}: corrupt or truncated ({one_line(error)}); save or copy the file again"
@@ -245,9 +245,9 @@ def _refuse_unless_one_picture(name: str, image: Image.Image, max_pixels: int) -
         raise TwigVLMError(_too_large(name, f"{size} are more", max_pixels))
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise TwigVLMError(f"{name}: of {size} one side is more than {MAX_ASPECT} times the other; crop it")
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # a camera's MPO is one photograph; its further frames are previews
-        raise TwigVLMError(f"{name}: holds {frames} frames or pages; save the one you mean as PNG")
+    # A camera's MPO is one photograph; its further frames are previews. To count a GIF's frames would take reading all of them.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise TwigVLMError(f"{name}: holds several frames or pages; save the one you mean as PNG")
 
 
 def _upright(image: Image.Image) -> Image.Image:

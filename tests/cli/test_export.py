@@ -1,5 +1,6 @@
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,31 @@ def test_files_of_another_model_are_not_replaced(refused, tmp_path, base_directo
     (tmp_path / "base" / "notes").touch()
     refused(*arguments, tmp_path / "out", "--base", tmp_path / "base", words=["exists already"])
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_written_into_the_base_s_directory_is_refused_before_anything_is_loaded(refused, tmp_path):
+    for out in (tmp_path / "base", tmp_path / "base" / "drafter", tmp_path / "other" / ".." / "base" / "drafter"):
+        refused(
+            "export", "vllm", out, "--model", "nowhere", "--twig", "nowhere", "--base", tmp_path / "base",
+            words=["lies in --base, which must be new", "name a directory beside it"],
+        )  # fmt: skip
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_is_printed_works_from_every_directory(capsys, monkeypatch, tmp_path, base_directory, twig_directory):
+    shutil.copytree(base_directory, tmp_path / "own")
+    rename_weights(tmp_path / "own")  # one that vLLM reads as it is
+    monkeypatch.chdir(tmp_path)
+    for model, written in ((str(base_directory), ["--base", "base"]), ("own", [])):
+        arguments = ["export", "vllm", "drafter", "--twig", str(twig_directory), "--model", model, *written]
+        assert main([*arguments, "--scout-retain", "10"]) == 0
+        printed = capsys.readouterr().out
+        command = shlex.split(next(line for line in printed.splitlines() if "vllm serve" in line))
+        assert command[command.index("serve") + 1] == str(tmp_path / (written or ["own"])[-1])
+        speculative, overrides = (
+            json.loads(command[command.index(name) + 1]) for name in ("--speculative-config", "--hf-overrides")
+        )
+        assert speculative["model"] == overrides["twig_scout"]["path"] == str(tmp_path / "drafter")
 
 
 def test_what_a_base_needs_is_in_the_instructions():

@@ -70,6 +70,9 @@ def test_batch_writes_results_and_goes_on(base_directory, twig_directory, tmp_pa
     refused(
         "batch", source, out, *options, "--retain", "8", words=["answers with other options (retain)", "another file"]
     )
+    # what was refused for good without these would never be asked again
+    other = ("--name", "other", "--allow-image-host", "pictures.test", "--max-pixels", "99")
+    refused("batch", source, out, *options, *other, words=["other options (allow_image_host, max_pixels, name)"])
 
 
 def test_a_batch_goes_on_with_the_same_twig_in_another_place_and_not_with_another_one(
@@ -89,6 +92,19 @@ def test_a_batch_goes_on_with_the_same_twig_in_another_place_and_not_with_anothe
     refused(*run, moved, words=["answers with other options (twig)", "another file"])
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--retain", "8", "--final-wipe", "99"), ["final_wipe=99: must be"]),
+        (("--retain", "8", "--pruner", "fastv:99"), ["cut after layer 99: needs a base of more layers"]),
+    ],
+)
+def test_a_default_that_no_picture_can_be_pruned_by_is_refused_at_the_start(
+    base_directory, twig_directory, refused, options, words
+):
+    refused("serve", "--model", base_directory, "--twig", twig_directory, *options, words=words)
+
+
 @pytest.mark.parametrize("key", ["", " \n"])
 def test_an_empty_key_is_refused_before_the_model_is_loaded(refused, monkeypatch, key):
     monkeypatch.setenv("TWIGVLM_API_KEY", key)
@@ -105,6 +121,8 @@ def test_an_empty_key_is_refused_before_the_model_is_loaded(refused, monkeypatch
         (["--engine", "vllm", "--export", "x", "--vllm-options", "'x"], "close the quotation marks"),
         (["--engine", "vllm"], "needs --export"),
         (["--engine", "vllm", "--export", "x", "--retain", "64"], "add --scout"),
+        (["--engine", "vllm", "--export", "x", "--keep", "64"], "give --retain instead of --keep"),
+        (["--engine", "vllm", "--export", "x", "--keep", "64", "--scout"], "give --retain instead of --keep"),
         (["--engine", "vllm", "--export", "x", "--max-rows", "4"], "leave out either"),
         (["--engine", "vllm", "--export", "x", "--allow-host", "a"], "leave out either --allow-host or"),
         (["--engine", "vllm", "--export", "x", "--device", "cpu"], "leave out either --device or"),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("pydantic")
 
@@ -132,3 +133,10 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line, words):
     (tmp_path / "questions.jsonl").write_text(f'{{"question": "Where?"}}\n{line}\n')
     with pytest.raises(TwigVLMError, match=words):
         read_source(tmp_path)
+
+
+def test_a_column_without_any_picture_is_one_of_texts(tmp_path):
+    """Ray would make numbers of a column of Arrow's type null."""
+    path = tmp_path / "records.parquet"
+    pq.write_table(pa.table({"id": ["a"], "question": ["q"], "image": pa.nulls(1)}), path)
+    assert read_source(path).schema.field("image").type == pa.string()

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests import families
 from tests.families import TRUNK, TWIG
@@ -22,9 +22,10 @@ EXPORTED = ("llava", "pixtral", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 
 def grown(name, **config):
     model = families.tiny(name)
-    ids = torch.randperm(families.VOCABULARY, generator=torch.Generator().manual_seed(0))[:60].sort().values
     options = {"pruning_head": True, "draft_vocabulary": 60, **config}
-    return TwigVLM.grow(model, TwigConfig(TRUNK, TWIG, **options), ids if options["draft_vocabulary"] else None)
+    size, order = options["draft_vocabulary"], torch.Generator().manual_seed(0)
+    ids = None if size is None else torch.randperm(families.VOCABULARY, generator=order)[:size].sort().values
+    return TwigVLM.grow(model, TwigConfig(TRUNK, TWIG, **options), ids)
 
 
 def plain_decoder(model, folder):
@@ -100,13 +101,15 @@ def test_both_model_runners_find_what_they_look_for(name):
         ({"draft_vocabulary": None, "head": "shared"}, False, 100),
         ({"draft_vocabulary": None}, True, 100),
         ({"head": "shared"}, True, 60),
+        ({"draft_vocabulary": 100}, True, 100),
     ],
 )
 def test_a_head_that_is_the_base_s_is_not_copied(config, has_head, vocabulary):
     model = grown("llava", **config)
     weights = drafter_weights(model)
+    mapped = config.get("draft_vocabulary", 60) is not None
     assert ("lm_head.weight" in weights) == has_head == drafter_config(model)["twigvlm"]["head"]
-    assert ("d2t" in weights) == (vocabulary == 60)
+    assert ("d2t" in weights) == drafter_config(model)["twigvlm"]["maps"] == mapped
     assert drafter_config(model)["draft_vocab_size"] == vocabulary
     if config.get("head") == "shared" and has_head:
         rows = model.base.head.weight[model.twig.draft_token_ids]
@@ -146,7 +149,23 @@ def test_the_ranking_of_scout_mode_is_the_twig_s(tmp_path, name, pruning_head, s
     output = model.generate(**inputs, **pruning, max_new_tokens=1, return_dict_in_generate=True)
     prompt = model.base.prompt(**inputs)
     ranking = Ranking(export(model, tmp_path), torch.float32, torch.device("cpu"))
+    last = f"layers.{TRUNK + TWIG - 1}."
+    assert any(name.startswith(last) for name, _ in ranking.named_parameters())
+    unused = tuple(last + part for part in ("mlp", "post_attention_layernorm", "self_attn.v_proj", "self_attn.o_proj"))
+    assert not any(name.startswith(unused) for name, _ in ranking.named_parameters())
     visual = prompt.visual_mask[0]
     positions = prompt.position_ids[-3:, 0] if prompt.position_ids.ndim == 3 else prompt.position_ids
     kept = ranking(prompt.hidden[0], visual, positions, 9, select)
     assert torch.equal(visual.nonzero()[:, 0][kept], output.kept_indices[0])
+
+
+@pytest.mark.parametrize(
+    "lost", ["layers.0.mlp.down_proj.weight", f"layers.{TRUNK + TWIG - 1}.self_attn.k_proj.weight"]
+)
+def test_a_ranking_without_all_of_its_weights_is_refused(tmp_path, lost):
+    folder = export(grown("llava"), tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights[lost]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(RuntimeError, match=f"Missing key.*{lost}"):
+        Ranking(folder, torch.float32, torch.device("cpu"))

@@ -1,5 +1,6 @@
 """The plug-in without vLLM: what it registers, which versions it takes, and its arithmetic."""
 
+import json
 import re
 import subprocess
 import sys
@@ -22,12 +23,13 @@ from twigvlm.integrations.vllm.arithmetic import (
     with_offsets,
     without_offsets,
 )
-from twigvlm.integrations.vllm.budget import check_question, kept_tokens, parts, positions_around
+from twigvlm.integrations.vllm.budget import check_question, is_diverse, kept_tokens, parts, positions_around
 from twigvlm.integrations.vllm.layout import (
     FORMAT,
     check_attention,
     check_runner,
     check_scout,
+    check_scouting,
     check_stages,
     check_target,
 )
@@ -99,6 +101,20 @@ def test_a_wrong_export_is_refused_in_one_line(record, given, stages, words):
     with pytest.raises(ValueError, match=words) as refused:
         check_target(record, given, SimpleNamespace(pipeline_parallel_size=stages))
     assert "\n" not in str(refused.value)
+
+
+def test_scout_mode_takes_the_export_that_its_settings_were_printed_for_alone(tmp_path):
+    settings, alone = {"path": str(tmp_path), "trunk_layers": 2}, SimpleNamespace(pipeline_parallel_size=1)
+    with pytest.raises(
+        ValueError, match=r"config.json', .* is not there; export the twig again, and use what is printed"
+    ):
+        check_scouting(settings, target(), alone)
+    (tmp_path / "config.json").write_text(json.dumps({"twigvlm": {**RECORD, "trunk_layers": 2}}))
+    check_scouting(settings, target(), alone)
+    with pytest.raises(ValueError, match="hidden_size 32, and the model that is served has 64"):
+        check_scouting(settings, target(hidden_size=64), alone)
+    with pytest.raises(ValueError, match=r"has changed since .* use what the last export printed"):
+        check_scouting({**settings, "trunk_layers": 3}, target(), alone)
 
 
 def test_positions_that_follow_on_three_axes():
@@ -256,10 +272,19 @@ def test_a_request_may_say_its_own_budget():
     assert kept_tokens(settings, {"retain": 83.2}, 576) == 64
     assert kept_tokens(settings, {"keep": 20, "question": "?"}, 576) == 20
     assert kept_tokens(settings, {}, 16_384) == 32  # the largest picture, which vLLM tries before it starts
-    assert kept_tokens(settings, {}, 9) == 9
+    assert [kept_tokens(settings, {}, visual) for visual in (9, 63, 64, 65)] == [9, 63, 64, 62]  # R̄ = 64 keeps 64 whole
     for options in ({"keep": 0}, {"keep": 577}, {"retain": 10}):
         with pytest.raises(TwigVLMError, match="must be"):
             kept_tokens(settings, options, 576)
+    with pytest.raises(TwigVLMError, match="retain=64 and keep=20: give only one of them"):
+        kept_tokens(settings, {"retain": 64, "keep": 20}, 576)
+
+
+def test_a_request_says_by_yes_or_no_whether_tokens_are_to_differ():
+    for settings, options, expected in ((False, {}, False), (True, {}, True), (True, {"diverse": False}, False)):
+        assert is_diverse({"diverse": settings}, options) == expected
+    with pytest.raises(TwigVLMError, match="diverse='false': must be true or false"):
+        is_diverse({"diverse": False}, {"diverse": "false"})
 
 
 def test_a_question_that_would_end_the_engine_is_refused_before_it():
@@ -269,6 +294,7 @@ def test_a_question_that_would_end_the_engine_is_refused_before_it():
         ([1, 2, 3], 2048, "must be text"),
         ([1, 2, 9], 2048, "must be text"),
         ([1, 9, 2, 3], 2, "prompt of 3 tokens"),
+        ([1, 9, *[2] * 5000], 128_000, "of at most 1024"),
     ):
         with pytest.raises(TwigVLMError, match=words):
             check_question(ids, 9, limit)

@@ -1,6 +1,7 @@
 """Scout mode's and the drafter's classes on stand-ins for vLLM's."""
 
 import ast
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -31,13 +32,20 @@ def test_each_scout_defines_what_the_shared_classes_leave_open():
         assert left <= {name for name, _ in methods(path)}, path.name
 
 
-def configured(**options):
-    """vLLM's configuration, as far as scout mode looks at it."""
+def configured(path, **options):
+    """vLLM's configuration, as far as scout mode looks at it, of an engine with the export at `path`."""
     multimodal = SimpleNamespace(video_pruning_rate=options.get("rate"))
+    vision = SimpleNamespace(image_size=4, patch_size=2, spatial_merge_size=2)
+    settings = {"path": path, "trunk_layers": options.get("trunk_layers", 2)}
+    config = SimpleNamespace(
+        vision_config=vision, vision_feature_select_strategy="default", image_token_id=IMAGE, twig_scout=settings
+    )
+    model = SimpleNamespace(get_multimodal_config=lambda: multimodal, dtype=torch.float32, hf_config=config)
+    model.hf_text_config = SimpleNamespace(hidden_size=WIDTH)
     return SimpleNamespace(
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         compilation_config=SimpleNamespace(cudagraph_mm_encoder=options.get("captured", False)),
-        model_config=SimpleNamespace(get_multimodal_config=lambda: multimodal, dtype=torch.float32),
+        model_config=model,
         scheduler_config=SimpleNamespace(max_num_batched_tokens=32),
     )
 
@@ -49,11 +57,7 @@ class Base(nn.Module):
 
     def __init__(self, *, vllm_config, prefix):
         super().__init__()
-        vision = SimpleNamespace(image_size=4, patch_size=2, spatial_merge_size=2)
-        settings = {"path": "export"}
-        self.config = SimpleNamespace(
-            vision_config=vision, vision_feature_select_strategy="default", image_token_id=IMAGE, twig_scout=settings
-        )
+        self.config = vllm_config.model_config.hf_config
         self.language_model = nn.Module()
         self.language_model.embedding = nn.Embedding(10, WIDTH)
         self.language_model.embed_input_ids = self.language_model.embedding.forward
@@ -78,7 +82,15 @@ class Qwen(Base):
 
 
 @pytest.fixture
-def scouts(monkeypatch):
+def export(tmp_path):
+    """Directory of an export, of which only the config is there."""
+    record = {"format": FORMAT, "base": {"hidden_size": WIDTH}, "trunk_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"twigvlm": record}))
+    return str(tmp_path)
+
+
+@pytest.fixture
+def scouts(monkeypatch, export):
     """`scouts(name)`: a scout on such a base, whose ranking keeps a picture's last tokens, and the folders that were loaded."""
     with stubbed(LlavaForConditionalGeneration=Llava, Qwen2VLForConditionalGeneration=Qwen) as module:
         loaded = []
@@ -92,7 +104,7 @@ def scouts(monkeypatch):
 
         def make(name, **options):
             kind = {"llava": ("scout_llava", "ScoutLlava"), "qwen": ("scout_qwen", "ScoutQwen2")}[name]
-            return getattr(module(kind[0]), kind[1])(vllm_config=configured(**options)), loaded
+            return getattr(module(kind[0]), kind[1])(vllm_config=configured(export, **options)), loaded
 
         yield make
 
@@ -122,26 +134,57 @@ def test_pictures_of_all_sizes_are_seen_and_ranked_in_parts(scouts):
     assert (rows, columns) == ([0, 1, 1], [1, 0, 1])
 
 
-def test_the_ranking_is_there_whatever_loads_the_model(scouts):
+def test_a_picture_that_is_kept_whole_is_not_ranked(scouts):
+    scout, loaded = scouts("llava")
+    (features,) = scout.embed_multimodal(pixel_values=torch.arange(1.0), **asked([4]))
+    assert features[:, -1].tolist() == [0, 1, 2, 3]
+    assert loaded == []
+
+
+def test_the_ranking_is_there_whatever_loads_the_model(scouts, export):
     scout, loaded = scouts("llava")
     assert loaded == []
     for _ in range(2):  # as with --load-format dummy
         scout.embed_multimodal(pixel_values=torch.arange(1.0), **asked([2]))
-        assert loaded == ["export"]
+        assert loaded == [export]
     scout, loaded = scouts("llava")
     loaded.clear()
     assert scout.load_weights(["w"]) == {"w"}
-    assert loaded == ["export"]
+    assert loaded == [export]
     assert [*dict(scout.named_modules())] == ["", "language_model", "language_model.embedding"]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"captured": True}, "cudagraph_mm_encoder=true"), ({"rate": 0.5}, "--video-pruning-rate 0.5")],
+    [
+        ({"captured": True}, "cudagraph_mm_encoder=true"),
+        ({"rate": 0.5}, "--video-pruning-rate 0.5"),
+        ({"trunk_layers": 3}, "the export has changed"),
+    ],
 )
 def test_options_that_scout_mode_does_not_know_are_refused(scouts, options, words):
     with pytest.raises(ValueError, match=words):
         scouts("qwen", **options)
+
+
+class Tokenizer:
+    """One that puts its first token before every text, unless it is told not to, and has a word for each character."""
+
+    bos_token = "^"
+
+    def __call__(self, text, add_special_tokens=True):
+        words = {"^": 1, "#": IMAGE, "?": 5}
+        return SimpleNamespace(input_ids=[1] * add_special_tokens + [words[character] for character in text])
+
+
+@pytest.mark.parametrize("prompt", ["^#{question}", "#{question}"], ids=["template-begins", "tokenizer-begins"])
+def test_the_prompt_that_pictures_are_ranked_in_has_one_first_token(prompt):
+    settings = {"prompt": prompt, "question": "?"}
+    with stubbed() as module:
+        processor = object.__new__(module("scout").ScoutProcessor)
+        config = SimpleNamespace(twig_scout=settings)
+        processor.info = SimpleNamespace(get_hf_config=lambda: config, get_tokenizer=Tokenizer)
+        assert processor._question({}) == [1, IMAGE, 5]
 
 
 def test_the_second_runner_is_refused_where_positions_have_three_axes():
@@ -155,6 +198,27 @@ def test_the_second_runner_is_refused_where_positions_have_three_axes():
     )
     with stubbed() as module, pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
         module("drafter").TwigDrafter(vllm_config=config)
+
+
+@pytest.mark.parametrize(
+    ("record", "drafted", "mapped"),
+    [({"maps": True}, 8, True), ({"maps": False}, 8, False), ({}, 8, False), ({}, 5, True)],
+    ids=["reordered", "the-target-s", "older-and-the-target-s", "older-and-reduced"],
+)
+def test_a_drafter_has_the_map_of_its_vocabulary_where_the_export_has_one(record, drafted, mapped):
+    entry = {"format": FORMAT, "base": {}, "trunk_layers": 2, "head": True, "deepstack_levels": 0, **record}
+    draft = SimpleNamespace(twigvlm=entry, draft_vocab_size=drafted, vocab_size=8, hidden_size=WIDTH, rms_norm_eps=1e-6)
+    draft.num_hidden_layers = 0
+    model = SimpleNamespace(hf_text_config=None, uses_mrope=False, get_total_num_hidden_layers=lambda: 6)
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(draft_model_config=SimpleNamespace(hf_config=draft)),
+        model_config=model,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=32),
+    )
+    with stubbed() as module:
+        drafter = module("drafter").TwigDrafter(vllm_config=config)
+    assert ("draft_id_to_target_id" in dict(drafter.named_parameters())) == mapped
 
 
 def test_a_draft_begins_at_positions_and_goes_on_at_indices():

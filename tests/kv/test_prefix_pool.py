@@ -4,6 +4,7 @@ import torch
 
 from tests.tiny import IMAGE_TOKEN
 from twigvlm.base.prompt import Prompt
+from twigvlm.kv import prefix_pool
 from twigvlm.kv.prefix_cache import Pictures, PrefixCache
 from twigvlm.kv.prefix_pool import PrefixPool
 
@@ -114,3 +115,13 @@ def test_a_prompt_that_was_not_computed_is_not_kept():
     pool = PrefixPool(10**6)
     pool.keep(PrefixCache(), Pictures({}))
     assert pool.bytes == 0
+
+
+def test_no_more_prompts_are_kept_than_a_request_is_compared_with(monkeypatch):
+    monkeypatch.setattr(prefix_pool, "MOST", 5)
+    pool = PrefixPool(10**9)
+    for first in range(20, 40):
+        seen(pool, [first, 2, 3])
+    assert len(pool) == 5
+    assert known(pool, [39, 2, 3]) == 3
+    assert known(pool, [20, 2, 3]) == 0

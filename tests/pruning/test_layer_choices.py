@@ -15,6 +15,7 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.pruning.methods import make_pruner
 from twigvlm.pruning.methods.dart import least_similar
 from twigvlm.pruning.methods.density_peaks import density_peaks
+from twigvlm.pruning.methods.fitprune import attention_received
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.pruning.methods.sparsevlm import SparseVLM, distance_kernel, raters, recycling
 from twigvlm.pruning.methods.twig_attention import layer_scores
@@ -179,6 +180,24 @@ def test_later_cuts_are_by_the_base_s_own_attention(layer):
     far = (after.index[0, -1] - after.index[0] >= 9) & tokens.visual[0]
     assert far.any()
     assert bool(scores[0, far].any()) == (layer == 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [2, 3], ids=["sees-all", "has-a-window"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_visual_tokens_attend_to_all_of_their_image(layer, pruned):
+    """FitPrune's visual queries see what they see in the base: the tokens of their image that come after them too."""
+    base, captured, tokens = gemma3()
+    visual, masks = captured.visual_mask, base.masks()
+    tokens = tokens.through(base, 0, 1, masks, None)
+    if pruned:
+        tokens = tokens.keep(~visual | (visual.cumsum(1) % 2 == 0))
+    after, attention = run_last(base, tokens.through(base, 1, layer - 1, masks, None), layer)
+    asking = after.visual[0].nonzero()[:, 0]
+    rows = attention[0].amax(0)[asking]
+    assert bool((rows[:, asking].triu(1) > 0).any())  # beyond what is causal
+    of_visual, _ = attention_received(CutView(base, captured, layer, after, None))
+    torch.testing.assert_close(of_visual[0], rows.mean(0) * after.visual[0])
 
 
 @torch.no_grad()

@@ -103,7 +103,11 @@ def test_names_that_say_nothing_sound_are_refused_with_what_is_wrong(name, words
             {192: [300, 200, 118], 128: [238, 108, 60], 96: [246, 54, 28], 64: [66, 34, 20]},
             {192: 207.1, 128: 144.2, 96: 114.2, 64: 81.8},
         ),
-        (Dart(accounting="published"), {192: [196], 128: [132], 64: [68]}, {192: 219.8, 128: 159.8, 64: 99.8}),
+        (
+            Dart(accounting="published"),
+            {192: [196], 128: [132], 100: [100], 64: [68]},
+            {192: 219.8, 128: 159.8, 100: 129.8, 64: 99.8},
+        ),
     ],
 )
 def test_published_accounting(pruner, sizes, true):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twigvlm.base.packing import left_pack
-from twigvlm.pruning.select import evenly, gather_tokens, top_visual
+from twigvlm.pruning.select import best_of_each_image, evenly, gather_tokens, top_visual
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=1, max_size=30), st.data())
@@ -30,6 +30,15 @@ def test_scores_of_text_do_not_matter_and_nan_ranks_last():
     scores = torch.tensor([[float("nan"), 9.0, -1.0, -2.0]])
     mask = torch.tensor([[True, False, True, True]])
     assert top_visual(scores, mask, [2]).nonzero()[:, 1].tolist() == [2, 3]
+
+
+def test_of_each_image_what_has_no_score_stays_last_and_what_has_an_endless_one_first():
+    scores = torch.tensor([[float("nan"), 1.0, float("inf"), 9.0, 2.0, float("-inf"), float("nan"), 3e38]])
+    mask = torch.tensor([[True, True, True, False, True, True, True, True]])
+    order = evenly(scores, mask).masked_fill(~mask, float("-inf"))[0].argsort(descending=True)[:7].tolist()
+    assert order == [2, 7, 4, 1, 0, 5, 6]  # round by round, and -inf as the least
+    for keep, kept in ((2, [2, 7]), (4, [1, 2, 4, 7])):
+        assert best_of_each_image(scores, scores[..., None], mask, [keep]).nonzero()[:, 1].tolist() == kept
 
 
 def test_each_row_of_a_batch_has_its_own_choice():

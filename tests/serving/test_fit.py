@@ -1,14 +1,18 @@
 """A client that asks for no budget is never refused for the server's, nor left with next to nothing of its pictures."""
 
+import json
+
 import pytest
 
-from tests.serving.servers import chat, picture, served, tiny_model, tiny_service
-from tests.serving.test_hostile import post
+from tests.serving.servers import chat, picture, served, tiled_service, tiny_model, tiny_service
+from tests.serving.test_hostile import connect, post
 from twigvlm.config import PruningConfig, TwigConfig
 from twigvlm.pruning.budget import average_kept, average_scouted
 from twigvlm.pruning.cut import average_visual
 from twigvlm.pruning.methods import make_pruner
+from twigvlm.pruning.methods.fitprune import FitPrune
 from twigvlm.serving.fit import fitted
+from twigvlm.serving.page import page_settings
 from twigvlm.serving.service import Defaults
 
 TWIG = TwigConfig(trunk_layers=2, twig_layers=3, final_wipe=24)
@@ -73,3 +77,36 @@ def test_several_images_are_answered_under_the_server_s_budget(pruning):
             assert most / 2 <= counts["kept_visual_tokens"] <= most
         status, body = post(address, chat(images=[picture()] * 3, retain=8))
         assert (status, "retain=8: must be" in body["error"]["message"]) == (400, True)
+
+
+def test_a_server_s_own_files_are_asked_for_without_their_place(tmp_path):
+    FitPrune(kept=(0.5,) * 5).save_pretrained(tmp_path)
+    service = tiny_service(defaults=Defaults(PruningConfig(retain=8, pruner=f"fitprune:{tmp_path}")))
+    settings = page_settings(service, needs_key=False)
+    assert str(tmp_path) not in json.dumps(settings)
+    body = chat(images=[picture()]) | {"retain": 8, "fit_budget": True} | settings["pruning"]
+    with served(service) as address:
+        assert post(address, body)[0] == 200
+        status, told = post(address, {**body, "pruner": f"fitprune:{tmp_path}"})
+        assert (status, told["error"]["param"]) == (400, "pruner")
+
+
+def test_an_impossible_option_of_a_request_does_not_cost_its_connection():
+    with served(tiny_service()) as address:
+        connection = connect(address)
+        for _ in range(2):
+            body = chat(images=[picture()]) | {"retain": 8, "final_wipe": 1, "fit_budget": True}
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+            response = connection.getresponse()
+            assert (response.status, "final_wipe=1" in response.read().decode()) == (400, True)
+        connection.close()
+
+
+@pytest.mark.parametrize("retain", [16, 700])
+def test_the_page_offers_the_server_s_own_budget(retain):
+    service = tiled_service()
+    service.defaults = Defaults(PruningConfig(retain=retain))
+    found = page_settings(service, needs_key=False)["retain"]
+    service.stop()
+    assert found["low"] <= retain <= found["high"]

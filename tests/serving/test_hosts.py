@@ -60,3 +60,9 @@ def test_any_name_is_answered_where_the_owner_says_so(service):
 def test_what_can_be_no_name_is_refused(name):
     with pytest.raises(TwigVLMError, match=r"is no host name; give one without a port, such as example\.com"):
         allowed_hosts("127.0.0.1", (name,))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "LOCALHOST", "0:0:0:0:0:0:0:1", "::1"])
+def test_every_name_of_this_machine_is_guarded(host):
+    assert host in allowed_hosts(host, ())
+    assert "evil.test" not in allowed_hosts(host, ())

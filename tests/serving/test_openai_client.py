@@ -280,3 +280,8 @@ def test_the_line_break_of_a_file_is_no_part_of_a_key(service):
 def test_an_empty_key_is_refused(service, key):
     with pytest.raises(TwigVLMError, match="api_key: is empty; give a key"):
         create_app(service, key)
+
+
+def test_a_key_beyond_ascii_is_refused(service):
+    with pytest.raises(TwigVLMError, match="api_key: has characters beyond ASCII"):
+        create_app(service, "schlüssel")

@@ -9,6 +9,7 @@ from threading import Event, Lock
 
 import pytest
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 
 from tests.serving.servers import chat, picture, served, tiny_service
 from tests.serving.test_hostile import connect, post
@@ -151,7 +152,7 @@ def test_images_that_come_too_late_are_refused(monkeypatch):
     hosts.fetch = fetch
     request = ChatRequest.model_validate(chat(images=["https://slow.test/a"]))
     with pytest.raises(RequestError, match="take too long to fetch; send them as data URIs") as refused:
-        pictures.fetch_pictures(request, hosts, 0)
+        pictures.fetch_pictures(request, hosts, 0, 1000)
     assert (refused.value.status, refused.value.param) == (504, "messages.0")
 
 
@@ -199,3 +200,53 @@ def test_an_image_that_does_not_say_its_size_counts_as_the_largest(data):
     check_pixels(request, Limits(max_pixels=1000, max_request_pixels=2000), NOWHERE)
     with pytest.raises(RequestError, match="have 2,000 pixels together"):
         check_pixels(request, Limits(max_pixels=1000, max_request_pixels=1999), NOWHERE)
+
+
+@pytest.mark.parametrize("count", [65, 750_000])
+def test_a_jpeg_of_countless_segments_is_refused_unread(monkeypatch, count):
+    """Pillow would copy all earlier ones for each."""
+    segment, data = b"\xff\xe1\x00\x12Exif\0\0" + bytes(10), stored(form="JPEG")
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(RequestError, match="more than 64 segments of EXIF; save it again"):
+        read_picture(uri(data[:2] + segment * count + data[2:]), 1000, NOWHERE)
+
+
+def test_a_photograph_with_a_few_segments_is_read():
+    segment, data = b"\xff\xe1\x00\x12Exif\0\0" + bytes(10), stored(form="JPEG")
+    assert read_picture(uri(data[:2] + segment * 3 + data[2:]), 1000, NOWHERE).size == (20, 12)
+
+
+def test_percent_signs_without_end_are_refused_unread(monkeypatch):
+    monkeypatch.setattr(pictures, "from_data_uri", None)
+    with pytest.raises(RequestError, match="more than 100,000 percent signs; encode it in base64"):
+        read_picture("data:," + "%" * 100_001, 1000, NOWHERE)
+
+
+def test_nothing_more_is_fetched_for_nobody_or_beyond_the_limit():
+    asked = []
+
+    class Host:
+        def fetch(self, url, until):
+            asked.append(url)
+            return bytes(600)
+
+    def gone():
+        if asked:
+            raise RequestError("nobody waits")
+
+    request = ChatRequest.model_validate(chat(images=[f"https://one.test/{name}" for name in "abc"]))
+    with pytest.raises(RequestError, match="nobody waits"):
+        pictures.fetch_pictures(request, Host(), time.monotonic() + 60, 10_000, gone)
+    assert len(asked) == 1
+    with pytest.raises(RequestError, match="more than 1,000 bytes together; send fewer or smaller ones"):
+        pictures.fetch_pictures(request, Host(), time.monotonic() + 60, 1000)
+    assert len(asked) == 3
+
+
+def test_the_frames_of_an_animation_are_not_counted(monkeypatch):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
+    data = BytesIO()
+    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:])
+    monkeypatch.delattr(GifImageFile, "n_frames")
+    with pytest.raises(RequestError, match="several frames"):
+        read_picture(uri(data.getvalue()), 1000, NOWHERE)

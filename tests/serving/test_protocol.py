@@ -152,3 +152,10 @@ def test_a_schema_that_is_announced_must_be_there():
 def test_an_empty_answer_goes_back_as_it_came(calls):
     assert parse_request(json.dumps(asked(None, "assistant", **calls)).encode()).messages[0].content == ""
     assert refusal(asked(None)).param == "messages.0.content"
+
+
+def test_an_address_beyond_ascii_is_refused():
+    """Python would keep four bytes for each of its characters."""
+    error = refusal(asked([{"type": "image_url", "image_url": {"url": "data:image/png;base64,\U0001f600"}}]))
+    assert error.param == "messages.0.content.0.image_url.url"
+    assert "must be ASCII; write other characters as %XX" in str(error)

@@ -9,6 +9,8 @@ from PIL import Image
 from tests.vllm.prompts import QUESTIONS, chat
 
 RETAIN = 64
+VISUAL = 576
+"""Tokens of a picture of Sapling's."""
 DESCRIBE = "Describe the image in detail."
 ASKED = [(DESCRIBE, number, 48) for number in range(6)] + [(QUESTIONS[n % 4], n, 12) for n in range(6)]
 
@@ -27,6 +29,9 @@ JOBS = [
     {"name": "diverse", "prompts": prompts(diverse=True)[:3]},
     {"name": "text", "prompts": [{"text": chat("Count from one to ten."), "tokens": 20}]},
 ]
+# Two pictures that are kept whole, so that nothing is pruned and vLLM must answer as it does without scout mode.
+BOTH = [{"text": chat("What is in the images?", 2), "pictures": [n, n + 1], "tokens": 20} for n in range(2)]
+WHOLE = {"name": "whole", "prompts": [{**given, "processor": {"keep": VISUAL}} for given in BOTH]}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +69,12 @@ def expected(exported, pictures):
     return answers, fewer, diverse, accepted / steps
 
 
+@pytest.fixture(scope="module")
+def plain(engine):
+    """What vLLM answers without scout mode and without a twig."""
+    return engine([JOBS[-1], {"name": "whole", "prompts": BOTH}], tokens=0)
+
+
 RUNS = {
     "plain": {"tokens": 0},
     # All tokens after a picture stand at positions beyond the longest sequence.
@@ -73,8 +84,10 @@ RUNS = {
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_answers_are_those_of_twigvlm(engine, overrides, expected, run):
-    results = engine(JOBS, hf_overrides=json.loads(json.dumps(overrides)), **RUNS[run])
+def test_answers_are_those_of_twigvlm(engine, overrides, expected, plain, run):
+    # The other runs have no room for two whole pictures.
+    jobs = [*JOBS, WHOLE] if run == "plain" else JOBS
+    results = engine(jobs, hf_overrides=json.loads(json.dumps(overrides)), **RUNS[run])
     answers, fewer, diverse, own = expected
     assert max(results["alone"]["prompt_tokens"]) < 70  # of 592
     assert results["alone"]["ids"] == answers
@@ -82,6 +95,10 @@ def test_answers_are_those_of_twigvlm(engine, overrides, expected, run):
     assert results["fewer"]["ids"] == fewer
     assert results["diverse"]["ids"] == diverse
     assert results["fewer"]["prompt_tokens"][0] == results["alone"]["prompt_tokens"][0] - 25
+    for job in ("text", "whole"):
+        if job in results:
+            assert results[job]["ids"] == plain[job]["ids"]
+            assert results[job]["prompt_tokens"] == plain[job]["prompt_tokens"]
     if run in ("drafted", "chunked"):
         made = results["alone"]["drafts"]
         reached = made["accepted_tokens"] / made["drafts"]

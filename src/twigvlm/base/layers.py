@@ -45,7 +45,7 @@ def run(
                 hidden,
                 attention_mask=made[key],
                 position_embeddings=inputs.rotary(_kind(attention)),
-                past_key_values=view,
+                **{compat.CACHE: view},
             )
         if index < len(inputs.deepstack):
             hidden = hidden + inputs.deepstack[index].to(hidden)

@@ -15,6 +15,9 @@ from twigvlm.serving.limits import Limits
 _OF_SERVERS = ("max_waiting", "max_held", "upload_seconds", "waiting_seconds", "total_seconds")
 """Limits of what clients send; the requests of a file wait as long as it takes."""
 
+_OF_REQUESTS = ("max_tokens", "max_choices", "max_images", "max_pixels", "max_request_pixels", "max_body")
+"""Limits by which a request is refused for good, or its answer ends."""
+
 
 @dataclass(frozen=True)
 class Batch(ServiceOptions):
@@ -79,8 +82,10 @@ class Batch(ServiceOptions):
 
         return {
             **{name: getattr(self, name) for name in ("model", "dtype", "speculate")},
+            "name": self.name or self.model,
+            "allow_image_host": sorted(self.allow_image_host),
             "twig": noted_twig(self.twig or default_twig(self.model)),
             **asdict(self.pruning),
             **own_files([self.pruning.pruner]),
-            "max_tokens": self.limits.max_tokens,
+            **{name: getattr(self.limits, name) for name in _OF_REQUESTS},
         }

@@ -64,6 +64,8 @@ class Export:
             raise TwigVLMError(f"scout_retain={self.scout_retain:g}: must be a number of visual tokens, for example 64")
         if self.scout_diverse and self.scout_retain is None:
             raise TwigVLMError("scout_diverse: needs a budget; add --scout-retain 64")
+        if self.base is not None and self.out.resolve().is_relative_to(self.base.resolve()):
+            raise TwigVLMError(f"out {str(self.out)!r}: lies in --base, which must be new; name a directory beside it")
         check_directory(self.out)
         _check_replaceable(self.out)
         sapling = self.model == SAPLING
@@ -86,11 +88,14 @@ class Export:
             export(model, self.out)
             if self.base is not None:
                 save_base(base, processor, self.base)
-        name = self.model if self.base is None else str(self.base)
+        # vLLM may be started elsewhere.
+        out = str(self.out.absolute())
+        served = Path(self.model) if self.base is None else self.base
+        name = str(served.absolute()) if served.is_dir() else self.model
         overrides = None
         if self.scout_retain is not None:
-            overrides = scout_overrides(model, processor, str(self.out), self.scout_retain, self.scout_diverse)
-        return commands(name, str(self.out), base.config, self.tokens, overrides, self.dtype)
+            overrides = scout_overrides(model, processor, out, self.scout_retain, self.scout_diverse)
+        return commands(name, out, base.config, self.tokens, overrides, self.dtype)
 
 
 def _check_replaceable(out: Path) -> None:

@@ -62,13 +62,13 @@ class Serve(ServiceOptions):
                 raise TwigVLMError(f"{name}: applies only to --engine vllm; leave it out")
         check_installed()
         from twigvlm.serving.app import create_app
-        from twigvlm.serving.hosts import LOCAL, allowed_hosts
+        from twigvlm.serving.hosts import allowed_hosts, is_local
         from twigvlm.serving.server import make_server
 
         hosts = allowed_hosts(self.host, self.allow_host)
         service = self.open_service()
 
-        if key is None and self.host not in LOCAL:
+        if key is None and not is_local(self.host):
             print(
                 "twigvlm: warning: no --api-key is set, so everyone who can reach this port can use the server",
                 file=sys.stderr,

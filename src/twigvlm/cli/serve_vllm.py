@@ -86,6 +86,8 @@ def check_applies(options: ServiceOptions, folder: Path | None) -> Path:
     if folder is None:
         raise TwigVLMError("engine 'vllm': needs --export DIRECTORY, where the twig is exported to")
     pruning = options.pruning
+    if pruning.keep is not None:
+        raise TwigVLMError(f"keep={pruning.keep}: engine 'vllm' prunes by an average; give --retain instead of --keep")
     if pruning != PruningConfig(retain=pruning.retain, scout=pruning.active, diverse=pruning.diverse):
         raise TwigVLMError(
             "engine 'vllm': prunes in scout mode alone, by an average; add --scout and --retain, and leave other options of "

@@ -52,6 +52,7 @@ class ServiceOptions(ModelOptions):
         from twigvlm.pruning.methods.visionzip import VisionZip
         from twigvlm.pruning.projector import tuned_projector
         from twigvlm.serving.fetch import Fetcher
+        from twigvlm.serving.fit import check_possible
         from twigvlm.serving.service import Defaults, Service
 
         twig = self.twig or default_twig(self.model)
@@ -67,6 +68,7 @@ class ServiceOptions(ModelOptions):
             tuned_projector(pruner.projector, VisionModules.of(model.model, model.base.family.tower).projector)
         if isinstance(pruner, FitPrune):
             pruner.check(model.base.num_layers)
+        check_possible(self.pruning, model.base, model.twig.config)
         defaults = Defaults(self.pruning, speculate)
         fetcher = Fetcher(self.allow_image_host, self.limits.max_body)
         return Service(

@@ -10,6 +10,8 @@ from threading import Lock
 from typing import Any, cast
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +21,9 @@ HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.m
 HAS_ONEDNN_SWITCH = torch.backends.mkldnn.is_available() and hasattr(torch._C, "_set_mkldnn_enabled")
 """Whether oneDNN can be switched off (torch 2.13.0)."""
 _switching = Lock()
+
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+"""What models and their layers call the argument with the cache (transformers 5.24.0 has renamed it)."""
 
 
 @contextmanager

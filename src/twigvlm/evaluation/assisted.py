@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from twigvlm import compat
 from twigvlm.base.vlm import BaseVLM, is_refusal
 from twigvlm.errors import TwigVLMError, one_line
 
@@ -104,7 +105,7 @@ def shown_pictures(assistant: Any, inputs: dict[str, Any]) -> Iterator[None]:
     """
 
     def show(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(compat.CACHE)
         if cache is not None and cache.get_seq_length():
             return args, kwargs
         return args, {**{name: value for name, value in inputs.items() if name != "attention_mask"}, **kwargs}

@@ -29,7 +29,7 @@ def check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
             if config["max_new_tokens"] < 1:
                 raise TwigVLMError(f"max_new_tokens={config['max_new_tokens']}: must be 1 or more")
             break
-    for name in ("assistant_model", "custom_generate", "past_key_values", "inputs_embeds"):
+    for name in ("assistant_model", "custom_generate", "past_key_values", "cache", "inputs_embeds"):
         if kwargs.get(name) is not None:
             raise TwigVLMError(f"{name} is not supported with a twig: leave it out, or use model.disabled()")
     # Some of these Hugging Face's generate would act on, or refuse for another reason, before the loop is asked.

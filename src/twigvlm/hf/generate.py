@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
+from twigvlm import compat
 from twigvlm.base.vision import See
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.engine.engine import Engine
@@ -104,7 +105,7 @@ class HFGenerateAdapter:
         self.entered = True
         check_generation(generation_config)
         check_rows(len(input_ids), self.streamer, self.prefix)
-        dropped = ("past_key_values", "use_cache")
+        dropped = (compat.CACHE, "use_cache")
         model_kwargs = {
             name: value for name, value in model_kwargs.items() if value is not None and name not in dropped
         }

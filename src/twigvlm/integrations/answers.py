@@ -93,6 +93,9 @@ def read_source(source: Path) -> pa.Table:
             ) from None
     if missing := {"id", "question", "image"} - set(table.column_names):
         raise TwigVLMError(f"{name}: has no column {', '.join(sorted(missing))}; add it")
+    if pa.types.is_null(table.schema.field("image").type):  # Ray would make numbers of a column without any value
+        at = table.schema.get_field_index("image")
+        table = table.set_column(at, "image", table.column("image").cast(pa.string()))
     # What has no id is called by its number.
     ids = [str(number if key is None else key) for number, key in enumerate(table.column("id").to_pylist())]
     if len(set(ids)) < len(ids):

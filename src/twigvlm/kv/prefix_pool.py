@@ -5,6 +5,9 @@ from torch import Tensor
 
 from twigvlm.kv.prefix_cache import Pictures, PrefixCache
 
+MOST = 256
+"""Largest number of prompts that are kept: each request is compared with all of them."""
+
 
 class PrefixPool:
     """Prefix caches of requests that have ended or are under way, the most recently used last; for one thread.
@@ -16,6 +19,9 @@ class PrefixPool:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._kept: list[PrefixCache] = []
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
     @property
     def bytes(self) -> int:
@@ -55,7 +61,7 @@ class PrefixPool:
             return
         self._kept = [kept for kept in self._kept if not _continues(prefix, pictures, kept)]
         self._kept.append(prefix)
-        while self.bytes > self.max_bytes:
+        while len(self) > MOST or self.bytes > self.max_bytes:
             del self._kept[0]
 
     def clear(self) -> None:

@@ -18,8 +18,9 @@ def attention_chunks(
     window: int | None = None,
     chunk: int = 32,
     key_positions: Int[Tensor, "batch tokens"] | None = None,
+    attends_until: Int[Tensor, "batch queries"] | None = None,
 ) -> Iterator[tuple[slice, Float[Tensor, "batch heads part tokens"]]]:
-    """Rows of a causal attention map, a few queries at a time: which queries, and their softmax over *all* keys.
+    """Rows of a decoder layer's attention map, a few queries at a time: which queries, and their softmax over *all* keys.
 
     Works beside any attention kernel, because it needs the rotated queries and keys only, and for grouped-query attention.
 
@@ -31,6 +32,8 @@ def attention_chunks(
         window: how many tokens a query looks back, itself included; None: all.
         chunk: queries per matrix product, so that many queries need little memory.
         key_positions: of all tokens, ascending: those of the unpruned sequence where there is a window; None: 0, 1, 2, …
+        attends_until: position of the last key that each query sees, where that is after itself (tokens of an image); None: no
+            query sees beyond itself.
     """
     batch, heads, count, _ = queries.shape
     groups, tokens = keys.shape[1], keys.shape[2]
@@ -41,7 +44,8 @@ def attention_chunks(
         logits = (grouped @ keys.transpose(-1, -2)).float() * scaling
         logits = logits.view(batch, heads, -1, tokens)
         positions = query_positions[:, part, None]
-        masked = keys_at > positions
+        last = positions if attends_until is None else attends_until[:, part, None].maximum(positions)
+        masked = keys_at > last
         if window is not None:
             masked |= keys_at <= positions - window
         yield part, logits.masked_fill(masked[:, None], float("-inf")).softmax(dim=-1)

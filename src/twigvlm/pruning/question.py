@@ -54,5 +54,8 @@ def attention_from(view: CutView, asking: Bool[Tensor, "batch prompt_tokens"]) -
     asks = valid_mask(counts, positions.shape[1], asking.device)
     scaling, window, at = cast(Any, layer).self_attn.scaling, window_of(layer), tokens.inputs.positions
     query_positions = positions if inputs.positions is None else inputs.positions
-    for part, shares in attention_chunks(queries, keys, scaling, query_positions, window, key_positions=at):
+    rows = attention_chunks(
+        queries, keys, scaling, query_positions, window, key_positions=at, attends_until=inputs.attends_until
+    )
+    for part, shares in rows:
         yield QuestionRows(shares, asks[:, part], select_tokens(tokens.inputs, positions[:, part]))

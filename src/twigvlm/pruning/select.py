@@ -22,8 +22,7 @@ def top_visual(
     wanted = torch.tensor(keep, device=scores.device)
     if bool((visual_mask.sum(dim=1) < wanted).any()):
         raise ValueError(f"rows of {visual_mask.sum(dim=1).tolist()} visual tokens cannot keep {list(keep)}")
-    ranked = scores.nan_to_num(nan=torch.finfo(scores.dtype).min).masked_fill(~visual_mask, float("-inf"))
-    order = torch.sort(ranked, dim=1, descending=True, stable=True).indices
+    order = _comparable(scores, visual_mask).argsort(dim=1, descending=True, stable=True)
     chosen = torch.arange(scores.shape[1], device=scores.device) < wanted[:, None]
     return torch.zeros_like(visual_mask).scatter(1, order, chosen)
 
@@ -38,13 +37,22 @@ def evenly(
     tokens = scores.shape[1]
     starts = visual_mask & ~torch.nn.functional.pad(visual_mask[:, :-1], (1, 0))
     images = starts.cumsum(dim=1)
-    order = scores.masked_fill(~visual_mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    order = _comparable(scores, visual_mask).argsort(dim=1, descending=True, stable=True)
     grouped = order.gather(1, images.gather(1, order).argsort(dim=1, stable=True))  # image by image, its best first
     image = images.gather(1, grouped)
     index = torch.arange(tokens, device=scores.device).expand_as(order)
     within = torch.zeros_like(order).scatter(1, grouped, index - torch.searchsorted(image, image))
     among_all = torch.zeros_like(order).scatter(1, order, index)
     return ranked(-(within * tokens + among_all))
+
+
+def _comparable(
+    scores: Float[Tensor, "batch tokens"], visual_mask: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens"]:
+    """Scores to sort by: text behind all visual tokens, and before it those whose score is NaN, which would sort as the best."""
+    lowest = torch.finfo(scores.dtype).min
+    finite = scores.nan_to_num(nan=lowest, posinf=float("inf"), neginf=lowest)
+    return finite.masked_fill(~visual_mask, float("-inf"))
 
 
 def ranked(values: Tensor) -> Float[Tensor, "batch tokens"]:

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
+from twigvlm.errors import TwigVLMError
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import request_error, shutting_down
 from twigvlm.serving.hosts import HostGuard
@@ -116,8 +117,9 @@ class ChatHandler:
         with ExitStack() as stack:
             stack.enter_context(service.place())
             share = stack.enter_context(service.memory.share())
-            body = await _body(http, service.limits, share)
-            request = parse_request(body)  # what takes long to parse is refused, so that this holds up no other request
+            # Not by a name: the body would be held as long as the answer takes, beside what is read from it. What takes long to
+            # parse is refused, so that this holds up no other request.
+            request = parse_request(await _body(http, service.limits, share))
             running = Running(service, request, http, share)
             stack.callback(running.close)
             await running.start(self._threads, arrived)
@@ -181,9 +183,9 @@ def _add_errors(app: FastAPI, service: Service) -> Callable[[str, RequestError],
         count(path, error.status)
         return JSONResponse(error.as_json(), error.status, headers=error.headers)
 
-    @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> Response:
-        return respond(request.url.path, error)
+    @app.exception_handler(TwigVLMError)
+    async def refused(request: Request, error: TwigVLMError) -> Response:
+        return respond(request.url.path, request_error(error))
 
     @app.exception_handler(HTTPException)
     async def no_such_page(request: Request, error: HTTPException) -> Response:

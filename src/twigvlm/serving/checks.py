@@ -24,15 +24,21 @@ def asked_length(request: ChatRequest) -> int | None:
     return request.max_completion_tokens or request.max_tokens
 
 
-def asked_pruning(request: ChatRequest) -> PruningConfig | None:
+def asked_pruning(request: ChatRequest, own: str | None = None) -> PruningConfig | None:
     """Options of pruning; None: the request has none.
+
+    Args:
+        request: what was asked.
+        own: the server's pruner. One that reads a directory is asked for without it: `fitprune`.
 
     Raises:
         RequestError: there is no such pruning, or requests may not ask for it.
     """
     names = {option.name for option in fields(PruningConfig)}
     given = {name: getattr(request, name) for name in names & request.model_fields_set}
-    if reads_files(given.get("pruner") or ""):
+    if own is not None and reads_files(own) and given.get("pruner") == own_name(own):
+        given["pruner"] = own
+    elif reads_files(given.get("pruner") or ""):
         raise RequestError("pruner: requests cannot name directories; start the server with it", param="pruner")
     if not given:
         return None
@@ -43,6 +49,11 @@ def asked_pruning(request: ChatRequest) -> PruningConfig | None:
     except ValueError as error:  # TwigVLMError is one, and so is what int() says of odd digits
         raise RequestError(f"{_cause(error)}{one_line(error)}") from None
     return pruning
+
+
+def own_name(pruner: str) -> str:
+    """What clients call the server's pruner: its directory is nobody's business."""
+    return pruner.partition(":")[0] if reads_files(pruner) else pruner
 
 
 def _cause(error: ValueError) -> str:

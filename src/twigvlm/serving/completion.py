@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from twigvlm.serving.jobs import Counts, Tokens
+from twigvlm.serving.jobs import Counts, Job, Tokens
 from twigvlm.serving.text import AnswerText, Piece
 
 
@@ -31,28 +31,24 @@ class Completion:
 
     Args:
         model: name that the request called the model by.
-        choices: number of answers.
-        prompt_tokens: tokens of the prompt.
+        job: the request's.
         text: makes what turns the tokens of an answer into text.
-        details: whether to tell which tokens were drafted and which visual tokens were kept.
         give_up: called with the index of an answer that a stop text has ended.
-        grid: rows and columns of the visual tokens; None: they form none.
+        streamed: whether the events are told as they come, so that nothing is kept for a whole completion.
     """
 
     def __init__(
         self,
         model: str,
-        choices: int,
-        prompt_tokens: int,
+        job: Job,
         text: Callable[[], AnswerText],
-        details: bool,
         give_up: Callable[[int], None],
-        grid: tuple[int, int] | None = None,
+        streamed: bool = False,
     ) -> None:
         self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
-        self._model, self._prompt_tokens, self._details, self._give_up = model, prompt_tokens, details, give_up
-        self._grid = grid
-        self._answers = [_Answer(text()) for _ in range(choices)]
+        self._model, self._give_up, self._streamed = model, give_up, streamed
+        self._prompt_tokens, self._details, self._grid = job.prompt_tokens, job.details, job.grid
+        self._answers = [_Answer(text()) for _ in job.choices]
         self._begun: set[int] = set()
 
     @property
@@ -68,7 +64,7 @@ class Completion:
         new = answer.text.push(event.tokens, event.finished)
         answer.pieces += new
         answer.counts = event.counts
-        if event.kept is not None:
+        if event.kept is not None and not self._streamed:
             answer.kept.append(event.kept)
         if answer.text.cut and not event.finished:
             self._give_up(event.choice)

@@ -3,9 +3,11 @@
 from dataclasses import replace
 from math import ceil
 
+from twigvlm.base.masks import check_mask_attention
+from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import PruningConfig, TwigConfig
 from twigvlm.errors import TwigVLMError
-from twigvlm.pruning.budget import average_kept, average_scouted, solve_keep, solve_scouted
+from twigvlm.pruning.budget import average_kept, average_scouted, solve_keep, solve_scouted, twig_cuts
 from twigvlm.pruning.cut import Pruner, schedule
 from twigvlm.pruning.methods import make_pruner
 
@@ -42,6 +44,21 @@ def fitted(pruning: PruningConfig, visual: int, layers: int, twig: TwigConfig) -
         low, high = (average_kept(keep, *shape) for keep in (1, visual))
         keep = solve_keep(min(max(budget, low), high), *shape)
     return replace(pruning, retain=None, keep=max(keep, least))
+
+
+def check_possible(pruning: PruningConfig, base: BaseVLM, twig: TwigConfig) -> None:
+    """Raise TwigVLMError where options of pruning are impossible for every prompt, such as layers that the base does not have."""
+    if not pruning.active:
+        return
+    layers = base.num_layers
+    if pruning.pruner not in (None, "twig"):
+        make_pruner(pruning.pruner).cuts(
+            float(layers), layers, layers
+        )  # all tokens are kept: the budget is no reason to fail
+    elif not pruning.scout:
+        twig_cuts(1, 1, layers, twig.trunk_layers, pruning.final_wipe or twig.final_wipe or layers)
+    if pruning.refocus is not None:
+        check_mask_attention(base.attention, f"refocus={pruning.refocus:g}")
 
 
 def _of_another(pruning: PruningConfig, pruner: Pruner, visual: int, layers: int, least: int) -> PruningConfig:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection
+from ipaddress import ip_address
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -10,7 +11,7 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.serving.errors import RequestError
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-"""Hosts that only this machine can reach."""
+"""Names and addresses by which only this machine can reach itself."""
 
 _LABELS = r"[a-z0-9_-]+(\.[a-z0-9_-]+)*"
 _PATTERN = re.compile(rf"\*|(\*\.)?{_LABELS}|\[[0-9a-f:.]+\]")
@@ -36,7 +37,16 @@ def allowed_hosts(host: str, names: tuple[str, ...]) -> tuple[str, ...]:
                 f"allow_host {name!r}: is no host name; give one without a port, such as example.com, "
                 "or *.example.com for all names that end with it"
             )
-    return (*LOCAL, "[::1]", *names) if host in LOCAL or names else ()
+    local = is_local(host)
+    return (*LOCAL, "[::1]", *((host,) if local else ()), *names) if local or names else ()
+
+
+def is_local(host: str) -> bool:
+    """Whether a server that listens on a host can be reached from this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 class HostGuard:

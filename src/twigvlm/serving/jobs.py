@@ -101,6 +101,8 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     pictures: Pictures = field(init=False)
     """What tells the prompt's pictures from others."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the picture's patches, where details are asked for and there is one picture."""
     suspect: bool = False
     """Whether a step with this job failed: it then runs alone, so that it can spoil no other one."""
     started: bool = False

@@ -10,12 +10,15 @@ def checked_key(key: str | None) -> str | None:
     """A key without the white space around it, which comes with files that end in a line break; None: no key is asked for.
 
     Raises:
-        TwigVLMError: it is empty, which is no key that anyone could have meant.
+        TwigVLMError: it is empty, which is no key that anyone could have meant, or beyond ASCII, which clients send in different
+            ways.
     """
     if key is None:
         return None
     if not key.strip():
         raise TwigVLMError("api_key: is empty; give a key, or leave it and TWIGVLM_API_KEY unset to serve without one")
+    if not key.isascii():
+        raise TwigVLMError("api_key: has characters beyond ASCII, which not every client can send; choose another key")
     return key.strip()
 
 

@@ -1,7 +1,7 @@
 """Images of requests: data URIs, or addresses that the server's owner allowed."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from io import BytesIO
 from math import inf
@@ -12,12 +12,17 @@ from PIL import Image
 from twigvlm.errors import TwigVLMError
 from twigvlm.images import from_data_uri, read_image
 from twigvlm.serving.errors import RequestError
+from twigvlm.serving.failures import request_error
 from twigvlm.serving.fetch import Fetcher
 from twigvlm.serving.limits import Limits
 from twigvlm.serving.protocol import ChatRequest, ImagePart, TextPart
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """What a server reads: other decoders of Pillow are seldom needed, and some start programs."""
+MAX_EXIF = 64
+"""Most segments of EXIF in a JPEG: for each, Pillow copies all earlier ones."""
+MAX_ESCAPES = 100_000
+"""Most percent signs of a data URI: what is no escape takes Python long to find out."""
 
 
 def is_fetched(part: TextPart | ImagePart) -> bool:
@@ -25,22 +30,27 @@ def is_fetched(part: TextPart | ImagePart) -> bool:
     return isinstance(part, ImagePart) and not _is_data(part.image_url.url)
 
 
-def fetch_pictures(request: ChatRequest, fetcher: Fetcher, until: float) -> dict[str, bytes]:
+def fetch_pictures(
+    request: ChatRequest, fetcher: Fetcher, until: float, max_bytes: int, check: Callable[[], object] = lambda: None
+) -> dict[str, bytes]:
     """The files that the images of a request lead to, by their addresses; each is fetched once.
 
     Args:
         request: what was asked.
         fetcher: fetches them, one after the other.
         until: by the monotonic clock, for all of them together.
+        max_bytes: of all of them together.
+        check: called before each; raises where nobody waits for it any more.
 
     Raises:
-        RequestError: one cannot be had, or not in time.
+        RequestError: one cannot be had, or not in time, or they are too large.
     """
     found: dict[str, bytes] = {}
     for number, message in enumerate(request.messages):
         for part in filter(is_fetched, message.parts):
             assert isinstance(part, ImagePart), "others are not fetched"
             url, name = part.image_url.url, f"messages.{number}"
+            check()
             try:
                 found[url] = found[url] if url in found else fetcher.fetch(url, until)
             except RequestError as error:
@@ -50,6 +60,11 @@ def fetch_pictures(request: ChatRequest, fetcher: Fetcher, until: float) -> dict
                         504, param=name, code="timeout",
                     ) from None  # fmt: skip
                 raise RequestError(f"{name}: {error}", error.status, param=name) from None
+            if sum(map(len, found.values())) > max_bytes:
+                raise RequestError(
+                    f"messages: the images have more than {max_bytes:,} bytes together; send fewer or smaller ones",
+                    param="messages",
+                )
     return found
 
 
@@ -96,11 +111,17 @@ def read_picture(url: str, max_pixels: int, fetched: Mapping[str, bytes]) -> Ima
     try:
         return read_image("image_url", _file(url, fetched), FORMATS, max_pixels)
     except TwigVLMError as error:
-        raise RequestError(str(error)) from None
+        raise request_error(error) from None
 
 
 def _file(url: str, fetched: Mapping[str, bytes]) -> bytes:
-    return from_data_uri("image_url", url) if _is_data(url) else fetched[url]
+    """What an address leads to. Raises TwigVLMError where reading it would take too long."""
+    if _is_data(url) and url.count("%") > MAX_ESCAPES:
+        raise TwigVLMError(f"image_url: has more than {MAX_ESCAPES:,} percent signs; encode it in base64")
+    data = from_data_uri("image_url", url) if _is_data(url) else fetched[url]
+    if data.startswith(b"\xff\xd8") and data.count(b"Exif\0\0") > MAX_EXIF:
+        raise TwigVLMError(f"image_url: has more than {MAX_EXIF} segments of EXIF; save it again")
+    return data
 
 
 def _is_data(url: str) -> bool:

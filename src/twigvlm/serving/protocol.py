@@ -55,6 +55,7 @@ _MEANT = {
     "model_type": "must be a JSON object",
     "union_tag_invalid": "type must be 'text' or 'image_url'",
     "union_tag_not_found": "type must be 'text' or 'image_url'",
+    "string_pattern_mismatch": "must be ASCII; write other characters as %XX",
     "extra_forbidden": "this server knows no such field; leave it out",
 }
 """What pydantic's messages mean to a client, by their types."""
@@ -75,7 +76,9 @@ class TextPart(_Strict):
 class ImageAddress(_Strict):
     """Where an image is: a data URI, or an address on a host that the server may fetch from."""
 
-    url: str
+    url: Annotated[
+        str, Field(pattern=r"\A[[:ascii:]]*\z")
+    ]  # of another one Python keeps up to four bytes for each character
     detail: Literal["auto", "low", "high", "original"] | None = None
     """Taken and ignored: the base decides in what resolution it looks."""
 

@@ -135,7 +135,7 @@ class Running:
         self._service.check_schema(self._asked)
 
     def _fetch(self, arrived: float) -> dict[str, bytes]:
-        return self._service.fetch(self._asked, arrived)
+        return self._service.fetch(self._asked, arrived, lambda: self._asked)
 
     def _make_job(self, arrived: float) -> Job:
         return self._service.prepare(self._asked, self._listen, arrived, self._fetched)

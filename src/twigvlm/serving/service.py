@@ -9,13 +9,13 @@ from threading import Lock
 from typing import Any
 
 from twigvlm.config import WITHOUT_TWIG, PruningConfig
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, is_out_of_memory
 from twigvlm.inputs import build_inputs
 from twigvlm.model import TwigVLM
 from twigvlm.serving.checks import asked_length, asked_pruning, check_limits
 from twigvlm.serving.completion import Completion
 from twigvlm.serving.errors import RequestError
-from twigvlm.serving.failures import shutting_down, waited_too_long
+from twigvlm.serving.failures import request_error, shutting_down, waited_too_long
 from twigvlm.serving.fetch import Fetcher
 from twigvlm.serving.fit import fitted
 from twigvlm.serving.grammar import Grammar, Grammars
@@ -106,19 +106,29 @@ class Service:
         finally:
             self._inside -= 1
 
-    def fetch(self, request: ChatRequest, arrived: float) -> dict[str, bytes]:
+    def fetch(
+        self, request: ChatRequest, arrived: float, check: Callable[[], object] = lambda: None
+    ) -> dict[str, bytes]:
         """What the images of a request are that are not in it, by their addresses. Several threads may do this.
 
         Args:
             request: what was asked.
             arrived: by the monotonic clock.
+            check: called before each file; raises where nobody waits for it any more.
 
         Raises:
             RequestError: the request cannot be answered, or one of the images cannot be had in time.
         """
         self.check(request)
         self._check_waiting(arrived)
-        return fetch_pictures(request, self.fetcher, arrived + self.limits.longest_wait)
+
+        def go_on() -> None:
+            check()
+            if self.worker.draining:
+                raise shutting_down()
+
+        limits = self.limits
+        return fetch_pictures(request, self.fetcher, arrived + limits.longest_wait, limits.max_body, go_on)
 
     def check_schema(self, request: ChatRequest) -> None:
         """Raise RequestError where the schema of a request takes too much work, which takes seconds to find out.
@@ -159,6 +169,8 @@ class Service:
             try:
                 inputs = build_inputs(self.processor, [messages], self.model.device, self.model.dtype)
             except TwigVLMError as error:
+                if is_out_of_memory(error):
+                    raise request_error(error) from None
                 raise RequestError(str(error), param="messages") from None
             grammar = self._grammar(request)
         options = {
@@ -170,6 +182,9 @@ class Service:
         job = Job(
             inputs, options, self._speculate(request), self._seeds(request), listen, grammar, request.details, arrived
         )
+        if request.details:
+            visual = int(self.model.base.visual_mask(inputs["input_ids"]).sum())
+            job.grid = patch_grid(self.model.model, visual, inputs)
         if self.limits.prefix_bytes:
             job.pictures.digest_all()
         return job
@@ -184,11 +199,7 @@ class Service:
         def give_up(index: int) -> None:
             self.worker.cancel(job, index)
 
-        grid = None
-        if request.details:
-            visual = int(self.model.base.visual_mask(job.inputs["input_ids"]).sum())
-            grid = patch_grid(self.model.model, visual, job.inputs)
-        return Completion(self.name, len(job.choices), job.prompt_tokens, text, request.details, give_up, grid)
+        return Completion(self.name, job, text, give_up, bool(request.stream))
 
     def stop(self, seconds: float = 0.0) -> None:
         """End the worker; jobs under way have that many seconds left."""
@@ -216,7 +227,7 @@ class Service:
 
     def _pruning(self, request: ChatRequest, inputs: dict[str, Any]) -> dict[str, Any]:
         """Options of pruning: those of the request, or else the server's, as far as they are possible for its pictures."""
-        asked, base = asked_pruning(request), self.model.base
+        asked, base = asked_pruning(request, self.defaults.pruning.pruner), self.model.base
         pruning = asked or self.defaults.pruning
         if pruning.active and pruning.pruner in (None, "twig") and not self.has_twig:
             raise RequestError("retain: this model has no twig; name another method with pruner", param="pruner")

@@ -148,8 +148,7 @@ class Worker:
             if (next_job := self._next_job()) is None:
                 break
             self._admit(next_job)
-            self._admitting = None
-            self._admitted += 1
+            self._admitting, self._admitted = None, self._admitted + 1
             if self._admitted % _TRIMMED == 0:
                 give_back_freed_memory()
         self._metrics.set("twigvlm_rows", len(self._choices))
@@ -180,7 +179,7 @@ class Worker:
             engine = self._engines.get(way)
             if engine is None:
                 engine = self._engines[way] = self._model.engine(max_bytes=self._max_bytes, speculate=way)
-            assert engine.make_row is not None, "the model makes its engines so"
+            assert engine.make_row is not None
             open_choices = [choice for choice in job.choices if not choice.ended]
             for choice in open_choices:
                 memory = self._prefixes.take(job.inputs["input_ids"], job.pictures)
@@ -280,10 +279,12 @@ class Worker:
     def _give_up(self, job: Job, index: int | None) -> None:
         """Take a job's rows out of their engines, and the job out of the queue."""
         for choice in job.choices if index is None else [job.choices[index]]:
-            if choice.key is not None and self._choices.pop(choice.key, None) is not None:
-                engine = self._engines.get(choice.key[0])
+            key, choice.key = choice.key, None  # ids begin again with each engine: it may be another row's by now
+            if key is not None and key in self._choices and self._choices[key][1] is choice:
+                del self._choices[key]
+                engine = self._engines.get(key[0])
                 if engine is not None and choice.row is not None and not choice.row.finished:
-                    engine.cancel(choice.key[1])
+                    engine.cancel(key[1])
             choice.ended = True
         with self._changed:
             if job.ended and job in self._waiting:

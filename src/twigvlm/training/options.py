@@ -122,7 +122,8 @@ class Stage1Config(StageConfig):
 
 @dataclass(frozen=True)
 class Stage2Config(StageConfig):
-    """Stage 2, reinforcement learning of the P-Head (Eq. 12-16). Defaults are the published ones."""
+    """Stage 2, reinforcement learning of the P-Head (Eq. 12-16). Defaults are the published ones, except for what has to be
+    given: 391 steps (max_steps; otherwise it sees all of the data once) of 128 samples (batch_size x accumulate x processes)."""
 
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW (betas 0.9 and 0.98, no weight decay), with a cosine schedule."""

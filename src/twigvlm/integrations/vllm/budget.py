@@ -15,12 +15,15 @@ OPTIONS = ("question", "retain", "keep", "diverse")
 """What a request may say in `mm_processor_kwargs`."""
 PATCHES = 16_384
 """Of pictures that go through the vision tower together."""
+QUESTION = 1024
+"""Most tokens of the prompt around a question. The ranking sees that prompt in one pass, for which vLLM has set no memory aside
+but what the default question takes."""
 
 
 def kept_tokens(settings: Mapping[str, Any], options: Mapping[str, object], visual: int) -> int:
-    """R of a picture. How large pictures are is not the server's choice, and vLLM tries the largest one before it starts: of a
-    picture so large that the trunk's layers alone take most of the settings' R̄ or more, half as many tokens as R̄ are kept, and
-    a picture that has no more tokens than R̄ keeps all.
+    """R of a picture. How large pictures are is not the server's choice, and vLLM tries the largest one before it starts: a
+    picture that has no more tokens than the settings' R̄ keeps all, and of one so large that the trunk's layers alone take most
+    of R̄ or more, half as many tokens as R̄ are kept.
 
     Args:
         settings: `twig_scout` of the model's config.
@@ -28,20 +31,38 @@ def kept_tokens(settings: Mapping[str, Any], options: Mapping[str, object], visu
         visual: M, the picture's visual tokens.
 
     Raises:
-        TwigVLMError: the request asks for an average that no R has, or for an R that is not in 1..M.
+        TwigVLMError: the request asks for an average that no R has, for an R that is not in 1..M, or for both.
     """
-    given: Any = options
+    asked: Any = options.get("retain")
+    wanted: Any = options.get("keep")
     shape = visual, settings["layers"], settings["trunk_layers"]
-    if given.get("keep") is None:
-        if given.get("retain") is not None:
-            return solve_scouted(float(given["retain"]), *shape)
-        low, high = (average_scouted(keep, *shape) for keep in (1, visual))
+    if asked is not None and wanted is not None:
+        raise TwigVLMError(f"retain={asked} and keep={wanted}: give only one of them")
+    if asked is not None:
+        return solve_scouted(float(asked), *shape)
+    if wanted is None:
         retain = float(settings["retain"])
-        return max(solve_scouted(min(max(retain, low), high), *shape), min(visual, ceil(retain / 2)))
-    keep = int(given["keep"])
+        if visual <= retain:
+            return visual
+        return max(solve_scouted(max(retain, average_scouted(1, *shape)), *shape), ceil(retain / 2))
+    keep = int(wanted)
     if not 1 <= keep <= visual:
         raise TwigVLMError(f"keep={keep}: must be 1 to {visual}, the visual tokens of this picture")
     return keep
+
+
+def is_diverse(settings: Mapping[str, Any], options: Mapping[str, object]) -> bool:
+    """Whether the kept tokens of a picture also differ from each other; arguments as for `kept_tokens`.
+
+    Raises:
+        TwigVLMError: the request says neither yes nor no. A string such as "false" would count as yes.
+    """
+    asked = options.get("diverse")
+    if asked is None:
+        return bool(settings["diverse"])
+    if not isinstance(asked, bool):
+        raise TwigVLMError(f"diverse={asked!r}: must be true or false, without quotation marks")
+    return asked
 
 
 def check_question(ids: Sequence[int], image_token: int, limit: int) -> None:
@@ -50,13 +71,15 @@ def check_question(ids: Sequence[int], image_token: int, limit: int) -> None:
     Args:
         ids: ids of the prompt around the question, the picture one token.
         image_token: its id.
-        limit: largest number of tokens of a whole prompt. The picture, whose size the processor bounds, does not count.
+        limit: largest number of tokens of a whole prompt; more than `QUESTION` are refused in any case. The picture, whose size
+            the processor bounds, does not count.
 
     Raises:
         TwigVLMError: the question holds picture tokens, or is too long.
     """
     if list(ids).count(image_token) != 1 or ids[-1] == image_token:
         raise TwigVLMError("question: must be text without the placeholder of pictures")
+    limit = min(limit, QUESTION)
     if len(ids) - 1 > limit:
         raise TwigVLMError(f"question: makes a prompt of {len(ids) - 1} tokens, of at most {limit}; shorten it")
 

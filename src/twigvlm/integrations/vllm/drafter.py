@@ -130,9 +130,10 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
                 config.draft_vocab_size, config.hidden_size, quant_config=quantisation, prefix=name
             )
         self.logits_processor = LogitsProcessor(config.draft_vocab_size)
-        reduced = config.draft_vocab_size != config.vocab_size
+        # A draft vocabulary may be as large as the target's and still be in another order. Older exports do not say whether.
+        maps = config.twigvlm.get("maps", config.draft_vocab_size != config.vocab_size)
         ids = nn.Parameter(torch.zeros(config.draft_vocab_size, dtype=torch.long), requires_grad=False)
-        self.draft_id_to_target_id = ids if reduced else None
+        self.draft_id_to_target_id = ids if maps else None
         self.use_parallel_drafting = False
         levels = config.twigvlm["deepstack_levels"]
         if self._target_mrope:

@@ -121,6 +121,7 @@ def drafter_config(model: TwigVLM) -> dict[str, Any]:
         "trunk_layers": trunk,
         "twig_layers": len(twig.layers),
         "head": twig.head is not None or twig.draft_token_ids is not None,
+        "maps": twig.draft_token_ids is not None,
         "deepstack_levels": len(getattr(vision, "deepstack_visual_indexes", None) or ()),
         "base": {name: getattr(base.config, name) for name in DIMENSIONS},
     }

@@ -1,5 +1,8 @@
 """What an export says about itself, and which target it fits on."""
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 FORMAT = 1
@@ -68,6 +71,32 @@ def check_scout(config: Any) -> None:
     rate = config.model_config.get_multimodal_config().video_pruning_rate
     if rate:
         raise ValueError(f"twigvlm: --video-pruning-rate {rate:g} does not work in scout mode; leave it out")
+
+
+def check_scouting(settings: Mapping[str, Any], target: Any, parallel: Any) -> None:
+    """Refuse an export that scout mode cannot rank by: without drafts nothing else compares it with the model that is served.
+
+    Args:
+        settings: `twig_scout` of the model's config, as `--hf-overrides` give it.
+        target: Hugging Face config of the served language model.
+        parallel: vLLM's parallel configuration.
+
+    Raises:
+        ValueError: it is not there, does not belong to the model, or is no longer the one that the settings were printed for.
+    """
+    config = Path(settings["path"]) / "config.json"
+    if not config.is_file():
+        raise ValueError(
+            f"twigvlm: {str(config)!r}, which twig_scout in --hf-overrides leads to, is not there; export the twig again, and "
+            "use what is printed then"
+        )
+    record = json.loads(config.read_text(encoding="utf-8")).get("twigvlm", {})
+    check_target(record, target, parallel)
+    if record["trunk_layers"] != settings["trunk_layers"]:
+        raise ValueError(
+            "twigvlm: the export has changed since its --hf-overrides were printed (trunk_layers "
+            f"{settings['trunk_layers']} there, {record['trunk_layers']} now); use what the last export printed"
+        )
 
 
 def check_stages(parallel: Any, what: str) -> None:

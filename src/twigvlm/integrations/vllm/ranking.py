@@ -25,9 +25,12 @@ from twigvlm.pruning.select import Select, best
 from twigvlm.pruning.view import Tokens
 from twigvlm.twig.pruning_head import PruningHead
 
+_UNUSED = ("mlp", "post_attention_layernorm", "self_attn.v_proj", "self_attn.o_proj")
+"""Of the last layer, whose queries and keys alone rank; on a 7B base in half precision these take more than 300 MB."""
+
 
 class Ranking(nn.Module):
-    """Trunk and twig of an export, as transformers' decoder layers.
+    """Trunk and twig of an export, as transformers' decoder layers; of the last one what ranks.
 
     Args:
         folder: directory of the export.
@@ -43,13 +46,18 @@ class Ranking(nn.Module):
         weights = load_file(Path(folder) / "model.safetensors")
         with torch.device("meta"):
             self.layers = nn.ModuleList(kind(config, index) for index in range(config.num_hidden_layers))
+            for name in _UNUSED:
+                self.layers[-1].set_submodule(name, nn.Identity())
             head = PruningHead(config.hidden_size, config.num_attention_heads * exported["head_dim"])
         self.pruning_head = head if any(name.startswith("pruning_head.") for name in weights) else None
         self.to(dtype).to_empty(device=device)
-        of_the_twig = {
-            name: tensor for name, tensor in weights.items() if name.startswith(("layers.", "pruning_head."))
+        unused = tuple(f"layers.{len(self.layers) - 1}.{name}." for name in _UNUSED)
+        ranking = {
+            name: tensor
+            for name, tensor in weights.items()
+            if name.startswith(("layers.", "pruning_head.")) and not name.startswith(unused)
         }
-        self.load_state_dict(of_the_twig)
+        self.load_state_dict(ranking)
         self.requires_grad_(False)
         rotary = Qwen2VLRotaryEmbedding if "mrope_section" in config.rope_parameters else LlamaRotaryEmbedding
         self.rotary = rotary(config).to(device)

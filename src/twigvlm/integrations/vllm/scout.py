@@ -19,9 +19,10 @@ from vllm.config import VllmConfig
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptReplacement
 
+from twigvlm.inputs import special_tokens
 from twigvlm.integrations.vllm.arithmetic import moved_by, position_buffer, with_offsets, without_offsets
-from twigvlm.integrations.vllm.budget import OPTIONS, PATCHES, check_question, kept_tokens, parts
-from twigvlm.integrations.vllm.layout import check_scout
+from twigvlm.integrations.vllm.budget import OPTIONS, PATCHES, check_question, is_diverse, kept_tokens, parts
+from twigvlm.integrations.vllm.layout import check_scout, check_scouting
 from twigvlm.integrations.vllm.ranking import Ranking
 from twigvlm.pruning.select import Select, best, diverse
 
@@ -56,7 +57,7 @@ class ScoutProcessor(Base):
             check_question(ids, token, limit)
             sizes = [self._visual(mm_items, data, item) for item in range(pictures)]
             data["scout_ids"] = torch.tensor([ids] * pictures)
-            data["scout_diverse"] = torch.tensor([bool(hf_kwargs.get("diverse", settings["diverse"]))] * pictures)
+            data["scout_diverse"] = torch.tensor([is_diverse(settings, hf_kwargs)] * pictures)
             data["scout_keep"] = torch.tensor([kept_tokens(settings, hf_kwargs, visual) for visual in sizes])
         return data
 
@@ -64,7 +65,8 @@ class ScoutProcessor(Base):
         settings = self.info.get_hf_config().twig_scout
         question = str(options.get("question") or settings["question"])
         text = settings["prompt"].replace("{question}", question)
-        return list(self.info.get_tokenizer()(text).input_ids)
+        tokenizer = self.info.get_tokenizer()
+        return list(tokenizer(text, **special_tokens(text, tokenizer)).input_ids)
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         fields = super()._get_mm_fields_config(hf_inputs, _others(hf_processor_mm_kwargs))
@@ -89,9 +91,11 @@ class Scout(Base):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_scout(vllm_config)
+        model = vllm_config.model_config
+        check_scouting(model.hf_config.twig_scout, model.hf_text_config, vllm_config.parallel_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.settings: dict[str, Any] = self.config.twig_scout
-        self._dtype = vllm_config.model_config.dtype
+        self._dtype = model.dtype
         # At one address for as long as the model lives, because CUDA graphs read it there.
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.offsets = torch.zeros(3, tokens, dtype=torch.long)
@@ -142,8 +146,10 @@ class Scout(Base):
         return scouted
 
     def _scouted(self, features: Tensor, ids: Tensor, keep: int, select: Select, offsets: Tensor) -> Tensor:
-        # `ids` and `offsets` are on the CPU, so that the GPU need not be waited for.
         token, device = image_token(self.config), features.device
+        if keep == len(features):  # whatever the ranking says
+            return with_offsets(features, offsets.to(device))
+        # `ids` and `offsets` are on the CPU, so that the GPU need not be waited for.
         at = int((ids == token).nonzero()[0])
         embedded = self.language_model.embed_input_ids(ids.masked_fill(ids == token, 0).to(device))
         embedded = torch.cat((embedded[:at], features.to(embedded.dtype), embedded[at + 1 :]))

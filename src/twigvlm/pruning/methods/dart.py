@@ -16,6 +16,7 @@ from twigvlm.pruning.question import question_mask
 from twigvlm.pruning.view import CutView
 
 _PIVOTS = 4  # of the image, and as many of the text
+_SHARES = 2 * _PIVOTS
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Dart:
     layer: int = 2
     """K."""
     accounting: Literal["true", "published"] = "true"
-    """"published": R̄ is what stays after layer K, without the four visual pivots."""
+    """"published": what stays after layer K are the four visual pivots, and for each of the eight pivots an eighth of R̄, rounded
+    down."""
     paper: ClassVar[str] = "Wen et al., EMNLP 2025, arXiv:2502.11494"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LAST_LAYER})
 
@@ -44,7 +46,7 @@ class Dart:
         if self.accounting == "true" or retain is None:
             return solve_cuts((self.layer,), lambda share: (share,), retain, visual, layers)
         keep = solve_cuts((0,), lambda share: (share,), retain, visual, layers)[0].keep
-        return (Cut(self.layer, min(keep + _PIVOTS, visual)),)
+        return (Cut(self.layer, min(_SHARES * (keep // _SHARES) + _PIVOTS, visual)),)
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
         """Prompt by prompt."""

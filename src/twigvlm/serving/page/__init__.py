@@ -10,6 +10,7 @@ from PIL import Image
 
 from twigvlm.inputs import build_inputs, user_turn
 from twigvlm.pruning.budget import average_kept
+from twigvlm.serving.checks import own_name
 from twigvlm.serving.service import Service
 from twigvlm.visualize import seen_box
 
@@ -76,6 +77,8 @@ def page_settings(service: Service, needs_key: bool) -> dict[str, Any]:
         low, high = (average_kept(keep, *shape) for keep in (1, visual))
         if defaults.pruning.keep is not None:
             budget = average_kept(min(defaults.pruning.keep, visual), *shape)
+    elif budget is not None:
+        low, high = min(low, budget), max(high, budget)
     ways = ["none", "chain", "tree", "lookup"] if service.has_twig else ["none", "lookup"]
     return {
         "model": service.name,
@@ -115,7 +118,7 @@ def _pruning(service: Service) -> dict[str, Any]:
         name: value
         for name, value in asked.items()
         if value is not None and value is not False and name not in controls
-    }
+    } | ({"pruner": own_name(pruning.pruner)} if pruning.pruner else {})
 
 
 def _file(package: str, name: str) -> bytes:

@@ -5,7 +5,7 @@ import { streamAnswer } from "/stream.js";
 const MAX_SIDE = 2048; // pixels of the longer side that are sent
 const SENT_AS_THEY_ARE = ["image/png", "image/jpeg"];
 const at = (id) => document.getElementById(id);
-const state = { settings: null, picture: null, uri: null, running: null };
+const state = { settings: null, picture: null, uri: null, running: null, chosen: 0 };
 
 async function start() {
   const response = await fetch("/page/settings");
@@ -26,7 +26,8 @@ async function start() {
   at("key").hidden = at("key-label").hidden = !settings.needs_key;
   settings.examples.forEach(addExample);
   const first = settings.examples[0];
-  if (first) await showExample(first);
+  setBusy(false);
+  if (first) await showExample(first, true);
 }
 
 function addExample(example, index) {
@@ -40,13 +41,16 @@ function addExample(example, index) {
   at("examples").append(button);
 }
 
-async function showExample(example) {
+// A picture that comes late must not replace what was chosen after it, nor the first example a question that is there already.
+async function showExample(example, first = false) {
+  const chosen = (state.chosen += 1);
   const response = await fetch(example.picture);
-  await setPicture(await response.blob());
-  at("question").value = example.question;
+  const shown = await setPicture(await response.blob(), chosen);
+  if (shown && !(first && at("question").value)) at("question").value = example.question;
 }
 
-async function setPicture(blob) {
+// Whether the picture is shown; not if another one was chosen meanwhile.
+async function setPicture(blob, chosen = (state.chosen += 1)) {
   let picture;
   try {
     picture = await createImageBitmap(blob);
@@ -71,11 +75,14 @@ async function setPicture(blob) {
   const small = scale === 1 && blob.size < 4e6;
   const sent = small && SENT_AS_THEY_ARE.includes(blob.type);
   const drawn = small ? copy.toDataURL("image/png") : copy.toDataURL("image/jpeg", 0.95);
-  state.uri = sent ? await dataUri(blob) : drawn;
+  const uri = sent ? await dataUri(blob) : drawn;
+  if (chosen !== state.chosen) return false;
+  state.uri = uri;
   state.picture = copy;
   draw(at("picture"), state.picture, null, null, false);
   at("hint").textContent = "Drop another picture, paste one, or press Enter to choose a file.";
   at("error").textContent = "";
+  return true;
 }
 
 function dataUri(blob) {
@@ -217,7 +224,7 @@ at("compare").addEventListener("click", () => {
 });
 at("stop").addEventListener("click", () => state.running?.abort());
 at("question").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229) {
     event.preventDefault();
     if (!at("send").disabled) at("form").requestSubmit();
   }
