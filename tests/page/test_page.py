@@ -1,5 +1,6 @@
 """The page in a real browser: `make test-page`. Screenshots go to the folder that PAGE_SHOTS names."""
 
+import base64
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ pytest.importorskip("playwright")
 
 from playwright.sync_api import expect, sync_playwright
 
-from tests.serving.servers import served, slow_down, tiny_service
+from tests.serving.servers import picture, served, slow_down, tiny_service
 from twigvlm.config import PruningConfig
 from twigvlm.serving.limits import Limits
 from twigvlm.serving.service import Defaults
@@ -200,14 +201,51 @@ def test_stop_hangs_up(page, service):
 
 
 def test_all_of_it_works_by_keyboard(page):
+    # Not by the chooser itself, of which a browser without a screen does not always tell.
+    page.locator("#file").evaluate("file => file.addEventListener('click', () => { document.title = 'asked'; })")
     page.locator("#drop").focus()
-    with page.expect_file_chooser():
-        page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
+    expect(page).to_have_title("asked")
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     with page.expect_response("**/examples/signs"):
         page.keyboard.press("Enter")
     expect(page.locator("#question")).to_have_value("Read all signs from top to bottom.")
+
+
+def let_go(page, held):
+    """Let held requests have their answers, and the page some time to take them in."""
+    for route in held:
+        route.continue_()
+    page.evaluate("""async () => {
+        for (let frame = 0; frame < 20; frame += 1) await new Promise(requestAnimationFrame);
+    }""")
+
+
+def test_a_picture_that_comes_late_replaces_nothing(page):
+    held = []
+    page.route("**/examples/signs", lambda route: held.append(route))
+    page.locator("#examples button").nth(1).click()
+    page.locator("#file").set_input_files(
+        {
+            "name": "own.png",
+            "mimeType": "image/png",
+            "buffer": base64.b64decode(picture(size=(80, 40)).partition(",")[2]),
+        }
+    )
+    expect(page.locator("#picture")).to_have_js_property("width", 80)
+    let_go(page, held)
+    expect(page.locator("#picture")).to_have_js_property("width", 80)
+
+
+def test_the_first_example_leaves_a_question_that_is_there(page):
+    held = []
+    page.route("**/examples/scene", lambda route: held.append(route))
+    page.reload()
+    page.locator("#question").fill("my own?")
+    let_go(page, held)
+    expect(page.locator("#picture")).to_have_js_property("width", 336)
+    expect(page.locator("#question")).to_have_value("my own?")
 
 
 def test_text_of_an_answer_never_becomes_code(page):
