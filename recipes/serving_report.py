@@ -30,7 +30,7 @@ def sections(found: dict[str, Any]) -> list[str]:
     if "hostile" in found:
         hostile = found["hostile"]
         faults.append(
-            f"- {hostile['requests']:,} malformed and hostile requests, by status: "
+            f"- {hostile['requests']:,} malformed and hostile requests to a server with a tiny model, by status: "
             + ", ".join(f"{status}: {count:,}" for status, count in hostile["statuses"].items())
             + ". Resident memory after a tenth and at the end: "
             + " and ".join(f"{value:.0f}" for value in hostile["megabytes"])
