@@ -1,6 +1,7 @@
 """A client that asks for no budget is never refused for the server's, nor left with next to nothing of its pictures."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,9 +10,9 @@ from tests.serving.test_hostile import connect, post
 from twigvlm.config import PruningConfig, TwigConfig
 from twigvlm.pruning.budget import average_kept, average_scouted
 from twigvlm.pruning.cut import average_visual
-from twigvlm.pruning.methods import make_pruner
+from twigvlm.pruning.methods import METHODS, make_pruner
 from twigvlm.pruning.methods.fitprune import FitPrune
-from twigvlm.serving.fit import fitted
+from twigvlm.serving.fit import check_possible, fitted
 from twigvlm.serving.page import page_settings
 from twigvlm.serving.service import Defaults
 
@@ -110,3 +111,19 @@ def test_the_page_offers_the_server_s_own_budget(retain):
     found = page_settings(service, needs_key=False)["retain"]
     service.stop()
     assert found["low"] <= retain <= found["high"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *sorted({*METHODS} - {"fitprune", "random"}),
+        "random:0",
+        "random:2",
+        "dart:published",
+        "sparsevlm:published:compacted",
+    ],
+)
+def test_what_is_possible_is_not_refused_at_the_start(method):
+    base = SimpleNamespace(num_layers=32, attention="sdpa")
+    check_possible(PruningConfig(retain=64, pruner=method), base, TWIG)
+    check_possible(PruningConfig(retain=64, refocus=0.7), base, TWIG)

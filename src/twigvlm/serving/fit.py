@@ -52,9 +52,8 @@ def check_possible(pruning: PruningConfig, base: BaseVLM, twig: TwigConfig) -> N
         return
     layers = base.num_layers
     if pruning.pruner not in (None, "twig"):
-        make_pruner(pruning.pruner).cuts(
-            float(layers), layers, layers
-        )  # all tokens are kept: the budget is no reason to fail
+        # All tokens are kept, so that the budget is no reason to fail.
+        make_pruner(pruning.pruner).cuts(float(layers), layers, layers)
     elif not pruning.scout:
         twig_cuts(1, 1, layers, twig.trunk_layers, pruning.final_wipe or twig.final_wipe or layers)
     if pruning.refocus is not None:

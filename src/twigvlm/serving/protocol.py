@@ -76,9 +76,8 @@ class TextPart(_Strict):
 class ImageAddress(_Strict):
     """Where an image is: a data URI, or an address on a host that the server may fetch from."""
 
-    url: Annotated[
-        str, Field(pattern=r"\A[[:ascii:]]*\z")
-    ]  # of another one Python keeps up to four bytes for each character
+    # Of a text beyond ASCII Python keeps up to four bytes for each character.
+    url: Annotated[str, Field(pattern=r"\A[[:ascii:]]*\z")]
     detail: Literal["auto", "low", "high", "original"] | None = None
     """Taken and ignored: the base decides in what resolution it looks."""
 
