@@ -4,10 +4,12 @@ import pytest
 import torch
 from openai import APIStatusError, OpenAI
 
-from tests.serving.servers import chat, served, slow_down, tiny_service
+from tests.serving.servers import chat, picture, served, slow_down, tiny_service
 from tests.serving.test_hostile import connect, post
 from tests.serving.test_worker import wait_until
+from twigvlm.serving.errors import RequestError
 from twigvlm.serving.limits import Limits
+from twigvlm.serving.protocol import ChatRequest
 
 
 def counted(service, status):
@@ -78,3 +80,13 @@ def test_all_chat_requests_are_counted_and_nothing_else():
             assert connection.getresponse().status >= 400
             connection.close()
     assert [counted(service, status) for status in (200, 400, 401, 404)] == [1, 2, 1, 0]
+
+
+def test_too_little_memory_to_prepare_a_prompt_is_no_fault_of_the_request(service, monkeypatch):
+    def fail(*arguments, **options):
+        raise MemoryError("Unable to allocate")
+
+    monkeypatch.setattr(type(service.processor), "__call__", fail)
+    with pytest.raises(RequestError) as refused:
+        service.prepare(ChatRequest.model_validate(chat(images=[picture()])), print)
+    assert (refused.value.status, refused.value.code) == (503, "out_of_memory")

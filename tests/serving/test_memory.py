@@ -3,17 +3,20 @@
 import contextlib
 import gc
 import json
+import queue
 import socket
 import threading
 import time
 import weakref
 from urllib.parse import urlsplit
 
+import pytest
+
 from tests.serving.servers import chat, picture, served, slow_down, tiny_service
 from tests.serving.test_hostile import connect, post
 from twigvlm.serving import app
 from twigvlm.serving.limits import Limits
-from twigvlm.serving.protocol import parse_request
+from twigvlm.serving.protocol import ChatRequest, parse_request
 
 
 def test_requests_together_hold_bounded_memory():
@@ -123,3 +126,15 @@ def test_bodies_that_are_on_their_way_are_counted():
         while post(address, chat(max_completion_tokens=1, user="x" * 20_000))[0] != 200:
             assert time.monotonic() < deadline
     assert service.memory.held == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_a_stream_has_told_is_not_kept(service, stream):
+    request = ChatRequest.model_validate(chat(images=[picture()], details=True, retain=8, stream=stream))
+    events = queue.Queue()
+    job = service.prepare(request, events.put)
+    completion = service.completion(request, job)
+    service.worker.submit(job)
+    while not completion.finished:
+        completion.take(events.get(timeout=20))
+    assert bool(completion.as_json()["choices"][0]["twigvlm"]["kept"]) is not stream

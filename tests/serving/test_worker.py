@@ -294,28 +294,3 @@ def test_who_gives_up_a_failed_job_gives_up_no_other(fresh):
     wait_until(lambda: jobs_with_rows(service))
     service.worker.cancel(bad)  # as the end of its connection does
     assert outcome(good) == expected(service, "question", [picture()], max_new_tokens=12)
-
-
-def test_too_little_memory_to_prepare_a_prompt_is_no_fault_of_the_request(fresh, monkeypatch):
-    service = fresh()
-
-    def fail(*arguments, **options):
-        raise MemoryError("Unable to allocate")
-
-    monkeypatch.setattr(type(service.processor), "__call__", fail)
-    with pytest.raises(RequestError) as refused:
-        submit(service)
-    assert (refused.value.status, refused.value.code) == (503, "out_of_memory")
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_what_a_stream_has_told_is_not_kept(fresh, stream):
-    service = fresh()
-    request = ChatRequest.model_validate(chat(images=[picture()], details=True, retain=8, stream=stream))
-    events = queue.Queue()
-    job = service.prepare(request, events.put)
-    completion = service.completion(request, job)
-    service.worker.submit(job)
-    while not completion.finished:
-        completion.take(events.get(timeout=20))
-    assert bool(completion.as_json()["choices"][0]["twigvlm"]["kept"]) is not stream
