@@ -218,7 +218,7 @@ def test_what_cannot_be_asked_is_one_line_and_changes_nothing(processor, tmp_pat
     for question, images, words in (
         ("why?", tmp_path / "torn.jpg", "torn.jpg.*corrupt or truncated"),
         ("why?", [picture(1), str(tmp_path / "none.png")], "none.png': no such file"),
-        ("why?", tmp_path / "two.gif", "2 frames"),
+        ("why?", tmp_path / "two.gif", "several frames"),
         ("why?", "https://example.org/cat.jpg", "remote address"),
         ("why?", Image.new("RGB", (3000, 2)), "3000x2 pixels"),
         ("an <image> tag?", (), "image placeholder '<image>'"),
