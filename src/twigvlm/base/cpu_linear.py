@@ -29,7 +29,7 @@ _installing = Lock()
 def alone_in_process(alone: bool = True) -> None:
     """Declare that twigs are the only users of torch in this process, as in the commands.
 
-    Passes over a single token are then two to three times as fast in bfloat16 on a CPU. torch has a fast product of a matrix
+    Passes over a single token are then up to three times as fast in bfloat16 on a CPU. torch has a fast product of a matrix
     and a vector, but uses oneDNN's slower one unless oneDNN is switched off, which affects the whole process. It is off for
     the duration of such a product; what another thread multiplies meanwhile is correct, but not bit for bit the same as
     otherwise. Therefore this is off by default.

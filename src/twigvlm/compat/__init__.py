@@ -6,11 +6,11 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from threading import Lock
 from typing import Any, cast
 
 import torch
-import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +22,7 @@ HAS_ONEDNN_SWITCH = torch.backends.mkldnn.is_available() and hasattr(torch._C, "
 """Whether oneDNN can be switched off (torch 2.13.0)."""
 _switching = Lock()
 
-CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+CACHE = "cache" if Version(version("transformers")) >= Version("5.24") else "past_key_values"
 """What models and their layers call the argument with the cache (transformers 5.24.0 has renamed it)."""
 
 

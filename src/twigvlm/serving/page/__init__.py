@@ -113,12 +113,14 @@ def _pruning(service: Service) -> dict[str, Any]:
     if not pruning.active:
         return {"diverse": True} if service.has_twig else {}
     asked = {option.name: getattr(pruning, option.name) for option in fields(pruning)}
+    if pruning.pruner is not None:
+        asked["pruner"] = own_name(pruning.pruner)
     controls = ("retain", "keep", "refocus")  # the page has controls of its own for these
     return {
         name: value
         for name, value in asked.items()
         if value is not None and value is not False and name not in controls
-    } | ({"pruner": own_name(pruning.pruner)} if pruning.pruner else {})
+    }
 
 
 def _file(package: str, name: str) -> bytes:
