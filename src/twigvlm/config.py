@@ -66,6 +66,17 @@ class TwigConfig:
         if self.final_share and self.final_wipe is None:
             raise TwigVLMError(f"final_share={self.final_share:g}: is what stays after layer K_f; give final_wipe too")
 
+    def cut_layers(
+        self, layers: int, final_wipe: int | None = None, final_share: float | None = None
+    ) -> tuple[int, int, float]:
+        """K, K_f and φ on a base of that many layers. None: as the twig was tuned."""
+        last = self.final_wipe if final_wipe is None else final_wipe
+        return (
+            self.trunk_layers,
+            layers if last is None else last,
+            self.final_share if final_share is None else final_share,
+        )
+
 
 @dataclass(frozen=True)
 class PruningConfig:
@@ -102,26 +113,23 @@ class PruningConfig:
             raise TwigVLMError(f"retain={self.retain:g} and keep={self.keep}: give only one of them")
         if self.pruner is not None:
             self._check_pruner()
-        if self.final_wipe is not None and not self.active:
-            raise TwigVLMError(f"final_wipe={self.final_wipe}: needs a budget; give retain or keep too")
         if self.final_share is not None:
             check_final_share(self.final_share)
-            if not self.active:
-                raise TwigVLMError(f"final_share={self.final_share:g}: needs a budget; give retain or keep too")
-        if self.retain_per_image and not self.active:
-            raise TwigVLMError("retain_per_image=True: needs a budget; give retain or keep too")
-        if self.scout:
-            self._check_scout()
-        if self.diverse:
-            self._check_diverse()
         if self.refocus is not None:
             check_coverage(self.refocus)
-            if not self.active:
-                raise TwigVLMError(f"refocus={self.refocus:g}: needs a budget; give retain or keep too")
-            if self.retain_per_image:
-                raise TwigVLMError(
-                    "refocus and retain_per_image: give only one of them, since tokens are chosen again by scores alone"
-                )
+        for name in ("final_wipe", "final_share", "retain_per_image", "refocus", "scout", "diverse"):
+            value = getattr(self, name)
+            if value is not None and value is not False and not self.active:
+                shown = value if value is True else f"{value:g}"
+                raise TwigVLMError(f"{name}={shown}: needs a budget; give retain or keep too")
+        if self.scout:
+            self._check_scout()
+        if self.retain_per_image and self.diverse:
+            raise TwigVLMError("diverse and retain_per_image: give only one of them")
+        if self.retain_per_image and self.refocus is not None:
+            raise TwigVLMError(
+                "refocus and retain_per_image: give only one of them, since tokens are chosen again by scores alone"
+            )
 
     def _check_pruner(self) -> None:
         if self.pruner == "twig":
@@ -151,15 +159,7 @@ class PruningConfig:
             if value is not None:
                 raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
 
-    def _check_diverse(self) -> None:
-        if not self.active:
-            raise TwigVLMError("diverse=True: needs a budget; give retain or keep too")
-        if self.retain_per_image:
-            raise TwigVLMError("diverse and retain_per_image: give only one of them")
-
     def _check_scout(self) -> None:
-        if not self.active:
-            raise TwigVLMError("scout=True: needs a budget; give retain or keep too")
         for name, value in (("final_wipe", self.final_wipe), ("final_share", self.final_share)):
             if value is not None:
                 raise TwigVLMError(

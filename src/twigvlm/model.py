@@ -26,7 +26,6 @@ from twigvlm.hf.interface import HFInterface
 from twigvlm.hf.requests import request_row, rows_of
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Pruner
-from twigvlm.pruning.methods import pruner_by_name
 from twigvlm.pruning.view import Scorer
 from twigvlm.speculation.ways import check_speculation
 from twigvlm.timing import Timings, clock_of
@@ -201,17 +200,26 @@ class TwigVLM(HFInterface, Calibrated):
             TwigVLMError: an argument is out of range, does not apply or is not supported.
         """
         name = pruner if isinstance(pruner, str) else None
-        pruning = PruningConfig(retain, keep, final_wipe, final_share, retain_per_image, refocus, name, scout, diverse)
-        pruner = pruner_by_name(pruner)
+        pruning = PruningConfig(
+            retain=retain,
+            keep=keep,
+            final_wipe=final_wipe,
+            final_share=final_share,
+            retain_per_image=retain_per_image,
+            refocus=refocus,
+            pruner=name,
+            scout=scout,
+            diverse=diverse,
+        )
         speculation = SpeculationConfig(
-            speculate,  # type: ignore[arg-type]
-            draft_length,
-            draft_threshold,
-            tree_depth,
-            tree_width,
-            tree_expand,
-            tree_nodes,
-            lookup_ngram,
+            speculate=speculate,  # type: ignore[arg-type]
+            draft_length=draft_length,
+            draft_threshold=draft_threshold,
+            tree_depth=tree_depth,
+            tree_width=tree_width,
+            tree_expand=tree_expand,
+            tree_nodes=tree_nodes,
+            lookup_ngram=lookup_ngram,
         )
         if inputs is not None:
             if "input_ids" in kwargs:

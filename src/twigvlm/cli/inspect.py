@@ -123,9 +123,8 @@ def rankings(model: TwigVLM, deep_layer: int | None) -> dict[str, str]:
 def _keep(model: TwigVLM, budget: float, visual: int) -> int:
     from twigvlm.pruning.budget import solve_keep
 
-    layers, twig = model.base.num_layers, model.twig.config
-    final_wipe = layers if twig.final_wipe is None else twig.final_wipe
-    return solve_keep(budget, visual, layers, twig.trunk_layers, final_wipe, twig.final_share)
+    layers = model.base.num_layers
+    return solve_keep(budget, visual, layers, *model.twig.config.cut_layers(layers))
 
 
 def _best(scores: Tensor, keep: int) -> list[int]:

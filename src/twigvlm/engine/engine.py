@@ -9,15 +9,14 @@ from typing import Any
 import torch
 
 from twigvlm.base.vlm import BaseVLM
-from twigvlm.config import at_least
+from twigvlm.config import PruningConfig, at_least
 from twigvlm.engine.memory import free_bytes, row_bytes, sight_bytes, together_bytes
 from twigvlm.engine.protocol import Runner, Step
 from twigvlm.engine.row import Row, extend_all
 from twigvlm.errors import RequestRefused, TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
+from twigvlm.pruning.build import build_pruner
 from twigvlm.pruning.cut import Need, Pruner, schedule
-from twigvlm.pruning.methods import pruner_by_name
-from twigvlm.pruning.methods.twig import tuned_pruner
 from twigvlm.pruning.refocus import check_refocus
 from twigvlm.timing import Timings, clock_of
 
@@ -129,10 +128,11 @@ class Engine:
             TwigVLMError: there is no such waiting request, it is sampled or has processors or criteria of its own, the budget is
                 impossible for the prompt, or the pruner cannot choose again or was not shown the picture.
         """
-        twig, layers = self.runner.batch.twig, self.base.num_layers
-        pruner = tuned_pruner(twig, layers, retain) if pruner == "twig" else pruner_by_name(pruner)
         if pruner is None and retain is not None:
             raise TwigVLMError(f"retain={retain:g}: needs a pruner; give the pruning method of the new answer too")
+        twig, layers = self.runner.batch.twig, self.base.num_layers
+        options = PruningConfig(retain, pruner=pruner) if pruner == "twig" else PruningConfig()
+        pruner = build_pruner(options, twig, layers, pruner=pruner)
         source = next((row for row in self.waiting if row.id == id), None)
         if source is None:
             raise TwigVLMError(f"request {id}: is not waiting; fork it before the next step")

@@ -7,15 +7,12 @@ from typing import Any, Literal
 from twigvlm.config import check_coverage
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
-from twigvlm.pruning.cut import Need, Pruner
+from twigvlm.pruning.cut import Need
 from twigvlm.pruning.methods import METHODS, make_pruner
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.random import RandomScores
-from twigvlm.pruning.methods.scout import ScoutPruner
-from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.methods.twig_attention import TwigAttention
-from twigvlm.pruning.select import best, diverse
 from twigvlm.pruning.view import Scorer
 
 Ranking = Literal["none", "published", "twig", "attention", "twig-text", "random", "deep"]
@@ -87,23 +84,6 @@ class Method:
                 f"method {self.name!r}: has no ranking under the twig's cuts; use one that ranks, such as twig"
             )
         return TwigAttention("text" if self.ranking == "twig-text" else "last")
-
-    def pruner(self, model: TwigVLM, final_wipe: int | None, final_share: float, seed: int) -> Pruner:
-        """The pruner that `TwigVLM.generate` makes of `options`, for requests that share a prompt.
-
-        Args:
-            model: that answers.
-            final_wipe: K_f; None: no FinalWipe.
-            final_share: φ.
-            seed: seed of the random choice.
-        """
-        if self.ranking == "published":
-            return make_pruner(self.name, seed)
-        select, scorer = diverse if self.diverse else best, self.scorer(model, seed)
-        if self.scout:
-            return ScoutPruner(model.twig, scorer, select=select)
-        last = model.base.num_layers if final_wipe is None else final_wipe
-        return TwigPruner(scorer, model.twig.config.trunk_layers, last, final_share, select=select)
 
     def options(self, model: TwigVLM, final_wipe: int | None, final_share: float | None, seed: int) -> dict[str, Any]:
         """Arguments of `TwigVLM.generate` that prune by this method, beside the budget.

@@ -7,11 +7,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from twigvlm.config import check_final_share
+from twigvlm.config import PruningConfig, check_final_share
 from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.evaluation.methods import parse_method, parse_methods
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.model import TwigVLM
+from twigvlm.pruning.build import build_pruner
 from twigvlm.pruning.cut import Need, Pruner, average_of, schedule
 from twigvlm.pruning.refocus import check_refocus
 
@@ -65,7 +66,7 @@ def make_variants(
     shares = list(final_shares) or [twig.final_share]
     for share in shares:
         check_final_share(share)
-    wipes = list(final_wipes) or [layers if twig.final_wipe is None else twig.final_wipe]
+    wipes = list(final_wipes) or [twig.cut_layers(layers)[1]]
     if any(final_shares) and set(wipes) == {layers}:
         raise TwigVLMError(
             "final_share: needs a layer after which tokens leave; give a K_f that is less than the layers too"
@@ -234,4 +235,9 @@ def score_all(model: TwigVLM, inputs: dict[str, Any], methods: Sequence[str]) ->
 
 
 def _pruner(model: TwigVLM, variant: Variant, seed: int) -> Pruner:
-    return parse_method(variant.method).pruner(model, variant.final_wipe, variant.final_share, seed)
+    """What `generate` makes of the same options, for requests that share a prompt."""
+    how = generate_options(model, variant, seed)
+    pruner, scorer = how.pop("pruner", None), how.pop("scorer", None)
+    found = build_pruner(PruningConfig(**how), model.twig, model.base.num_layers, scorer, pruner)
+    assert found is not None, "it has a budget"
+    return found

@@ -39,8 +39,7 @@ def fitted(pruning: PruningConfig, visual: int, layers: int, twig: TwigConfig) -
         low, high = (average_scouted(keep, *scouted) for keep in (1, visual))
         keep = solve_scouted(min(max(budget, low), high), *scouted)
     else:
-        given, share = pruning.final_wipe or twig.final_wipe, pruning.final_share
-        shape = visual, layers, twig.trunk_layers, given or layers, twig.final_share if share is None else share
+        shape = visual, layers, *twig.cut_layers(layers, pruning.final_wipe, pruning.final_share)
         low, high = (average_kept(keep, *shape) for keep in (1, visual))
         keep = solve_keep(min(max(budget, low), high), *shape)
     return replace(pruning, retain=None, keep=max(keep, least))
@@ -55,7 +54,7 @@ def check_possible(pruning: PruningConfig, base: BaseVLM, twig: TwigConfig) -> N
         # All tokens are kept, so that the budget is no reason to fail.
         make_pruner(pruning.pruner).cuts(float(layers), layers, layers)
     elif not pruning.scout:
-        twig_cuts(1, 1, layers, twig.trunk_layers, pruning.final_wipe or twig.final_wipe or layers)
+        twig_cuts(1, 1, layers, *twig.cut_layers(layers, pruning.final_wipe, pruning.final_share))
     if pruning.refocus is not None:
         check_mask_attention(base.attention, f"refocus={pruning.refocus:g}")
 

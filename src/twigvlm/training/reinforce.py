@@ -52,8 +52,7 @@ class Policy(nn.Module):
         self.steps = steps
         self._model = (model,)  # in a tuple, so that the base is no submodule
         layers, self.trunk = model.base.num_layers, model.twig.config.trunk_layers
-        wipe = model.twig.config.final_wipe
-        self.shape = layers, self.trunk, layers if wipe is None else wipe, model.twig.config.final_share
+        self.shape = layers, *model.twig.config.cut_layers(layers)
         self.teacher_layers = resolve_teacher_layers(config.teacher_layers, layers, self.trunk)
 
     def keep(self, level: float, visual: int) -> int | None:

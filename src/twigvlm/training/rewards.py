@@ -71,8 +71,8 @@ def answer_likelihoods(
         return []
     each = [(case, kept) for case in cases for kept in case.kept]
     index = torch.arange(hidden.shape[1], device=hidden.device)
-    layers, trunk = base.num_layers, config.trunk_layers
-    shape = layers, trunk, layers if config.final_wipe is None else config.final_wipe, config.final_share
+    layers = base.num_layers
+    shape = layers, *config.cut_layers(layers)
     losses: list[Tensor] = []
     for start in range(0, len(each), chunk or len(each)):
         part = each[start : start + (chunk or len(each))]
@@ -84,7 +84,7 @@ def answer_likelihoods(
             twig_cuts(len(kept), count, *shape) for kept, count in zip(drawn, visual.sum(dim=1).tolist(), strict=True)
         ]
         tokens = Tokens(hidden[rows], select_rows(inputs, rows), visual, tuple(case.end for case, _ in part))
-        left = run_cuts(base, tokens, trunk, layers, cuts, partial(_first_drawn, drawn), masks)
+        left = run_cuts(base, tokens, config.trunk_layers, layers, cuts, partial(_first_drawn, drawn), masks)
         spans = [
             states[end - len(case.answer) : end]
             for states, end, (case, _) in zip(left.hidden, left.lengths, part, strict=True)

@@ -220,10 +220,9 @@ class Answerer:
         retain, method = self.setting.budget(visual), parse_method(self.setting.method)
         if retain is None or self.model is None or method.has_own_cuts:
             return retain
-        config, layers = self.model.twig.config, self.base.num_layers
-        wipe = self.setting.final_wipe or config.final_wipe or layers
-        share = config.final_share if self.setting.final_share is None else self.setting.final_share
-        return min(retain, average_kept(visual, visual, layers, config.trunk_layers, wipe, share))
+        layers, setting = self.base.num_layers, self.setting
+        shape = layers, *self.model.twig.config.cut_layers(layers, setting.final_wipe, setting.final_share)
+        return min(retain, average_kept(visual, visual, *shape))
 
     def _prepare(self, messages: Sequence[Message]) -> list[Message]:
         system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []

@@ -7,7 +7,6 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.budget import solve_keep, twig_cuts
 from twigvlm.pruning.cut import Cut, Need
 from twigvlm.pruning.methods.pruning_head import default_scorer
@@ -84,21 +83,3 @@ class _Itself:
 
     def __hash__(self) -> int:
         return id(self.scorer)
-
-
-def tuned_pruner(twig: Twig, layers: int, retain: float | None) -> TwigPruner:
-    """The twig's own pruning, with the K_f and φ that it was tuned for.
-
-    Args:
-        twig: a trained twig.
-        layers: L of the base.
-        retain: R̄ that it is to have.
-
-    Raises:
-        TwigVLMError: there is no trained twig, or no budget.
-    """
-    if twig.is_stand_in or retain is None:
-        raise TwigVLMError("pruner 'twig': needs a trained twig and a budget; give retain, or name another method")
-    config = twig.config
-    final_wipe = layers if config.final_wipe is None else config.final_wipe
-    return TwigPruner(default_scorer(twig), config.trunk_layers, final_wipe, config.final_share)

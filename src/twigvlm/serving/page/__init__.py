@@ -72,8 +72,7 @@ def page_settings(service: Service, needs_key: bool) -> dict[str, Any]:
     if budget is None:
         budget = defaults.pruning.keep
     if visual is not None:
-        final_wipe = base.num_layers if twig.final_wipe is None else twig.final_wipe
-        shape = visual, base.num_layers, twig.trunk_layers, final_wipe, twig.final_share
+        shape = visual, base.num_layers, *twig.cut_layers(base.num_layers)
         low, high = (average_kept(keep, *shape) for keep in (1, visual))
         if defaults.pruning.keep is not None:
             budget = average_kept(min(defaults.pruning.keep, visual), *shape)
