@@ -11,6 +11,7 @@ import multiprocessing
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from twigvlm.integrations.vllm.bases import save_base
 from twigvlm.integrations.vllm.export import export
 from twigvlm.loading import SAPLING, load
 from twigvlm.sapling import twig_path
+from twigvlm.speculation.costs import processor_name
 
 PLAIN = "vLLM"
 COLUMNS = (
@@ -137,10 +139,17 @@ def ask(connection: Any, prompts: Sequence[dict[str, Any]], max_new_tokens: int)
     return dict(connection.recv())
 
 
+def machine(device: str) -> dict[str, Any]:
+    """What times depend on beside the options."""
+    versions = {name: version(name) for name in ("vllm", "torch", "transformers", "twigvlm")}
+    processor = torch.cuda.get_device_name() if device == "cuda" else processor_name()
+    return {**versions, "threads": torch.get_num_threads(), "machine": processor}
+
+
 def measure(options: Options, systems: Sequence[System], prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records of every system on every batch: `system`, `rows`, `first` (index of its questions), and the answer."""
     fixed = {name: str(value) for name, value in asdict(options).items() if name not in ("output", "limit", "systems")}
-    log, records = ResultsLog(options.output / "results.jsonl", fixed), []
+    log, records = ResultsLog(options.output / "results.jsonl", {**fixed, **machine(options.device)}), []
     context = multiprocessing.get_context("spawn")
     connections, processes = {}, []
     for system in systems:
@@ -229,16 +238,9 @@ def main(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     systems, prompts, asked, namer = prepare(options)
     records = measure(options, systems, prompts)
-    import transformers
-    import vllm
-
     settings = {
         **{name: str(value) for name, value in asdict(options).items() if name not in ("questions", "output")},
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
+        **machine(options.device),
     }
     command = f"python -m recipes.vllm_bench --questions {options.questions} --output {options.output}"
     report = page(

@@ -166,12 +166,20 @@ def test_broken_configs(tmp_path):
         (json.dumps({**whole, "base": {}}), "not a twig's config"),
         (json.dumps({**whole, "twig": {"trunks": 3}}), "not a twig's config"),
         (json.dumps({**whole, "twig": {"twig_layers": 0}}), "twig_layers=0"),
+        (json.dumps({**whole, "base": {**whole["base"], "samples": {"a": ["x"]}}}), "not a twig's config"),
+        (json.dumps({**whole, "base": {**whole["base"], "samples": {"a": 1}}}), "not a twig's config"),
     ):
         (tmp_path / CONFIG).write_text(text)
         with pytest.raises(TwigVLMError, match=message) as caught:
             TwigVLM.from_pretrained(tiny_llava(), tmp_path)
         assert "\n" not in str(caught.value)
     (tmp_path / CONFIG).write_text(json.dumps(whole))
+    state = load_file(tmp_path / WEIGHTS)
+    for text in ("{", "[1]", '{"trunks": 3}', '{"twig_layers": 0}'):
+        save_file(state, tmp_path / WEIGHTS, metadata={"twig": text})
+        with pytest.raises(TwigVLMError, match=f"{WEIGHTS}: does not say which twig it holds") as caught:
+            TwigVLM.from_pretrained(tiny_llava(), tmp_path)
+        assert "\n" not in str(caught.value)
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(TwigVLMError, match=f"{WEIGHTS} is missing"):
         TwigVLM.from_pretrained(tiny_llava(), tmp_path)

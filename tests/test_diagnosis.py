@@ -1,9 +1,14 @@
 """What `twigvlm doctor` finds, and when it says that the core works."""
 
+import re
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from twigvlm import TwigVLM, diagnosis
 from twigvlm.base.families import FAMILIES
@@ -81,6 +86,20 @@ def test_the_torchvision_that_fits_is_named(monkeypatch, there, command):
     monkeypatch.setattr(diagnosis, "version", installed(torchvision=None, torch=there))
     (found,) = diagnosis.processors()
     assert (found.state, found.remedy) == ("note", command)
+
+
+def test_what_needs_torchvision_is_named(monkeypatch):
+    """Every processor of videos does, and Pixtral's."""
+    monkeypatch.setattr(diagnosis, "version", installed(torchvision=None))
+    (found,) = diagnosis.processors()
+    named = found.detail.partition("the processors of ")[2].removesuffix(" need it")
+    for family in FAMILIES:
+        processor = getattr(transformers, PROCESSOR_MAPPING_NAMES[family.model_type])
+        if "video_processor" in signature(processor).parameters or family.model_type == "mistral3":
+            assert re.sub(r"(?<=Qwen)[\d.]+|(?<=InternVL).*", "", family.name) in named
+    for page in ("loading", "serving"):
+        text = (Path(__file__).parents[1] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        assert named in " ".join(text.split())
 
 
 def test_an_extra_inside_another_one_counts(monkeypatch):

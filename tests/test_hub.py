@@ -91,6 +91,20 @@ def test_offline():
         TwigVLM.from_pretrained(tiny_llava(), "nobody/nothing-of-this-name")
 
 
+def unreachable(*_, **__):
+    raise HfHubHTTPError.__bases__[0]("[Errno 111]\nConnection refused")  # the HTTP client's own
+
+
+def test_a_hub_that_cannot_be_reached(grown, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "create_repo", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    for ask in (grown.push_to_hub, lambda name: TwigVLM.from_pretrained(tiny_llava(), name)):
+        with pytest.raises(TwigVLMError, match=r"user/twig: .*; go online") as caught:
+            ask("user/twig")
+        assert "\n" not in str(caught.value)
+        assert "log in" not in str(caught.value)
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub whose repository is a directory."""
@@ -184,6 +198,12 @@ def test_a_base_in_a_directory_has_no_name_elsewhere(grown, tmp_path):
 
 def test_a_broken_record(grown, tmp_path):
     grown.save_pretrained(tmp_path)
-    (tmp_path / twig_files.RECORD).write_text("[{")
-    with pytest.raises(TwigVLMError, match=r"training\.json: cannot be read"):
-        TwigVLM.from_pretrained(tiny_llava(), tmp_path)
+    for text, message in (
+        ("[{", "cannot be read"),
+        ("{}", "not the record of a twig's trainings"),
+        ("[1]", "not the record"),
+        ('[{"stage": "stage1"}]', "not the record"),
+    ):
+        (tmp_path / twig_files.RECORD).write_text(text)
+        with pytest.raises(TwigVLMError, match=rf"training\.json: {message}"):
+            TwigVLM.from_pretrained(tiny_llava(), tmp_path)

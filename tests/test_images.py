@@ -72,10 +72,10 @@ def test_transparent_palette_and_colour_key(tmp_path):
     palette.putpalette([0, 0, 0, 255, 0, 0])
     palette.putpixel((1, 1), 1)
     image = load_image(save(tmp_path / "p.png", palette, transparency=0))
-    assert image.getpixel((0, 0)) == (255, 255, 255)
-    assert image.getpixel((1, 1)) == (255, 0, 0)
+    assert (image.getpixel((0, 0)), image.getpixel((1, 1))) == ((255, 255, 255), (255, 0, 0))
     keyed = load_image(save(tmp_path / "k.png", Image.new("RGB", (2, 2), RED), transparency=RED))
     assert keyed.getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(Image.new("RGBA", (2, 2), (*RED, 0)).quantize()).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_sixteen_bit_grey_keeps_its_range(tmp_path):

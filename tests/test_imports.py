@@ -16,7 +16,7 @@ PACKAGE = SOURCE / "twigvlm"
 
 # From the ground up. A module belongs to the room of the first name in its path; modules of one tier may import each other.
 TIERS = (
-    {"errors", "files", "config", "images", "inputs", "compat", "timing", "visualize", "sapling"},
+    {"errors", "files", "heap", "config", "images", "inputs", "compat", "timing", "visualize", "sapling"},
     {"base", "twig", "kv"},
     {"pruning"},
     {"speculation"},

@@ -65,6 +65,10 @@ def model():
         ({"cache_implementation": "paged"}, "cache_implementation='paged'"),
         ({"token_healing": True}, "token_healing=True is not supported"),
         ({"prefill_chunk_size": 4}, "prefill_chunk_size=4 is not supported"),
+        (
+            {"vision_feature_layer": -1, "pruner": "visionzip", "retain": 8},
+            "vision_feature_layer=-1: this pruner looks at layer -2",
+        ),
         ({"synced_gpus": True}, "synced_gpus=True is not supported"),
         ({"past_key_values": DynamicCache()}, "past_key_values is not supported"),
         ({"retian": 64}, "retian"),

@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.families import prompt, tiny
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.base.vision import VisionModules
 
 NEW = {"max_new_tokens": 8}
 WAYS = (
@@ -18,6 +19,7 @@ WAYS = (
     {"keep": 6},
     {"speculate": "chain", "draft_threshold": 0.0},
     {"keep": 6, "speculate": "tree", "tree_nodes": 12, "tree_expand": 3},
+    {"pruner": "visionzip", "retain": 12},
 )
 
 
@@ -92,6 +94,33 @@ def test_the_base_runs_while_a_prompt_is_captured(model):
         finally:
             go_on.set()
         assert torch.equal(answer.result(), base.generate(**inputs, **NEW))
+
+
+def test_a_watch_of_the_vision_tower_may_end_in_the_midst_of_another(model):
+    inputs, way = prompt(model.model, "llava", "images"), {"pruner": "visionzip", "retain": 12}
+    expected = model.generate(**inputs, **NEW, **way)
+    watching, leave = Event(), Event()
+
+    def watch():
+        with model.base.watch_vision():
+            watching.set()
+            leave.wait()
+
+    thread = Thread(target=watch)
+
+    def end_the_other(_module, _inputs):
+        leave.set()
+        thread.join()
+
+    projector = VisionModules.of(model.model, model.base.family.tower).projector
+    thread.start()
+    watching.wait()
+    hook = projector.register_forward_pre_hook(end_the_other)
+    try:
+        assert torch.equal(model.generate(**inputs, **NEW, **way), expected)
+    finally:
+        hook.remove()
+        leave.set()
 
 
 @torch.no_grad()

@@ -1,11 +1,14 @@
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaImageProcessor, LlavaOnevisionImageProcessor
 
 from tests.families import tiny
 from twigvlm.errors import TwigVLMError
-from twigvlm.visualize import MAX_SIDE, highlight, patch_grid, side_by_side
+from twigvlm.visualize import MAX_SIDE, highlight, patch_grid, seen_box, side_by_side
 
 
 @pytest.fixture
@@ -49,6 +52,32 @@ def test_box_places_the_grid(picture):
     shown = highlight(picture, [0], grid=(3, 3), box=(8, 0, 56, 48), min_side=48)
     assert np.array_equal(np.asarray(shown)[4:12, 12:20], np.asarray(picture)[4:12, 12:20])
     assert np.asarray(shown)[4:12, :6].min() > 150
+
+
+@pytest.mark.parametrize(
+    ("options", "box"),
+    [
+        ({}, (100, 0, 200, 100)),
+        ({"do_pad": True}, (0, -100, 300, 200)),
+        ({"do_center_crop": False}, None),
+    ],
+)
+def test_the_box_is_what_the_processor_shows_the_model(options, box):
+    seen = Mock(spec=["image_processor"], image_processor=LlavaImageProcessor(**options))
+    assert seen_box(seen, Image.new("RGB", (300, 100))) == box
+
+
+def test_a_processor_that_pads_tiles_shows_the_whole_picture():
+    seen = Mock(spec=["image_processor"], image_processor=LlavaOnevisionImageProcessor(do_pad=True))
+    assert seen_box(seen, Image.new("RGB", (300, 100))) is None
+
+
+def test_a_grid_may_reach_beyond_the_picture(picture):
+    """As where the model sees a square around it."""
+    shown = highlight(picture, [4], grid=(4, 4), box=(0, -8, 64, 56), min_side=48)
+    assert shown.size == picture.size
+    assert np.array_equal(np.asarray(shown)[12:20, 4:12], np.asarray(picture)[12:20, 4:12])
+    assert np.asarray(shown)[28:, 20:].min() > 150
 
 
 @pytest.mark.parametrize("index", [-1, 12])

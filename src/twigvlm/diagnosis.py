@@ -91,9 +91,9 @@ def _requirements(extra: str) -> Iterator[Requirement]:
 
 def _installed(name: str) -> str | None:
     """The version of a package, or of the one that stands in for it; None: neither is there."""
-    for one in filter(None, (name, OTHER_NAMES.get(name))):
+    for package in filter(None, (name, OTHER_NAMES.get(name))):
         try:
-            return version(one)
+            return version(package)
         except PackageNotFoundError:
             pass
     return None
@@ -178,7 +178,7 @@ def processors() -> Iterator[Finding]:
     if (found := _installed("torchvision")) is not None:
         yield Finding("Models", "torchvision", "ok", found)
         return
-    needed_by = "Qwen-VL, InternVL, LLaVA-OneVision and Video-LLaVA"
+    needed_by = "Qwen-VL, InternVL, LLaVA-OneVision, LLaVA-NeXT-Video, Video-LLaVA, SmolVLM, Pixtral and Mistral 3"
     # With torch's release pinned, pip finds the torchvision that was made for it; the build follows a plus sign.
     release, _, build = (_installed("torch") or "").partition("+")
     remedy = f"pip install torchvision 'torch=={release}'"
@@ -229,12 +229,12 @@ def _tiny_base() -> Any:
 def extras() -> Iterator[Finding]:
     """The optional parts, and what they lack or have in a version that does not do."""
     for extra, purpose in EXTRAS.items():
-        versions = [(one, _installed(one.name)) for one in _requirements(extra)]
-        lacking = [one.name for one, found in versions if found is None]
+        versions = [(needed, _installed(needed.name)) for needed in _requirements(extra)]
+        lacking = [needed.name for needed, found in versions if found is None]
         unfit = [
-            f"{one.name} {found}, and {one.specifier} is needed"
-            for one, found in versions
-            if found is not None and not _satisfies(found, one)
+            f"{needed.name} {found}, and {needed.specifier} is needed"
+            for needed, found in versions
+            if found is not None and not _satisfies(found, needed)
         ]
         if not lacking and not unfit:
             yield Finding("Extras", extra, "ok", purpose)

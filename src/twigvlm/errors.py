@@ -11,13 +11,18 @@ class RequestRefused(TwigVLMError):
     """A step of an engine could not take up some requests, which get no more events.
 
     Args:
-        message: why.
+        cause: the error that ended them.
         requests: their ids.
     """
 
-    def __init__(self, message: str, requests: tuple[int, ...]) -> None:
+    def __init__(self, cause: Exception, requests: tuple[int, ...]) -> None:
+        message = str(cause)
+        if not isinstance(cause, TwigVLMError):  # only input errors say by themselves what to do
+            ids, kind, reason = ", ".join(map(str, requests)), type(cause).__name__, one_line(cause)
+            reason = kind if reason == kind else f"{kind}: {reason}"
+            message = f"request {ids}: could not be started ({reason}); look at its cause, and continue with the others"
         super().__init__(message)
-        self.requests = requests
+        self.cause, self.requests = cause, requests
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

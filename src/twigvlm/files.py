@@ -63,6 +63,24 @@ def writing(name: str, remedy: str = _REMEDY) -> Iterator[None]:
         raise TwigVLMError(f"{name}: cannot be written ({reason}); {remedy}") from error
 
 
+def numbered_lines(path: Path, name: str) -> list[tuple[int, str]]:
+    """The lines of a text file that are not empty, each with its number.
+
+    Args:
+        path: of the file.
+        name: of the file, for messages.
+
+    Raises:
+        TwigVLMError: the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise TwigVLMError(f"{name}: cannot be read as text ({one_line(error)}); save it as UTF-8") from None
+    # Not splitlines: a text may contain what Unicode takes for the end of a line.
+    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+
+
 @contextlib.contextmanager
 def reserved(folder: Path, option: str) -> Iterator[None]:
     """Make a folder, see that it can be written to, and keep other runs out of it while the block runs.

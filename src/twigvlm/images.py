@@ -8,7 +8,8 @@ import zlib
 from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from threading import Lock
+from typing import Any, Final, NamedTuple, TypeAlias
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -30,8 +31,32 @@ _URI = re.compile(r"data:|[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # not C:/, and p
 _SHOWN = 300  # characters of a name
 
 _PLAIN_MODES = {"1", "L", "P", "RGB", "YCbCr", "HSV", "CMYK", "LA", "PA", "La", "RGBA", "RGBa", "RGBX"}
-_ALPHA_MODES = {"LA", "PA", "La", "RGBA", "RGBa"}
 _PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
+
+
+class _WithoutWarnings:
+    """No warnings while any thread is within. Python's filters are the process's: the last thread to leave restores them."""
+
+    def __init__(self) -> None:
+        self._changing, self._within = Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._changing:
+            if not self._within:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+            self._within += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changing:
+            self._within -= 1
+            if not self._within:
+                self._filters.__exit__(None, None, None)
+
+
+WITHOUT_WARNINGS: Final = _WithoutWarnings()
+"""For Pillow, which warns of what is checked here, and of harmless flaws in metadata."""
 
 
 def load_image(source: Picture) -> Image.Image:
@@ -78,8 +103,7 @@ def read_image(
         TwigVLMError: one line that names the picture, what is wrong with it, and the remedy.
     """
     rules = _Rules(formats, min(MAX_PIXELS, max_pixels or MAX_PIXELS))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of what is checked here, and of harmless flaws in metadata
+    with WITHOUT_WARNINGS:
         try:
             try:
                 return _read(name, source, rules)
@@ -263,7 +287,7 @@ def _to_rgb(name: str, image: Image.Image, deep: bool) -> Image.Image:
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode not in _PLAIN_MODES:
         raise TwigVLMError(f"{name}: pixel format {image.mode} has no fixed range of values; save it as 8-bit PNG")
-    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+    if image.has_transparency_data:
         # La and RGBa (premultiplied) have no direct way to RGBA in every Pillow
         image = image.convert({"La": "LA"}.get(image.mode, "RGBA")).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -1,17 +1,23 @@
 """Load a base, its processor and a twig by name, on a device and in a data type."""
 
+import pickle
 from os import PathLike
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, is_out_of_memory
 from twigvlm.model import TwigVLM
 
 SAPLING = "sapling"
 """Name of the embedded default model."""
+_UNREADABLE = (
+    OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError, StrictDataclassError
+)  # fmt: skip
+"""What transformers raises where a config, weights or a processor are not what they should be."""
 
 
 def default_twig(name: str) -> str | None:
@@ -32,7 +38,7 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any
         device: a torch device; "auto": a GPU if there is one.
 
     Raises:
-        TwigVLMError: the model cannot be loaded, or the dtype or device is unknown or unavailable.
+        TwigVLMError: the model cannot be loaded as a whole, or the dtype or device is unknown or unavailable.
     """
     number_format = _dtype(dtype)
     where = _device(device)
@@ -42,14 +48,19 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any
         base, processor = sapling.load(dtype=number_format or sapling.fast_dtype(where))
     else:
         try:
-            base = AutoModelForImageTextToText.from_pretrained(name, dtype=number_format or "auto")
+            base, found = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=number_format or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
             processor = AutoProcessor.from_pretrained(name)
-        except (OSError, ValueError, KeyError, SafetensorError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        except _UNREADABLE as error:
+            if is_out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
             raise TwigVLMError(
                 f"model {name!r}: cannot be loaded ({reason}); give 'sapling', a Hugging Face id or a directory of a "
                 "vision-language model with its processor"
             ) from error
+        _check_weights(name, base, found)
     return base.to(where).eval(), processor
 
 
@@ -80,6 +91,23 @@ def bare(base: Any, exits: bool) -> TwigVLM:
     """
     layers = base.config.get_text_config().num_hidden_layers
     return TwigVLM.without_twig(base, max(1, layers // 4) if exits else 0)
+
+
+def _check_weights(name: str, base: Any, found: dict[str, Any]) -> None:
+    """Refuse a base some of whose weights transformers drew at random: of a file that lacks them or has them in another size.
+
+    Args:
+        name: name of the base.
+        base: as it was loaded.
+        found: from transformers' `output_loading_info`.
+    """
+    other_size = {key for key, *_ in found["mismatched_keys"]}
+    drawn = [key for key, _ in base.named_parameters() if key in other_size or key in found["missing_keys"]]
+    if drawn:
+        raise TwigVLMError(
+            f"model {name!r}: lacks {len(drawn)} weights, or has them in another size than its config says, {drawn[0]!r} "
+            "first; download it again, or save it again with its config"
+        )
 
 
 def _dtype(name: str) -> torch.dtype | None:

@@ -36,10 +36,18 @@ def patch_grid(base: Any, visual_tokens: int, inputs: Mapping[str, Any] | None =
 
 
 def seen_box(processor: Any, image: Image.Image) -> tuple[int, int, int, int] | None:
-    """The part of the image that reaches the model: the central square if the processor crops to it, otherwise all of it."""
-    if not getattr(processor.image_processor, "do_center_crop", False):
+    """What the model sees: the square around the image where the processor pads to it, the one within where it crops; else None.
+
+    Of a square around it, sides lie outside the image, some at negative coordinates.
+    """
+    prepares = processor.image_processor
+    tiles = hasattr(prepares, "image_grid_pinpoints")  # which the option is about, where a picture becomes several
+    if getattr(prepares, "do_pad", False) and hasattr(prepares, "pad_to_square") and not tiles:
+        side = max(image.size)
+    elif getattr(prepares, "do_center_crop", False):
+        side = min(image.size)
+    else:
         return None
-    side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return left, top, left + side, top + side
 

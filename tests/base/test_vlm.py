@@ -121,6 +121,27 @@ def test_a_prompt_longer_than_the_context_is_refused():
         base.prompt(**prompt())
 
 
+def test_padding_does_not_count_against_the_context():
+    model, inputs = tiny_llava(context=26), prompt()
+    for name in ("input_ids", "attention_mask"):
+        inputs[name] = torch.nn.functional.pad(inputs[name], (7, 0))
+    expected = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    assert torch.equal(TwigVLM.grow(model, TwigConfig(2, 2)).generate(**inputs, max_new_tokens=1), expected)
+    with pytest.raises(TwigVLMError, match="25 tokens, the base's context only 20"):
+        BaseVLM(tiny_llava(context=20)).prompt(**inputs)
+
+
+def test_too_little_memory_is_not_blamed_on_the_prompt(monkeypatch):
+    model = tiny_llava()
+
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(model.model.vision_tower, "forward", fail)
+    with pytest.raises(RuntimeError, match=r"^DefaultCPUAllocator"):
+        BaseVLM(model).prompt(**prompt())
+
+
 def test_a_picture_takes_fewer_positions_of_m_rope_than_it_has_tokens():
     model = tiny("qwen2_5_vl")
     inputs = family_prompt(model, "qwen2_5_vl", "images")

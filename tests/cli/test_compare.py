@@ -152,6 +152,45 @@ def test_published_methods_need_no_twig_and_questions_need_not_be_timed(argument
     assert not (tmp_path / "out" / "times.jsonl").exists()
 
 
+def with_another_picture(tmp_path, data):
+    """The short question comes again with a picture of its own, first in the file."""
+    questions = tmp_path / "questions.json"
+    record = json.loads(questions.read_text())
+    (tmp_path / "two.png").write_bytes((tmp_path / "one.png").read_bytes())
+    record["questions"].insert(0, {**record["questions"][0], "id": "first", "image": "two.png"})
+    questions.write_text(json.dumps(record))
+    (tmp_path / "two.png").write_bytes(data)
+
+
+def test_where_no_timed_question_can_be_asked_the_answers_are_still_reported(arguments, tmp_path):
+    asked = arguments("--no-figure", "--kinds", "place", timed=1, baselines="sdpa")
+    with_another_picture(tmp_path, b"nothing")
+    assert main(asked) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert rows_of(report, "Comparison")[0][3] == "exact 100.0"
+    assert "speed ratio" not in report
+    assert "## Failed while timed\n\n1 of 1 could not be asked" in report
+
+
+def test_a_question_that_fails_while_it_is_timed_is_reported(arguments, tmp_path, monkeypatch):
+    real, failing = speed.measure, []
+
+    def measure(model, inputs, system, longest, assistant=None):
+        if longest == 4:  # the long one
+            failing.append(system.name)
+            raise MemoryError
+        return real(model, inputs, system, longest, assistant)
+
+    monkeypatch.setattr(speed, "measure", measure)
+    assert main(arguments("--no-figure")) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert failing
+    assert "## Failed\n" not in report
+    assert "## Failed while timed\n\n1 of 2 could not be asked" in report
+    assert "- 1: there is not enough memory for this question; use smaller pictures, or leave eager out of" in report
+    assert "Times are of 1 short answers" in report
+
+
 def test_without_a_right_answer_there_is_no_figure(capsys, arguments, tmp_path):
     questions = tmp_path / "questions.json"
     asked = arguments(timed=0, limit=1)

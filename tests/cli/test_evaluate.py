@@ -46,7 +46,8 @@ def arguments(tmp_path, base_directory, twig_directory):
             **COMMANDS[command],
             **changes,
         }
-        return ["evaluate", command, *(str(w) for name, value in options.items() for w in (f"--{name}", value)), *flags]
+        given = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+        return ["evaluate", command, *(str(w) for name, some in given.items() for w in (f"--{name}", *some)), *flags]
 
     return build
 
@@ -245,6 +246,31 @@ def test_batches_of_other_kinds_are_other_results(refused, arguments, tmp_path):
     questions = tmp_path / "questions.json"
     questions.write_text(questions.read_text().replace('"kind": "place"', '"kind": "count"', 1))
     refused(*arguments("batches", kinds="count", limit=1), words=("other settings", "kinds"))
+
+
+@pytest.mark.parametrize(
+    ("command", "what", "setting"),
+    [*((command, "version", "twigvlm") for command in ("accuracy", "exactness")), ("speed", "processor_name", "CPU")],
+)
+def test_results_of_another_version_or_times_of_another_machine_are_not_reported_as_this_one_s(
+    refused, arguments, monkeypatch, command, what, setting
+):
+    with monkeypatch.context() as before:
+        before.setattr(f"twigvlm.cli.evaluate.bench.{what}", lambda *given: "older")
+        assert main(arguments(command, limit=1)) == 0
+    refused(*arguments(command, limit=1), words=(f"other settings ({setting})",))
+
+
+def test_a_batch_size_that_is_named_twice_is_measured_once(arguments, tmp_path):
+    assert main(arguments("batches", sizes=[1, 1], limit=1, baselines="sdpa")) == 0
+    assert "\n1 prompts, the same at every size" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_without_a_right_answer_of_the_base_there_is_no_figure(capsys, arguments, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert main(arguments("accuracy", "--figure", limit=1)) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Figure: none, because no answer of the base is right"
+    assert not (tmp_path / "out" / "figure.png").exists()
 
 
 def test_records_of_another_version_are_not_continued(refused, arguments, monkeypatch):

@@ -103,6 +103,12 @@ def test_what_cannot_be_drawn_is_refused(refused, times, tmp_path):
     refused("figures", "times", "--results", times, "--out", "x.gif", words=("x.gif",))
     refused("figures", "samples", "--results", times, words=("SAMPLES=FILE",))
     refused("figures", "samples", "--results", f"10={times}", words=("no answers",))
+    parts = {part: {"none": 1, "fastv@64": 1} for part in ("kept", "average", "ran")}
+    wrong = {"id": "0", "kind": "place", "score": {"none": 0, "fastv@64": 1}, **parts}
+    answers = write(tmp_path / "answers.jsonl", [wrong])
+    out = tmp_path / "samples.png"
+    refused("figures", "samples", "--results", f"10={answers}", "--out", out, words=("no answer of the base is right",))
+    assert not out.exists()
 
 
 def test_tokens_are_coloured_by_who_found_them():

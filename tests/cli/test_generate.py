@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 
 import pytest
 import torch
@@ -39,6 +40,20 @@ def test_plain_base(capsys, arguments):
     assert answer["dtype"] == "float32"
     seconds = (answer["prefill_ms"] + answer["decode_ms"]) / 1000
     assert answer["tokens_per_second"] == pytest.approx(12 / seconds, rel=1e-3)
+
+
+def test_beams_of_a_checkpoint_s_config_are_passed_over(capsys, arguments, tmp_path, base_directory, twig_directory):
+    copy = shutil.copytree(base_directory, tmp_path / "base")
+    config = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps({**config, "num_beams": 3}))
+    for twig in (None, twig_directory):
+        for more in ([], ["--json"]):
+            outputs = []
+            for model in (base_directory, copy):
+                assert main([*arguments(model=model, twig=twig), *more]) == 0
+                out = capsys.readouterr().out
+                outputs.append(json.loads(out)["token_ids"] if more else out)
+            assert outputs[0] == outputs[1]
 
 
 def test_published_methods_need_no_twig(capsys, arguments, twig_directory, refused):

@@ -1,7 +1,11 @@
 """`twigvlm generate` refuses bad input in one line that names the value, and hides no bug."""
 
+import json
+import shutil
+
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from twigvlm.cli.main import main
 
@@ -61,13 +65,51 @@ def test_bad_models(refused, arguments, tmp_path, twig_directory):
 
 
 def test_truncated_weights(refused, arguments, tmp_path, base_directory, twig_directory):
-    import shutil
-
     for option, directory in (("model", base_directory), ("twig", twig_directory)):
         copy = shutil.copytree(directory, tmp_path / option)
         (file,) = copy.glob("*.safetensors")
         file.write_bytes(file.read_bytes()[:-100])
         refused(*arguments(**{"twig": twig_directory, option: copy}), words=[str(copy)])
+
+
+def test_missing_weights(refused, arguments, tmp_path, base_directory):
+    copy = shutil.copytree(base_directory, tmp_path / "base")
+    (file,) = copy.glob("*.safetensors")
+    weights = load_file(file)
+    lost = [name for name in weights if name.startswith("language_model") and ".layers.3." in name]
+    save_file({name: weight for name, weight in weights.items() if name not in lost}, file, {"format": "pt"})
+    refused(*arguments(model=copy), words=[str(copy), f"lacks {len(lost)} weights", "download it again"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("intermediate_size", 64, ["lacks 18 weights", "another size"]),
+        ("hidden_size", "abc", ["cannot be loaded", "hidden_size"]),
+        ("num_attention_heads", 5, ["cannot be loaded"]),
+    ],
+)
+def test_a_config_that_does_not_fit(refused, arguments, tmp_path, base_directory, option, value, words):
+    copy = shutil.copytree(base_directory, tmp_path / "base")
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"][option] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(*arguments(model=copy), words=[str(copy), *words])
+
+
+def test_weights_that_are_no_pickle(refused, arguments, tmp_path, base_directory):
+    copy = shutil.copytree(base_directory, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    (copy / "pytorch_model.bin").write_bytes(b"garbage")
+    refused(*arguments(model=copy), words=[str(copy), "cannot be loaded"])
+
+
+def test_too_little_memory_is_not_blamed_on_the_model(arguments, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", fail)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        main(arguments())
 
 
 def test_twig_of_another_base(refused, arguments, tmp_path):

@@ -240,14 +240,32 @@ def test_ctrl_c_ends_a_command_with_one_line(command, tmp_path, capsys, monkeypa
     assert err.count("\n") == 1
 
 
-def test_a_reader_that_leaves_is_no_error():
+@pytest.mark.parametrize(
+    "words", [["generate", "--help"], ["--version"], ["families"], ["methods"], ["doctor"]], ids=str
+)
+def test_a_reader_that_leaves_is_no_error(words):
     read, write = os.pipe()
     os.close(read)
-    code = "import sys; from twigvlm.cli.main import main; sys.exit(main(['generate', '--help']))"
-    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", "twigvlm", *words], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode == 141
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full disk to write to")
+@pytest.mark.parametrize("words", [["generate", "--help"], ["--version"], ["families"]], ids=str)
+def test_a_full_disk_ends_in_one_line(words):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "twigvlm", *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "twigvlm: error: output: no space left; make room, and run the command again to start over\n"
+
+
+def test_a_closed_stdout_is_no_error(arguments):
+    words = [sys.executable, "-m", "twigvlm", *arguments(**{"max-new-tokens": 2})]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("[2 tokens, ")
 
 
 def test_a_terminal_without_greek_letters_shows_the_help():

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from twigvlm.cli.main import main
-from twigvlm.evaluation.relacc import BENCHMARKS, OF_THE_BASE, PROTOCOL
+from twigvlm.evaluation.benchmarks import BENCHMARKS
+from twigvlm.evaluation.relacc import BASE_ARGUMENTS, PROTOCOL
 from twigvlm.integrations import lmms_eval
 from twigvlm.loading import SAPLING
 
@@ -111,6 +112,38 @@ def test_the_layout_of_table_1(capsys, write):
     assert list(rows(capsys, base, r64, "--tasks", "gqa")["twig (ours), chain"][:2]) == ["55.7 · 90.0", "90.0"]
 
 
+def test_runs_of_one_method_are_told_apart(capsys, write):
+    common = "pretrained=base,twig=twigs/ours,retain=64"
+    given = {"a": "", "b": ",final_wipe=20,final_share=0.1", "c": ",final_wipe=24.0,final_share=0.1,method=twig"}
+    runs = [write(name, common + more) for name, more in given.items()]
+    table = rows(capsys, write("base"), *runs, write("fastv", "pretrained=base,method=fastv,retain=64"))
+    assert list(table)[4:] == [
+        "twig (ours)",
+        "twig (ours), final_wipe=20, final_share=0.1",
+        "twig (ours), final_wipe=24.0, final_share=0.1",
+        "fastv",
+    ]
+    twice = [write(name, common) for name in ("first", "second")]
+    assert list(rows(capsys, write("base"), *twice))[4:] == [f"twig (ours), {run}" for run in twice]
+
+
+def test_the_base_may_be_measured_with_the_faster_attention(capsys, write):
+    base = write("base", "pretrained=base,attention=sdpa")
+    eager = write("eager", "pretrained=base,attention=eager", throughput=SPEED | {"total_elapsed_time": 20.0})
+    run = write("run", "pretrained=base,method=fastv,retain=64")
+    table = rows(capsys, base, eager, run)
+    assert (table["none"][-2], table["fastv"][-2]) == ("0.50", "1.00")
+
+
+def test_what_refocusing_runs_again_stands_beside_the_budget(capsys, write):
+    run = write(
+        "run", "pretrained=base,method=refocus:0.7,retain=64", throughput=SPEED | {"avg_visual_tokens_again": 41.25}
+    )
+    table = rows(capsys, write("base"), run, write("other", "pretrained=base,method=fastv,retain=64"))
+    place = table["method"].index("chosen again")
+    assert [table[name][place] for name in ("**base**", "refocus:0.7", "fastv")] == ["–", "41.2", "–"]
+
+
 def test_the_newest_result_of_each_task_counts_and_times_add_up(capsys, write):
     base = write("base")
     write("run", scores={"gqa": {"exact_match": 0.1}, "mme": SCORES["mme"]}, date="20261201_090000")
@@ -166,7 +199,7 @@ def test_what_is_not_given_is_what_the_model_of_lmms_eval_takes():
         for name, value in zip(names, init.args.defaults, strict=True)
     }
     assert {name: defaults[name].lower() for name in PROTOCOL} == PROTOCOL
-    assert {defaults[name].lower() for name in OF_THE_BASE} == {"none"}
+    assert {defaults[name].lower() for name in BASE_ARGUMENTS} == {"none"}
 
 
 @pytest.mark.parametrize("args", ["method=fastv,retain=192", "retain=192,twig=twigs/ours", "speculate=lookup"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import tiny_llava
+from tests.tiny import prompt, tiny_llava
 from twigvlm.cli.main import main
 from twigvlm.config import TwigConfig
 from twigvlm.files import reserved
@@ -95,7 +95,7 @@ def test_stage_2_takes_budgets_as_kept_tokens_or_as_averages(refused, arguments,
     refused(*both, words=["budgets=8 and keep_budgets=3: give only one of them"])
     refused(
         *second(out=tmp_path / "none"),
-        words=["keep_budgets=41 72 103 134 165 196 227: none is possible for the first sample, of 16"],
+        words=["keep_budgets=41 72 103 134 165 196 227: none is possible for the first sample with a picture, of 16"],
     )
 
 
@@ -173,6 +173,25 @@ def test_stage_1_goes_on_from_a_twig(refused, arguments, tmp_path):
     assert second.record[0] == first.record[0]
     torch.testing.assert_close(second.norm.weight, first.norm.weight, rtol=0.02, atol=0.001)
     assert not torch.equal(second.norm.weight, first.norm.weight)
+
+
+def test_tunes_a_projector_and_calibrates_a_schedule(refused, capsys, arguments, tmp_path):
+    """What these commands write, VisionZip and FitPrune use."""
+    common = arguments()[2 : arguments().index("--twig-layers")]
+    place = common.index("--out")
+    del common[place : place + 2]
+    inputs = {**prompt(), "max_new_tokens": 2, "retain": 8}
+    model = TwigVLM.without_twig(tiny_llava())
+    for words, makes, method in (
+        (["visionzip", "--batch-size", "2", "--max-steps", "1", "--retain", "8"], "Projector", "visionzip"),
+        (["fitprune", "--retain", "8", "--count", "2"], "Schedule", "fitprune"),
+    ):
+        command = ["train", *words, *common, "--out", str(tmp_path / method)]
+        assert main(command) == 0
+        assert capsys.readouterr().out == f"{makes}: {tmp_path / method}\n"
+        model.generate(**inputs, pruner=f"{method}:{tmp_path / method}")
+    refused(*command, words=["is not empty; choose another directory"])
+    refused(*command, "--resume", words=["resume: does not apply to a schedule"])
 
 
 def test_never_writes_over_what_is_there(refused, capsys, arguments, tmp_path):

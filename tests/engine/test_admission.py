@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from tests.tiny import prompt, tiny_llava
+from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
 
 
@@ -19,7 +19,7 @@ def test_requests_that_came_one_by_one_keep_room_for_their_answers(model):
     engine = model.engine()
     for seed in range(6):
         engine.add(prompt(seed), max_new_tokens=40)
-    engine.max_bytes = 3 * engine.waiting[0].cache_bytes
+    engine.max_bytes = 3 * engine.waiting[0].cache_bytes.sum()
     most = 0
     while engine.busy:
         engine.step()
@@ -30,11 +30,11 @@ def test_requests_that_came_one_by_one_keep_room_for_their_answers(model):
 def test_a_long_prompt_takes_as_much_room_from_the_rows_beside_it(model):
     """Buffers are as long in every row; by their own sizes all of these would fit."""
     engine = model.engine(max_bytes=1)
-    engine.runner.batch.cache.reserve = 1
+    engine.runner.batch.cache.reserve = 4
     engine.add(prompt(0, before=95), max_new_tokens=4)
     for seed in range(12):
         engine.add(prompt(seed), max_new_tokens=4)
-    engine.max_bytes = sum(row.cache_bytes for row in engine.waiting)
+    engine.max_bytes = sum(row.cache_bytes.sum() for row in engine.waiting)
     most = 0
     while engine.busy:
         engine.step()
@@ -57,12 +57,48 @@ def test_room_that_a_long_prompt_leaves_behind_is_counted(model):
     assert cache.allocated() <= engine.max_bytes
 
 
+def test_a_row_that_some_layers_have_no_room_for_waits():
+    """It takes the place of a row that needed more bytes in all, but fewer in the layers after the cut of its picture."""
+    torch.manual_seed(0)
+    model = TwigVLM.grow(tiny_llava(layers=16, side=8), TwigConfig(2, 2))
+    visual, text = torch.full((1, 64), IMAGE_TOKEN), torch.arange(2, 19)[None]
+    ids = torch.cat((text[:, :1], visual, text[:, :2]), dim=1)
+    picture = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 32, 32)}
+    engine = model.engine(max_bytes=1)
+    cache = engine.runner.batch.cache
+    cache.reserve = 8
+    for length in (3, *[7] * 9):
+        engine.add(picture, keep=1, max_new_tokens=length, eos_token_id=-1)
+    engine.add({"input_ids": text, "attention_mask": torch.ones_like(text)}, max_new_tokens=6, eos_token_id=-1)
+    needed, there = (int(engine.waiting[index].cache_bytes.sum()) for index in (-1, 0))
+    assert needed < there
+    engine.max_bytes = 10 * there
+    rows = []
+    while engine.busy:
+        engine.step()
+        rows.append(len(engine.active))
+        assert cache.allocated() <= engine.max_bytes
+    assert max(rows) == 10
+
+
+def test_a_prompt_that_is_a_little_longer_takes_a_little_more_room(model):
+    def allocated(*prompts):
+        engine = model.engine()
+        engine.runner.batch.cache.reserve = 4
+        for inputs in prompts:
+            engine.add(inputs, max_new_tokens=4, eos_token_id=-1)
+            engine.step()
+        return engine.runner.batch.cache.allocated()
+
+    assert allocated(prompt(0), prompt(0, before=9)) == 2 * allocated(prompt(0, before=9))
+
+
 @pytest.mark.parametrize(("before", "limit"), [(0, 16), (0, 256), (70, 16)])
 def test_what_the_buffers_take_stays_within_the_limit(model, before, limit):
     engine = model.engine(max_bytes=1)
     for seed in range(24):
         engine.add(prompt(seed, before=before), max_new_tokens=limit, eos_token_id=list(range(0, 100, 7)))
-    engine.max_bytes = 10 * engine.waiting[0].cache_bytes
+    engine.max_bytes = 10 * engine.waiting[0].cache_bytes.sum()
     most = rows = 0
     while engine.busy:
         engine.step()
@@ -83,7 +119,7 @@ def test_rows_come_back_after_a_long_prompt(model):
         return len(engine.active)
 
     rows()
-    engine.max_bytes = 12 * engine.waiting[0].cache_bytes
+    engine.max_bytes = 12 * engine.waiting[0].cache_bytes.sum()
     before = [rows() for _ in range(30)][-20:]
     engine.add(prompt(0, before=95), max_new_tokens=4, eos_token_id=-1)
     after = [rows() for _ in range(60)][-20:]
@@ -96,7 +132,7 @@ def test_rows_join_where_there_is_room_already(model):
     engine.runner.batch.cache.reserve = 16
     for _ in range(96):
         engine.add(prompt(0), max_new_tokens=next(lengths), eos_token_id=-1)
-    engine.max_bytes = 8 * engine.waiting[0].cache_bytes
+    engine.max_bytes = 8 * engine.waiting[0].cache_bytes.sum()
     active = []
     while engine.busy:
         engine.step()

@@ -157,7 +157,7 @@ def test_a_row_that_looks_again_needs_more_memory():
     for pruning in ({"keep": 6}, {"keep": 6, "refocus": 0.9}):
         engine = vlm.engine()
         engine.add(prompt(0), **pruning, max_new_tokens=4)
-        needed.append(engine.waiting[0].cache_bytes + engine.waiting[0].sight_bytes)
+        needed.append(engine.waiting[0].cache_bytes.sum() + engine.waiting[0].refocus_bytes)
     assert needed[1] - needed[0] == 16 * (32 + 2 * 32) * 4
 
 
@@ -168,7 +168,7 @@ def test_rows_that_decode_and_look_again_keep_their_memory():
     engine.add(prompt(0), **options)
     engine.step()
     engine.add(prompt(1), **options)
-    both = engine.runner.batch.cache.bytes_of_a_row() * 2 + engine.waiting[0].sight_bytes
+    both = engine.runner.batch.cache.bytes_of_a_row().sum() * 2 + engine.waiting[0].refocus_bytes
     engine.max_bytes = both  # which leaves out what the first row looks at
     engine.step()
     assert len(engine.waiting) == 1
@@ -221,7 +221,7 @@ def test_rows_that_outgrew_their_estimate_keep_others_waiting():
     for _ in range(20):
         engine.step()
     second = engine.add(prompt(1), max_new_tokens=4)
-    engine.max_bytes = sum(row.cache_bytes for row in (*engine.active, *engine.waiting))
+    engine.max_bytes = sum(row.cache_bytes.sum() for row in (*engine.active, *engine.waiting))
     events = list(engine.stream())
     ends = next(place for place, event in enumerate(events) if event.id == first and event.finished)
     assert ends < next(place for place, event in enumerate(events) if event.id == second)

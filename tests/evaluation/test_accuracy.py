@@ -78,6 +78,16 @@ def test_a_question_that_cannot_have_a_budget_fails_and_the_others_go_on(model, 
     assert all("given" in record for record in run(None)), "it is asked again"
 
 
+def test_where_memory_does_not_suffice_for_all_variants_the_remedy_is_fewer_of_them(run, monkeypatch):
+    def answer_all(*given):
+        raise MemoryError
+
+    monkeypatch.setattr(accuracy, "answer_all", answer_all)
+    with pytest.raises(TwigVLMError, match=r"not enough memory .* fewer --methods or --budgets") as raised:
+        run()
+    assert "--baselines" not in str(raised.value)
+
+
 def test_random_choice_differs_between_questions_and_seeds(model, tokenizer, questions, tmp_path, monkeypatch):
     seeds = []
     answer_all = accuracy.answer_all

@@ -83,6 +83,12 @@ def test_methods_without_a_ranking_have_no_scorer(model):
             parse_method(name).scorer(model, 0)
 
 
+@pytest.mark.parametrize("layers", ["0", "7", "5-3", "3-0", "3-7"])
+def test_layers_must_be_those_of_the_base_in_order(model, layers):
+    with pytest.raises(TwigVLMError, match=f"method 'deep:{layers}': the layers must be 1 to 6"):
+        parse_methods(model, [f"deep:{layers}"])
+
+
 @pytest.mark.parametrize("family", POOLING)
 def test_what_a_base_that_pools_patches_cannot_have_is_named_with_what_is_left(family):
     model = TwigVLM.without_twig(families.tiny(family))

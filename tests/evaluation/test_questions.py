@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,15 +51,19 @@ def test_chooses_kinds_and_a_number(write):
 
 def test_records_say_which_questions_are_about_one_picture(write, monkeypatch):
     uri = "data:image/png;base64,AAAA"
-    file = write(
-        *({**SHORT, "id": name, "image": image} for name, image in zip("abcd", ("one.png", uri) * 2, strict=True))
-    )
-    first, second, *others = [item.about["picture"] for item in one_by_one(load_questions(file).items)]
-    assert first != second
-    assert others == [first, second]
+    images = ("one.png", uri, "./one.png", uri)
+    file = write(*({**SHORT, "id": name, "image": image} for name, image in zip("abcd", images, strict=True)))
+
+    def pictures(path):
+        return [item.about["picture"] for item in one_by_one(load_questions(path).items)]
+
+    found = pictures(file)
+    assert found[0] != found[1]
+    assert found[2:] == found[:2]
     monkeypatch.chdir(file.parent)
-    again = load_questions(Path(file.name)).items
-    assert [question.picture for question in again[:2]] == [first, second], "however the file is named"
+    assert pictures(Path(file.name)) == found, "however the file is named"
+    copied = shutil.copytree(file.parent, file.parent.parent / "elsewhere")
+    assert pictures(copied / file.name) == found, "wherever the file lies"
 
 
 def test_settings_are_not_chosen_on_the_test_split(write):
@@ -77,6 +82,7 @@ def test_settings_are_not_chosen_on_the_test_split(write):
         ({**SHORT, "held_out": "no"}, "'held_out'"),
         ({**LONG, "objects": ["cow"]}, "'cow' is not in the vocabulary"),
         ({**LONG, "objects": "dog"}, "'objects' must be a list"),
+        ({**LONG, "objects": [["dog"]]}, "'objects' must be a list of names"),
         ([], "question 0 is a JSON list"),
     ],
 )

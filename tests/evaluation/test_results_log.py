@@ -3,7 +3,7 @@ import json
 import pytest
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.evaluation.results_log import ResultsLog, answered
+from twigvlm.evaluation.results_log import ResultsLog, answered, read_records
 
 SETTINGS = {"budgets": (1, 2), "name": "ä"}
 
@@ -13,6 +13,7 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     ResultsLog(path, SETTINGS).append({"id": "a", "value": (1,)})
     with path.open("ab") as file:
         file.write('{"id": "b", "given": "δ'.encode()[:-1])  # stopped while it wrote, within a character
+    assert read_records(path) == [{"id": "a", "value": [1]}]
     results_log = ResultsLog(path, SETTINGS)
     assert results_log.records == {"a": {"id": "a", "value": [1]}}
     results_log.append({"id": "b\u2028", "value": 2})

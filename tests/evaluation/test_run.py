@@ -26,10 +26,10 @@ def test_a_question_that_memory_does_not_suffice_for_fails_and_the_others_go_on(
 
     def records():
         log = ResultsLog(tmp_path / "results.jsonl", {})
-        return run(one_by_one(questions.items), inputs_of, measure, log)
+        return run(one_by_one(questions.items), inputs_of, measure, log, "ask for less")
 
     failing = 0
-    with pytest.raises(TwigVLMError, match="not enough memory for this question; use smaller pictures"):
+    with pytest.raises(TwigVLMError, match="not enough memory for this question; ask for less"):
         records()
     failing = 1
     found = records()
@@ -42,4 +42,4 @@ def test_what_is_a_mistake_of_the_program_ends_the_run(questions, tmp_path):
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        run(one_by_one(questions.items), inputs_of, measure, ResultsLog(tmp_path / "results.jsonl", {}))
+        run(one_by_one(questions.items), inputs_of, measure, ResultsLog(tmp_path / "results.jsonl", {}), "ask for less")

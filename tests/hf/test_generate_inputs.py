@@ -24,13 +24,14 @@ def test_ids_as_the_first_argument(model):
     assert torch.equal(model.generate(inputs.pop("input_ids"), **inputs, max_new_tokens=5), expected)
 
 
-def test_shorter_answers_are_padded_as_the_base_pads_them(model, monkeypatch):
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
+def test_shorter_answers_are_padded_as_the_base_pads_them(model, monkeypatch, kind):
     """Without a padding token the base takes the first end token; id 0 could be any word."""
     inputs = batched([prompt(1), prompt(2)])
     width = inputs["input_ids"].shape[1]
     answer = model.generate(**inputs, max_new_tokens=8)[0, width:].tolist()
     monkeypatch.setattr(model.model.generation_config, "pad_token_id", None)
-    options = {"max_new_tokens": 8, "eos_token_id": [answer[3], answer[2]], "do_sample": False}
+    options = {"max_new_tokens": 8, "eos_token_id": kind([answer[3], answer[2]]), "do_sample": False}
     with model.disabled():
         expected = model.generate(**inputs, **options)
     assert expected.shape[1] > width + 4, "one answer is shorter"

@@ -6,7 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from tests.batches import batched
@@ -216,14 +223,24 @@ def test_stop_strings(model):
     assert base.shape[1] < whole.shape[1]
 
 
-def test_what_a_checkpoint_s_config_asks_of_a_cache_and_of_texts_can_be_left_out(model):
-    defaults = model.model.generation_config
-    model.model.generation_config = GenerationConfig(pad_token_id=0, cache_implementation="static", stop_strings=["x"])
-    try:
-        answer = model.generate(**prompt(), max_new_tokens=NEW, stop_strings=None)
-    finally:
-        model.model.generation_config = defaults
-    assert answer.tolist() == model.generate(**prompt(), max_new_tokens=NEW).tolist()
+@pytest.mark.parametrize("copied", [False, True], ids=["as default", "as argument"])
+@pytest.mark.parametrize("cache", [{"cache_implementation": "hybrid"}, {"use_cache": False}])
+def test_what_a_checkpoint_s_config_asks_of_a_cache_and_of_texts_can_be_left_out(model, monkeypatch, cache, copied):
+    expected = model.generate(**prompt(), max_new_tokens=NEW).tolist()
+    monkeypatch.setattr(model.model, "generation_config", GenerationConfig(pad_token_id=0, stop_strings=["x"], **cache))
+    given = {"generation_config": GenerationConfig(pad_token_id=0, **cache)} if copied else {}
+    assert model.generate(**prompt(), max_new_tokens=NEW, stop_strings=None, **given).tolist() == expected
+    with pytest.raises(TwigVLMError, match=rf"{next(iter(cache))}=.*leave it out"):
+        model.generate(**prompt(), max_new_tokens=NEW, stop_strings=None, **cache)
+
+
+def test_beams_that_a_checkpoint_s_config_asks_for_are_refused_or_left_out(model, monkeypatch):
+    expected = model.generate(**prompt(), max_new_tokens=NEW).tolist()
+    monkeypatch.setattr(model.model, "generation_config", GenerationConfig(pad_token_id=0, num_beams=3))
+    for config in ({}, {"generation_config": GenerationConfig(pad_token_id=0)}):
+        with pytest.raises(TwigVLMError, match=r"num_beams=3: .*pass num_beams=1"):
+            model.generate(**prompt(), max_new_tokens=NEW, streamer=TextStreamer(None), **config)
+    assert model.generate(**prompt(), max_new_tokens=NEW, num_beams=1).tolist() == expected
 
 
 def test_max_time_stops(model):
@@ -261,4 +278,3 @@ def test_timings_add_up(model):
     assert min(timings.prefill, timings.draft, timings.verify) > 0
     assert timings.draft + timings.verify <= timings.decode
     assert timings.prefill + timings.decode <= whole
-    assert timings.total < 60

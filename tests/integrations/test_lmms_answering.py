@@ -1,5 +1,6 @@
 """What the plug-in of lmms-eval does without lmms-eval: answers, figures, video questions, and saying what is missing."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -119,6 +120,18 @@ def test_passes_are_those_that_verify_drafts(model, processor, speculate):
     assert (one.passes > 0) == (speculate != "none")
 
 
+def test_what_refocusing_runs_again_is_counted(model, processor):
+    answer = Answerer(model.base, model, processor, Setting("refocus:0.99", 8)).answer
+    (one,) = answer([question()], 12, GREEDY)
+    inputs = build_inputs(processor, [question()], model.device, model.dtype)
+    options = {"max_new_tokens": 12, "return_dict_in_generate": True, **GREEDY}
+    (looks,) = model.generate(**inputs, retain=8, refocus=0.99, **options).looks
+    assert one.visual_again == [sum(look.ran for look in looks)]
+    assert one.visual_again > [0]
+    (plain,) = Answerer(model.base, model, processor, Setting("twig", 8)).answer([question()], 12, GREEDY)
+    assert plain.visual_again is None
+
+
 def test_k_f_and_a_share_of_the_visual_tokens(model, processor):
     setting = Setting("twig", "50%", final_wipe=4)
     (one,) = Answerer(model.base, model, processor, setting).answer([question()], NEW, GREEDY)
@@ -226,6 +239,8 @@ def test_figures():
         "token_acceptance": 0.5,
         "peak_gib": 2.0,
     }
+    refocusing = dataclasses.replace(two, visual_again=[6, 3])
+    assert throughput([refocusing], None)["visual_tokens_again"] == 4.5
     bare = Answered(["a"], [10], [30], [16], [16.0], 2.0, None, 0, 0, 0)
     assert throughput([bare], None).keys() == {"num_requests", "answer_speed", "prompt_visual_tokens", "visual_tokens"}
 

@@ -118,7 +118,7 @@ def test_a_prompt_that_was_not_computed_is_not_kept():
 
 
 def test_no_more_prompts_are_kept_than_a_request_is_compared_with(monkeypatch):
-    monkeypatch.setattr(prefix_pool, "MOST", 5)
+    monkeypatch.setattr(prefix_pool, "MAX_PROMPTS", 5)
     pool = PrefixPool(10**9)
     for first in range(20, 40):
         seen(pool, [first, 2, 3])

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.pruning.layouts import layouts
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.budget import average_kept, solve_keep, twig_cuts
 
@@ -26,24 +27,18 @@ def test_published_values(retain, trunk, final_wipe, keep):
     assert round(average_kept(keep, 576, 32, trunk, final_wipe)) == retain
 
 
-@given(st.data())
-def test_solving_inverts_averaging(data):
-    layers = data.draw(st.integers(1, 60))
-    trunk = data.draw(st.integers(0, layers - 1))
-    final_wipe = data.draw(st.integers(trunk + 1, layers))
-    visual = data.draw(st.integers(1, 3000))
+@given(layouts(), st.data())
+def test_solving_inverts_averaging(layout, data):
+    layers, trunk, final_wipe, visual = layout
     keep = data.draw(st.integers(1, visual))
     average = average_kept(keep, visual, layers, trunk, final_wipe)
     assert 0 < average <= visual
     assert solve_keep(average, visual, layers, trunk, final_wipe) == keep
 
 
-@given(st.data())
-def test_a_share_stays_after_the_last_cut_and_counts(data):
-    layers = data.draw(st.integers(2, 60))
-    trunk = data.draw(st.integers(0, layers - 2))
-    final_wipe = data.draw(st.integers(trunk + 1, layers - 1))
-    visual = data.draw(st.integers(1, 3000))
+@given(layouts(late=1), st.data())
+def test_a_share_stays_after_the_last_cut_and_counts(layout, data):
+    layers, trunk, final_wipe, visual = layout
     keep, share = data.draw(st.integers(1, visual)), data.draw(st.floats(0, 1))
     first, last = twig_cuts(keep, visual, layers, trunk, final_wipe, share)
     assert (first.layer, first.keep, last.layer) == (trunk, keep, final_wipe)

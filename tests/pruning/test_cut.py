@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.pruning.layouts import layouts
 from tests.pruning.references import Loudest
 from tests.pruning.trunks import grown
 from tests.tiny import VISUAL, prompt
@@ -127,12 +128,9 @@ def test_impossible_cuts(cuts, message):
         _average(*cuts)
 
 
-@given(st.data())
-def test_the_twigs_own_cuts_meet_the_budget(data):
-    layers = data.draw(st.integers(1, 40))
-    trunk = data.draw(st.integers(0, layers - 1))
-    final_wipe = data.draw(st.integers(trunk + 1, layers))
-    visual = data.draw(st.integers(1, 3000))
+@given(layouts(), st.data())
+def test_the_twigs_own_cuts_meet_the_budget(layout, data):
+    layers, trunk, final_wipe, visual = layout
     wanted = (Cut(trunk, data.draw(st.integers(1, visual))), *([Cut(final_wipe, 0)] if final_wipe < layers else ()))
     pruner = TwigPruner(TwigAttention(), trunk, final_wipe)
     assert isinstance(pruner, Pruner)

@@ -11,6 +11,7 @@ from tests.pruning.trunks import grown
 from tests.tiny import VISUAL, prompt
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Cut, average_visual
+from twigvlm.pruning.methods.dart import Dart
 from twigvlm.pruning.methods.fastervlm import FasterVLM
 from twigvlm.pruning.methods.holov import HoloV
 from twigvlm.pruning.methods.mustdrop import MustDrop
@@ -62,6 +63,14 @@ def test_sparsevlm_s_authors_count_a_layer_before_a_cut_with_what_the_cut_leaves
     assert [cut.layer for cut in cuts] == [3, 7, 16]
     assert average_visual([Cut(cut.layer - 1, cut.keep) for cut in cuts], visual, 32) == pytest.approx(retain, abs=0.5)
     assert average_visual(cuts, visual, 32) > retain + 1
+
+
+def test_a_budget_counted_as_published_is_refused_by_the_layers_of_the_cuts():
+    with pytest.raises(TwigVLMError, match=r"retain=30: must be .* cuts after layer 3, 7, 16 of 32"):
+        SparseVLM(accounting="published").cuts(30, 576, 32)
+    with pytest.raises(TwigVLMError, match="cut after layer 6: needs a base of more layers than 6"):
+        Dart(6, "published").cuts(8, 16, 6)
+    assert Dart(5, "published").cuts(8, 16, 6) == (Cut(5, 12),)
 
 
 @pytest.mark.parametrize(("visual", "layers", "keys"), [(576, 32, 46), (2880, 32, 230), (576, 28, 46), (32, 6, 2)])

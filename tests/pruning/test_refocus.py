@@ -12,13 +12,13 @@ from tests.pruning.references import logits_by_looking
 from tests.pruning.trunks import WAYS, after_trunk
 from tests.tiny import VISUAL, prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
-from twigvlm.base.token_inputs import TokenInputs, select_tokens
+from twigvlm.base.token_inputs import TokenInputs, select_rows, select_tokens
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.pruning.methods.random import RandomScores
 from twigvlm.pruning.methods.twig import TwigPruner
 from twigvlm.pruning.methods.twig_attention import TwigAttention
-from twigvlm.pruning.refocus import HeldTokens, Refocus, Sight, exchanged
+from twigvlm.pruning.refocus import HeldTokens, Refocus, RefocusState, exchanged
 
 LAYERS, TRUNK, TOKENS = 6, 2, 12
 
@@ -104,7 +104,7 @@ def test_the_best_tokens_ask_for_no_others_however_sums_are_rounded(seed, count)
     slots = torch.full((count,), -1).scatter(0, scores[0, 0].topk(keep).indices, torch.arange(keep))
     states, keys = torch.zeros(1, count, 4), torch.zeros(1, count, 4)
     pruned = HeldTokens((2, 5), torch.arange(keep), slots)
-    row = Sight(1.0, states, TokenInputs(states, states), keys, torch.arange(count), pruned)
+    row = RefocusState(1.0, states, TokenInputs(states, states), keys, torch.arange(count), pruned)
     assert not Refocus(grown().twig, [row]).asks(scores).any()
 
 
@@ -119,12 +119,33 @@ def test_without_a_p_head_scores_are_the_last_twig_layer_s_own_attention_to_visu
     model.twig(trunk.tokens.hidden, inputs, trunk.masks)
     hook.remove()
     new = torch.arange(int(visual.nonzero()[-1]) + 1, len(visual))
-    row = Sight.of(trunk, 0, visual, 0.9, 5)
+    row = RefocusState.of(trunk, 0, visual, 0.9, 5)
     scores = Refocus(model.twig, [row]).scores(trunk.fill_twig()[:, new], select_tokens(inputs, new[None]))[0]
     seen = maps[0][0][:, new][:, :, visual]
     torch.testing.assert_close(scores, (seen / seen.sum(-1, keepdim=True)).mean(0))
     counts = (scores > 0).sum(-1)
     assert counts.tolist() == ([8, 7, 6, 5] if twig_layers == 1 else [32] * 4)
+
+
+@torch.no_grad()
+def test_rows_that_do_not_look_again_hold_no_keys_and_change_no_scores():
+    model, options = grown(), {"max_new_tokens": 8}
+    engine = model.engine()
+    for seed in range(6):
+        engine.add(prompt(seed), **options, **({"keep": 5, "refocus": 0.9} if seed in (1, 4) else {}))
+    engine.step()
+    batch = engine.runner.batch
+    hidden = torch.randn(6, 3, 32, generator=torch.Generator().manual_seed(0))
+    inputs = batch.inputs(batch.state, torch.arange(3).expand(6, 3), 100)
+    scores = batch.refocus.scores(hidden, inputs)
+    assert not scores[[0, 2, 3, 5]].any()
+    for row in (1, 4):
+        alone = Refocus(model.twig, [batch.refocus_states[row]])
+        own = select_rows(inputs, torch.tensor([row]))
+        torch.testing.assert_close(scores[row], alone.scores(hidden[[row]], own)[0])
+    looking = [state for state in batch.refocus_states if state is not None]
+    held = batch.refocus.keys.nbytes + sum(state.keys.nbytes + state.states.nbytes for state in looking)
+    assert held <= sum(row.refocus_bytes for row in engine.active)
 
 
 shares_of_tokens = st.lists(st.integers(0, 50), min_size=2, max_size=12)

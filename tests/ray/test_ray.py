@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ import ray  # noqa: E402
 from PIL import Image  # noqa: E402
 from ray import serve  # noqa: E402
 
-from tests.serving.servers import chat, decoded, expected, picture, slow_down, tiny_service  # noqa: E402
+from tests.serving.servers import chat, decoded, expected, picture, slow_down, tiny_service, wait_until  # noqa: E402
 from tests.tiny import tiny_llava  # noqa: E402
 from tests.tiny_processor import tiny_processor  # noqa: E402
 from twigvlm.errors import TwigVLMError  # noqa: E402
@@ -203,13 +202,9 @@ def test_a_lost_worker_loses_no_record(service, tmp_path):
     out, killed = tmp_path / "out", []
 
     def kill():
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            if list(out.glob("part-*.parquet")) and (found := workers()):
-                os.kill(found[0].pid, signal.SIGKILL)
-                killed.append(found[0].pid)
-                return
-            time.sleep(0.01)
+        found = wait_until(lambda: list(out.glob("part-*.parquet")) and workers(), seconds=90)
+        os.kill(found[0].pid, signal.SIGKILL)
+        killed.append(found[0].pid)
 
     thread = threading.Thread(target=kill)
     thread.start()

@@ -102,6 +102,15 @@ def served(service, **options):
         thread.join()
 
 
+def wait_until(condition, seconds=10):
+    """Wait until something is so; returns what it says."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    return found
+
+
 def slow_down(service, seconds, look=lambda: None):
     """Make each step of the service's engines last longer, and look at something before it."""
     make = service.model.engine

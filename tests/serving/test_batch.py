@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.serving.servers import chat, decoded, expected, picture, tiny_service
+from tests.serving.servers import chat, decoded, expected, picture, tiny_service, wait_until
 from twigvlm.errors import TwigVLMError
 from twigvlm.serving.batch import URL, BatchLine, BatchRun, open_results, read_batch, write_result
 from twigvlm.serving.errors import RequestError
@@ -209,6 +209,16 @@ def work(source, out):
     service.stop()
 
 
+def wait_for_more(process, out):
+    """Wait until the file of results grows, or the process has ended."""
+    before = size(out)
+    wait_until(lambda: size(out) > before or process.poll() is not None, seconds=60)
+
+
+def size(path):
+    return path.stat().st_size if path.exists() else 0
+
+
 @pytest.mark.parametrize("kills", [1])
 def test_no_result_is_lost_or_repeated_by_kills(service, tmp_path, kills):
     source = write(tmp_path / "in.jsonl", [chat(f"question {n}", max_completion_tokens=25) for n in range(30)])
@@ -216,12 +226,8 @@ def test_no_result_is_lost_or_repeated_by_kills(service, tmp_path, kills):
     code = f"from tests.serving.test_batch import work\nwork({str(source)!r}, {str(out)!r})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
     for _ in range(kills):
-        before = out.stat().st_size if out.exists() else 0
         process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=ROOT)
-        deadline = time.monotonic() + 60
-        while (out.stat().st_size if out.exists() else 0) == before and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        wait_for_more(process, out)
         time.sleep(draw.random() * 0.03)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL

@@ -4,9 +4,8 @@ import pytest
 import torch
 from openai import APIStatusError, OpenAI
 
-from tests.serving.servers import chat, picture, served, slow_down, tiny_service
+from tests.serving.servers import chat, picture, served, slow_down, tiny_model, tiny_service, wait_until
 from tests.serving.test_hostile import connect, post
-from tests.serving.test_worker import wait_until
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.limits import Limits
 from twigvlm.serving.protocol import ChatRequest
@@ -90,3 +89,12 @@ def test_too_little_memory_to_prepare_a_prompt_is_no_fault_of_the_request(servic
     with pytest.raises(RequestError) as refused:
         service.prepare(ChatRequest.model_validate(chat(images=[picture()])), print)
     assert (refused.value.status, refused.value.code) == (503, "out_of_memory")
+
+
+def test_beams_of_a_checkpoint_s_config_are_passed_over():
+    """They are no wish of the client, who could not change them."""
+    model = tiny_model()
+    model.generation_config.num_beams = 3
+    with served(tiny_service(model)) as address:
+        for options in ({}, {"temperature": 1}):
+            assert post(address, chat() | options)[0] == 200

@@ -4,10 +4,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from transformers import LlavaImageProcessor
 
 from tests.serving.servers import chat, picture, served, tiled_service, tiny_model, tiny_service
 from tests.serving.test_hostile import connect, post
 from twigvlm.config import PruningConfig, TwigConfig
+from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.budget import average_kept, average_scouted
 from twigvlm.pruning.cut import average_visual
 from twigvlm.pruning.methods import METHODS, make_pruner
@@ -104,6 +106,13 @@ def test_an_impossible_option_of_a_request_does_not_cost_its_connection():
         connection.close()
 
 
+def test_what_is_impossible_is_refused_at_the_start():
+    base = SimpleNamespace(num_layers=32, attention="sdpa")
+    for final_wipe in (0, 33):
+        with pytest.raises(TwigVLMError, match=f"final_wipe={final_wipe}: must be 3 to 32"):
+            check_possible(PruningConfig(retain=64, final_wipe=final_wipe), base, TWIG)
+
+
 @pytest.mark.parametrize("retain", [16, 700])
 def test_the_page_offers_the_server_s_own_budget(retain):
     service = tiled_service()
@@ -111,6 +120,18 @@ def test_the_page_offers_the_server_s_own_budget(retain):
     found = page_settings(service, needs_key=False)["retain"]
     service.stop()
     assert found["low"] <= retain <= found["high"]
+
+
+@pytest.mark.parametrize(
+    ("options", "square"), [({}, "inner"), ({"do_pad": True}, "outer"), ({"do_center_crop": False}, None)]
+)
+def test_the_page_is_told_which_square_the_model_sees(options, square):
+    service = tiny_service()
+    size = service.processor.image_processor.size
+    service.processor.image_processor = LlavaImageProcessor(size=size, crop_size=size, **options)
+    found = page_settings(service, needs_key=False)
+    service.stop()
+    assert found["square"] == square
 
 
 @pytest.mark.parametrize(

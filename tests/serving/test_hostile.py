@@ -5,14 +5,13 @@ import json
 import signal
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
 
 from tests.serving import hostile
-from tests.serving.servers import NAME, chat, picture, served, slow_down, tiled_service, tiny_service
+from tests.serving.servers import NAME, chat, picture, served, slow_down, tiled_service, tiny_service, wait_until
 from twigvlm.config import PruningConfig
 from twigvlm.serving.app import create_app
 from twigvlm.serving.limits import Limits
@@ -98,32 +97,41 @@ def test_overload_is_429_and_a_client_that_hangs_up_makes_room(small):
     for connection in held:
         body = json.dumps(chat(max_completion_tokens=90, stream=True))
         connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-    deadline = time.monotonic() + 10
-    while (refused := post(address, chat(max_completion_tokens=1)))[0] != 429:
-        assert time.monotonic() < deadline
-    assert refused[1]["error"]["type"] == "rate_limit_error"
+
+    def refused():
+        status, body = post(address, chat(max_completion_tokens=1))
+        return status == 429 and body["error"]["type"] == "rate_limit_error"
+
+    wait_until(refused)
     held[0].getresponse().read(10)  # it has begun
     for connection in held:
         connection.close()
-    while post(address, chat(max_completion_tokens=1))[0] != 200:
-        assert time.monotonic() < deadline
+    wait_until(lambda: post(address, chat(max_completion_tokens=1))[0] == 200)
     assert 'status="499"' in service.metrics.text()
 
 
-def test_a_client_that_hangs_up_on_a_whole_answer_makes_room(small):
-    address, service = small
-    connection = connect(address)
-    body = json.dumps(chat(max_completion_tokens=90))
-    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-    deadline = time.monotonic() + 10
-    while "twigvlm_rows 1" not in service.metrics.text():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    connection.close()
-    deadline = time.monotonic() + 1.2  # ninety steps take longer
-    while "twigvlm_rows 1" in service.metrics.text():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def test_a_client_that_hangs_up_on_a_whole_answer_makes_room():
+    service, steps, begun, gone = tiny_service(), [], threading.Event(), threading.Event()
+
+    def wait_for_the_fifth():
+        steps.append(1)
+        if len(steps) == 5:
+            begun.set()
+            gone.wait(60)
+
+    slow_down(service, 0, wait_for_the_fifth)
+    with served(service) as address:
+        connection = connect(address)
+        body = json.dumps(chat(max_completion_tokens=90))
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        try:
+            assert begun.wait(20)
+            connection.close()
+            wait_until(lambda: 'status="499"' in service.metrics.text())
+        finally:
+            gone.set()
+        wait_until(lambda: "twigvlm_rows 0" in service.metrics.text())
+    assert len(steps) < 10  # of ninety
 
 
 def test_a_request_without_hope_does_not_wait_for_what_prepares(monkeypatch):
@@ -162,13 +170,9 @@ def test_what_a_shutdown_cannot_wait_for_is_told_so():
     serving = threading.Thread(target=server.run)
     serving.start()
     with ThreadPoolExecutor(1) as pool:
-        while not server.started:
-            assert serving.is_alive()
+        wait_until(lambda: server.started)
         whole = pool.submit(post, server.address, chat(max_completion_tokens=90))
-        deadline = time.monotonic() + 10
-        while "twigvlm_rows 1" not in service.metrics.text():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: "twigvlm_rows 1" in service.metrics.text())
         server.handle_exit(signal.SIGTERM, None)
         status, body = whole.result()
         assert (status, body["error"]["type"]) == (503, "server_error")

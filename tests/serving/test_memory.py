@@ -6,13 +6,12 @@ import json
 import queue
 import socket
 import threading
-import time
 import weakref
 from urllib.parse import urlsplit
 
 import pytest
 
-from tests.serving.servers import chat, picture, served, slow_down, tiny_service
+from tests.serving.servers import chat, picture, served, slow_down, tiny_service, wait_until
 from tests.serving.test_hostile import connect, post
 from twigvlm.serving import app
 from twigvlm.serving.limits import Limits
@@ -31,9 +30,7 @@ def test_requests_together_hold_bounded_memory():
             status, refused = post(address, chat(**large))
             assert (status, refused["error"]["code"]) == (429, "rate_limit_exceeded")
         held.close()
-        deadline = time.monotonic() + 10
-        while post(address, chat(max_completion_tokens=1, **large))[0] != 200:
-            assert time.monotonic() < deadline
+        wait_until(lambda: post(address, chat(max_completion_tokens=1, **large))[0] == 200)
     assert service.memory.held == 0
 
 
@@ -64,10 +61,7 @@ def test_a_request_that_has_ended_holds_nothing():
                 {"n": 2},
             ):
                 assert post(address, chat(images=[picture()], **options))[0] == 200
-            deadline = time.monotonic() + 10
-            while any(job() is not None for job in jobs):
-                assert time.monotonic() < deadline, [gc.get_referrers(job()) for job in jobs if job() is not None]
-                time.sleep(0.01)
+            wait_until(lambda: all(job() is None for job in jobs))
         assert len(jobs) == 4
     finally:
         gc.enable()
@@ -93,15 +87,11 @@ def test_a_client_that_hangs_up_leaves_nothing_in_the_queue_of_what_prepares(mon
             for connection in waiting:
                 body = json.dumps(chat("x" * 5_000, max_completion_tokens=1))
                 connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-            deadline = time.monotonic() + 20
-            while "twigvlm_requests_waiting 5\n" not in service.metrics.text():  # what is being prepared waits, too
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            # What is being prepared waits, too.
+            wait_until(lambda: "twigvlm_requests_waiting 5\n" in service.metrics.text(), seconds=20)
             for connection in waiting:
                 connection.close()
-            while 'status="499"} 4\n' not in service.metrics.text():
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_until(lambda: 'status="499"} 4\n' in service.metrics.text(), seconds=20)
             gc.collect()
             assert [request() is not None for request in requests] == [True] + 4 * [False]
             assert "twigvlm_requests_waiting 1\n" in service.metrics.text()
@@ -118,13 +108,9 @@ def test_bodies_that_are_on_their_way_are_counted():
         parts = urlsplit(address)
         with socket.create_connection((parts.hostname, parts.port), timeout=10) as raw:
             raw.sendall(head + b"Content-Length: 100000\r\n\r\n" + b" " * 25_000)
-            deadline = time.monotonic() + 10
-            while service.memory.held < 25_000:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_until(lambda: service.memory.held >= 25_000)
             assert post(address, chat(user="x" * 20_000))[0] == 429
-        while post(address, chat(max_completion_tokens=1, user="x" * 20_000))[0] != 200:
-            assert time.monotonic() < deadline
+        wait_until(lambda: post(address, chat(max_completion_tokens=1, user="x" * 20_000))[0] == 200)
     assert service.memory.held == 0
 
 

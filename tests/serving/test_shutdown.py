@@ -3,14 +3,13 @@
 import contextlib
 import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.serving.servers import chat, tiny_service
+from tests.serving.servers import chat, tiny_service, wait_until
 from tests.serving.test_hostile import post
-from tests.serving.test_worker import outcome, submit, wait_until
+from tests.serving.test_worker import outcome, submit
 from twigvlm.serving import server as module
 from twigvlm.serving import worker
 from twigvlm.serving.app import create_app
@@ -62,10 +61,9 @@ def test_what_runs_is_told_at_the_end_of_its_time_while_a_step_runs(busy):
     service, begun = busy
     running = submit(service)[1]
     assert begun.wait(10)
-    start = time.monotonic()
     service.stop(0.1)
-    assert time.monotonic() - start < 2
-    assert outcome(running).code == "shutting_down"
+    error = outcome(running)
+    assert (error.status, error.code) == (503, "shutting_down")
     assert service.worker.alive  # it ends with its step
 
 

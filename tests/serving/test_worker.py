@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.serving.servers import chat, expected, picture, slow_down, tiny_model, tiny_service
+from tests.serving.servers import chat, expected, picture, slow_down, tiny_model, tiny_service, wait_until
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.jobs import Failed
 from twigvlm.serving.limits import Limits
@@ -45,13 +45,6 @@ def outcome(events):
         ids += [token for token, _ in event.tokens]
         if event.finished:
             return ids
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def value(service, name):

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import pytest
+import torch
 
 from tests.tiny import prompt, tiny_llava
 from tests.twigs import step_costs
@@ -49,6 +50,16 @@ def test_another_process_reads_the_file_and_another_model_does_not(calibrations)
     assert len(calibrations) == 1
     grown(layers=5).costs()
     assert len(calibrations) == 2
+
+
+def test_twigs_whose_passes_cost_different_amounts_share_no_file(calibrations):
+    """Their layers have the same weights: one follows a longer trunk, and one uses fewer rows of the base's head."""
+    base = tiny_llava()
+    TwigVLM.grow(base, TwigConfig(2, 2)).costs()
+    TwigVLM.grow(base, TwigConfig(3, 2)).costs()
+    TwigVLM.grow(base, TwigConfig(2, 2, head="shared")).costs()
+    TwigVLM.grow(base, TwigConfig(2, 2, head="shared", draft_vocabulary=10), torch.arange(10)).costs()
+    assert len(calibrations) == 4
 
 
 def test_calibrate_measures_again(calibrations):

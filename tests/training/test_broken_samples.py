@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from tests.tiny_processor import tiny_processor
+from tests.tiny_processor import CHAT_TEMPLATE, tiny_processor
 from tests.training.conversations import RED, ask
+from tests.training.runs import grow
+from tests.training.stage1 import run
 from twigvlm.errors import TwigVLMError
 from twigvlm.training.data.dataset import ConversationDataset, frequent_answer_tokens
 from twigvlm.training.data.samples import BrokenSample
@@ -114,3 +116,15 @@ def test_a_processor_that_tokenizes_otherwise_is_refused(samples, processor):
 def test_broken_samples_do_not_count_for_the_draft_vocabulary(samples, processor):
     wanted = frequent_answer_tokens(samples, processor, 5)
     assert torch.equal(frequent_answer_tokens([{}, *samples, {}], processor, 5), wanted)
+
+
+def test_errors_of_processes_beside_the_training_are_one_line(samples, torn, tmp_path):
+    rewriting = tiny_processor("{{ (messages|length) // 3 }}" + CHAT_TEMPLATE)
+    for data, message in (
+        (ConversationDataset(samples[:2], rewriting), "^chat template: rewrites earlier turns"),
+        (ConversationDataset(torn[:3], tiny_processor(), strict=True), "^sample 's2': .*torn.png"),
+    ):
+        with pytest.raises(TwigVLMError, match=message) as caught:
+            run(grow(), data, tmp_path / "run", workers=1, batch_size=1, max_steps=3)
+        assert "\n" not in str(caught.value)
+        assert type(caught.value) is (BrokenSample if data.strict else TwigVLMError)

@@ -11,9 +11,13 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.training.runs import grow, stage1
+from tests.tiny import tiny_llava
+from tests.training.runs import grow, make_dataset, stage1, stage2
+from twigvlm.base.vlm import BaseVLM
 from twigvlm.errors import TwigVLMError
 from twigvlm.files import LOCK, replacing, reserved
+from twigvlm.training.options import ProjectorConfig
+from twigvlm.training.projector import TunedProjector, train_projector
 
 
 @contextmanager
@@ -93,6 +97,21 @@ def test_one_run_at_a_time(tmp_path):
     (tmp_path / LOCK).touch()  # a run that was killed leaves its file
     stage1(grow(), tmp_path, max_steps=1)
     assert not (tmp_path / LOCK).exists()
+
+
+def test_another_kind_of_training_does_not_go_on_there(tmp_path):
+    def projector(directory, resume=False):
+        settings = ProjectorConfig(retain=6, batch_size=1, max_steps=1)
+        train_projector(TunedProjector(BaseVLM(tiny_llava())), make_dataset(), settings, directory, resume)
+
+    stage2(grow(), tmp_path / "stage2", max_steps=1)
+    with pytest.raises(
+        TwigVLMError, match=r"training=projector: the checkpoint in .* was trained with stage2; .*other"
+    ):
+        projector(tmp_path / "stage2", resume=True)
+    projector(tmp_path / "projector")
+    with pytest.raises(TwigVLMError, match=r"training=stage1: the checkpoint in .* was trained with projector"):
+        stage1(grow(), tmp_path / "projector", resume=True, max_steps=1)
 
 
 def test_a_folder_made_for_nothing_is_removed(tmp_path):

@@ -82,7 +82,7 @@ def test_float16_is_refused(make_model, dataset, tmp_path):
     [
         {"batch_size": 0}, {"accumulate": 0}, {"epochs": 0.0}, {"learning_rate": -1.0}, {"warmup": 1.0},
         {"max_steps": 0}, {"save_steps": 0}, {"workers": -1}, {"learning_rate": float("nan")}, {"alpha": -0.1},
-        {"gamma": float("inf")}, {"seed": -1}, {"temperature": 0.0}, {"clip": -1.0}, {"teacher_layers": (0,)},
+        {"gamma": float("inf")}, {"seed": -1}, {"seed": 2**32}, {"temperature": 0.0}, {"clip": -1.0}, {"teacher_layers": (0,)},
         {"epochs": float("inf")}, {"temperature": float("inf")}, {"clip": float("inf")}, {"learning_rate": float("inf")},
     ],
 )  # fmt: skip
@@ -141,6 +141,12 @@ def test_what_cannot_be_trained_under_inference_mode_is_refused(make_model, data
         model = make_model(head="shared")
     with pytest.raises(TwigVLMError, match=r"base: was loaded inside torch.inference_mode"):
         run(model, dataset, tmp_path / "out", max_steps=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_twig_is_refused(dataset, tmp_path):
+    with pytest.raises(TwigVLMError, match=r"this model has no twig to train; grow one with TwigVLM\.grow"):
+        run(TwigVLM.without_twig(tiny_llava()), dataset, tmp_path / "out", max_steps=1)
     assert not (tmp_path / "out").exists()
 
 

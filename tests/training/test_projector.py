@@ -5,13 +5,14 @@ import torch
 
 from tests.families import prompt, tiny
 from tests.tiny import tiny_llava
-from tests.training.runs import make_dataset
+from tests.tiny_processor import tiny_processor
+from tests.training.runs import make_dataset, make_samples
 from tests.training.stop import StopAt
 from twigvlm import TwigVLM, TwigVLMError
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.pruning.methods import make_pruner
 from twigvlm.pruning.methods.visionzip import VisionZip
-from twigvlm.training.data.dataset import IGNORE, Collator
+from twigvlm.training.data.dataset import IGNORE, Collator, ConversationDataset
 from twigvlm.training.options import ProjectorConfig
 from twigvlm.training.projector import Projecting, TunedProjector, train_projector
 
@@ -128,6 +129,23 @@ def test_a_projector_that_merges_patches_is_refused(tmp_path, name):
     tuned = TunedProjector(BaseVLM(tiny(name)))
     with pytest.raises(TwigVLMError, match="projector cannot be tuned for VisionZip"):
         train_projector(tuned, Samples(name, "images"), ProjectorConfig(retain=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_end_where_the_context_of_the_base_does(tmp_path):
+    base, samples = BaseVLM(tiny_llava()), make_samples()
+    for sample in samples:
+        sample["conversations"][-1]["value"] = "word " * base.context
+    data, settings = ConversationDataset(samples, tiny_processor()), ProjectorConfig(retain=RETAIN, max_steps=1)
+    assert train_projector(TunedProjector(base), data, settings, tmp_path / "run")
+    inputs = {"input_ids": prompt(base.model, "llava", "images")["input_ids"].repeat(1, base.context)}
+    with pytest.raises(TwigVLMError, match=r"The prompt has .* tokens, the base's context only"):
+        train_projector(TunedProjector(base), [{**inputs, "labels": inputs["input_ids"]}], settings, tmp_path / "long")
+
+
+def test_a_budget_that_no_picture_can_have_is_named(tmp_path):
+    with pytest.raises(TwigVLMError, match=r"^retain=0\.3"):
+        tune(TunedProjector(BaseVLM(tiny_llava())), tmp_path / "run", retain=0.3)
     assert not (tmp_path / "run").exists()
 
 

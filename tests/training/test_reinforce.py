@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from tests.training.conversations import ask
 from tests.training.events import logged
 from tests.training.stage2 import BUDGETS, run, settings
 from tests.training.stop import StopAt
@@ -11,7 +12,7 @@ from tests.training.weights import copy
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.budget import solve_keep
 from twigvlm.training import options
-from twigvlm.training.data.dataset import Collator
+from twigvlm.training.data.dataset import Collator, ConversationDataset
 from twigvlm.training.options import Stage2Config
 from twigvlm.training.reinforce import Policy, budget_probabilities
 
@@ -194,16 +195,27 @@ def test_the_record_says_which_budgets_were_drawn(make_policy, dataset, tmp_path
 def test_what_cannot_be_trained_is_refused(make_model, make_policy, dataset, tmp_path):
     with pytest.raises(TwigVLMError, match="no P-Head to train"):
         run(make_model(), dataset, tmp_path / "out")
-    with pytest.raises(TwigVLMError, match="budgets=1 2: none is possible for the first sample, of 16 visual tokens"):
+    with pytest.raises(TwigVLMError, match="budgets=1 2: none is possible for the first sample with a picture, of 16"):
         run(make_policy(), dataset, tmp_path / "out", budgets=(1.0, 2.0))
     with pytest.raises(
-        TwigVLMError, match=r"keep_budgets=41 .* 227: none is possible for the first sample, of 16 visual tokens"
+        TwigVLMError,
+        match=r"keep_budgets=41 .* 227: none is possible for the first sample with a picture, of 16 visual",
     ):
         run(make_policy(), dataset, tmp_path / "out", budgets=None)
     with pytest.raises(
-        TwigVLMError, match=r"keep_budgets=16 20: none prunes the first sample, of 16 visual tokens; choose others"
+        TwigVLMError,
+        match=r"keep_budgets=16 20: none prunes the first sample with a picture, of 16 visual tokens; choose others",
     ):
         run(make_policy(), dataset, tmp_path / "out", budgets=None, keep_budgets=(16, 20))
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_without_pictures_do_not_hide_that_nothing_can_be_learnt(make_policy, samples, processor, tmp_path):
+    text = ask("What?", "That.")
+    with pytest.raises(TwigVLMError, match="none is possible for the first sample with a picture, of 16 visual tokens"):
+        run(make_policy(), ConversationDataset([text, *samples], processor), tmp_path / "out", budgets=(1.0, 2.0))
+    with pytest.raises(TwigVLMError, match="no sample has a picture; add some"):
+        run(make_policy(), ConversationDataset([text] * 4, processor), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,7 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.cli.train import CalibrateSchedule
 from twigvlm.pruning.methods.fitprune import FitPrune
 from twigvlm.training.data.dataset import IGNORE, ConversationDataset
-from twigvlm.training.schedule import CalibratedSchedule
+from twigvlm.training.schedule import calibrate_schedule
 
 
 def test_the_first_questions_are_what_it_is_fitted_to():
@@ -21,20 +21,17 @@ def test_the_first_questions_are_what_it_is_fitted_to():
         pixels = {"pixel_values": sample["pixel_values"]}
         prompts.append({"input_ids": sample["input_ids"][:, :end], **pixels})
     visual = sum(int(base.visual_mask(one["input_ids"]).sum()) for one in prompts) / 2
-    schedule = CalibratedSchedule(base)
-    schedule.fit(data, visual / 2, 2)
-    assert schedule.pruner == FitPrune.calibrated(base, prompts, 0.5)
+    assert calibrate_schedule(base, data, visual / 2, 2) == FitPrune.calibrated(base, prompts, 0.5)
 
 
 def test_what_cannot_be_fitted_is_refused():
     base, data = BaseVLM(tiny_llava()), make_dataset()
-    schedule = CalibratedSchedule(base)
     with pytest.raises(TwigVLMError, match="retain=1000: must be more than"):
-        schedule.fit(data, 1000, 2)
+        calibrate_schedule(base, data, 1000, 2)
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
     text = ConversationDataset([{"conversations": turns}], tiny_processor())
     with pytest.raises(TwigVLMError, match="none of the first 1 conversations has images in its first question alone"):
-        schedule.fit(text, 4, 2)
+        calibrate_schedule(base, text, 4, 2)
 
 
 def test_a_picture_in_a_later_turn_leaves_a_conversation_out():
@@ -47,7 +44,7 @@ def test_a_picture_in_a_later_turn_leaves_a_conversation_out():
     ]
     later = ConversationDataset([{**sample, "conversations": turns}], tiny_processor())
     with pytest.raises(TwigVLMError, match="has images in its first question alone"):
-        CalibratedSchedule(base).fit(later, 4, 1)
+        calibrate_schedule(base, later, 4, 1)
 
 
 def test_what_a_schedule_does_not_know_is_refused(tmp_path):

@@ -78,9 +78,9 @@ def watch(modules: Sequence[nn.Module]) -> Iterator[list[Call]]:
     calls: list[Call] = []
 
     def note(called: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        noted = _calls.get()
-        if noted is not None and len(rest) == 2:
-            noted.append(Call(called, args, *rest))
+        # Hooks of other threads' watches run here too, as long as those last. The call is this watch's own only once.
+        if _calls.get() is calls and len(rest) == 2:
+            calls.append(Call(called, args, *rest))
 
     with _hooking:
         hooks = [module.register_forward_hook(note, with_kwargs=True) for module in dict.fromkeys(modules)]

@@ -22,7 +22,7 @@ class Visual:
 
     @property
     def article(self) -> str:
-        """Of the kind, in messages."""
+        """The indefinite article of the kind, in messages."""
         return "an" if self.kind[0] in "aeiou" else "a"
 
 

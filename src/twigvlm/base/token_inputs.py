@@ -12,7 +12,7 @@ class TokenInputs(NamedTuple):
     """What layers need of each token beside its state; tensors are [batch, tokens, …]."""
 
     cos: Tensor
-    """Of the token's position, [batch, tokens, rotary_dim]; of several kinds of layers, one after another."""
+    """Cosines at the token's position, [batch, tokens, rotary_dim]; those of several kinds of layers come one after another."""
     sin: Tensor
     kinds: tuple[str, ...] = ()
     """Types of layers with rotary embeddings of their own, in the order of `cos`; empty: all layers share one."""

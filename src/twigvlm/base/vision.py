@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -35,7 +36,7 @@ class Vision:
     projector: nn.Module | None
     """From features to visual tokens; None where the features are those after it."""
     attention: tuple[TowerAttention, TowerAttention] | None
-    """Of the block whose output the features are, and of the tower's last block; None: they are not known of visual tokens."""
+    """That of the block whose output the features are, and of the tower's last block; None: it is not known of visual tokens."""
     shown: Bool[Tensor, " tower_tokens"]
     """Which of the tower's tokens become visual tokens, or parts of one: all but the CLS tokens that the base drops."""
     patches: int
@@ -107,7 +108,7 @@ class Vision:
         return self._merged(torch.cat((to_itself, others), dim=1).flatten())
 
     def _merged(self, values: Tensor) -> Tensor:
-        """Of the visual tokens, from values of all of the tower's tokens."""
+        """Values of the visual tokens, from those of all of the tower's tokens."""
         return values[self.shown.to(values.device)].unflatten(0, (-1, self.patches)).mean(dim=1)
 
     @property
@@ -139,8 +140,8 @@ class VisionModules:
 
     @classmethod
     def of(cls, model: Any, tower: Tower) -> "VisionModules":
-        """Of a base, by its family's description."""
-        towers = [_at(model, path) for path in (tower.path, tower.videos) if path is not None]
+        """The modules of a base, by its family's description."""
+        towers = [attrgetter(path)(model) for path in (tower.path, tower.videos) if path is not None]
         blocks = [next(part for part in top.modules() if isinstance(part, nn.ModuleList)) for top in towers]
         names = {name.rpartition(".")[2] for top in towers for name, _ in top.named_parameters()}
         layer = getattr(model.config, "vision_feature_layer", None)
@@ -150,7 +151,7 @@ class VisionModules:
             tuple(each[index] for each in blocks),
             tuple(_attention_in(each[index]) for each in blocks),
             tuple(_attention_in(each[-1]) for each in blocks),
-            _at(model, tower.projector),
+            attrgetter(tower.projector)(model),
             tower.pools,
             not names.isdisjoint(_CLS),
         )
@@ -293,7 +294,3 @@ def _flat(states: Any) -> Tensor:
 
 def _output(call: Call) -> Tensor:
     return cast(Tensor, call.output[0] if isinstance(call.output, tuple) else call.output)
-
-
-def _at(root: Any, path: str) -> Any:
-    return reduce(getattr, path.split("."), root)

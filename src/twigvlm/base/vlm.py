@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from twigvlm.base.masks import CausalMasks, Masks, check_attention
 from twigvlm.base.prompt import Prompt, attention_ends_of, deepstack_of, packed
 from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.base.vision import See, VisionModules
-from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.errors import TwigVLMError, is_out_of_memory, one_line
 from twigvlm.kv.cache import CacheView
 
 _PER_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -40,12 +41,12 @@ class BaseVLM:
         check_model(model)
         self.model = model
         self.family = family_of(model)
-        self.decoder: Any = _at(model, self.family.decoder)
+        self.decoder: Any = attrgetter(self.family.decoder)(model)
         self.config: Any = self.decoder.config
         self.language_model = language_model_of(self.config)
         self.layers: list[nn.Module] = list(self.decoder.layers)
         self.norm: Any = self.decoder.norm
-        self.head: Any = _at(model, self.family.head)
+        self.head: Any = attrgetter(self.family.head)(model)
         self.embed: Any = model.get_input_embeddings()
         self.windowed = any(window_of(layer) is not None for layer in self.layers)
         check_attention(self.attention, self.windowed)
@@ -65,7 +66,7 @@ class BaseVLM:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the decoder's weights."""
+        """Data type of the decoder's weights."""
         return next(self.decoder.parameters()).dtype
 
     @property
@@ -131,9 +132,11 @@ class BaseVLM:
                 "pass the processor's outputs as they are, made without truncation"
             )
 
-    def least_positions(self, input_ids: Int[Tensor, "batch tokens"]) -> int:
-        """How many positions the longest prompt needs: all its tokens; with M-RoPE a picture may take fewer than it has."""
-        counted = ~self.visual_mask(input_ids) if has_mrope(self.config) else torch.ones_like(input_ids)
+    def least_positions(self, input_ids: Int[Tensor, "batch tokens"], mask: Tensor | None = None) -> int:
+        """How many positions the longest prompt needs: all its tokens but padding; with M-RoPE a picture may take fewer."""
+        counted = torch.ones_like(input_ids) if mask is None else mask
+        if has_mrope(self.config):
+            counted = counted * ~self.visual_mask(input_ids)
         return int(counted.sum(dim=1).max())
 
     def check_positions(self, position_ids: Int[Tensor, "*axes batch tokens"]) -> None:
@@ -142,11 +145,12 @@ class BaseVLM:
         if self.context is not None and int(axes.max()) >= self.context:
             raise TwigVLMError(f"The prompt needs more positions than the {self.context} of the base: shorten it")
 
-    def check_context(self, input_ids: Int[Tensor, "batch tokens"]) -> None:
-        """Raise TwigVLMError if a prompt is longer than the base's context, as far as its ids tell."""
-        if self.context is not None and self.least_positions(input_ids) > self.context:
+    def check_context(self, input_ids: Int[Tensor, "batch tokens"], mask: Tensor | None = None) -> None:
+        """Raise TwigVLMError if a prompt is longer than the base's context, as far as its ids and its mask tell."""
+        if self.context is not None and self.least_positions(input_ids, mask) > self.context:
+            tokens = input_ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
             raise TwigVLMError(
-                f"The prompt has {input_ids.shape[1]} tokens, the base's context only {self.context}: shorten the text"
+                f"The prompt has {tokens} tokens, the base's context only {self.context}: shorten the text"
             )
 
     def pixels(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +186,7 @@ class BaseVLM:
             TwigVLMError: the prompt is longer than the context, or the base refuses it, or its visual tokens are not those
                 of its projector and `vision` is asked for.
         """
-        self.check_context(input_ids)
+        self.check_context(input_ids, inputs.get("attention_mask"))
         try:
             kwargs = capture(self.decoder, lambda: self.model(input_ids=input_ids, use_cache=False, **inputs))
         except Exception as error:
@@ -293,8 +297,4 @@ class BaseVLM:
 def is_refusal(error: Exception) -> bool:
     """Whether the prompt may be at fault for an error of a base's forward: pixels and placeholders that do not match, say."""
     kinds = (ValueError, RuntimeError, IndexError, StopIteration)
-    return isinstance(error, kinds) and not isinstance(error, TwigVLMError | torch.OutOfMemoryError)
-
-
-def _at(root: Any, path: str) -> Any:
-    return reduce(getattr, path.split("."), root)
+    return isinstance(error, kinds) and not isinstance(error, TwigVLMError) and not is_out_of_memory(error)

@@ -7,6 +7,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
@@ -16,6 +17,10 @@ from huggingface_hub.errors import (
 
 from twigvlm.checkpoints.card import MARK
 from twigvlm.errors import TwigVLMError, one_line
+
+# Of the hub's HTTP client, which is another one from version to version; a connection that fails may be no OSError.
+_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
+_ERRORS = (OSError, ValueError, _HTTPError)
 
 
 def is_hub_id(name: str) -> bool:
@@ -36,7 +41,7 @@ def fetch(path: str | PathLike[str], files: list[str], revision: str | None, tok
         return Path(name)
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, token=token, allow_patterns=files))
-    except (OSError, ValueError) as error:
+    except _ERRORS as error:
         raise TwigVLMError(f"{name}: {_reason(error, revision)}") from error
 
 
@@ -70,10 +75,9 @@ def push(
             ignore_patterns=[] if _is_ours(page.repo_id, card, token) else [card],
             delete_patterns=replaced,
         )
-    except (OSError, ValueError) as error:
-        raise TwigVLMError(
-            f"{name}: not pushed ({one_line(error)}); log in with 'hf auth login', or pass a token"
-        ) from error
+    except _ERRORS as error:
+        remedy = "go online to reach the hub" if _is_offline(error) else "log in with 'hf auth login', or pass a token"
+        raise TwigVLMError(f"{name}: not pushed ({one_line(error)}); {remedy}") from error
     return str(page)
 
 
@@ -93,6 +97,12 @@ def _reason(error: Exception, revision: str | None) -> str:
         return "no such directory, and no such repository on the hub; correct the name, or log in if the repository is private"
     if isinstance(error, RevisionNotFoundError):
         return f"has no revision={revision!r}; name one of its branches, tags or commits"
-    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+    if _is_offline(error):
         return "no such directory, not in the cache, and the hub cannot be reached; go online, or name a directory"
-    return f"cannot be downloaded ({' '.join(str(error).split())}); try again, or name a directory"
+    return f"cannot be downloaded ({one_line(error)}); try again, or name a directory"
+
+
+def _is_offline(error: Exception) -> bool:
+    """Whether the hub cannot be reached, or is not to be."""
+    unanswered = isinstance(error, _HTTPError) and not isinstance(error, HfHubHTTPError)
+    return unanswered or isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled)

@@ -19,7 +19,7 @@ from twigvlm.base.weights import is_quantised
 from twigvlm.checkpoints.card import MARK, model_card
 from twigvlm.checkpoints.hub import fetch, is_hub_id
 from twigvlm.config import TwigConfig
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.files import replacing, writing
 from twigvlm.twig.block import Twig
 
@@ -31,6 +31,7 @@ FILES = [WEIGHTS, CONFIG, RECORD]
 """All that a twig needs."""
 DIVERGED = "the training diverged, train the twig again with a lower learning rate"
 """What to do about weights that are not finite."""
+_ENTRY = {"stage", "samples", "steps", "final", "settings"}  # of the record of a training; older ones have no more
 _DIMENSIONS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
@@ -100,7 +101,7 @@ def load(base: BaseVLM, path: str | PathLike[str], revision: str | None = None, 
         remedy = "they exceed the range of float16, load the base in bfloat16 or float32"
         check_finite(twig.state_dict(), str(folder), remedy)
     if (folder / RECORD).is_file():
-        twig.record = _read_json(folder / RECORD)
+        twig.record = _read_record(folder / RECORD)
     return twig
 
 
@@ -208,12 +209,21 @@ def _read_config(file: Path) -> tuple[TwigConfig, dict[str, Any]]:
     try:
         config = TwigConfig(**record["twig"])
         base = record["base"]
-        _ = base["model_type"], base["dimensions"].items(), base["samples"].keys()
+        _ = base["model_type"], base["dimensions"].items()
+        if not all(isinstance(value, int | float) for values in base["samples"].values() for value in values):
+            raise TypeError("its samples of the base's weights are no numbers")
     except TwigVLMError as error:
         raise TwigVLMError(f"{file}: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise TwigVLMError(f"{file}: not a twig's config ({error}); get the file again or update twigvlm") from None
     return config, base
+
+
+def _read_record(file: Path) -> list[dict[str, Any]]:
+    record = _read_json(file)
+    if not isinstance(record, list) or not all(isinstance(entry, dict) and entry.keys() >= _ENTRY for entry in record):
+        raise TwigVLMError(f"{file}: not the record of a twig's trainings; get the file again, or delete it")
+    return record
 
 
 def _read_json(file: Path) -> Any:
@@ -235,8 +245,13 @@ def _read_weights(file: Path, config: TwigConfig) -> dict[str, Tensor]:
     # Two files cannot be replaced as one: a save that was cut off between them must not pass for a twig.
     # K_f and φ may be tuned in the config: no weight depends on them.
     tuned = {"final_wipe": config.final_wipe, "final_share": config.final_share}
-    saved = {**json.loads(metadata.get("twig", "{}")), **tuned}
-    if "twig" in metadata and TwigConfig(**saved) != config:
+    try:
+        same = "twig" not in metadata or TwigConfig(**{**json.loads(metadata["twig"]), **tuned}) == config
+    except (ValueError, TypeError) as error:
+        raise TwigVLMError(
+            f"{file}: does not say which twig it holds ({one_line(error)}); get the file again or update twigvlm"
+        ) from None
+    if not same:
         raise TwigVLMError(
             f"{file.parent}: weights and {CONFIG} come from different twigs, because a save was interrupted; save it again"
         )

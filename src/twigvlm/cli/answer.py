@@ -149,6 +149,7 @@ def answer_question(
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         **sampling.generate_options(),
+        "num_beams": 1,  # whatever the checkpoint's generation config says
         "streamer": watch,
         "return_dict_in_generate": True,
     }

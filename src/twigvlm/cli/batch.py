@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 from tyro.conf import Positional, arg
 
 from twigvlm.cli.serving import ServiceOptions, check_installed
 from twigvlm.errors import TwigVLMError
 from twigvlm.serving.limits import Limits
+
+if TYPE_CHECKING:
+    from twigvlm.serving.batch import BatchLine
 
 _OF_SERVERS = ("max_waiting", "max_held", "upload_seconds", "waiting_seconds", "total_seconds")
 """Limits of what clients send; the requests of a file wait as long as it takes."""
@@ -41,9 +44,9 @@ class Batch(ServiceOptions):
                 option = f"--{name.replace('_', '-')}"
                 raise TwigVLMError(f"{name}={value:g}: does not apply to batch files; leave {option} out")
         check_installed()
-        from twigvlm.cli.output import check_directory, steps
+        from twigvlm.cli.output import check_directory
         from twigvlm.files import writing
-        from twigvlm.serving.batch import BatchRun, open_results, patient, read_batch, write_result
+        from twigvlm.serving.batch import open_results, read_batch
 
         output = f"output {str(self.output)!r}"
         with writing(output):
@@ -56,22 +59,38 @@ class Batch(ServiceOptions):
         with open_results(self.output, [*lines.values()], self.settings) as (file, statuses):
             left = [line for key, line in lines.items() if key not in statuses]
             if left:
-                service = self.open_service(patient(self.limits))
-                try:
-                    with steps("Answering", len(lines), len(statuses)) as advance:
-
-                        def on_result(custom_id: str, status: int, body: dict[str, Any]) -> None:
-                            write_result(file, lines[custom_id], status, body)
-                            statuses[custom_id] = status
-                            advance()
-
-                        BatchRun(service, on_result).run(left)
-                finally:
-                    service.stop()
+                self._answer(left, lines, file, statuses)
         failed = sum(status != 200 for status in statuses.values())
         text = f"Results: {self.output}" if left else f"All {len(lines)} requests have their results in {self.output}"
         print(text + (f"; {failed} of {len(lines)} requests failed" if failed else ""))
         return 2 if failed else 0
+
+    def _answer(
+        self, left: list[BatchLine], lines: dict[str, BatchLine], file: BinaryIO, statuses: dict[str, int]
+    ) -> None:
+        """Answer requests; their results are appended to the file.
+
+        Args:
+            left: those without a result.
+            lines: all requests of the batch, by `custom_id`.
+            file: from `open_results`.
+            statuses: of the results, by `custom_id`; gets those of the new ones.
+        """
+        from twigvlm.cli.output import steps
+        from twigvlm.serving.batch import BatchRun, patient, write_result
+
+        service = self.open_service(patient(self.limits))
+        try:
+            with steps("Answering", len(lines), len(statuses)) as advance:
+
+                def on_result(custom_id: str, status: int, body: dict[str, Any]) -> None:
+                    write_result(file, lines[custom_id], status, body)
+                    statuses[custom_id] = status
+                    advance()
+
+                BatchRun(service, on_result).run(left)
+        finally:
+            service.stop()
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isnan
 from typing import TYPE_CHECKING, ClassVar
 
+from twigvlm.cli.evaluate.accuracy import ask_variants
 from twigvlm.cli.evaluate.options import FIGURE, PruningOptions
 from twigvlm.config import WITHOUT_TWIG, Speculate
 from twigvlm.errors import TwigVLMError
 
 if TYPE_CHECKING:
     from twigvlm.cli.evaluate.bench import Bench
-    from twigvlm.evaluation.compare import Combination, Line
+    from twigvlm.evaluation.compare import Combination
     from twigvlm.evaluation.results_log import Record
     from twigvlm.evaluation.run import InputsOf
-    from twigvlm.evaluation.variants import Variant
     from twigvlm.model import TwigVLM
 
 TIMES = "times.jsonl"
@@ -46,10 +45,11 @@ class Compare(PruningOptions):
 
     def run(self) -> None:
         """Ask and time, and write results.jsonl, times.jsonl, report.md and the figure."""
-        from twigvlm.cli.evaluate.bench import open_bench, write_report
+        from twigvlm.cli.evaluate.bench import machine, open_bench, write_report
         from twigvlm.evaluation.compare import checked_inputs, compare, make_combinations
         from twigvlm.evaluation.compare_report import comparison_sections
-        from twigvlm.evaluation.figures import draw_comparison, drawn_lengths
+        from twigvlm.evaluation.figures import draw_comparison, undrawn
+        from twigvlm.evaluation.report import failed_sections
         from twigvlm.evaluation.results_log import answered
         from twigvlm.evaluation.speed import check_attentions
         from twigvlm.evaluation.variants import make_variants
@@ -61,21 +61,24 @@ class Compare(PruningOptions):
         variants = make_variants(model, self._methods(bench.twig is not None), self.budgets)
         combinations = make_combinations(variants, self.speculate, timed=self.timed > 0)
         inputs_of = checked_inputs(model, variants, bench.questions.items, bench.inputs_of)
-        answers = _answer(self, bench, model, variants, inputs_of)
+        answers = ask_variants(self, "Answers", bench, model, variants, inputs_of)
         times = _time(self, bench, model, combinations, inputs_of) if self.timed else []
         pruning_head = model.twig.pruning_head is not None
-        lines = compare(answered(answers), answered(times), combinations, self.baselines)
-        draws = self.figure and bool(drawn_lengths(lines))
+        timed = [record for record in times if "failed" not in record]  # none at all leaves the answers' figures
+        lines = compare(answered(answers), timed, combinations, self.baselines)
+        reason = undrawn(lines[0].quality.values())
+        draws = self.figure and reason is None
         sections = comparison_sections(lines, pruning_head, FIGURE if draws else None)
-        more = {"seed": self.seed, "repeats": self.repeats} if self.timed else {"seed": self.seed}
-        write_report(self, "Comparison", bench, more, sections, answers)
+        more = {"seed": self.seed, **({"repeats": self.repeats, **machine()} if self.timed else {})}
+        failures = failed_sections(times, "Failed while timed")
+        write_report(self, "Comparison", bench, more, [*failures, *sections], answers)
         if self.timed:
             print(f"Times: {self.output / TIMES}")
         if draws:
             draw_comparison(lines, self.output / FIGURE)
             print(f"Figure: {self.output / FIGURE}")
         elif self.figure:
-            print(f"Figure: none, because {self._undrawn(lines)}")
+            print(f"Figure: none, because {reason}")
 
     def _check(self) -> None:
         """What can be refused before a model is loaded."""
@@ -89,11 +92,6 @@ class Compare(PruningOptions):
                 raise TwigVLMError(f"{option}: none given; give at least one, or leave the option out")
         if self.figure:
             figure_class()
-
-    def _undrawn(self, lines: Sequence[Line]) -> str:
-        """Why there is nothing to draw: RelAcc is of answers that are right or wrong."""
-        graded = any(not isnan(quality.exact) for quality in lines[0].quality.values())
-        return "no answer of the base is right" if graded else "descriptions alone have no RelAcc"
 
     def _needs_twig(self) -> bool:
         from twigvlm.evaluation.methods import parse_method
@@ -109,33 +107,6 @@ class Compare(PruningOptions):
         published = ["random:0" if method == "random" else method for method in METHODS if method != "fitprune"]
         chosen = self.methods or [*(["twig"] if has_twig else []), *published]
         return [method for method in dict.fromkeys(chosen) if method not in ("base", "none")]
-
-
-def _answer(
-    options: Compare, bench: Bench, model: TwigVLM, variants: Sequence[Variant], inputs_of: InputsOf
-) -> list[Record]:
-    """Every question under every method and budget, in forks of one request."""
-    from twigvlm.cli.evaluate.bench import open_log, showing
-    from twigvlm.evaluation.accuracy import run_accuracy
-    from twigvlm.evaluation.progress import Progress
-
-    names = [variant.name for variant in variants]
-    methods = [variant.method for variant in variants]
-    log = open_log(options, {**bench.settings, "variants": names, "seed": options.seed}, methods)
-    ids = [question.id for question in bench.questions.items]
-    with showing("Answers", ids, log, accuracies=Progress()) as show:
-        return run_accuracy(
-            model,
-            bench.processor.tokenizer,
-            bench.questions,
-            variants,
-            inputs_of,
-            log,
-            options.max_new_tokens,
-            options.max_description_tokens,
-            options.seed,
-            show,
-        )
 
 
 def _time(

@@ -19,6 +19,7 @@ class Convert:
     """Directory for the twig."""
     model: str
     """The base it was trained on: a Hugging Face id or a directory."""
+    # One value today; named so that others can be added.
     layout: Annotated[Literal["milvlg"], tyro.conf.arg(name="from")] = "milvlg"
     """Layout of the published weights."""
     trunk_layers: int = 2

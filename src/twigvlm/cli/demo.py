@@ -34,7 +34,7 @@ class Demo(QuestionOptions):
     prompt: str | None = None
     """Question about the image. None: a short question and a description."""
     dtype: Dtype = "float32"
-    """Number format of the weights. auto: as the base's files say; in half precision, speculation may change an answer."""
+    """Data type of the weights. auto: as the base's files say; in half precision, speculation may change an answer."""
     diverse: bool = True
     refocus: float | None = 0.7
     max_new_tokens: int = 128
@@ -46,10 +46,9 @@ class Demo(QuestionOptions):
 
     def run(self) -> None:
         """Ask, print a table for each question and a summary on stdout, and write the picture."""
-        from rich.console import Console
 
         from twigvlm.cli.answer import check_request
-        from twigvlm.cli.output import check_picture_path, steps, write_picture
+        from twigvlm.cli.output import Printer, check_picture_path, steps, write_picture
         from twigvlm.cli.session import SessionConfig, default_picture, open_session
         from twigvlm.config import PruningConfig
         from twigvlm.errors import TwigVLMError
@@ -80,7 +79,7 @@ class Demo(QuestionOptions):
         if pruning.active:
             ways[PRUNED] = session
 
-        console, results = Console(), []
+        console, results = Printer(), []
         total = len(questions) * (len(ways) - 1 + 2 * len(ATTENTIONS) + len(ways) * self.runs)
         with steps("Asking plainly and through the twig", total, last_line=False) as advance:
             for question in questions:

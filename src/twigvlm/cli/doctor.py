@@ -11,17 +11,16 @@ class Doctor:
         """Print the tables on stdout; the exit code is 1 if something is broken that everything needs."""
         from itertools import groupby
 
-        from rich.console import Console
         from rich.table import Column, Table
         from rich.text import Text
 
-        from twigvlm.cli.output import busy
+        from twigvlm.cli.output import Printer, busy
         from twigvlm.diagnosis import diagnose, works
 
         with busy("Looking around"):
             findings = diagnose()
         colours = {"ok": "green", "note": "yellow", "missing": "yellow", "broken": "bold red"}
-        console = Console()
+        console = Printer()
         groups = list(dict.fromkeys(finding.group for finding in findings))
         for group, several in groupby(sorted(findings, key=lambda one: groups.index(one.group)), lambda one: one.group):
             table = Table(*(Column(title, overflow="fold") for title in (group, "", "found", "what to do")))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class Export:
     """Write a twig for another program, and print how to use it there."""
 
+    # One value today; named so that others can be added.
     to: Annotated[Literal["vllm"], Positional, arg(metavar="{vllm}")]
     """The program to export to."""
     out: Annotated[Path, Positional, arg(metavar="OUT")]

@@ -9,10 +9,10 @@ class Families:
 
     def run(self) -> None:
         """Print the tables on stdout."""
-        from rich.console import Console
         from rich.table import Column, Table
 
         from twigvlm.base.families import FAMILIES, LANGUAGE_MODELS
+        from twigvlm.cli.output import Printer
 
         def table(*headers: str) -> Table:
             return Table(*(Column(header, overflow="fold") for header in headers))
@@ -24,6 +24,6 @@ class Families:
         inside = table("language model inside", "notes")
         for language_model in LANGUAGE_MODELS:
             inside.add_row(language_model.model_type, language_model.notes)
-        console = Console()
+        console = Printer()
         console.print(families)
         console.print(inside)

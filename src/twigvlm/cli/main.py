@@ -1,5 +1,6 @@
 """Entry point: parse, run the chosen subcommand, and turn input errors and interruptions into one line on stderr."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -19,22 +20,20 @@ def main(args: Sequence[str] | None = None) -> int:
         args: without the program's name; None: those that the process was started with.
 
     Returns:
-        The exit code: 0; 1 from `doctor` where the core does not work; 2 for an input error; 130 after Ctrl-C; 141 when
-        nobody reads the output any more.
+        The exit code: 0; 1 from `doctor` where the core does not work; 2 for an input error or a full disk; 130 after Ctrl-C;
+        141 when nobody reads the output any more.
 
     Raises:
         SystemExit: after help (0) and usage errors (2).
     """
     args_of_process = args is None
     args = list(sys.argv[1:] if args is None else args)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that knows no Greek shows a question mark
-    if args == ["--version"]:
-        print(f"twigvlm {__version__}")
-        return 0
+    _prepare_streams()
     continuation = "run the command again to start over"
     try:
+        if args == ["--version"]:
+            print(f"twigvlm {__version__}", flush=True)
+            return 0
         # Imported here, so that Ctrl-C ends even the start with one line.
         from twigvlm.cli.commands import COMMANDS, DESCRIPTION
         from twigvlm.cli.doctor import Doctor
@@ -61,5 +60,32 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"{start}twigvlm: interrupted; {continuation}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at exit
+        _drop_rest()
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_rest()
+        print(
+            f"twigvlm: error: {error.filename or 'output'}: no space left; make room, and {continuation}",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _prepare_streams() -> None:
+    """Let stdout and stderr take whatever is printed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no Greek shows a question mark
+
+
+def _drop_rest() -> None:
+    """Drop what cannot be written to stdout, since it would fail again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

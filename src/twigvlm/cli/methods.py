@@ -26,9 +26,9 @@ class Methods:
 
     def run(self) -> None:
         """Print the table on stdout."""
-        from rich.console import Console
         from rich.table import Column, Table
 
+        from twigvlm.cli.output import Printer
         from twigvlm.pruning.methods import METHODS, described
 
         table = Table(*(Column(header, overflow="fold") for header in ("method", "cuts", "needs", "paper")))
@@ -36,4 +36,4 @@ class Methods:
             table.add_row(*row, end_section=row is OWN[-1])
         for name in METHODS:
             table.add_row(*described(name))
-        Console().print(table)
+        Printer().print(table)

@@ -35,6 +35,14 @@ INTERVAL = 30.0
 """Seconds between two lines about long work where stderr is no terminal."""
 
 
+class Printer(Console):
+    """Prints what rich renders, and leaves it to `main` what happens when nobody reads it any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process with code 1."""
+        raise BrokenPipeError
+
+
 def is_main() -> bool:
     """Whether this process is the one that prints, of several that train together."""
     return (
@@ -44,7 +52,7 @@ def is_main() -> bool:
 
 def progress() -> Progress:
     """A progress display on stderr that leaves no trace, and shows nothing where stderr is no terminal."""
-    console = Console(file=sys.stderr)
+    console = Printer(file=sys.stderr)
     return Progress(
         SpinnerColumn(),
         BarColumn(bar_width=10),
@@ -101,7 +109,7 @@ def steps(title: str, total: int, done: int = 0, last_line: bool = True) -> Iter
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[None]:
     """Show work of unknown length on stderr: a spinner, or lines now and then where stderr is no terminal."""
-    console = Console(file=sys.stderr)
+    console = Printer(file=sys.stderr)
     if console.is_terminal and is_main():
         with console.status(what):
             yield

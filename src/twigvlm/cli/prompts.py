@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twigvlm.errors import TwigVLMError
+from twigvlm.files import numbered_lines
 from twigvlm.images import is_uri
 from twigvlm.inputs import user_turn
 
@@ -49,19 +50,12 @@ def read_prompts(path: Path, images: Sequence[str] = (), videos: Sequence[str] =
         TwigVLMError: names the file or the line, what is wrong with it, and the remedy.
     """
     name = f"prompts {str(path)!r}"
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise TwigVLMError(
-            f"{name}: no such file; give a text file with one prompt per line, or a .jsonl file"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise TwigVLMError(f"{name}: cannot be read as text ({error}); save it as UTF-8") from None
+    if not path.exists():
+        raise TwigVLMError(f"{name}: no such file; give a text file with one prompt per line, or a .jsonl file")
     read = _from_json if path.suffix == ".jsonl" else _from_text
     prompts = [
         read(line, f"{name}: line {number}", path.parent, tuple(images), tuple(videos))
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
+        for number, line in numbered_lines(path, name)
     ]
     if not prompts:
         raise TwigVLMError(f"{name}: has no prompt; write one on each line")

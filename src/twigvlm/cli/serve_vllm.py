@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from twigvlm.cli.serving import ServiceOptions
 
 _FORMAT = 2
-"""Of the notes beside exports: those of another one hold other options for vLLM."""
+"""Format of the notes beside exports: those of another one hold other options for vLLM."""
 
 
 def serve_with_vllm(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from twigvlm.cli.options import BaseOptions
-from twigvlm.config import TwigConfig
+from twigvlm.config import TwigConfig, at_least
 from twigvlm.training.options import ProjectorConfig, Stage1Config, Stage2Config
 
 FRESH = TwigConfig(pruning_head=True)
@@ -20,6 +20,7 @@ class TrainOptions(BaseOptions):
     """What all trainings need."""
 
     makes: ClassVar[str] = "Twig"
+    continues: ClassVar[bool] = True
     continuation: ClassVar[str] = "run the same command with --resume to continue from the latest checkpoint"
 
     data: Path
@@ -46,8 +47,8 @@ class TrainOptions(BaseOptions):
         from twigvlm.files import reserved
         from twigvlm.training.distributed import processes
 
-        if self.max_length is not None and self.max_length < 2:
-            raise TwigVLMError(f"max_length={self.max_length}: must be 2 or more")
+        if self.max_length is not None:
+            at_least(2, max_length=self.max_length)
         try:
             import accelerate  # noqa: F401 (transformers' Trainer needs it)
         except ImportError:
@@ -74,31 +75,32 @@ class TrainOptions(BaseOptions):
 
         # Others may come when the main process has begun to write.
         if processes.is_main() and not self.resume and any(file.name != LOCK for file in self.out.iterdir()):
-            raise TwigVLMError(f"out {str(self.out)!r}: is not empty; add --resume, or choose another directory")
+            remedy = "add --resume, or choose another directory" if self.continues else "choose another directory"
+            raise TwigVLMError(f"out {str(self.out)!r}: is not empty; {remedy}")
         self.check()
         with busy("Reading samples"):
             samples = load_samples(self.data, self.images, self.strict)
         with busy(f"Loading {self.model}"):
             base, processor = load_base(self.model, self.dtype, processes.device(self.device))
-        model = self.twig_of(base, samples, processor)
+        untrained = self.prepare(base, samples, processor)
         data = ConversationDataset(samples, processor, self.max_length, self.strict)
-        with TrainingProgress() as progress:
-            self.train(model, data, self.out / "checkpoints", progress)
+        with TrainingProgress(f"Training the {self.makes.lower()}") as progress:
+            trained = self.train(untrained, data, self.out / "checkpoints", progress)
         data.summarise()
         if processes.is_main():
-            model.save_pretrained(self.out)
+            trained.save_pretrained(self.out)
             print(f"{self.makes}: {self.out}")
 
     def check(self) -> None:
         """Raise the errors that can be found before the base is loaded."""
         raise NotImplementedError
 
-    def twig_of(self, base: Any, samples: Any, processor: Any) -> Any:
-        """The TwigVLM to train, or what else is."""
+    def prepare(self, base: Any, samples: Any, processor: Any) -> Any:
+        """What `train` takes: for a twig, the TwigVLM with it."""
         raise NotImplementedError
 
-    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> None:
-        """Train it in place, with checkpoints in a directory."""
+    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> Any:
+        """Train it, with checkpoints in a directory; returns what is saved."""
         raise NotImplementedError
 
 
@@ -124,7 +126,7 @@ class Stage1(TrainOptions):
             raise TwigVLMError(f"start {self.start!r}: this twig keeps its shape; leave out the options of a fresh one")
         check(self.start)
 
-    def twig_of(self, base: Any, samples: Any, processor: Any) -> Any:
+    def prepare(self, base: Any, samples: Any, processor: Any) -> Any:
         """A fresh twig on the base, or the one to start from."""
         import torch
 
@@ -141,11 +143,12 @@ class Stage1(TrainOptions):
         torch.manual_seed(self.stage1.seed)
         return TwigVLM.grow(base, self.twig, tokens)
 
-    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> None:
+    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> Any:
         """Distil the base into the twig."""
         from twigvlm.training.distill import train_stage1
 
         train_stage1(model, data, self.stage1, directory, self.resume, [progress])
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,17 +168,18 @@ class Stage2(TrainOptions):
         if not check(self.start).pruning_head:
             raise TwigVLMError(f"start {self.start!r}: this twig has no P-Head; give a twig from stage 1 that has one")
 
-    def twig_of(self, base: Any, samples: Any, processor: Any) -> Any:
+    def prepare(self, base: Any, samples: Any, processor: Any) -> Any:
         """The twig from stage 1 on the base."""
         from twigvlm.model import TwigVLM
 
         return TwigVLM.from_pretrained(base, self.start)
 
-    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> None:
+    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> Any:
         """Train the P-Head by rewarding its prunings."""
         from twigvlm.training.reinforce import train_stage2
 
         train_stage2(model, data, self.stage2, directory, self.resume, [progress])
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,20 +192,21 @@ class TuneProjector(TrainOptions):
     """Settings of the training."""
 
     def check(self) -> None:
-        """Nothing can be wrong yet."""
+        """No errors can be found before the base is loaded."""
 
-    def twig_of(self, base: Any, samples: Any, processor: Any) -> Any:
+    def prepare(self, base: Any, samples: Any, processor: Any) -> Any:
         """The copy of the projector."""
         from twigvlm.base.vlm import BaseVLM
         from twigvlm.training.projector import TunedProjector
 
         return TunedProjector(BaseVLM(base))
 
-    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> None:
+    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> Any:
         """Train it by the answers after pruned pictures."""
         from twigvlm.training.projector import train_projector
 
         train_projector(model, data, self.projector, directory, self.resume, [progress])
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +214,7 @@ class CalibrateSchedule(TrainOptions):
     """Fit FitPrune's schedule to the base, on the first questions of conversations with images. No weights are trained."""
 
     makes: ClassVar[str] = "Schedule"
+    continues: ClassVar[bool] = False
     continuation: ClassVar[str] = "run the command again to start over"
 
     retain: float = 64
@@ -224,22 +230,21 @@ class CalibrateSchedule(TrainOptions):
             raise TwigVLMError("resume: does not apply to a schedule, which is made at once; leave it out")
         if not self.retain > 0:
             raise TwigVLMError(f"retain={self.retain:g}: must be a number of visual tokens, for example 64")
-        if self.count < 1:
-            raise TwigVLMError(f"count={self.count}: must be 1 or more")
+        at_least(1, count=self.count)
 
-    def twig_of(self, base: Any, samples: Any, processor: Any) -> Any:
-        """The schedule, still empty."""
+    def prepare(self, base: Any, samples: Any, processor: Any) -> Any:
+        """The base, whose attention is measured."""
         from twigvlm.base.vlm import BaseVLM
-        from twigvlm.training.schedule import CalibratedSchedule
 
-        return CalibratedSchedule(BaseVLM(base))
+        return BaseVLM(base)
 
-    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> None:
-        """Fit it to the attention that the prompts are given."""
+    def train(self, model: Any, data: Any, directory: Path, progress: Any) -> Any:
+        """Fit the schedule to the attention that the prompts are given."""
         from twigvlm.cli.output import busy
+        from twigvlm.training.schedule import calibrate_schedule
 
         with busy("Measuring attention"):
-            model.fit(data, self.retain, self.count)
+            return calibrate_schedule(model, data, self.retain, self.count)
 
 
 @dataclass(frozen=True)

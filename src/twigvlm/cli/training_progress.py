@@ -12,9 +12,10 @@ from twigvlm.training.fit import NO_LOSSES
 class TrainingProgress(TrainerCallback):
     """One line per log, and a rich progress bar where stderr is a terminal; as a context, which takes the bar away."""
 
-    def __init__(self) -> None:
+    def __init__(self, title: str) -> None:
+        self._title = title
         self._bar = progress()
-        self._task = self._bar.add_task("Training the twig")
+        self._task = self._bar.add_task(title)
 
     def __enter__(self) -> "TrainingProgress":
         return self
@@ -38,7 +39,7 @@ class TrainingProgress(TrainerCallback):
         entry = state.log_history[-1]
         if "loss" not in entry or not state.is_world_process_zero:
             return
-        self._bar.update(self._task, description=f"Training the twig, loss {entry['loss']:.3f}")
+        self._bar.update(self._task, description=f"{self._title}, loss {entry['loss']:.3f}")
         terms = [f"{name} {value:.4f}" for name, value in entry.items() if name not in NO_LOSSES]
         line = f"step {state.global_step}/{state.max_steps} {' '.join(terms)}"
         if self._bar.disable:

@@ -10,7 +10,7 @@ import torch
 
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import PruningConfig, at_least
-from twigvlm.engine.memory import free_bytes, row_bytes, sight_bytes, together_bytes
+from twigvlm.engine.memory import free_bytes, refocus_bytes, row_bytes, together_bytes
 from twigvlm.engine.protocol import Runner, Step
 from twigvlm.engine.row import Row, extend_all
 from twigvlm.errors import RequestRefused, TwigVLMError
@@ -61,10 +61,8 @@ class Engine:
         self.active: list[Row] = []
         """Row i is row i of the cache."""
         self._ids = count()
-        self._events: list[Event] = []
-        """Not yet returned: a step that raises leaves them to the next one."""
-        self._unread: deque[Event] = deque()
-        """Of the newest step, those that `stream` has not handed on yet."""
+        self._events: deque[Event] = deque()
+        """Not yet returned: a step that raises leaves them to the next one, and `stream` hands them on one by one."""
         self._broken = False
         self._clock = None if timings is None else clock_of(self.base.device)
 
@@ -101,13 +99,12 @@ class Engine:
             TwigVLMError: a prompt that is to be pruned ends with a visual token.
         """
         self._check_whole()
-        batch = self.runner.batch
         if any(row.pruner is not None and bool(row.prompt.visual_mask[row.index, row.length - 1]) for row in rows):
             raise TwigVLMError("the prompt ends with a visual token: put text behind it, or leave pruning out")
         for row in rows:
             row.id = next(self._ids)
-            row.cache_bytes = row_bytes(self.base, batch.twig, row, batch.cache.reserve)
-            row.sight_bytes = sight_bytes(self.base, row)
+            row.cache_bytes = row_bytes(self.runner.batch, row)
+            row.refocus_bytes = refocus_bytes(self.base, row)
             self.waiting.append(row)
         return [row.id for row in rows]
 
@@ -116,7 +113,8 @@ class Engine:
     ) -> int:
         """Queue a second answer to the prompt of a waiting request, with another pruning, and return its id.
 
-        Vision, trunk, twig and scores are computed once for both. All other options are those of the request.
+        The vision tower runs once for both, and so do trunk, twig and scorers, unless one of the pruners cuts before layer K or
+        ranks by the attention of the layer before a cut. All other options are those of the request.
 
         Args:
             id: id of a waiting request.
@@ -166,22 +164,18 @@ class Engine:
         Raises:
             TwigVLMError: there is no such request, or it has ended.
         """
-        before = len(self._unread) + len(self._events)
-        self._unread = deque(event for event in self._unread if event.id != id)
-        self._events = [event for event in self._events if event.id != id]
-        for row in self.waiting:
-            if row.id == id:
-                self.waiting.remove(row)
-                row.end()
-                return
-        for index, row in enumerate(self.active):
-            if row.id == id:
-                row.end()
-                self._leave(index)
-                return
-        if len(self._unread) + len(self._events) < before:
-            return  # it has ended, but who cancels it cannot know
-        raise TwigVLMError(f"request {id}: does not exist, or has ended; use the id of a running request")
+        row = next((row for row in (*self.waiting, *self.active) if row.id == id), None)
+        if row is None and not any(
+            event.id == id for event in self._events
+        ):  # with events left, nobody can know that it ended
+            raise TwigVLMError(f"request {id}: does not exist, or has ended; use the id of a running request")
+        if row in self.active:
+            self._leave(self.active.index(row))  # first: where memory runs out, nothing has changed
+        elif row is not None:
+            self.waiting.remove(row)
+        if row is not None:
+            row.end()
+        self._events = deque(event for event in self._events if event.id != id)
 
     @property
     def busy(self) -> bool:
@@ -192,9 +186,9 @@ class Engine:
         """Admit the waiting requests that fit, then draft, verify and commit once for all rows.
 
         Raises:
-            RequestRefused: prompts cannot be admitted. It has the ids of their requests, which are cancelled; all others continue
-                with the next step, which also returns their events of this one. After an error while tokens are decoded, for
-                example of a logits processor, the caches hold half a step: the engine refuses to go on.
+            RequestRefused: prompts cannot be admitted, whatever the cause. It has the ids of their requests, which are cancelled;
+                all others continue with the next step, which also returns their events of this one. After an error while tokens
+                are decoded, for example of a logits processor, the caches hold half a step: the engine refuses to go on.
         """
         self._check_whole()
         with torch.inference_mode():
@@ -202,7 +196,8 @@ class Engine:
                 self._events += self._whole(self._extend, group, self._prefill(group))
             if self.active:
                 self._events += self._whole(self._decode)
-        events, self._events = self._events, []
+        events = list(self._events)
+        self._events.clear()
         return events
 
     def _whole(self, run: Callable[..., list[Event]], *arguments: Any) -> list[Event]:
@@ -221,11 +216,14 @@ class Engine:
             raise TwigVLMError("engine: failed within an earlier step; make another with TwigVLM.engine()")
 
     def stream(self) -> Iterator[Event]:
-        """Run steps until every request has ended. Requests may be added and cancelled meanwhile."""
+        """Run steps until every request has ended. Requests may be added and cancelled meanwhile, and the loop may be left and
+        begun again."""
         while self.busy:
-            self._unread = deque(self.step())
-            while self._unread:
-                yield self._unread.popleft()
+            if not self._events:
+                events = self.step()
+                self._events.extend(events)
+            while self._events:
+                yield self._events.popleft()
 
     def _next_group(self) -> list[Row]:
         """Waiting rows, in their order, that one prefill takes up: those that fit and share prompts and cuts with the first."""
@@ -254,9 +252,9 @@ class Engine:
             for row in group:
                 row.end()
             _forget(group)
-            if isinstance(error, TwigVLMError):
-                raise RequestRefused(str(error), tuple(row.id for row in group)) from error
-            raise
+            if self.make_row is None or not isinstance(error, Exception):
+                raise  # `generate`, which makes its rows itself, knows no ids, and its callers expect the error as it is
+            raise RequestRefused(error, tuple(row.id for row in group)) from error
         self.active += group
         if self.timings is not None:
             self.timings.prefill += self._now() - start

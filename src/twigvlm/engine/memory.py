@@ -1,52 +1,56 @@
 """How much memory keys and values need, and how much there is."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
+import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.engine.row import Row
 from twigvlm.kv.cache import KVCache
-from twigvlm.twig.block import Twig
+from twigvlm.speculation.batch import Batch
 
 
-def row_bytes(base: BaseVLM, twig: Twig, row: Row, reserve: int) -> int:
-    """Bytes of the buffers that a row needs: keys and values of its prompt between the cuts, and room for its answer.
+def row_bytes(batch: Batch, row: Row) -> NDArray[np.int64]:
+    """Bytes that a row needs in each layer's buffers: for what is left there of its prompt, and for the new tokens that the cache
+    has room for; longer answers grow into what is free.
 
     Args:
-        base: the base.
-        twig: its twig.
+        batch: that it will join.
         row: not admitted yet.
-        reserve: new tokens that the cache has room for; longer answers grow into what is free.
     """
+    base, twig, reserve = batch.base, batch.twig, batch.cache.reserve
     per_token = 2 * base.config.num_key_value_heads * _head_width(base) * base.dtype.itemsize
     visual, text = row.visual, row.length - row.visual
     borders = [0, *(cut.layer for cut in row.cuts), base.num_layers]
     kept = [visual, *(cut.keep for cut in row.cuts)]
-    tokens = sum(
-        (stop - start) * (text + count + reserve) for (start, stop), count in zip(pairwise(borders), kept, strict=True)
-    )
-    return per_token * (tokens + len(twig.layers) * (row.length + reserve))
+    in_base = text + np.repeat(np.array(kept, np.int64), np.diff(borders))
+    needs_twig = not twig.is_stand_in and (batch.drafts_by_twig or row.pruner is not None)
+    in_twig = [row.length + reserve if needs_twig else 0] * len(twig.layers)
+    return per_token * np.array([*(in_base + reserve), *in_twig], np.int64)
 
 
 def together_bytes(cache: KVCache, rows: Sequence[Row]) -> int:
-    """Bytes that rows need side by side: the buffers have room in every row for what the largest one holds. 0 where they have
-    that room already, however large they have become.
+    """Bytes that rows need side by side: a layer's buffers have room in every row for what the largest one holds there. 0 where
+    all layers have that room already, however large they have become.
 
     Args:
         cache: the cache of those that are decoded already.
         rows: those, and others that join them; one at least.
     """
-    largest, there = max(row.cache_bytes for row in rows), cache.bytes_of_a_row()
-    if len(rows) <= cache.capacity_for(0) and largest <= there and not rows[-1].sight_bytes:
+    there = cache.bytes_of_a_row()
+    needed = np.maximum(there, np.max([row.cache_bytes for row in rows], axis=0))
+    if len(rows) <= cache.capacity_for(0) and (needed == there).all() and not rows[-1].refocus_bytes:
         return 0
-    return cache.capacity_for(len(rows)) * max(largest, there) + sum(row.sight_bytes for row in rows)
+    looking = [row.refocus_bytes for row in rows if row.refocus_bytes]
+    return cache.capacity_for(len(rows)) * int(needed.sum()) + len(looking) * max(looking, default=0)
 
 
-def sight_bytes(base: BaseVLM, row: Row) -> int:
-    """Bytes of what a row needs, beside keys and values, to look again; 0 where it does not."""
+def refocus_bytes(base: BaseVLM, row: Row) -> int:
+    """Bytes of what a row needs, beside keys and values, to look again; 0 where it does not. Rows that look side by side need as
+    much as the largest of them."""
     if row.refocus is None:
         return 0
     ranking = 2 * base.config.num_attention_heads * _head_width(base)

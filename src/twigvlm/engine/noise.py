@@ -27,14 +27,14 @@ class Noise:
     ) -> None:
         self.temperature = temperature
         self._like = torch.empty(vocabulary, device=device)
-        self._generator = _own(device) if generator is None else generator
+        self._generator = _default_generator(device) if generator is None else generator
         self._drawn: dict[int, Tensor] = {}
         self._states: dict[int, Tensor] = {}
         self._last: Tensor | None = None  # the generator's state after its newest noise
         self._next = 0
 
     def at(self, position: int) -> Float[Tensor, " vocabulary"]:
-        """Of the `position`-th new token (from 0). Positions already released by `forget` are unavailable."""
+        """Noise of the `position`-th new token (from 0). Positions already released by `forget` are unavailable."""
         draws = self._next <= position
         while self._next <= position:
             if self._generator is not None:
@@ -51,7 +51,7 @@ class Noise:
 
     def forget(self, position: int) -> None:
         """The tokens before this one are chosen."""
-        for old in [one for one in self._drawn if one < position]:
+        for old in [old for old in self._drawn if old < position]:
             del self._drawn[old]
             self._states.pop(old, None)
 
@@ -66,7 +66,7 @@ class Noise:
             self._generator.set_state(self._states[count])
 
 
-def _own(device: torch.device) -> torch.Generator | None:
+def _default_generator(device: torch.device) -> torch.Generator | None:
     """Torch's own generator for a device; None for devices without a default generator that can be had."""
     if device.type == "cpu":
         return torch.default_generator

@@ -13,7 +13,7 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.engine.row import Row
 from twigvlm.kv.cache import CacheView
 from twigvlm.pruning.cut import Choice, Cut, Need
-from twigvlm.pruning.refocus import Sight
+from twigvlm.pruning.refocus import RefocusState
 from twigvlm.pruning.run import run_cuts
 from twigvlm.pruning.view import CutView, Tokens, TrunkOutput
 from twigvlm.speculation.batch import RowState
@@ -66,20 +66,22 @@ class Prefill:
         layers = self.twig.config.trunk_layers
         return self._run(trunk.tokens, trunk, layers, layers, self.at_trunk)
 
-    def run_rest(self, tokens: Tokens, trunk: TrunkOutput, sights: Sequence[Sight | None], drafts: bool) -> Tokens:
+    def run_pruned_layers(
+        self, tokens: Tokens, trunk: TrunkOutput, refocus_states: Sequence[RefocusState | None], drafts: bool
+    ) -> Tokens:
         """Layers K+1..L and their cuts; stores what refocusing needs of the last layers.
 
         Args:
             tokens: after layer K and its cut.
             trunk: the prompts before it.
-            sights: of each row what it can look at again; None: nothing.
+            refocus_states: of each row what it can look at again; None: nothing.
             drafts: whether drafts stand behind the prompts, allowed only if no later cut ranks by the last token.
         """
         layers = self.twig.config.trunk_layers, self.base.num_layers
         left = self._run(tokens, trunk, *layers, self.late, self.keep_last_input and not drafts)
-        for index, (row, sight) in enumerate(zip(self.rows, sights, strict=True)):
-            if sight is not None and sight.pruned.layers[1] < self.base.num_layers:
-                sight.hold_late(left, index, row.length, self.base.num_layers)
+        for index, (row, state) in enumerate(zip(self.rows, refocus_states, strict=True)):
+            if state is not None and state.pruned.layers[1] < self.base.num_layers:
+                state.hold_late(left, index, row.length, self.base.num_layers)
         return left
 
     @property
@@ -88,15 +90,15 @@ class Prefill:
         ranks_once = getattr(self.pruner, "ranks_once", False)
         return bool(ranks_once) or not any(cut.keep for row in self.late for cut in row)
 
-    def sights(self, trunk: TrunkOutput) -> list[Sight | None]:
+    def refocus_states(self, trunk: TrunkOutput) -> list[RefocusState | None]:
         """What each row can look at again; None: it does not, or nothing was pruned of its prompt."""
-        return [self._sight(row, trunk, index) for index, row in enumerate(self.rows)]
+        return [self._refocus_state(row, trunk, index) for index, row in enumerate(self.rows)]
 
-    def _sight(self, row: Row, trunk: TrunkOutput, index: int) -> Sight | None:
+    def _refocus_state(self, row: Row, trunk: TrunkOutput, index: int) -> RefocusState | None:
         if row.refocus is None or row.kept is None or bool(row.kept.eq(trunk.tokens.visual[index]).all()):
             return None
         final_wipe = row.cuts[1].layer if len(row.cuts) > 1 else self.base.num_layers
-        return Sight.of(trunk, index, row.kept, row.refocus, final_wipe)
+        return RefocusState.of(trunk, index, row.kept, row.refocus, final_wipe)
 
     def _run(
         self,

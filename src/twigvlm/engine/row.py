@@ -1,12 +1,14 @@
 """A row: one answer while it is generated. A request: the rows that were asked for in one call."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from twigvlm.base.prompt import Prompt
@@ -148,10 +150,10 @@ class Row:
     emit: Callable[[int], None] | None = None
     refocus: float | None = None
     id: int = -1
-    cache_bytes: int = 0
-    """Of keys and values, which the row is admitted by."""
-    sight_bytes: int = 0
-    """Of what it needs to choose its visual tokens again."""
+    cache_bytes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Bytes of keys and values in each layer, which the row is admitted by."""
+    refocus_bytes: int = 0
+    """Bytes of what it needs to choose its visual tokens again."""
     cached: int = 0
     """Tokens of the prompt that the trunk did not run on, since the prefix cache knew them."""
     next_position: int = 0
@@ -202,6 +204,13 @@ class Row:
         if not self.finished and self.noise is not None:
             self.noise.close(len(self.tokens))
         self.finished = True
+        self.drop_states()
+
+    def drop_states(self) -> None:
+        """Give up the states of the prompt, once they have run or never will: they are large, and a row may be kept for long."""
+        hidden = self.prompt.hidden
+        none = hidden.new_zeros(()).expand_as(hidden)  # of the same shape, but a single number
+        self.prompt = replace(self.prompt, hidden=none, deepstack=(), vision=None)
 
     def extend(self, tokens: Sequence[int]) -> list[int]:
         """Append tokens up to and including the one that ends the answer; those that were appended."""

@@ -15,7 +15,7 @@ from twigvlm.engine.prefill import Prefill, behind
 from twigvlm.engine.protocol import Step
 from twigvlm.engine.row import Row
 from twigvlm.engine.sampling import Chooser, check_drawn
-from twigvlm.pruning.refocus import Sight
+from twigvlm.pruning.refocus import RefocusState
 from twigvlm.pruning.view import Tokens, TrunkOutput
 from twigvlm.speculation.batch import NO_TOKEN, Batch, RowState, eos_table
 from twigvlm.speculation.costs import StepCosts
@@ -51,8 +51,8 @@ class EagerRunner:
     ) -> None:
         self.base, self.twig, self.speculation = base, twig, speculation
         self.static = base.device.type != "cpu" if static is None else static
-        self.batch = Batch(base, twig, reserve + speculation.step_tokens)
         self.policy = make_policy(speculation, costs, self.static)
+        self.batch = Batch(base, twig, reserve + speculation.step_tokens, self.policy.uses_twig)
         self.rows: list[Row] = []
         self.chooser = Chooser([], base.device)
 
@@ -73,37 +73,41 @@ class EagerRunner:
             defer = self.speculation.speculate == "auto" and alone and not trunk.twig_is_filled
             if self.policy.uses_twig and not defer and not trunk.twig_is_filled:
                 trunk.fill_twig()
-            part = self._newcomers(rows, trunk, prefill.sights(trunk), claimed)
+            part = self._newcomers(rows, trunk, prefill.refocus_states(trunk), claimed)
             policy = DraftPolicy() if defer else self.policy.behind_prompts(len(rows))
             ends = torch.tensor(trunk.tokens.lengths, device=self.base.device)[:, None] - 1
             if policy.depth and prefill.takes_drafts and not bool(trunk.tokens.visual.gather(1, ends).any()):
                 step = self._first_step_with_drafts(prefill, part, trunk, tokens, policy)
             else:
-                left = prefill.run_rest(tokens, trunk, part.sights, drafts=False)
+                left = prefill.run_pruned_layers(tokens, trunk, part.refocus_states, drafts=False)
                 first = Chooser(rows, self.base.device).choose(self.base.logits(left.last)[:, None])
                 assert part.state is not None, "there are rows"
                 accepted = walk(Nodes.rooted(part.state.newest), 0, first)
                 self._advance(part, accepted, rows)
                 step = Step(accepted.tokens.tolist(), [0] * len(rows))
                 check_drawn(token for (token,) in step.tokens)
+            chooser = Chooser([*self.rows, *rows], self.base.device)
             self.batch.join(part, trunk if defer else None)
         except BaseException:
             for index in reversed(range(claimed.start, claimed.stop)):
                 cache.release(index)
             raise
-        self.policy.join(len(rows), trunk.tokens.lengths[0] if defer else 0)
+        in_twig = trunk.view.held(self.twig.first_layer_idx).longest
+        self.policy.join(len(rows), trunk.tokens.lengths[0] - in_twig if defer else 0)
         for row in rows:
-            row.prompt = row.prompt.without_vision()
+            row.drop_states()
         self.rows += rows
-        self.chooser = Chooser(self.rows, self.base.device)
+        self.chooser = chooser
         return step
 
-    def _newcomers(self, rows: Sequence[Row], trunk: TrunkOutput, sights: list[Sight | None], claimed: slice) -> Batch:
+    def _newcomers(
+        self, rows: Sequence[Row], trunk: TrunkOutput, refocus_states: list[RefocusState | None], claimed: slice
+    ) -> Batch:
         """Rows whose newest tokens are the last ones of their prompts."""
         for row, position in zip(rows, trunk.prompt.next_positions, strict=True):
             row.next_position = position
         roots = last_token(trunk.prompt.input_ids[..., None], trunk.prompt.lengths)[:, 0]
-        return self.batch.newcomers(claimed.start, self._state(rows, roots, trunk.prompt), sights, trunk)
+        return self.batch.newcomers(claimed.start, self._state(rows, roots, trunk.prompt), refocus_states, trunk)
 
     def _first_step_with_drafts(
         self, prefill: Prefill, part: Batch, trunk: TrunkOutput, tokens: Tokens, policy: DraftPolicy
@@ -121,7 +125,7 @@ class EagerRunner:
         furthest = max(row.next_position for row in rows) + policy.depth
         drafted = draft(part, policy, self._rescore(chooser), furthest, self.static)
         joined, nodes = behind(tokens, drafted, part.state)
-        left = prefill.run_rest(joined, trunk, part.sights, drafts=True)
+        left = prefill.run_pruned_layers(joined, trunk, part.refocus_states, drafts=True)
         first = torch.tensor(left.lengths, device=base.device)[:, None] - nodes[:, None]
         index = first + torch.arange(drafted.nodes.tokens.shape[1], device=base.device)
         index = index.clamp(max=left.hidden.shape[1] - 1)
@@ -198,12 +202,14 @@ class EagerRunner:
         batch.state.advance(accepted, longest + accepted.tokens.shape[1])
 
     def leave(self, row: int) -> None:
-        """Drop a row; the last one takes its place."""
+        """Drop a row; the last one takes its place. Where memory runs out, nothing has changed."""
+        rows = list(self.rows)
+        rows[row] = rows[-1]
+        rows.pop()
+        chooser = Chooser(rows, self.base.device)
         self.batch.leave(row)
         self.policy.leave(row)
-        self.rows[row] = self.rows[-1]
-        self.rows.pop()
-        self.chooser = Chooser(self.rows, self.base.device)
+        self.rows, self.chooser = rows, chooser
 
 
 def _step(on_host: Int[np.ndarray, "rows numbers"]) -> Step:

@@ -65,7 +65,8 @@ def run_accuracy(
             "score": {name: score(question, text, namer) for name, text in given.items()},
         }
 
-    return run(one_by_one(questions.items), inputs_of, measure, results_log, advance)
+    remedy = "use smaller pictures, or fewer --methods or --budgets"  # all variants of a question are answered together
+    return run(one_by_one(questions.items), inputs_of, measure, results_log, remedy, advance)
 
 
 def score(question: Question, text: str, namer: Namer) -> int | list[int]:

@@ -11,7 +11,7 @@ from twigvlm.evaluation.questions import Namer, Question, Questions
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.evaluation.run import InputsOf, Item, run
 from twigvlm.evaluation.speed import alternating, attention_of
-from twigvlm.evaluation.systems import System, base_systems
+from twigvlm.evaluation.systems import System, base_systems, memory_remedy
 from twigvlm.model import TwigVLM
 from twigvlm.timing import clock_of
 
@@ -97,7 +97,7 @@ def run_batches(
         for size in sizes
         for number, batch in enumerate(split(questions.items, size))
     ]
-    return run(items, inputs_of, times, results_log, advance)
+    return run(items, inputs_of, times, results_log, memory_remedy("pictures or --sizes", systems), advance)
 
 
 def _measure(

@@ -31,7 +31,7 @@ CHECKS = {
 }
 """Checks and what each one says, in the order they are made: the last one after the twig has been used."""
 
-OF_THE_BASE = {"no pruning", "disabled"}
+BASE_CHECKS = {"no pruning", "disabled"}
 """Checks that compare with the base before it had a twig."""
 
 
@@ -79,7 +79,7 @@ def run_exactness(
     before = {}
     for item in one_by_one(questions):
         if results_log.results(item.about["id"]) is None:
-            if OF_THE_BASE & set(checks):
+            if BASE_CHECKS & set(checks):
                 with suppress(TwigVLMError):  # such a question fails once more, and is recorded, with the twig
                     longest = item.limit(max_new_tokens, max_description_tokens)
                     before[item.about["id"]] = _reference(base.generate, inputs_of(*item.questions), longest)
@@ -93,7 +93,8 @@ def run_exactness(
         tokens, same = _check(model, inputs, before.get(item.about["id"]), pruning, checks, longest)
         return {"tokens": tokens, "same": same}
 
-    return run(one_by_one(questions), inputs_of, measure, results_log, advance)
+    remedy = "use smaller pictures, or --dtype bfloat16"
+    return run(one_by_one(questions), inputs_of, measure, results_log, remedy, advance)
 
 
 def _check(
@@ -119,7 +120,7 @@ def _check(
                 return _reference(model.generate, inputs, max_new_tokens) == before
         if check == "no pruning":
             output: Any = model.generate(**options, keep=visual, final_wipe=model.base.num_layers)
-            assert before is not None, "a check of OF_THE_BASE"
+            assert before is not None, "a check of BASE_CHECKS"
             return _new(output, inputs) == before[0]
         pruned = check.startswith("pruned ")
         return ids(pruned, check.removeprefix("pruned ")) == ids(pruned, "none")

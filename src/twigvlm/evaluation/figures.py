@@ -96,6 +96,19 @@ def draw_patches(
     return file.getvalue()
 
 
+def undrawn(base: Iterable[Accuracy]) -> str | None:
+    """Why the base's answers leave nothing to draw, since RelAcc is of answers that it has right; None: there is something.
+
+    Args:
+        base: figures of the base, of several kinds of answers if there are any.
+    """
+    figures = list(base)
+    if any(not isnan(one.relative) for one in figures):
+        return None
+    graded = any(not isnan(one.exact) for one in figures)
+    return "no answer of the base is right" if graded else "descriptions alone have no RelAcc"
+
+
 def draw_accuracy(accuracies: Sequence[Accuracy], variants: Sequence[Variant], path: Path) -> None:
     """One line per method, K_f and φ: RelAcc in percent over R̄, with its interval; PNG or SVG by the name's ending."""
     figures = {one.name: one for one in accuracies}

@@ -74,7 +74,7 @@ class Method:
         if self.ranking == "deep":
             first, last = self.layers
             layers = model.base.num_layers
-            if not 1 <= first <= (last or first) <= layers:
+            if not 1 <= first <= (first if last is None else last) <= layers:
                 raise TwigVLMError(
                     f"method {self.name!r}: the layers must be 1 to {layers}, those of this base, in ascending order"
                 )

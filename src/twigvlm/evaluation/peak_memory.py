@@ -1,10 +1,11 @@
 """Peak memory of one piece of work: a GPU's tensors, or on Linux all that the process holds."""
 
-import ctypes
 import gc
 from pathlib import Path
 
 import torch
+
+from twigvlm.heap import give_back_freed_memory
 
 _PROCESS = Path("/proc/self")
 _WATCHED = (_PROCESS / "clear_refs").exists()  # Linux, but not every sandbox on it
@@ -17,9 +18,7 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     elif _WATCHED:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries than GNU's have none
-        if trim is not None:
-            trim(0)
+        give_back_freed_memory()
         (_PROCESS / "clear_refs").write_text("5")
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Question:
     """A description: what is written in the picture and should be quoted."""
     long: bool = False
     """Whether an answer that is right or wrong may be as long as a description."""
+    source: str = field(default="", compare=False)
+    """The image as the file of questions names it; empty: there is no such file."""
 
     @property
     def group(self) -> str:
@@ -40,9 +42,8 @@ class Question:
 
     @property
     def picture(self) -> str:
-        """The same for all questions about one picture."""
-        whole = self.image.resolve() if isinstance(self.image, Path) else self.image
-        return hashlib.sha256(str(whole).encode()).hexdigest()[:12]
+        """The same for all questions about one picture, wherever the file of questions lies."""
+        return hashlib.sha256((self.source or str(self.image)).encode()).hexdigest()[:12]
 
     @property
     def has_long_answer(self) -> bool:
@@ -138,7 +139,7 @@ def _question(row: Any, number: int, folder: Path, vocabulary: Mapping[str, Any]
         raise TwigVLMError(f"{where}: no image file {str(image)!r}; image paths are relative to the file of questions")
     objects = row.get("objects")
     if objects is not None:
-        if not isinstance(objects, list):
+        if not isinstance(objects, list) or not all(isinstance(thing, str) for thing in objects):
             raise TwigVLMError(f"{where}: 'objects' must be a list of names")
         for thing in objects:
             if thing not in vocabulary:
@@ -152,7 +153,8 @@ def _question(row: Any, number: int, folder: Path, vocabulary: Mapping[str, Any]
         raise TwigVLMError(f"{where}: 'texts' must be a list of the texts in the picture")
     things = None if objects is None else tuple(dict.fromkeys(objects))
     about = row["id"], image, row["question"], row["answer"], row["kind"]
-    return Question(*about, objects=things, texts=tuple(texts), **flags)
+    source = str(image) if is_uri(image) else os.path.normpath(row["image"])
+    return Question(*about, objects=things, texts=tuple(texts), **flags, source=source)
 
 
 def exact_match(given: str, expected: str) -> bool:

@@ -12,56 +12,28 @@ from pathlib import Path
 from typing import Any, Final
 
 from twigvlm.errors import TwigVLMError
+from twigvlm.evaluation.benchmarks import BENCHMARKS
 from twigvlm.evaluation.metrics import relative_accuracy
 from twigvlm.evaluation.report import percent, table
 
-
-@dataclass(frozen=True)
-class Benchmark:
-    """How a task of lmms-eval is shown."""
-
-    column: str
-    metrics: tuple[str, ...] = ("exact_match",)
-    """Which of the task's metrics are the score, their sum if there are several."""
-    scale: float = 100.0
-    """What the metrics are multiplied by: 100 where lmms-eval gives a share."""
-
-
-BENCHMARKS: Final[Mapping[str, Benchmark]] = {
-    "gqa": Benchmark("GQA"),
-    "mmbench_en_dev_static": Benchmark("MMB", ("gpt_eval_score",), 1),  # the name of the metric, without a judge
-    "mmbench_en_dev": Benchmark("MMB (judge)", ("gpt_eval_score",), 1),
-    "mme": Benchmark("MME", ("mme_perception_score", "mme_cognition_score"), 1),
-    "textvqa_val_ocr": Benchmark("TextVQA"),
-    "textvqa_val": Benchmark("TextVQA (no OCR)"),
-    "scienceqa_img": Benchmark("SQA-I"),
-    "vqav2_val": Benchmark("VQAv2"),
-    "mmvet_plain": Benchmark("MM-Vet", ("gpt_eval_score",), 1),
-    "tgif_qa_1k_judged": Benchmark("TGIF", ("judged",)),
-    "msvd_qa_1k_judged": Benchmark("MSVD", ("judged",)),
-    "msrvtt_qa_1k_judged": Benchmark("MSRVTT", ("judged",)),
-    "activitynetqa": Benchmark("ActivityNet", ("gpt_eval_accuracy",), 1),
-    "tgif_qa_1k": Benchmark("TGIF (no judge)", ("contained",)),
-    "msvd_qa_1k": Benchmark("MSVD (no judge)", ("contained",)),
-    "msrvtt_qa_1k": Benchmark("MSRVTT (no judge)", ("contained",)),
-}
-"""Those of the paper, in the order of its columns. Any other task is shown by its own name and first metric."""
 PROTOCOL: Final[Mapping[str, str]] = {
     "pretrained": "sapling",
     "pad": "false",
     "system": "",
     "dtype": "auto",
-    "attention": "auto",
     "frames": "none",
     "max_new_tokens": "128",
 }
-"""Model arguments in which a run may not differ from the base's, and what they are where they are not given."""
-OF_THE_BASE: Final[Mapping[str, str]] = {"method": "none", "retain": "none", "speculate": "none"}
+"""Model arguments in which a run may not differ from the base's, and what they are where they are not given. Attention may: the
+base is to be measured with the fastest implementation."""
+BASE_ARGUMENTS: Final[Mapping[str, str]] = {"method": "none", "retain": "none", "speculate": "none"}
 """Model arguments of the base's own run, neither pruned nor drafted, and what they are where they are not given."""
 LEGEND: Final = (
-    "Score · RelAcc in percent of the base. R̄ measured: visual tokens per layer, mean over the answers. RelSpd: tokens per "
-    "second over the base's, by the sums of tokens and times (sums) and by the means over answers (means)."
+    "Score · RelAcc in percent of the base. R̄ measured: visual tokens per layer, mean over the answers. Chosen again, "
+    "where a method refocuses: visual tokens that ran through the pruned layers beside R̄, mean over the answers. RelSpd: tokens "
+    "per second over the base's, by the sums of tokens and times (sums) and by the means over answers (means)."
 )
+_AGAIN: Final = "avg_visual_tokens_again"
 
 
 @dataclass(frozen=True)
@@ -144,7 +116,7 @@ def relacc_table(base: Run, runs: Sequence[Run], tasks: Sequence[str] = ()) -> s
         TwigVLMError: the base's run is pruned or drafted, or a run lacks a task, was asked other questions, or has another base
             or protocol.
     """
-    for name, default in OF_THE_BASE.items():
+    for name, default in BASE_ARGUMENTS.items():
         if _plain(base.settings.get(name, default)) != default:
             raise TwigVLMError(
                 f"run {base.name!r}: has {name}={base.settings[name]}; the first run must be the base's own, without pruning and "
@@ -155,18 +127,37 @@ def relacc_table(base: Run, runs: Sequence[Run], tasks: Sequence[str] = ()) -> s
     for run in (base, *runs):
         _check(run, base, chosen)
     columns = [BENCHMARKS[task].column if task in BENCHMARKS else task for task in chosen]
-    head = ["method", *(f"{column} · RelAcc" for column in columns), "RelAcc, %", "R̄ measured", "tokens/s"]
-    head += ["RelSpd (sums)", "RelSpd (means)"]
-    rows = [_row("**base**", base, base, chosen)]
+    again = any(_AGAIN in run.throughput for run in runs)
+    head = ["method", *(f"{column} · RelAcc" for column in columns), "RelAcc, %", "R̄ measured"]
+    head += [*(["chosen again"] if again else []), "tokens/s", "RelSpd (sums)", "RelSpd (means)"]
+    rows = [_row("**base**", base, base, chosen, again)]
     # The largest budget first, as in the paper; what was not pruned before all.
     budgets = sorted({run.budget for run in runs}, key=lambda text: (bool(text), -_number(text)))
     for budget in budgets:
         rows.append([f"**R̄ {budget}**" if budget else "**no pruning**", *[""] * (len(head) - 1)])
-        rows += [_row(run.method, run, base, chosen) for run in runs if run.budget == budget]
+        members = [run for run in runs if run.budget == budget]
+        rows += [_row(label, run, base, chosen, again) for label, run in zip(_labels(members), members, strict=True)]
     return table(head, rows)
 
 
-def _row(label: str, run: Run, base: Run, tasks: Sequence[str]) -> list[str]:
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Their methods; of runs of one method also the model arguments in which they differ, or if none do, the runs' names."""
+    labels = []
+    for run in runs:
+        same = [other for other in runs if other.method == run.method]
+        differing = [
+            f"{name}={value}"
+            for name, value in run.settings.items()
+            if name not in (*PROTOCOL, *BASE_ARGUMENTS)
+            and any(_plain(other.settings.get(name, "")) != _plain(value) for other in same)
+        ]
+        labels.append(", ".join([run.method, *differing]))
+    return [
+        label if labels.count(label) == 1 else f"{label}, {run.name}" for label, run in zip(labels, runs, strict=True)
+    ]
+
+
+def _row(label: str, run: Run, base: Run, tasks: Sequence[str], again: bool) -> list[str]:
     ratios = [relative_accuracy([run.scores[task]], [base.scores[task]]) for task in tasks]
     cells = [
         f"{run.scores[task] * BENCHMARKS[task].scale:.1f} · {percent(ratio)}"
@@ -174,13 +165,12 @@ def _row(label: str, run: Run, base: Run, tasks: Sequence[str]) -> list[str]:
         else f"{run.scores[task]:.4g} · {percent(ratio)}"
         for task, ratio in zip(tasks, ratios, strict=True)
     ]
-    kept, speed = run.throughput.get("avg_visual_tokens"), run.throughput.get("avg_speed")
+    shown = ["avg_visual_tokens", *([_AGAIN] if again else []), "avg_speed"]
     return [
         label,
         *cells,
         percent(sum(ratios) / len(ratios)),
-        "–" if kept is None else f"{kept:.1f}",
-        "–" if speed is None else f"{speed:.1f}",
+        *(f"{run.throughput[figure]:.1f}" if figure in run.throughput else "–" for figure in shown),
         _relative("avg_speed", run, base),
         _relative("avg_answer_speed", run, base),
     ]

@@ -53,13 +53,13 @@ def _value(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def failed_sections(records: Sequence[Record]) -> list[str]:
+def failed_sections(records: Sequence[Record], title: str = "Failed") -> list[str]:
     """How many questions failed, and why; nothing if none did."""
     failed = [f"- {record['id']}: {record['failed']}" for record in records if "failed" in record]
     if not failed:
         return []
     return [
-        "## Failed",
+        f"## {title}",
         f"{len(failed)} of {len(records)} could not be asked. The figures leave them out; they are asked again when the same "
         "command is run again.",
         "\n".join([*failed[:_LISTED], *(["- …"] if len(failed) > _LISTED else [])]),

@@ -33,11 +33,6 @@ Measure = Callable[[Item, dict[str, Any], int], Record]
 for example because a prompt cannot have a budget. An item that memory does not suffice for fails too."""
 
 
-_NO_MEMORY = (
-    "there is not enough memory for this question; use smaller pictures or batches, or leave eager out of --baselines"
-)
-
-
 def one_by_one(questions: Iterable[Question]) -> list[Item]:
     """Questions that are asked by themselves; their records have `id`, `picture`, `kind` and `long`."""
 
@@ -53,6 +48,7 @@ def run(
     inputs_of: InputsOf,
     measure: Measure,
     results_log: ResultsLog,
+    remedy: str,
     advance: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
     """Measure every item that the log does not hold already.
@@ -62,6 +58,7 @@ def run(
         inputs_of: prepares the questions of an item.
         measure: gives the results.
         results_log: where records go.
+        remedy: what to do where an item needs more memory than there is; the end of a message.
         advance: called with each record.
 
     Returns:
@@ -82,7 +79,7 @@ def run(
             return measure(item, inputs, number)
         except (TwigVLMError, MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
-                reason = _NO_MEMORY
+                reason = f"there is not enough memory for this question; {remedy}"
             elif isinstance(error, TwigVLMError):
                 reason = one_line(error)
             else:

@@ -22,7 +22,7 @@ from twigvlm.evaluation.assisted import AssistedSteps, assisted_generation
 from twigvlm.evaluation.questions import Namer, Questions
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.evaluation.run import InputsOf, Item, one_by_one, run
-from twigvlm.evaluation.systems import System
+from twigvlm.evaluation.systems import System, memory_remedy
 from twigvlm.model import TwigVLM
 from twigvlm.timing import clock_of
 
@@ -247,7 +247,8 @@ def run_speed(
             runs[system.name]["peak"] = peak_of(model, inputs, system, longest, assistant)
         return {"runs": runs}
 
-    return run(one_by_one(questions.items), inputs_of, times, results_log, advance)
+    remedy = memory_remedy("pictures", systems)
+    return run(one_by_one(questions.items), inputs_of, times, results_log, remedy, advance)
 
 
 def _run(measurements: list[Measurement], tokenizer: Any) -> dict[str, Any]:

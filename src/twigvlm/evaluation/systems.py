@@ -55,8 +55,19 @@ class System:
 
 
 def base_systems(attentions: Sequence[str]) -> list[System]:
-    """The base's own `generate` with each of its attention implementations."""
-    return [System(f"{HF_GENERATE}{attention}", attention) for attention in attentions]
+    """The base's own `generate` with each of its attention implementations, however often one is named."""
+    return [System(f"{HF_GENERATE}{attention}", attention) for attention in dict.fromkeys(attentions)]
+
+
+def memory_remedy(smaller: str, systems: Sequence[System]) -> str:
+    """What to do where systems need more memory than there is.
+
+    Args:
+        smaller: what may be smaller.
+        systems: that are measured; eager attention holds all of its weights at once.
+    """
+    eager = any(system.attention == "eager" for system in systems)
+    return f"use smaller {smaller}{', or leave eager out of --baselines' if eager else ''}"
 
 
 def drafting_ways(chain: dict[str, Any], tree: dict[str, Any], lookup_ngram: int) -> dict[str, dict[str, Any]]:
@@ -144,7 +155,7 @@ def draft_systems(method: str, retain: float, lengths: Sequence[int], thresholds
                 same_as=method,
                 method=method,
             )
-            for length in lengths
-            for threshold in thresholds
+            for length in dict.fromkeys(lengths)
+            for threshold in dict.fromkeys(thresholds)
         ),
     ]

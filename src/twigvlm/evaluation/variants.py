@@ -76,7 +76,8 @@ def make_variants(
     of_method = {
         method.name: [(None, 0.0)] if method.has_own_cuts else ends for method in parsed if method.ranking != "none"
     }
-    pruned = [Variant(m, b, *end) for m, own_ends in of_method.items() for b in budgets for end in own_ends]
+    retains = dict.fromkeys(budgets)  # one that is named twice is one
+    pruned = [Variant(m, b, *end) for m, own_ends in of_method.items() for b in retains for end in own_ends]
     if not pruned:
         raise TwigVLMError("nothing to compare: give at least one method that prunes, and one budget")
     for name, given in (("final_wipe", final_wipes), ("final_share", final_shares)):

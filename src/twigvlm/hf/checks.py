@@ -22,23 +22,33 @@ def check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
     if (mask := kwargs.get("attention_mask")) is not None:
         check_mask(mask)
     given = kwargs.get("generation_config")
-    for config in (kwargs, vars(given) if given is not None else {}, vars(defaults)):
-        if config.get("max_new_tokens") is not None:
-            if not isinstance(config["max_new_tokens"], Integral):
-                raise TwigVLMError(f"max_new_tokens={config['max_new_tokens']!r}: must be a whole number")
-            if config["max_new_tokens"] < 1:
-                raise TwigVLMError(f"max_new_tokens={config['max_new_tokens']}: must be 1 or more")
-            break
+    of_call = (kwargs, {} if given is None else vars(given))
+    most, beams = (_first(name, *of_call, vars(defaults)) for name in ("max_new_tokens", "num_beams"))
+    if most is not None and not isinstance(most, Integral):
+        raise TwigVLMError(f"max_new_tokens={most!r}: must be a whole number")
+    if most is not None and most < 1:
+        raise TwigVLMError(f"max_new_tokens={most}: must be 1 or more")
+    if beams not in (None, 1):
+        raise TwigVLMError(
+            f"num_beams={beams!r}: beam search is not supported with a twig; pass num_beams=1, or also do_sample=True and "
+            "num_return_sequences for several answers"
+        )
     for name in ("assistant_model", "custom_generate", "past_key_values", "cache", "inputs_embeds"):
         if kwargs.get(name) is not None:
             raise TwigVLMError(f"{name} is not supported with a twig: leave it out, or use model.disabled()")
     # Some of these Hugging Face's generate would act on, or refuse for another reason, before the loop is asked.
-    for config in (kwargs, vars(given) if given is not None else {}):
+    # What a config repeats of the checkpoint's is nobody's wish.
+    for config, known in zip(of_call, ({}, vars(defaults)), strict=True):
         for name in ("synced_gpus", "token_healing", "cache_implementation", "prefill_chunk_size"):
-            if config.get(name):
+            if config.get(name) and config[name] != known.get(name):
                 raise TwigVLMError(
                     f"{name}={config[name]!r} is not supported with a twig: leave it out, or use model.disabled()"
                 )
+
+
+def _first(name: str, *configs: dict[str, Any]) -> Any:
+    """What the first of these that says something says."""
+    return next((config[name] for config in configs if config.get(name) is not None), None)
 
 
 def _check_ids(ids: Any) -> None:
@@ -74,13 +84,18 @@ def check_mask(mask: Tensor) -> None:
         raise TwigVLMError("attention_mask: hides a whole prompt; leave that prompt out")
 
 
+def check_watched_layer(kwargs: dict[str, Any], config: Any) -> None:
+    """Refuse another layer of the vision tower than the one that is watched for a pruner that ranks by it."""
+    asked, watched = kwargs.get("vision_feature_layer"), getattr(config, "vision_feature_layer", None)
+    if asked is not None and asked != watched:
+        raise TwigVLMError(
+            f"vision_feature_layer={asked!r}: this pruner looks at layer {watched!r} of the vision tower, as the base's config "
+            "says; change that, or leave it out"
+        )
+
+
 def check_generation(config: GenerationConfig) -> None:
     """Refuse ways to generate that the loop does not know."""
-    if (config.num_beams or 1) > 1:
-        raise TwigVLMError(
-            f"num_beams={config.num_beams}: beam search is not supported with a twig; pass num_beams=1, or sample several "
-            "answers with do_sample=True and num_return_sequences"
-        )
     if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise TwigVLMError(
             f"{config.get_generation_mode().value}: only greedy decoding and sampling are supported; leave its options out"

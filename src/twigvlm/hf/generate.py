@@ -176,7 +176,7 @@ def run_rows(
 def with_stop_strings(kwargs: dict[str, Any], defaults: GenerationConfig) -> dict[str, Any]:
     """Arguments with stop strings as a criterion: `generate` with a custom loop does not pass its tokenizer on.
 
-    A cache that the checkpoint's config names is not made either, since the engine has its own.
+    What the checkpoint's config says of a cache is passed over, since the engine has its own.
 
     Args:
         kwargs: arguments of `generate`.
@@ -185,6 +185,8 @@ def with_stop_strings(kwargs: dict[str, Any], defaults: GenerationConfig) -> dic
     rest = dict(kwargs)
     if defaults.cache_implementation is not None:
         rest["cache_implementation"] = None
+    if defaults.use_cache is False:
+        rest.setdefault("use_cache", True)
     tokenizer, given = rest.pop("tokenizer", None), rest.get("generation_config")
     from_config = None if given is None else given.stop_strings
     strings = from_config or defaults.stop_strings
@@ -209,8 +211,8 @@ def _pad_token(config: GenerationConfig) -> int:
     """What follows a shorter answer, as in the base's own `generate`: the first end token, if no padding is named."""
     if config.pad_token_id is not None:
         return int(config.pad_token_id)
-    ends = config.eos_token_id
-    return int((ends[0] if isinstance(ends, list) else ends) or 0)
+    ends = config.eos_token_id  # one, several in a list, a tuple or a tensor, or none
+    return 0 if ends is None else int(torch.as_tensor(ends).flatten()[0])
 
 
 def _emitter(streamer: Any) -> Callable[[int], None] | None:

@@ -112,7 +112,7 @@ class HFInterface(nn.Module):
             only_trainable: count only parameters that are trained.
             exclude_embeddings: leave the base's embeddings out.
         """
-        twig = sum(one.numel() for one in self.twig.parameters() if one.requires_grad or not only_trainable)
+        twig = sum(weight.numel() for weight in self.twig.parameters() if weight.requires_grad or not only_trainable)
         return int(self.model.num_parameters(only_trainable, exclude_embeddings)) + twig
 
     def print_trainable_parameters(self) -> None:

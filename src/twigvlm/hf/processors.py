@@ -68,8 +68,8 @@ class Lanes:
     @property
     def has_state(self) -> bool:
         """Whether one of them may remember what it was asked, as those of users, guidance and SynthID's watermark do."""
-        ours = (one for stage in self.stages for processors in stage.processors for one in processors)
-        remembers = any(isinstance(one, SynthIDTextWatermarkLogitsProcessor) for one in ours)
+        ours = (processor for stage in self.stages for processors in stage.processors for processor in processors)
+        remembers = any(isinstance(processor, SynthIDTextWatermarkLogitsProcessor) for processor in ours)
         return remembers or any(stage.lane == "batch" for stage in self.stages)
 
     def on_scores(self, scores: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n vocabulary"]:
@@ -145,7 +145,7 @@ def split_processors(
     for lane, group in groupby(processors, lane_of):
         members = list(group)
         if lane == "rows":
-            made = [LogitsProcessorList(FOR_ROW[type(one)](one, row) for one in members) for row in rows]
+            made = [LogitsProcessorList(FOR_ROW[type(member)](member, row) for member in members) for row in rows]
             stages.append(Stage(lane, tuple(made)))
             continue
         if lane == "batch":
@@ -162,7 +162,7 @@ def _check_call(processor: Any, batch: int) -> None:
         raise TwigVLMError(f"logits_processor: {name} is not callable; pass objects that take (input_ids, scores)")
     # An object's own `__call__` must have no further parameters; whatever else can be called may have some with defaults.
     is_object, taken = inspect.isfunction(type(processor).__call__), inspect.signature(processor).parameters
-    needed = {name for name, one in taken.items() if one.default is one.empty and one.kind is not one.VAR_KEYWORD}
+    needed = {name for name, each in taken.items() if each.default is each.empty and each.kind is not each.VAR_KEYWORD}
     parameters = [name for name in taken if is_object or name in needed]
     if len(parameters) > 2:
         raise TwigVLMError(

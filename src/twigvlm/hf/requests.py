@@ -10,7 +10,7 @@ from twigvlm.base.vlm import BaseVLM, is_refusal
 from twigvlm.config import PruningConfig
 from twigvlm.engine.row import Row
 from twigvlm.errors import TwigVLMError, one_line
-from twigvlm.hf.checks import check_arguments, check_memory
+from twigvlm.hf.checks import check_arguments, check_memory, check_watched_layer
 from twigvlm.hf.generate import HFGenerateAdapter, with_stop_strings
 from twigvlm.kv.prefix_cache import Pictures, PrefixCache
 from twigvlm.pruning.build import build_pruner
@@ -32,9 +32,27 @@ def rows_of(
     alone: bool = True,
     pictures: Pictures | None = None,
 ) -> HFGenerateAdapter:
-    """What the base's own `generate` makes of its arguments: rows for an engine."""
+    """What the base's own `generate` makes of its arguments: rows for an engine.
+
+    Args:
+        base: the base.
+        twig: its twig.
+        pruning: how to prune.
+        scorer: ranks visual tokens in place of the twig; None: the twig does.
+        pruner: pruning method, or its name; None: what `pruning` says.
+        generator: for sampling; None: torch's own.
+        prefix: knows earlier turns, and learns this one; None: nothing is remembered.
+        kwargs: arguments of the base's `generate`.
+        alone: whether the rows are decoded by themselves; False: they join others in an engine.
+        pictures: those of the prompt, where their digests are known; None: they are made of `kwargs`.
+
+    Raises:
+        TwigVLMError: an option does not apply, or the base refuses the prompt.
+    """
     # As accelerate's hooks do: a base that lies on several devices takes inputs from wherever they are.
-    kwargs = {name: one.to(base.device) if isinstance(one, torch.Tensor) else one for name, one in kwargs.items()}
+    kwargs = {
+        name: value.to(base.device) if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()
+    }
     chosen = build_pruner(pruning, twig, base.num_layers, scorer, pruner)
     if pruning.refocus is not None:
         check_refocus(pruning.refocus, chosen, base, twig)
@@ -43,6 +61,8 @@ def rows_of(
         return () if chosen is None else schedule(chosen, pruning.retain, visual, base.num_layers)
 
     looks = chosen is not None and Need.VISION in chosen.needs
+    if looks:
+        check_watched_layer(kwargs, base.model.config)
     if prefix is not None:
         pixels = base.pixels(kwargs)
         prefix.show(pictures or Pictures(kwargs))

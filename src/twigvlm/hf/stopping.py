@@ -125,5 +125,5 @@ def _flags(criteria: StoppingCriteriaList, ids: Tensor) -> Tensor:
 
 
 def padded(hidden_ids: Tensor, ids: Tensor) -> Tensor:
-    """Ids of a row, [1, tokens], without what pads it in its batch."""
+    """The ids of a row after the padding that it has in its batch, [1, padding + tokens]."""
     return torch.cat((hidden_ids, ids), dim=1) if hidden_ids.shape[1] else ids

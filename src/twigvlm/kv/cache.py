@@ -17,9 +17,8 @@ class KVCache(Segments):
     """Keys and values of L base layers and T twig layers (layers L..L+T-1) for the rows that are being decoded.
 
     Every layer has one buffer [rows, kv_heads, capacity, head_dim], written in place. A segment is a range of layers without
-    a cut inside; its layers share their lengths. Lengths are known twice: on the host, which sizes views and decides which
-    masks are needed, and on the device, where writes of rows of different lengths and masks are computed. Claimed rows are
-    always the first ones of the pool, so that a pass over all of them, or over rows that have just joined, works on views.
+    a cut inside; its layers share their lengths, which are kept as in `Segments`. Claimed rows are always the first ones of
+    the pool, so that a pass over all of them, or over rows that have just joined, works on views.
 
     Args:
         layers: number of layers, L + T.
@@ -107,7 +106,7 @@ class KVCache(Segments):
         on_device: Int[Tensor, " rows"],
         kept: Int[Tensor, "rows kept"] | None = None,
     ) -> None:
-        """Of the last `appended` tokens of some rows, layers start..stop-1 keep some and drop the rest.
+        """Let layers start..stop-1 keep some of the last `appended` tokens of some rows, and drop the others.
 
         Args:
             start: first layer.
@@ -162,26 +161,39 @@ class KVCache(Segments):
                 total += each * int(self.lengths(layer, slice(0, self.rows)).sum())
         return total
 
-    def bytes_of_a_row(self) -> int:
-        """Bytes that the buffers have for each row, its reserve included."""
-        return self.allocated() // max(self._capacity, 1)
+    def bytes_of_a_row(self) -> NDArray[np.int64]:
+        """Bytes that each layer's buffers have for each row, its reserve included."""
+        pairs = zip(self.keys, self.values, strict=True)
+        return np.array(
+            [sum(part.nbytes // len(part) for part in pair if part is not None) for pair in pairs], np.int64
+        )
 
     def allocated(self) -> int:
         """Bytes of the buffers."""
-        buffers = (*self.keys, *self.values)
-        return sum(buffer.numel() * buffer.element_size() for buffer in buffers if buffer is not None)
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values) if buffer is not None)
 
     def positions(self, layer: int, rows: slice, held: Held, new: Int[Tensor, "rows new"]) -> Int[Tensor, "rows total"]:
         """Note the positions, in the unpruned sequence, of the tokens of a pass; those of all tokens, these included."""
         segment = self.segment(layer)
         buffer = self._positions[segment]
         if buffer is None or buffer.shape[1] < held.longest + new.shape[1]:
-            buffer = _grown(buffer, new.new_zeros(self._capacity, 1), 1, held.longest + new.shape[1] + self.reserve)
+            buffer = self._grown(buffer, new.new_zeros(self._capacity, 1), 1, held.longest, new.shape[1])
             self._positions[segment] = buffer
         part = buffer[rows]
         index = held.lengths[:, None] + torch.arange(new.shape[1], device=new.device)
         part.scatter_(1, index, new)
         return part[:, : held.longest + new.shape[1]]
+
+    def _grown(self, old: Tensor | None, like: Tensor, axis: int, held: int, new: int) -> Tensor:
+        """A larger buffer with the same beginning. Zero-filled: even masked slots must be finite, since 0 × NaN is NaN."""
+        length = held + new + self.reserve
+        # By half for answers, to copy them seldom; prompts are admitted by their size.
+        if old is not None and new <= self.reserve:
+            length = max(length, old.shape[axis] * 3 // 2)
+        buffer = like.new_zeros(*like.shape[:axis], length, *like.shape[axis + 1 :])
+        if old is not None:
+            buffer.narrow(axis, 0, old.shape[axis]).copy_(old)
+        return buffer
 
 
 class CacheView:
@@ -237,17 +249,17 @@ class CacheView:
         self._spots.clear()
 
     def _written(self, buffers: list[Tensor | None], layer: int, new: Tensor) -> Tensor:
-        held, count = self.held(layer), new.shape[2]
+        held, count, cache = self.held(layer), new.shape[2], self.cache
         buffer = buffers[layer]
         total = held.longest + count
         if buffer is None or total > buffer.shape[2]:
-            like = new if new.shape[0] == self.cache._capacity else new[:1].expand(self.cache._capacity, -1, -1, -1)
-            buffer = buffers[layer] = _grown(buffer, like, 2, total + self.cache.reserve)
+            like = new if new.shape[0] == cache._capacity else new[:1].expand(cache._capacity, -1, -1, -1)
+            buffer = buffers[layer] = cache._grown(buffer, like, 2, held.longest, count)
         part = buffer if self.rows == slice(0, buffer.shape[0]) else buffer[self.rows]
         if held.equal:
             part[:, :, held.longest : total] = new
         else:
-            key = self.cache.segment(layer), count, buffer.device
+            key = cache.segment(layer), count, buffer.device
             if key not in self._spots:
                 rows = torch.arange(part.shape[0], device=buffer.device)[:, None]
                 spots = held.lengths.to(buffer.device)[:, None] + torch.arange(count, device=buffer.device)
@@ -286,13 +298,3 @@ class ReplacingView(CacheView):
         assert buffer is not None, "it holds the prompt"
         buffer[self.rows.start, :, self.slots.to(buffer.device)] = new[0].to(buffer.dtype)
         return buffer[self.rows, :, : self.count]
-
-
-def _grown(old: Tensor | None, like: Tensor, axis: int, capacity: int) -> Tensor:
-    """A larger buffer with the same beginning. Zero-filled: even masked slots must be finite, since 0 × NaN is NaN."""
-    if old is not None:
-        capacity = max(capacity, old.shape[axis] * 3 // 2)
-    new = like.new_zeros(*like.shape[:axis], capacity, *like.shape[axis + 1 :])
-    if old is not None:
-        new.narrow(axis, 0, old.shape[axis]).copy_(old)
-    return new

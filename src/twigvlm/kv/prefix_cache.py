@@ -85,7 +85,7 @@ class PrefixCache:
 
     def holds(self, prompt: Prompt) -> bool:
         """Whether it was filled by this very prompt; not so where a cut before the trunk let it see less."""
-        return self.prompt is not None and self.prompt.hidden is prompt.hidden
+        return self.prompt is not None and self.prompt.input_ids is prompt.input_ids
 
     def needs_vision(self, base: BaseVLM, input_ids: Int[Tensor, "1 tokens"]) -> bool:
         """Whether a visual token is among what is new."""
@@ -172,7 +172,7 @@ class Pictures:
             self.digest(name)
 
     def digest(self, name: str, count: int | None = None) -> bytes:
-        """Of the first entries along the first axis; None: of all."""
+        """Digest of the first entries along the first axis; None: of all."""
         values = self.values[name][:count]
         key = name, len(values)
         if key not in self._digests:

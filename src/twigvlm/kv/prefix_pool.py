@@ -5,7 +5,7 @@ from torch import Tensor
 
 from twigvlm.kv.prefix_cache import Pictures, PrefixCache
 
-MOST = 256
+MAX_PROMPTS = 256
 """Largest number of prompts that are kept: each request is compared with all of them."""
 
 
@@ -61,7 +61,7 @@ class PrefixPool:
             return
         self._kept = [kept for kept in self._kept if not _continues(prefix, pictures, kept)]
         self._kept.append(prefix)
-        while len(self) > MOST or self.bytes > self.max_bytes:
+        while len(self) > MAX_PROMPTS or self.bytes > self.max_bytes:
             del self._kept[0]
 
     def clear(self) -> None:

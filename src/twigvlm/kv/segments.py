@@ -18,14 +18,14 @@ class Held(NamedTuple):
     equal: bool
     """Whether all rows hold equally many."""
     lengths: Int[Tensor, " rows"]
-    """Of each row, on the device."""
+    """Number of tokens that each row holds, on the device."""
 
 
 class Segments:
     """Lengths of rows, for each range of layers without a cut inside.
 
-    Lengths are known twice: on the host, which sizes views and decides which masks are needed, and on the device, where ragged
-    writes and masks are computed.
+    Lengths are known twice: on the host, which sizes views and decides which masks are needed, and on the device, where writes
+    of rows of different lengths and masks are computed.
 
     Args:
         layers: number of layers.

@@ -124,6 +124,7 @@ def solve_cuts(
     retain: float | None,
     visual: int,
     layers: int,
+    counted: Sequence[int] | None = None,
 ) -> tuple[Cut, ...]:
     """The member of a family of schedules whose average is R̄; numbers of tokens are rounded to the nearest integer.
 
@@ -133,6 +134,7 @@ def solve_cuts(
         retain: R̄.
         visual: M.
         layers: L.
+        counted: layers that R̄ counts the cuts after, where a method's authors count in another way; None: where they are.
 
     Raises:
         TwigVLMError: no schedule of the family has this average; the message names the possible range.
@@ -142,6 +144,8 @@ def solve_cuts(
     if layers_of_cuts[-1] >= layers:
         raise TwigVLMError(f"cut after layer {layers_of_cuts[-1]}: needs a base of more layers than {layers}")
 
+    counted = layers_of_cuts if counted is None else counted
+
     def counts(parameter: float) -> list[float]:
         exact, left = [], float(visual)
         for share in kept(parameter):
@@ -150,11 +154,11 @@ def solve_cuts(
         return exact
 
     def average(sizes: Sequence[float]) -> float:
-        spans = zip(layers_of_cuts, [*layers_of_cuts[1:], layers], sizes, strict=True)
-        return (visual * layers_of_cuts[0] + sum((stop - start) * size for start, stop, size in spans)) / layers
+        spans = zip(counted, [*counted[1:], layers], sizes, strict=True)
+        return (visual * counted[0] + sum((stop - start) * size for start, stop, size in spans)) / layers
 
     low, high = average(counts(0.0)), average(counts(1.0))
-    slack = (layers - layers_of_cuts[0]) / (2 * layers)  # half a token in the pruned layers
+    slack = (layers - counted[0]) / (2 * layers)  # half a token in the pruned layers
     if not low - slack <= retain <= high + slack:
         where = ", ".join(map(str, layers_of_cuts))
         raise TwigVLMError(

@@ -25,7 +25,7 @@ class ImageTokens:
 
     vision: Vision
     rows: Int[Tensor, " tokens"]
-    """Of `vision`'s tensors."""
+    """Their rows in the tensors of `vision`."""
     question: Float[Tensor, "text width"]
     """Embeddings of the text after the last visual token of the prompt."""
     question_ids: Int[Tensor, " text"]
@@ -86,12 +86,12 @@ class PerImage:
     """A method with one cut before the decoder, which chooses in each image by itself: `pick` says how, and `needs` by what."""
 
     positions: Positions = field(default="kept", kw_only=True)
-    """Of the tokens that stay; "compacted" as published, in the order in which `pick` gives them."""
+    """Positions of the tokens that stay; "compacted" as published, in the order in which `pick` gives them."""
     paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION})
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Who stays of one image.
+        """Choose the tokens of one image.
 
         Args:
             image: its tokens.

@@ -26,11 +26,13 @@ def tuned_projector(folder: str, projector: nn.Module) -> dict[str, Tensor]:
     if not path.is_file():
         raise TwigVLMError(f"projector {folder!r}: {WEIGHTS} is not there; train one with 'twigvlm train visionzip'")
     weights, mine = _read(path, path.stat().st_mtime_ns), projector.state_dict()
-    if {name: one.shape for name, one in weights.items()} != {name: one.shape for name, one in mine.items()}:
+    if {name: weight.shape for name, weight in weights.items()} != {
+        name: weight.shape for name, weight in mine.items()
+    }:
         raise TwigVLMError(
             f"projector {folder!r}: belongs to another base, whose projector has other weights; train one for this base"
         )
-    return {name: one.to(mine[name]) for name, one in weights.items()}
+    return {name: weight.to(mine[name]) for name, weight in weights.items()}
 
 
 @lru_cache(maxsize=4)

@@ -34,7 +34,7 @@ class QuestionRows(NamedTuple):
     asks: Bool[Tensor, "batch queries"]
     """False where a row has fewer such tokens than others."""
     inputs: TokenInputs
-    """Of the queries."""
+    """Per-token inputs of the queries."""
 
 
 def attention_from(view: CutView, asking: Bool[Tensor, "batch prompt_tokens"]) -> Iterator[QuestionRows]:

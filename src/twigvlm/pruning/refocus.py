@@ -50,7 +50,7 @@ class HeldTokens:
     """Which tokens of a prompt a range of layers holds in the KV cache; all layers of the range hold the same ones."""
 
     layers: tuple[int, int]
-    """Of layers start..stop-1, counted from 0."""
+    """(start, stop): layers start..stop-1, counted from 0."""
     positions: Int[Tensor, " left"]
     """Position in the prompt of each token that is held."""
     slots: Int[Tensor, " visual"]
@@ -98,17 +98,17 @@ class HeldTokens:
 
 
 @dataclass
-class Sight:
+class RefocusState:
     """What one row can look at again: the visual tokens of its prompt, of which pruned layers hold some."""
 
     threshold: float
     """τ."""
     states: Float[Tensor, "1 visual width"]
-    """Of all visual tokens after layer K."""
+    """States of all visual tokens after layer K."""
     inputs: TokenInputs
-    """Of all visual tokens."""
+    """Per-token inputs of all visual tokens."""
     keys: Float[Tensor, "key_heads visual head_dim"]
-    """Of all visual tokens in the last twig layer, gated where the twig has a P-Head."""
+    """Keys of all visual tokens in the last twig layer, gated where the twig has a P-Head."""
     visual: Int[Tensor, " visual"]
     """Positions of the visual tokens in the prompt."""
     pruned: HeldTokens
@@ -119,7 +119,7 @@ class Sight:
     @classmethod
     def of(
         cls, trunk: TrunkOutput, row: int, kept: Bool[Tensor, " tokens"], threshold: float, final_wipe: int
-    ) -> "Sight":
+    ) -> "RefocusState":
         """After the cut that follows layer K.
 
         Args:
@@ -207,7 +207,7 @@ def exchanged(scores: Float[Tensor, " visual"], held: Bool[Tensor, " visual"], s
 
 
 class Refocus:
-    """What is asked of all rows of a batch at every step; entry i of every part is row i of the cache.
+    """What is asked of all rows of a batch at every step; entry i of scores and answers is row i of the cache.
 
     Args:
         twig: ranks visual tokens at new tokens, by its P-Head, or without one by its last layer's attention restricted to
@@ -215,32 +215,34 @@ class Refocus:
         rows: None: this row does not look again; at least one does.
     """
 
-    def __init__(self, twig: Twig, rows: Sequence[Sight | None]) -> None:
+    def __init__(self, twig: Twig, rows: Sequence[RefocusState | None]) -> None:
         self.twig, self.rows = twig, rows
-        some = next(row for row in rows if row is not None)
-        none = some.pruned.slots[:0]
-        keys = [(some.keys[:, :0] if row is None else row.keys).transpose(0, 1) for row in rows]
-        self.keys = pad_sequence(keys, batch_first=True).transpose(1, 2)
+        looking = [row for row in rows if row is not None]
+        none = looking[0].visual[:0]
+        # Entry i of keys, positions and visible is of row looking[i]: keys are too large to pad the other rows with.
+        self.looking = torch.tensor([index for index, row in enumerate(rows) if row is not None], device=none.device)
+        self.keys = pad_sequence([row.keys.transpose(0, 1) for row in looking], batch_first=True).transpose(1, 2)
+        self.positions = pad_sequence([row.visual for row in looking], batch_first=True)
+        counts = torch.tensor([len(row.visual) for row in looking], device=none.device)
+        self.visible = torch.arange(self.keys.shape[2], device=none.device) < counts[:, None]
         self.slots = pad_sequence(
             [none if row is None else row.pruned.slots for row in rows], batch_first=True, padding_value=-1
         )
-        positions = [none if row is None else row.visual for row in rows]
-        self.positions = pad_sequence(positions, batch_first=True)
-        counts = torch.tensor([0 if row is None else len(row.visual) for row in rows], device=none.device)
-        self.visible = torch.arange(self.keys.shape[2], device=none.device) < counts[:, None]
         keep = [0 if row is None else row.keep for row in rows]
         self.max_keep, self.last = max(keep), torch.tensor(keep, device=none.device).sub(1).clamp(min=0)
         thresholds = [0.0 if row is None else row.threshold for row in rows]
         self.threshold = torch.tensor(thresholds, device=none.device)[:, None]
 
     def scores(self, hidden: Float[Tensor, "rows new width"], inputs: TokenInputs) -> Float[Tensor, "rows new visual"]:
-        """Shares of all visual tokens at new tokens.
+        """Shares of all visual tokens at new tokens; 0 in rows that do not look again.
 
         Args:
             hidden: the input of the last twig layer.
             inputs: inputs of the new tokens.
         """
         layer, head = self.twig.layers[-1], self.twig.pruning_head
+        scores = torch.zeros(*hidden.shape[:2], self.keys.shape[2], device=hidden.device)
+        hidden, inputs = hidden.index_select(0, self.looking), select_rows(inputs, self.looking)
         queries = ranking_queries(layer, head, hidden, inputs)
         visible = self.visible[:, None].expand(-1, hidden.shape[1], -1)
         window = window_of(layer)
@@ -248,7 +250,7 @@ class Refocus:
             assert inputs.positions is not None, "the base has windows"
             visible = visible & (self.positions[:, None] > inputs.positions[..., None] - window)
         scaling = cast(Any, layer).self_attn.scaling
-        return visual_attention(queries, self.keys, scaling, visible).exp()
+        return scores.index_copy_(0, self.looking, visual_attention(queries, self.keys, scaling, visible).exp())
 
     def asks(self, scores: Float[Tensor, "rows new visual"]) -> Bool[Tensor, "rows new"]:
         """Where the kept tokens have less than τ of what as many others could have."""
@@ -269,23 +271,23 @@ class Refocus:
             scores: scores of the newest token.
             after: new tokens so far.
         """
-        sight = self.rows[row]
-        assert sight is not None, "it has asked"
-        visual, held = sight.visual, sight.pruned.visual
-        kept = exchanged(scores[: len(visual)], held, (3 + sight.threshold) / 4)
+        state = self.rows[row]
+        assert state is not None, "it has asked"
+        visual, held = state.visual, state.pruned.visual
+        kept = exchanged(scores[: len(visual)], held, (3 + state.threshold) / 4)
         new, gone = (kept & ~held).nonzero()[:, 0], (held & ~kept).nonzero()[:, 0]
         if not len(new):
             return None
-        inputs, states = select_tokens(sight.inputs, new[None]), gather_tokens(sight.states, new[None])
-        states = sight.pruned.exchange(base, cache, row, gone, new, states, inputs, visual[new])
-        self.slots[row, : len(visual)] = sight.pruned.slots
-        if sight.late is not None:
-            held = sight.late.visual
+        inputs, states = select_tokens(state.inputs, new[None]), gather_tokens(state.states, new[None])
+        states = state.pruned.exchange(base, cache, row, gone, new, states, inputs, visual[new])
+        self.slots[row, : len(visual)] = state.pruned.slots
+        if state.late is not None:
+            held = state.late.visual
             ranked = scores[: len(visual)].masked_fill(~held.index_fill(0, new, True), float("-inf"))
             stays = torch.zeros_like(held).index_fill(0, ranked.topk(int(held.sum())).indices, True)
             gone, late = (held & ~stays).nonzero()[:, 0], (stays & ~held).nonzero()[:, 0]
             if len(late):
                 chosen = torch.searchsorted(new, late)[None]
                 states, inputs = gather_tokens(states, chosen), select_tokens(inputs, chosen)
-                sight.late.exchange(base, cache, row, gone, late, states, inputs, visual[late])
+                state.late.exchange(base, cache, row, gone, late, states, inputs, visual[late])
         return Look(after, visual[kept], len(new))

@@ -79,6 +79,7 @@ def language_model() -> LlamaForCausalLM:
 
 
 def processor() -> LlavaProcessor:
+    """Sapling's processor: `tokenizer`, and pictures squeezed into a square of 336 pixels."""
     text = tokenizer()
     mean_and_std = [0.5, 0.5, 0.5]
     images = CLIPImageProcessorPil(
@@ -99,6 +100,7 @@ def processor() -> LlavaProcessor:
 
 
 def config(language: LlamaForCausalLM, image_token_id: int) -> LlavaConfig:
+    """The configuration of Sapling around its language model, whose id of the image placeholder this is."""
     vision = CLIPVisionConfig(
         hidden_size=256,
         intermediate_size=1024,
@@ -120,6 +122,7 @@ def config(language: LlamaForCausalLM, image_token_id: int) -> LlavaConfig:
 
 
 def weights_file() -> Path:
+    """The weights that ship with the package: vision tower, projector and updates of the language model."""
     return Path(str(resources.files("twigvlm.sapling") / "sapling.safetensors"))
 
 

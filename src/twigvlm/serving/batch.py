@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from twigvlm.errors import TwigVLMError, one_line
-from twigvlm.files import replacing, writing
+from twigvlm.files import numbered_lines, replacing, writing
 from twigvlm.serving.completion import Completion
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import request_error
@@ -98,17 +98,11 @@ def json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
     Raises:
         TwigVLMError: the file cannot be read, or a line is not JSON.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise TwigVLMError(f"{name}: cannot be read as text ({one_line(error)}); save it as UTF-8") from None
-    # Not splitlines: a text may contain what Unicode takes for the end of a line.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise TwigVLMError(f"{name}: line {number}: not JSON ({one_line(error)}); correct the line") from None
+    for number, line in numbered_lines(path, name):
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TwigVLMError(f"{name}: line {number}: not JSON ({one_line(error)}); correct the line") from None
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def asked_pruning(request: ChatRequest, own: str | None = None) -> PruningConfig
     """
     names = {option.name for option in fields(PruningConfig)}
     given = {name: getattr(request, name) for name in names & request.model_fields_set}
-    if own is not None and given.get("pruner") == own_name(own):
+    if own is not None and given.get("pruner") == public_name(own):
         given["pruner"] = own
     elif reads_files(given.get("pruner") or ""):
         raise RequestError("pruner: requests cannot name directories; start the server with it", param="pruner")
@@ -51,7 +51,7 @@ def asked_pruning(request: ChatRequest, own: str | None = None) -> PruningConfig
     return pruning
 
 
-def own_name(pruner: str) -> str:
+def public_name(pruner: str) -> str:
     """What clients call the server's pruner: its directory is nobody's business."""
     return pruner.partition(":")[0] if reads_files(pruner) else pruner
 

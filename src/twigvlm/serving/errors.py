@@ -36,7 +36,7 @@ class RequestError(TwigVLMError):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of the response."""
+        """Headers of the response."""
         found = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         if self._retry_after is not None:
             found["Retry-After"] = str(self._retry_after)

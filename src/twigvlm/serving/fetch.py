@@ -119,23 +119,24 @@ class Fetcher:
             try:
                 connection.request("GET", target, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
                 with connection.getresponse() as response:
-                    if response.status != 200:
-                        passing = response.status >= 500 or response.status in (408, 429)
-                        raise RequestError(
-                            f"image_url: {host} answers with status {response.status}", 502 if passing else 400
-                        )
-                    data = bytearray()
-                    while chunk := response.read1(_CHUNK):
-                        data += chunk
-                        if len(data) > self.max_bytes:
-                            raise RequestError(f"image_url: the image has more than {self.max_bytes:,} bytes")
-                    if time.monotonic() > deadline:
-                        raise RequestError(f"image_url: {host} takes longer than {self.seconds:g} seconds", 504)
-                    if response.length:
-                        raise http.client.IncompleteRead(bytes(data), response.length)
-                    return bytes(data)
+                    return self._read(host, response, deadline)
             finally:
                 connection.close()
+
+    def _read(self, host: str, response: http.client.HTTPResponse, deadline: float) -> bytes:
+        if response.status != 200:
+            passing = response.status >= 500 or response.status in (408, 429)
+            raise RequestError(f"image_url: {host} answers with status {response.status}", 502 if passing else 400)
+        data = bytearray()
+        while chunk := response.read1(_CHUNK):
+            data += chunk
+            if len(data) > self.max_bytes:
+                raise RequestError(f"image_url: the image has more than {self.max_bytes:,} bytes")
+        if time.monotonic() > deadline:
+            raise RequestError(f"image_url: {host} takes longer than {self.seconds:g} seconds", 504)
+        if response.length:
+            raise http.client.IncompleteRead(bytes(data), response.length)
+        return bytes(data)
 
 
 @contextmanager

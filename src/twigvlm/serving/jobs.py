@@ -59,7 +59,7 @@ class Choice:
 
     index: int
     seed: int | None
-    """Of the sampling; None: greedy."""
+    """Seed of the sampling; None: greedy."""
     row: Row | None = None
     grammar: GrammarProcessor | None = None
     key: tuple[str, int] | None = None
@@ -122,7 +122,7 @@ class Job:
 
     @property
     def bytes(self) -> int:
-        """Of the inputs, without what the engine makes of them."""
+        """Bytes of the inputs, without what the engine makes of them."""
         return sum(value.numel() * value.element_size() for value in self.inputs.values() if torch.is_tensor(value))
 
     @property

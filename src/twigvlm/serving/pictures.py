@@ -1,6 +1,5 @@
 """Images of requests: data URIs, or addresses that the server's owner allowed."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from io import BytesIO
@@ -10,7 +9,7 @@ from time import monotonic
 from PIL import Image
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.images import from_data_uri, read_image
+from twigvlm.images import WITHOUT_WARNINGS, from_data_uri, read_image
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import request_error
 from twigvlm.serving.fetch import Fetcher
@@ -90,10 +89,9 @@ def check_pixels(request: ChatRequest, limits: Limits, fetched: Mapping[str, byt
 
 def _pixels(url: str, fetched: Mapping[str, bytes]) -> float:
     """Width times height by the header; infinite where it does not say, which `read_picture` may know better."""
-    with warnings.catch_warnings(), suppress(Exception):  # decoders raise whatever a broken file leads them to
-        warnings.simplefilter("ignore")
-        with Image.open(BytesIO(_file(url, fetched)), formats=FORMATS) as image:
-            return image.width * image.height
+    # Decoders raise whatever a broken file leads them to.
+    with WITHOUT_WARNINGS, suppress(Exception), Image.open(BytesIO(_file(url, fetched)), formats=FORMATS) as image:
+        return image.width * image.height
     return inf
 
 

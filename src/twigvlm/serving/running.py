@@ -91,7 +91,7 @@ class Running:
         self._gone = asyncio.create_task(self._watch())
         self._first: Tokens | None = None
         self.status = HUNG_UP
-        """Of HTTP, once the stream has ended."""
+        """Status of HTTP, once the stream has ended."""
         self._completion: Completion | None = None
 
     async def start(self, threads: Threads, arrived: float) -> None:

@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Of a signal; a second SIGINT ends the server without waiting."""
+        """Handle a signal: a second SIGINT ends the server without waiting."""
         # In a thread: the code that the signal interrupted may hold the worker's lock.
         Thread(target=self._service.stop, args=(self._seconds,), daemon=True).start()
         super().handle_exit(sig, frame)

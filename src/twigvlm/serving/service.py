@@ -252,12 +252,13 @@ class Service:
         return speculate
 
     def _sampling(self, request: ChatRequest) -> dict[str, Any]:
+        one: dict[str, Any] = {"num_beams": 1}  # whatever the checkpoint's generation config says
         if (temperature := _temperature(request)) is None:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": request.top_p or 1.0}
+            return {**one, "do_sample": False}
+        return {**one, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": request.top_p or 1.0}
 
     def _seeds(self, request: ChatRequest) -> list[int | None]:
-        """Of each answer; the first one's is the request's."""
+        """The seed of each answer; the first one's is the request's."""
         if _temperature(request) is None:
             return [None] * (request.n or 1)
         first = secrets.randbits(62) if request.seed is None else request.seed % 2**63
@@ -283,7 +284,7 @@ class Service:
 
 
 def _temperature(request: ChatRequest) -> float | None:
-    """Of the sampling: OpenAI's 1 where only `top_p` or `n` asks for it; None: the most probable token is chosen."""
+    """Temperature of the sampling: OpenAI's 1 where only `top_p` or `n` asks for it; None: the most probable token is chosen."""
     temperature = request.temperature
     if temperature is None:
         temperature = 1.0 if request.top_p is not None or (request.n or 1) > 1 else 0.0

@@ -9,11 +9,11 @@ import torch
 
 from twigvlm.engine.engine import Engine
 from twigvlm.engine.memory import free_bytes
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import RequestRefused, TwigVLMError
+from twigvlm.heap import give_back_freed_memory
 from twigvlm.kv.prefix_pool import PrefixPool
 from twigvlm.model import TwigVLM
 from twigvlm.serving.failures import request_error, shutting_down, too_late, why_given_up
-from twigvlm.serving.heap import give_back_freed_memory
 from twigvlm.serving.jobs import Choice, Failed, Job, JobEvent
 from twigvlm.serving.limits import Limits
 from twigvlm.serving.metrics import Metrics
@@ -198,7 +198,7 @@ class Worker:
         try:
             events = engine.step()
         except Exception as error:
-            self._after_failure(way, error)
+            self._after_failure(way, error.cause if isinstance(error, RequestRefused) else error)
             return
         for event in events:
             if (found := self._choices.get((way, event.id))) is None:

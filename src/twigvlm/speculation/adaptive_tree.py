@@ -196,7 +196,7 @@ class AdaptiveTree(DraftPolicy):
 
 
 def _ascending(nodes: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of each row the first ones of some nodes, ascending, padded at the end with INVALID."""
+    """The first ones of some nodes in each row, ascending, padded at the end with INVALID."""
     last = np.iinfo(np.int64).max
     kept = np.sort(np.where(np.arange(nodes.shape[1]) < counts[:, None], nodes, last), axis=1)
     return np.where(kept == last, INVALID, kept)

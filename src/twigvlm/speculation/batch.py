@@ -15,7 +15,7 @@ from twigvlm.base.masks import Masks
 from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.kv.cache import KVCache
-from twigvlm.pruning.refocus import Refocus, Sight
+from twigvlm.pruning.refocus import Refocus, RefocusState
 from twigvlm.pruning.view import TrunkOutput
 from twigvlm.speculation.walk import Accepted
 from twigvlm.twig.block import Twig
@@ -42,7 +42,7 @@ class RowState:
     eos_token_ids: Int[Tensor, "rows ids"]
     """Nothing is drafted after them; NO_TOKEN: none."""
     ids: Int[Tensor, "rows width"]
-    """Of prompt and answer, NO_TOKEN at visual tokens, anything after the newest one; without any column where no draft is
+    """Ids of prompt and answer, NO_TOKEN at visual tokens, anything after the newest one; without any column where no draft is
     looked up in them."""
 
     def advance(self, accepted: Accepted, longest: int) -> None:
@@ -91,7 +91,7 @@ class Pending:
 
     @classmethod
     def none(cls, rows: int, like: Tensor) -> "Pending":
-        """Of rows that have none."""
+        """The pending tokens of rows that have none."""
         empty = like.new_zeros(rows, 0, like.shape[-1])
         return cls(empty, torch.zeros(rows, dtype=torch.long, device=like.device), np.zeros(rows, np.int64))
 
@@ -139,10 +139,11 @@ class Batch:
         base: the base.
         twig: its twig.
         reserve: tokens that the cache has room for beyond what first filled it.
+        drafts_by_twig: whether its drafts need the twig; otherwise only pruning may.
     """
 
-    def __init__(self, base: BaseVLM, twig: Twig, reserve: int) -> None:
-        self.base, self.twig = base, twig
+    def __init__(self, base: BaseVLM, twig: Twig, reserve: int, drafts_by_twig: bool) -> None:
+        self.base, self.twig, self.drafts_by_twig = base, twig, drafts_by_twig
         boundaries = (twig.config.trunk_layers, twig.first_layer_idx)
         self.cache = KVCache(twig.last_layer_idx + 1, boundaries, reserve, base.device)
         self.masks: Masks = base.masks()
@@ -150,8 +151,8 @@ class Batch:
         self.pending: Pending | None = None
         self.deferred: TrunkOutput | None = None
         """The prompt of the only row, until the twig has seen it."""
-        self.sights: list[Sight | None] = []
-        """Of each row what it can look at again; None: it does not."""
+        self.refocus_states: list[RefocusState | None] = []
+        """What each row can look at again; None: it does not."""
         self.refocus: Refocus | None = None
         """The same for all rows at once; None: no row looks again."""
         self._table: TokenInputs | None = None
@@ -163,13 +164,15 @@ class Batch:
         """All of them."""
         return slice(self._first, self.cache.rows)
 
-    def newcomers(self, first: int, state: RowState, sights: list[Sight | None], trunk: TrunkOutput) -> "Batch":
+    def newcomers(
+        self, first: int, state: RowState, refocus_states: list[RefocusState | None], trunk: TrunkOutput
+    ) -> "Batch":
         """The rows from `first` on, whose prompts the cache holds, as a batch of their own until they join."""
         self._axes = (3,) if trunk.prompt.position_ids.ndim == 3 else ()
         part = copy(self)
         part._first, part.state, part.deferred = first, state, None
         part.pending = Pending.none(len(state.newest), trunk.tokens.hidden)
-        part._look_with(sights)
+        part._look_with(refocus_states)
         return part
 
     def join(self, part: "Batch", deferred: TrunkOutput | None) -> None:
@@ -185,25 +188,25 @@ class Batch:
         state, pending = part.state, part.pending
         if self.state is not None and self.pending is not None:
             state, pending = self.state.join(state), self.pending.join(pending)
-        self._look_with([*self.sights, *part.sights])
+        self._look_with([*self.refocus_states, *part.refocus_states])
         self.state, self.pending, self.deferred = state, pending, deferred
 
     def leave(self, row: int) -> None:
-        """Drop a row; the last one takes its place."""
+        """Drop a row; the last one takes its place. Where memory runs out, nothing has changed."""
         assert self.state is not None, "it has joined"
         assert self.pending is not None, "it has joined"
+        state = pending = None
+        if self.cache.rows > 1:
+            state, pending = self.state.leave(row), self.pending.leave(row)
+        refocus_states = list(self.refocus_states)
+        refocus_states[row] = refocus_states[-1]
+        self._look_with(refocus_states[:-1])
+        self.state, self.pending, self.deferred = state, pending, None
         self.cache.release(row)
-        self.deferred = None
-        if self.cache.rows:
-            self.state, self.pending = self.state.leave(row), self.pending.leave(row)
-        else:
-            self.state = self.pending = None
-        self.sights[row] = self.sights[-1]
-        self._look_with(self.sights[:-1])
 
-    def _look_with(self, sights: list[Sight | None]) -> None:
-        self.refocus = None if all(sight is None for sight in sights) else Refocus(self.twig, sights)
-        self.sights = sights
+    def _look_with(self, refocus_states: list[RefocusState | None]) -> None:
+        self.refocus = None if all(state is None for state in refocus_states) else Refocus(self.twig, refocus_states)
+        self.refocus_states = refocus_states
 
     def _show_deferred(self) -> None:
         if self.deferred is not None:

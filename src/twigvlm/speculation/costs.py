@@ -47,7 +47,7 @@ class StepCosts:
     verify: tuple[float, ...]
     """Layers K+1..L and the head."""
     fill: float
-    """Of one prompt token that enters the twig."""
+    """Seconds for one prompt token that enters the twig."""
 
     @property
     def max_nodes(self) -> int:
@@ -55,7 +55,7 @@ class StepCosts:
         return len(self.verify) - 1
 
     def of_rows(self, rows: int) -> "StepCosts":
-        """Of passes of n nodes in each of several rows, beyond the measured sizes in proportion to the largest."""
+        """Costs of passes of n nodes in each of several rows, beyond the measured sizes in proportion to the largest."""
 
         def table(measured: tuple[float, ...]) -> tuple[float, ...]:
             sizes = (nodes * rows for nodes in range(self.max_nodes + 1))
@@ -150,12 +150,14 @@ def cached_costs(base: BaseVLM, twig: Twig, refresh: bool = False) -> StepCosts:
 
 
 def _costs_file(base: BaseVLM, twig: Twig) -> Path:
-    """By all that the costs depend on: machine, threads, versions, attention, and the layers as they are."""
+    """By all that the costs depend on: machine, threads, versions, attention, the layers as they are, and where they are cut."""
     device = base.device
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     versions = [version(library) for library in ("twigvlm", "torch", "transformers")]
     machine = [processor, str(device), torch.get_num_threads(), is_alone(), *versions]
-    parts = [*machine, base.attention, *_layout(base.decoder), *_layout(base.head), *_layout(twig), NODES, PROMPT]
+    # The layers do not show where the trunk ends, nor a shared head how many of the base's rows it uses.
+    twig_parts = [*_layout(twig), twig.config.trunk_layers, twig.config.draft_vocabulary]
+    parts = [*machine, base.attention, *_layout(base.decoder), *_layout(base.head), *twig_parts, NODES, PROMPT]
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "twigvlm" / f"costs-{name}.json"
@@ -168,10 +170,12 @@ def _layout(module: nn.Module) -> list[Any]:
     return [kinds, weights]
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """What the system calls this machine's CPU."""
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line for line in lines if line.startswith("model name")), platform.machine())
+        fields = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        names = (value.strip() for field, _, value in fields if field.strip() == "model name")
+        return next(names, platform.machine())
     return platform.processor() or platform.machine()
 
 

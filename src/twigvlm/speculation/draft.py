@@ -25,7 +25,7 @@ class Draft(NamedTuple):
     nodes: Nodes
     """To be verified; node i is the i-th of the pass."""
     depth: int
-    """Of the deepest node."""
+    """Depth of the deepest node."""
     hidden: Float[Tensor, "rows nodes width"]
     """Layer-K states: the base verifies from these, without the trunk."""
     inputs: TokenInputs

@@ -19,7 +19,7 @@ class DraftPolicy:
     linear: bool = True
     """Whether drafts are chains, whose causal order needs no mask of their own."""
     depth: int = 0
-    """Of the deepest node that may be drafted."""
+    """Depth of the deepest node that may be drafted."""
     uses_twig: bool = False
     """Whether the twig drafts, which needs to see prompt and answer."""
     reads_ids: bool = False

@@ -1,6 +1,6 @@
 """Stage 1: the shallow model (trunk + twig) learns answers, and from the frozen base its predictions and attention (Eq. 9)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from twigvlm.model import TwigVLM
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.training.data.dataset import IGNORE
 from twigvlm.training.data.turns import last_prompt_tokens
-from twigvlm.training.fit import fit_twig
+from twigvlm.training.fit import Run, fit_twig
 from twigvlm.training.losses import attending, attention_loss, draft_targets, next_token_loss, prediction_loss
 from twigvlm.training.options import Stage1Config
 from twigvlm.training.teacher import resolve_teacher_layers, run_teacher
-from twigvlm.training.trainer import TermTrainer
+from twigvlm.training.trainer import CountingTrainer
 
 
 class Student(nn.Module):
@@ -109,23 +109,6 @@ class Student(nn.Module):
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
 
-class DistillTrainer(TermTrainer):
-    """Tells the student how many samples an optimiser step sees: the last step of an epoch may see fewer than the others."""
-
-    _samples: Tensor | None = None  # of the step at hand, in all passes of all processes
-
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The batches of an optimiser step, whose samples are counted as the Trainer counts their answer tokens."""
-        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
-        samples = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
-        self._samples = self.accelerator.gather(samples).sum()
-        return batches, tokens
-
-    def added_inputs(self) -> dict[str, Any]:
-        """The samples of the step at hand."""
-        return {"samples_in_step": self._samples}
-
-
 def train_stage1(
     model: TwigVLM,
     data: Dataset[dict[str, Tensor]],
@@ -154,9 +137,8 @@ def train_stage1(
     if model.twig.pruning_head is not None:
         model.twig.pruning_head.requires_grad_(config.gamma + config.gamma_answers > 0)
     try:
-        return fit_twig(
-            model, {}, lambda steps: Student(model, config), DistillTrainer, data, config, directory, resume, callbacks
-        )
+        run = Run(data, config, directory, resume, callbacks)
+        return fit_twig(model, {}, lambda steps: Student(model, config), CountingTrainer, run)
     finally:
         model.twig.checkpoint_gradients(False)
         model.twig.requires_grad_(True)

@@ -8,6 +8,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.files import reserved
 from twigvlm.model import TwigVLM
 from twigvlm.training.data.dataset import Collator, ConversationDataset
-from twigvlm.training.data.samples import BrokenSample
 from twigvlm.training.distributed import fsdp, processes
 from twigvlm.training.options import TrainingConfig
 from twigvlm.training.run_directory import UNFINISHED, check_room, check_settings, latest
@@ -33,6 +33,17 @@ NO_LOSSES = ("grad_norm", "learning_rate", "epoch", "step")
 """Of what a Trainer logs."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a training is asked for; see the arguments of `train_stage1`."""
+
+    data: Dataset[dict[str, Tensor]]
+    config: TrainingConfig
+    directory: Path
+    resume: bool
+    callbacks: Sequence[TrainerCallback]
+
+
 def fit(
     base: BaseVLM,
     part: nn.Module,
@@ -40,21 +51,18 @@ def fit(
     through: Iterable[nn.Parameter],
     make_student: Callable[[int], nn.Module],
     trainer_class: type[TermTrainer],
-    data: Dataset[dict[str, Tensor]],
-    config: TrainingConfig,
-    directory: Path,
-    resume: bool,
-    callbacks: Sequence[TrainerCallback],
+    run: Run,
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Train a part in place; further arguments as in `train_stage1`.
+    """Train a part in place.
 
     Args:
         base: the frozen base.
         part: what is trained.
-        shape: all that it depends on beside `config`; a run is resumed with the same only.
+        shape: all that it depends on beside the settings; a run is resumed with the same only.
         through: parameters of the base that gradients pass on their way to the part.
-        make_student: from the number of optimiser steps, the part with its loss.
+        make_student: from the number of optimiser steps, the part with its loss; called when samples are cut as in the training.
         trainer_class: the Trainer.
+        run: the training.
 
     Returns:
         The Trainer's log, and what a record says of the training.
@@ -62,6 +70,7 @@ def fit(
     Raises:
         TwigVLMError: the base, the data, the launch, the directory or the checkpoint are unfit, or the training diverges.
     """
+    data, config, directory = run.data, run.config, run.directory
     _check_trainable(base, through)
     samples = len(data)  # type: ignore[arg-type]
     _limit_length(base, data)
@@ -71,7 +80,7 @@ def fit(
     data[0]  # what is wrong with every sample shows before anything is written
     with reserved(directory, "directory") if processes.is_main() else nullcontext():
         checkpoint = latest(directory)
-        if checkpoint is not None and not resume:
+        if checkpoint is not None and not run.resume:
             raise TwigVLMError(f"directory {str(directory)!r}: holds checkpoints; resume, or choose another directory")
         check_settings(directory, _settings(base, shape, config, data, samples), checkpoint)
         if processes.is_main():
@@ -82,39 +91,68 @@ def fit(
         use_one_gpu(arguments)
         part.float()
         processes.broadcast_weights(module)
-        trainer = _trainer(trainer_class, module, arguments, data, callbacks)
+        trainer = _trainer(trainer_class, module, arguments, data, run.callbacks)
         try:
             with suppress(AllStepsDone):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             fsdp.unshard(module)
             trainer.check_weights(module)
-        except BrokenSample as error:  # from a process beside the training it brings that process's traceback along
-            raise BrokenSample(str(error).rpartition("BrokenSample: ")[2].strip()) from None
+        except TwigVLMError as error:
+            if (own := _without_traceback(error)) is None:
+                raise
+            raise own from None
         finally:
             part.to(base.dtype)
             part.train(False)
     return trainer.state.log_history, _entry(config, samples, trainer.state)
 
 
-def fit_twig(model: TwigVLM, stays: Mapping[str, Tensor], *arguments: Any) -> list[dict[str, float]]:
+def fit_twig(
+    model: TwigVLM,
+    stays: Mapping[str, Tensor],
+    make_student: Callable[[int], nn.Module],
+    trainer_class: type[TermTrainer],
+    run: Run,
+) -> list[dict[str, float]]:
     """`fit` on a twig, which takes the training into its record.
 
     Args:
         model: the twig with its base.
         stays: weights of the twig that the training does not change. With the record of earlier trainings they tell which twig
             it starts from, also when a run that was interrupted goes on in the same process.
-        arguments: further ones of `fit`.
+        make_student: as in `fit`.
+        trainer_class: the Trainer.
+        run: the training.
 
     Returns:
         The Trainer's log.
+
+    Raises:
+        TwigVLMError: there is no twig, or an error of `fit`.
     """
     twig = model.twig
+    if twig.is_stand_in:
+        raise TwigVLMError("this model has no twig to train; grow one with TwigVLM.grow")
     shares_head = twig.head is None and twig.head_rows is None
     through = model.base.head.parameters() if shares_head else ()
     shape = {**dataclasses.asdict(twig.config), "start": _digest(twig.record, stays)}
-    log, entry = fit(model.base, twig, shape, through, *arguments)
+    log, entry = fit(model.base, twig, shape, through, make_student, trainer_class, run)
     twig.record.append(entry)
     return log
+
+
+def first_with_picture(base: BaseVLM, data: Dataset[dict[str, Tensor]]) -> tuple[dict[str, Tensor], int]:
+    """The first sample with a picture, and how many visual tokens it has.
+
+    Raises:
+        TwigVLMError: no sample has a picture.
+    """
+    for index in range(len(data)):  # type: ignore[arg-type]
+        sample = data[index]
+        visual = int(base.visual_mask(sample["input_ids"]).sum())
+        if visual:
+            return sample, visual
+    raise TwigVLMError("data: no sample has a picture; add some, since this training learns from pictures alone")
 
 
 def _digest(record: list[dict[str, Any]], weights: Mapping[str, Tensor]) -> str:
@@ -123,6 +161,13 @@ def _digest(record: list[dict[str, Any]], weights: Mapping[str, Tensor]) -> str:
     for tensor in weights.values():
         whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()[:12]
+
+
+def _without_traceback(error: TwigVLMError) -> TwigVLMError | None:
+    """An error of a process that reads samples, without that process's traceback in its message; None: it is of this process."""
+    kind = type(error)
+    traceback, _, message = str(error).rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
+    return kind(message.strip()) if traceback else None
 
 
 def _check_trainable(base: BaseVLM, through: Iterable[nn.Parameter]) -> None:
@@ -153,6 +198,7 @@ def _settings(
 ) -> dict[str, Any]:
     """All that the part depends on, which a run goes on with."""
     return {
+        "training": _stage(config),
         **shape,
         **dataclasses.asdict(config),
         "samples": samples,
@@ -222,11 +268,16 @@ def _check_device(chosen: torch.device, device: torch.device) -> None:
         )
 
 
+def _stage(config: TrainingConfig) -> str:
+    """The kind of training: "stage1", "stage2" or "projector"."""
+    return type(config).__name__.removesuffix("Config").lower()
+
+
 def _entry(config: TrainingConfig, samples: int, state: TrainerState) -> dict[str, Any]:
     """What a record says of a training: its last losses are means over the passes since the log entry before."""
     last: dict[str, float] = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
     return {
-        "stage": type(config).__name__.removesuffix("Config").lower(),
+        "stage": _stage(config),
         "samples": samples,
         "steps": state.global_step,
         "batch": config.batch_size * config.accumulate * processes.count(),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
+from twigvlm.config import at_least
 from twigvlm.errors import TwigVLMError
 
 KEEP_BUDGETS = (41, 72, 103, 134, 165, 196, 227)
@@ -38,19 +39,16 @@ class TrainingConfig:
     """Also log to TensorBoard."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "save_steps", "log_steps"):
-            if getattr(self, name) < 1:
-                raise TwigVLMError(f"{name}={getattr(self, name)}: must be 1 or more")
+        at_least(1, batch_size=self.batch_size, accumulate=self.accumulate)
+        at_least(1, save_steps=self.save_steps, log_steps=self.log_steps)
         self._more_than_0("learning_rate", "epochs")
         if not 0 <= self.warmup < 1:
             raise TwigVLMError(f"warmup={self.warmup:g}: must be at least 0 and less than 1")
-        self._at_least_1("max_steps")
-        self._not_negative("workers", "seed")
-
-    def _at_least_1(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is not None and value < 1:
-            raise TwigVLMError(f"{name}={value}: must be 1 or more")
+        if self.max_steps is not None:
+            at_least(1, max_steps=self.max_steps)
+        at_least(0, workers=self.workers, seed=self.seed)
+        if self.seed >= 2**32:  # NumPy's limit, which the Trainer seeds too
+            raise TwigVLMError(f"seed={self.seed}: must be 0 or more, and less than 2^32")
 
     def _more_than_0(self, *names: str) -> None:
         for name in names:
@@ -155,10 +153,9 @@ class Stage2Config(StageConfig):
         super().__post_init__()
         if self.group < 2:
             raise TwigVLMError(f"group={self.group}: must be 2 or more, since rewards are compared with their mean")
-        if self.chunk is not None and self.chunk < 1:
-            raise TwigVLMError(f"chunk={self.chunk}: must be 1 or more")
-        if self.span is not None and self.span < 1:
-            raise TwigVLMError(f"span={self.span}: must be 1 or more")
+        for name in ("chunk", "span"):
+            if (value := getattr(self, name)) is not None:
+                at_least(1, **{name: value})
         if self.budgets is not None and self.keep_budgets is not None:
             raise TwigVLMError(
                 f"budgets={spaced(self.budgets)} and keep_budgets={spaced(self.keep_budgets)}: give only one of them"
@@ -166,8 +163,8 @@ class Stage2Config(StageConfig):
         for name, levels in (("budgets", self.budgets), ("keep_budgets", self.keep_budgets)):
             if levels is not None and (not levels or list(levels) != sorted(set(levels))):
                 raise TwigVLMError(f"{name}={spaced(levels)}: must be one or more numbers in ascending order")
-        if self.keep_budgets is not None and self.keep_budgets[0] < 1:
-            raise TwigVLMError(f"keep_budgets={spaced(self.keep_budgets)}: must be 1 or more")
+        for level in self.keep_budgets or ():
+            at_least(1, keep_budgets=level)
         self._not_negative("beta")
         self._more_than_0("power")
         if not all(weight >= 0 and isfinite(weight) for weight in self.gamma):

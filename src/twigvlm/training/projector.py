@@ -24,7 +24,7 @@ from twigvlm.pruning.projector import WEIGHTS
 from twigvlm.pruning.run import run_cuts
 from twigvlm.pruning.view import CutView, Tokens
 from twigvlm.training.data.dataset import IGNORE, Collator
-from twigvlm.training.fit import fit
+from twigvlm.training.fit import Run, first_with_picture, fit
 from twigvlm.training.losses import next_token_loss
 from twigvlm.training.options import ProjectorConfig
 from twigvlm.training.trainer import TermTrainer
@@ -116,40 +116,31 @@ def train_projector(
     Raises:
         TwigVLMError: also where the base's projector cannot be tuned, or there is nothing to learn from.
     """
-    module = Projecting(tuned, config)
-    _check(module, data)
+
+    def make_student(steps: int) -> Projecting:
+        module = Projecting(tuned, config)
+        _check(module, data)
+        return module
+
     through = tuned.base.model.parameters()
     shape = {"projector": type(tuned.module).__name__}
-    log, _ = fit(
-        tuned.base,
-        tuned.module,
-        shape,
-        through,
-        lambda steps: module,
-        TermTrainer,
-        data,
-        config,
-        directory,
-        resume,
-        callbacks,
-    )
+    run = Run(data, config, directory, resume, callbacks)
+    log, _ = fit(tuned.base, tuned.module, shape, through, make_student, TermTrainer, run)
     return log
 
 
 def _check(module: Projecting, data: Dataset[dict[str, Tensor]]) -> None:
     """Refuse what would train for hours and change nothing; the first sample with a picture tells."""
     base, retain = module._base[0], module.settings.retain
-    for index in range(len(data)):  # type: ignore[arg-type]
-        sample = data[index]
-        visual = int(base.visual_mask(sample["input_ids"]).sum())
-        if visual:
-            break
-    else:
-        raise TwigVLMError("data: no sample has a picture; add some, since only they teach a projector")
+    sample, visual = first_with_picture(base, data)
     if retain >= visual:
         raise TwigVLMError(
-            f"retain={retain:g}: VisionZip merges nothing among the {visual} visual tokens of the first picture; choose less"
+            f"retain={retain:g}: VisionZip merges nothing among the {visual} visual tokens of the first sample with a "
+            "picture; choose less"
         )
+    # These say what is wrong with the budget and the sample, not with the projector.
+    module._keep(visual, base.num_layers)
+    base.check_context(sample["input_ids"])
     batch = {name: value.to(base.device) for name, value in Collator(pad_token_id=0)([sample]).items()}
     try:
         with torch.no_grad():

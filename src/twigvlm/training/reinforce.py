@@ -18,12 +18,12 @@ from twigvlm.pruning.budget import average_kept, solve_keep
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.training import plackett_luce
 from twigvlm.training.data.turns import answer_length, draw_turns
-from twigvlm.training.fit import fit_twig
-from twigvlm.training.losses import advantages, attention_loss, policy_loss
+from twigvlm.training.fit import Run, first_with_picture, fit_twig
+from twigvlm.training.losses import advantages, attending, attention_loss, policy_loss
 from twigvlm.training.options import Stage2Config, spaced
 from twigvlm.training.rewards import Case, answer_likelihoods
 from twigvlm.training.teacher import resolve_teacher_layers, run_teacher
-from twigvlm.training.trainer import TermTrainer
+from twigvlm.training.trainer import CountingTrainer
 
 
 def budget_probabilities(count: int, progress: float, beta: float, power: float) -> Float[Tensor, " count"]:
@@ -41,7 +41,7 @@ def budget_probabilities(count: int, progress: float, beta: float, power: float)
 class Policy(nn.Module):
     """The P-Head as a policy, as the Trainer sees it: checkpoints hold the whole twig, of which the P-Head alone learns."""
 
-    accepts_loss_kwargs = False  # samples weigh the same, however long their answers are
+    accepts_loss_kwargs = True  # the Trainer leaves it to the policy to divide by what an optimiser step sees
 
     def __init__(self, model: TwigVLM, config: Stage2Config, steps: int) -> None:
         super().__init__()
@@ -64,10 +64,20 @@ class Policy(nn.Module):
         except TwigVLMError:
             return None
 
-    def forward(self, labels: Int[Tensor, "batch tokens"], step: int, part: int, **inputs: Any) -> dict[str, Tensor]:
+    def forward(
+        self,
+        labels: Int[Tensor, "batch tokens"],
+        step: int,
+        part: int,
+        num_items_in_batch: Tensor | None = None,
+        samples_in_step: Tensor | None = None,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
         """Loss of a batch padded on the right (Eq. 12-15), and figures that show how the learning goes.
 
-        A sample without an image, or one that cannot have the budget that was drawn, teaches nothing.
+        A sample without an image, or one that cannot have the budget that was drawn, teaches nothing. Across the passes and
+        processes of an optimiser step, samples weigh equally. In L_AttnKL a pass weighs by its samples that see a picture, as
+        in stage 1.
 
         Args:
             labels: ids at answers, -100 elsewhere. Of each sample's turns one is drawn; the turns before it are context. With a
@@ -75,6 +85,8 @@ class Policy(nn.Module):
             step: optimiser steps done.
             part: passes done within this step, those of other processes counted before in turn. Seed, step and part decide all
                 that is drawn.
+            num_items_in_batch: answer tokens of the optimiser step, which do not count here.
+            samples_in_step: samples of the optimiser step; None: it has this batch alone.
             inputs: what the base's forward takes.
         """
         inputs.pop("attention_mask", None)
@@ -93,10 +105,9 @@ class Policy(nn.Module):
                 last_input = twig.last_input(hidden.float(), token_inputs, masks)
             scores = log_visual_attention(twig.layers[-1], last_input, token_inputs, query, twig.pruning_head)
         loss = scores[query.visible].sum() * 0.0  # a batch without an image has a gradient too
-        samples = query.visible.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
-        drawn = [
-            one for row in samples if (one := self._draw(row, labels, query, scores, level, generator)) is not None
-        ]
+        samples = len(labels) if samples_in_step is None else samples_in_step
+        seeing = query.visible.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
+        drawn = [one for row in seeing if (one := self._draw(row, labels, query, scores, level, generator)) is not None]
         cases = [case for case, _, _ in drawn]
         figures: dict[str, list[Tensor]] = defaultdict(list)
         rewarded = answer_likelihoods(
@@ -104,7 +115,7 @@ class Policy(nn.Module):
         )
         for (case, log_scores, actions), rewards in zip(drawn, rewarded, strict=True):
             relative = advantages(rewards)
-            loss = loss + policy_loss(plackett_luce.log_probability(log_scores, actions), relative) / len(labels)
+            loss = loss + policy_loss(plackett_luce.log_probability(log_scores, actions), relative) / samples
             keep = case.kept.shape[1]
             average = average_kept(keep, len(log_scores), *self.shape)
             figures["keep"].append(torch.tensor(float(keep)))
@@ -122,7 +133,7 @@ class Policy(nn.Module):
             assert teacher.attention is not None, "asked for"
             divergence = attention_loss(teacher.attention, scores)
             terms["attention_kl"] = divergence.detach()
-            loss = loss + weight * divergence * len(samples) / len(labels)
+            loss = loss + weight * divergence * attending(teacher.attention).any(dim=1).sum() / samples
         return {"loss": loss, **terms}
 
     def _draw(
@@ -151,18 +162,18 @@ class Policy(nn.Module):
         return int(torch.multinomial(weights, 1, generator=_stream(config.seed, step)))
 
 
-class PolicyTrainer(TermTrainer):
+class PolicyTrainer(CountingTrainer):
     """Tells the policy where in the training it is, so that a resumed run draws what an uninterrupted one would have."""
 
     _progress = (-1, 0)  # optimiser step, and pass within it
 
     def added_inputs(self) -> dict[str, Any]:
-        """Optimiser step, and pass within it."""
+        """Samples of the step at hand, optimiser step, and pass within it."""
         step, part = self._progress
         self._progress = (step, part + 1) if step == self.state.global_step else (self.state.global_step, 0)
         step, part = self._progress
         # Processes take the batches in turn, so that they draw together what one process would draw alone.
-        return {"step": step, "part": part * self.args.world_size + self.args.process_index}
+        return {**super().added_inputs(), "step": step, "part": part * self.args.world_size + self.args.process_index}
 
 
 def train_stage2(
@@ -188,38 +199,45 @@ def train_stage2(
         equal), the entropy of s, R, R̄ and L_AttnKL.
 
     Raises:
-        TwigVLMError: the twig has no P-Head, no budget is both possible for the first sample and smaller than its visual tokens,
-            or an error of stage 1.
+        TwigVLMError: the twig has no P-Head, no sample has a picture, no budget is both possible for the first one that has and
+            smaller than its visual tokens, or an error of stage 1.
     """
     head = model.twig.pruning_head
     if head is None:
         raise TwigVLMError("this twig has no P-Head to train: train one in stage 1 with pruning_head=True first")
     config = config.resolve()
-    visual = int(model.base.visual_mask(data[0]["input_ids"]).sum())
-    policy = Policy(model, config, steps=1)
-    possible = [keep for level in policy.levels if (keep := policy.keep(level, visual)) is not None]
-    if visual and all(keep >= visual for keep in possible):
-        name = "budgets" if config.keep_budgets is None else "keep_budgets"
-        problem = "none prunes" if possible else "none is possible for"
-        raise TwigVLMError(
-            f"{name}={spaced(policy.levels)}: {problem} the first sample, of {visual} visual tokens; choose others"
-        )
+
+    def make_student(steps: int) -> Policy:
+        policy = Policy(model, config, steps)
+        _check(policy, data)
+        return policy
+
     model.twig.requires_grad_(False)
     head.requires_grad_(True)
     try:
         return fit_twig(
             model,
             {name: tensor for name, tensor in model.twig.state_dict().items() if not name.startswith("pruning_head.")},
-            lambda steps: Policy(model, config, steps),
+            make_student,
             PolicyTrainer,
-            data,
-            config,
-            directory,
-            resume,
-            callbacks,
+            Run(data, config, directory, resume, callbacks),
         )
     finally:
         model.twig.requires_grad_(True)
+
+
+def _check(policy: Policy, data: Dataset[dict[str, Tensor]]) -> None:
+    """Refuse what would train for hours and change nothing; the first sample with a picture tells."""
+    config = policy.settings
+    _, visual = first_with_picture(policy._model[0].base, data)
+    possible = [keep for level in policy.levels if (keep := policy.keep(level, visual)) is not None]
+    if all(keep >= visual for keep in possible):
+        name = "budgets" if config.keep_budgets is None else "keep_budgets"
+        problem = "none prunes" if possible else "none is possible for"
+        raise TwigVLMError(
+            f"{name}={spaced(policy.levels)}: {problem} the first sample with a picture, of {visual} visual tokens; "
+            "choose others"
+        )
 
 
 def _stream(*numbers: int) -> torch.Generator:

@@ -1,6 +1,5 @@
 """FitPrune's schedule, calibrated on the questions of conversations."""
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,42 +11,32 @@ from twigvlm.training.data.dataset import ConversationDataset, is_per_token
 from twigvlm.training.data.turns import last_prompt_tokens
 
 
-class CalibratedSchedule:
-    """A base, which stays as it is, and the schedule that is fitted to it."""
+def calibrate_schedule(base: BaseVLM, data: ConversationDataset, retain: float, count: int) -> FitPrune:
+    """The schedule that fits the first questions of samples.
 
-    def __init__(self, base: BaseVLM) -> None:
-        self.base = base
-        self.pruner = FitPrune(())
+    Args:
+        base: the base, which stays as it is.
+        data: the samples.
+        retain: R̄ of the schedule, on the average of the prompts' visual tokens.
+        count: samples to take, the first.
 
-    def fit(self, data: ConversationDataset, retain: float, count: int) -> None:
-        """Fit the schedule to the first questions of samples.
-
-        Args:
-            data: the samples.
-            retain: R̄ of the schedule, on the average of the prompts' visual tokens.
-            count: samples to take, the first.
-
-        Raises:
-            TwigVLMError: none of the samples has an image before its first answer, or the budget is out of range.
-        """
-        base, taken = self.base, min(count, len(data))
-        data.context = base.context
-        prompts = [prompt for prompt in (_prompt(base, data[index]) for index in range(taken)) if prompt]
-        if not prompts:
-            raise TwigVLMError(
-                f"none of the first {taken} conversations has images in its first question alone; give others"
-            )
-        visual = sum(int(base.visual_mask(prompt["input_ids"]).sum()) for prompt in prompts) / len(prompts)
-        if not visual / base.num_layers < retain <= visual:
-            raise TwigVLMError(
-                f"retain={retain:g}: must be more than {visual / base.num_layers:.1f}, and at most {visual:.1f}, the "
-                "average of the prompts' visual tokens"
-            )
-        self.pruner = FitPrune.calibrated(base, prompts, retain / visual)
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Write the schedule to a directory, for `pruner="fitprune:DIRECTORY"`."""
-        self.pruner.save_pretrained(folder)
+    Raises:
+        TwigVLMError: none of the samples has an image before its first answer, or the budget is out of range.
+    """
+    taken = min(count, len(data))
+    data.context = base.context
+    prompts = [prompt for prompt in (_prompt(base, data[index]) for index in range(taken)) if prompt]
+    if not prompts:
+        raise TwigVLMError(
+            f"none of the first {taken} conversations has images in its first question alone; give others"
+        )
+    visual = sum(int(base.visual_mask(prompt["input_ids"]).sum()) for prompt in prompts) / len(prompts)
+    if not visual / base.num_layers < retain <= visual:
+        raise TwigVLMError(
+            f"retain={retain:g}: must be more than {visual / base.num_layers:.1f}, and at most {visual:.1f}, the "
+            "average of the prompts' visual tokens"
+        )
+    return FitPrune.calibrated(base, prompts, retain / visual)
 
 
 def _prompt(base: BaseVLM, sample: dict[str, Tensor]) -> dict[str, Any] | None:

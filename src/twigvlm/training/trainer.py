@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -141,3 +141,20 @@ class TermTrainer(StagedTrainer):
         newest = latest(directory)
         remedy = "start again" if newest is None else f"resume from {newest.name}"
         return writing(str(directory / name), f"free space there, then {remedy}")
+
+
+class CountingTrainer(TermTrainer):
+    """Tells the model how many samples an optimiser step sees: the last step of an epoch may see fewer than the others."""
+
+    _samples: Tensor | None = None  # of the step at hand, in all passes of all processes
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The batches of an optimiser step, whose samples are counted as the Trainer counts their answer tokens."""
+        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
+        self._samples = self.accelerator.gather(samples).sum()
+        return batches, tokens
+
+    def added_inputs(self) -> dict[str, Any]:
+        """The samples of the step at hand."""
+        return {"samples_in_step": self._samples}

@@ -10,6 +10,10 @@ from twigvlm.cli.evaluate.options import FIGURE, PruningOptions
 
 if TYPE_CHECKING:
     from twigvlm.cli.evaluate.bench import Bench
+    from twigvlm.evaluation.results_log import Record
+    from twigvlm.evaluation.run import InputsOf
+    from twigvlm.evaluation.variants import Variant
+    from twigvlm.model import TwigVLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +53,13 @@ def compare_prunings(
         final_shares: φ; none: as the twig was tuned.
         bench: what the options name, if it is loaded already.
     """
-    from twigvlm.cli.evaluate.bench import open_bench, open_log, showing, write_report
-    from twigvlm.evaluation.accuracy import run_accuracy
-    from twigvlm.evaluation.figures import draw_accuracy, figure_class
+    from twigvlm.cli.evaluate.bench import open_bench, write_report
+    from twigvlm.evaluation.figures import draw_accuracy, figure_class, undrawn
     from twigvlm.evaluation.methods import parse_method
-    from twigvlm.evaluation.progress import Progress
     from twigvlm.evaluation.report import accuracy_sections
     from twigvlm.evaluation.results_log import answered
     from twigvlm.evaluation.summary import accuracies
-    from twigvlm.evaluation.variants import make_variants
+    from twigvlm.evaluation.variants import NONE, make_variants
 
     if options.figure:
         figure_class()  # for its error, before hours of work
@@ -65,24 +67,53 @@ def compare_prunings(
     bench = bench or open_bench(options, needs_twig=needs_twig)
     model = bench.grow()
     variants = make_variants(model, methods, options.budgets, final_wipes, final_shares)
-    names = [variant.name for variant in variants]
-    log = open_log(options, {**bench.settings, "variants": names, "seed": options.seed}, methods)
-    questions = bench.questions.items
-    with showing(title, (question.id for question in questions), log, accuracies=Progress()) as show:
-        records = run_accuracy(
+    records = ask_variants(options, title, bench, model, variants, bench.inputs_of)
+    figures = accuracies(answered(records))
+    write_report(options, title, bench, {"seed": options.seed}, accuracy_sections(figures, variants), records)
+    if options.figure:
+        reason = undrawn(one for one in figures if one.name == NONE.name)
+        if reason is None:
+            draw_accuracy(figures, variants, options.output / FIGURE)
+            print(f"Figure: {options.output / FIGURE}")
+        else:
+            print(f"Figure: none, because {reason}")
+
+
+def ask_variants(
+    options: PruningOptions,
+    title: str,
+    bench: Bench,
+    model: TwigVLM,
+    variants: Sequence[Variant],
+    inputs_of: InputsOf,
+) -> list[Record]:
+    """Ask every question under every variant, in forks of one request, and show progress.
+
+    Args:
+        options: of the command; its output directory gets the records.
+        title: of the progress.
+        bench: whose questions are asked.
+        model: that answers.
+        variants: ways to prune.
+        inputs_of: prepares a question.
+    """
+    from twigvlm.cli.evaluate.bench import open_log, showing
+    from twigvlm.evaluation.accuracy import run_accuracy
+    from twigvlm.evaluation.progress import Progress
+
+    settings = {**bench.settings, "variants": [variant.name for variant in variants], "seed": options.seed}
+    log = open_log(options, settings, [variant.method for variant in variants])
+    ids = [question.id for question in bench.questions.items]
+    with showing(title, ids, log, accuracies=Progress()) as show:
+        return run_accuracy(
             model,
             bench.processor.tokenizer,
             bench.questions,
             variants,
-            bench.inputs_of,
+            inputs_of,
             log,
             options.max_new_tokens,
             options.max_description_tokens,
             options.seed,
             show,
         )
-    figures = accuracies(answered(records))
-    write_report(options, title, bench, {"seed": options.seed}, accuracy_sections(figures, variants), records)
-    if options.figure:
-        draw_accuracy(figures, variants, options.output / FIGURE)
-        print(f"Figure: {options.output / FIGURE}")

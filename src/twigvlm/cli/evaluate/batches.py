@@ -29,8 +29,8 @@ class EvaluateBatches(MethodOption, BaselineOptions):
         self.check_method()
         bench = open_bench(self)
         check_attentions(bench.base, self.baselines)
-        questions = bench.questions.items
-        ids = [f"{size}-{number}" for size in self.sizes for number in range(len(split(questions, size)))]
+        questions, sizes = bench.questions.items, tuple(dict.fromkeys(self.sizes))
+        ids = [f"{size}-{number}" for size in sizes for number in range(len(split(questions, size)))]
         systems = batch_systems(self.method, self.retain, self.baselines)
         described = [dataclasses.asdict(system) for system in systems]
         # Batches have no names of their own: which prompts they hold follows from the kinds.
@@ -43,7 +43,7 @@ class EvaluateBatches(MethodOption, BaselineOptions):
                 model,
                 bench.processor.tokenizer,
                 bench.questions,
-                self.sizes,
+                sizes,
                 systems,
                 bench.inputs_of,
                 log,

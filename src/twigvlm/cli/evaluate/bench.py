@@ -29,6 +29,7 @@ from twigvlm.files import replacing
 from twigvlm.loading import bare, default_twig
 from twigvlm.model import TwigVLM
 from twigvlm.pruning.methods import own_files
+from twigvlm.speculation.costs import processor_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,9 @@ def open_bench(options: EvaluateOptions, validation: str = "", needs_twig: bool 
         "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type,
         "max new tokens": options.max_new_tokens,
         "max description tokens": options.max_description_tokens,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "twigvlm": version("twigvlm"),
     }
     return Bench(base, body, processor, twig, questions, settings)
 
@@ -120,12 +124,9 @@ def _digest(data: bytes) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What times depend on beside the settings of a run."""
-    return {"threads": torch.get_num_threads(), "CPU": torch.backends.cpu.get_cpu_capability(), **_versions()}
-
-
-def _versions() -> dict[str, Any]:
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "twigvlm": version("twigvlm")}
+    """What times depend on beside `Bench.settings`."""
+    processor, instructions = processor_name(), torch.backends.cpu.get_cpu_capability()
+    return {"threads": torch.get_num_threads(), "CPU": f"{processor} ({instructions})"}
 
 
 RECORDS = 5
@@ -209,7 +210,6 @@ def write_report(
         **bench.settings,
         **more,
         "number of questions": f"{len(bench.questions.items)}{f', {split} split' if split else ''}",
-        **machine(),
     }
     path = options.output / REPORT
     with replacing(path) as temporary:

@@ -29,6 +29,6 @@ class EvaluateRelAcc:
         from twigvlm.evaluation.relacc import LEGEND, read_run, relacc_table
 
         if not self.runs:
-            raise TwigVLMError("runs: none given; name at least one beside the base's")
+            raise TwigVLMError("runs: none given; name at least one besides the base's")
         table = relacc_table(read_run(self.base), [read_run(path) for path in self.runs], self.tasks)
         print(f"{LEGEND}\n\n{table}")

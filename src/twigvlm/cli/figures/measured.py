@@ -84,6 +84,7 @@ class FigureSamples:
 
     def run(self) -> None:
         """Draw and write the picture."""
+        from twigvlm.evaluation.figures import undrawn
         from twigvlm.evaluation.paper_figures import draw_samples
         from twigvlm.evaluation.results_log import answered, read_records
         from twigvlm.evaluation.summary import accuracies
@@ -96,6 +97,8 @@ class FigureSamples:
             if "score" not in records[0]:
                 raise TwigVLMError(f"results {str(path)!r}: no answers; give results.jsonl of evaluate accuracy")
             by_samples[samples] = accuracies(records)
+            if reason := undrawn(one for one in by_samples[samples] if one.name == NONE.name):
+                raise TwigVLMError(f"results {str(path)!r}: {reason}; give results of other questions")
         common = set.intersection(*({one.name for one in figures} for figures in by_samples.values()))
         known = [one.name for one in next(iter(by_samples.values())) if one.name in common - {NONE.name}]
         draw_samples(by_samples, _chosen("variant", self.variants, known), self.out)

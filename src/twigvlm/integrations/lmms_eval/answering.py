@@ -24,7 +24,7 @@ from twigvlm.model import TwigVLM
 from twigvlm.pruning.budget import average_kept
 from twigvlm.timing import clock_of
 
-HF_LOOKUP, HF_DRAFT = "hf-lookup", "draft:"
+HF_LOOKUP_OPTION, HF_DRAFT = "hf-lookup", "draft:"
 """Ways to draft of the base's own `generate`: prompt lookup, and a small model, whose id or directory follows the colon."""
 
 
@@ -37,8 +37,8 @@ class Setting:
     retain: float | str | None = None
     """R̄, or a share of each prompt's visual tokens such as "33.3%"; None for none alone."""
     speculate: str = "none"
-    """How to draft, as in `TwigVLM.generate`, or without pruning by the base's own `generate`: `HF_LOOKUP`, `HF_DRAFT` with a
-    small model."""
+    """How to draft, as in `TwigVLM.generate`, or without pruning by the base's own `generate`: `HF_LOOKUP_OPTION`, or `HF_DRAFT`
+    with a small model."""
     final_wipe: int | None = None
     """K_f, for methods that rank under the twig's cuts; None: as the twig was tuned."""
     final_share: float | None = None
@@ -79,10 +79,10 @@ class Setting:
                     f"{', '.join(self.drafting)}: does not apply to speculate={self.speculate}, since transformers decides how "
                     "much the model drafts; leave it out"
                 )
-        elif self.speculate == HF_LOOKUP:
+        elif self.speculate == HF_LOOKUP_OPTION:
             SpeculationConfig("lookup", **self.drafting)  # type: ignore[arg-type]
         elif self.speculate not in get_args(Speculate):
-            ways = ", ".join((*get_args(Speculate), HF_LOOKUP))
+            ways = ", ".join((*get_args(Speculate), HF_LOOKUP_OPTION))
             raise TwigVLMError(f"speculate={self.speculate}: must be one of {ways}, or {HF_DRAFT}MODEL")
         else:
             SpeculationConfig(self.speculate, **self.drafting)  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ class Setting:
     @property
     def assisted(self) -> bool:
         """Whether the base's own `generate` speculates."""
-        return self.speculate == HF_LOOKUP or self.assistant is not None
+        return self.speculate == HF_LOOKUP_OPTION or self.assistant is not None
 
     @property
     def needs_twig(self) -> bool:
@@ -148,6 +148,8 @@ class Answered:
     accepted: int
     passes: int
     """Steps in which the base verified drafts, of all prompts; 0 where that is not known."""
+    visual_again: list[int] | None = None
+    """Visual tokens of each prompt that refocusing chose again, and ran through the pruned layers; None: there is none."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +205,7 @@ class Answerer:
             raise TwigVLMError("video: this base takes none; choose one of 'twigvlm families' that does")
         sampled = video and self.frames is not None
         options = {"num_frames": self.frames, "do_sample_frames": True} if sampled else {}
-        device, dtype = self.base.device, self.base.dtype
-        inputs = build_inputs(self.processor, prepared, device, dtype, **options)
+        inputs = build_inputs(self.processor, prepared, self.base.device, self.base.dtype, **options)
         visual = [int(count) for count in self.base.visual_mask(inputs["input_ids"]).sum(dim=1)]
         budgets = {self.budget(count) for count in visual}
         random = parse_method(self.setting.method).is_random
@@ -255,11 +256,11 @@ class Answerer:
         first = None if watch is None or watch.at is None else watch.at - began
         new = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
         new = up_to_end(new, self.base.model.generation_config)
-        averages = [float(count) for count in visual]
+        averages, looks = [float(count) for count in visual], None
         drafted, accepted = ([], []) if steps is None else ([each] for each in steps.counts())
         if self.model is not None:
             first, averages = output.timings.prefill, output.average_visual
-            drafted, accepted = output.drafted_lengths, output.accepted_lengths
+            drafted, accepted, looks = output.drafted_lengths, output.accepted_lengths, output.looks
         return Answered(
             [self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new],
             [len(ids) for ids in new],
@@ -271,13 +272,14 @@ class Answerer:
             sum(map(sum, drafted)),
             sum(map(sum, accepted)),
             sum(count > 0 for row in drafted for count in row),
+            None if looks is None else [sum(look.ran for look in row) for row in looks],
         )
 
     def _drafting(self) -> dict[str, Any]:
         """Options of `generate`."""
         setting = self.setting
         if self.model is None:
-            if setting.speculate != HF_LOOKUP:
+            if setting.speculate != HF_LOOKUP_OPTION:
                 return {}
             lookup = SpeculationConfig("lookup", **setting.drafting)  # type: ignore[arg-type]
             return prompt_lookup(lookup.draft_length, lookup.lookup_ngram)

@@ -16,7 +16,8 @@ def throughput(batches: Sequence[Answered], peak_bytes: int | None) -> dict[str,
     Returns:
         `num_requests`, questions; `answer_speed`, tokens per second, the mean over answers (the paper's text), where lmms-eval's
         own `avg_speed` is the ratio of sums (the authors' code); `prompt_visual_tokens`, M; `visual_tokens`, R̄ as it was,
-        by the rule that is the same for all methods; where they are known: `first_token_ms`, `accepted_per_pass`, the drafted
+        by the rule that is the same for all methods; where the method refocuses `visual_tokens_again`, which ran beside R̄ through
+        the pruned layers, mean over answers; where they are known: `first_token_ms`, `accepted_per_pass`, the drafted
         tokens that a pass of the base accepts, `token_acceptance`, TokAR, and `peak_gib`.
     """
     figures: dict[str, float | int] = {
@@ -25,6 +26,9 @@ def throughput(batches: Sequence[Answered], peak_bytes: int | None) -> dict[str,
         "prompt_visual_tokens": fmean(count for batch in batches for count in batch.visual),
         "visual_tokens": fmean(count for batch in batches for count in batch.average_visual),
     }
+    again = [count for batch in batches for count in batch.visual_again or ()]
+    if again:
+        figures["visual_tokens_again"] = sum(again) / figures["num_requests"]
     first = [batch.first_token for batch in batches if batch.first_token is not None]
     if len(first) == len(batches):
         figures["first_token_ms"] = 1000 * fmean(first)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 BASE = 128
-"""Of the two digits that a place is written with: numbers below it are exact in every number format."""
+"""Base of the two digits that a place is written with: numbers below it are exact in every number format."""
 
 
 def following_positions(positions: Tensor, starts: Tensor) -> Tensor:

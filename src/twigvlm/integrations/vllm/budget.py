@@ -14,7 +14,7 @@ from twigvlm.pruning.budget import average_scouted, solve_scouted
 OPTIONS = ("question", "retain", "keep", "diverse")
 """What a request may say in `mm_processor_kwargs`."""
 PATCHES = 16_384
-"""Of pictures that go through the vision tower together."""
+"""Most patches of pictures that go through the vision tower together."""
 QUESTION = 1024
 """Most tokens of the prompt around a question. The ranking sees that prompt in one pass, for which vLLM has set no memory aside
 but what the default question takes."""

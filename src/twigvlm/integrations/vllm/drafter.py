@@ -194,7 +194,7 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         return first.self_attn.attn
 
     def _at_one_address(self, embeddings: Tensor) -> Tensor:
-        """Of an engine without images, whose runner hands over ids: CUDA graphs read the embeddings where they were captured."""
+        """Copy embeddings to where CUDA graphs read them, for an engine without images, whose runner hands over ids."""
         if self._embeddings is None:
             self._embeddings = embeddings.new_zeros(self.offsets.shape[1], embeddings.shape[1])
         return self._embeddings[: len(embeddings)].copy_(embeddings)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
-"""Of the entry `twigvlm` in an export's config; another number is another layout."""
+"""Version of the entry `twigvlm` in an export's config; another number is another layout."""
 DIMENSIONS = (
     "vocab_size",
     "hidden_size",
@@ -15,7 +15,7 @@ DIMENSIONS = (
     "num_key_value_heads",
     "intermediate_size",
 )
-"""Of the base's language model: they must be the target's."""
+"""Dimensions of the base's language model: they must be the target's."""
 
 
 def check_target(record: dict[str, Any], target: Any, parallel: Any) -> None:

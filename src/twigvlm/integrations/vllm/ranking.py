@@ -26,7 +26,7 @@ from twigvlm.pruning.view import Tokens
 from twigvlm.twig.pruning_head import PruningHead
 
 _UNUSED = ("mlp", "post_attention_layernorm", "self_attn.v_proj", "self_attn.o_proj")
-"""Of the last layer, whose queries and keys alone rank; on a 7B base in half precision these take more than 300 MB."""
+"""Unused of the last layer, whose queries and keys alone rank; on a 7B base in half precision these take more than 300 MB."""
 
 
 class Ranking(nn.Module):

@@ -128,7 +128,7 @@ class Scout(Base):
         return loaded
 
     def embed_multimodal(self, **kwargs: object) -> Any:
-        """Of each picture the kept tokens and their offsets, [R, width + 2 × axes]; of a video all tokens."""
+        """The kept tokens of each picture with their offsets, [R, width + 2 × axes]; of a video all tokens."""
         if "scout_ids" not in kwargs:
             videos: Any = super().embed_multimodal(**kwargs)
             return [with_offsets(video, video.new_zeros(len(video), 3, dtype=torch.long)) for video in videos]

@@ -28,12 +28,12 @@ class CDPruner(PerImage):
     """
 
     relevance: Callable[[ImageTokens], Tensor] = embedded_relevance
-    """Of an image's tokens to the question. The authors ask CLIP's text tower, which no LLaVA checkpoint has: if you have one,
-    pass `ClipRelevance(clip, clip_tokenizer, base_tokenizer)`."""
+    """Relevance of an image's tokens to the question. The authors ask CLIP's text tower, which no LLaVA checkpoint has: if you
+    have one, pass `ClipRelevance(clip, clip_tokenizer, base_tokenizer)`."""
     paper: ClassVar[str] = "Zhang et al., NeurIPS 2025, arXiv:2506.10967"
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Of one image."""
+        """Choose the tokens of one image."""
         relevance = self.relevance(image).float()
         spread = relevance.max() - relevance.min()
         scaled = (relevance - relevance.min() + _LEAST) / (spread + _LEAST)

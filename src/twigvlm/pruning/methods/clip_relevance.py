@@ -25,15 +25,15 @@ class ClipRelevance:
     clip: Any
     """`CLIPModel` of transformers, with the vision tower that the base has: for LLaVA-1.5 openai/clip-vit-large-patch14-336."""
     clip_tokenizer: Any
-    """Of that model."""
+    """Tokenizer of that model."""
     base_tokenizer: Any
-    """Of the base, `processor.tokenizer`: it turns a prompt's ids back into text."""
+    """Tokenizer of the base, `processor.tokenizer`: it turns a prompt's ids back into text."""
     ending: str = ""
     """What the chat template puts after a question, for example " ASSISTANT:"; it is left out."""
 
     @torch.no_grad()
     def __call__(self, image: ImageTokens) -> Float[Tensor, " tokens"]:
-        """Of one image.
+        """Relevance of the tokens of one image.
 
         Raises:
             TwigVLMError: the base's vision features are not those of this CLIP's vision tower.

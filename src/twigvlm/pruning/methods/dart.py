@@ -43,10 +43,11 @@ class Dart:
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
         """One cut: M tokens in K layers, R in the others. Raises TwigVLMError if no R has this average."""
-        if self.accounting == "true" or retain is None:
-            return solve_cuts((self.layer,), lambda share: (share,), retain, visual, layers)
-        keep = solve_cuts((0,), lambda share: (share,), retain, visual, layers)[0].keep
-        return (Cut(self.layer, min(_SHARES * (keep // _SHARES) + _PIVOTS, visual)),)
+        counted = (self.layer,) if self.accounting == "true" else (0,)
+        (cut,) = solve_cuts((self.layer,), lambda share: (share,), retain, visual, layers, counted)
+        if self.accounting == "true":
+            return (cut,)
+        return (Cut(self.layer, min(_SHARES * (cut.keep // _SHARES) + _PIVOTS, visual)),)
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
         """Prompt by prompt."""

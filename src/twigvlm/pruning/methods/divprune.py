@@ -18,7 +18,7 @@ class DivPrune(PerImage):
     paper: ClassVar[str] = "Alvar et al., CVPR 2025, arXiv:2503.02175"
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Of one image."""
+        """Choose the tokens of one image."""
         tokens = unit(image.projected)
         chosen = [nearest(tokens, tokens, exclude_self=True)[0].argmin()]
         closest = torch.full((len(tokens),), -1.0, device=tokens.device)

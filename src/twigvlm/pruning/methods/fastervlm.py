@@ -18,5 +18,5 @@ class FasterVLM(PerImage):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Of one image."""
+        """Choose the tokens of one image."""
         return Picked(top(image.importance, keep))

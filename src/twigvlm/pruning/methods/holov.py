@@ -28,7 +28,7 @@ class HoloV(PerImage):
             raise TwigVLMError(f"segments={self.segments}: must be 1 or more, the parts of an image that have a quota")
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Of one image. What exceeds a segment goes to those with the largest means that have room."""
+        """Choose the tokens of one image. What exceeds a segment goes to those with the largest means that have room."""
         attention = image.importance
         segments = torch.arange(len(image), device=attention.device).tensor_split(min(self.segments, len(image)))
         means = torch.stack([attention[segment].mean() for segment in segments])

@@ -22,7 +22,7 @@ class PruMerge(PerImage):
     """
 
     neighbours: int = 32
-    """Of a centre, by the keys of the last block: other centres may be among them."""
+    """Number of neighbours of a centre, by the keys of the last block: other centres may be among them."""
     attended: float = 0.25
     """Share of the centres that are chosen by attention; 1: PruMerge, without +."""
     paper: ClassVar[str] = "Shang et al., ICCV 2025, arXiv:2403.15388"
@@ -37,7 +37,7 @@ class PruMerge(PerImage):
             )
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Of one image; the token of all others comes last, and takes the position of the first patch that is gone."""
+        """Choose the centres of one image. The token of all others comes last, at the position of the first that is gone."""
         attention, keys = image.vision.single_head[image.rows], unit(image.vision.last_keys[image.rows])
         attended = min(keep - 1, int((keep - 1) * self.attended + 0.5))
         is_center = torch.zeros(len(image), dtype=torch.bool, device=attention.device)

@@ -26,7 +26,7 @@ class PruneSID(PerImage):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Of one image: the CLS token, then group by group. CLS takes the position of the first patch that is gone."""
+        """Choose the CLS token of one image, then patches group by group. CLS takes the position of the first that is gone."""
         cls = image.cls if keep > 1 else None
         tokens, importance = unit(image.features), image.vision.importance("sum")[image.rows]
         count = len(tokens)

@@ -26,7 +26,7 @@ class Scope(PerImage):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Of one image."""
+        """Choose the tokens of one image."""
         weights = image.vision.importance("sum")[image.rows]
         return Picked(greedy_cover(unit(image.features), weights, keep).sort().values)
 

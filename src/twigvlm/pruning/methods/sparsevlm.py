@@ -53,8 +53,9 @@ class SparseVLM:
             return tuple(map(Cut, at, lists[int(retain)]))
         sizes = nearest_published(lists, retain, visual)
         counted = tuple(layer - 1 for layer in at) if self.accounting == "published" else at
-        cuts = solve_cuts(counted, lambda share: [share * size / sizes[-1] for size in sizes], retain, visual, layers)
-        return tuple(Cut(layer, cut.keep) for layer, cut in zip(at, cuts, strict=True))
+        return solve_cuts(
+            at, lambda share: [share * size / sizes[-1] for size in sizes], retain, visual, layers, counted
+        )
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"] | Choice:
         """The visual tokens with the most attention, and in v1 the means of clusters of others."""

@@ -37,7 +37,7 @@ class VisionZip(PerImage):
             )
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Of one image: CLS, dominant patches, contextual tokens. CLS takes the position of the first patch that is gone."""
+        """Choose CLS, dominant patches and contextual tokens. CLS takes the position of the first patch that is gone."""
         contextual = min(int(keep * self.contextual + 0.5), keep - 1)
         dominant, cls = keep - contextual, image.cls
         if dominant < 2:

@@ -33,7 +33,7 @@ class VisPruner(PerImage):
             )
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Of one image."""
+        """Choose the tokens of one image."""
         ranked = image.importance.argsort(descending=True, stable=True)
         important = int(keep * self.important)
         kept = ranked[:important]
@@ -46,10 +46,10 @@ class VisPruner(PerImage):
 def without_duplicates(
     tokens: Float[Tensor, "tokens width"], ranked: Int[Tensor, " pool"], keep: int
 ) -> Int[Tensor, " keep"]:
-    """Of a ranked pool, round by round those at even places go that are the most similar to one at an odd place.
+    """A ranked pool without those that, round by round, stand at even places and are the most similar to one at an odd place.
 
-    Until `keep` are left. In the next round those of the even places that stay come first, the most similar one at their head,
-    and those of the odd places follow, as in the authors' code.
+    Rounds end when `keep` are left. In the next round those of the even places that stay come first, the most similar one at
+    their head, and those of the odd places follow, as in the authors' code.
 
     Args:
         tokens: of length 1.

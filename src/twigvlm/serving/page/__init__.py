@@ -10,7 +10,7 @@ from PIL import Image
 
 from twigvlm.inputs import build_inputs, user_turn
 from twigvlm.pruning.budget import average_kept
-from twigvlm.serving.checks import own_name
+from twigvlm.serving.checks import public_name
 from twigvlm.serving.service import Service
 from twigvlm.visualize import seen_box
 
@@ -91,9 +91,15 @@ def page_settings(service: Service, needs_key: bool) -> dict[str, Any]:
         "pruning": _pruning(service),
         "max_tokens": min(256, service.limits.max_tokens),
         "max_pixels": service.limits.max_pixels,
-        "crops": seen_box(service.processor, Image.new("RGB", (1, 1))) is not None,
+        "square": _seen_square(service.processor),
         "examples": [{"picture": f"/examples/{name}", "question": question} for name, question in EXAMPLES],
     }
+
+
+def _seen_square(processor: Any) -> str | None:
+    """Which square the model sees, "inner" or "outer", of a picture that is none; None: all of the picture as it is."""
+    box = seen_box(processor, Image.new("RGB", (2, 4)))
+    return None if box is None else "inner" if box[0] == 0 else "outer"
 
 
 def _visual_tokens(service: Service) -> int | None:
@@ -113,7 +119,7 @@ def _pruning(service: Service) -> dict[str, Any]:
         return {"diverse": True} if service.has_twig else {}
     asked = {option.name: getattr(pruning, option.name) for option in fields(pruning)}
     if pruning.pruner is not None:
-        asked["pruner"] = own_name(pruning.pruner)
+        asked["pruner"] = public_name(pruning.pruner)
     controls = ("retain", "keep", "refocus")  # the page has controls of its own for these
     return {
         name: value

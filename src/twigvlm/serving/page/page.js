@@ -142,7 +142,7 @@ async function runLane(lane, body, picture, signal) {
         const kept = choice.twigvlm.kept;
         const grid = choice.twigvlm.grid;
         const all = grid !== null && kept.length === grid[0] * grid[1];
-        if (picture === state.picture) draw(at("picture"), picture, all ? null : kept, grid, state.settings.crops);
+        if (picture === state.picture) draw(at("picture"), picture, all ? null : kept, grid, state.settings.square);
       }
       reason = choice.finish_reason ?? reason;
     });

@@ -5,9 +5,9 @@
  * @param {CanvasImageSource & {width: number, height: number}} picture - what.
  * @param {number[] | null} kept - indices of kept patches, row by row; null: no patches are shown.
  * @param {[number, number] | null} grid - rows and columns of patches; null: they cannot be shown.
- * @param {boolean} crops - whether the model sees the middle square alone.
+ * @param {"inner" | "outer" | null} square - which square the model sees, within or around the picture; null: the picture as it is.
  */
-export function draw(canvas, picture, kept, grid, crops) {
+export function draw(canvas, picture, kept, grid, square) {
   const scale = Math.min(1, 1024 / Math.max(picture.width, picture.height));
   canvas.width = Math.max(1, Math.round(picture.width * scale));
   canvas.height = Math.max(1, Math.round(picture.height * scale));
@@ -17,10 +17,9 @@ export function draw(canvas, picture, kept, grid, crops) {
   if (kept === null || grid === null) return;
   const [rows, columns] = grid;
   const side = Math.min(canvas.width, canvas.height);
-  const box = crops
-    ? [(canvas.width - side) / 2, (canvas.height - side) / 2, side, side]
-    : [0, 0, canvas.width, canvas.height];
-  const [left, top, width, height] = box;
+  const seen = square === "outer" ? Math.max(canvas.width, canvas.height) : side;
+  const [width, height] = square === null ? [canvas.width, canvas.height] : [seen, seen];
+  const [left, top] = [(canvas.width - width) / 2, (canvas.height - height) / 2];
   pen.fillStyle = "rgba(255, 255, 255, 0.75)";
   pen.fillRect(0, 0, canvas.width, canvas.height);
   const stays = new Set(kept);

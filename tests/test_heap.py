@@ -6,7 +6,7 @@ import sys
 import psutil
 import pytest
 
-from twigvlm.serving.heap import give_back_freed_memory
+from twigvlm.heap import give_back_freed_memory
 
 GLIBC = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_trim")
 
