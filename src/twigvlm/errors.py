@@ -11,18 +11,13 @@ class RequestRefused(TwigVLMError):
     """A step of an engine could not take up some requests, which get no more events.
 
     Args:
-        cause: the error that ended them.
+        message: why.
         requests: their ids.
     """
 
-    def __init__(self, cause: Exception, requests: tuple[int, ...]) -> None:
-        message = str(cause)
-        if not isinstance(cause, TwigVLMError):  # only input errors say by themselves what to do
-            ids, kind, reason = ", ".join(map(str, requests)), type(cause).__name__, one_line(cause)
-            reason = kind if reason == kind else f"{kind}: {reason}"
-            message = f"request {ids}: could not be started ({reason}); look at its cause, and continue with the others"
+    def __init__(self, message: str, requests: tuple[int, ...]) -> None:
         super().__init__(message)
-        self.cause, self.requests = cause, requests
+        self.requests = requests
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -93,7 +93,7 @@ def test_half_a_prompt_is_not_taken_for_a_whole_one(model, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(PrefixCache, "_store", half)
-    with pytest.raises(RequestRefused):
+    with pytest.raises(MemoryError):
         ask(with_ids(50, 61, 72, 83))
     monkeypatch.setattr(PrefixCache, "_store", store)
     longer = with_ids(5, 6, 7, 3, 4)

@@ -6,7 +6,6 @@ import torch
 from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.engine import runner
-from twigvlm.errors import RequestRefused, is_out_of_memory
 from twigvlm.speculation import batch
 
 
@@ -24,17 +23,11 @@ def test_whatever_ends_a_prefill_its_request_is_named(model, error):
     engine = model.engine()
     first = engine.add(prompt(0), max_new_tokens=3, keep=5)
     broken = engine.add(prompt(1), max_new_tokens=3, keep=5, scorer=raises)
-    with pytest.raises(
-        RequestRefused, match=f"request {broken}: could not be started .{type(error).__name__}"
-    ) as caught:
+    with pytest.raises(type(error)) as caught:
         engine.step()
-    assert caught.value.requests == (broken,)
-    assert caught.value.cause is error
-    assert is_out_of_memory(caught.value) == is_out_of_memory(error)
+    assert caught.value is error
+    assert error.requests == (broken,)
     assert [event.id for event in engine.stream() if event.finished] == [first]
-    with pytest.raises(type(error)) as alone:
-        model.generate(**prompt(1), max_new_tokens=3, keep=5, scorer=raises)
-    assert alone.value is error
 
 
 @pytest.mark.parametrize("part", ["Refocus", "Chooser"])
@@ -78,7 +71,7 @@ def test_a_prefill_that_finds_no_memory_at_its_end_takes_up_no_row(model, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(runner, "Chooser", Scarce)
-        with pytest.raises(RequestRefused) as caught:
+        with pytest.raises(torch.OutOfMemoryError) as caught:
             engine.step()
     assert caught.value.requests == (second,)
     got += [token for event in engine.stream() if event.id == first for token in event.tokens]

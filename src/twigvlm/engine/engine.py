@@ -165,9 +165,8 @@ class Engine:
             TwigVLMError: there is no such request, or it has ended.
         """
         row = next((row for row in (*self.waiting, *self.active) if row.id == id), None)
-        if row is None and not any(
-            event.id == id for event in self._events
-        ):  # with events left, nobody can know that it ended
+        unread = any(event.id == id for event in self._events)
+        if row is None and not unread:  # otherwise it has ended, but who cancels it cannot know
             raise TwigVLMError(f"request {id}: does not exist, or has ended; use the id of a running request")
         if row in self.active:
             self._leave(self.active.index(row))  # first: where memory runs out, nothing has changed
@@ -186,9 +185,10 @@ class Engine:
         """Admit the waiting requests that fit, then draft, verify and commit once for all rows.
 
         Raises:
-            RequestRefused: prompts cannot be admitted, whatever the cause. It has the ids of their requests, which are cancelled;
-                all others continue with the next step, which also returns their events of this one. After an error while tokens
-                are decoded, for example of a logits processor, the caches hold half a step: the engine refuses to go on.
+            RequestRefused: prompts cannot be admitted. It has the ids of their requests, which are cancelled; all others continue
+                with the next step, which also returns their events of this one. Other errors of a prefill, of a scorer or where
+                memory runs out, are raised as they are, with the ids as `requests` too. After an error while tokens are decoded,
+                for example of a logits processor, the caches hold half a step: the engine refuses to go on.
         """
         self._check_whole()
         with torch.inference_mode():
@@ -252,9 +252,11 @@ class Engine:
             for row in group:
                 row.end()
             _forget(group)
-            if self.make_row is None or not isinstance(error, Exception):
-                raise  # `generate`, which makes its rows itself, knows no ids, and its callers expect the error as it is
-            raise RequestRefused(error, tuple(row.id for row in group)) from error
+            requests = tuple(row.id for row in group)
+            if isinstance(error, TwigVLMError):
+                raise RequestRefused(str(error), requests) from error
+            error.requests = requests  # type: ignore[attr-defined]
+            raise
         self.active += group
         if self.timings is not None:
             self.timings.prefill += self._now() - start

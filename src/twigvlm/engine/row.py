@@ -209,8 +209,9 @@ class Row:
     def drop_states(self) -> None:
         """Give up the states of the prompt, once they have run or never will: they are large, and a row may be kept for long."""
         hidden = self.prompt.hidden
-        none = hidden.new_zeros(()).expand_as(hidden)  # of the same shape, but a single number
-        self.prompt = replace(self.prompt, hidden=none, deepstack=(), vision=None)
+        self.prompt = replace(
+            self.prompt, hidden=hidden.new_empty(hidden.shape, device="meta"), deepstack=(), vision=None
+        )
 
     def extend(self, tokens: Sequence[int]) -> list[int]:
         """Append tokens up to and including the one that ends the answer; those that were appended."""

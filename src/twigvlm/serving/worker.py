@@ -9,7 +9,7 @@ import torch
 
 from twigvlm.engine.engine import Engine
 from twigvlm.engine.memory import free_bytes
-from twigvlm.errors import RequestRefused, TwigVLMError
+from twigvlm.errors import TwigVLMError
 from twigvlm.heap import give_back_freed_memory
 from twigvlm.kv.prefix_pool import PrefixPool
 from twigvlm.model import TwigVLM
@@ -198,7 +198,7 @@ class Worker:
         try:
             events = engine.step()
         except Exception as error:
-            self._after_failure(way, error.cause if isinstance(error, RequestRefused) else error)
+            self._after_failure(way, error)
             return
         for event in events:
             if (found := self._choices.get((way, event.id))) is None:
