@@ -240,9 +240,7 @@ def test_ctrl_c_ends_a_command_with_one_line(command, tmp_path, capsys, monkeypa
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "words", [["generate", "--help"], ["--version"], ["families"], ["methods"], ["doctor"]], ids=str
-)
+@pytest.mark.parametrize("words", [["generate", "--help"], ["--version"], ["families"]], ids=str)
 def test_a_reader_that_leaves_is_no_error(words):
     read, write = os.pipe()
     os.close(read)
@@ -261,11 +259,10 @@ def test_a_full_disk_ends_in_one_line(words):
     assert done.stderr == "twigvlm: error: output: no space left; make room, and run the command again to start over\n"
 
 
-def test_a_closed_stdout_is_no_error(arguments):
-    words = [sys.executable, "-m", "twigvlm", *arguments(**{"max-new-tokens": 2})]
+def test_a_closed_stdout_is_no_error():
+    words = [sys.executable, "-m", "twigvlm", "families"]
     done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("[2 tokens, ")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_terminal_without_greek_letters_shows_the_help():
