@@ -31,7 +31,7 @@ checked = (
 install_import_hook([f"twigvlm.{name}" for name in checked], f"{tests.typecheck.__name__}.check")
 # Building a tiny model takes a moment on a busy machine: no deadline, and no complaint about slow examples.
 slow = [HealthCheck.too_slow]
-settings.register_profile("default", deadline=None, derandomize=True, max_examples=30, suppress_health_check=slow)
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=20, suppress_health_check=slow)
 settings.load_profile("default")
 
 

@@ -49,7 +49,7 @@ def stop_within(module):
 
 def test_eight_threads_of_mixed_use(model):
     base = model.model
-    prompts = [prompt(base, "llava", "images", seed) for seed in range(4)]
+    prompts = [prompt(base, "llava", "images", seed) for seed in range(2)]
 
     def with_twig(inputs, way):
         return model.generate(**inputs, **NEW, **way).tolist()

@@ -60,7 +60,7 @@ def cases(draw):
     return shape, inputs, pruning, speculation, draw(st.integers(1, 24))
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(cases(), st.lists(st.integers(0, 30), max_size=3))
 def test_speculation_changes_nothing(case, end_places):
     shape, inputs, pruning, speculation, new = case
@@ -225,7 +225,7 @@ def _by_definition(model, inputs, kept, kept_late, final_wipe, new):
     return tokens
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(cases())
 def test_pruning_by_its_definition(case):
     shape, inputs, pruning, speculation, new = case

@@ -71,7 +71,7 @@ def decoded(model, static, speculation, requests, ends):
     return [(row.tokens, row.drafted, row.accepted) for row in rows], [each.get_state().tolist() for each in generators]
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 # Of one level, all nodes are verified that no pass ran, and the less probable ones are accepted now and then.
 @example(
     {"agreeing": False},

@@ -23,7 +23,7 @@ def test_every_size_answers_the_same_prompts(model, tokenizer, questions, tmp_pa
     model.model.generation_config.pad_token_id = 0
     systems = batch_systems("twig", 10, ["sdpa"])
     results_log = ResultsLog(tmp_path / "results.jsonl", {})
-    records = run_batches(model, tokenizer, questions, (1, 4), systems, batch_of, results_log, 12, 12, 1)
+    records = run_batches(model, tokenizer, questions, (1, 4), systems, batch_of, results_log, 6, 6, 1)
     assert [record["id"] for record in records] == ["1-0", "1-1", "1-2", "1-3", "4-0"]
     assert [record["size"] for record in records] == [1, 1, 1, 1, 4]
     alone = [record["runs"] for record in records[:4]]
@@ -35,7 +35,7 @@ def test_every_size_answers_the_same_prompts(model, tokenizer, questions, tmp_pa
         assert run["peak"] is None or run["peak"] > 0
     lengths = {count for one in alone for run in one.values() for count in run["tokens"]}
     assert len(lengths) > 1
-    assert max(lengths) <= 12
+    assert max(lengths) <= 6
 
 
 @pytest.mark.parametrize(
