@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 @st.composite
 def layouts(draw, late=0):
-    """(layers, K, K_f, visual tokens), with at least so many layers after K_f."""
+    """Draw (layers, K, K_f, visual tokens), with at least `late` layers after K_f."""
     layers = draw(st.integers(1 + late, 60))
     trunk = draw(st.integers(0, layers - 1 - late))
     final_wipe = draw(st.integers(trunk + 1, layers - late))

@@ -34,7 +34,7 @@ def test_a_step_of_unequal_passes_learns_as_one_of_a_single_pass(make_policy, da
 
 
 def sample(base, seed, text):
-    """A picture, so many tokens of text, and two of an answer."""
+    """Inputs of a prompt with a picture, then `text` random tokens, and an answer of two."""
     inputs = prompt(base, "gemma3", "images", seed)
     more = torch.randint(2, 98, (1, text + 2), generator=torch.Generator().manual_seed(seed))
     ids = torch.cat((inputs["input_ids"], more), dim=1)

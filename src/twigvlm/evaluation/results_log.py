@@ -38,9 +38,8 @@ def read_records(path: Path) -> list[Record]:
     """
     try:
         data = path.read_bytes()
-        rows = (
-            data[: data.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
-        )  # a stopped run may end within a character
+        whole = data[: data.rfind(b"\n") + 1]  # a stopped run may end within a character
+        rows = whole.decode("utf-8").split("\n")[:-1]
         records = {str(record["id"]): record for record in map(json.loads, rows[1:])}
     except OSError as error:
         raise TwigVLMError(f"results {str(path)!r}: {error.strerror}; give a file of raw results") from None

@@ -241,8 +241,9 @@ class Refocus:
             inputs: inputs of the new tokens.
         """
         layer, head = self.twig.layers[-1], self.twig.pruning_head
-        scores = torch.zeros(*hidden.shape[:2], self.keys.shape[2], device=hidden.device)
-        hidden, inputs = hidden.index_select(0, self.looking), select_rows(inputs, self.looking)
+        some = len(self.looking) < len(self.rows)
+        if some:
+            hidden, inputs = hidden.index_select(0, self.looking), select_rows(inputs, self.looking)
         queries = ranking_queries(layer, head, hidden, inputs)
         visible = self.visible[:, None].expand(-1, hidden.shape[1], -1)
         window = window_of(layer)
@@ -250,7 +251,10 @@ class Refocus:
             assert inputs.positions is not None, "the base has windows"
             visible = visible & (self.positions[:, None] > inputs.positions[..., None] - window)
         scaling = cast(Any, layer).self_attn.scaling
-        return scores.index_copy_(0, self.looking, visual_attention(queries, self.keys, scaling, visible).exp())
+        shares = visual_attention(queries, self.keys, scaling, visible).exp()
+        if not some:
+            return shares
+        return shares.new_zeros(len(self.rows), *shares.shape[1:]).index_copy_(0, self.looking, shares)
 
     def asks(self, scores: Float[Tensor, "rows new visual"]) -> Bool[Tensor, "rows new"]:
         """Where the kept tokens have less than τ of what as many others could have."""
