@@ -46,6 +46,16 @@ def ask(service, body):
     return outcome(events), job.choices[0].counts.cached
 
 
+def outcomes(events, count):
+    """The ids of several answers to one request."""
+    answers, left = [[] for _ in range(count)], count
+    while left:
+        event = events.get(timeout=10)
+        answers[event.choice] += [token for token, _ in event.tokens]
+        left -= event.finished
+    return answers
+
+
 @pytest.mark.parametrize("options", PRUNINGS.values(), ids=PRUNINGS)
 @pytest.mark.parametrize("way", ["none", "chain"])
 def test_a_next_turn_computes_what_is_new(start, options, way):
@@ -103,6 +113,20 @@ def test_another_question_about_a_picture_does_not_look_at_it_again(start):
         looks.pop()  # that of the single run
     assert len(looks) == 1
     assert value(service, "twigvlm_cached_prompt_tokens_total") > 32
+
+
+@pytest.mark.parametrize("options", PRUNINGS.values(), ids=PRUNINGS)
+@pytest.mark.parametrize("prefix_bytes", [0, Limits().prefix_bytes])
+def test_several_answers_look_at_the_picture_once(start, options, prefix_bytes):
+    service, looks = start(prefix_bytes=prefix_bytes), []
+    service.model.model.model.vision_tower.register_forward_pre_hook(lambda *_: looks.append(1))
+    body = chat("what is it?", [picture()], temperature=1.5, seed=7, **options)
+    events = queue.Queue()
+    service.worker.submit(service.prepare(ChatRequest.model_validate({**body, "n": 3}), events.put))
+    answers = outcomes(events, 3)
+    assert len(looks) == 1
+    assert answers == [ask(start(), {**body, "seed": seed})[0] for seed in (7, 8, 9)]
+    assert answers[0] != answers[1]
 
 
 def test_other_pictures_are_looked_at(start):

@@ -66,7 +66,7 @@ def rows_of(
     if prefix is not None:
         pixels = base.pixels(kwargs)
         prefix.show(pictures or Pictures(kwargs))
-        if not looks and not prefix.needs_vision(base, kwargs["input_ids"]):
+        if not prefix.needs_vision(base, kwargs["input_ids"], looks):
             kwargs = {name: value for name, value in kwargs.items() if name not in pixels}
     with torch.inference_mode(), base.watch_vision() if looks else nullcontext() as vision:
         adapter = HFGenerateAdapter(

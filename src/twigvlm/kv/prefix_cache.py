@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from jaxtyping import Float, Int
@@ -38,6 +39,8 @@ class PrefixCache:
     """What scorers have given the prompt, so that another budget does not ask them again."""
     pictures: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     """What the processor says of the prompt's pictures, by name: how much there is along the first axis, and its digest."""
+    _opened: "ref[Prompt] | None" = field(default=None, repr=False)
+    """The prompt that was opened last. The rows that wait for it own it: it is large."""
 
     def copy(self) -> "PrefixCache":
         """The same contents for another prompt; what becomes of one does not change the other."""
@@ -53,7 +56,7 @@ class PrefixCache:
     def forget(self) -> None:
         """Drop everything, as after a question that failed on its way."""
         self.prompt = self.hidden = self.last_input = None
-        self.layers, self.scores, self.pictures = {}, {}, {}
+        self.layers, self.scores, self.pictures, self._opened = {}, {}, {}, None
 
     def show(self, pictures: "Pictures") -> None:
         """Tell what the next prompt's pictures are: unless this prompt's are the first of them, everything is dropped.
@@ -87,12 +90,35 @@ class PrefixCache:
         """Whether it was filled by this very prompt; not so where a cut before the trunk let it see less."""
         return self.prompt is not None and self.prompt.input_ids is prompt.input_ids
 
-    def needs_vision(self, base: BaseVLM, input_ids: Int[Tensor, "1 tokens"]) -> bool:
-        """Whether a visual token is among what is new."""
-        return bool(base.visual_mask(input_ids[:, self.known(input_ids) :]).any())
+    def needs_vision(self, base: BaseVLM, input_ids: Int[Tensor, "1 tokens"], watched: bool = False) -> bool:
+        """Whether a visual token is among what is new, or the vision tower is `watched`, and no other answer to the same prompt
+        has opened it."""
+        if self._waiting(input_ids, watched) is not None:
+            return False
+        return watched or bool(base.visual_mask(input_ids[:, self.known(input_ids) :]).any())
 
     def open(self, base: BaseVLM, inputs: dict[str, Any], vision: See | None = None) -> Prompt:
-        """The next prompt, for which the vision tower runs only if that is needed, or where `vision` watches it."""
+        """The next prompt, for which the vision tower runs only if that is needed, or where `vision` watches it. Several answers
+        to one prompt, which are opened before the first of them runs, share it."""
+        prompt = self._waiting(inputs["input_ids"], vision is not None)
+        if prompt is None:
+            prompt = self._open(base, inputs, vision)
+            self._opened = ref(prompt)
+        return prompt
+
+    def _waiting(self, input_ids: Int[Tensor, "1 tokens"], watched: bool) -> Prompt | None:
+        """The prompt that was opened last, if a row still holds it and it has these ids and pictures.
+
+        Args:
+            input_ids: ids of the prompt; its pictures were shown before.
+            watched: whether what the vision tower computes is asked for.
+        """
+        prompt = None if self._opened is None else self._opened()
+        if prompt is None or not torch.equal(prompt.input_ids, input_ids) or (watched and prompt.vision is None):
+            return None
+        return prompt
+
+    def _open(self, base: BaseVLM, inputs: dict[str, Any], vision: See | None) -> Prompt:
         ids, before = inputs["input_ids"], self.prompt
         known = 0 if before is None else self.known(ids)
         if vision is not None or before is None or not known or self.needs_vision(base, ids):

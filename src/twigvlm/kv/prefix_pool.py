@@ -28,16 +28,17 @@ class PrefixPool:
         """Bytes that all of them hold."""
         return sum(kept.bytes() for kept in self._kept)
 
-    def take(self, input_ids: Int[Tensor, "1 tokens"], pictures: Pictures) -> PrefixCache | None:
+    def take(self, input_ids: Int[Tensor, "1 tokens"], pictures: Pictures, shared: bool = False) -> PrefixCache | None:
         """A prefix cache for a request, which may change it: a copy of the one whose prompt has the longest beginning in common
-        with the request's, pictures included, or an empty one. None: nothing is kept.
+        with the request's, pictures included, or an empty one. None: nobody would use it again.
 
         Args:
             input_ids: ids of the prompt.
             pictures: its pictures.
+            shared: whether it is for several answers, of which the later ones use what the first one leaves.
         """
         if not self.max_bytes:
-            return None
+            return PrefixCache() if shared else None
         longest, found = 0, -1
         for index, kept in enumerate(self._kept):
             length = kept.known(input_ids)

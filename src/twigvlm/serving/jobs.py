@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from twigvlm.engine.row import Row
-from twigvlm.kv.prefix_cache import Pictures
+from twigvlm.kv.prefix_cache import Pictures, PrefixCache
 from twigvlm.pruning.cut import average_of
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.grammar import Grammar, GrammarProcessor
@@ -136,9 +136,15 @@ class Job:
             choice.row = choice.key = choice.counts = None
             choice.steps = choice.position = 0
 
-    def row_options(self, choice: Choice, device: torch.device) -> dict[str, Any]:
-        """Options of `TwigVLM.generate` for one of the answers."""
-        options = dict(self.options)
+    def row_options(self, choice: Choice, device: torch.device, memory: PrefixCache | None) -> dict[str, Any]:
+        """Arguments of an engine's `add` for one of the answers.
+
+        Args:
+            choice: of this job.
+            device: of the model.
+            memory: prefix cache for the prompt; None: nothing of it is kept.
+        """
+        options = {**self.options, "memory": memory, "pictures": self.pictures}
         if choice.seed is not None:
             options["generator"] = torch.Generator(device).manual_seed(choice.seed)
         if self.grammar is not None:

@@ -181,10 +181,9 @@ class Worker:
                 engine = self._engines[way] = self._model.engine(max_bytes=self._max_bytes, speculate=way)
             assert engine.make_row is not None
             open_choices = [choice for choice in job.choices if not choice.ended]
+            memory = self._prefixes.take(job.inputs["input_ids"], job.pictures, shared=len(open_choices) > 1)
             for choice in open_choices:
-                memory = self._prefixes.take(job.inputs["input_ids"], job.pictures)
-                options = {**job.row_options(choice, self._model.device), "memory": memory, "pictures": job.pictures}
-                choice.row = engine.make_row(job.inputs, **options)
+                choice.row = engine.make_row(job.inputs, **job.row_options(choice, self._model.device, memory))
             for choice in open_choices:
                 choice.key = way, engine.submit([choice.row])[0]  # type: ignore[list-item]
                 self._choices[choice.key] = job, choice
