@@ -77,7 +77,7 @@ PAGES = {
         ),
         Section(
             "What late layers see, on the validation split",
-            "Short answers and descriptions; with φ = 0 no picture at all behind layer K_f, as published.",
+            "Short answers and descriptions. With φ = 0 no visual token goes on after layer K_f, as published.",
             _evaluate(
                 "sweep",
                 VALIDATION,
@@ -98,12 +98,12 @@ PAGES = {
         ),
         Section(
             "Scout mode and the cut after layer K: short answers",
-            "The twig's ranking as the method uses it, and before the decoder, as serving engines need it.",
+            "The twig's ranking after layer K, as published, and before the decoder, as vLLM needs it.",
             _evaluate("accuracy", SHORT, "--methods twig scout --budgets 64"),
         ),
         Section(
             "Scout mode and the cut after layer K: descriptions",
-            "The same of 100 descriptions.",
+            "The same for 100 descriptions.",
             _evaluate("accuracy", LONG, "--kinds description --limit 100 --methods twig scout --budgets 64"),
         ),
         Section(
@@ -122,8 +122,8 @@ PAGES = {
     "ablations": [
         Section(
             "What each stage teaches, from 800 conversations",
-            "Twigs of the shape that ships, trained afresh on the same conversations (few-rl goes on from few); short answers "
-            "at R̄ = 64, and chains of up to five tokens in 30 descriptions without pruning.",
+            "Twigs of the shape that ships, trained from scratch on the same conversations (few-rl continues from few); short "
+            "answers at R̄ = 64, and chains of up to five tokens in 30 descriptions without pruning.",
             f"python -m recipes.sapling.ablations --data {TRAINING} --questions {ABLATED} --output {RUNS}/ablations "
             "--runs few-first few few-answers few-rl",
         ),

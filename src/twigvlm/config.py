@@ -46,7 +46,7 @@ class TwigConfig:
     draft_vocabulary: int | None = None
     """V_d: number of different tokens that the twig can draft. It never changes the output. None: the base's whole vocabulary."""
     final_wipe: int | None = None
-    """K_f the twig was tuned with: only `final_share` of the visual tokens goes on after it. None: K_f = L, no FinalWipe."""
+    """K_f the twig was tuned with: only `final_share` of the kept visual tokens go on after it. None: K_f = L, no FinalWipe."""
     final_share: float = 0.0
     """φ the twig was tuned with: the share of the kept visual tokens that layers after K_f still get. 0: none, as published."""
     pruning_head: bool = False

@@ -25,7 +25,7 @@ TIMES = "times.jsonl"
 class Compare(PruningOptions):
     """Compare pruning methods with each other and with the base: accuracy, speed and memory.
 
-    Each method is timed with every way to speculate that is given, which changes its times and nothing else.
+    Each method is timed with every way to speculate that is given. In float32 that changes its times and nothing else.
     """
 
     name: ClassVar[str] = "compare"

@@ -118,7 +118,10 @@ class HFGenerateAdapter:
                 f"attention_mask: hides {padding[0]} tokens; give a conversation's prompt without padding"
             )
         inputs = {"input_ids": input_ids, **model_kwargs}
-        prompt = (self.prefix or PrefixCache()).open(self.base, inputs, self.vision)
+        if self.prefix is None:
+            prompt = self.base.prompt(vision=self.vision, **inputs)
+        else:
+            prompt = self.prefix.open(self.base, inputs, self.vision)
         self.vision = None  # it holds all that the tower computed
         stopping = split_criteria(stopping_criteria, input_ids, padding)
         noises = _noises(self.base, len(input_ids), generation_config, self.generator, self.alone)

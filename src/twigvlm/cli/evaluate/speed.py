@@ -29,8 +29,8 @@ class EvaluateSpeed(BaselineOptions):
     systems: tuple[str, ...] = ()
     """What to time in addition to the baselines: "own loop", which neither prunes nor drafts; a way to draft, one of chain,
     tree, auto, lookup and exit; a pruning method of `twigvlm methods`; both, as in "twig + chain" or
-    "diverse+refocus:0.7 + auto"; "HF prompt lookup", and with assistant "HF assistant". None given: all ways to draft, alone and
-    beside the twig's pruning, and diverse."""
+    "diverse+refocus:0.7 + auto"; "HF prompt lookup", and with assistant "HF assistant". None given: those
+    of HF, own loop, all ways to draft, twig alone and with each of them but exit, diverse, and diverse + auto."""
     assistant: str | None = None
     """Small vision-language model of the base's vocabulary, a Hugging Face id or a directory, which drafts for the base's own
     `generate`. None: there is no system "HF assistant"."""
