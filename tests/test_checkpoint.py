@@ -168,6 +168,8 @@ def test_broken_configs(tmp_path):
         (json.dumps({**whole, "twig": {"twig_layers": 0}}), "twig_layers=0"),
         (json.dumps({**whole, "base": {**whole["base"], "samples": {"a": ["x"]}}}), "not a twig's config"),
         (json.dumps({**whole, "base": {**whole["base"], "samples": {"a": 1}}}), "not a twig's config"),
+        (json.dumps({**whole, "base": {**whole["base"], "samples": {"lm_head.weight": {}}}}), "not a twig's config"),
+        (json.dumps({**whole, "base": {**whole["base"], "samples": {"lm_head.weight": [1]}}}), "not a twig's config"),
     ):
         (tmp_path / CONFIG).write_text(text)
         with pytest.raises(TwigVLMError, match=message) as caught:

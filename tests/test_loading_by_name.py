@@ -51,6 +51,25 @@ def test_what_is_not_there_is_refused(folder, options, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "null"),
+        ("config.json", '{"model_type": []}'),
+        ("generation_config.json", "[]"),
+        ("processor_config.json", "[]"),
+        ("tokenizer.json", "1"),
+        ("tokenizer_config.json", '{"eos_token": 1}'),
+        ("model.safetensors", "no weights"),
+    ],
+)
+def test_files_of_other_content_are_refused(folder, file, content):
+    (folder / "base" / file).write_text(content)
+    with pytest.raises(TwigVLMError, match=r"cannot be loaded \(.+\); give 'sapling', a Hugging Face id or a") as caught:
+        load_base(str(folder / "base"))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_name_that_names_nothing(tmp_path):
     with pytest.raises(TwigVLMError, match=r"cannot be loaded .* give 'sapling', a Hugging Face id or a directory"):
         load_base(str(tmp_path / "nothing"))

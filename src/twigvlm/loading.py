@@ -1,12 +1,9 @@
 """Load a base, its processor and a twig by name, on a device and in a data type."""
 
-import pickle
 from os import PathLike
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from twigvlm.errors import TwigVLMError, is_out_of_memory
@@ -14,10 +11,6 @@ from twigvlm.model import TwigVLM
 
 SAPLING = "sapling"
 """Name of the embedded default model."""
-_UNREADABLE = (
-    OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError, StrictDataclassError
-)  # fmt: skip
-"""What transformers raises where a config, weights or a processor are not what they should be."""
 
 
 def default_twig(name: str) -> str | None:
@@ -52,7 +45,7 @@ def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any
                 name, dtype=number_format or "auto", output_loading_info=True, ignore_mismatched_sizes=True
             )
             processor = AutoProcessor.from_pretrained(name)
-        except _UNREADABLE as error:
+        except Exception as error:  # whatever transformers stumbles over in files that are not what they should be
             if is_out_of_memory(error):
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

@@ -210,8 +210,9 @@ def _read_config(file: Path) -> tuple[TwigConfig, dict[str, Any]]:
         config = TwigConfig(**record["twig"])
         base = record["base"]
         _ = base["model_type"], base["dimensions"].items()
-        if not all(isinstance(value, int | float) for values in base["samples"].values() for value in values):
-            raise TypeError("its samples of the base's weights are no numbers")
+        for values in base["samples"].values():
+            if not (values and isinstance(values, list) and all(isinstance(value, float) for value in values)):
+                raise TypeError("its samples of the base's weights are no numbers")
     except TwigVLMError as error:
         raise TwigVLMError(f"{file}: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
