@@ -59,8 +59,9 @@ def test_the_twig_in_two_parts_is_the_twig(name):
     captured = base.prompt(**inputs_of(name, "images"))
     tokens, masks = base.token_inputs(captured), base.masks()
     hidden = base.run_layers(captured.hidden, 0, TRUNK, tokens, masks)
-    parts = twig.last(twig.last_input(hidden, tokens, masks), tokens, masks)
-    torch.testing.assert_close(parts, twig(hidden, tokens, masks))
+    last_input, states = twig.forward_with_last_input(hidden, tokens, masks)
+    torch.testing.assert_close(last_input, twig.last_input(hidden, tokens, masks))
+    torch.testing.assert_close(states, twig(hidden, tokens, masks))
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -65,7 +65,9 @@ def test_what_is_not_there_is_refused(folder, options, message):
 )
 def test_files_of_other_content_are_refused(folder, file, content):
     (folder / "base" / file).write_text(content)
-    with pytest.raises(TwigVLMError, match=r"cannot be loaded \(.+\); give 'sapling', a Hugging Face id or a") as caught:
+    with pytest.raises(
+        TwigVLMError, match=r"cannot be loaded \(.+\); give 'sapling', a Hugging Face id or a"
+    ) as caught:
         load_base(str(folder / "base"))
     assert "\n" not in str(caught.value)
 

@@ -12,8 +12,8 @@ from twigvlm.kv.prefix_cache import PrefixCache
 class Conversation:
     """A conversation with a TwigVLM; `TwigVLM.chat` starts one.
 
-    In float32, each answer is the one that the whole conversation would get as a single prompt. The results of trunk and twig are
-    reused, and vision runs again only when there are new pictures. Visual tokens are chosen again for each question.
+    In float32, each answer equals the answer to the whole conversation as a single prompt. Trunk and twig run only on what is new
+    in the prompt, and vision only on new pictures. Visual tokens are chosen again for each question.
 
     Args:
         base: the model's base.

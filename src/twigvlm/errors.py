@@ -33,6 +33,12 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+def is_refusal(error: Exception) -> bool:
+    """Whether the prompt may be at fault for an error of a base's forward: pixels and placeholders that do not match, say."""
+    kinds = (ValueError, RuntimeError, IndexError, StopIteration)
+    return isinstance(error, kinds) and not isinstance(error, TwigVLMError) and not is_out_of_memory(error)
+
+
 def one_line(error: Exception) -> str:
     """The message of an error, on one line."""
     return " ".join(str(error).split()) or type(error).__name__

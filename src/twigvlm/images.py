@@ -1,4 +1,4 @@
-"""Read a picture in the form that models expect: 8-bit RGB, upright, on white where it was transparent."""
+"""Read a picture in the form that models expect: 8-bit RGB, upright, with transparency on white."""
 
 import base64
 import os
@@ -23,9 +23,9 @@ Picture: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.u
 """A path, a data URI, a file's bytes, a PIL image, or an 8-bit array [height, width, 3]."""
 
 MAX_PIXELS = 64_000_000
-"""Largest image that is read (width x height): the models see at most a few hundred thousand pixels of it."""
+"""Largest image that is read, in pixels (width times height). Models see at most a few hundred thousand pixels of it."""
 MAX_ASPECT = 200
-"""Largest ratio of an image's sides: processors that scale the short side up would make far too many pixels of others."""
+"""Largest ratio of an image's sides. From longer ones, processors that scale the short side up would make too many pixels."""
 
 _URI = re.compile(r"data:|[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # not C:/, and pathlib makes one slash of two
 _SHOWN = 300  # characters of a name
@@ -35,7 +35,7 @@ _PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
 
 
 class _WithoutWarnings:
-    """No warnings while any thread is within. Python's filters are the process's: the last thread to leave restores them."""
+    """Suppresses warnings while any thread is inside. Filters belong to the whole process, so the last thread restores them."""
 
     def __init__(self) -> None:
         self._changing, self._within = Lock(), 0
@@ -56,11 +56,11 @@ class _WithoutWarnings:
 
 
 WITHOUT_WARNINGS: Final = _WithoutWarnings()
-"""For Pillow, which warns of what is checked here, and of harmless flaws in metadata."""
+"""A context for Pillow, which warns about what is checked here anyway, and about harmless flaws in metadata."""
 
 
 def load_image(source: Picture) -> Image.Image:
-    """A picture as upright 8-bit RGB.
+    """Read a picture as upright 8-bit RGB.
 
     Palettes, grey, CMYK and 16-bit grey are converted, transparency is composited on white, and the EXIF orientation
     is applied. Animations and files of several pages are rejected, because it is unclear which picture is meant. So are
@@ -91,13 +91,13 @@ def read_image(
     formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
 ) -> Image.Image:
-    """A file or a PIL image as `load_image` reads it.
+    """Read a file or a PIL image in the same way as `load_image`.
 
     Args:
-        name: name of the picture, for messages.
+        name: name of the picture in error messages.
         source: the path of a file, its bytes, or a PIL image.
-        formats: Pillow's names of those that are read; None: all.
-        max_pixels: largest width times height; None, and at most: `MAX_PIXELS`.
+        formats: Pillow's names of the formats that may be read; None: all formats.
+        max_pixels: largest width times height, up to `MAX_PIXELS`; None: `MAX_PIXELS`.
 
     Raises:
         TwigVLMError: one line that names the picture, what is wrong with it, and the remedy.
@@ -130,11 +130,11 @@ def read_image(
 
 
 def from_data_uri(name: str, uri: str) -> bytes:
-    """What a data URI holds.
+    """Decode a data URI to the bytes of a file.
 
     Args:
-        name: name of the picture, for messages.
-        uri: in base64 or percent-encoded; white space is passed over.
+        name: name of the picture in error messages.
+        uri: the data URI, in base64 or percent-encoded; white space in base64 is ignored.
 
     Raises:
         TwigVLMError: one line that names the picture, what is wrong with it, and the remedy.
@@ -154,17 +154,17 @@ def from_data_uri(name: str, uri: str) -> bytes:
 
 
 def is_uri(source: object) -> bool:
-    """Whether this is a data URI or an address, which is relative to no folder, instead of a path."""
+    """Whether a source is a data URI or an address with a scheme, and not a path."""
     return isinstance(source, str | os.PathLike) and _URI.match(str(source)) is not None
 
 
 def is_remote(source: object) -> bool:
-    """Whether this is the address of a file elsewhere, which is never fetched."""
+    """Whether a source is a remote address. Such files are never fetched."""
     return is_uri(source) and str(source)[:5].lower() != "data:"
 
 
 def short_name(source: str | os.PathLike[str]) -> str:
-    """A path or a data URI for people to read, cut where it is very long."""
+    """A path or a data URI as text for messages, shortened if it is very long."""
     text = str(source)
     return text if len(text) <= _SHOWN else f"{text[:40]}…"
 
@@ -198,7 +198,7 @@ def _from_array(name: str, source: Any) -> Image.Image:
 
 
 class _Rules(NamedTuple):
-    """What is read: formats (None: all), and the largest width times height."""
+    """What may be read: formats (None: all), and the largest width times height."""
 
     formats: tuple[str, ...] | None
     max_pixels: int
@@ -243,7 +243,7 @@ def _without_large_texts(data: bytes) -> bytes:
 
 
 def _text_length(kind: bytes, body: bytes) -> int:
-    """Bytes of a text, as far as Pillow would read it."""
+    """Length of a text in bytes, as far as Pillow would read it."""
     text = body.partition(b"\0")[2]
     compressed = kind != b"tEXt"
     if kind == b"iTXt":  # flag, method, language, translated keyword, text
@@ -296,5 +296,5 @@ def _to_rgb(name: str, image: Image.Image, deep: bool) -> Image.Image:
 
 
 def _eight_bits(pixels: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """0..65535 to 0..255, each end to its end, rounded to the nearest."""
+    """Scale 0..65535 linearly to 0..255, rounded to the nearest integer."""
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""From chat messages with pictures to the base's inputs, in the same way for chat, commands, training and evaluation."""
+"""Turn chat messages with pictures into the base's inputs; shared by chat, commands, training and evaluation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -10,12 +10,18 @@ from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.images import MAX_PIXELS, Picture, is_remote, load_image
 
 Message = Mapping[str, Any]
-"""`role`, and `content`: text, or a list of parts `{"type": "text", "text": …}`, `{"type": "image", "image": …}` with a
-picture as `load_image` takes it, and `{"type": "video", "video": …}` with a video as the processor takes it."""
+"""A message with `role` and `content`. The content is text, or a list of parts: `{"type": "text", "text": …}`,
+`{"type": "image", "image": …}` with a picture for `load_image`, and `{"type": "video", "video": …}` with a video for the
+processor."""
 
 
 def user_turn(text: str, images: Picture | Sequence[Picture] = (), videos: Sequence[Any] = ()) -> dict[str, Any]:
-    """A question as a message: its pictures, which are read immediately, its videos, and then the text.
+    """A question as a message of the user: pictures and videos, followed by the text. Pictures are read at once.
+
+    Args:
+        text: the question.
+        images: a picture or several, as `load_image` takes them.
+        videos: videos, as the base's processor takes them.
 
     Raises:
         TwigVLMError: a picture cannot be read.
@@ -36,9 +42,10 @@ def build_inputs(
     dtype: torch.dtype,
     **options: Any,
 ) -> dict[str, Any]:
-    """The base's inputs for conversations that end with a question: one batch, padded on the left.
+    """The base's inputs for conversations that end with a question, as one batch that is padded on the left.
 
-    An answer may contain a placeholder, since the base wrote it; a space is added inside, so that no picture is meant.
+    Earlier answers may contain a placeholder of pictures, since the base wrote them. A space is inserted into it, so that it does
+    not stand for a picture.
 
     Args:
         processor: the base's processor, with a chat template.
@@ -46,6 +53,9 @@ def build_inputs(
         device: device of the inputs.
         dtype: data type of the pixels.
         options: options of the processor, for example `num_frames` of a video.
+
+    Returns:
+        The processor's outputs by name, among them `input_ids` and `attention_mask`, both [conversations, tokens].
 
     Raises:
         TwigVLMError: a picture cannot be read, a question contains a placeholder, or the template or processor rejects the
@@ -62,7 +72,7 @@ def media(messages: Sequence[Message], kind: str) -> Iterator[Any]:
     """The pictures ("image") or videos ("video") of a conversation, in order.
 
     Raises:
-        TwigVLMError: a part holds none, or a video's remote address.
+        TwigVLMError: a part of this kind is empty, or a video is given by a remote address.
     """
     for part in _parts(messages):
         if part["type"] == kind:
@@ -81,9 +91,9 @@ def render(
 
     Args:
         processor: the base's processor.
-        messages: the conversation; only the parts for pictures count, not the pictures themselves.
+        messages: the conversation. Parts for pictures become placeholders; the pictures themselves are not read.
         name: beginning of error messages.
-        add_generation_prompt: end with the beginning of an answer.
+        add_generation_prompt: whether the text ends with the template's beginning of an answer.
 
     Raises:
         TwigVLMError: a text contains a placeholder, or the template rejects the messages or supports only text.
@@ -159,9 +169,9 @@ def encode(
 
 
 def special_tokens(text: str, tokenizer: Any) -> dict[str, bool]:
-    """Option to tokenize a rendered template with, as transformers' own `apply_chat_template(tokenize=True)` does.
+    """The option `add_special_tokens` for tokenizing a rendered template, as `apply_chat_template(tokenize=True)` sets it.
 
-    A template may begin with the first token itself: then the tokenizer shall not add it once more.
+    A template may begin with the BOS token; then the tokenizer must not add it a second time.
     """
     return {"add_special_tokens": tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)}
 
@@ -173,7 +183,7 @@ def _parts(messages: Sequence[Message]) -> Iterator[Message]:
 
 
 def _bare(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages without pictures and videos, which a template is not to print."""
+    """The messages with empty parts for pictures and videos, which a template must not print."""
 
     def bare(part: Message) -> dict[str, Any]:
         return dict(part) if part["type"] == "text" else {"type": part["type"]}
@@ -185,7 +195,7 @@ def _bare(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _harmless(processor: Any, message: Message) -> Message:
-    """An answer whose placeholders stand for nothing; other messages as they are."""
+    """An answer with placeholders made harmless; other messages unchanged."""
     if message["role"] != "assistant":
         return message
 
@@ -204,13 +214,13 @@ def _harmless(processor: Any, message: Message) -> Message:
 
 
 def _placeholders(processor: Any, kind: str) -> set[str]:
-    """What stands for an image or a video in a text: before the processor expands it, and after."""
+    """The placeholders of an image or a video in a text: the one that the processor expands, and the one it expands to."""
     found = (getattr(holder, f"{kind}_token", None) for holder in (processor, processor.tokenizer))
     return {token for token in found if isinstance(token, str)}
 
 
 def _check_scaled(processor: Any, image: Image.Image, name: str) -> None:
-    """Some processors scale a picture's short side to a fixed length, and only then crop it."""
+    """Refuse a picture that becomes too large: some processors scale its short side to a fixed length before cropping."""
     size = getattr(processor.image_processor, "size", None) or {}
     edge = size.get("shortest_edge")
     if edge is None or size.get("longest_edge") is not None:

@@ -75,11 +75,11 @@ def load(
     return base, processor, None if twig is None else TwigVLM.from_pretrained(base, twig)
 
 
-def bare(base: Any, exits: bool) -> TwigVLM:
-    """A base without a twig.
+def without_twig(base: Any, exits: bool) -> TwigVLM:
+    """A TwigVLM without a trained twig, for pruning methods and ways to draft that need none.
 
     Args:
-        base: the base.
+        base: the Hugging Face model.
         exits: whether it drafts by early exit, after a quarter of its layers.
     """
     layers = base.config.get_text_config().num_hidden_layers

@@ -18,7 +18,7 @@ from twigvlm.config import PruningConfig, SpeculationConfig, TwigConfig
 from twigvlm.conversation import Conversation
 from twigvlm.engine.calibrated import Calibrated
 from twigvlm.engine.engine import Engine
-from twigvlm.engine.runner import EagerRunner
+from twigvlm.engine.runner import Runner
 from twigvlm.errors import TwigVLMError
 from twigvlm.hf.checks import check_arguments, check_memory
 from twigvlm.hf.generate import TwigOutput, run_rows
@@ -27,7 +27,7 @@ from twigvlm.hf.requests import request_row, rows_of
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Pruner
 from twigvlm.pruning.view import Scorer
-from twigvlm.speculation.ways import check_speculation
+from twigvlm.speculation.build import check_speculation
 from twigvlm.timing import Timings, clock_of
 from twigvlm.twig.block import Twig
 
@@ -245,10 +245,8 @@ class TwigVLM(HFInterface, Calibrated):
         try:
             adapter = rows_of(self.base, self.twig, pruning, scorer, pruner, generator, memory, kwargs)
             timings = Timings(prefill=clock() - start_time) if adapter.config.return_dict_in_generate else None
-            runner = EagerRunner(
-                self.base, self.twig, speculation, costs, min(_RESERVE, adapter.rows[0].max_new_tokens)
-            )
-            output = run_rows(Engine(runner, timings=timings), adapter, timings, costs)
+            runner = Runner(self.base, self.twig, speculation, costs, min(_RESERVE, adapter.rows[0].max_new_tokens))
+            output = run_rows(Engine(runner, timings=timings), adapter, timings)
         except BaseException:
             if memory is not None:
                 memory.forget()  # it may have taken in what the conversation will not hold
@@ -281,7 +279,7 @@ class TwigVLM(HFInterface, Calibrated):
         speculation = SpeculationConfig(speculate, **options)  # type: ignore[arg-type]
         check_speculation(speculation, self.base, self.twig, rows=1 if max_rows == 1 else 2)
         costs = self.costs() if speculation.speculate == "auto" else None
-        runner = EagerRunner(self.base, self.twig, speculation, costs, _RESERVE)
+        runner = Runner(self.base, self.twig, speculation, costs, _RESERVE)
         return Engine(runner, partial(request_row, self.base, self.twig), max_rows, max_bytes)
 
     def chat(self, processor: Any, **options: Any) -> Conversation:

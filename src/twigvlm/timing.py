@@ -12,12 +12,13 @@ class Timings:
     """Wall-clock seconds of one request."""
 
     prefill: float = 0.0
-    """Vision, prompt, pruning, and the first token."""
+    """Vision, prompt, pruning, and the choice of the first token."""
     draft: float = 0.0
-    """Trunk and twig; without speculation only the trunk."""
+    """Layers of trunk and twig; without speculation, of the trunk only."""
     verify: float = 0.0
     """Layers K+1..L, the head, and the choice of tokens."""
     total: float = 0.0
+    """The whole request."""
 
     @property
     def decode(self) -> float:
@@ -26,7 +27,7 @@ class Timings:
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """A clock in seconds that waits for the device's work."""
+    """A function that waits for the device to finish its work and returns the time in seconds."""
     if device.type != "cuda":
         return time.perf_counter
 

@@ -1,4 +1,4 @@
-"""Draw which visual tokens were kept, on the picture itself."""
+"""Draw on a picture which of its visual tokens were kept."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 from twigvlm.errors import TwigVLMError
 
 FRAME = (255, 140, 0)
-"""Colour of the line around kept regions."""
+"""RGB colour of the line around kept regions."""
 
 MAX_SIDE = 8192
-"""Pixels of the longer side beyond which no picture is enlarged: picture formats have limits."""
+"""Largest side of a drawn picture, in pixels, since picture formats have limits."""
 
 
 def patch_grid(base: Any, visual_tokens: int, inputs: Mapping[str, Any] | None = None) -> tuple[int, int] | None:
@@ -21,8 +21,8 @@ def patch_grid(base: Any, visual_tokens: int, inputs: Mapping[str, Any] | None =
 
     Args:
         base: Hugging Face model.
-        visual_tokens: M of the prompt.
-        inputs: the processor's outputs for the prompt, which say how large a Qwen-VL image is; None: not known.
+        visual_tokens: M, number of visual tokens of the prompt.
+        inputs: the processor's outputs for the prompt, which contain the size of a Qwen-VL image; None: not known.
     """
     sizes = None if inputs is None else inputs.get("image_grid_thw")
     if sizes is not None and len(sizes) == 1:
@@ -36,9 +36,15 @@ def patch_grid(base: Any, visual_tokens: int, inputs: Mapping[str, Any] | None =
 
 
 def seen_box(processor: Any, image: Image.Image) -> tuple[int, int, int, int] | None:
-    """What the model sees: the square around the image where the processor pads to it, the one within where it crops; else None.
+    """The square that the model sees: around the image if the processor pads, inside it if the processor crops, else None.
 
-    Of a square around it, sides lie outside the image, some at negative coordinates.
+    Args:
+        processor: the base's processor.
+        image: the picture.
+
+    Returns:
+        (left, top, right, bottom) in pixels of the image. A square around the image reaches beyond it, and so has negative
+        coordinates.
     """
     prepares = processor.image_processor
     tiles = hasattr(prepares, "image_grid_pinpoints")  # which the option is about, where a picture becomes several
@@ -70,6 +76,9 @@ def highlight(
 
     Returns:
         A new RGB image; `image` is not modified.
+
+    Raises:
+        TwigVLMError: an index is not in the grid.
     """
     rows, columns = grid
     chosen: NDArray[np.bool_] = np.zeros(rows * columns, dtype=bool)
@@ -131,7 +140,7 @@ def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Im
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """With line breaks where a line would be wider than that."""
+    """A text with line breaks, so that no line is wider than `width` pixels if its words allow it."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -149,7 +158,7 @@ def _frame(
     ys: list[int],
     width: int,
 ) -> None:
-    """A line wherever a kept patch meets one that is not, or the border of the grid."""
+    """Draw a line between kept patches and patches that are not kept, or the border of the grid."""
     padded = np.pad(chosen, 1)
     for row, column in np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1]).tolist():
         draw.line([(xs[column], ys[row]), (xs[column + 1], ys[row])], fill=FRAME, width=width)

@@ -216,11 +216,14 @@ def test_vllm_takes_over_with_the_export(vllm, refused, tmp_path, base_directory
     refused("serve", *pruned, words=["other options (weights)", "another directory"])
 
 
-def test_an_export_is_found_from_wherever_vllm_is_started(vllm, tmp_path, monkeypatch, base_directory, twig_directory):
+def test_an_export_is_found_from_wherever_vllm_is_started(
+    vllm, tmp_path, monkeypatch, capsys, base_directory, twig_directory
+):
     monkeypatch.chdir(tmp_path)
     model = ["--model", str(base_directory), "--twig", str(twig_directory)]
     with pytest.raises(SystemExit):
-        main(["serve", "--engine", "vllm", "--export", "export", *model])
+        main(["serve", "--engine", "vllm", "--export", "export", "--host", "0.0.0.0", *model])
+    assert "warning: no --api-key is set" in capsys.readouterr().err
     ((arguments, _),) = vllm
     assert arguments[2] == str(tmp_path / "export" / "base")
     speculative = json.loads(arguments[arguments.index("--speculative-config") + 1])

@@ -2,7 +2,7 @@
 
 from twigvlm.config import SpeculationConfig
 from twigvlm.engine.engine import Engine
-from twigvlm.engine.runner import EagerRunner
+from twigvlm.engine.runner import Runner
 from twigvlm.speculation.costs import StepCosts
 
 
@@ -17,7 +17,7 @@ def make_runner(model, static, speculate="none", costs=None, **options):
         options: δ, θ, D, E, K_sel and N_max.
     """
     assert (speculate == "auto") == isinstance(costs, StepCosts)
-    return EagerRunner(model.base, model.twig, SpeculationConfig(speculate, **options), costs, 32, static)
+    return Runner(model.base, model.twig, SpeculationConfig(speculate, **options), costs, 32, static)
 
 
 def engine_on(model, runner):

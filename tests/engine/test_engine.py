@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.batches import batched
 from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM, TwigVLMError
+from twigvlm.engine.row import Request
 from twigvlm.pruning.cut import Cut
 from twigvlm.pruning.methods.pruning_head import default_scorer
 from twigvlm.pruning.methods.random import RandomScores
@@ -195,10 +196,12 @@ def test_no_more_rows_decode_together_than_max_rows(max_rows):
     vlm = model()
     engine = vlm.engine(max_rows=max_rows)
     expected, together = {}, vlm.base.prompt(**batched([asked(seed, 0, 4, 97)[0] for seed in range(4)]))
-    for seed in range(4):
-        row = engine.make_row(asked(seed, 0, 4, 97)[0], max_new_tokens=4, eos_token_id=97)
-        row.prompt, row.index = together, seed
-        expected[engine.submit([row])[0]] = alone("none", seed, 0, 4, 97)
+    rows = [engine.make_row(asked(seed, 0, 4, 97)[0], max_new_tokens=4, eos_token_id=97) for seed in range(4)]
+    request = Request(together.input_ids, [0] * 4, rows=rows)
+    for seed, row in enumerate(rows):
+        row.request, row.prompt, row.index = request, together, seed
+    for seed, id in enumerate(engine.submit(rows)):
+        expected[id] = alone("none", seed, 0, 4, 97)
     inputs, options = asked(4, 0, 9, 97)
     plain = engine.add(inputs, **options)
     forks = {engine.fork(plain, ThreeCuts()): 3 for _ in range(3)}

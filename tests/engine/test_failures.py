@@ -67,7 +67,7 @@ def test_an_idle_engine_holds_no_keys_and_values(model):
     for _ in range(2):
         answers = {engine.add(prompt(seed), keep=6, max_new_tokens=6): seed for seed in range(3)}
         engine.step()
-        assert cache.allocated() >= cache.bytes() > 0
+        assert cache.allocated() > 0
         got = {request: [] for request in answers}
         got |= {event.id: event.tokens for event in engine.stream() if event.finished}
         assert cache.allocated() == 0

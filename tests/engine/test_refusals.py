@@ -6,7 +6,6 @@ import torch
 from tests.tiny import prompt, tiny_llava
 from twigvlm import TwigConfig, TwigVLM
 from twigvlm.engine import runner
-from twigvlm.speculation import batch
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def test_a_cancellation_that_finds_no_memory_changes_nothing(model, monkeypatch,
 
     take(engine.step())
     with monkeypatch.context() as patched:
-        patched.setattr(runner if part == "Chooser" else batch, part, scarce)
+        patched.setattr(runner, part, scarce)
         with pytest.raises(torch.OutOfMemoryError):
             engine.cancel(requests[0])
     take(engine.step())

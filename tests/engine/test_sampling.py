@@ -22,9 +22,9 @@ PROMPT = Prompt(
 def request_of(*answers, processors=None, noises=None):
     """The rows of a request, with what they have been answered so far."""
     request = Request(torch.tensor([IDS] * len(answers)), [0] * len(answers), processors)
-    for place, tokens in enumerate(answers):
-        noise = None if noises is None else noises[place]
-        request.rows.append(Row(request, place, PROMPT, 0, None, (), 50, frozenset(), noise, tokens=list(tokens)))
+    for index, tokens in enumerate(answers):
+        noise = None if noises is None else noises[index]
+        request.rows.append(Row(request, PROMPT, index, None, (), 50, frozenset(), noise, tokens=list(tokens)))
     return request.rows
 
 

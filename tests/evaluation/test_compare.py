@@ -205,7 +205,7 @@ def test_published_figures_are_of_the_method_that_was_published():
         ("fastv:2", "77.0"),
         ("fastv:3", ""),
         ("pyramiddrop:compacted", "87.6"),
-        ("mustdrop:compacted", "89.6"),
+        ("mustdrop:compacted", "89.6 (counted after cuts)"),
         ("fastervlm:compacted", "89.1"),
         ("visionzip:compacted", "93.3"),
         ("visionzip:runs/projector", "95.2"),

@@ -17,6 +17,7 @@ from twigvlm.integrations.answers import (  # noqa: E402
     read_source,
     unanswered,
     write_answers,
+    written_answers,
 )
 from twigvlm.serving.limits import Limits  # noqa: E402
 
@@ -89,6 +90,32 @@ def test_an_answer_belongs_to_the_question_that_was_asked(tmp_path):
     with pytest.raises(TwigVLMError, match="record '0' has changed since it was answered; name another out"):
         unanswered(read_source(tmp_path), done)
     assert len({asked("one", None), asked("one", "a.png"), asked("one", b"picture"), asked("two", None)}) == 4
+
+
+def test_a_batch_that_was_written_is_not_answered_again(tmp_path):
+    digests = {"a": "a?", "b": "b?"}
+    assert written_answers(tmp_path, digests) is None
+    written = write(tmp_path, {"a": GOOD, "b": FAILED})
+    assert written_answers(tmp_path, digests) is None, "one of them failed"
+    written = write(tmp_path, {"a": GOOD, "b": GOOD})
+    assert written_answers(tmp_path, digests) == written
+    assert written_answers(tmp_path, {"b": "b?", "a": "a?"}) == written
+    assert written_answers(tmp_path, {**digests, "b": "another?"}) is None
+    assert written_answers(tmp_path, {"a": "a?"}) is None
+
+
+def test_only_the_columns_that_are_needed_are_read(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name in ("a", "b"):
+        table = pa.table({"note": ["long"], "image": [b"picture"], "id": [name], "question": ["what?"]})
+        pq.write_table(table, folder / f"{name}.parquet")
+    assert read_source(folder).to_pylist() == [
+        {"id": name, "question": "what?", "image": b"picture"} for name in ("a", "b")
+    ]
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "less.parquet")
+    with pytest.raises(TwigVLMError, match="has no column image, question; add it"):
+        read_source(tmp_path / "less.parquet")
 
 
 def test_a_folder_without_answers_has_none(tmp_path):

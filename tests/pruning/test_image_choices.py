@@ -98,7 +98,7 @@ def test_prumerge(size):
     order = sorted(range(len(tokens)), key=lambda j: -float(attention[j]))[:attended]
     others = [j for j in range(len(tokens)) if j not in order]
     spaced = keep - 1 - attended
-    centers = sorted([*order, *(others[i * len(others) // spaced] for i in range(spaced))])
+    centers = [*order, *(others[i * len(others) // spaced] for i in range(spaced))]
     gone = [j for j in range(len(tokens)) if j not in centers]
     expected = []
     for center in centers:
@@ -154,7 +154,9 @@ def test_holov(size):
     for j in order:
         quota[j] += min(keep - sum(quota), len(segments[j]) - quota[j])
     chosen = [sorted(part, key=lambda j: -float(attention[j]))[:n] for part, n in zip(segments, quota, strict=True)]
-    assert HoloV().pick(tokens, keep).indices.tolist() == sorted(j for part in chosen for j in part)
+    indices, states = HoloV().pick(tokens, keep)
+    assert indices.tolist() == [j for part in chosen for j in part]
+    assert torch.equal(states, tokens.projected[indices])
 
 
 @given(SIZES, st.sampled_from([0.0, 1.0, 2.0]))
@@ -187,9 +189,10 @@ def test_prunesid(size, shared):
 
 
 def test_quotas_of_groups():
-    assert quotas([9, 9, 9], [4, 2, 2], 9, True) == [4, 2, 2]
+    assert quotas([9, 9, 9], [4, 2, 2], 9, True) == [3, 3, 2]
     assert quotas([9, 1, 9], [9, 1, 2], 9, False) == [6, 1, 2]
     assert quotas([20, 1, 1], [1, 1, 1], 11, True) == [8, 1, 1]
-    # What is left goes to the largest group, not to the one with the most tokens that resemble no other.
-    assert quotas([4, 4, 6], [2, 1, 1], 11, False) == [4, 3, 4]
-    assert quotas([4, 4, 9], [1, 2, 6], 13, False) == [3, 3, 7]
+    # What is left goes to the group with the most tokens that resemble no other and then the next, not to the largest.
+    assert quotas([4, 4, 6], [2, 1, 1], 11, False) == [4, 4, 3]
+    assert quotas([4, 4, 6], [2, 1, 1], 12, True) == [4, 4, 3]
+    assert quotas([4, 4, 9], [1, 2, 6], 13, False) == [2, 4, 7]

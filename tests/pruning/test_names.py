@@ -6,7 +6,7 @@ from twigvlm.cli.main import main
 from twigvlm.errors import TwigVLMError
 from twigvlm.evaluation.methods import NAMES
 from twigvlm.pruning.cut import average_visual
-from twigvlm.pruning.methods import make_pruner, own_files, reads_files
+from twigvlm.pruning.methods import make_pruner, method_files, reads_files
 from twigvlm.pruning.methods.dart import Dart
 from twigvlm.pruning.methods.sparsevlm import SparseVLM
 from twigvlm.pruning.methods.visionzip import VisionZip
@@ -29,15 +29,15 @@ def test_names_say_positions_and_accounting(name, pruner):
 
 def test_what_a_file_of_a_method_holds_is_told_apart(tmp_path):
     names = ["fastv", f"visionzip:{tmp_path}:compacted", f"fitprune:{tmp_path}", None]
-    assert own_files(names) == {}
+    assert method_files(names) == {}
     (tmp_path / "fitprune.json").write_text("first")
-    first = own_files(names)
+    first = method_files(names)
     assert first.keys() == {f"fitprune:{tmp_path}"}
     (tmp_path / "fitprune.json").write_text("second")
-    assert own_files(names).keys() == first.keys()
-    assert own_files(names) != first
+    assert method_files(names).keys() == first.keys()
+    assert method_files(names) != first
     (tmp_path / "projector.safetensors").write_text("weights")
-    assert f"visionzip:{tmp_path}:compacted" in own_files(names)
+    assert f"visionzip:{tmp_path}:compacted" in method_files(names)
 
 
 def test_the_list_of_methods_has_all_that_evaluations_accept(capsys):
@@ -77,6 +77,7 @@ def test_what_some_methods_cannot_do_without_is_asked_for(tmp_path):
         ("cdpruner:3", "takes no layer; give one only to dart, fastv, random"),
         ("pyramiddrop:published", "pyramiddrop counts its budget in one way only; leave out published$"),
         ("visionzip:published:compacted", "visionzip counts its budget in one way only; leave out published$"),
+        ("sparsevlm-v2:compacted", "sparsevlm-v2': was not published with other positions; leave out compacted$"),
         ("dart:compacted", "dart was not published with other positions; leave out compacted$"),
         (
             "fastv:published:compacted",

@@ -136,14 +136,14 @@ def test_rows_that_do_not_look_again_hold_no_keys_and_change_no_scores():
     engine.step()
     batch = engine.runner.batch
     hidden = torch.randn(6, 3, 32, generator=torch.Generator().manual_seed(0))
-    inputs = batch.inputs(batch.state, torch.arange(3).expand(6, 3), 100)
+    inputs = batch.inputs(torch.arange(3).expand(6, 3), 100)
     scores = batch.refocus.scores(hidden, inputs)
     assert not scores[[0, 2, 3, 5]].any()
     for row in (1, 4):
-        alone = Refocus(model.twig, [batch.refocus_states[row]])
+        alone = Refocus(model.twig, [engine.active[row].refocus_state])
         own = select_rows(inputs, torch.tensor([row]))
         torch.testing.assert_close(scores[row], alone.scores(hidden[[row]], own)[0])
-    looking = [state for state in batch.refocus_states if state is not None]
+    looking = [state for state in batch.refocus.rows if state is not None]
     held = batch.refocus.keys.nbytes + sum(state.keys.nbytes + state.states.nbytes for state in looking)
     assert held <= sum(row.refocus_bytes for row in engine.active)
 

@@ -27,7 +27,7 @@ from tests.serving.servers import chat, decoded, expected, picture, slow_down, t
 from tests.tiny import tiny_llava  # noqa: E402
 from tests.tiny_processor import tiny_processor  # noqa: E402
 from twigvlm.errors import TwigVLMError  # noqa: E402
-from twigvlm.integrations.ray import answer_dataset, open_model, read_answers, serve_app  # noqa: E402
+from twigvlm.integrations.ray import OpenModel, answer_dataset, read_answers, serve_app  # noqa: E402
 from twigvlm.serving.batch import BatchLine, BatchRun  # noqa: E402
 from twigvlm.serving.limits import Limits  # noqa: E402
 
@@ -62,7 +62,7 @@ def service():
     found.stop()
 
 
-SAPLING = open_model("sapling", dtype="float32", device="cpu")
+SAPLING = OpenModel("sapling", dtype="float32", device="cpu")
 SIGNS = {"retain": 64, "speculate": "chain"}
 
 
@@ -139,7 +139,7 @@ def test_a_folder_of_pictures_and_what_cannot_be_answered(tmp_path):
 def test_a_base_without_a_twig_answers_and_says_what_it_lacks(tmp_path):
     tiny_llava().save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
-    service = open_model(str(tmp_path), device="cpu")(Limits())
+    service = OpenModel(str(tmp_path), device="cpu")(Limits())
     try:
         asked = [
             BatchLine(way, {**chat(max_completion_tokens=2, speculate=way), "model": str(tmp_path)})

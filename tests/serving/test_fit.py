@@ -92,6 +92,10 @@ def test_a_server_s_own_files_are_asked_for_without_their_place(tmp_path):
         assert post(address, body)[0] == 200
         status, told = post(address, {**body, "pruner": f"fitprune:{tmp_path}"})
         assert (status, told["error"]["param"]) == (400, "pruner")
+        for options in ({}, {"keep": 5}):
+            status, told = post(address, {**chat(images=[picture()]), "pruner": "fitprune", **options})
+            assert (status, str(tmp_path) in json.dumps(told)) == (400, False)
+            assert "fitprune" in told["error"]["message"]
 
 
 def test_an_impossible_option_of_a_request_does_not_cost_its_connection():

@@ -248,7 +248,7 @@ def test_other_pruning_methods_by_name(client, service):
 
 
 def test_a_model_without_a_twig_serves_what_needs_none():
-    service = tiny_service(TwigVLM.without_twig(tiny_llava()), has_twig=False)
+    service = tiny_service(TwigVLM.without_twig(tiny_llava()))
     with served(service) as address, OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0) as client:
         assert text_of(ask(client, "hello", [picture()], extra={"pruner": "fastv:2", "retain": 8}))
         for extra in ({"retain": 8}, {"speculate": "chain"}):

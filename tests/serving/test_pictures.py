@@ -26,9 +26,9 @@ NOWHERE = {}
 """Nothing was fetched."""
 
 
-def stored(size=(20, 12), form="PNG"):
+def stored(size=(20, 12), form="PNG", **options):
     data = BytesIO()
-    Image.new("RGB", size, "red").save(data, form)
+    Image.new("RGB", size, "red").save(data, form, **options)
     return data.getvalue()
 
 
@@ -211,6 +211,27 @@ def test_a_jpeg_of_countless_segments_is_refused_unread(monkeypatch, count):
 def test_a_photograph_with_a_few_segments_is_read():
     segment, data = b"\xff\xe1\x00\x12Exif\0\0" + bytes(10), stored(form="JPEG")
     assert read_picture(uri(data[:2] + segment * 3 + data[2:]), 1000, NOWHERE).size == (20, 12)
+
+
+def test_a_jpeg_of_countless_scans_is_refused_unread(monkeypatch):
+    """The decoder would go through the whole picture for each."""
+    data = stored(form="JPEG", progressive=True)
+    assert data.count(b"\xff\xda") > 5
+    assert read_picture(uri(data), 1000, NOWHERE).size == (20, 12)
+    at = data.rindex(b"\xff\xda")
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(RequestError, match="more than 100 scans; save it again"):
+        read_picture(uri(data[:at] + data[at:-2] * 100 + data[-2:]), 1000, NOWHERE)
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+def test_a_bmp_of_runs_is_refused_unread(monkeypatch, kind):
+    """Pillow would decode it in Python."""
+    data = stored(form="BMP")
+    assert read_picture(uri(data), 1000, NOWHERE).size == (20, 12)
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(RequestError, match=r"is a compressed BMP, .* save it as PNG"):
+        read_picture(uri(data[:30] + kind.to_bytes(4, "little") + data[34:]), 1000, NOWHERE)
 
 
 def test_percent_signs_without_end_are_refused_unread(monkeypatch):

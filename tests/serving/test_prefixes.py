@@ -90,6 +90,23 @@ def test_earlier_prompts_take_a_part_of_the_memory_alone(start):
     service.stop()
 
 
+def test_earlier_prompts_give_way_where_a_vision_tower_lacks_memory(start):
+    service = start()
+    ask(service, chat("what is it?", [picture()]))
+    assert len(service.worker._prefixes)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    hook = service.model.model.model.vision_tower.register_forward_pre_hook(fail)
+    events = queue.Queue()
+    request = ChatRequest.model_validate(chat("what is it?", [picture("blue")]))
+    service.worker.submit(service.prepare(request, events.put))
+    assert outcome(events).code == "out_of_memory"
+    hook.remove()
+    assert ask(service, chat("what is it?", [picture()]))[1] == 0
+
+
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_job_is_told_of_a_failure_after_its_last_token(start, length):
     service = start()

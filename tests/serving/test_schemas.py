@@ -1,5 +1,6 @@
 """JSON schemas that keep the grammar library busy are refused in time, and hold up no other request."""
 
+import json
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,24 @@ def test_a_schema_is_tried_once(service, monkeypatch):
     assert service.grammars.compile(schema)
     with pytest.raises(FileNotFoundError):
         service.grammars.compile({"type": "array"})
+
+
+def test_what_a_schema_was_refused_for_is_remembered(monkeypatch):
+    schema = json.dumps({"type": "integer", "multipleOf": 99999989})
+    monkeypatch.setattr(trial, "SECONDS", 1)
+    for executable in (sys.executable, "nowhere"):
+        monkeypatch.setattr(sys, "executable", executable)
+        with pytest.raises(trial.TooMuchWork):
+            trial.try_schema(schema)
+
+
+def test_a_trial_that_ran_out_of_time_is_repeated(monkeypatch):
+    """The machine may have been busy."""
+    monkeypatch.setattr(trial, "_PATIENCE", 0)
+    with pytest.raises(trial.TooMuchWork):
+        trial.try_schema('{"type": "null"}')
+    monkeypatch.undo()
+    trial.try_schema('{"type": "null"}')
 
 
 def test_what_is_wrong_with_a_trial_itself_is_no_fault_of_the_schema(monkeypatch):

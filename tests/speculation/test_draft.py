@@ -10,37 +10,34 @@ from tests.engine.engines import engine_on, make_runner
 from tests.speculation.forests import as_lists
 from tests.tiny import IMAGE_TOKEN, prompt
 from tests.twigs import LAYERS, grown
+from twigvlm.config import SpeculationConfig
+from twigvlm.engine.runner import Runner
 from twigvlm.kv.cache import KVCache
 
 CHAIN = {"speculate": "chain", "draft_length": 4}
 static = pytest.mark.parametrize("static", [False, True], ids=["exact", "static"])
 
 
-class Watched:
+class Watched(Runner):
     """A runner that tells of its drafts: for each step, of each row the answer so far and the tree that is verified.
 
     Of drafts within the prefill, only how many tokens they have.
     """
 
-    def __init__(self, runner):
-        self.runner, self.batch, self.steps, self.first = runner, runner.batch, [], {}
+    def __init__(self, model, static, speculate, **options):
+        super().__init__(model.base, model.twig, SpeculationConfig(speculate, **options), None, 32, static)
+        self.steps, self.first = [], {}
 
     def prefill(self, rows):
-        step = self.runner.prefill(rows)
+        step = super().prefill(rows)
         self.first.update(zip([row.id for row in rows], step.drafted, strict=True))
         return step
 
     def draft(self):
-        draft = self.runner.draft()
-        rows = [(row.id, list(row.tokens)) for row in self.runner.rows]
+        draft = super().draft()
+        rows = [(row.id, list(row.tokens)) for row in self.rows]
         self.steps.append(list(zip(rows, as_lists(draft.nodes), strict=True)))
         return draft
-
-    def verify(self, draft):
-        return self.runner.verify(draft)
-
-    def leave(self, row):
-        self.runner.leave(row)
 
 
 class Definition:
@@ -121,7 +118,7 @@ def check_drafts(model, static, ways, expected):
     for inputs, pruning, new in ROWS:
         # They end drafts, but neither prompts nor answers.
         ends -= set(model.generate(**inputs, **pruning, max_new_tokens=new)[0, -new - 1 :].tolist())
-    runner = Watched(make_runner(model, static, **ways))
+    runner = Watched(model, static, **ways)
     engine = engine_on(model, runner)
     rows = {}
     for inputs, pruning, new in ROWS:
@@ -141,7 +138,7 @@ def check_drafts(model, static, ways, expected):
             assert set(got) == expected(definition, answer, new - len(answer) - 1, ends)
     for (request, drafted), (definition, new) in zip(runner.first.items(), rows.values(), strict=True):
         # From the prompt's last token chains are drafted in any case.
-        first = runner.runner.policy.behind_prompts(1)
+        first = runner.policy.behind_prompts(1)
         assert drafted == len(definition.chain([], min(first.depth, new - 1), first.threshold, ends)) - 1, request
 
 
@@ -199,7 +196,7 @@ def test_caches_hold_what_plain_decoding_holds(ways, static):
             assert cache.lengths(0, single).tolist() == [held]
             whole = KVCache(model.twig.last_layer_idx + 1, (model.twig.config.trunk_layers, LAYERS), 1, model.device)
             definition.run(row.tokens[:-1], whole.view(whole.claim(1)))
-            for layer in range(model.twig.first_layer_idx, model.twig.last_layer_idx + 1):
+            for layer in range(*model.twig.cache_layers):
                 (seen,) = cache.lengths(layer, single)
                 assert held - 1 <= seen <= held  # the last drafted token may have to enter the twig with the next draft
                 for before, after in zip(

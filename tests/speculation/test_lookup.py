@@ -36,12 +36,12 @@ def test_the_newest_occurrence_of_the_most_tokens_goes_on(texts, ngram, count, e
         assert row == expected + [NO_TOKEN] * (count - len(expected))
 
 
-def drafts(text, prompt, limit=50, ends=(), trim=True, **options):
+def drafts(text, prompt, limit=50, ends=(), static=False, **options):
     """The tokens that are drafted after a prompt and an answer, and the number of nodes of the pass."""
     count = len(text) - prompt
     numbers = (torch.tensor([number]) for number in (text[-1], count, limit, prompt, prompt))
     state = RowState(*numbers, torch.tensor([list(ends) or [NO_TOKEN]]), padded([text], 2))
-    nodes = Lookup(SpeculationConfig("lookup", **options), trim).start(state)
+    nodes = Lookup(SpeculationConfig("lookup", **options), static).start(state)
     assert nodes.parents.tolist() == [[max(0, place - 1) for place in range(nodes.tokens.shape[1])]]
     assert nodes.depths.tolist() == [list(range(nodes.tokens.shape[1]))]
     return nodes.tokens[nodes.valid].tolist(), nodes.tokens.shape[1]
@@ -60,8 +60,8 @@ def test_a_draft_ends_where_an_answer_would():
 
 
 def test_without_a_read_drafts_are_padded():
-    assert drafts(TEXT, 5, ends=[8], trim=False) == ([6, 7, 8], 6)
-    assert drafts([5, 6, 7, 1], 4, trim=False, draft_length=3) == ([1], 4)
+    assert drafts(TEXT, 5, ends=[8], static=True) == ([6, 7, 8], 6)
+    assert drafts([5, 6, 7, 1], 4, static=True, draft_length=3) == ([1], 4)
 
 
 def test_images_are_not_drafted():

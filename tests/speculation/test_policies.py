@@ -12,7 +12,7 @@ from tests.speculation.forests import PlainTree, as_lists, trimmed
 from twigvlm.config import SpeculationConfig
 from twigvlm.speculation.policies import Chain, FixedTree
 
-early = pytest.mark.parametrize("stop_early", [True, False])
+static = pytest.mark.parametrize("static", [False, True])
 
 
 def verified(nodes, selected):
@@ -23,7 +23,7 @@ def verified(nodes, selected):
     ]
 
 
-@early
+@static
 @settings(max_examples=60)
 @given(
     probabilities=st.lists(st.lists(st.floats(0.01, 1.0), min_size=8, max_size=8), min_size=1, max_size=4),
@@ -31,10 +31,10 @@ def verified(nodes, selected):
     threshold=st.sampled_from([0.0, 0.3, 0.6, 1.0]),
     room=st.integers(0, 8),
 )
-def test_a_chain_ends_after_an_unlikely_token(stop_early, probabilities, length, threshold, room):
+def test_a_chain_ends_after_an_unlikely_token(static, probabilities, length, threshold, room):
     # The policy's are differences of float32 scores: at the threshold itself they may fall on either side.
     assume(all(p == 1 or abs(p - threshold) > 1e-4 for row in probabilities for p in row))
-    policy = Chain(SpeculationConfig("chain", length, threshold), stop_early)
+    policy = Chain(SpeculationConfig("chain", length, threshold), static)
     nodes, selected = drafted(policy, lambda row, path: [probabilities[row][len(path)]], len(probabilities), room)
     for row, paths in enumerate(verified(nodes, selected)):
         unlikely = (place for place, p in enumerate(probabilities[row], start=1) if p < threshold)
@@ -58,14 +58,14 @@ def fixed_tree(children, row, depth, width, expand, count, room):
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 3, 8, 30]))
 
 
-@early
+@static
 @settings(max_examples=40)
 @given(seed=st.integers(0, 999), shape=shapes, rows=st.integers(1, 3), room=st.integers(0, 5))
-def test_a_fixed_tree_by_its_definition(stop_early, seed, shape, rows, room):
+def test_a_fixed_tree_by_its_definition(static, seed, shape, rows, room):
     depth, width, expand, count = shape
     options = SpeculationConfig("tree", tree_depth=depth, tree_width=width, tree_expand=expand, tree_nodes=count)
     children = any_children(seed, width)
-    nodes, selected = drafted(FixedTree(options, stop_early), children, rows, room)
+    nodes, selected = drafted(FixedTree(options, static), children, rows, room)
     expected = [fixed_tree(children, row, depth, width, expand, count, room) for row in range(rows)]
     assert verified(nodes, selected) == expected
 
@@ -75,7 +75,7 @@ def test_a_fixed_tree_by_its_definition(stop_early, seed, shape, rows, room):
 def test_no_selection_of_a_fixed_tree_is_accepted_longer(seed, count):
     """Where the base draws what the twig promises, a node is accepted with the probability of its path."""
     options = SpeculationConfig("tree", tree_depth=3, tree_width=2, tree_expand=2, tree_nodes=count)
-    nodes, selected = drafted(FixedTree(options, True), any_children(seed, 2))
+    nodes, selected = drafted(FixedTree(options, False), any_children(seed, 2))
     (tree,), kept = as_lists(nodes), selected[0].tolist()
 
     def accepted(some):

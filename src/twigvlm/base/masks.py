@@ -41,6 +41,11 @@ def additive(mask: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, 
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
+def for_attention(attention: str, mask: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Shaped[Tensor, "*shape"]:
+    """A mask as an attention implementation takes it: additive for eager attention, boolean for the others."""
+    return additive(mask, dtype) if attention == "eager" else mask
+
+
 def restrict(
     mask: Tensor | None,
     attention: str,
@@ -75,7 +80,7 @@ def restrict(
         mask = mask | F.pad(ahead, (mask.shape[-1] - ahead.shape[-1], 0), value=False)
     if window is not None:
         mask = mask & (key > query - window)
-    return additive(mask, dtype) if attention == "eager" else mask
+    return for_attention(attention, mask, dtype)
 
 
 def check_attention(attention: str, windowed: bool = False) -> None:
@@ -109,16 +114,13 @@ class CausalMasks:
         """Mask [rows or 1, 1, queries, keys], bool for SDPA and additive for eager; None where the kernel needs none."""
         if held is not None and not held.equal:
             check_mask_attention(self.attention, "a batch of prompts")
-            return self._finish(mixed_length_mask(queries, held))[:, None]
+            return for_attention(self.attention, mixed_length_mask(queries, held), self.dtype)[:, None]
         keys = queries if held is None else held.longest + queries
         if self.attention.startswith("flash_attention") or (queries == 1 and not self.single):
             return None
         if self.attention == "sdpa" and queries == keys:
             return None
-        return self._finish(causal_mask(queries, keys, self.device))[None, None]
-
-    def _finish(self, mask: Tensor) -> Tensor:
-        return additive(mask, self.dtype) if self.attention == "eager" else mask
+        return for_attention(self.attention, causal_mask(queries, keys, self.device), self.dtype)[None, None]
 
 
 def check_mask_attention(attention: str, what: str) -> None:
@@ -155,4 +157,4 @@ class TreeMasks:
             which = node.clamp(0, nodes - 1)[:, None].expand(-1, queries, -1)
             inside = (node < nodes)[:, None] & self.ancestors.gather(2, which)
             mask = (node < 0)[:, None] | inside
-        return (additive(mask, self.dtype) if self.attention == "eager" else mask)[:, None]
+        return for_attention(self.attention, mask, self.dtype)[:, None]

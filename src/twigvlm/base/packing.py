@@ -8,7 +8,7 @@ Lengths = tuple[int, ...]
 """Tokens of each row of a batch."""
 
 
-def left_pack(stays: Bool[Tensor, "batch tokens"]) -> tuple[Int[Tensor, "batch most"], Lengths]:
+def left_pack(stays: Bool[Tensor, "batch tokens"]) -> tuple[Int[Tensor, "batch kept"], Lengths]:
     """Positions where the mask is true, ascending, and how many each row has; shorter rows are filled up with others."""
     lengths = tuple(stays.sum(dim=1).tolist())
     order = stays.to(torch.uint8).argsort(dim=1, descending=True, stable=True)

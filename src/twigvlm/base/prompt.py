@@ -41,10 +41,6 @@ class Prompt:
         axes = at_end[-3:] if at_end.ndim == 2 else at_end[None]
         return (axes.amax(dim=0) + 1).tolist()
 
-    def without_vision(self) -> "Prompt":
-        """Once tokens are chosen, what the vision tower made, as large as all its activations, is of no more use."""
-        return self if self.vision is None else replace(self, vision=None)
-
     def rows(self, rows: Sequence[int]) -> "Prompt":
         """Some of the prompts, padded to the longest of them; a prompt may be taken several times."""
         if list(rows) == list(range(len(self.lengths))):

@@ -46,9 +46,9 @@ class TowerAttention:
             rows.append(got.flatten())
         return torch.cat(rows)
 
-    def keys(self, cls: bool) -> Float[Tensor, "patches heads head_dim"]:
-        """Keys before any rotation; without that of the CLS token, where there is one."""
-        found = (_project(call, rotated=False)[1].transpose(1, 2)[:, int(cls) :] for call in self.calls)
+    def keys(self) -> Float[Tensor, "tokens heads head_dim"]:
+        """Keys of all tokens, before any rotation; a CLS token comes first in its image."""
+        found = (_project(call, rotated=False)[1].transpose(1, 2) for call in self.calls)
         return torch.cat([keys.flatten(0, 1) for keys in found])
 
     def queries(self) -> Float[Tensor, "images heads head_dim"]:

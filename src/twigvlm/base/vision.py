@@ -83,19 +83,19 @@ class Vision:
     @cached_property
     def keys(self) -> Float[Tensor, "rows head_dim"]:
         """Keys of the block whose output the features are, mean over heads, before any rotation; of merged patches the mean."""
-        return self._merged(self._known[0].keys(cls=False).float().mean(dim=1))
+        return self._merged(self._known[0].keys().float().mean(dim=1))
 
     @cached_property
     def last_keys(self) -> Float[Tensor, "rows width"]:
         """Keys of the last block, its heads side by side; of merged patches the mean."""
-        return self._merged(self._known[1].keys(cls=False).float().flatten(1))
+        return self._merged(self._known[1].keys().float().flatten(1))
 
     @cached_property
     def single_head(self) -> Float[Tensor, " rows"]:
         """The CLS token's attention in the last block as if its heads were one; without a CLS token as `last_importance`."""
         if not self.has_cls:
             return self.last_importance
-        queries, keys = self._known[1].queries().float().flatten(1), self._known[1].keys(cls=False).float().flatten(1)
+        queries, keys = self._known[1].queries().float().flatten(1), self._known[1].keys().float().flatten(1)
         logits = (keys.view(len(queries), -1, keys.shape[1]) @ queries[..., None])[..., 0] * keys.shape[1] ** -0.5
         return self._merged(logits.softmax(dim=-1).flatten())
 
@@ -121,7 +121,7 @@ class Vision:
         return self.attention
 
 
-See = Callable[[Tensor, Tensor], Vision | None]
+ReadVision = Callable[[Tensor, Tensor], Vision | None]
 """(what the base hands to its language model, where it is visual) -> what vision made of the pixels since it is watched."""
 
 

@@ -17,11 +17,11 @@ from twigvlm.base.checks import check_model, check_rope, has_mrope
 from twigvlm.base.cpu_linear import cpu_linear
 from twigvlm.base.families import Visual, family_of, language_model_of
 from twigvlm.base.layers import run, window_of
-from twigvlm.base.masks import CausalMasks, Masks, check_attention
+from twigvlm.base.masks import CausalMasks, Masks, TreeMasks, check_attention
 from twigvlm.base.prompt import Prompt, attention_ends_of, deepstack_of, packed
 from twigvlm.base.token_inputs import TokenInputs
-from twigvlm.base.vision import See, VisionModules
-from twigvlm.errors import TwigVLMError, is_out_of_memory, one_line
+from twigvlm.base.vision import ReadVision, VisionModules
+from twigvlm.errors import TwigVLMError, is_refusal, one_line
 from twigvlm.kv.cache import CacheView
 
 _PER_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -162,7 +162,7 @@ class BaseVLM:
         return [(getattr(self.model.config, visual.placeholder), visual) for visual in self.family.visuals]
 
     @contextmanager
-    def watch_vision(self) -> Iterator[See]:
+    def watch_vision(self) -> Iterator[ReadVision]:
         """Keep what this thread's vision tower computes, for prompts that are made within this context.
 
         The model is not changed: modules that vision passes through have hooks meanwhile.
@@ -171,7 +171,7 @@ class BaseVLM:
         with watch(modules.watched) as calls:
             yield lambda hidden, visual_mask: modules.vision(calls, hidden, visual_mask)
 
-    def prompt(self, input_ids: Int[Tensor, "batch tokens"], vision: See | None = None, **inputs: Any) -> Prompt:
+    def prompt(self, input_ids: Int[Tensor, "batch tokens"], vision: ReadVision | None = None, **inputs: Any) -> Prompt:
         """Run the base's own forward up to its language model, and take what it passes in.
 
         So every family's handling of images is reused instead of rewritten. Nothing of the model is changed: while this runs,
@@ -230,6 +230,10 @@ class BaseVLM:
         half_on_cpu = self.device.type == "cpu" and self.dtype != torch.float32
         single = self.attention == "sdpa" and grouped and half_on_cpu
         return CausalMasks(self.attention, self.dtype, self.device, single)
+
+    def tree_masks(self, ancestors: Bool[Tensor, "rows queries nodes"]) -> TreeMasks:
+        """Masks of token trees, by the earlier nodes that each new node sees."""
+        return TreeMasks(self.attention, ancestors, self.dtype)
 
     def token_inputs(self, prompt: Prompt) -> TokenInputs:
         """Per-token inputs of a prompt."""
@@ -292,9 +296,3 @@ class BaseVLM:
         """Final norm and head, on the given positions only."""
         with cpu_linear(self.head, hidden):
             return cast(Tensor, self.head(self.norm(hidden)).to(hidden.device))
-
-
-def is_refusal(error: Exception) -> bool:
-    """Whether the prompt may be at fault for an error of a base's forward: pixels and placeholders that do not match, say."""
-    kinds = (ValueError, RuntimeError, IndexError, StopIteration)
-    return isinstance(error, kinds) and not isinstance(error, TwigVLMError) and not is_out_of_memory(error)

@@ -1,4 +1,4 @@
-"""One question to a loaded base or its twig, and what the answer cost: what `generate`, `demo` and `inspect` share."""
+"""Ask a loaded base or its twig one question, and measure the answer; shared by `generate`, `demo` and `inspect`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,16 +24,16 @@ class KeptAgain:
     """A later choice of the kept visual tokens."""
 
     after: int
-    """New tokens of the answer before it."""
+    """Number of new tokens before this choice."""
     ran: int
-    """How many of the tokens were not kept before."""
+    """Number of tokens that were not kept before, and so ran through the pruned layers again."""
     kept_indices: list[int]
-    """Counted from the first visual token."""
+    """Indices of the kept tokens among the visual tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One answer and what it cost. Times are in milliseconds; the count of tokens includes the end token."""
+    """One answer with its times and counts. Times are in milliseconds; the number of tokens includes the end token."""
 
     text: str
     token_ids: list[int]
@@ -44,10 +44,10 @@ class Answer:
     verify_ms: float | None
     visual_tokens: int
     grid: tuple[int, int] | None
-    """Rows and columns of the visual tokens, where they are the patches of one whole image."""
+    """Rows and columns of the visual tokens if they are the patches of one whole image, else None."""
     kept_tokens: int
     kept_indices: list[int] | None
-    """Which visual tokens passed the first cut, counted from the first one; None without pruning."""
+    """Indices, among the visual tokens, of those that the first cut kept; None without pruning."""
     average_visual: float | None
     """R̄: average number of visual tokens over all layers; None without pruning."""
     looks: list[KeptAgain] | None
@@ -57,12 +57,12 @@ class Answer:
 
     @property
     def seconds(self) -> float:
-        """The whole time, prefill and decoding."""
+        """Seconds of prefill and decoding together."""
         return (self.prefill_ms + self.decode_ms) / 1000
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens over the whole time, prefill and decoding."""
+        """Generated tokens divided by the seconds of prefill and decoding together."""
         return self.num_tokens / self.seconds
 
     def as_json(self) -> dict[str, Any]:
@@ -73,28 +73,28 @@ class Answer:
 
 
 class _TokenCounter(BaseStreamer):
-    """Reports each new token.
+    """A streamer that reports each new token.
 
     Args:
-        token: called for each.
+        token: called for each new token.
     """
 
     def __init__(self, token: Callable[[], None]) -> None:
         self._token, self._prompt_seen = token, False
 
     def put(self, value: torch.Tensor) -> None:
-        """The first call brings the prompt, each further one new tokens."""
+        """Take the prompt in the first call, and new tokens in each further one."""
         if self._prompt_seen:
             for _ in range(value.numel()):
                 self._token()
         self._prompt_seen = True
 
     def end(self) -> None:
-        """The answer is complete."""
+        """End the answer."""
 
 
 def check_request(prompt: str, max_new_tokens: int) -> None:
-    """Refuse what no model could answer, before any is loaded."""
+    """Raise TwigVLMError for a prompt or length that no model could answer, before a model is loaded."""
     if not prompt.strip():
         raise TwigVLMError(f"prompt {prompt!r}: is empty; write a question about the image")
     try:
@@ -126,15 +126,15 @@ def answer_question(
     """Answer through the twig as the session's config says, or with the base's own `generate`.
 
     Args:
-        session: what answers.
+        session: the loaded base and twig.
         question: from `user_turn`.
-        max_new_tokens: longest answer.
-        accelerated: whether the twig takes part.
-        stream: print the answer on stdout while it is generated.
-        on_token: called for each new token, where the answer is not streamed.
-        attention: implementation that the base attends by; None: as it was loaded.
+        max_new_tokens: longest answer, in tokens.
+        accelerated: whether `TwigVLM.generate` answers, not the base's own.
+        stream: whether the answer is printed on stdout while it is generated.
+        on_token: called for each new token if the answer is not streamed.
+        attention: attention implementation of the base; None: as it was loaded.
         sampling: how tokens are chosen; None: greedily.
-        processor_options: for example `num_frames` of a video.
+        processor_options: options of the processor, for example `num_frames` of a video.
 
     Raises:
         TwigVLMError: the question cannot be asked, or does not fit into the context.
@@ -173,13 +173,13 @@ def answer_question(
 def _answer_of(
     session: Session, inputs: dict[str, Any], output: Any, accelerated: bool, times: tuple[float, float, float]
 ) -> Answer:
-    """What `generate` returned, counted and decoded.
+    """Decode the output of `generate`, and count its tokens.
 
     Args:
-        session: what answered.
-        inputs: of the prompt.
-        output: with a twig a TwigOutput, otherwise Hugging Face's.
-        accelerated: whether the twig took part.
+        session: the loaded base and twig.
+        inputs: inputs of the prompt.
+        output: a TwigOutput if accelerated, otherwise Hugging Face's output.
+        accelerated: whether `TwigVLM.generate` answered.
         times: times of the start, the first token and the end, in seconds.
     """
     start, first, end = times
@@ -213,7 +213,7 @@ def _kept_again(look: Look, visual: dict[int, int]) -> KeptAgain:
 
 
 def _visual_positions(config: Any, ids: list[int]) -> dict[int, int]:
-    """The places of visual tokens in a prompt, and which of them it is."""
+    """Position of each visual token in a prompt -> its index among the visual tokens."""
     placeholders = {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")}
     positions = (position for position, token in enumerate(ids) if token in placeholders)
     return {position: index for index, position in enumerate(positions)}

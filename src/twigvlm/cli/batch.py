@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from twigvlm.serving.batch import BatchLine
 
 _OF_SERVERS = ("max_waiting", "max_held", "upload_seconds", "waiting_seconds", "total_seconds")
-"""Limits of what clients send; the requests of a file wait as long as it takes."""
+"""Limits that only concern clients of a server. The requests of a file wait as long as it takes."""
 
 _OF_REQUESTS = ("max_tokens", "max_choices", "max_images", "max_pixels", "max_request_pixels", "max_body")
-"""Limits by which a request is refused for good, or its answer ends."""
+"""Limits that decide whether a request is refused and how long its answer is, so that results depend on them."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Batch(ServiceOptions):
 
     @property
     def continuation(self) -> str:
-        """What to do after Ctrl-C."""
+        """How to continue after Ctrl-C, for the message."""
         return "run the command again to continue where it stopped"
 
     def run(self) -> int:
@@ -68,13 +68,13 @@ class Batch(ServiceOptions):
     def _answer(
         self, left: list[BatchLine], lines: dict[str, BatchLine], file: BinaryIO, statuses: dict[str, int]
     ) -> None:
-        """Answer requests; their results are appended to the file.
+        """Answer requests, and append their results to the file.
 
         Args:
-            left: those without a result.
+            left: requests without a result.
             lines: all requests of the batch, by `custom_id`.
             file: from `open_results`.
-            statuses: of the results, by `custom_id`; gets those of the new ones.
+            statuses: HTTP status of each result, by `custom_id`; the new ones are added.
         """
         from twigvlm.cli.output import steps
         from twigvlm.serving.batch import BatchRun, patient, write_result
@@ -94,9 +94,9 @@ class Batch(ServiceOptions):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What results depend on beside their requests."""
+        """Everything that results depend on, except for the requests."""
         from twigvlm.loading import default_twig
-        from twigvlm.pruning.methods import own_files
+        from twigvlm.pruning.methods import method_files
         from twigvlm.serving.notes import noted_twig
 
         return {
@@ -105,6 +105,6 @@ class Batch(ServiceOptions):
             "allow_image_host": sorted(self.allow_image_host),
             "twig": noted_twig(self.twig or default_twig(self.model)),
             **asdict(self.pruning),
-            **own_files([self.pruning.pruner]),
+            **method_files([self.pruning.pruner]),
             **{name: getattr(self.limits, name) for name in _OF_REQUESTS},
         }

@@ -1,4 +1,4 @@
-"""All subcommands of `twigvlm`. Each is a dataclass in the file of its name: its fields are the options, `run` does the work."""
+"""All subcommands of `twigvlm`. Each is a dataclass in a file of its name: the fields are its options, `run` does the work."""
 
 from typing import Annotated
 

@@ -44,7 +44,7 @@ class Compare(PruningOptions):
     """Draw accuracy over visual tokens and over time (figure.png); needs matplotlib."""
 
     def run(self) -> None:
-        """Ask and time, and write results.jsonl, times.jsonl, report.md and the figure."""
+        """Ask and time all combinations, and write results.jsonl, times.jsonl, report.md and the figure."""
         from twigvlm.cli.evaluate.bench import machine, open_bench, write_report
         from twigvlm.evaluation.compare import checked_inputs, compare, make_combinations
         from twigvlm.evaluation.compare_report import comparison_sections
@@ -81,7 +81,7 @@ class Compare(PruningOptions):
             print(f"Figure: none, because {reason}")
 
     def _check(self) -> None:
-        """What can be refused before a model is loaded."""
+        """Raise the errors that can be found before a model is loaded."""
         from twigvlm.evaluation.figures import figure_class
 
         for option, least in (("timed", 0), ("repeats", 1)):
@@ -100,7 +100,7 @@ class Compare(PruningOptions):
         return prune or any(way not in WITHOUT_TWIG for way in self.speculate)
 
     def _methods(self, has_twig: bool) -> list[str]:
-        """Those that are asked for, without the base, which takes part in any case."""
+        """Names of the methods to compare, without the base, which always takes part."""
         from twigvlm.pruning.methods import METHODS
 
         # FitPrune needs a schedule that belongs to the base.
@@ -112,7 +112,7 @@ class Compare(PruningOptions):
 def _time(
     options: Compare, bench: Bench, model: TwigVLM, combinations: Sequence[Combination], inputs_of: InputsOf
 ) -> list[Record]:
-    """The first questions of each length, all systems in turn."""
+    """Time all systems in turn on the first questions of each length of answers."""
     import dataclasses
 
     from twigvlm.cli.evaluate.bench import machine, open_log, showing

@@ -1,4 +1,4 @@
-"""`twigvlm demo`: the same questions plainly, drafted by the twig, and pruned and drafted, side by side."""
+"""`twigvlm demo`: compare answers of the base, with drafts by the twig, and with pruning and drafts, side by side."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from twigvlm.cli.session import Session
 
 ATTENTIONS = ("sdpa", "eager")
-"""Implementations that plain runs may use; the faster one here is what the twig is compared with."""
+"""Attention implementations of plain runs; the twig is compared with the one that is faster on this machine."""
 
 QUESTIONS = ("What does the sign say?", "Describe this image in detail.")
 PLAIN, EXACT, PRUNED = "plain", "speculation", "pruning + speculation"
 PANELS = 6
-"""Sets of kept patches that the picture shows at most."""
+"""Largest number of panels, each a set of kept patches, in the picture."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Demo(QuestionOptions):
     def _ask(
         self, question: str, image: Image.Image, ways: Mapping[str, Session], advance: Callable[[], None]
     ) -> tuple[dict[str, list[Answer]], str]:
-        """Timed answers by way, and the attention implementation of the plain ones."""
+        """Timed answers of each way to answer, and the attention implementation of the plain ones."""
         from twigvlm.cli.answer import answer_question
         from twigvlm.inputs import user_turn
 
@@ -123,12 +123,12 @@ class Demo(QuestionOptions):
 
 
 def compare(question: str, answers: Mapping[str, Sequence[Answer]], attention: str) -> Table:
-    """One table of a question's answers, with medians over the runs; the speed-up is the ratio of tokens per second.
+    """A table of a question's answers, with medians over the runs. The speed-up is the ratio of tokens per second.
 
     Args:
-        question: for the title.
-        answers: by way, plain ones first.
-        attention: implementation that the plain runs used.
+        question: the question, which is the title.
+        answers: timed answers of each way to answer, plain ones first.
+        attention: attention implementation of the plain runs.
     """
     from rich.table import Table
     from rich.text import Text
@@ -155,7 +155,7 @@ def compare(question: str, answers: Mapping[str, Sequence[Answer]], attention: s
 
 
 def summary(results: Sequence[Mapping[str, Sequence[Answer]]]) -> Text:
-    """What each way gains and loses, over all questions together."""
+    """A summary of the speed-up and the changed answers of each way to answer, over all questions together."""
     from rich.text import Text
 
     def speed(way: str) -> float:
@@ -174,7 +174,7 @@ def summary(results: Sequence[Mapping[str, Sequence[Answer]]]) -> Text:
 
 
 def differences(plain: str, given: str) -> Text:
-    """An answer, with what the plain one does not say in bold, and what only the plain one says struck through."""
+    """An answer with words that the plain answer lacks in bold, and words that only the plain answer has struck through."""
     from difflib import SequenceMatcher
 
     from rich.text import Text
@@ -191,7 +191,7 @@ def differences(plain: str, given: str) -> Text:
 
 
 def show_kept(session: Session, image: Image.Image, answer: Answer) -> Image.Image | None:
-    """The image with the patches kept for the question and, beside it, those that were chosen again; None: no square grid."""
+    """The image with the patches kept for the question and, next to it, those chosen again later; None: no patch grid."""
     from twigvlm.visualize import highlight, seen_box, side_by_side
 
     if answer.grid is None:

@@ -8,7 +8,7 @@ class Doctor:
     """Show versions, devices, number formats and extras, and how to install what is missing. Exit code 0 if the core works."""
 
     def run(self) -> int:
-        """Print the tables on stdout; the exit code is 1 if something is broken that everything needs."""
+        """Print the tables on stdout. The exit code is 1 if the core does not work."""
         from itertools import groupby
 
         from rich.table import Column, Table

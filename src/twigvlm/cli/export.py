@@ -1,4 +1,4 @@
-"""`twigvlm export`: a twig for other programs."""
+"""`twigvlm export`: write a twig for other programs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Export:
         print(self.write())
 
     def write(self) -> Commands:
-        """Export; how vLLM serves that."""
+        """Export, and return the commands with which vLLM serves the export."""
         from twigvlm.cli.output import busy, check_directory
         from twigvlm.cli.session import load_base
         from twigvlm.integrations.vllm.bases import check_new, is_readable, save_base
@@ -100,7 +100,7 @@ class Export:
 
 
 def _check_replaceable(out: Path) -> None:
-    """Raise TwigVLMError where an export would replace the files of another model."""
+    """Raise TwigVLMError if an export would replace the files of another model."""
     config = out / "config.json"
     if not config.is_file():
         return
@@ -115,13 +115,13 @@ def _check_replaceable(out: Path) -> None:
 def scout_overrides(
     model: TwigVLM, processor: Any, drafter: str, retain: float, diverse: bool = False
 ) -> dict[str, Any]:
-    """What vLLM's `hf_overrides` have to say for scout mode.
+    """Value of vLLM's option `hf_overrides` for scout mode.
 
     Args:
-        model: base and twig.
-        processor: the base's; its chat template frames the question that the pictures are ranked for.
+        model: the base with its twig.
+        processor: the base's processor, whose chat template frames the question for which pictures are ranked.
         drafter: directory of the export.
-        retain: R̄ of requests that do not say theirs.
+        retain: R̄ of requests that name none.
         diverse: whether the kept tokens of those requests also differ from each other.
 
     Raises:
@@ -156,15 +156,15 @@ def scout_overrides(
 
 @dataclass(frozen=True)
 class Commands:
-    """How vLLM serves a base with an exported twig."""
+    """The commands with which vLLM serves a base with an exported twig."""
 
     drafter: str
     environment: dict[str, str]
-    """Variables that it needs."""
+    """Environment variables that vLLM needs."""
     serve: list[str]
-    """Its command line."""
+    """Command line of `vllm serve`."""
     python: list[str]
-    """The same as lines of Python."""
+    """The same settings as lines of Python."""
 
     def __str__(self) -> str:
         shell = [*(f"{name}={value}" for name, value in self.environment.items()), *map(shlex.quote, self.serve)]
@@ -181,15 +181,15 @@ def commands(
     overrides: dict[str, Any] | None = None,
     dtype: str = "auto",
 ) -> Commands:
-    """How to serve a base with an exported twig.
+    """Make the commands with which vLLM serves a base with an exported twig.
 
     Args:
-        base: what vLLM loads.
+        base: directory or Hugging Face id of the base.
         drafter: directory of the export.
         config: configuration of the base.
-        tokens: drafted per step.
+        tokens: number of drafted tokens per step.
         overrides: overrides of the base's config, for scout mode; None: nothing is pruned.
-        dtype: that vLLM computes in; "auto": its choice, which is never float32.
+        dtype: data type in which vLLM computes; "auto": vLLM's choice, which is never float32.
     """
     overrides = dict(overrides or {})
     speculative: dict[str, Any] = {"method": "eagle3", "model": drafter, "num_speculative_tokens": tokens}

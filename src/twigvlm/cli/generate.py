@@ -50,7 +50,7 @@ class Generate(AnswerOptions):
 
     @property
     def continuation(self) -> str:
-        """What to do after Ctrl-C."""
+        """How to continue after Ctrl-C, for the message."""
         if self.prompts is None:
             return "run the command again to start over"
         return f"to continue, run the command again with the unanswered lines of {str(self.prompts)!r} in a file of their own"
@@ -130,7 +130,7 @@ class Generate(AnswerOptions):
         )
 
     def _print(self, session: Session, answer: Answer, prompt: str | None = None, start: str = "") -> None:
-        """The answer as a JSON object on stdout, or the figures of a streamed answer on stderr."""
+        """Print the answer as a JSON object on stdout, or the figures of a streamed answer on stderr."""
         if self.json:
             asked = {} if prompt is None else {"prompt": prompt}
             settings = {**session.settings(), **session.config.generate_options}

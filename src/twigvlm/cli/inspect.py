@@ -1,4 +1,4 @@
-"""`twigvlm inspect`: what the twig looks at and what it drafts, as a picture and a page."""
+"""`twigvlm inspect`: show what the twig attends to and what it drafts, as a picture and a page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PICTURE, PAGE = "patches.png", "answer.html"
 TWIG_RANKING = "twig"
-"""The ranking that the twig prunes by, as `Variant.method` names it."""
+"""The ranking by which the twig prunes, as a `Variant.method`."""
 
 _DEPTH = 0.6  # of the base: where the deep layer lies unless one is chosen
 
@@ -94,7 +94,7 @@ class Inspect(QuestionOptions):
         self._write(picture, page)
 
     def _write(self, picture: bytes, page: str) -> None:
-        """Write both files, each whole or not at all, and say where they are."""
+        """Write both files, each completely or not at all, and print their paths."""
         from twigvlm.files import replacing
 
         self.out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ class Inspect(QuestionOptions):
 
 
 def rankings(model: TwigVLM, deep_layer: int | None) -> dict[str, str]:
-    """The rankings that are drawn: titles by `Variant.method`. One entry more is one map more."""
+    """The rankings to draw: `Variant.method` -> title of the map."""
     trunk, layers = model.twig.config.trunk_layers, model.base.num_layers
     deep = round(_DEPTH * layers) if deep_layer is None else deep_layer
     attention = "attention of the last twig layer"
@@ -134,7 +134,7 @@ def _best(scores: Tensor, keep: int) -> list[int]:
 
 
 def _settings(options: Inspect, session: Session, answer: Answer) -> dict[str, Any]:
-    """What the answer depends on, for the page."""
+    """The settings that the answer depends on, for the page."""
     import torch
     import transformers
 

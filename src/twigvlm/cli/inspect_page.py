@@ -1,4 +1,4 @@
-"""The page of `inspect`: one HTML file that needs nothing else, with every token by its origin, totals, settings, the picture."""
+"""The page of `inspect`: one self-contained HTML file with the tokens by origin, totals, settings and the picture."""
 
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
@@ -36,14 +36,14 @@ def answer_page(
     picture: bytes,
     settings: Mapping[str, Any],
 ) -> str:
-    """The page.
+    """Make the page.
 
     Args:
-        question: what was asked.
+        question: the question.
         answer: answer of a twig.
-        decode: ids to text, special tokens included.
-        picture: a PNG.
-        settings: by name.
+        decode: turns token ids into text, special tokens included.
+        picture: the picture, as the bytes of a PNG.
+        settings: settings of the answer, by name.
     """
     drafted, accepted = answer.drafted_lengths or [], answer.accepted_lengths or []
     rate = acceptance_rate(drafted, accepted)

@@ -10,14 +10,14 @@ from twigvlm import __version__
 from twigvlm.errors import TwigVLMError, one_line
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
-"""Exit codes of a process that the signals SIGINT and SIGPIPE end."""
+"""Exit codes after SIGINT and SIGPIPE."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        args: without the program's name; None: those that the process was started with.
+        args: arguments without the program's name; None: those of the process.
 
     Returns:
         The exit code: 0; 1 from `doctor` where the core does not work; 2 for an input error or a full disk; 130 after Ctrl-C;
@@ -74,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _prepare_streams() -> None:
-    """Let stdout and stderr take whatever is printed."""
+    """Configure stdout and stderr so that printing any character works."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # it was closed before the start
@@ -84,7 +84,7 @@ def _prepare_streams() -> None:
 
 
 def _drop_rest() -> None:
-    """Drop what cannot be written to stdout, since it would fail again at exit."""
+    """Discard output that cannot be written to stdout; otherwise writing it would fail again at exit."""
     try:
         sys.stdout.flush()
     except OSError:

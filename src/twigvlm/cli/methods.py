@@ -1,4 +1,4 @@
-"""`twigvlm methods`: which pruning methods there are."""
+"""`twigvlm methods`: list the pruning methods."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ OWN = (
     ("deep:N", _CUTS, _TWIG, "an oracle: attention of base layer N in a full pass"),
     ("deep:N-M", _CUTS, _TWIG, "the same, mean of layers N to M"),
 )
-"""Methods under a twig's cuts or with its ranking: name, where they cut, what they need, and what they are."""
+"""Methods with a twig's cuts or ranking: name, where they cut, what they need, and what they do."""
 
 
 @dataclass(frozen=True)

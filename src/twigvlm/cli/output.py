@@ -1,4 +1,4 @@
-"""What the subcommands print and write."""
+"""Printing, progress and output files of the subcommands."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ if TYPE_CHECKING:
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 INTERVAL = 30.0
-"""Seconds between two lines about long work where stderr is no terminal."""
+"""Seconds between two lines of progress if stderr is not a terminal."""
 
 
 class Printer(Console):
-    """Prints what rich renders, and leaves it to `main` what happens when nobody reads it any more."""
+    """A rich console that leaves a broken pipe to `main`."""
 
     def on_broken_pipe(self) -> None:
-        """Rich would end the process with code 1."""
+        """Raise the error; rich would end the process with exit code 1."""
         raise BrokenPipeError
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints, of several that train together."""
+    """Whether this process prints; of several that train together, only one does."""
     return (
         os.environ.get("RANK", "0") == "0"
     )  # `processes.is_main` would import torch, which is what one waits for at first
 
 
 def progress() -> Progress:
-    """A progress display on stderr that leaves no trace, and shows nothing where stderr is no terminal."""
+    """A progress display on stderr that disappears at the end, and shows nothing if stderr is not a terminal."""
     console = Printer(file=sys.stderr)
     return Progress(
         SpinnerColumn(),
@@ -73,16 +73,16 @@ def progress() -> Progress:
 
 @contextlib.contextmanager
 def steps(title: str, total: int, done: int = 0, last_line: bool = True) -> Iterator[Callable[..., None]]:
-    """Show work of known length on stderr: a bar with the time left, or lines now and then where stderr is no terminal.
+    """Show work of known length on stderr: a bar with the time left or, if stderr is not a terminal, a line now and then.
 
     Args:
         title: title of the work.
-        total: its steps.
-        done: steps that an earlier run has done.
-        last_line: whether a line is printed as the work ends where stderr is no terminal, however short it was.
+        total: number of its steps.
+        done: number of steps that an earlier run has done.
+        last_line: if stderr is not a terminal, whether a line is printed at the end even of short work.
 
     Yields:
-        What advances by one step, or by none for a new title: `advance(title=None, count=1)`.
+        A function `advance(title=None, count=1)` to call after each step, or with `count=0` to change the title only.
     """
     now, start, current = done, time.monotonic(), title
 
@@ -108,7 +108,7 @@ def steps(title: str, total: int, done: int = 0, last_line: bool = True) -> Iter
 
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[None]:
-    """Show work of unknown length on stderr: a spinner, or lines now and then where stderr is no terminal."""
+    """Show work of unknown length on stderr: a spinner or, if stderr is not a terminal, a line now and then."""
     console = Printer(file=sys.stderr)
     if console.is_terminal and is_main():
         with console.status(what):
@@ -121,7 +121,7 @@ def busy(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lines(line: Callable[[], str]) -> Iterator[None]:
-    """While the block runs, a line on stderr at every `INTERVAL`, from the main process alone."""
+    """Print a line on stderr every `INTERVAL` seconds while the block runs, in the main process only."""
     if not is_main():
         yield
         return
@@ -141,7 +141,7 @@ def _lines(line: Callable[[], str]) -> Iterator[None]:
 
 
 def check_picture_path(path: Path) -> None:
-    """Refuse a place where a picture cannot be written, before any work is done for it."""
+    """Raise TwigVLMError, before any work, if a picture cannot be written to a path."""
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         raise TwigVLMError(
             f"out {str(path)!r}: not a picture format; use a name that ends in one of {', '.join(PICTURE_SUFFIXES)}"
@@ -155,14 +155,14 @@ def check_picture_path(path: Path) -> None:
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:
-    """Write the picture whole or not at all."""
+    """Write a picture completely or not at all."""
     check_picture_path(path)
     with replacing(path) as temporary:
         picture.save(temporary)
 
 
 def check_directory(path: Path, option: str = "out") -> None:
-    """Refuse a place where no directory of files can be written, before any work is done for it."""
+    """Raise TwigVLMError, before any work, if a path cannot become a directory of files."""
     if path.exists() and not path.is_dir():
         raise TwigVLMError(f"{option} {str(path)!r}: is a file; name a directory")
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())

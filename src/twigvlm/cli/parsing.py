@@ -1,4 +1,4 @@
-"""From the command line to a command: options and help come from dataclasses, and a usage error is one line and the usage."""
+"""Parse the command line: options and help come from dataclasses; a usage error is one line followed by the usage."""
 
 import ast
 import contextlib
@@ -30,21 +30,21 @@ from twigvlm.errors import TwigVLMError
 
 
 class UsageError(TwigVLMError):
-    """Options that do not fit together, whatever their values; raised by a command's `__post_init__`."""
+    """Options that cannot be combined, whatever their values; raised by a command's `__post_init__`."""
 
 
 _REGISTRY = ConstructorRegistry()
 _WITHOUT = re.compile(r"\s*None(?: given)?: ([^.]+)\.")
-"""The sentence of a description that says what stands for an option that is left out."""
+"""The sentence of a description that says what happens if the option is left out."""
 
 
 def parse(commands: Any, description: str, args: Sequence[str]) -> Any:
-    """The command that the arguments ask for.
+    """Make the command that the arguments ask for.
 
     Args:
         commands: a union of dataclasses, one for each subcommand.
         description: description of the program, for its help.
-        args: without the program's name.
+        args: arguments without the program's name.
 
     Raises:
         TwigVLMError: a value is out of range.
@@ -88,7 +88,7 @@ def _tyro(commands: Any, description: str, args: Sequence[str]) -> Any:
 
 
 def _repeated_lists(command: Any, args: Sequence[str]) -> Iterator[str]:
-    """Options that take several values and are given twice: tyro would keep the last values only."""
+    """Options with several values that are given twice, of which tyro would only keep the last values."""
     given = [arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
     kinds = get_type_hints(type(command), include_extras=True)
     for field in dataclasses.fields(command):
@@ -103,7 +103,7 @@ def _repeated_lists(command: Any, args: Sequence[str]) -> Iterator[str]:
 
 
 def _printed(commands: Any, description: str, args: Sequence[str]) -> tuple[str, str]:
-    """What tyro prints on stdout and stderr, on a terminal that is wide enough for every line."""
+    """What tyro prints on stdout and stderr for these arguments, on a terminal that is wide enough for every line."""
     out, err, before = io.StringIO(), io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "10000"
     try:
@@ -118,19 +118,19 @@ def _printed(commands: Any, description: str, args: Sequence[str]) -> tuple[str,
 
 
 def _usage(commands: Any, description: str, args: Sequence[str]) -> str:
-    """The usage of the subcommand that the arguments begin with; of the program where they name none."""
+    """The usage of the subcommand that the arguments begin with, or of the program if they name none."""
     words = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
     return _printed(commands, description, [*words, "--help"])[0].partition("\n\n")[0].strip()
 
 
 def _one_line(box: str) -> str:
-    """What the box of a usage error says: its text, without its title, its border, and what repeats the help."""
+    """The text in the box of a usage error, without its title, its border, and the part that repeats the help."""
     rows = [re.sub(r"^[│ ] ?|[│\s]*$", "", row) for row in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]]
     ruled = itertools.groupby(rows, key=lambda row: re.fullmatch("[─-]{2,}|╰.*|", row) is None)
     parts = [list(part) for is_text, part in ruled if is_text] or [[]]
 
     def indented(start: str) -> list[str]:
-        """The entries of the part that begins so, less their descriptions."""
+        """The entries of the part that begins with `start`, without their descriptions."""
         found = next((part[1:] for part in parts if part and part[0].startswith(start)), [])  # less the heading
         return [row.strip() for row in found if re.match(r" {4}\S", row)]
 
@@ -150,7 +150,7 @@ def _one_line(box: str) -> str:
 
 @_REGISTRY.struct_rule
 def _dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """The fields of one of our dataclasses as options: required ones first, then its own before those that it inherits."""
+    """The fields of one of our dataclasses as options: required ones first, then its own before inherited ones."""
     if not (dataclasses.is_dataclass(info.type) and info.type.__module__.startswith("twigvlm.")):
         return None
     kinds = get_type_hints(info.type, include_extras=True)
@@ -176,7 +176,7 @@ def _default(field: dataclasses.Field[Any], instance: Any) -> Any:
 def _helped(kind: Any, text: str, default: Any) -> tuple[Any, str]:
     """An option's type with hints for its help, and its description.
 
-    An option that has no value unless it is given shows what it then stands for, in place of `None`.
+    For an option with the default `None`, the help shows what that means instead of `None`.
     """
     plain, *extras = get_args(kind) if get_origin(kind) is Annotated else (kind,)
     choices = [choice for choice in get_args(plain) if choice is not NoneType]
@@ -202,7 +202,7 @@ def _metavar(kind: Any) -> str:
 
 
 def describe(owner: type, name: str) -> str:
-    """What an option says in the help: its docstring, or that of the option of this name in `twigvlm.config`."""
+    """The help text of an option: its docstring, or that of the option of this name in `twigvlm.config`."""
     for cls in (*owner.__mro__, PruningConfig, SpeculationConfig):
         if dataclasses.is_dataclass(cls) and name in _docstrings(cls):
             return _docstrings(cls)[name]

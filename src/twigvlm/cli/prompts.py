@@ -1,4 +1,4 @@
-"""Prompts of `twigvlm generate`: one from the options, or many from a file."""
+"""The prompts of `twigvlm generate`: one from the options, or many from a file."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from twigvlm.inputs import user_turn
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, and what it is about."""
+    """One prompt with its images and videos."""
 
     text: str
     images: tuple[str, ...] = ()
@@ -36,10 +36,10 @@ class Prompt:
 
 
 def read_prompts(path: Path, images: Sequence[str] = (), videos: Sequence[str] = ()) -> list[Prompt]:
-    """The prompts of a file: of a .jsonl file one JSON object a line, of any other file the lines themselves.
+    """Read the prompts of a file: a .jsonl file has a JSON object on each line, any other file has a prompt on each line.
 
-    An object has `prompt`, and may have `image` and `video`, each a path or a list of paths relative to the file; where it has
-    neither, it is about the images and videos of the options, as plain lines are. Empty lines are skipped.
+    An object has `prompt`, and may have `image` and `video`, each a path or a list of paths relative to the file. With neither,
+    it uses the images and videos of the options, as plain lines do. Empty lines are skipped.
 
     Args:
         path: the file.
@@ -47,7 +47,7 @@ def read_prompts(path: Path, images: Sequence[str] = (), videos: Sequence[str] =
         videos: videos of prompts that name none.
 
     Raises:
-        TwigVLMError: names the file or the line, what is wrong with it, and the remedy.
+        TwigVLMError: the file or a line is not valid; the message names it, what is wrong, and the remedy.
     """
     name = f"prompts {str(path)!r}"
     if not path.exists():

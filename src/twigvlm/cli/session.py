@@ -1,4 +1,4 @@
-"""Load a base with its twig and make its inputs: what the commands share."""
+"""Load a base with its twig, and make its inputs; shared by all commands."""
 
 import dataclasses
 import math
@@ -15,14 +15,14 @@ from twigvlm.config import WITHOUT_TWIG, PruningConfig, Speculate
 from twigvlm.errors import TwigVLMError
 from twigvlm.images import Picture
 from twigvlm.inputs import user_turn
-from twigvlm.loading import bare, default_twig
+from twigvlm.loading import default_twig, without_twig
 from twigvlm.model import TwigVLM
 from twigvlm.pruning.methods import make_pruner
 
 
 @dataclasses.dataclass(frozen=True)
 class SessionConfig:
-    """Which base, which twig, and what the twig is to do. Combinations that make no sense are rejected here."""
+    """Which base and twig to load, and how to prune and draft. `resolve` rejects combinations that are not possible."""
 
     model: str
     twig: str | None
@@ -31,12 +31,12 @@ class SessionConfig:
 
     @property
     def accelerated(self) -> bool:
-        """Whether the base's own `generate` is not enough: a twig takes part, or a method that needs none."""
+        """Whether `TwigVLM.generate` is needed: with a twig, or with a method that needs none."""
         return self.twig is not None or self.without_twig
 
     @property
     def without_twig(self) -> bool:
-        """Whether visual tokens are pruned or answers drafted by a method that needs no twig, and there is none."""
+        """Whether there is no twig, but pruning or drafting by a method that needs none."""
         return self.twig is None and (self.pruning.pruner not in (None, "twig") or self.speculate != "none")
 
     @property
@@ -84,18 +84,18 @@ class Session:
     model: TwigVLM | None
 
     def settings(self) -> dict[str, Any]:
-        """Where and on what answers are made."""
+        """Model, twig, data type and device, JSON-able."""
         dtype = str(self.base.dtype).removeprefix("torch.")
         return {"model": self.config.model, "twig": self.config.twig, "dtype": dtype, "device": str(self.base.device)}
 
 
 def open_session(config: SessionConfig, dtype: str, device: str) -> Session:
-    """Load what the config names, and show progress."""
+    """Load what the config names, showing progress; with `auto`, also measure the costs of drafting."""
     _silence_libraries()
     with busy(f"Loading {config.model}"):
         base, processor, model = loading.load(config.model, config.twig, dtype, device)
         if config.without_twig:
-            model = bare(base, exits=config.speculate == "exit")
+            model = without_twig(base, exits=config.speculate == "exit")
         session = Session(config, base, processor, model)
     if session.model is not None and config.speculate == "auto":
         with busy("Measuring what drafts cost on this machine"):
@@ -104,7 +104,7 @@ def open_session(config: SessionConfig, dtype: str, device: str) -> Session:
 
 
 def load_base(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """Base and processor, on the device and in evaluation mode, without the libraries' loading messages."""
+    """Load a base and its processor as `twigvlm.loading.load_base` does, without the libraries' loading messages."""
     _silence_libraries()
     return loading.load_base(name, dtype, device)
 
@@ -118,13 +118,13 @@ def _silence_libraries() -> None:
 def build_inputs(
     base: Any, processor: Any, images: Sequence[Picture | Sequence[Picture]], prompts: Sequence[str]
 ) -> dict[str, Any]:
-    """One user turn for each row, of a prompt after its picture or list of pictures, which may be empty."""
+    """The base's inputs for a batch of prompts, each a user turn of its picture or list of pictures, and the text."""
     turns = [[user_turn(prompt, given)] for prompt, given in zip(prompts, images, strict=True)]
     return inputs.build_inputs(processor, turns, base.device, base.dtype)
 
 
 def default_picture() -> Path:
-    """The scene that ships with the package."""
+    """Path of the scene that ships with the package."""
     from importlib.resources import files
 
     return Path(str(files("twigvlm.sapling") / "demo.png"))

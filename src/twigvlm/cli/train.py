@@ -1,4 +1,4 @@
-"""`twigvlm train`: grow a twig on a base and train it on conversations, in one stage or two; or what published methods need."""
+"""`twigvlm train`: grow a twig on a base and train it in one stage or two, or make what published methods need."""
 
 import sys
 from contextlib import nullcontext
@@ -17,7 +17,7 @@ FRESH = TwigConfig(pruning_head=True)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(BaseOptions):
-    """What all trainings need."""
+    """Options of all trainings."""
 
     makes: ClassVar[str] = "Twig"
     continues: ClassVar[bool] = True
@@ -96,11 +96,11 @@ class TrainOptions(BaseOptions):
         raise NotImplementedError
 
     def prepare(self, base: Any, samples: Any, processor: Any) -> Any:
-        """What `train` takes: for a twig, the TwigVLM with it."""
+        """The object that `train` trains; for a twig, the TwigVLM with it."""
         raise NotImplementedError
 
     def train(self, model: Any, data: Any, directory: Path, progress: Any) -> Any:
-        """Train it, with checkpoints in a directory; returns what is saved."""
+        """Train the result of `prepare`, with checkpoints in a directory. Returns the object to save."""
         raise NotImplementedError
 
 
@@ -192,7 +192,7 @@ class TuneProjector(TrainOptions):
     """Settings of the training."""
 
     def check(self) -> None:
-        """No errors can be found before the base is loaded."""
+        """Do nothing: no errors can be found before the base is loaded."""
 
     def prepare(self, base: Any, samples: Any, processor: Any) -> Any:
         """The copy of the projector."""
@@ -202,7 +202,7 @@ class TuneProjector(TrainOptions):
         return TunedProjector(BaseVLM(base))
 
     def train(self, model: Any, data: Any, directory: Path, progress: Any) -> Any:
-        """Train it by the answers after pruned pictures."""
+        """Train the projector on answers about pruned pictures."""
         from twigvlm.training.projector import train_projector
 
         train_projector(model, data, self.projector, directory, self.resume, [progress])
@@ -223,7 +223,7 @@ class CalibrateSchedule(TrainOptions):
     """Conversations that it is fitted on."""
 
     def check(self) -> None:
-        """Reject numbers that no schedule can have, and what does not apply."""
+        """Reject numbers that no schedule can have, and options that do not apply."""
         from twigvlm.errors import TwigVLMError
 
         if self.resume:
@@ -239,7 +239,7 @@ class CalibrateSchedule(TrainOptions):
         return BaseVLM(base)
 
     def train(self, model: Any, data: Any, directory: Path, progress: Any) -> Any:
-        """Fit the schedule to the attention that the prompts are given."""
+        """Fit the schedule to the attention that the base pays to the visual tokens of the prompts."""
         from twigvlm.cli.output import busy
         from twigvlm.training.schedule import calibrate_schedule
 
@@ -261,7 +261,7 @@ class Train:
 
     @property
     def continuation(self) -> str:
-        """What the command line says when Ctrl-C ends the training."""
+        """How to continue after Ctrl-C, for the message."""
         return self.stage.continuation
 
     def run(self) -> None:

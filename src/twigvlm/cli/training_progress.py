@@ -10,7 +10,7 @@ from twigvlm.training.fit import NO_LOSSES
 
 
 class TrainingProgress(TrainerCallback):
-    """One line per log, and a rich progress bar where stderr is a terminal; as a context, which takes the bar away."""
+    """Prints a line per log and, if stderr is a terminal, shows a progress bar. As a context, it removes the bar at the end."""
 
     def __init__(self, title: str) -> None:
         self._title = title

@@ -11,8 +11,8 @@ import torch
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import PruningConfig, at_least
 from twigvlm.engine.memory import free_bytes, refocus_bytes, row_bytes, together_bytes
-from twigvlm.engine.protocol import Runner, Step
 from twigvlm.engine.row import Row, extend_all
+from twigvlm.engine.runner import Runner, Step
 from twigvlm.errors import RequestRefused, TwigVLMError
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.build import build_pruner
@@ -58,8 +58,6 @@ class Engine:
         self.base: BaseVLM = runner.batch.base
         self.max_bytes = free_bytes(self.base.device) if max_bytes is None else max_bytes
         self.waiting: deque[Row] = deque()
-        self.active: list[Row] = []
-        """Row i is row i of the cache."""
         self._ids = count()
         self._events: deque[Event] = deque()
         """Not yet returned: a step that raises leaves them to the next one, and `stream` hands them on one by one."""
@@ -103,7 +101,7 @@ class Engine:
             raise TwigVLMError("the prompt ends with a visual token: put text behind it, or leave pruning out")
         for row in rows:
             row.id = next(self._ids)
-            row.cache_bytes = row_bytes(self.runner.batch, row)
+            row.cache_bytes = row_bytes(self.runner.batch, row, self.runner.policy.uses_twig)
             row.refocus_bytes = refocus_bytes(self.base, row)
             self.waiting.append(row)
         return [row.id for row in rows]
@@ -147,7 +145,6 @@ class Engine:
         if refocus is not None:
             check_refocus(refocus, pruner, self.base, twig)
         if source.prefix is None:
-            source.prompt, source.index = source.prompt.rows([source.index]), 0
             source.prefix = PrefixCache()
         cuts = () if pruner is None else schedule(pruner, retain, source.visual, layers)
         request = replace(source.request, rows=[])
@@ -177,6 +174,11 @@ class Engine:
         self._events = deque(event for event in self._events if event.id != id)
 
     @property
+    def active(self) -> list[Row]:
+        """The rows that are being decoded; row i is row i of the cache."""
+        return self.runner.rows
+
+    @property
     def busy(self) -> bool:
         """Whether any request is waiting or decoding, or has events that were not returned yet."""
         return not self._broken and bool(self.waiting or self.active or self._events)
@@ -201,7 +203,7 @@ class Engine:
         return events
 
     def _whole(self, run: Callable[..., list[Event]], *arguments: Any) -> list[Event]:
-        """Run a part of a step; if it fails, the engine stays broken."""
+        """Run part of a step. If it raises, the engine is marked broken, because the caches may be half updated."""
         self._broken = True
         try:
             events = run(*arguments)
@@ -257,7 +259,6 @@ class Engine:
                 raise RequestRefused(str(error), requests) from error
             error.requests = requests  # type: ignore[attr-defined]
             raise
-        self.active += group
         if self.timings is not None:
             self.timings.prefill += self._now() - start
         return step
@@ -286,8 +287,6 @@ class Engine:
     def _leave(self, index: int) -> None:
         with torch.inference_mode():
             self.runner.leave(index)
-        self.active[index] = self.active[-1]
-        self.active.pop()
 
     def _now(self) -> float:
         return 0.0 if self._clock is None else self._clock()

@@ -13,13 +13,14 @@ from twigvlm.kv.cache import KVCache
 from twigvlm.speculation.batch import Batch
 
 
-def row_bytes(batch: Batch, row: Row) -> NDArray[np.int64]:
+def row_bytes(batch: Batch, row: Row, drafts_by_twig: bool) -> NDArray[np.int64]:
     """Bytes that a row needs in each layer's buffers: for what is left there of its prompt, and for the new tokens that the cache
     has room for; longer answers grow into what is free.
 
     Args:
         batch: that it will join.
         row: not admitted yet.
+        drafts_by_twig: whether drafts need the twig; otherwise only pruning may.
     """
     base, twig, reserve = batch.base, batch.twig, batch.cache.reserve
     per_token = 2 * base.config.num_key_value_heads * _head_width(base) * base.dtype.itemsize
@@ -27,14 +28,13 @@ def row_bytes(batch: Batch, row: Row) -> NDArray[np.int64]:
     borders = [0, *(cut.layer for cut in row.cuts), base.num_layers]
     kept = [visual, *(cut.keep for cut in row.cuts)]
     in_base = text + np.repeat(np.array(kept, np.int64), np.diff(borders))
-    needs_twig = not twig.is_stand_in and (batch.drafts_by_twig or row.pruner is not None)
+    needs_twig = not twig.is_stand_in and (drafts_by_twig or row.pruner is not None)
     in_twig = [row.length + reserve if needs_twig else 0] * len(twig.layers)
     return per_token * np.array([*(in_base + reserve), *in_twig], np.int64)
 
 
 def together_bytes(cache: KVCache, rows: Sequence[Row]) -> int:
-    """Bytes that rows need side by side: a layer's buffers have room in every row for what the largest one holds there. 0 where
-    all layers have that room already, however large they have become.
+    """Bytes the cache needs with these rows. Each buffer is padded to its longest row. 0 if the existing buffers already suffice.
 
     Args:
         cache: the cache of those that are decoded already.

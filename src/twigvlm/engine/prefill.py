@@ -22,7 +22,7 @@ from twigvlm.twig.block import Twig
 
 
 class Prefill:
-    """The prompts of rows on their way through the base.
+    """Runs the prompts of newly admitted rows through the base, cutting visual tokens on the way.
 
     Args:
         base: the base.
@@ -66,20 +66,18 @@ class Prefill:
         layers = self.twig.config.trunk_layers
         return self._run(trunk.tokens, trunk, layers, layers, self.at_trunk)
 
-    def run_pruned_layers(
-        self, tokens: Tokens, trunk: TrunkOutput, refocus_states: Sequence[RefocusState | None], drafts: bool
-    ) -> Tokens:
+    def run_pruned_layers(self, tokens: Tokens, trunk: TrunkOutput, drafts: bool) -> Tokens:
         """Layers K+1..L and their cuts; stores what refocusing needs of the last layers.
 
         Args:
             tokens: after layer K and its cut.
             trunk: the prompts before it.
-            refocus_states: of each row what it can look at again; None: nothing.
             drafts: whether drafts stand behind the prompts, allowed only if no later cut ranks by the last token.
         """
         layers = self.twig.config.trunk_layers, self.base.num_layers
         left = self._run(tokens, trunk, *layers, self.late, self.keep_last_input and not drafts)
-        for index, (row, state) in enumerate(zip(self.rows, refocus_states, strict=True)):
+        for index, row in enumerate(self.rows):
+            state = row.refocus_state
             if state is not None and state.pruned.layers[1] < self.base.num_layers:
                 state.hold_late(left, index, row.length, self.base.num_layers)
         return left
@@ -90,15 +88,13 @@ class Prefill:
         ranks_once = getattr(self.pruner, "ranks_once", False)
         return bool(ranks_once) or not any(cut.keep for row in self.late for cut in row)
 
-    def refocus_states(self, trunk: TrunkOutput) -> list[RefocusState | None]:
-        """What each row can look at again; None: it does not, or nothing was pruned of its prompt."""
-        return [self._refocus_state(row, trunk, index) for index, row in enumerate(self.rows)]
-
-    def _refocus_state(self, row: Row, trunk: TrunkOutput, index: int) -> RefocusState | None:
-        if row.refocus is None or row.kept is None or bool(row.kept.eq(trunk.tokens.visual[index]).all()):
-            return None
-        final_wipe = row.cuts[1].layer if len(row.cuts) > 1 else self.base.num_layers
-        return RefocusState.of(trunk, index, row.kept, row.refocus, final_wipe)
+    def store_refocus_states(self, trunk: TrunkOutput) -> None:
+        """Store in each row what it can look at again: nothing without `refocus`, or if its prompt was not pruned."""
+        for index, row in enumerate(self.rows):
+            if row.refocus is None or row.kept is None or bool(row.kept.eq(trunk.tokens.visual[index]).all()):
+                continue
+            final_wipe = row.cuts[1].layer if len(row.cuts) > 1 else self.base.num_layers
+            row.refocus_state = RefocusState.of(trunk, index, row.kept, row.refocus, final_wipe)
 
     def _run(
         self,
@@ -122,7 +118,7 @@ class Prefill:
         )
 
 
-def behind(tokens: Tokens, draft: Draft, state: RowState) -> tuple[Tokens, Int[Tensor, " rows"]]:
+def append_drafts(tokens: Tokens, draft: Draft, state: RowState) -> tuple[Tokens, Int[Tensor, " rows"]]:
     """Prompts with the drafts that begin with their last tokens; and how many nodes each row has."""
     prompt = valid_mask(tuple(length - 1 for length in tokens.lengths), tokens.hidden.shape[1], tokens.hidden.device)
     positions = state.prompt_length[:, None] - 1 + draft.nodes.depths

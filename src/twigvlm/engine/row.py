@@ -15,7 +15,7 @@ from twigvlm.base.prompt import Prompt
 from twigvlm.engine.noise import Noise
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Cut, Pruner
-from twigvlm.pruning.refocus import Look
+from twigvlm.pruning.refocus import Look, RefocusState
 
 
 @runtime_checkable
@@ -69,7 +69,7 @@ class Criteria(Protocol):
 
 @dataclass(eq=False)
 class Request:
-    """Rows that were asked for in one call. A row by itself is a request of one.
+    """The rows created by one call.
 
     Args:
         input_ids: the prompts as they were given, padded on the left.
@@ -101,7 +101,7 @@ class Request:
         """
         if self.criteria is None:
             return torch.zeros(len(self.rows), dtype=torch.bool)
-        count = max(len(row.tokens) + len(walked.get(row.index_in_request, ())) for row in self.rows)
+        count = max(len(row.tokens) + len(walked.get(row.index, ())) for row in self.rows)
         if count not in self._ended_at:
             self._ended_at[count] = self.criteria.on_batch(self.padded_ids(walked), [*walked])
         return self._ended_at[count]
@@ -112,7 +112,7 @@ class Request:
         Args:
             walked: of rows by their index in the request, tokens beyond the accepted ones.
         """
-        new = [[*row.tokens, *walked.get(row.index_in_request, ())] for row in self.rows]
+        new = [[*row.tokens, *walked.get(row.index, ())] for row in self.rows]
         longest = max(map(len, new))
         filled = [[*row, *[self.pad_token_id] * (longest - len(row))] for row in new]
         return torch.cat((self.input_ids, self.input_ids.new_tensor(filled).view(len(new), longest)), dim=1)
@@ -123,22 +123,20 @@ class Row:
     """One answer while it is generated.
 
     Args:
-        request: that it belongs to.
-        index_in_request: of the row.
-        prompt: prompts of which this row's is one.
-        index: of this row's prompt.
-        pruner: chooses the visual tokens that go on; None: all do.
-        cuts: its schedule for this prompt.
-        max_new_tokens: longest answer.
-        eos_token_ids: end it.
-        noise: that the base chooses with; None: greedy.
-        prefix: what is known of the prompt from an earlier turn or a forked row, and learns of it.
+        request: the request this row belongs to.
+        prompt: the prompts of the request.
+        index: index of the row in the request, and of its prompt in `prompt`.
+        pruner: chooses the visual tokens that are kept; None: all are.
+        cuts: where this prompt is cut, and how many visual tokens each cut keeps.
+        max_new_tokens: maximum length of the answer.
+        eos_token_ids: ids of tokens that end the answer.
+        noise: random numbers that the answer is sampled with; None: greedy decoding.
+        prefix: cached states of the prompt's beginning; updated by the prefill.
         emit: called with each token as it is accepted.
         refocus: τ, below which the kept visual tokens are chosen again; None: they stay the same.
     """
 
     request: Request
-    index_in_request: int
     prompt: Prompt
     index: int
     pruner: Pruner | None
@@ -166,6 +164,8 @@ class Row:
     """Drafted tokens accepted in each step."""
     kept: Bool[Tensor, " tokens"] | None = None
     """True at the visual tokens of the prompt that passed the first cut; None without pruning."""
+    refocus_state: RefocusState | None = None
+    """What it can look at again; None: nothing, or the prefill has not run."""
     looks: list[Look] = field(default_factory=list)
     """Later choices of the kept visual tokens."""
     finished: bool = False
@@ -183,7 +183,7 @@ class Row:
 
     def ids(self, walked: Sequence[int] = ()) -> Int[Tensor, "1 length"]:
         """Ids of prompt and answer, and of tokens beyond, without padding."""
-        index, request = self.index_in_request, self.request
+        index, request = self.index, self.request
         prompt = request.input_ids[index : index + 1, request.padding[index] :]
         return torch.cat((prompt, prompt.new_tensor([[*self.tokens, *walked]], dtype=prompt.dtype)), dim=1)
 
@@ -196,7 +196,7 @@ class Row:
         newest = [*self.tokens, *walked][-1]
         criteria = self.request.criteria if not self.request.lockstep else None
         if criteria is not None and count not in self._ended_at:
-            self._ended_at[count] = criteria.on_row(self.index_in_request, self.ids(walked))
+            self._ended_at[count] = criteria.on_row(self.index, self.ids(walked))
         return newest in self.eos_token_ids or count >= self.max_new_tokens or self._ended_at.get(count, False)
 
     def end(self) -> None:
@@ -204,6 +204,7 @@ class Row:
         if not self.finished and self.noise is not None:
             self.noise.close(len(self.tokens))
         self.finished = True
+        self.refocus_state = None
         self.drop_states()
 
     def drop_states(self) -> None:
@@ -244,8 +245,8 @@ def extend_all(rows: Sequence[Row], tokens: Sequence[list[int]]) -> list[list[in
             for index in going:
                 taken[index] += rows[index].extend(tokens[index][position : position + 1])
             if going:
-                ended = request.ended({rows[index].index_in_request: () for index in going})
+                ended = request.ended({rows[index].index: () for index in going})
                 for index in going:
-                    if bool(ended[rows[index].index_in_request]):
+                    if bool(ended[rows[index].index]):
                         rows[index].end()
     return taken

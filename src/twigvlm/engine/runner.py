@@ -1,8 +1,8 @@
 """What an engine runs on the device: prompts into the cache, drafts, and their verification (Algorithms 1 and 2)."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -11,24 +11,32 @@ from twigvlm.base.packing import last_token
 from twigvlm.base.prompt import Prompt
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import SpeculationConfig
-from twigvlm.engine.prefill import Prefill, behind
-from twigvlm.engine.protocol import Step
+from twigvlm.engine.prefill import Prefill, append_drafts
 from twigvlm.engine.row import Row
 from twigvlm.engine.sampling import Chooser, check_drawn
-from twigvlm.pruning.refocus import RefocusState
+from twigvlm.pruning.refocus import Refocus
 from twigvlm.pruning.view import Tokens, TrunkOutput
 from twigvlm.speculation.batch import NO_TOKEN, Batch, RowState, eos_table
+from twigvlm.speculation.build import make_policy
 from twigvlm.speculation.costs import StepCosts
-from twigvlm.speculation.draft import Committed, Draft, Rescore, commit, commit_draft, draft
+from twigvlm.speculation.draft import Committed, Draft, OnHost, Rescore, commit, commit_draft, draft
 from twigvlm.speculation.nodes import Nodes
 from twigvlm.speculation.policies import DraftPolicy
 from twigvlm.speculation.walk import Accepted, walk
-from twigvlm.speculation.ways import make_policy
 from twigvlm.twig.block import Twig
 
 
-class EagerRunner:
-    """The reference: runs the base's layers one by one, on views of what the cache holds.
+class Step(NamedTuple):
+    """What a step brought each row."""
+
+    tokens: list[list[int]]
+    """Accepted drafted tokens, and one of the base's own."""
+    drafted: list[int]
+    """Tokens that were drafted."""
+
+
+class Runner:
+    """The rows of an engine on the device: their prompts, drafts and caches. Row i of every part is row i of the cache.
 
     Args:
         base: the base.
@@ -52,7 +60,7 @@ class EagerRunner:
         self.base, self.twig, self.speculation = base, twig, speculation
         self.static = base.device.type != "cpu" if static is None else static
         self.policy = make_policy(speculation, costs, self.static)
-        self.batch = Batch(base, twig, reserve + speculation.step_tokens, self.policy.uses_twig)
+        self.batch = Batch(base, twig, reserve + speculation.step_tokens)
         self.rows: list[Row] = []
         self.chooser = Chooser([], base.device)
 
@@ -61,6 +69,9 @@ class EagerRunner:
 
         Where the policy drafts behind prompts, and no later cut ranks by a prompt's last token, a chain is drafted from that
         token and verified in the same pass, which saves one of each answer.
+
+        Raises:
+            TwigVLMError: the base, a scorer or a processor refuses the prompts. No row has been taken up then.
         """
         cache = self.batch.cache
         claimed = cache.claim(len(rows))
@@ -73,21 +84,22 @@ class EagerRunner:
             defer = self.speculation.speculate == "auto" and alone and not trunk.twig_is_filled
             if self.policy.uses_twig and not defer and not trunk.twig_is_filled:
                 trunk.fill_twig()
-            part = self._newcomers(rows, trunk, prefill.refocus_states(trunk), claimed)
+            prefill.store_refocus_states(trunk)
+            part = self._newcomers(rows, trunk, claimed)
             policy = DraftPolicy() if defer else self.policy.behind_prompts(len(rows))
             ends = torch.tensor(trunk.tokens.lengths, device=self.base.device)[:, None] - 1
             if policy.depth and prefill.takes_drafts and not bool(trunk.tokens.visual.gather(1, ends).any()):
                 step = self._first_step_with_drafts(prefill, part, trunk, tokens, policy)
             else:
-                left = prefill.run_pruned_layers(tokens, trunk, part.refocus_states, drafts=False)
+                left = prefill.run_pruned_layers(tokens, trunk, drafts=False)
                 first = Chooser(rows, self.base.device).choose(self.base.logits(left.last)[:, None])
-                assert part.state is not None, "there are rows"
                 accepted = walk(Nodes.rooted(part.state.newest), 0, first)
                 self._advance(part, accepted, rows)
                 step = Step(accepted.tokens.tolist(), [0] * len(rows))
                 check_drawn(token for (token,) in step.tokens)
-            chooser = Chooser([*self.rows, *rows], self.base.device)
-            self.batch.join(part, trunk if defer else None)
+            together = [*self.rows, *rows]
+            chooser = Chooser(together, self.base.device)
+            self.batch.join(part, trunk if defer else None, self._refocus(together))
         except BaseException:
             for index in reversed(range(claimed.start, claimed.stop)):
                 cache.release(index)
@@ -96,46 +108,48 @@ class EagerRunner:
         self.policy.join(len(rows), trunk.tokens.lengths[0] - in_twig if defer else 0)
         for row in rows:
             row.drop_states()
-        self.rows += rows
-        self.chooser = chooser
+        self.rows, self.chooser = together, chooser
         return step
 
-    def _newcomers(
-        self, rows: Sequence[Row], trunk: TrunkOutput, refocus_states: list[RefocusState | None], claimed: slice
-    ) -> Batch:
+    def _newcomers(self, rows: Sequence[Row], trunk: TrunkOutput, claimed: slice) -> Batch:
         """Rows whose newest tokens are the last ones of their prompts."""
         for row, position in zip(rows, trunk.prompt.next_positions, strict=True):
             row.next_position = position
         roots = last_token(trunk.prompt.input_ids[..., None], trunk.prompt.lengths)[:, 0]
-        return self.batch.newcomers(claimed.start, self._state(rows, roots, trunk.prompt), refocus_states, trunk)
+        state = self._state(rows, roots, trunk.prompt)
+        return self.batch.newcomers(claimed.start, state, trunk, self._refocus(rows))
+
+    def _refocus(self, rows: Sequence[Row]) -> Refocus | None:
+        """What rows can look at again; None: no row does."""
+        states = [row.refocus_state for row in rows]
+        return None if all(state is None for state in states) else Refocus(self.twig, states)
 
     def _first_step_with_drafts(
         self, prefill: Prefill, part: Batch, trunk: TrunkOutput, tokens: Tokens, policy: DraftPolicy
     ) -> Step:
         """Draft behind the prompts, and verify the drafts in the pass that takes the prompts through layers K+1..L."""
         base, cache, rows, layers = self.base, self.batch.cache, prefill.rows, self.twig.config.trunk_layers
-        assert part.state is not None, "there are rows"
         chooser = Chooser(rows, base.device)
         # The prompts' last tokens are the roots: trunk and twig see them once more, as they see a newest token.
         again = [(0, layers)] if layers else []
         if policy.uses_twig or part.refocus is not None:
-            again.append((self.twig.first_layer_idx, self.twig.last_layer_idx + 1))
+            again.append(self.twig.cache_layers)
         for start, stop in again:
             cache.advance(start, stop, part.rows, -1)
         furthest = max(row.next_position for row in rows) + policy.depth
         drafted = draft(part, policy, self._rescore(chooser), furthest, self.static)
-        joined, nodes = behind(tokens, drafted, part.state)
-        left = prefill.run_pruned_layers(joined, trunk, part.refocus_states, drafts=True)
+        joined, nodes = append_drafts(tokens, drafted, part.state)
+        left = prefill.run_pruned_layers(joined, trunk, drafts=True)
         first = torch.tensor(left.lengths, device=base.device)[:, None] - nodes[:, None]
         index = first + torch.arange(drafted.nodes.tokens.shape[1], device=base.device)
         index = index.clamp(max=left.hidden.shape[1] - 1)
         logits = base.logits(torch.take_along_dim(left.hidden, index[..., None], dim=1))
         committed, on_host = self._walk(part, drafted, chooser, logits)
         dropped = committed.accepted.counts - nodes
-        cache.advance(layers, base.num_layers, part.rows, on_host[:, 0] - on_host[:, 2] - 1, dropped)
+        cache.advance(layers, base.num_layers, part.rows, on_host.accepted - on_host.drafted - 1, dropped)
         commit_draft(part, policy, drafted, committed, on_host)
         self._advance(part, committed.accepted, rows)
-        return _step(on_host)
+        return Step(on_host.new_tokens(), on_host.drafted.tolist())
 
     def _state(self, rows: Sequence[Row], newest: Int[Tensor, " rows"], prompt: Prompt) -> RowState:
         """Rows without new tokens, whose newest are the prompts' last."""
@@ -164,9 +178,9 @@ class EagerRunner:
         hidden = base.run_layers(draft.hidden, trunk, base.num_layers, draft.inputs, draft.masks, view)
         committed, on_host = self._walk(batch, draft, self.chooser, base.logits(hidden))
         commit(batch, self.policy, draft, committed, on_host)
-        self.policy.learn(on_host[:, 0] - 1)
+        self.policy.learn(on_host.accepted - 1)
         self._advance(batch, committed.accepted, self.rows)
-        return _step(on_host)
+        return Step(on_host.new_tokens(), on_host.drafted.tolist())
 
     def _look_again(self, draft: Draft) -> None:
         """Rows whose newest token asks for it choose their visual tokens again."""
@@ -183,9 +197,7 @@ class EagerRunner:
             if look is not None:
                 row.looks.append(look)
 
-    def _walk(
-        self, batch: Batch, draft: Draft, chooser: Chooser, logits: Tensor
-    ) -> tuple[Committed, Int[np.ndarray, "rows numbers"]]:
+    def _walk(self, batch: Batch, draft: Draft, chooser: Chooser, logits: Tensor) -> tuple[Committed, OnHost]:
         go_on = chooser.go_on if chooser.stops_early else None
         nodes = draft.nodes
         if batch.refocus is not None and draft.depth:
@@ -193,11 +205,10 @@ class EagerRunner:
             nodes = nodes.without(batch.refocus.asks(draft.scores))  # what follows needs another look first
         committed = Committed.of(draft, walk(nodes, draft.depth, chooser.choose(logits), go_on))
         on_host = committed.to_host()
-        check_drawn(numbers[2 + numbers[0]] for numbers in on_host)
+        check_drawn(tokens[-1] for tokens in on_host.new_tokens())
         return committed, on_host
 
     def _advance(self, batch: Batch, accepted: Accepted, rows: Sequence[Row]) -> None:
-        assert batch.state is not None, "there are rows"
         longest = max(row.length + len(row.tokens) for row in rows) if self.policy.reads_ids else 0
         batch.state.advance(accepted, longest + accepted.tokens.shape[1])
 
@@ -207,10 +218,6 @@ class EagerRunner:
         rows[row] = rows[-1]
         rows.pop()
         chooser = Chooser(rows, self.base.device)
-        self.batch.leave(row)
+        self.batch.leave(row, self._refocus(rows))
         self.policy.leave(row)
         self.rows, self.chooser = rows, chooser
-
-
-def _step(on_host: Int[np.ndarray, "rows numbers"]) -> Step:
-    return Step([numbers[3 : 3 + numbers[0]].tolist() for numbers in on_host], on_host[:, 2].tolist())

@@ -63,7 +63,7 @@ class Chooser:
         return choose
 
     def go_on(self, walked: Int[Tensor, "rows walked"], walking: Bool[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
-        """Rows of a walk that go on: those of a request in lockstep together, or not at all.
+        """Which rows of a walk continue. Rows in lockstep stop together.
 
         Objects of the caller are never asked what follows the end of an answer; plain generation does not ask that either.
         """
@@ -135,9 +135,9 @@ class _Lane:
         """Rows whose answers end with what has been walked; where they are coupled, all of them if one does."""
         ended = [goes and row.ends_with(new) for row, new, goes in zip(self.rows, walked, going, strict=True)]
         if self.request.lockstep and all(going):
-            everyone = {row.index_in_request: new for row, new in zip(self.rows, walked, strict=True)}
+            everyone = {row.index: new for row, new in zip(self.rows, walked, strict=True)}
             ends = self.request.ended(everyone)
-            ended = [any(ended) or any(ends[row.index_in_request] for row in self.rows)] * len(ended)
+            ended = [any(ended) or any(ends[row.index] for row in self.rows)] * len(ended)
         return torch.tensor(ended)
 
     def _on_ids(self, scores: Tensor, walked: Tensor, walking: Tensor, processors: Processors) -> Tensor:
@@ -145,12 +145,12 @@ class _Lane:
         new, going = walked.tolist(), walking.tolist()
         unfinished = [at for at, goes in enumerate(going) if goes]
         if unfinished and processors.needs_lockstep and self.request.lockstep:
-            indices = [row.index_in_request for row in self.rows]
+            indices = [row.index for row in self.rows]
             everyone = scores.new_zeros(len(self.request.rows), scores.shape[1])
             everyone[indices] = scores
             ids = self.request.padded_ids(dict(zip(indices, new, strict=True)))
             return processors.on_batch(ids, everyone, [indices[at] for at in unfinished])[indices]
         for at in unfinished:
             row = self.rows[at]
-            scores[at] = processors.on_row(row.index_in_request, row.ids(new[at]), scores[at : at + 1])[0]
+            scores[at] = processors.on_row(row.index, row.ids(new[at]), scores[at : at + 1])[0]
         return scores

@@ -1,4 +1,4 @@
-"""Accuracy of every method under every budget, on the same questions, in one run."""
+"""Measure the accuracy of every method under every budget, on the same questions, in one run."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -25,23 +25,25 @@ def run_accuracy(
     seed: int = 0,
     advance: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
-    """Ask every question under every variant; those that the log holds already are not asked again.
+    """Ask every question under every variant, except for questions that the log has already.
 
     Args:
-        tokenizer: turns ids into text.
+        model: the base with its twig.
+        tokenizer: the base's tokenizer.
+        questions: the questions.
         variants: from `make_variants`.
         inputs_of: prepares a question.
-        results_log: where records go.
-        max_new_tokens: longest short answer.
-        max_description_tokens: longest description.
-        seed: seed of the random choice, which differs from question to question.
+        results_log: log that gets the records.
+        max_new_tokens: longest short answer, in tokens.
+        max_description_tokens: longest description, in tokens.
+        seed: seed of random choices, which differ from question to question.
         advance: called with each record.
 
     Returns:
-        The records, in the order of the questions: `id`, `kind`, `answer`, and by variant `kept` (R), `average` (R̄), `ran`
-        (visual tokens that were chosen again), `looks` (how often they were chosen again, None without refocusing), `steps`
-        (of decoding), `given` (its answer) and `score` (1 or 0; of a description the numbers of objects found, present and
-        named, and of texts quoted and written). Of a question that failed: `id`, `kind` and `failed`, the reason.
+        The records, in the order of the questions: `id`, `kind`, `answer` (the right one) and, for each variant, `kept` (R),
+        `average` (R̄), `ran` (visual tokens that ran again after refocusing), `looks` (how often tokens were chosen again; None
+        without refocusing), `steps` (of decoding), `given` (the variant's answer) and `score` (see `score`). A question that
+        failed has `id`, `kind` and `failed`, the reason.
     """
     namer = Namer(questions.vocabulary)
 
@@ -70,7 +72,8 @@ def run_accuracy(
 
 
 def score(question: Question, text: str, namer: Namer) -> int | list[int]:
-    """1 or 0 for a right or wrong answer; of a description found, present and named objects, and quoted and written texts."""
+    """Score an answer: 1 if it is right, otherwise 0; a description gets a list of five counts, of objects found, present and
+    named, and of texts quoted and present."""
     if question.objects is None:
         return int(exact_match(text, question.answer))
     read = sum(quoted(written, text) for written in question.texts)

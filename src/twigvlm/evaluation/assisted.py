@@ -1,4 +1,4 @@
-"""Speculation by transformers' own `generate` ("assisted generation"): what it drafts, and which models may draft for it."""
+"""Speculation by transformers' own `generate` ("assisted generation"): count its drafts, and work around its faults."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,19 +9,19 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from twigvlm import compat
-from twigvlm.base.vlm import BaseVLM, is_refusal
-from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.base.vlm import BaseVLM
+from twigvlm.errors import TwigVLMError, is_refusal, one_line
 
 
 @dataclass
 class AssistedSteps(BaseStreamer):
     """Counts the drafted and the accepted tokens of each step, as `TwigOutput` does, while one answer is generated.
 
-    Transformers returns neither number. What is drafted is seen in the inputs of the base's passes, what a step brings in
-    what it streams. Nothing is read from the device before the answer is complete.
+    Transformers returns neither number. Drafted tokens are counted in the inputs of the base's passes, and new tokens in what is
+    streamed. Nothing is read from the device before the answer is complete.
 
     Args:
-        then: streamer that gets what this one gets.
+        then: streamer to which everything is passed on; None: there is none.
     """
 
     then: BaseStreamer
@@ -29,17 +29,17 @@ class AssistedSteps(BaseStreamer):
     _streamed: list[Tensor] = field(default_factory=list)
 
     def put(self, value: Tensor) -> None:
-        """The first call brings the prompt, each further one the new tokens of a step."""
+        """Take the prompt in the first call, and the new tokens of a step in each further one."""
         self._streamed.append(value)
         self.then.put(value)
 
     def end(self) -> None:
-        """The answer is complete."""
+        """End the answer."""
         self.then.end()
 
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
-        """Inside, the inputs of the base's passes are noted; the model is not changed."""
+        """Note the inputs of the base's passes while the block runs. The model is not changed."""
 
         def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             self._passes.append(kwargs["input_ids"])
@@ -64,7 +64,7 @@ class AssistedSteps(BaseStreamer):
 
 
 def prompt_lookup(draft_length: int, lookup_ngram: int) -> dict[str, int]:
-    """Options of `generate` with which it drafts up to δ tokens that followed the newest n, or fewer, before."""
+    """Options of `generate` for prompt lookup: draft up to δ tokens that followed an earlier occurrence of the last n tokens."""
     return {"prompt_lookup_num_tokens": draft_length, "max_matching_ngram_size": lookup_ngram}
 
 
@@ -72,14 +72,15 @@ def prompt_lookup(draft_length: int, lookup_ngram: int) -> dict[str, int]:
 def assisted_generation(
     base: BaseVLM, inputs: dict[str, Any], assistant: Any, steps: AssistedSteps, setting: str
 ) -> Iterator[dict[str, Any]]:
-    """Inside, the base's own `generate` may speculate on one prompt: its faults are worked around, and its drafts counted.
+    """While the block runs, the base's own `generate` can speculate on one prompt, with its faults worked around and its drafts
+    counted.
 
     Args:
-        base: answers.
+        base: the base that answers.
         inputs: inputs of the prompt.
-        assistant: Hugging Face model that drafts; None: prompt lookup does, by the options of `prompt_lookup`.
-        steps: the streamer of `generate`; counts.
-        setting: what errors call this way to draft.
+        assistant: Hugging Face model that drafts; None: prompt lookup drafts, with the options of `prompt_lookup`.
+        steps: streamer of `generate`, which counts.
+        setting: name of this way to draft in error messages.
 
     Yields:
         Further options of `generate`.
@@ -94,10 +95,10 @@ def assisted_generation(
 
 @contextmanager
 def shown_pictures(assistant: Any, inputs: dict[str, Any]) -> Iterator[None]:
-    """Inside, an assistant sees the pictures of a prompt when it begins with it.
+    """While the block runs, an assistant sees the pictures of the prompt in its first pass.
 
-    Transformers (5.23) withholds them: it takes no pass of an assistant for the first one, and passes on what is not text with
-    the first one alone, so that an assistant would draft blindly.
+    Transformers (5.23) withholds them: it only passes inputs other than text on with the first pass, and takes no pass of an
+    assistant for the first, so that an assistant would draft without having seen the pictures.
 
     Args:
         assistant: a Hugging Face model.
@@ -120,15 +121,15 @@ def shown_pictures(assistant: Any, inputs: dict[str, Any]) -> Iterator[None]:
 def without_placeholders(base: BaseVLM) -> dict[str, list[int]]:
     """Options of `generate` with which transformers' prompt lookup drafts no placeholders of visual tokens.
 
-    It would where the end of a prompt stands before an image too ("USER:"), and after a prompt (transformers 5.23) the base
-    then fails, since it gets more placeholders than features.
+    It would draft them if the end of the prompt also occurs before an image ("USER:"). With transformers 5.23 the base then
+    fails, because it gets more placeholders than features.
     """
     return {"suppress_tokens": [getattr(base.model.config, visual.placeholder) for visual in base.family.visuals]}
 
 
 @contextmanager
 def refusals_of(setting: str) -> Iterator[None]:
-    """Inside, what transformers' `generate` refuses is one line; its assisted generation fails in many ways."""
+    """Turn errors of transformers' assisted generation, which fails in many ways, into a TwigVLMError of one line."""
     try:
         yield
     except Exception as error:
@@ -140,12 +141,12 @@ def refusals_of(setting: str) -> Iterator[None]:
 
 
 def check_assistant(base: BaseVLM, assistant: Any, name: str) -> None:
-    """Refuse a model whose drafts would be of no use.
+    """Refuse an assistant whose drafts could not be used.
 
     Args:
-        base: drafts are verified by it.
+        base: the base, which verifies the drafts.
         assistant: a Hugging Face model.
-        name: name of the assistant.
+        name: name of the assistant in error messages.
 
     Raises:
         TwigVLMError: the assistant has another vocabulary, or other placeholders of visual tokens.

@@ -1,4 +1,4 @@
-"""Speed and peak memory of batches of several sizes, alternating in one run, on the same prompts for every size."""
+"""Measure speed and peak memory of batches of several sizes on the same prompts; systems alternate in one run."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -17,12 +17,12 @@ from twigvlm.timing import clock_of
 
 
 def batch_systems(method: str, retain: float, attentions: Sequence[str]) -> list[System]:
-    """The base's `generate` per attention implementation, and pruning without drafts and with the twig's.
+    """The systems to compare: the base's `generate` with each attention implementation, and pruning with and without drafts.
 
     Args:
-        method: what prunes, as `parse_method` reads it.
+        method: name of the pruning method, for `parse_method`.
         retain: R̄.
-        attentions: implementations that the base's `generate` is measured with.
+        attentions: attention implementations with which the base's `generate` is measured.
     """
     return [
         *base_systems(attentions),
@@ -35,10 +35,10 @@ def batch_systems(method: str, retain: float, attentions: Sequence[str]) -> list
 
 
 def split(questions: Sequence[Question], size: int) -> list[Sequence[Question]]:
-    """Batches of equal size.
+    """Split questions into batches of equal size.
 
     Raises:
-        TwigVLMError: they do not come out even.
+        TwigVLMError: the number of questions is not a multiple of the size.
     """
     if size < 1 or len(questions) % size:
         raise TwigVLMError(
@@ -60,18 +60,18 @@ def run_batches(
     repeats: int,
     advance: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
-    """Answer all prompts in batches of every size by every system; their order changes from turn to turn.
+    """Answer all prompts in batches of every size by every system, in an order that changes from turn to turn.
 
-    Batches that the log holds already are not measured again. Everyone answers each batch once while the memory is watched, and
-    the first of each size once more, before times count.
+    Batches that the log has already are not measured again. Every system answers each batch once to measure its memory, and the
+    first batch of each size once more to warm up, before times count. Arguments as in `run_speed`.
 
     Returns:
-        The records: `id`, `size`, and by system `runs`: new `tokens` of each row, up to its end token, `scores` of its answer,
-        a list of `total` seconds, one per repeat, and `peak` bytes, None where the machine does not say. Of a batch with a
-        question that failed: `id`, `size` and `failed`.
+        The records: `id`, `size` and, for each system, `runs`: new `tokens` of each row, end token included, `scores` of its
+        answer, `total` seconds, a list with one entry per repeat, and `peak` bytes (None where the machine does not report it).
+        A batch with a question that failed has `id`, `size` and `failed`, the reason.
 
     Raises:
-        TwigVLMError: a size that does not divide the number of prompts.
+        TwigVLMError: a size does not divide the number of prompts.
     """
     taken = {size: alternating(systems, repeats, partial(_measure, model)) for size in sizes}
     namer = Namer(questions.vocabulary)
@@ -103,7 +103,7 @@ def run_batches(
 def _measure(
     model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int
 ) -> tuple[list[list[int]], float]:
-    """New ids of each row, and seconds of one greedy answer to a batch."""
+    """Answer a batch greedily once: new ids of each row, and seconds."""
     clock = clock_of(model.model.device)
     generate: Callable[..., Any] = model.generate if system.attention is None else model.model.generate
     options = system.arguments(model)
@@ -116,14 +116,14 @@ def _measure(
 
 
 def _peak(model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int) -> int | None:
-    """Most bytes held at once while a batch is answered; in an answer of its own, since it begins with less memory at hand."""
+    """Peak memory in bytes while a batch is answered. Not measured while timing, since it first frees cached memory."""
     peak_memory.reset_peak(model.model.device)
     _measure(model, inputs, system, max_new_tokens)
     return peak_memory.peak(model.model.device)
 
 
 def up_to_end(rows: Iterable[list[int]], generation: Any) -> list[list[int]]:
-    """New ids of each row up to its first end token, that included; after it a batch is padded.
+    """New ids of each row up to and including its first end token, after which a batch is padded.
 
     Args:
         rows: new ids.

@@ -1,4 +1,4 @@
-"""Tasks of lmms-eval that the paper's tables have, and how they are shown."""
+"""The lmms-eval tasks of the paper's tables, and how their scores are shown."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a task of lmms-eval is shown."""
+    """How the score of an lmms-eval task is shown."""
 
     column: str
     metrics: tuple[str, ...] = ("exact_match",)
-    """Which of the task's metrics are the score, their sum if there are several."""
+    """The task's metrics whose sum is the score."""
     scale: float = 100.0
-    """What the metrics are multiplied by: 100 where lmms-eval gives a share."""
+    """Factor of the metrics: 100 where lmms-eval gives a share from 0 to 1."""
 
 
 BENCHMARKS: Final[Mapping[str, Benchmark]] = {
@@ -34,4 +34,4 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "msvd_qa_1k": Benchmark("MSVD (no judge)", ("contained",)),
     "msrvtt_qa_1k": Benchmark("MSRVTT (no judge)", ("contained",)),
 }
-"""Those of the paper, in the order of its columns. Any other task is shown by its own name and first metric."""
+"""The paper's tasks, in the order of its columns. Any other task is shown by its own name and first metric."""

@@ -1,4 +1,4 @@
-"""All methods in one comparison: who takes part, and one line per method, budget and way to draft."""
+"""Compare all methods with each other: the combinations that take part, and the figures of each."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +18,7 @@ from twigvlm.evaluation.variants import NONE, Variant, check_variants, generate_
 from twigvlm.model import TwigVLM
 
 LENGTHS = {"short": False, "long": True}
-"""Kinds of answers that are told apart, by `Question.has_long_answer`."""
+"""Kinds of answers that are reported separately -> the value of `Question.has_long_answer`."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Combination:
     variant: Variant
     speculate: str = "none"
     hf: bool = False
-    """Whether the base's own `generate` is timed, instead of TwigVLM's."""
+    """Whether the base's own `generate` is timed instead of TwigVLM's."""
 
     @property
     def name(self) -> str:
@@ -48,11 +48,11 @@ class Combination:
 
 
 BASE, LOOP = Combination(NONE, hf=True), Combination(NONE)
-"""The base's own `generate`, and TwigVLM's that neither prunes nor drafts: what every method gains beside its pruning."""
+"""The base's own `generate`, and TwigVLM's without pruning or drafts, which shows what the other loop alone gains."""
 
 
 def make_combinations(variants: Sequence[Variant], ways: Sequence[str], timed: bool = True) -> list[Combination]:
-    """The base, and every variant with every way to draft; if answers are timed, also `LOOP`."""
+    """The base, every variant with every way to draft and, if answers are timed, `LOOP`."""
     every = [Combination(variant, way) for variant in variants for way in ways]
     return list(dict.fromkeys([BASE, LOOP, *every] if timed else [BASE, *(one for one in every if one != LOOP)]))
 
@@ -60,13 +60,13 @@ def make_combinations(variants: Sequence[Variant], ways: Sequence[str], timed: b
 def combination_systems(
     model: TwigVLM, combinations: Sequence[Combination], attentions: Sequence[str], seed: int = 0
 ) -> list[System]:
-    """How combinations answer while they are timed: each on its own, from the picture to the last token.
+    """The systems that time the combinations, each by itself, from the picture to the last token.
 
     Args:
-        model: that answers.
-        combinations: from `make_combinations`.
-        attentions: implementations that the base's `generate` is timed with.
-        seed: seed of the random choice.
+        model: the model that answers.
+        combinations: result of `make_combinations`.
+        attentions: attention implementations with which the base's `generate` is timed.
+        seed: seed of random choices.
     """
     return [
         *base_systems(attentions),
@@ -79,7 +79,7 @@ def combination_systems(
 
 
 def timed_questions(questions: Sequence[Question], count: int) -> tuple[Question, ...]:
-    """The first questions of each length."""
+    """The first `count` questions of each length of answers."""
     seen = dict.fromkeys(LENGTHS.values(), 0)
     chosen = []
     for question in questions:
@@ -92,10 +92,10 @@ def timed_questions(questions: Sequence[Question], count: int) -> tuple[Question
 def checked_inputs(
     model: TwigVLM, variants: Sequence[Variant], questions: Sequence[Question], inputs_of: InputsOf
 ) -> Callable[..., dict[str, Any]]:
-    """Inputs of questions whose prompts can have every variant's budget; others fail.
+    """A function that prepares questions, and fails for prompts that cannot have the budget of every variant.
 
     Raises:
-        TwigVLMError: the first question that has inputs cannot have a budget; names every such method.
+        TwigVLMError: the first question with inputs cannot have a budget; the message names every such method.
     """
 
     def check(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -114,39 +114,39 @@ def checked_inputs(
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Of a combination's answers of one length, against the base's: ratios are medians over questions, above 1 is faster."""
+    """Times of a combination's answers of one length, relative to the base's. Ratios are medians over questions."""
 
     count: int
-    """Answers."""
+    """Number of timed answers."""
     speed: Speed
-    """Its own figures, means over questions."""
+    """Figures of the combination itself, means over questions."""
     relative: float
-    """Of tokens per second, prefill and decoding together."""
+    """Tokens per second, prefill and decoding together, over the base's: above 1 is faster."""
     interval: Interval
-    """Of `relative`, 95 %, paired, over pictures."""
+    """95 % interval of `relative`, by a paired bootstrap over pictures."""
     prefill: float
-    """Of prefill times, the vision tower included."""
+    """The base's prefill time, vision included, over that of the combination: above 1 is faster."""
     decode: float
-    """Of decoding times per token after the first."""
+    """The same of the decoding time per token after the first."""
     share: float
-    """Its time for an answer over the base's: below 1 is faster."""
+    """Time for an answer over the base's: below 1 is faster."""
     different: int | None
-    """Timed answers that differ from those whose quality was measured; None: it draws at random, differently each time."""
+    """Number of timed answers that differ from those whose quality was measured; None: it draws at random each time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One combination in the table; lengths of which there is no question are missing."""
+    """One combination in the table. Lengths of answers without a question are missing."""
 
     combination: Combination
     average: float
     """R̄, mean over questions."""
     quality: dict[str, Accuracy]
-    """By length."""
+    """Accuracy by length of answers."""
     times: dict[str, Times]
-    """By length."""
+    """Times by length of answers."""
     peak: float
-    """Most bytes held at once by any timed answer, weights included; nan where the machine does not say."""
+    """Peak memory of the timed answers in bytes, weights included; nan where the machine does not report it."""
 
 
 def compare(
@@ -155,13 +155,13 @@ def compare(
     combinations: Sequence[Combination],
     attentions: Sequence[str],
 ) -> list[Line]:
-    """A line per combination.
+    """Compute the line of each combination.
 
     Args:
         answers: records of `run_accuracy`, without those that failed.
         timed: records of `run_speed` on `combination_systems`, without those that failed; may be empty.
         combinations: from `make_combinations`.
-        attentions: implementations that the base's `generate` was timed with; the faster one counts, at each length.
+        attentions: attention implementations with which the base's `generate` was timed; the faster one counts, at each length.
     """
     baselines = [system.name for system in base_systems(attentions)]
     given = {record["id"]: record["given"] for record in answers}
@@ -214,7 +214,7 @@ def _times(
 
 
 class _Seconds:
-    """What a system took, per question."""
+    """Seconds of a system, per question."""
 
     def __init__(self, records: Sequence[Record], name: str) -> None:
         tokens = [len(record["runs"][name]["ids"]) for record in records]
@@ -225,7 +225,7 @@ class _Seconds:
 
 
 def _peak(records: Sequence[Record], names: Sequence[str]) -> float:
-    """Of several names the least: the base's implementations stand for one another."""
+    """The smallest peak memory of several systems, since the base's attention implementations stand for one another."""
     peaks = [[record["runs"][name]["peak"] for record in records] for name in names]
     if not records or any(held is None for some in peaks for held in some):
         return float("nan")

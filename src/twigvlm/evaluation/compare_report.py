@@ -12,12 +12,12 @@ _DASH = "–"
 
 
 def comparison_sections(lines: Sequence[Line], pruning_head: bool, figure: str | None = None) -> list[str]:
-    """The table, the picture and details of the timed answers.
+    """Sections of the report: the table, the picture, and details of the timed answers.
 
     Args:
         lines: lines of `compare`, the base first.
         pruning_head: whether the twig has a P-Head.
-        figure: where the picture lies, seen from the report; None: there is none.
+        figure: path of the picture relative to the report; None: there is no picture.
     """
     lengths = [length for length in LENGTHS if length in lines[0].quality]
     columns = {"method": _method, "R̄ asked": _asked, "R̄": lambda line: f"{line.average:.1f}"}
@@ -51,11 +51,11 @@ def _asked(line: Line) -> str:
 
 
 def _columns(length: str, again: bool, timed: bool) -> dict[str, Callable[[Line], str]]:
-    """Of answers of one length: heading -> cell.
+    """Columns for answers of one length: heading -> function that gives the cell of a line.
 
     Args:
         length: one of `LENGTHS`.
-        again: whether anyone chose visual tokens again while its answer grew.
+        again: whether any combination chose visual tokens again while its answer grew.
         timed: whether there are times.
     """
 
@@ -137,7 +137,7 @@ def _timed_sections(lines: Sequence[Line], length: str) -> list[str]:
 
 
 def _again(one: Accuracy) -> str:
-    """Visual tokens chosen again, and in which share of the steps, where that is known."""
+    """Visual tokens chosen again, and the share of the steps in which that happened, if known."""
     return f"{one.ran:.0f}" + ("" if isnan(one.again) else f", {percent(one.again)} % of steps")
 
 

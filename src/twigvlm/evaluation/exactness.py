@@ -1,4 +1,4 @@
-"""What must not change an answer, counted: speculation, no pruning, and a twig that is switched off."""
+"""Count answers that change although they must not: by speculation, without pruning, and with the twig switched off."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -29,17 +29,17 @@ CHECKS = {
     "no pruning": "R = M and K_f = L = the base's own generate",
     "disabled": "disabled() = the base before it had a twig, ids and logits bit for bit",
 }
-"""Checks and what each one says, in the order they are made: the last one after the twig has been used."""
+"""Name of each check -> what must be equal, in the order of the checks. The last one runs after the twig was used."""
 
 BASE_CHECKS = {"no pruning", "disabled"}
-"""Checks that compare with the base before it had a twig."""
+"""Checks that compare with the base before it got a twig."""
 
 
 def choose_checks(names: Sequence[str]) -> list[str]:
-    """The named checks in their order; all if none is named.
+    """The named checks in the order of `CHECKS`; all of them if none is named.
 
     Raises:
-        TwigVLMError: there is no such check.
+        TwigVLMError: there is no check of a name.
     """
     for name in names:
         if name not in CHECKS:
@@ -60,21 +60,21 @@ def run_exactness(
     advance: Callable[[Record], None] = lambda record: None,
     method: str = "twig",
 ) -> list[Record]:
-    """Compare answers token for token; prompts that the log holds already are not asked again.
+    """Compare answers token by token. Prompts that the log has already are not asked again.
 
     Args:
-        base: the base, before anything is grown on it.
-        grow: puts the twig on it.
+        base: the base, without a twig.
+        grow: makes the TwigVLM of the base with its twig.
         retain: R̄ of the pruned checks.
         checks: from `choose_checks`.
-        max_new_tokens: longest short answer.
-        max_description_tokens: longest description.
-        advance: called once for each prompt that is asked, after the base alone answered it, and with every record.
-        method: what prunes in the pruned checks, as `parse_method` reads it.
+        max_new_tokens: longest short answer, in tokens.
+        max_description_tokens: longest description, in tokens.
+        advance: called with every record, and before that once for each prompt, after the base alone answered it.
+        method: name of the pruning method of the pruned checks, for `parse_method`.
 
     Returns:
-        The records, in the order of the questions: `id`, `kind`, `tokens` (length of the base's answer, or if no check asks for
-        that, of the answer without speculation), `same` by check. Of a question that failed: `id`, `kind` and `failed`.
+        The records, in the order of the questions: `id`, `kind`, `tokens` (length of the base's answer or, if no check needs it,
+        of the answer without speculation), and for each check `same`. A question that failed has `id`, `kind` and `failed`.
     """
     before = {}
     for item in one_by_one(questions):
@@ -130,7 +130,7 @@ def _check(
 
 
 def _reference(generate: Callable[..., Any], inputs: dict[str, Any], max_new_tokens: int) -> tuple[list[int], str]:
-    """New ids, and a digest of the bits of all logits."""
+    """New ids of an answer, and a digest of the bits of all of its logits."""
     output = generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
     )

@@ -1,4 +1,4 @@
-"""Figures; they need matplotlib."""
+"""Draw figures with matplotlib."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
@@ -20,7 +20,7 @@ _COLUMNS = 4
 
 
 def figure_class() -> Any:
-    """matplotlib's `Figure`, which draws without a display.
+    """matplotlib's class `Figure`, which draws without a display.
 
     Raises:
         TwigVLMError: matplotlib is missing.
@@ -38,12 +38,12 @@ def show_scores(
     scores: Float[Tensor, "rows columns"],
     box: tuple[int, int, int, int] | None,
 ) -> None:
-    """Lay scores of patches over a picture that is shown; colours go from the lowest score to the highest, by the square root.
+    """Draw the scores of patches over a picture. Colours range from the lowest score to the highest, by the square root.
 
     Args:
-        axes: that show the picture.
+        axes: matplotlib axes that show the picture.
         image: the picture.
-        scores: scores of its patches.
+        scores: scores of its patches, [rows, columns].
         box: the part of the picture (left, top, right, bottom) that the patches cover; None: all of it.
     """
     left, top, right, bottom = box or (0, 0, *image.size)
@@ -62,11 +62,11 @@ def draw_patches(
     kept: Mapping[str, Iterable[int]],
     box: tuple[int, int, int, int] | None = None,
 ) -> bytes:
-    """The picture, scores of its patches, and kept patches, side by side as a PNG.
+    """A PNG with the picture, the scores of its patches, and the kept patches, side by side.
 
     Args:
         image: the picture that was asked about.
-        maps: scores by title; each map has its own scale, from its lowest score to its highest, by the square root.
+        maps: scores [rows, columns] by title; each map has its own scale, from its lowest to its highest score.
         kept: indices of kept patches by title, counted row by row.
         box: the part of the picture (left, top, right, bottom) that the patches cover; None is all of it.
     """
@@ -97,10 +97,10 @@ def draw_patches(
 
 
 def undrawn(base: Iterable[Accuracy]) -> str | None:
-    """Why the base's answers leave nothing to draw, since RelAcc is of answers that it has right; None: there is something.
+    """Why there is nothing to draw, since RelAcc needs right answers of the base; None: there is something to draw.
 
     Args:
-        base: figures of the base, of several kinds of answers if there are any.
+        base: accuracies of the base, one for each length of answers.
     """
     figures = list(base)
     if any(not isnan(one.relative) for one in figures):
@@ -110,7 +110,7 @@ def undrawn(base: Iterable[Accuracy]) -> str | None:
 
 
 def draw_accuracy(accuracies: Sequence[Accuracy], variants: Sequence[Variant], path: Path) -> None:
-    """One line per method, K_f and φ: RelAcc in percent over R̄, with its interval; PNG or SVG by the name's ending."""
+    """Draw RelAcc in percent over R̄ with its interval, a line per method, K_f and φ; PNG or SVG by the ending of `path`."""
     figures = {one.name: one for one in accuracies}
     figure = figure_class()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -145,17 +145,17 @@ def draw_accuracy(accuracies: Sequence[Accuracy], variants: Sequence[Variant], p
 
 
 def drawn_lengths(lines: Sequence[Line]) -> list[str]:
-    """Lengths of answers that `draw_comparison` has a row for: those of which the base has a right answer."""
+    """Lengths of answers for which `draw_comparison` draws a row: those with a right answer of the base."""
     base = next(line for line in lines if line.combination == BASE)
     return [length for length in LENGTHS if length in base.quality and not isnan(base.quality[length].relative)]
 
 
 def draw_comparison(lines: Sequence[Line], path: Path) -> None:
-    """RelAcc in percent over R̄, and over the time of an answer relative to the base's; a row of panels per length of answers.
+    """Draw RelAcc in percent over R̄, and over the time of an answer relative to the base's; a row per length of answers.
 
     Args:
-        lines: lines of `compare`, with `drawn_lengths`.
-        path: PNG or SVG by the name's ending.
+        lines: lines of `compare`, with at least one of `drawn_lengths`.
+        path: file to write, PNG or SVG by its ending.
     """
     base, lengths = next(line for line in lines if line.combination == BASE), drawn_lengths(lines)
     across = 2 if base.times else 1
@@ -186,7 +186,7 @@ def draw_comparison(lines: Sequence[Line], path: Path) -> None:
 
 
 def percent_and_error(points: Sequence[Accuracy | Speed]) -> tuple[list[float], list[list[float]]]:
-    """RelAcc or RelSpd in percent, and how far its interval reaches below and above; 0 where there is no interval."""
+    """RelAcc or RelSpd of each point in percent, and the lengths of its error bars below and above, 0 without an interval."""
     low = [100 * max(0.0, one.relative - one.interval[0]) for one in points]
     high = [100 * max(0.0, one.interval[1] - one.relative) for one in points]
     return [100 * one.relative for one in points], [low, high]

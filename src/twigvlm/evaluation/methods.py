@@ -1,4 +1,4 @@
-"""Names of ways to prune, as evaluations take them: parsed once, for answering beside other methods and alone."""
+"""Ways to prune by the names that evaluations take, parsed into one description that all evaluations use."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,25 +24,25 @@ class Method:
 
     name: str
     ranking: Ranking
-    """What ranks the visual tokens under the twig's cuts. none: nothing is pruned. published: a method of `METHODS`, with its
-    own cuts."""
+    """What ranks the visual tokens at the twig's cuts. none: nothing is pruned. published: a method of `METHODS`, with its own
+    cuts."""
     diverse: bool = False
     """Whether the kept tokens must also differ from each other."""
     scout: bool = False
     """Whether the tokens are ranked before the decoder."""
     refocus: float | None = None
-    """τ of a method that chooses again while the answer grows; None: it does not."""
+    """τ of a method that chooses the kept tokens again while the answer grows; None: they stay the same."""
     layers: tuple[int, int | None] = (0, None)
-    """Base layers, counted from 1, whose attention ranks the tokens, for deep: N, and M if it is a mean of several."""
+    """For deep: the base layer whose attention ranks, counted from 1, and the last one if it is a mean over several layers."""
 
     @property
     def has_own_cuts(self) -> bool:
-        """Whether neither K_f nor φ applies."""
+        """Whether the method cuts at layers of its own, so that neither K_f nor φ applies."""
         return self.scout or self.ranking == "published"
 
     @property
     def needs_twig(self) -> bool:
-        """Whether it prunes where a twig says, or by a twig's ranking."""
+        """Whether it uses a twig's cuts or ranking."""
         return self.ranking not in ("none", "published")
 
     @property
@@ -51,17 +51,17 @@ class Method:
         return self.name.partition(":")[0] == "random"
 
     def check(self, model: TwigVLM) -> None:
-        """Raise TwigVLMError if the base lacks a layer that is named, or a published method does not take its options."""
+        """Raise TwigVLMError if the name has a layer that the base lacks, or options that a published method does not take."""
         if self.ranking == "published":
             make_pruner(self.name)
         elif self.ranking != "none":
             self.scorer(model, seed=0)
 
     def scorer(self, model: TwigVLM, seed: int) -> Scorer:
-        """What ranks the visual tokens under the twig's cuts.
+        """The scorer that ranks the visual tokens at the twig's cuts.
 
         Args:
-            model: whose twig and layers are meant.
+            model: the base with its twig.
             seed: seed of the random choice.
 
         Raises:
@@ -86,10 +86,10 @@ class Method:
         return TwigAttention("text" if self.ranking == "twig-text" else "last")
 
     def options(self, model: TwigVLM, final_wipe: int | None, final_share: float | None, seed: int) -> dict[str, Any]:
-        """Arguments of `TwigVLM.generate` that prune by this method, beside the budget.
+        """Arguments of `TwigVLM.generate` that prune by this method, except for the budget.
 
         Args:
-            model: that answers.
+            model: the model that answers.
             final_wipe: K_f; None: the twig's own.
             final_share: φ; None: the twig's own.
             seed: seed of the random choice.
@@ -120,11 +120,11 @@ _PLAIN = {
     )
 }
 NAMES = (*_PLAIN, "refocus:τ", "diverse+refocus:τ", "deep:N", "deep:N-M")
-"""Names beside those of published methods; `twigvlm methods` says what each of them is."""
+"""Names in addition to those of published methods; `twigvlm methods` explains each of them."""
 
 
 def parse_method(name: str) -> Method:
-    """A method from its name: one of `NAMES`, or a published one with what it takes after colons.
+    """Parse the name of a method: one of `NAMES`, or a published method with its options after colons.
 
     Raises:
         TwigVLMError: there is no such method, or τ is missing or out of range.
@@ -143,7 +143,7 @@ def parse_method(name: str) -> Method:
 
 
 def parse_methods(model: TwigVLM, names: Sequence[str]) -> list[Method]:
-    """Methods from their names, of which each can prune this base.
+    """Parse the names of methods, and check that each of them can prune this base.
 
     Raises:
         TwigVLMError: a name is unknown, names a layer that the base does not have, or takes no such option; or methods rank

@@ -1,4 +1,4 @@
-"""The figures by which acceleration is judged (the paper's §5.1), with their uncertainty. Pure functions."""
+"""The metrics of acceleration (the paper's §5.1), with their uncertainty. Pure functions."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,15 +8,15 @@ from numpy.typing import NDArray
 Column = NDArray[np.float64]
 """One number per sample."""
 FEWEST = 10
-"""With fewer samples an interval of percentiles covers far less than it says."""
+"""Smallest number of samples for an interval: with fewer, a percentile interval covers far less than its level says."""
 
 
 def relative_accuracy(scores: Sequence[float] | Column, base: Sequence[float] | Column) -> float:
-    """RelAcc: accuracy with acceleration over accuracy of the base, on the same samples; nan where the base has 0.
+    """RelAcc: accuracy with acceleration divided by the base's accuracy on the same samples; nan if the latter is 0.
 
     Args:
-        scores: per sample, 1 for a right answer and 0 for a wrong one (or anything between).
-        base: the same of the base alone.
+        scores: score of each sample with acceleration, from 0 (wrong) to 1 (right).
+        base: score of each sample of the base alone.
     """
     _same_length(scores, base)
     mean = float(np.mean(base))
@@ -24,7 +24,7 @@ def relative_accuracy(scores: Sequence[float] | Column, base: Sequence[float] | 
 
 
 def speeds(tokens: Sequence[float] | Column, seconds: Sequence[float] | Column) -> Column:
-    """Tokens per second of each sample: generated tokens over prefill and decoding together."""
+    """Tokens per second of each sample: generated tokens divided by seconds of prefill and decoding together."""
     _same_length(tokens, seconds)
     return np.asarray(tokens, dtype=np.float64) / np.asarray(seconds, dtype=np.float64)
 
@@ -36,7 +36,7 @@ def relative_speed(speed: Sequence[float] | Column, base: Sequence[float] | Colu
 
 
 def median_ratio(one: Sequence[float] | Column, other: Sequence[float] | Column) -> float:
-    """Median over samples of one over the other, of those that have both; nan where none has."""
+    """Median of one / other over the samples that have both values; nan if no sample has."""
     _same_length(one, other)
     ratios = np.asarray(one, dtype=np.float64) / np.asarray(other, dtype=np.float64)
     known = ratios[~np.isnan(ratios)]
@@ -44,19 +44,19 @@ def median_ratio(one: Sequence[float] | Column, other: Sequence[float] | Column)
 
 
 def acceptance_rate(drafted: Sequence[int], accepted: Sequence[int]) -> float:
-    """TokAR: accepted draft tokens over drafted tokens, all steps together; nan where nothing was drafted."""
+    """TokAR: accepted tokens divided by drafted tokens, over all steps together; nan if nothing was drafted."""
     _same_length(drafted, accepted)
     total = sum(drafted)
     return sum(accepted) / total if total else float("nan")
 
 
 def mean_accepted_length(accepted: Sequence[int]) -> float:
-    """Accepted draft tokens per step of the base; nan without steps."""
+    """Mean number of accepted drafted tokens per step of the base; nan without steps."""
     return sum(accepted) / len(accepted) if len(accepted) else float("nan")
 
 
 def overlap(present: set[str], named: set[str]) -> tuple[int, int, int]:
-    """(found, present, named): sizes from whose sums recall = found/present and precision = found/named follow."""
+    """Counts (found, present, named). From their sums follow recall = found / present and precision = found / named."""
     return len(present & named), len(present), len(named)
 
 
@@ -70,20 +70,20 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of a statistic of samples (Efron's bootstrap).
 
-    Each resample draws samples and takes them from every column, so that what was measured on one sample stays together: an
-    interval of a ratio is a paired one. Samples that belong together, as questions about one picture do, are drawn together.
+    Each resample takes the same drawn samples from every column, so that values measured on one sample stay together, and the
+    interval of a ratio is a paired one. Samples of one group, such as questions about one picture, are drawn together.
 
     Args:
-        statistic: takes the columns.
+        statistic: function of the columns.
         columns: columns of equal length, one entry per sample.
-        groups: the group that each sample belongs to; None: each is one of its own.
-        level: probability that the interval covers.
-        resamples: how many are drawn.
-        seed: the same seed gives the same interval.
+        groups: the group of each sample; None: each sample is a group of its own.
+        level: probability that the interval covers the true value.
+        resamples: number of resamples.
+        seed: seed of the random draws.
 
     Returns:
-        (low, high); nan where there are fewer than `FEWEST` groups, or where the statistic is nan in as many resamples as an end
-        leaves out: such a resample may lie anywhere, so it counts as one beyond the upper end.
+        (low, high). Both are nan if there are fewer than `FEWEST` groups, or if the statistic is nan in (1 - level) / 2 of the
+        resamples or more: a nan could lie anywhere, so it counts as a value above the interval.
     """
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
     for array in arrays[1:]:

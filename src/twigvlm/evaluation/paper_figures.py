@@ -1,4 +1,4 @@
-"""The figures that the paper has, drawn from raw results or from answers to a few questions; most need matplotlib."""
+"""Draw the paper's figures from raw results, or from answers to a few questions. Most of them need matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,15 +14,15 @@ from twigvlm.evaluation.summary import Accuracy, Speed
 from twigvlm.evaluation.token_origins import Origin
 
 DRAFTED, CHOSEN = (201, 236, 208), (255, 217, 168)
-"""Colours of tokens that the twig drafted, and of those that the base chose."""
+"""RGB colours of tokens that the twig drafted, and of those that the base chose."""
 
 
 def draw_times(speeds: Mapping[str, Speed], lengths: Sequence[int], path: Path) -> None:
-    """Seconds of prefill and decoding by answer length, a bar per system, with the quality of the timed answers (Fig. 3).
+    """Draw seconds of prefill and decoding by answer length, a bar per system, with the quality of its answers (Fig. 3).
 
     Args:
-        speeds: by the label of the bar; measured, and carried on to other lengths at the same time per token.
-        lengths: new tokens of an answer.
+        speeds: measured speed by the label of the bar; other lengths are extrapolated at the same time per token.
+        lengths: lengths of answers to show, in tokens.
         path: path of the picture.
     """
     figure = figure_class()(figsize=(1.5 + 0.35 * (len(speeds) + 1) * len(lengths), 4), layout="constrained")
@@ -49,10 +49,10 @@ def draw_times(speeds: Mapping[str, Speed], lengths: Sequence[int], path: Path) 
 
 
 def draw_speeds(groups: Mapping[str, Sequence[Speed]], path: Path) -> None:
-    """RelSpd of every system in percent, with its interval and the quality of its answers: a panel per group (Fig. 6).
+    """Draw the RelSpd of every system in percent, with its interval and the quality of its answers; a panel per group (Fig. 6).
 
     Args:
-        groups: by title, for example short and long answers.
+        groups: speeds by title of the panel, for example short and long answers.
         path: path of the picture.
     """
     tallest = max(map(len, groups.values()))
@@ -69,11 +69,11 @@ def draw_speeds(groups: Mapping[str, Sequence[Speed]], path: Path) -> None:
 
 
 def draw_samples(by_samples: Mapping[int, Sequence[Accuracy]], names: Sequence[str], path: Path) -> None:
-    """RelAcc in percent over the number of training samples, a line per variant (Fig. 7).
+    """Draw RelAcc in percent over the number of training samples, a line per variant (Fig. 7).
 
     Args:
-        by_samples: figures of a twig, by the number of samples that it was trained on.
-        names: names of the variants that are drawn.
+        by_samples: accuracies of a twig by the number of samples that it was trained on.
+        names: names of the variants to draw.
         path: path of the picture.
     """
     figure = figure_class()(figsize=(6, 4), layout="constrained")
@@ -93,18 +93,18 @@ def draw_samples(by_samples: Mapping[int, Sequence[Accuracy]], names: Sequence[s
 
 
 class Seen(NamedTuple):
-    """A picture, the question, and what rankings make of it."""
+    """A picture with a question, and the scores of its patches by several rankings."""
 
     image: Image.Image
     question: str
     maps: Mapping[str, Float[Tensor, "rows columns"]]
-    """By title, the same for all pictures."""
+    """Scores [rows, columns] by title; all pictures of a figure have the same titles."""
     box: tuple[int, int, int, int] | None
     """The part of the picture (left, top, right, bottom) that the patches cover; None: all of it."""
 
 
 def draw_maps(seen: Sequence[Seen], path: Path) -> None:
-    """Pictures and the scores of their patches side by side, a row per question (Fig. 5 and 8)."""
+    """Draw pictures and the scores of their patches side by side, a row per question (Fig. 5 and 8)."""
     columns = 1 + len(seen[0].maps)
     figure = figure_class()(figsize=(3 * columns, 3.2 * len(seen)), layout="constrained")
     for row, one in zip(figure.subplots(len(seen), columns, squeeze=False), seen, strict=True):
@@ -130,12 +130,12 @@ class Drafted(NamedTuple):
 
 
 def draw_drafts(answers: Sequence[Drafted], width: int = 1000, size: int = 18) -> Image.Image:
-    """Answers whose drafted tokens are green, those of the base orange (Fig. 9).
+    """Draw answers with drafted tokens in green and the base's own in orange (Fig. 9).
 
     Args:
-        answers: with the text that each token adds.
+        answers: answers with the text that each token adds.
         width: width of the picture, in pixels.
-        size: size of the letters.
+        size: size of the letters, in pixels.
     """
     font, line, margin = ImageFont.load_default(size), round(1.7 * size), size
     boxes: list[tuple[float, int, str, tuple[int, int, int] | None]] = []

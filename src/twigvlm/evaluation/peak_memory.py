@@ -1,4 +1,4 @@
-"""Peak memory of one piece of work: a GPU's tensors, or on Linux all that the process holds."""
+"""Peak memory of a piece of work: of tensors on a GPU, or on Linux of the whole process."""
 
 import gc
 from pathlib import Path
@@ -12,7 +12,7 @@ _WATCHED = (_PROCESS / "clear_refs").exists()  # Linux, but not every sandbox on
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin to watch; what is free is handed back first, so that earlier work does not count."""
+    """Start to measure. Freed memory is first given back to the system, so that earlier work does not count."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -23,7 +23,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int | None:
-    """Most bytes held at once since `reset_peak`, weights included; None where the system does not say."""
+    """Peak memory in bytes since `reset_peak`, weights included; None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if not _WATCHED:

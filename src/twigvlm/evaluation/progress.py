@@ -1,10 +1,10 @@
-"""Accuracies while a run goes on."""
+"""Accuracies to show while an evaluation runs."""
 
 from twigvlm.evaluation.results_log import Record
 
 
 class Progress:
-    """Exact match so far, per variant; prints as one line."""
+    """Exact match of each variant so far; `str` gives it as one line."""
 
     def __init__(self, max_shown: int = 6) -> None:
         self.asked = 0
@@ -12,7 +12,7 @@ class Progress:
         self._max_shown = max_shown
 
     def add(self, record: Record) -> None:
-        """Count a record; descriptions and failed questions are left out."""
+        """Count a record, unless it is of a description or a failed question."""
         scores = {name: value for name, value in record.get("score", {}).items() if not isinstance(value, list)}
         self.asked += bool(scores)
         for name, right in scores.items():

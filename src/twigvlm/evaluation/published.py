@@ -1,4 +1,4 @@
-"""What the paper reports, to stand beside what is measured here.
+"""The paper's figures, to be shown next to measured ones.
 
 Source: Table 1 of arXiv 2503.14075 v3: RelAcc in percent of LLaVA-1.5-7B (576 visual tokens), the mean over GQA, MMBench,
 MME, TextVQA, ScienceQA-IMG and VQAv2, by R̄.
@@ -22,14 +22,17 @@ REL_ACC: Final[Mapping[str, Mapping[float, float]]] = {
     "attention": {192: 99.2, 128: 98.7, 64: 96.0},
     "twig": {192: 99.6, 128: 99.2, 64: 97.7},
 }
-"""By the method's name here; `attention` is the first TwigVLM, `twig` with a P-Head TwigVLM++, `visionzip:` VisionZip‡."""
+"""RelAcc in percent by method and R̄. `attention` is the first TwigVLM, `twig` with a P-Head is TwigVLM++, `visionzip:` is
+VisionZip‡."""
 
 TRUE_BUDGETS: Final[Mapping[str, Mapping[float, float]]] = {"sparsevlm": {192: 206.5, 128: 145.4, 64: 82.2}}
-"""R̄ by the rule of this project (`docs/methods.md`), where authors count in another way."""
+"""R̄ by this project's rule (`docs/methods.md`), for methods whose authors count in another way."""
+_COUNTED_AFTER_CUTS = ("mustdrop",)
+"""Methods whose authors count a layer with what the cut behind it leaves, and average over data: their R̄ is not known."""
 
 
 def published(variant: Variant, pruning_head: bool) -> str:
-    """The published RelAcc in percent, with its R̄ where that is another one; empty if there is none.
+    """The published RelAcc in percent as text, with its R̄ if that differs; empty if nothing was published.
 
     Args:
         variant: a method under a budget.
@@ -40,14 +43,16 @@ def published(variant: Variant, pruning_head: bool) -> str:
         return ""
     text = f"{REL_ACC[method][variant.retain]:.1f}"
     budget = TRUE_BUDGETS.get(method, {}).get(variant.retain)
+    if method in _COUNTED_AFTER_CUTS:
+        return f"{text} (counted after cuts)"
     return text if budget is None else f"{text} (R̄ {budget:.1f})"
 
 
 def published_name(method: str) -> str:
-    """The key of `REL_ACC` that a method's figures stand under; the name itself where it has another setting.
+    """The key of `REL_ACC` with a method's figures; the name itself if the method has other settings than the published one.
 
-    Positions and the way to count a budget make no other setting, so that figures stand beside `visionzip:compacted` and
-    `sparsevlm:published` too, nor does a default that is spelled out, as in `fastv:2`.
+    Positions, the way to count a budget, and spelled-out defaults are not other settings: `visionzip:compacted`,
+    `sparsevlm:published` and `fastv:2` are shown with the figures of `visionzip`, `sparsevlm` and `fastv`.
     """
     name = method.partition(":")[0]
     if name not in REL_ACC or name not in METHODS:

@@ -1,4 +1,4 @@
-"""Questions about pictures with known answers, and when an answer is right."""
+"""Questions about pictures, with their right answers and the rules that score an answer."""
 
 import hashlib
 import json
@@ -19,39 +19,39 @@ class Question:
 
     id: str
     image: Path | str
-    """A path, or a data URI."""
+    """Path of the picture, or a data URI."""
     prompt: str
     answer: str
     kind: str
-    """What is asked for; results are broken down by it."""
+    """Kind of question; results are broken down by it."""
     held_out: bool = False
-    """The answer turns on something that training never showed; reported apart."""
+    """Whether the answer depends on something that was held out of training; such questions are reported separately."""
     objects: tuple[str, ...] | None = None
-    """A description: the objects in the picture, by names of the vocabulary. None: an answer that is right or wrong."""
+    """For a description, the objects in the picture, by their names in the vocabulary. None: the answer is right or wrong."""
     texts: tuple[str, ...] = ()
-    """A description: what is written in the picture and should be quoted."""
+    """For a description, the texts in the picture, which it should quote."""
     long: bool = False
-    """Whether an answer that is right or wrong may be as long as a description."""
+    """Whether an answer that is scored as right or wrong may be as long as a description."""
     source: str = field(default="", compare=False)
-    """The image as the file of questions names it; empty: there is no such file."""
+    """The image as the file of questions names it; empty: the question is not from a file."""
 
     @property
     def group(self) -> str:
-        """The kind, with what is held out apart."""
+        """The kind, with held-out questions as a kind of their own."""
         return f"{self.kind}, held out" if self.held_out else self.kind
 
     @property
     def picture(self) -> str:
-        """The same for all questions about one picture, wherever the file of questions lies."""
+        """An id of the picture: the same for all questions about it, and independent of the location of the file of questions."""
         return hashlib.sha256((self.source or str(self.image)).encode()).hexdigest()[:12]
 
     @property
     def has_long_answer(self) -> bool:
-        """Whether it asks for a description, or for an answer that may be as long."""
+        """Whether the question asks for a description, or for an answer that may be as long."""
         return self.long or self.objects is not None
 
     def limit(self, short: int, description: int) -> int:
-        """Most tokens of an answer, by what it is."""
+        """Largest number of tokens of the answer: `description` for a long answer, otherwise `short`."""
         return description if self.has_long_answer else short
 
 
@@ -61,15 +61,15 @@ class Questions:
 
     items: tuple[Question, ...]
     split: str
-    """Which split of the data it is, as the file says; empty if it does not."""
+    """Name of the split of the data, according to the file; empty if it does not say."""
     vocabulary: Mapping[str, tuple[str, ...]]
-    """Name of an object -> the words that count as it."""
+    """Name of an object -> the words that count as naming it."""
 
     def chosen(self, kinds: Sequence[str] = (), limit: int | None = None) -> "Questions":
         """The first `limit` questions of the given kinds (none given: of all).
 
         Raises:
-            TwigVLMError: a kind that no question has, or a limit below 1.
+            TwigVLMError: no question is of one of the kinds, or the limit is below 1.
         """
         there = sorted({question.kind for question in self.items})
         for kind in kinds:
@@ -81,7 +81,7 @@ class Questions:
         return Questions(tuple(items[:limit]), self.split, self.vocabulary)
 
     def refuse_test(self, purpose: str) -> None:
-        """Raise TwigVLMError on the test split: what is chosen on it can no longer be measured on it."""
+        """Raise TwigVLMError on the test split: settings that are chosen on a split cannot be evaluated on it."""
         if self.split == "test":
             raise TwigVLMError(f"questions of the test split: {purpose} needs the validation split; give its file")
 
@@ -158,12 +158,12 @@ def _question(row: Any, number: int, folder: Path, vocabulary: Mapping[str, Any]
 
 
 def exact_match(given: str, expected: str) -> bool:
-    """Whether two answers are the same, letter case, outer space and one final period aside."""
+    """Whether two answers are the same, apart from letter case, outer white space and one final period."""
     return _plain(given) == _plain(expected)
 
 
 def quoted(text: str, given: str) -> bool:
-    """Whether a text stands in an answer as whole words, in this letter case."""
+    """Whether an answer contains a text as whole words, in the same letter case."""
     return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", given) is not None
 
 
@@ -175,7 +175,7 @@ class Namer:
     """Finds the objects that a text names.
 
     Args:
-        vocabulary: name -> the words that count as it.
+        vocabulary: name of an object -> the words that count as naming it.
     """
 
     def __init__(self, vocabulary: Mapping[str, Sequence[str]]) -> None:
@@ -189,9 +189,9 @@ class Namer:
         self._pattern = re.compile(rf"(?<!\w)(?:{groups})(?!\w)", re.IGNORECASE) if forms else None
 
     def __call__(self, text: str) -> set[str]:
-        """The names whose forms occur as whole words, in whichever letter case.
+        """The names of the objects whose words occur in the text as whole words, in any letter case.
 
-        Words in capitals are what a sign says, and name nothing unless the vocabulary has them in capitals, such as "TV".
+        Words in capitals are quotations of signs and do not count, unless the vocabulary has them in capitals, such as "TV".
         """
         if self._pattern is None:
             return set()

@@ -1,8 +1,8 @@
 """RelAcc from the result files of lmms-eval, in the layout of the paper's Table 1.
 
-A run is what one command of lmms-eval wrote, or several commands with the same `--model_args`: a folder of
-`*_results.json`, in which the newest result of each task counts. Every run is compared with the base's own, task by task, so
-that nothing depends on how a benchmark was set up as long as it was the same for both.
+A run is a folder of `*_results.json`, written by one or more commands of lmms-eval with the same `--model_args`; the newest
+result of each task counts. Every run is compared with the base's own run, task by task, so the setup of a benchmark does not
+matter as long as it is the same for both.
 """
 
 import json
@@ -24,10 +24,10 @@ PROTOCOL: Final[Mapping[str, str]] = {
     "frames": "none",
     "max_new_tokens": "128",
 }
-"""Model arguments in which a run may not differ from the base's, and what they are where they are not given. Attention may: the
-base is to be measured with the fastest implementation."""
+"""Model arguments that must be the same in a run and in the base's run, with their defaults. `attention` may differ, because the
+base should be measured with its fastest implementation."""
 BASE_ARGUMENTS: Final[Mapping[str, str]] = {"method": "none", "retain": "none", "speculate": "none"}
-"""Model arguments of the base's own run, neither pruned nor drafted, and what they are where they are not given."""
+"""Model arguments that the base's own run, without pruning or drafts, must have; also their defaults."""
 LEGEND: Final = (
     "Score · RelAcc in percent of the base. R̄ measured: visual tokens per layer, mean over the answers. Chosen again, "
     "where a method refocuses: visual tokens that ran through the pruned layers beside R̄, mean over the answers. RelSpd: tokens "
@@ -38,28 +38,28 @@ _AGAIN: Final = "avg_visual_tokens_again"
 
 @dataclass(frozen=True)
 class Run:
-    """What one setting reached."""
+    """The results of one setting."""
 
     name: str
     """File or folder that it was read from."""
     settings: dict[str, str]
     """The model arguments."""
     scores: dict[str, float]
-    """By task, in the task's own unit."""
+    """Score by task, in the task's own unit."""
     samples: dict[str, int]
-    """Questions asked, by task."""
+    """Number of questions by task."""
     timed: frozenset[str]
-    """Tasks that the speed was measured on."""
+    """Tasks on which the speed was measured."""
     throughput: dict[str, float]
-    """lmms-eval's figures of speed, and what the model adds to them; empty without any."""
+    """Figures of speed, from lmms-eval and from `figures.throughput`; empty if there are none."""
     batch_sizes: frozenset[str]
-    """Questions that were answered together."""
+    """Batch sizes of the run's commands."""
     generation: frozenset[str]
-    """What lmms-eval's `--gen_kwargs` changed of the tasks' own options; `none`: nothing."""
+    """Values of lmms-eval's `--gen_kwargs`, which change the tasks' options; `none`: it was not given."""
 
     @property
     def method(self) -> str:
-        """How it prunes, with the name of its twig, and how it drafts."""
+        """The pruning method with the name of its twig, and the way to draft, as text."""
         pruned = self.settings.get("method", "twig" if "retain" in self.settings else "none")
         if "twig" in self.settings:
             pruned += f" ({Path(self.settings['twig']).name})"
@@ -68,16 +68,16 @@ class Run:
 
     @property
     def budget(self) -> str:
-        """R̄ as it was asked for; empty without pruning."""
+        """R̄ as requested; empty without pruning."""
         budget = _plain(self.settings.get("retain", "none"))
         return "" if budget == "none" else budget
 
 
 def read_run(path: Path) -> Run:
-    """A run from its result file, or from all result files in a folder.
+    """Read a run from its result file, or from all result files in a folder.
 
     Raises:
-        TwigVLMError: there is none, one is broken, or they are of different settings.
+        TwigVLMError: there is no result file, a file is broken, or their settings differ.
     """
     files = sorted(path.rglob("*_results.json"), key=lambda file: file.name) if path.is_dir() else [path]
     if not files:
@@ -105,12 +105,12 @@ def read_run(path: Path) -> Run:
 
 
 def relacc_table(base: Run, runs: Sequence[Run], tasks: Sequence[str] = ()) -> str:
-    """One row per run, grouped by budget, and one column per task: score · RelAcc; then the mean RelAcc, R̄ and speed.
+    """A markdown table: a row per run, grouped by budget, a column per task (score · RelAcc), then mean RelAcc, R̄ and speed.
 
     Args:
-        base: without pruning; what the others are divided by.
-        runs: the others.
-        tasks: which to compare; none given: all of the base's.
+        base: the run without pruning, to which the others are compared.
+        runs: the runs to compare.
+        tasks: tasks to compare; none given: all tasks of the base's run.
 
     Raises:
         TwigVLMError: the base's run is pruned or drafted, or a run lacks a task, was asked other questions, or has another base
@@ -141,7 +141,7 @@ def relacc_table(base: Run, runs: Sequence[Run], tasks: Sequence[str] = ()) -> s
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """Their methods; of runs of one method also the model arguments in which they differ, or if none do, the runs' names."""
+    """Labels of runs: the method; for several runs of one method also the arguments that differ or, if none do, their names."""
     labels = []
     for run in runs:
         same = [other for other in runs if other.method == run.method]
@@ -177,7 +177,7 @@ def _row(label: str, run: Run, base: Run, tasks: Sequence[str], again: bool) -> 
 
 
 def _relative(figure: str, run: Run, base: Run) -> str:
-    """A speed over the base's; a dash where they were not measured on the same tasks in batches of the same size."""
+    """A figure of speed divided by the base's; a dash unless both were measured on the same tasks and batch size."""
     mine, its = run.throughput.get(figure), base.throughput.get(figure)
     alike = run.timed == base.timed and run.batch_sizes == base.batch_sizes
     return f"{mine / its:.2f}" if mine and its and alike else "–"
@@ -245,7 +245,7 @@ def _score(record: Mapping[str, Any], task: str) -> float:
 
 
 def _throughput(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Figures of several commands together: speed as the ratio of sums, others as means weighted by questions."""
+    """Combine the figures of several commands: speeds as ratios of sums, others as means weighted by questions."""
     given = [record.get("throughput") or {} for record in records]
     if not all(given):
         return {}
@@ -260,7 +260,7 @@ def _throughput(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _plain(text: str) -> str:
-    """A model argument as text that is the same for equal values: 64 and 64.0, true and True."""
+    """A model argument as text, the same for equal values such as 64 and 64.0, or true and True."""
     number, share = text.removesuffix("%"), "%" if text.endswith("%") else ""
     try:
         return f"{float(number):g}{share}"

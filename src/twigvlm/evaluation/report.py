@@ -1,4 +1,4 @@
-"""Raw records as markdown tables."""
+"""Reports: raw records as markdown tables."""
 
 from collections.abc import Mapping, Sequence
 from math import isnan
@@ -37,14 +37,14 @@ def percent(share: float) -> str:
 
 
 def span(interval: Interval, scale: float = 100.0, digits: int = 1) -> str:
-    """An interval after its figure; nothing for nan."""
+    """An interval as text to follow its figure; empty for nan."""
     if isnan(interval[0]):
         return ""
     return f" [{scale * interval[0]:.{digits}f}, {scale * interval[1]:.{digits}f}]"
 
 
 def page(title: str, command: str, settings: Mapping[str, Any], sections: Sequence[str]) -> str:
-    """A report: what was run, on what, and what came out."""
+    """A report in markdown: title, command, settings and sections."""
     about = table(["setting", "value"], [[name, _value(value)] for name, value in settings.items()])
     return "\n\n".join([f"# {title}", f"```\n{command}\n```", about, *sections]) + "\n"
 
@@ -54,7 +54,7 @@ def _value(value: Any) -> str:
 
 
 def failed_sections(records: Sequence[Record], title: str = "Failed") -> list[str]:
-    """How many questions failed, and why; nothing if none did."""
+    """A section with the number of failed questions and the reasons; empty if none failed."""
     failed = [f"- {record['id']}: {record['failed']}" for record in records if "failed" in record]
     if not failed:
         return []
@@ -67,7 +67,7 @@ def failed_sections(records: Sequence[Record], title: str = "Failed") -> list[st
 
 
 def accuracy_sections(accuracies: Sequence[Accuracy], variants: Sequence[Variant]) -> list[str]:
-    """Accuracy per method and budget, per kind, and of descriptions."""
+    """Sections with the accuracy per method and budget, per kind of question, and of descriptions."""
     figures = {one.name: one for one in accuracies}
     base = figures[NONE.name]
     sections = []
@@ -88,7 +88,7 @@ def accuracy_sections(accuracies: Sequence[Accuracy], variants: Sequence[Variant
 
 
 def _descriptions(figures: Sequence[Accuracy]) -> list[str]:
-    """What descriptions name and quote, and beside it what refocusing cost."""
+    """A table of what descriptions name and quote, and of the cost of refocusing."""
     text = (
         "Objects named (recall, precision) and texts quoted, in percent; and of all answers, visual tokens that were chosen "
         "again, mean per answer"
@@ -112,7 +112,7 @@ def _label(name: str) -> str:
 
 
 def _by_budget(figures: Mapping[str, Accuracy], variants: Sequence[Variant]) -> str:
-    """One row per method, K_f and φ, one column per budget."""
+    """A table with a row per method, K_f and φ, and a column per budget."""
     budgets = list(dict.fromkeys(v.retain for v in variants if v.retain is not None))
     by_place = {(*v.way, v.retain): figures[v.name] for v in variants}
     rows = []
@@ -132,7 +132,7 @@ def _by_kind(figures: Sequence[Accuracy], base: Accuracy) -> str:
 
 
 def quality_cell(one: Quality) -> str:
-    """What a system's answers are worth, beside its speed."""
+    """A table cell with the quality of a system's answers."""
     parts = []
     if not isnan(one.exact):
         parts.append(f"exact {percent(one.exact)}")
@@ -144,7 +144,7 @@ def quality_cell(one: Quality) -> str:
 
 
 def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list[str]:
-    """Tokens per second, RelSpd against the faster baseline, parts of the time, and drafts."""
+    """Sections with tokens per second, RelSpd relative to the fastest baseline, parts of the time, and drafts."""
     baselines = [one.name for one in systems if one.is_baseline] or [systems[0].name]
     baseline = faster(records, baselines)
     figures = compare_speeds(records, baseline, {one.name: one.same_as for one in systems})
@@ -191,7 +191,7 @@ def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list
 
 
 def batch_sections(records: Sequence[Record], systems: Sequence[System]) -> list[str]:
-    """Tokens per second and peak memory by system and batch size."""
+    """Sections with tokens per second and peak memory by system and batch size."""
     figures = compare_batches(records, [one.name for one in systems if one.is_baseline])
     sizes = list(dict.fromkeys(one.size for one in figures))
     rows = []
@@ -219,7 +219,7 @@ def batch_sections(records: Sequence[Record], systems: Sequence[System]) -> list
 
 
 def exactness_sections(records: Sequence[Record]) -> list[str]:
-    """How many prompts passed each check."""
+    """A section with the number of prompts that passed each check."""
     counts = exactness_counts(records)
     rows = [[CHECKS[check], f"{passed} of {len(records)}"] for check, (passed, _) in counts.items()]
     failed = [f"- {CHECKS[check]}: {', '.join(ids)}" for check, (_, ids) in counts.items() if ids]

@@ -1,8 +1,8 @@
-"""Raw results as JSON lines: a first line with the settings, then one record per question. A stopped run continues.
+"""Raw results as JSON lines: the settings on the first line, then one record per question. A stopped run can be continued.
 
 A question that could not be asked, for example because its picture is broken or its prompt cannot have a budget, has a record
-too, with the reason under `failed` in place of results. When the run is started again, such a question is asked again; of
-several records of a question the last one counts.
+too, with the reason as `failed` instead of results. When the run is started again, it is asked again. If a question has several
+records, the last one counts.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 from twigvlm.errors import TwigVLMError
 
 Record = dict[str, Any]
-"""One question's raw results, or why it failed; has an `id`."""
+"""Raw results of one question, or the reason why it failed; always has an `id`."""
 
 
 def answered(records: Iterable[Record]) -> list[Record]:
@@ -31,10 +31,10 @@ def answered(records: Iterable[Record]) -> list[Record]:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a finished or stopped run, the last one of each question.
+    """Read the records of a finished or stopped run, the last one of each question.
 
     Raises:
-        TwigVLMError: no such file, or it holds no results.
+        TwigVLMError: there is no such file, or it holds no results.
     """
     try:
         data = path.read_bytes()
@@ -51,14 +51,14 @@ def read_records(path: Path) -> list[Record]:
 
 
 class ResultsLog:
-    """A file of records that is appended to, and read again when the run goes on.
+    """A file to which records are appended, and from which a continued run reads them.
 
     Args:
-        path: the file; made if there is none.
-        settings: what the results depend on, JSON-able.
+        path: the file, which is created if it does not exist.
+        settings: settings that the results depend on, JSON-able.
 
     Raises:
-        TwigVLMError: the file holds results of other settings, or something else. Settings without results are replaced.
+        TwigVLMError: the file holds results of other settings, or no results at all. Settings without any record are replaced.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -98,12 +98,12 @@ class ResultsLog:
             )
 
     def results(self, identity: str) -> Record | None:
-        """A question's record, unless it has none yet, or failed."""
+        """The record of a question; None if it has not been asked, or failed."""
         record = self.records.get(identity)
         return None if record is None or "failed" in record else record
 
     def append(self, record: Record) -> Record:
-        """Add a record; it is on disk when this returns. Returns it as it will be read again."""
+        """Append a record, which is on disk when this returns. Returns it in the form in which it will be read again."""
         stored: Record = json.loads(json.dumps(record))
         if self.records.get(str(record["id"])) != stored:  # a question may fail again, for the same reason
             self._write("ab", record)

@@ -1,7 +1,7 @@
-"""The one loop of every evaluation: a stopped run continues, and a question that fails is recorded as failed."""
+"""The loop that all evaluations share: a stopped run can be continued, and a question that fails is recorded as failed."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from twigvlm.errors import TwigVLMError, is_out_of_memory, one_line
 from twigvlm.evaluation.questions import Question
@@ -9,32 +9,27 @@ from twigvlm.evaluation.results_log import Record, ResultsLog
 
 
 class Item(NamedTuple):
-    """What has one record: a question, or several that are asked together."""
+    """What gets one record: a question, or several that are asked together."""
 
     about: Record
-    """What the record begins with; it has an `id`."""
+    """First fields of the record, among them `id`."""
     questions: Sequence[Question]
 
     def limit(self, max_new_tokens: int, max_description_tokens: int) -> int:
-        """Longest answer, in tokens."""
+        """Length of the longest answer, in tokens."""
         return max(question.limit(max_new_tokens, max_description_tokens) for question in self.questions)
 
 
-@runtime_checkable
-class InputsOf(Protocol):
-    """Questions as the base's inputs, several as a batch padded on the left."""
-
-    def __call__(self, *questions: Question) -> dict[str, Any]:
-        """Raises TwigVLMError where a question has no inputs: it failed, and the run goes on."""
-
+InputsOf = Callable[..., dict[str, Any]]
+"""(*questions) -> inputs of the base, several as a batch padded on the left; raises TwigVLMError where a question has none."""
 
 Measure = Callable[[Item, dict[str, Any], int], Record]
-"""(item, its inputs, its place among all) -> what the record holds beside `about`; raises TwigVLMError where the item fails,
-for example because a prompt cannot have a budget. An item that memory does not suffice for fails too."""
+"""(item, its inputs, its index) -> further fields of its record; raises TwigVLMError if the item fails, for example because a
+prompt cannot have a budget. An item that runs out of memory fails too."""
 
 
 def one_by_one(questions: Iterable[Question]) -> list[Item]:
-    """Questions that are asked by themselves; their records have `id`, `picture`, `kind` and `long`."""
+    """An item for each question; its record has `id`, `picture`, `kind` and `long`."""
 
     def about(question: Question) -> Record:
         picture, kind, long = question.picture, question.group, question.has_long_answer
@@ -56,16 +51,16 @@ def run(
     Args:
         items: in the order in which they are measured.
         inputs_of: prepares the questions of an item.
-        measure: gives the results.
-        results_log: where records go.
-        remedy: what to do where an item needs more memory than there is; the end of a message.
+        measure: measures an item.
+        results_log: log that gets the records.
+        remedy: what the user can do if an item runs out of memory; ends the error message.
         advance: called with each record.
 
     Returns:
-        The records, in the order of the items: `about` and the results; of an item that failed `about` and the reason, `failed`.
+        The records, in the order of the items: `about` with the results or, if the item failed, with the reason as `failed`.
 
     Raises:
-        TwigVLMError: the first item that has inputs cannot be measured: most likely none can.
+        TwigVLMError: the first item with inputs cannot be measured, so that most likely none can.
     """
     records = []
     measured = any("failed" not in record for record in results_log.records.values())

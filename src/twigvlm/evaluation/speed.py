@@ -1,7 +1,7 @@
-"""Speed of several ways to generate, alternating on the same prompts in one run.
+"""Measure the speed of several ways to generate, which alternate on the same prompts in one run.
 
-The baseline is the base's own `generate` with the better of its attention implementations. Every time is taken the same
-way, by a streamer that notes the first new token: prefill is everything up to it (vision included), decoding the rest.
+The baseline is the base's own `generate` with the faster of its attention implementations. All times are taken in the same way,
+by a streamer that notes the first new token: prefill is everything up to it (vision included), decoding is the rest.
 """
 
 import random
@@ -30,10 +30,10 @@ T = TypeVar("T")
 
 
 def in_turn(systems: Sequence[System], turn: int) -> list[System]:
-    """All of them, in an order that depends on the turn alone.
+    """All systems in a random order that depends on the turn only.
 
-    Each turn has a random order of its own: if they were only rotated, each would always follow the same one, and measure what
-    that one leaves in the caches of the machine.
+    If the order were only rotated, each system would always follow the same one, whose effect on the machine's caches would be
+    part of its times.
     """
     return random.Random(turn).sample(systems, len(systems))
 
@@ -41,17 +41,17 @@ def in_turn(systems: Sequence[System], turn: int) -> list[System]:
 def alternating(
     systems: Sequence[System], repeats: int, once: Callable[[dict[str, Any], System, int], T]
 ) -> Callable[[dict[str, Any], int, int], dict[str, list[T]]]:
-    """How to measure all systems on the same inputs several times; their order is another one in each turn.
+    """A function that measures all systems several times on the same inputs, in an order that changes from turn to turn.
 
-    The first inputs are answered once by everyone before any time counts.
+    Before any time counts, every system answers the first inputs once, to warm up.
 
     Args:
-        systems: with different names.
-        repeats: measurements of each.
-        once: (inputs, system, longest answer) -> one measurement.
+        systems: systems with different names.
+        repeats: number of measurements of each system.
+        once: (inputs, system, longest answer in tokens) -> one measurement.
 
     Returns:
-        (inputs, longest answer, which inputs of the run these are) -> measurements by the systems' names.
+        (inputs, longest answer in tokens, index of the inputs in the run) -> measurements by the systems' names.
     """
     warm = False
 
@@ -71,7 +71,7 @@ def alternating(
 
 @dataclass(frozen=True)
 class Measurement:
-    """One timed answer; times in seconds."""
+    """One timed answer. Times are in seconds."""
 
     ids: list[int]
     prefill: float
@@ -81,16 +81,16 @@ class Measurement:
     drafted: list[int]
     accepted: list[int]
     looks: list[tuple[int, int]] | None
-    """Of each later choice of the visual tokens, after how many tokens of the answer it was, and how many tokens ran again;
+    """(number of new tokens before, number of visual tokens that ran again) for each time refocusing chose visual tokens again;
     None: the system does not refocus."""
 
 
 class FirstToken(BaseStreamer):
-    """Notes when the first new token came, and passes tokens on.
+    """Notes when the first new token arrived, and passes everything on.
 
     Args:
-        clock: seconds.
-        then: streamer that gets what this one gets.
+        clock: function that gives the time in seconds.
+        then: streamer to which everything is passed on; None: there is none.
     """
 
     def __init__(self, clock: Callable[[], float], then: BaseStreamer | None = None) -> None:
@@ -98,7 +98,7 @@ class FirstToken(BaseStreamer):
         self.at: float | None = None
 
     def put(self, value: torch.Tensor) -> None:
-        """The first call brings the prompt, each further one new tokens."""
+        """Take the prompt in the first call, and new tokens in each further one."""
         if self._prompt_seen and self.at is None:
             self.at = self._clock()
         self._prompt_seen = True
@@ -106,14 +106,14 @@ class FirstToken(BaseStreamer):
             self._then.put(value)
 
     def end(self) -> None:
-        """The answer is complete."""
+        """End the answer."""
         if self._then is not None:
             self._then.end()
 
 
 @contextmanager
 def attention_of(model: Any, implementation: str | None) -> Iterator[None]:
-    """Inside, a Hugging Face model attends by another implementation; None: by its own."""
+    """Use another attention implementation of a Hugging Face model while the block runs; None: leave it unchanged."""
     before = compat.attention_implementation(model.config.get_text_config())
     if implementation in (None, before):
         yield
@@ -131,7 +131,7 @@ def attention_of(model: Any, implementation: str | None) -> Iterator[None]:
 
 
 def check_attentions(model: Any, implementations: Iterable[str | None]) -> None:
-    """Refuse attention implementations that a Hugging Face model does not have, before anything is measured.
+    """Check, before anything is measured, that a Hugging Face model has these attention implementations.
 
     Raises:
         TwigVLMError: one of them is not available.
@@ -144,14 +144,14 @@ def check_attentions(model: Any, implementations: Iterable[str | None]) -> None:
 def measure(
     model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int, assistant: Any = None
 ) -> Measurement:
-    """Answer once, greedily, and time it.
+    """Answer a prompt once, greedily, and measure the time.
 
     Args:
         model: the base with its twig.
         inputs: inputs of one prompt.
         system: how to answer.
-        max_new_tokens: longest answer.
-        assistant: Hugging Face model that drafts where the system has one.
+        max_new_tokens: longest answer, in tokens.
+        assistant: Hugging Face model that drafts, for systems that use one.
 
     Raises:
         TwigVLMError: the base has no such attention implementation, or transformers refuses to speculate on it.
@@ -189,7 +189,7 @@ def measure(
 def peak_of(
     model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int, assistant: Any = None
 ) -> int | None:
-    """Most bytes held at once while a system answers, weights included; None where the machine does not say."""
+    """Peak memory in bytes while a system answers, weights included; None where the machine does not report it."""
     peak_memory.reset_peak(model.model.device)
     measure(model, inputs, system, max_new_tokens, assistant)
     return peak_memory.peak(model.model.device)
@@ -209,30 +209,29 @@ def run_speed(
     memory: bool = False,
     assistant: Any = None,
 ) -> list[Record]:
-    """Time every system on every prompt, `repeats` times; their order changes from turn to turn.
+    """Time every system on every prompt `repeats` times, in an order that changes from turn to turn.
 
-    Prompts that the log holds already are not measured again. The first prompt is answered once by everyone before
-    any time counts.
+    Prompts that the log has already are not measured again. Before any time counts, every system answers the first prompt once.
 
     Args:
         model: the base with its twig.
         tokenizer: the base's tokenizer.
-        questions: what is asked.
-        systems: with different names.
+        questions: the questions.
+        systems: systems with different names.
         inputs_of: prepares a question.
-        results_log: where records go.
-        max_new_tokens: longest short answer.
-        max_description_tokens: longest description.
-        repeats: measurements of each system.
+        results_log: log that gets the records.
+        max_new_tokens: longest short answer, in tokens.
+        max_description_tokens: longest description, in tokens.
+        repeats: number of measurements of each system.
         advance: called with each record.
-        memory: whether every system answers once more, while its peak memory is watched and no time counts.
-        assistant: Hugging Face model that drafts for the systems that have one.
+        memory: whether every system answers once more to measure its peak memory, without timing.
+        assistant: Hugging Face model that drafts, for systems that use one.
 
     Returns:
-        The records, in the order of the questions: `id`, `kind`, and by system `runs`: `ids`, `text`, `score`, drafted and
-        accepted lengths of each step, `looks` (pairs as `Measurement` has them, None without refocusing), lists of seconds
-        (`prefill`, `total`, `draft`, `verify`), one per repeat, and with `memory` the `peak` in bytes. Of a question that
-        failed: `id`, `kind` and `failed`, the reason.
+        The records, in the order of the questions: `id`, `kind` and, for each system, `runs`: `ids`, `text`, `score`, drafted and
+        accepted lengths of each step, `looks` (as in `Measurement`), lists of seconds with one entry per repeat (`prefill`,
+        `total`, `draft`, `verify`), and with `memory` the `peak` in bytes. A question that failed has `id`, `kind` and `failed`,
+        the reason.
     """
     taken = alternating(systems, repeats, partial(measure, model, assistant=assistant))
     namer = Namer(questions.vocabulary)

@@ -1,4 +1,4 @@
-"""From raw records to figures. Pure functions; tables are made of these by `report`."""
+"""Compute figures from raw records. Pure functions; `report` makes tables of the figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,20 +23,20 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What answers are worth; shares from 0 to 1, nan where no answer is of the kind."""
+    """Quality of answers, as shares from 0 to 1; nan if there is no answer of the kind."""
 
     exact: float
-    """Exact match, of answers that are right or wrong."""
+    """Share of right answers, descriptions excluded."""
     recall: float
-    """Objects in pictures that descriptions name."""
+    """Share of the objects in pictures that descriptions name."""
     precision: float
-    """Objects that descriptions name and that are there."""
+    """Share of the objects named by descriptions that are in the picture."""
     read: float
-    """Texts in pictures that descriptions quote right."""
+    """Share of the texts in pictures that descriptions quote correctly."""
 
 
 def quality(scores: Sequence[int | list[int]]) -> Quality:
-    """Of answers by their scores, as `accuracy.score` gives them."""
+    """Quality of answers with these scores, from `accuracy.score`."""
     counts = [score for score in scores if isinstance(score, list)]
     found, present, named, read, written = (sum(score[i] for score in counts) for i in range(5))
     return Quality(
@@ -49,7 +49,7 @@ def quality(scores: Sequence[int | list[int]]) -> Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy(Quality):
-    """One variant on all questions."""
+    """Figures of one variant on all questions."""
 
     name: str
     kept: float
@@ -57,20 +57,20 @@ class Accuracy(Quality):
     average: float
     """R̄, mean over questions."""
     ran: float
-    """Visual tokens of an answer that were chosen again and ran through the pruned layers, mean over questions."""
+    """Visual tokens that refocusing ran through the pruned layers again, mean over questions."""
     again: float
-    """Share of the steps of decoding in which tokens were chosen again, of all answers together; nan where the method does not
-    refocus, and where older raw results do not say."""
+    """Share of all decoding steps in which tokens were chosen again; nan if the method does not refocus, or if raw results of an
+    older version lack it."""
     relative: float
     """RelAcc."""
     interval: Interval
-    """Of RelAcc, 95 %, paired, over pictures."""
+    """95 % interval of RelAcc, by a paired bootstrap over pictures."""
     kinds: dict[str, tuple[int, float]]
     """Number of questions and exact match per kind."""
 
 
 def accuracies(records: Sequence[Record]) -> list[Accuracy]:
-    """Every variant's figures, in the order of the first record; RelAcc is against the variant without pruning.
+    """Figures of every variant, in the order of the first record. RelAcc is relative to the variant without pruning.
 
     Args:
         records: records of `run_accuracy`.
@@ -104,48 +104,48 @@ def accuracies(records: Sequence[Record]) -> list[Accuracy]:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed(Quality):
-    """One system on all prompts; times in seconds, means over prompts of the median over repeats."""
+    """Figures of one system on all prompts. Times are in seconds: medians over repeats, averaged over prompts."""
 
     name: str
     tokens: float
-    """New tokens of an answer."""
+    """New tokens of an answer, mean over prompts."""
     speed: float
     """Tokens per second, prefill and decoding together; mean over prompts."""
     relative: float
     """RelSpd."""
     interval: Interval
-    """Of RelSpd, 95 %, paired, over pictures."""
+    """95 % interval of RelSpd, by a paired bootstrap over pictures."""
     prefill: float
     decode: float
     draft: float
     verify: float
     relative_prefill: float
-    """Prefill time of the baseline over this one's: above 1 is faster."""
+    """Prefill time of the baseline divided by this system's: above 1 is faster."""
     acceptance: float
     """TokAR."""
     accepted_length: float
     """Accepted tokens per step."""
     different: int | None
-    """Prompts whose output differs from that of the system that it must repeat; None if there is none."""
+    """Number of prompts whose output differs from that of `System.same_as`; None: there is no such system."""
     ran: float
-    """Visual tokens of an answer that were chosen again and ran through the pruned layers, mean over prompts; nan where the
-    system does not refocus, and where older raw results do not say."""
+    """Visual tokens that refocusing ran through the pruned layers again, mean over prompts; nan if the system does not refocus,
+    or if raw results of an older version lack it."""
     again: float
-    """Share of the steps of decoding in which tokens were chosen again, of all answers together; nan in the same cases."""
+    """Share of all decoding steps in which tokens were chosen again; nan in the same cases."""
 
 
 def faster(records: Sequence[Record], names: Sequence[str]) -> str:
-    """Of several baselines the one with the higher mean speed."""
+    """Name of the baseline with the highest mean speed."""
     return max(names, key=lambda name: _mean(_speeds(records, name)))
 
 
 def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, str | None]) -> list[Speed]:
-    """Every system's figures against the baseline.
+    """Figures of every system relative to the baseline.
 
     Args:
         records: records of `run_speed`.
-        baseline: a system.
-        same_as: systems, and whose output each must repeat.
+        baseline: name of the baseline.
+        same_as: name of each system -> the system whose output it must repeat, or None.
     """
     reference = _speeds(records, baseline)
     reference_prefill = _mean(times_of(records, baseline, "prefill"))
@@ -189,25 +189,25 @@ def compare_speeds(records: Sequence[Record], baseline: str, same_as: dict[str, 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSpeed(Quality):
-    """One system at one batch size."""
+    """Figures of one system at one batch size."""
 
     name: str
     size: int
     speed: float
-    """New tokens per second of all rows together: all tokens over the sum of the batches' median times."""
+    """New tokens per second of all rows together: all tokens divided by the sum of the batches' median times."""
     relative: float
-    """Speed over that of the fastest baseline at the same size."""
+    """Speed divided by that of the fastest baseline at the same size."""
     peak: float
-    """Most bytes held at once by any batch; nan where the system does not say."""
+    """Peak memory over all batches in bytes; nan where the machine does not report it."""
     is_baseline: bool
 
 
 def compare_batches(records: Sequence[Record], baselines: Sequence[str]) -> list[BatchSpeed]:
-    """Every system at every size, in the order of the records.
+    """Figures of every system at every size, in the order of the records.
 
     Args:
         records: records of `run_batches`.
-        baselines: systems, of which at each size the faster one is the baseline.
+        baselines: names of systems; the fastest one at each size is the baseline.
     """
     result = []
     for size in dict.fromkeys(record["size"] for record in records):
@@ -235,12 +235,12 @@ def compare_batches(records: Sequence[Record], baselines: Sequence[str]) -> list
 
 
 def pictures(records: Sequence[Record]) -> list[object]:
-    """Which picture each record is about; raw results of older versions do not say: each has its own."""
+    """An id of each record's picture. Raw results of older versions lack it; there each record counts as a picture of its own."""
     return [record["picture"] if "picture" in record else record["id"] for record in records]
 
 
 def times_of(records: Sequence[Record], name: str, part: str) -> list[float]:
-    """Seconds of a part of a system's answers, per prompt the median over repeats; nan where it has no such part.
+    """Seconds of a part of a system's answers to each prompt, median over repeats; nan if it has no such part.
 
     Args:
         records: records of `run_speed`.
@@ -260,14 +260,14 @@ def _speeds(records: Sequence[Record], name: str) -> list[float]:
 
 
 def _ran_again(runs: Sequence[dict[str, Any]]) -> float:
-    """Visual tokens that an answer chose again, mean over a system's runs of `run_speed`."""
+    """Visual tokens that ran again in an answer, mean over a system's runs of `run_speed`."""
     if any(run.get("looks") is None for run in runs):
         return float("nan")
     return _mean([sum(ran for _, ran in run["looks"]) for run in runs])
 
 
 def _share_again(looks: Sequence[int | None], steps: Sequence[int]) -> float:
-    """Share of all steps in which tokens were chosen again; nan without steps, or where an answer does not say how often."""
+    """Share of all steps in which tokens were chosen again; nan without steps, or if it is unknown for an answer."""
     known = [count for count in looks if count is not None]
     if len(known) < len(looks) or not sum(steps):
         return float("nan")
@@ -279,7 +279,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def exactness_counts(records: Sequence[Record]) -> dict[str, tuple[int, list[str]]]:
-    """Per check, how many prompts passed, and the ids of those that did not."""
+    """For each check, the number of prompts that passed, and the ids of those that did not."""
     return {
         check: (
             sum(record["same"][check] for record in records),

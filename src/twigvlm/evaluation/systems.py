@@ -1,4 +1,4 @@
-"""Ways to generate that are timed side by side, by their names: what prunes, what drafts, or both."""
+"""Systems, that is ways to generate that are timed side by side, by names that say what prunes and what drafts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +11,11 @@ from twigvlm.evaluation.methods import parse_method
 from twigvlm.model import TwigVLM
 
 HF_GENERATE = "HF generate, "
-"""Begins the names of the base's own `generate`; its attention implementation follows."""
+"""Beginning of the names of the base's own `generate`, followed by its attention implementation."""
 HF_LOOKUP, HF_ASSISTANT = "HF prompt lookup", "HF assistant"
-"""The base's own `generate` with drafts from prompt and answer, and from a small model."""
+"""The base's own `generate` with drafts by prompt lookup, and with drafts by a small model."""
 OWN_LOOP = "own loop"
-"""TwigVLM's `generate` that neither prunes nor drafts."""
+"""`TwigVLM.generate` without pruning or drafts."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class System:
 
     name: str
     attention: str | None = None
-    """The base's own `generate` with this attention implementation; None: TwigVLM's."""
+    """Attention implementation of the base's own `generate`; None: `TwigVLM.generate` answers."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the `generate` that is called, beside those of the method."""
+    """Arguments of the `generate` that is called, in addition to those of the method."""
     same_as: str | None = None
-    """System whose output this one must repeat."""
+    """Name of the system whose output this one must repeat; None: there is none."""
     assisted: bool = False
     """Whether a small model drafts for the base's own `generate`."""
     method: str = "none"
-    """What prunes, as `parse_method` reads it."""
+    """Name of the pruning method, for `parse_method`."""
 
     @property
     def is_baseline(self) -> bool:
@@ -46,32 +46,32 @@ class System:
 
     @property
     def speculates(self) -> bool:
-        """Whether the base's own `generate` speculates, which transformers calls assisted generation."""
+        """Whether the base's own `generate` speculates; transformers calls this assisted generation."""
         return self.attention is not None and (self.assisted or "prompt_lookup_num_tokens" in self.options)
 
     def arguments(self, model: TwigVLM) -> dict[str, Any]:
-        """Arguments of the `generate` that is called, beside inputs and length; K_f and φ are the twig's."""
+        """Arguments of the `generate` that is called, except for inputs and length. K_f and φ are the twig's."""
         return {**self.options, **parse_method(self.method).options(model, None, None, seed=0)}
 
 
 def base_systems(attentions: Sequence[str]) -> list[System]:
-    """The base's own `generate` with each of its attention implementations, however often one is named."""
+    """The base's own `generate` with each attention implementation; repeated names count once."""
     return [System(f"{HF_GENERATE}{attention}", attention) for attention in dict.fromkeys(attentions)]
 
 
 def memory_remedy(smaller: str, systems: Sequence[System]) -> str:
-    """What to do where systems need more memory than there is.
+    """What the user can do if systems run out of memory, as text.
 
     Args:
-        smaller: what may be smaller.
-        systems: that are measured; eager attention holds all of its weights at once.
+        smaller: what the user can make smaller.
+        systems: systems that are measured; eager attention needs memory for all attention weights at once.
     """
     eager = any(system.attention == "eager" for system in systems)
     return f"use smaller {smaller}{', or leave eager out of --baselines' if eager else ''}"
 
 
 def drafting_ways(chain: dict[str, Any], tree: dict[str, Any], lookup_ngram: int) -> dict[str, dict[str, Any]]:
-    """Arguments of TwigVLM's `generate` for every way to draft, by its name.
+    """Arguments of `TwigVLM.generate` for every way to draft, by its name.
 
     Args:
         chain: options of chains (`draft_length`, `draft_threshold`); early exit takes them too.
@@ -90,18 +90,18 @@ def named_systems(
     attentions: Sequence[str],
     assistant: bool = False,
 ) -> list[System]:
-    """The base's `generate` per attention implementation, and systems by their names, with what their output is compared to.
+    """The base's `generate` with each attention implementation, and the named systems, each with the one it must repeat.
 
     Args:
         names: `own loop`, a way to draft, a pruning method as `parse_method` reads it, both as in `twig + chain`, or
             `HF prompt lookup` and `HF assistant`; none: all ways to draft, the twig's pruning with them, and `diverse`.
         retain: R̄.
         ways: from `drafting_ways`.
-        attentions: implementations that the base's `generate` is measured with.
+        attentions: attention implementations with which the base's `generate` is measured.
         assistant: whether there is a small model that drafts for the base's own `generate`.
 
     Raises:
-        TwigVLMError: there is no system of a name.
+        TwigVLMError: a name is not that of a system.
     """
     baselines = base_systems(attentions)
     first = baselines[0]
@@ -124,7 +124,7 @@ def named_systems(
 
 
 def _system(name: str, retain: float, ways: Mapping[str, dict[str, Any]]) -> System:
-    """A system of TwigVLM's own `generate`."""
+    """Parse the name of a system that `TwigVLM.generate` runs."""
     if name == OWN_LOOP:
         return System(name)
     if name in ways:

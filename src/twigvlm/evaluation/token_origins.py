@@ -6,22 +6,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Origin:
-    """Of one token."""
+    """Where one token came from."""
 
     step: int
-    """0: the prefill, which may verify a draft too; from 1 on: draft and verification."""
+    """Step that gave the token. 0: the prefill, which may verify a draft too; from 1 on: draft and verification."""
     drafted: bool
-    """Drafted by the twig and accepted; otherwise chosen by the base: a correction or a bonus token."""
+    """Whether it was drafted and accepted. Otherwise the base chose it, as a correction or a bonus token."""
 
 
 def origins(accepted_lengths: Sequence[int], count: int) -> list[Origin]:
     """The origin of each of an answer's `count` tokens (Algorithms 1 and 2).
 
-    Each step, the prefill first, gives its accepted tokens and one of the base's own, except for a last step that a drafted
-    token ended.
+    Each step, the prefill first, gives its accepted tokens and one token of the base. Only a last step that ends with an accepted
+    end token has no token of the base.
+
+    Args:
+        accepted_lengths: number of accepted tokens of each step, as in `TwigOutput.accepted_lengths`.
+        count: number of tokens of the answer.
 
     Raises:
-        ValueError: the lengths do not make that many tokens.
+        ValueError: the lengths do not add up to this number of tokens.
     """
     found: list[Origin] = []
     for step, accepted in enumerate(accepted_lengths):
@@ -34,11 +38,11 @@ def origins(accepted_lengths: Sequence[int], count: int) -> list[Origin]:
 
 
 def pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
-    """The text that each token adds; a character of several tokens comes with the last of them.
+    """The text that each token adds. A character that takes several tokens belongs to the last of them.
 
     Args:
         ids: ids of the tokens.
-        decode: ids to text.
+        decode: turns token ids into text.
     """
     found, shown = [], 0
     for end in range(1, len(ids) + 1):

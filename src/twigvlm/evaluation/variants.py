@@ -1,4 +1,4 @@
-"""One question answered under many prunings: forks of one request, which share vision, prompt, trunk, twig and scores."""
+"""Answer one question under many prunings, by forks of one request that share vision, prompt, trunk, twig and scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,25 +19,25 @@ from twigvlm.pruning.refocus import check_refocus
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to prune, under one budget."""
+    """A way to prune under a budget."""
 
     method: str
-    """Its name, as `parse_method` reads it."""
+    """Name of the method, for `parse_method`."""
     retain: float | None = None
-    """R̄, by the same formula for every method; None for none."""
+    """R̄, by the same formula for every method; None: nothing is pruned."""
     final_wipe: int | None = None
-    """K_f; None for none, for scout, and for methods with cuts of their own."""
+    """K_f; None without pruning, for scout, and for methods with cuts of their own."""
     final_share: float = 0.0
     """φ."""
 
     @property
     def way(self) -> tuple[str, int | None, float]:
-        """All but the budget."""
+        """Everything except the budget: method, K_f and φ."""
         return self.method, self.final_wipe, self.final_share
 
     @property
     def name(self) -> str:
-        """For example `twig@64/24/0.25`, K_f and φ last, or `visionzip@64`."""
+        """For example `visionzip@64`, or `twig@64/24/0.25` with K_f and φ."""
         if self.retain is None:
             return self.method
         if self.final_wipe is None:
@@ -56,10 +56,17 @@ def make_variants(
     final_wipes: Sequence[int] = (),
     final_shares: Sequence[float] = (),
 ) -> list[Variant]:
-    """Every method under every budget, K_f and φ (none given: the twig's own), and no pruning.
+    """Every method under every budget, K_f and φ, and the variant without pruning.
+
+    Args:
+        model: the base with its twig.
+        methods: names of methods, for `parse_method`.
+        budgets: values of R̄.
+        final_wipes: values of K_f; none: the twig's own.
+        final_shares: values of φ; none: the twig's own.
 
     Raises:
-        TwigVLMError: an unknown method, one that cannot prune this base, or a share that is not in 0..1.
+        TwigVLMError: a method is unknown or cannot prune this base, or a share is not in 0..1.
     """
     parsed = parse_methods(model, methods)
     layers, twig = model.base.num_layers, model.twig.config
@@ -88,40 +95,41 @@ def make_variants(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a variant answered."""
+    """The answer of a variant, and its pruning."""
 
     ids: list[int]
-    """New ids; the last one is the end token unless the answer was cut."""
+    """New token ids; the last one is the end token unless the answer reached its limit."""
     kept: int
     """Visual tokens after the first cut; M without pruning."""
     average: float
     """R̄ of this prompt."""
     ran: int
-    """Visual tokens that were chosen again while the answer grew, and ran through the pruned layers."""
+    """Visual tokens that refocusing ran through the pruned layers again."""
     looks: int | None
-    """How often they were chosen again; None: the method does not refocus."""
+    """How often visual tokens were chosen again; None: the method does not refocus."""
     steps: int
-    """Steps of decoding, each for one token, after the one for the prompt."""
+    """Decoding steps of one token each, without the prefill."""
 
 
 def answer_all(
     model: TwigVLM, inputs: dict[str, Any], variants: Sequence[Variant], max_new_tokens: int, seed: int = 0
 ) -> dict[str, Outcome]:
-    """Answer one prompt greedily under every variant: the answers that one `generate` for each would give.
+    """Answer one prompt greedily under every variant, with the same answers as a `generate` for each would give.
 
-    What the base's generation config puts between logits and choice, such as a repetition penalty, is applied.
+    Logits processors of the base's generation config, such as a repetition penalty, are applied.
 
     Args:
+        model: the base with its twig.
         inputs: the processor's outputs for one prompt.
-        variants: without repetitions.
-        max_new_tokens: longest answer.
-        seed: seed of the random choice.
+        variants: variants with different names.
+        max_new_tokens: longest answer, in tokens.
+        seed: seed of random choices.
 
     Returns:
         Outcomes by the variants' names.
 
     Raises:
-        TwigVLMError: a budget that this prompt cannot have.
+        TwigVLMError: the prompt cannot have a variant's budget.
     """
     layers, visual = model.base.num_layers, int(model.base.visual_mask(inputs["input_ids"]).sum())
     engine = model.engine()
@@ -161,12 +169,13 @@ def answer_all(
 def named_refusal(
     model: TwigVLM, inputs: dict[str, Any], variants: Sequence[Variant], error: TwigVLMError
 ) -> TwigVLMError:
-    """An error of `answer_all` with the names of the methods that cannot prune the prompt, each of which is tried alone.
+    """An error of `answer_all`, with the names of the methods that cannot prune the prompt. Each method is tried alone.
 
     Args:
+        model: the base with its twig.
         inputs: inputs of the prompt.
-        variants: that were to answer it.
-        error: returned where no method fails alone, or all of them do for the same reason.
+        variants: variants that should have answered it.
+        error: the error, returned unchanged if no method fails alone, or all of them fail for the same reason.
     """
     reasons: dict[str, list[str]] = {}
     for variant in variants:
@@ -185,9 +194,9 @@ def generate_options(model: TwigVLM, variant: Variant, seed: int = 0) -> dict[st
     """Arguments of `TwigVLM.generate` that prune as a variant does.
 
     Args:
-        model: that answers.
-        variant: from `make_variants`.
-        seed: seed of the random choice.
+        model: the model that answers.
+        variant: a variant from `make_variants`.
+        seed: seed of random choices.
     """
     if variant.retain is None:
         return {}
@@ -196,10 +205,10 @@ def generate_options(model: TwigVLM, variant: Variant, seed: int = 0) -> dict[st
 
 
 def check_variants(model: TwigVLM, variants: Sequence[Variant], visual: int) -> None:
-    """Refuse variants that are impossible for a prompt with this number of visual tokens.
+    """Refuse variants that are impossible for a prompt with `visual` visual tokens.
 
     Raises:
-        TwigVLMError: names every such method and the budgets that it could have.
+        TwigVLMError: a variant is impossible; the message names every such method and its possible budgets.
     """
     refusals = []
     for variant in variants:
@@ -218,14 +227,15 @@ def check_variants(model: TwigVLM, variants: Sequence[Variant], visual: int) -> 
 
 
 def score_all(model: TwigVLM, inputs: dict[str, Any], methods: Sequence[str]) -> dict[str, Float[Tensor, "1 tokens"]]:
-    """What every method ranks the visual tokens of one prompt by; of no meaning at text tokens.
+    """The scores by which every method ranks the visual tokens of one prompt, [1, tokens]; meaningless at text tokens.
 
     Args:
+        model: the base with its twig.
         inputs: the processor's outputs for one prompt.
         methods: values of `Variant.method`, for methods that rank under the twig's cuts.
 
     Raises:
-        TwigVLMError: an unknown method, or a layer that the base does not have.
+        TwigVLMError: a method is unknown, or names a layer that the base does not have.
     """
     scorers = {method: parse_method(method).scorer(model, seed=0) for method in methods}
     prefix, layers = PrefixCache(), model.base.num_layers
@@ -236,7 +246,7 @@ def score_all(model: TwigVLM, inputs: dict[str, Any], methods: Sequence[str]) ->
 
 
 def _pruner(model: TwigVLM, variant: Variant, seed: int) -> Pruner:
-    """What `generate` makes of the same options, for requests that share a prompt."""
+    """The pruner that `generate` makes of the same options, for requests that share a prompt."""
     how = generate_options(model, variant, seed)
     pruner, scorer = how.pop("pruner", None), how.pop("scorer", None)
     found = build_pruner(PruningConfig(**how), model.twig, model.base.num_layers, scorer, pruner)

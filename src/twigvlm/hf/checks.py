@@ -23,14 +23,14 @@ def check_arguments(kwargs: dict[str, Any], defaults: GenerationConfig) -> None:
         check_mask(mask)
     given = kwargs.get("generation_config")
     of_call = (kwargs, {} if given is None else vars(given))
-    most, beams = (_first(name, *of_call, vars(defaults)) for name in ("max_new_tokens", "num_beams"))
-    if most is not None and not isinstance(most, Integral):
-        raise TwigVLMError(f"max_new_tokens={most!r}: must be a whole number")
-    if most is not None and most < 1:
-        raise TwigVLMError(f"max_new_tokens={most}: must be 1 or more")
-    if beams not in (None, 1):
+    max_new_tokens, num_beams = (_first(name, *of_call, vars(defaults)) for name in ("max_new_tokens", "num_beams"))
+    if max_new_tokens is not None and not isinstance(max_new_tokens, Integral):
+        raise TwigVLMError(f"max_new_tokens={max_new_tokens!r}: must be a whole number")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise TwigVLMError(f"max_new_tokens={max_new_tokens}: must be 1 or more")
+    if num_beams not in (None, 1):
         raise TwigVLMError(
-            f"num_beams={beams!r}: beam search is not supported with a twig; pass num_beams=1, or also do_sample=True and "
+            f"num_beams={num_beams!r}: beam search is not supported with a twig; pass num_beams=1, or also do_sample=True and "
             "num_return_sequences for several answers"
         )
     for name in ("assistant_model", "custom_generate", "past_key_values", "cache", "inputs_embeds"):

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from twigvlm import compat
-from twigvlm.base.vision import See
+from twigvlm.base.vision import ReadVision
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.engine.engine import Engine
 from twigvlm.engine.noise import Noise
@@ -24,7 +24,6 @@ from twigvlm.hf.stopping import split_criteria
 from twigvlm.kv.prefix_cache import PrefixCache
 from twigvlm.pruning.cut import Cut, Pruner, average_of
 from twigvlm.pruning.refocus import Look
-from twigvlm.speculation.costs import StepCosts
 from twigvlm.timing import Timings
 
 
@@ -47,8 +46,6 @@ class TwigOutput:
     the base, unless an accepted token ends the answer."""
     timings: Timings
     """Seconds of prefill, drafting, verification and in total, of all prompts together."""
-    costs: StepCosts | None
-    """The costs that `auto` used; None for other ways of speculation."""
 
 
 Schedule = Callable[[int], tuple[Cut, ...]]
@@ -80,7 +77,7 @@ class HFGenerateAdapter:
     streamer: Any
     generator: torch.Generator | None
     prefix: PrefixCache | None
-    vision: See | None = None
+    vision: ReadVision | None = None
     alone: bool = True
     entered: bool = False
     """Whether Hugging Face's `generate` accepted the arguments."""
@@ -137,27 +134,24 @@ class HFGenerateAdapter:
             cuts = schedules[index] or empty
             request.rows.append(
                 Row(
-                    request,
-                    index,
-                    prompt,
-                    index,
-                    self.pruner if cuts else None,
-                    cuts,
-                    stopping.max_new_tokens,
-                    stopping.eos_token_ids,
-                    noise,
-                    self.prefix,
-                    _emitter(self.streamer),
-                    self.refocus,
+                    request=request,
+                    prompt=prompt,
+                    index=index,
+                    pruner=self.pruner if cuts else None,
+                    cuts=cuts,
+                    max_new_tokens=stopping.max_new_tokens,
+                    eos_token_ids=stopping.eos_token_ids,
+                    noise=noise,
+                    prefix=self.prefix,
+                    emit=_emitter(self.streamer),
+                    refocus=self.refocus,
                 )
             )
         self.rows = request.rows
         return input_ids
 
 
-def run_rows(
-    engine: Engine, adapter: HFGenerateAdapter, timings: Timings | None, costs: StepCosts | None
-) -> Tensor | TwigOutput:
+def run_rows(engine: Engine, adapter: HFGenerateAdapter, timings: Timings | None) -> Tensor | TwigOutput:
     """Decode the rows of one call to their ends: what `generate` returns."""
     rows = adapter.rows
     engine.submit(rows)
@@ -173,7 +167,7 @@ def run_rows(
     averages = [average_of(row.pruner, row.cuts, row.visual, adapter.base.num_layers) for row in rows]
     looks = None if adapter.refocus is None else _looks(rows, request.padding)
     drafted, accepted = [row.drafted for row in rows], [row.accepted for row in rows]
-    return TwigOutput(ids, kept, averages, looks, drafted, accepted, timings, costs)
+    return TwigOutput(ids, kept, averages, looks, drafted, accepted, timings)
 
 
 def with_stop_strings(kwargs: dict[str, Any], defaults: GenerationConfig) -> dict[str, Any]:
@@ -185,29 +179,29 @@ def with_stop_strings(kwargs: dict[str, Any], defaults: GenerationConfig) -> dic
         kwargs: arguments of `generate`.
         defaults: the checkpoint's generation config.
     """
-    rest = dict(kwargs)
+    arguments = dict(kwargs)
     if defaults.cache_implementation is not None:
-        rest["cache_implementation"] = None
+        arguments["cache_implementation"] = None
     if defaults.use_cache is False:
-        rest.setdefault("use_cache", True)
-    tokenizer, given = rest.pop("tokenizer", None), rest.get("generation_config")
+        arguments.setdefault("use_cache", True)
+    tokenizer, given = arguments.pop("tokenizer", None), arguments.get("generation_config")
     from_config = None if given is None else given.stop_strings
     strings = from_config or defaults.stop_strings
-    if "stop_strings" in rest:
-        strings = rest["stop_strings"]  # None: none, whatever the configs say
+    if "stop_strings" in arguments:
+        strings = arguments["stop_strings"]  # None: none, whatever the configs say
     if not strings:
-        return {**rest, "stop_strings": None} if "stop_strings" in rest else rest
-    rest.pop("stop_strings", None)
+        return {**arguments, "stop_strings": None} if "stop_strings" in arguments else arguments
+    arguments.pop("stop_strings", None)
     if tokenizer is None:
         raise TwigVLMError("stop_strings: needs the tokenizer too; pass tokenizer=processor.tokenizer")
     if from_config is not None:
-        rest["generation_config"] = copy.deepcopy(given)
-        rest["generation_config"].stop_strings = None
+        arguments["generation_config"] = copy.deepcopy(given)
+        arguments["generation_config"].stop_strings = None
     if defaults.stop_strings is not None:
-        rest["stop_strings"] = None  # an argument, because a config's None means the checkpoint's default
-    criteria = StoppingCriteriaList(rest.pop("stopping_criteria", None) or [])
+        arguments["stop_strings"] = None  # an argument, because a config's None means the checkpoint's default
+    criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
     criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
-    return {**rest, "stopping_criteria": criteria}
+    return {**arguments, "stopping_criteria": criteria}
 
 
 def _pad_token(config: GenerationConfig) -> int:

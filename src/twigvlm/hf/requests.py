@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from twigvlm.base.vlm import BaseVLM, is_refusal
+from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import PruningConfig
 from twigvlm.engine.row import Row
-from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.errors import TwigVLMError, is_refusal, one_line
 from twigvlm.hf.checks import check_arguments, check_memory, check_watched_layer
 from twigvlm.hf.generate import HFGenerateAdapter, with_stop_strings
 from twigvlm.kv.prefix_cache import Pictures, PrefixCache

@@ -1,8 +1,8 @@
-"""Questions to answer, and a folder of answers that several workers write and a run that goes on reads again."""
+"""The source of questions, and the folder of answers: several workers write it, and a continued run reads it again."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from twigvlm.serving.limits import Limits
 from twigvlm.serving.notes import check_note
 
 QUESTIONS = "questions.jsonl"
-"""File of a folder of pictures: objects with `question`, `image` (a path in the folder) and perhaps `id`."""
+"""File in a folder of pictures: one JSON object a line, with `question`, `image` (a path in the folder) and perhaps `id`."""
 SETTINGS = "settings.json"
-"""File of a folder of answers: what they depend on."""
+"""File in a folder of answers: the settings that the answers depend on."""
 _SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -33,22 +33,22 @@ _SCHEMA = pa.schema(
 )
 _RECORDS = 2  # version of the schema
 _ASKED = "asked"
-"""Column that says which question and picture a record had when it was answered."""
+"""Column with a digest of the question and picture that a record had when it was answered; see `asked`."""
 
 
 def request_body(model: str, parts: list[dict[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
-    """A request about one record.
+    """The body of a chat completion request about one record.
 
     Args:
-        model: its name.
-        parts: parts of the question.
-        options: further fields.
+        model: name of the model.
+        parts: parts of the user's message.
+        options: further fields of the request.
     """
     return {"model": model, "messages": [{"role": "user", "content": parts}], **options}
 
 
 def check_options(options: Mapping[str, Any], limits: Limits) -> None:
-    """Raise TwigVLMError where every record would fail for the same option, as far as that shows without a model."""
+    """Raise TwigVLMError if an option would make every record fail, as far as this can be checked without a model."""
     if taken := sorted({"model", "messages"} & options.keys()):
         raise TwigVLMError(f"options: {', '.join(taken)} come from the model and the records; leave them out")
     body = request_body("any", [{"type": "text", "text": "any"}], options)
@@ -62,10 +62,13 @@ def check_options(options: Mapping[str, Any], limits: Limits) -> None:
 
 
 def read_source(source: Path) -> pa.Table:
-    """The records of a Parquet file or folder, or of a folder of pictures: columns `id`, `question` and `image`.
+    """Read the records of a Parquet file or folder, or of a folder of pictures with `questions.jsonl`.
+
+    Returns:
+        A table with the columns `id`, `question` and `image`; a record without an `id` gets its number.
 
     Raises:
-        TwigVLMError: it cannot be read, has not these columns, or an `id` twice.
+        TwigVLMError: the source cannot be read, lacks a column, or has an `id` twice.
     """
     name = f"source {str(source)!r}"
     listed = source / QUESTIONS
@@ -86,7 +89,8 @@ def read_source(source: Path) -> pa.Table:
         })  # fmt: skip
     else:
         try:
-            table = pq.read_table(source)
+            data = pq.ParquetDataset(source)
+            table = data.read([name for name in ("id", "question", "image") if name in data.schema.names])
         except (OSError, pa.ArrowException) as error:
             raise TwigVLMError(
                 f"{name}: is no Parquet file, and no folder with {QUESTIONS} ({one_line(error)}); give one of them"
@@ -104,22 +108,25 @@ def read_source(source: Path) -> pa.Table:
 
 
 def _in_folder(source: Path, image: str | None) -> str | None:
-    """A path in a folder, absolute; data URIs stay as they are."""
+    """The absolute path of an image in a folder; data URIs stay as they are."""
     return image if image is None or is_uri(image) else str((source / image).absolute())
 
 
 def asked(question: Any, image: Any) -> str:
-    """A digest of a record's question and picture; a picture in a file counts by its path."""
+    """A digest of a record's question and picture; of a picture given by path, the path counts and not the file."""
     picture = image if isinstance(image, bytes) else str(image).encode()
     return hashlib.sha256(json.dumps(str(question)).encode() + picture).hexdigest()
 
 
 def open_answers(out: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Make a folder of answers, or go on with one; what was `asked` by the ids that have an answer, without those that failed.
+    """Create a folder of answers, or open an existing one to continue it.
 
     Args:
         out: the folder.
-        settings: what answers depend on, JSON-able.
+        settings: settings that the answers depend on, JSON-able.
+
+    Returns:
+        The digest of `asked` by the id of each record that was answered without an error.
 
     Raises:
         TwigVLMError: the folder holds answers with other settings. Settings without answers are replaced.
@@ -139,7 +146,7 @@ def unanswered(records: pa.Table, answered: Mapping[str, str]) -> pa.Table:
         answered: from `open_answers`.
 
     Raises:
-        TwigVLMError: a record is another one now than when it was answered.
+        TwigVLMError: a record has changed since it was answered.
     """
     ids = records.column("id").to_pylist()
     for row, key in enumerate(ids):
@@ -151,7 +158,7 @@ def unanswered(records: pa.Table, answered: Mapping[str, str]) -> pa.Table:
 
 
 def write_answers(out: Path, answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Write the answers of a batch to a file of their own, which is there whole or not at all.
+    """Write the answers of a batch to a file of its own, which is complete or absent.
 
     Args:
         out: folder of the answers.
@@ -161,14 +168,32 @@ def write_answers(out: Path, answers: Mapping[str, Mapping[str, Any]]) -> dict[s
         The columns that `read_answers` gives.
     """
     columns = {"id": [*answers], **{name: [row[name] for row in answers.values()] for name in _SCHEMA.names[1:]}}
-    name = hashlib.sha256(json.dumps(sorted(answers)).encode()).hexdigest()[:32]
-    with replacing(out / f"part-{name}.parquet") as temporary:
+    with replacing(_part(out, answers)) as temporary:
         pq.write_table(pa.table(columns, schema=_SCHEMA), temporary)
     return {name: column for name, column in columns.items() if name != _ASKED}
 
 
+def written_answers(out: Path, digests: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `write_answers` returned for this very batch to a worker that was lost later; None: it did not, or a record failed.
+
+    Args:
+        out: folder of the answers.
+        digests: id -> what was `asked`.
+    """
+    if not (part := _part(out, digests)).exists():
+        return None
+    columns = pq.read_table(part).to_pydict()
+    known = dict(zip(columns["id"], columns.pop(_ASKED), strict=True)) == digests
+    return columns if known and not any(columns["error"]) else None
+
+
+def _part(out: Path, ids: Iterable[str]) -> Path:
+    """The file of a batch."""
+    return out / f"part-{hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:32]}.parquet"
+
+
 def read_answers(out: str | Path) -> pa.Table:
-    """All answers of a folder, one for each `id`, in the order of ids; an error only where there is no answer.
+    """Read all answers of a folder: one row for each `id`, sorted by `id`; a failure only counts if there is no answer.
 
     A worker that is lost after it wrote may have written under another grouping of records; the answers are the same.
     """
@@ -182,6 +207,6 @@ def read_answers(out: str | Path) -> pa.Table:
 
 
 def _parts(out: Path, columns: list[str]) -> pa.Table:
-    """Everything that workers wrote."""
+    """All rows that workers wrote, repeated ids included."""
     tables = [pq.read_table(path, columns=columns) for path in sorted(out.glob("part-*.parquet"))]
     return pa.concat_tables(tables or [_SCHEMA.empty_table().select(columns)])

@@ -151,16 +151,6 @@ class KVCache(Segments):
         longest = self.held(layer, rows).longest
         return keys[rows, :, :longest], values[rows, :, :longest]
 
-    def bytes(self) -> int:
-        """Bytes of what the claimed rows hold; the buffers may be larger."""
-        total = 0
-        for layer, keys in enumerate(self.keys):
-            values = self.values[layer]
-            if keys is not None and values is not None:
-                each = sum(buffer[0, :, 0].numel() * buffer.element_size() for buffer in (keys, values))
-                total += each * int(self.lengths(layer, slice(0, self.rows)).sum())
-        return total
-
     def bytes_of_a_row(self) -> NDArray[np.int64]:
         """Bytes that each layer's buffers have for each row, its reserve included."""
         pairs = zip(self.keys, self.values, strict=True)
@@ -197,9 +187,9 @@ class KVCache(Segments):
 
 
 class CacheView:
-    """Some rows of a cache during one pass, as decoder layers see it: what transformers calls a `Cache`.
+    """Implements the `Cache` interface that Hugging Face decoder layers call, for some rows during one pass.
 
-    All layers of a segment append at the same places, so that indices and masks are made once for each segment.
+    Write indices and masks are computed once per segment.
     """
 
     def __init__(self, cache: KVCache, rows: slice) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twigvlm.base.prompt import Prompt
-from twigvlm.base.vision import See
+from twigvlm.base.vision import ReadVision
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.kv.cache import CacheView
 from twigvlm.twig.block import Twig
@@ -97,7 +97,7 @@ class PrefixCache:
             return False
         return watched or bool(base.visual_mask(input_ids[:, self.known(input_ids) :]).any())
 
-    def open(self, base: BaseVLM, inputs: dict[str, Any], vision: See | None = None) -> Prompt:
+    def open(self, base: BaseVLM, inputs: dict[str, Any], vision: ReadVision | None = None) -> Prompt:
         """The next prompt, for which the vision tower runs only if that is needed, or where `vision` watches it. Several answers
         to one prompt, which are opened before the first of them runs, share it."""
         prompt = self._waiting(inputs["input_ids"], vision is not None)
@@ -118,7 +118,7 @@ class PrefixCache:
             return None
         return prompt
 
-    def _open(self, base: BaseVLM, inputs: dict[str, Any], vision: See | None) -> Prompt:
+    def _open(self, base: BaseVLM, inputs: dict[str, Any], vision: ReadVision | None) -> Prompt:
         ids, before = inputs["input_ids"], self.prompt
         known = 0 if before is None else self.known(ids)
         if vision is not None or before is None or not known or self.needs_vision(base, ids):
@@ -149,7 +149,7 @@ class PrefixCache:
     def load(self, base: BaseVLM, twig: Twig, view: CacheView, known: int) -> None:
         """Put the first `known` tokens of trunk and twig, as far as the twig has seen them, into an empty row of a cache."""
         num_in_twig = 0 if self.last_input is None else min(known, self.last_input.shape[1])
-        parts = (0, twig.config.trunk_layers, known), (twig.first_layer_idx, twig.last_layer_idx + 1, num_in_twig)
+        parts = (0, twig.config.trunk_layers, known), (*twig.cache_layers, num_in_twig)
         for start, stop, count in parts:
             if not count or start == stop:
                 continue
@@ -166,12 +166,13 @@ class PrefixCache:
             self.scores = {}
             self.last_input = None if self.last_input is None else self.last_input[:, :known]
             self._store(view, 0, trunk)
-        self.prompt, self.hidden = prompt.without_vision(), hidden
+        # What the vision tower made is as large as all its activations, and of no use once tokens are chosen.
+        self.prompt, self.hidden = replace(prompt, vision=None), hidden
 
     def store_twig(self, view: CacheView, twig: Twig, last_input: Tensor) -> None:
         """Keep what the twig made of the prompt."""
         self.last_input = last_input
-        self._store(view, twig.first_layer_idx, twig.last_layer_idx + 1)
+        self._store(view, *twig.cache_layers)
 
     def _store(self, view: CacheView, start: int, stop: int) -> None:
         for layer in range(start, stop):

@@ -59,14 +59,7 @@ class Segments:
         """Tokens that the rows hold in a layer, as the host knows them."""
         return self._host[self.segment(layer), rows]
 
-    def set_lengths(
-        self,
-        start: int,
-        stop: int,
-        rows: slice,
-        lengths: NDArray[np.int64] | Sequence[int],
-        on_device: Int[Tensor, " rows"] | None = None,
-    ) -> None:
+    def set_lengths(self, start: int, stop: int, rows: slice, lengths: Sequence[int]) -> None:
         """Rows of layers start..stop-1 hold this many tokens from now on, the first ones.
 
         Args:
@@ -74,13 +67,10 @@ class Segments:
             stop: layer after the last one.
             rows: whose lengths change.
             lengths: of each row.
-            on_device: the same numbers where they are on the device already.
         """
         segments = self._segments(start, stop)
         self._host[segments, rows] = lengths
-        if on_device is None:
-            on_device = torch.as_tensor(np.array(lengths, np.int64)).to(self.device)
-        self._device[segments, rows] = on_device
+        self._device[segments, rows] = torch.tensor(lengths, device=self.device)
 
     def advance(
         self,

@@ -1,6 +1,6 @@
 """The budget: average kept tokens R̄ over all layers, and kept tokens R of the pruned layers (Eq. 4 and 6)."""
 
-from math import floor, isfinite
+from math import ceil, floor, isfinite
 
 from twigvlm.config import check_final_share
 from twigvlm.errors import TwigVLMError
@@ -86,3 +86,14 @@ def solve_scouted(retain: float, visual: int, layers: int, trunk: int) -> int:
             f"{layers} layers"
         )
     return keep
+
+
+def fit_scouted(retain: float, visual: int, layers: int, trunk: int) -> int:
+    """R for an average R̄ (`retain`) of a picture of any size; arguments as in `average_scouted`.
+
+    Without more visual tokens than R̄, all are kept. Where the trunk's layers alone use up most of R̄, or more than R̄, ⌈R̄/2⌉ are.
+    """
+    if visual <= retain:
+        return visual
+    possible = max(retain, average_scouted(1, visual, layers, trunk))
+    return max(solve_scouted(possible, visual, layers, trunk), ceil(retain / 2))

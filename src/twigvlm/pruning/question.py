@@ -19,10 +19,10 @@ from twigvlm.pruning.view import CutView
 def question_mask(prompt: Prompt) -> Bool[Tensor, "batch tokens"]:
     """True at the text after the last visual token of each prompt; without any, or without text after it, at the last token."""
     visual, device = prompt.visual_mask, prompt.hidden.device
-    real = valid_mask(prompt.lengths, visual.shape[1], device)
-    behind = real & (visual.flip(1).cumsum(dim=1).flip(1) == 0)
+    valid = valid_mask(prompt.lengths, visual.shape[1], device)
+    behind = valid & (visual.flip(1).cumsum(dim=1).flip(1) == 0)
     ends = torch.tensor(prompt.lengths, device=device)[:, None] - 1
-    last = torch.zeros_like(real).scatter(1, ends, True)
+    last = torch.zeros_like(valid).scatter(1, ends, True)
     return torch.where(behind.any(dim=1, keepdim=True), behind, last)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from twigvlm.base.layers import window_of
-from twigvlm.base.masks import additive, check_mask_attention
+from twigvlm.base.masks import check_mask_attention, for_attention
 from twigvlm.base.token_inputs import TokenInputs, select_rows, select_tokens
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import check_coverage
@@ -88,9 +88,7 @@ class HeldTokens:
         self.slots[new], self.slots[gone] = slots, -1
         self.positions[slots] = positions
         until = positions if inputs.attends_until is None else inputs.attends_until[0]
-        mask = (self.positions <= until[:, None])[None, None]
-        if base.attention == "eager":
-            mask = additive(mask, base.dtype)
+        mask = for_attention(base.attention, (self.positions <= until[:, None])[None, None], base.dtype)
         view = ReplacingView(cache, row, slots, len(self.positions))
         return base.run_layers(
             states, *self.layers, inputs._replace(attends_until=None), lambda tokens, held: mask, view

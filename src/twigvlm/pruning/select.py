@@ -59,8 +59,8 @@ def ranked(values: Tensor) -> Float[Tensor, "batch tokens"]:
     """Scores of the same order whose differences are whole: 0 for the largest of a row, -1 for the next; of equal values the
     earlier one is the larger. No sum with other whole numbers rounds them, and devices without float64 have them too."""
     order = values.argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(values.shape[1], device=values.device).expand_as(order)
-    return -torch.zeros_like(order).scatter(1, order, place).float()
+    rank = torch.arange(values.shape[1], device=values.device).expand_as(order)
+    return -torch.zeros_like(order).scatter(1, order, rank).float()
 
 
 Select = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]

@@ -136,9 +136,7 @@ class TrunkOutput:
         hidden = self.tokens.hidden[:, known:]
         last_input = twig.fill(hidden, slice_tokens(self.tokens.inputs, known, count), self.masks, self.view)
         if min(self.tokens.lengths) < count:
-            self.view.cache.set_lengths(
-                twig.first_layer_idx, twig.last_layer_idx + 1, self.view.rows, self.tokens.lengths
-            )
+            self.view.cache.set_lengths(*twig.cache_layers, self.view.rows, self.tokens.lengths)
         if before is not None:
             last_input = torch.cat((before[:, :known], last_input), dim=1)
         if self.prefix is not None:
@@ -151,7 +149,7 @@ Scorer = Callable[[TrunkOutput], Tensor]
 
 
 def checked_scores(scorer: Scorer, trunk: TrunkOutput) -> Float[Tensor, "batch tokens"]:
-    """What a scorer ranks a prompt's tokens by.
+    """Scores from a scorer, checked for type and shape.
 
     Raises:
         TwigVLMError: it returns something else than a number for each token.

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
@@ -13,6 +12,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from twigvlm.errors import TwigVLMError
+from twigvlm.serving.daemons import DaemonExecutor
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import request_error, shutting_down
 from twigvlm.serving.hosts import HostGuard
@@ -26,19 +26,19 @@ from twigvlm.serving.service import Service
 
 CHAT = "/v1/chat/completions"
 FETCHING = 8
-"""Requests whose images are fetched at the same time; further ones wait. Those that bring their images wait for none."""
+"""Number of requests whose images are fetched at the same time. Further ones wait; requests with data URIs only do not."""
 
 
 def create_app(
     service: Service, api_key: str | None = None, hosts: Collection[str] = (), stop_with_app: bool = True
 ) -> FastAPI:
-    """The application.
+    """Make the FastAPI application of a server.
 
     Args:
-        service: answers requests.
-        api_key: that clients must send; None: none.
-        hosts: names in the Host header that are answered, of `allowed_hosts`; none: any.
-        stop_with_app: whether the service ends with the application.
+        service: the service that answers requests.
+        api_key: key that clients must send; None: no key is needed.
+        hosts: names that a request's Host header may have, from `allowed_hosts`; none: any name.
+        stop_with_app: whether the service is stopped when the application shuts down.
     """
 
     @asynccontextmanager
@@ -89,22 +89,22 @@ def create_app(
 
 
 class ChatHandler:
-    """Answers requests for chat completions.
+    """Answers HTTP requests for chat completions.
 
     Args:
-        service: answers requests.
+        service: the service that answers requests.
     """
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._threads = Threads(
-            fetching=ThreadPoolExecutor(FETCHING, thread_name_prefix="twigvlm-fetch"),
-            checking=ThreadPoolExecutor(1, thread_name_prefix="twigvlm-schema"),
-            preparing=ThreadPoolExecutor(1, thread_name_prefix="twigvlm-prepare"),
+            fetching=DaemonExecutor(FETCHING, "twigvlm-fetch"),
+            checking=DaemonExecutor(1, "twigvlm-schema"),
+            preparing=DaemonExecutor(1, "twigvlm-prepare"),
         )
 
     async def answer(self, http: Request) -> Response:
-        """The response to a request; what is wrong with it is found before a stream begins."""
+        """The response to a request. Errors in the request are raised before a stream begins."""
         try:
             return await self._answer(http)
         except asyncio.CancelledError:
@@ -115,7 +115,7 @@ class ChatHandler:
     async def _answer(self, http: Request) -> Response:
         arrived, service = time.monotonic(), self._service
         with ExitStack() as stack:
-            stack.enter_context(service.place())
+            stack.enter_context(service.slot())
             share = stack.enter_context(service.memory.share())
             # Not by a name: the body would be held as long as the answer takes, beside what is read from it. What takes long to
             # parse is refused, so that this holds up no other request.
@@ -138,10 +138,10 @@ class ChatHandler:
 
 
 async def _body(http: Request, limits: Limits, share: Share) -> bytes:
-    """The body of a request.
+    """Read the body of a request.
 
     Raises:
-        RequestError: it is no JSON by its header, too large, or too slow, or other requests hold too much.
+        RequestError: its Content-Type is not JSON, it is too large or arrives too slowly, or other requests hold too much memory.
         ClientGone: the client has hung up.
     """
     limit, seconds = limits.max_body, limits.upload_seconds
@@ -173,7 +173,7 @@ async def _body(http: Request, limits: Limits, share: Share) -> bytes:
 
 
 def _add_errors(app: FastAPI, service: Service) -> Callable[[str, RequestError], Response]:
-    """Register the handlers of errors; returns what makes the response for a path and an error."""
+    """Register the error handlers; returns the function that makes the response for a path and an error."""
 
     def count(path: str, status: int) -> None:
         if path.endswith(CHAT):  # behind a prefix, where the application is mounted

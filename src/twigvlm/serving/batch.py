@@ -1,4 +1,4 @@
-"""Batch files in OpenAI's format: requests in, results out, as lines of JSON; resumable wherever it was killed."""
+"""Batch files in OpenAI's format, one JSON object per line. A run that was killed at any point can be resumed."""
 
 import hashlib
 import json
@@ -28,11 +28,11 @@ URL = "/v1/chat/completions"
 _PATIENCE = 1e9  # seconds
 _AHEAD = 2  # requests that are prepared before there is room for them
 _RESULT = b'{"id": "batch_req_'
-"""What every line of `write_result` begins with."""
+"""Beginning of every line that `write_result` writes."""
 
 
 def patient(limits: Limits) -> Limits:
-    """The same limits for a caller who waits for all answers, however long that takes."""
+    """The same limits without any limit of time, for a caller who waits for all answers."""
     return replace(limits, waiting_seconds=_PATIENCE, total_seconds=_PATIENCE)
 
 
@@ -47,15 +47,15 @@ class BatchLine:
 
     @property
     def id(self) -> str:
-        """What tells it from all other requests of the file, and from what it was before it was changed."""
+        """An id that identifies the request and everything in it, so that a changed request has another one."""
         whole = json.dumps([self.custom_id, self.method, self.url, self.body], sort_keys=True)
         return f"req_{hashlib.sha256(whole.encode()).hexdigest()[:24]}"
 
     def request(self) -> ChatRequest:
-        """The request.
+        """Parse the request.
 
         Raises:
-            RequestError: it is not one that is answered here.
+            RequestError: it is not a valid request for a chat completion.
         """
         if self.method != "POST" or self.url != URL:
             raise RequestError(f"{self.method} {self.url}: only POST {URL} is answered"[:200])
@@ -66,10 +66,10 @@ class BatchLine:
 
 
 def read_batch(path: Path) -> list[BatchLine]:
-    """The requests of a batch file. What is wrong inside of a request is its result; what is wrong with the file is an error.
+    """The requests of a batch file. An error inside a request becomes its result; an error of the file itself is raised.
 
     Raises:
-        TwigVLMError: the file cannot be read, or a line is no request or has the `custom_id` of an earlier one.
+        TwigVLMError: the file cannot be read or is empty, or a line is no request or repeats a `custom_id`.
     """
     name = f"input {str(path)!r}"
     lines: dict[str, BatchLine] = {}
@@ -92,8 +92,8 @@ def json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
     """The number of each line that is not empty, and the JSON on it.
 
     Args:
-        path: of the file.
-        name: of the file, for messages.
+        path: path of the file.
+        name: name of the file in error messages.
 
     Raises:
         TwigVLMError: the file cannot be read, or a line is not JSON.
@@ -109,16 +109,19 @@ def json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
 def open_results(
     path: Path, lines: Sequence[BatchLine], settings: Mapping[str, Any]
 ) -> Iterator[tuple[BinaryIO, dict[str, int]]]:
-    """The file of results, open for more, and the status of each request that has its result.
+    """Open a file of results for appending.
 
-    A result is one line, written whole and flushed to the disk. A run that was killed leaves at most one line without an end,
-    which is removed. So are failures of the server (5xx), which are tried again. A file of anything else is left as it is, and
-    nothing is written beside it.
+    A result is one line, flushed to the disk. A run that was killed leaves at most one incomplete line, which is removed. Results
+    of server errors (5xx) are removed too, so that these requests are tried again. A file that holds anything other than results
+    is left as it is, and nothing is written beside it.
 
     Args:
-        path: of the file.
-        lines: the batch.
-        settings: what the results depend on beside it, JSON-able; noted in a file beside the results.
+        path: path of the file.
+        lines: all requests of the batch.
+        settings: everything else that the results depend on, JSON-able; noted in a file beside the results.
+
+    Yields:
+        The open file, and the status of each request that has a result, by its `custom_id`.
 
     Raises:
         TwigVLMError: it cannot be written, another run writes to it, or it has results of another batch or other settings.
@@ -145,8 +148,8 @@ def _locked(path: Path, name: str) -> Iterator[None]:
     """Keep other runs from a file of results while the block runs.
 
     Args:
-        path: of the file.
-        name: of the file, for messages.
+        path: path of the file.
+        name: name of the file in error messages.
 
     Raises:
         TwigVLMError: another run is writing there.
@@ -171,8 +174,8 @@ def _results(name: str, data: bytes, known: Mapping[str, str]) -> dict[str, tupl
     """Status and line of each result, by `custom_id`.
 
     Args:
-        name: of the file, for messages.
-        data: of the file.
+        name: name of the file in error messages.
+        data: contents of the file.
         known: `custom_id` -> `BatchLine.id`.
     """
     found: dict[str, tuple[int, bytes]] = {}
@@ -192,15 +195,15 @@ def _results(name: str, data: bytes, known: Mapping[str, str]) -> dict[str, tupl
 
 
 OnResult = Callable[[str, int, dict[str, Any]], None]
-"""Takes `custom_id`, status and body of a result."""
+"""(custom_id, HTTP status, body) of a result -> None."""
 
 
 class BatchRun:
     """Answers the requests of a batch, several at once.
 
     Args:
-        service: answers requests.
-        on_result: called with each result as it is complete.
+        service: the service that answers requests.
+        on_result: called with each result as soon as it is complete.
     """
 
     def __init__(self, service: Service, on_result: OnResult) -> None:
@@ -209,7 +212,7 @@ class BatchRun:
         self._running: dict[str, Completion] = {}
 
     def run(self, lines: list[BatchLine]) -> None:
-        """Answer them; results come in the order in which they are complete."""
+        """Answer all requests. Results come in the order in which they are completed."""
         max_running = self._service.limits.max_rows + _AHEAD
         for line in lines:
             while len(self._running) >= max_running:

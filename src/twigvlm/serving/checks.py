@@ -1,4 +1,4 @@
-"""What can be said of a request's options before a model is there."""
+"""Checks of a request's options that need no model."""
 
 from dataclasses import fields
 
@@ -11,7 +11,7 @@ from twigvlm.serving.protocol import ChatRequest
 
 
 def check_limits(request: ChatRequest, limits: Limits) -> None:
-    """Raise RequestError where a request asks for more or longer answers than it may."""
+    """Raise RequestError if a request asks for more answers, or longer ones, than the limits allow."""
     if (request.n or 1) > limits.max_choices:
         raise RequestError(f"n: must be 1 to {limits.max_choices}", param="n")
     asked = asked_length(request)
@@ -20,19 +20,19 @@ def check_limits(request: ChatRequest, limits: Limits) -> None:
 
 
 def asked_length(request: ChatRequest) -> int | None:
-    """Most new tokens; None: the request does not say."""
+    """The request's largest number of new tokens; None: it names none."""
     return request.max_completion_tokens or request.max_tokens
 
 
 def asked_pruning(request: ChatRequest, own: str | None = None) -> PruningConfig | None:
-    """Options of pruning; None: the request has none.
+    """The request's pruning options; None: it has none.
 
     Args:
-        request: what was asked.
-        own: the server's pruner. One that reads a directory is asked for without it: `fitprune`.
+        request: the request.
+        own: name of the server's pruner. If it includes a directory, requests name it without: `fitprune`.
 
     Raises:
-        RequestError: there is no such pruning, or requests may not ask for it.
+        RequestError: the options are invalid, or requests may not ask for them.
     """
     names = {option.name for option in fields(PruningConfig)}
     given = {name: getattr(request, name) for name in names & request.model_fields_set}
@@ -47,15 +47,22 @@ def asked_pruning(request: ChatRequest, own: str | None = None) -> PruningConfig
         if pruning.pruner not in (None, "twig"):
             make_pruner(pruning.pruner)
     except ValueError as error:  # TwigVLMError is one, and so is what int() says of odd digits
-        raise RequestError(f"{_cause(error)}{one_line(error)}") from None
+        raise RequestError(f"{_cause(error)}{_public(one_line(error), own)}") from None
     return pruning
 
 
 def public_name(pruner: str) -> str:
-    """What clients call the server's pruner: its directory is nobody's business."""
+    """The name by which clients ask for the server's pruner, which does not reveal its directory."""
     return pruner.partition(":")[0] if reads_files(pruner) else pruner
 
 
+def _public(text: str, own: str | None) -> str:
+    """A text without the directory of the server's pruner."""
+    if own is None or not reads_files(own):
+        return text
+    return text.replace(own, public_name(own)).replace(own.partition(":")[2], public_name(own))
+
+
 def _cause(error: ValueError) -> str:
-    """The option that an error of Python's own, which names none, is about."""
+    """A prefix that names the option, for errors raised by Python itself, which do not name it."""
     return "" if isinstance(error, TwigVLMError) else "pruner: "

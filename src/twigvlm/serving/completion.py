@@ -22,19 +22,19 @@ class _Answer:
 
     @property
     def finish_reason(self) -> str:
-        """Why it ended."""
+        """Why the answer ended: "stop" or "length"."""
         return "stop" if self.text.stopped else "length"
 
 
 class Completion:
-    """Gathers the events of one request.
+    """Collects the events of one request into a completion, or into the chunks of a stream.
 
     Args:
-        model: name that the request called the model by.
-        job: the request's.
-        text: makes what turns the tokens of an answer into text.
+        model: name of the model in the response.
+        job: the job of the request.
+        text: makes an `AnswerText` for each answer.
         give_up: called with the index of an answer that a stop text has ended.
-        streamed: whether the events are told as they come, so that nothing is kept for a whole completion.
+        streamed: whether the client gets chunks, so that the kept visual tokens need not be collected.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Completion:
         return all(answer.finished for answer in self._answers)
 
     def take(self, event: Tokens) -> list[dict[str, Any]]:
-        """Add an event; the chunks that tell a stream of it."""
+        """Add an event, and return the chunks that report it in a stream."""
         answer = self._answers[event.choice]
         if answer.finished:  # tokens that came while a stop text was found
             return []
@@ -90,7 +90,7 @@ class Completion:
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
     def usage_chunk(self) -> dict[str, Any]:
-        """The last chunk of a stream that asked for its usage."""
+        """The last chunk of a stream whose request set `include_usage`."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()}
 
     def as_json(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Completion:
         return {**self._head("chat.completion"), "choices": choices, "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens of prompt and answers, and what pruning and drafts made of them."""
+        """Numbers of tokens of prompt and answers, with those that were cached, kept, drafted and accepted."""
         first, answers = self._answers[0].counts, self._answers
         new, accepted = sum(answer.text.tokens for answer in answers), sum(answer.text.accepted for answer in answers)
         drafted = sum(answer.counts.drafted for answer in answers)

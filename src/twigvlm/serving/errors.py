@@ -1,4 +1,4 @@
-"""Errors of requests, with what HTTP says of them."""
+"""Errors of requests, with their HTTP status and headers."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ class RequestError(TwigVLMError):
     """A request that is refused or has failed.
 
     Args:
-        message: one line.
-        status: of HTTP.
+        message: one line for people to read.
+        status: HTTP status.
         param: the field of the request that is at fault.
-        code: for programs; as OpenAI names it where OpenAI has such an error.
-        retry_after: seconds after which another try makes sense.
-        final: whether another try would end in the same way, although the status suggests one.
+        code: name of the error for programs; OpenAI's name if OpenAI has such an error.
+        retry_after: seconds after which the client should try again.
+        final: whether trying again would fail in the same way, although the status suggests it.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class RequestError(TwigVLMError):
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """The error as OpenAI's clients read it."""
+        """The error in the form that OpenAI's clients read."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}

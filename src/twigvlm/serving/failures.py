@@ -1,4 +1,4 @@
-"""Exceptions, as what clients are told of them."""
+"""The errors that clients are told about, made from exceptions and from jobs that take too long."""
 
 import logging
 
@@ -11,7 +11,7 @@ _log = logging.getLogger(__name__)
 
 
 def request_error(error: Exception) -> RequestError:
-    """An exception as what the client is told; of our own failures it learns no more than that."""
+    """The error to send to the client. Unexpected exceptions are logged, and the client only learns that the server failed."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, TwigVLMError) and not is_out_of_memory(error):
@@ -28,12 +28,12 @@ def request_error(error: Exception) -> RequestError:
 
 
 def shutting_down() -> RequestError:
-    """The server ends."""
+    """Error for requests while the server is shutting down (status 503)."""
     return RequestError("the server is shutting down; try again later", 503, code="shutting_down", retry_after=10)
 
 
 def waited_too_long(seconds: float) -> RequestError:
-    """The request was not taken up in time."""
+    """Error for a request that was not started within this many seconds (status 429)."""
     return RequestError(
         f"the request has waited for {seconds:g} seconds; try again later",
         429,
@@ -43,19 +43,19 @@ def waited_too_long(seconds: float) -> RequestError:
 
 
 def too_late(seconds: float) -> RequestError:
-    """The answer was not complete in time."""
+    """Error for an answer that was not complete within this many seconds (status 408)."""
     return RequestError(
         f"the request took longer than {seconds:g} seconds; ask for a shorter answer", 408, code="timeout", final=True
     )
 
 
 def why_given_up(job: Job, waited: float, limits: Limits) -> RequestError | None:
-    """Why a job that waits is given up; None: it is not.
+    """The error of a waiting job that has waited too long; None: it may go on waiting.
 
     Args:
-        job: has no rows.
+        job: a job that has no rows in an engine.
         waited: seconds since it arrived.
-        limits: of the server.
+        limits: limits of the server.
     """
     if job.suspect:  # it starts over, and has waited before
         return too_late(limits.total_seconds) if waited > limits.total_seconds else None

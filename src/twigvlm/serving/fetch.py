@@ -1,4 +1,4 @@
-"""Images from hosts that the server's owner allowed by name; nothing else is ever fetched."""
+"""Fetch images from hosts that the server's owner allowed by name, and from nowhere else."""
 
 import http.client
 import ipaddress
@@ -17,14 +17,14 @@ from twigvlm.serving.errors import RequestError
 _CHUNK = 1 << 16
 _PUBLIC = ipaddress.IPv6Network("2000::/3")
 _NOT_PUBLIC = tuple(map(ipaddress.IPv6Network, ("2001::/23", "2002::/16")))
-"""Ranges of it for special purposes: protocols such as Teredo, and 6to4."""
+"""Parts of `_PUBLIC` with special purposes: protocols such as Teredo, and 6to4."""
 
 
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the public internet: not this machine, its network or a reserved range.
 
-    Of IPv6 that is what has been given out as public. Elsewhere lie, among others, addresses of IPv4 in another form (NAT64,
-    6to4), which may lead into this machine's network.
+    For IPv6 this is the range that has been assigned as public. Addresses outside it include IPv4 addresses in another form
+    (NAT64, 6to4), which may lead into this machine's network.
     """
     found = ipaddress.ip_address(address)
     if isinstance(found, ipaddress.IPv6Address):
@@ -41,12 +41,12 @@ class Fetcher:
     address that was checked, so that a name which changes its answer (DNS rebinding) leads nowhere else.
 
     Args:
-        hosts: names that are allowed, without wildcards; none: nothing is fetched.
-        max_bytes: largest file.
-        seconds: longest time of one file.
-        allowed: whether an address may be connected to.
-        context: of TLS; None: the machine's certificates.
-        port: of all hosts.
+        hosts: allowed host names, without wildcards; none: nothing is fetched.
+        max_bytes: largest size of a file, in bytes.
+        seconds: longest time for one file.
+        allowed: whether an IP address may be connected to.
+        context: TLS context; None: the machine's certificates.
+        port: port of all hosts.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class Fetcher:
         self._context = context
 
     def fetch(self, url: str, until: float = inf) -> bytes:
-        """The file at an address.
+        """Fetch the file at an address.
 
         Args:
             url: the address.
-            until: by the monotonic clock; then it is given up, even if the time of one file has not passed.
+            until: when to give up at the latest, in seconds of `time.monotonic`.
 
         Raises:
             RequestError: the address is not allowed, or its host does not deliver an image of allowed size in time. The status
@@ -83,7 +83,7 @@ class Fetcher:
             raise RequestError(f"image_url: {host} does not deliver it ({one_line(error)})", status) from None
 
     def _split(self, url: str) -> tuple[str, str]:
-        """The host and what to ask it for."""
+        """The host, and the path and query to request from it."""
         refusal = RequestError(
             "image_url: must be a data URI (data:image/png;base64,…)"
             + (f", or an https address on {', '.join(sorted(self.hosts))}" if self.hosts else "; nothing is fetched")
@@ -141,7 +141,7 @@ class Fetcher:
 
 @contextmanager
 def _ended_after(connection: socket.socket, seconds: float) -> Iterator[None]:
-    """End a connection after some seconds: its own timeout begins again with every byte that comes."""
+    """Close a connection after some seconds: the socket's own timeout starts again with every byte that arrives."""
     copy = connection.dup()
 
     def end() -> None:

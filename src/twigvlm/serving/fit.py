@@ -1,4 +1,4 @@
-"""A budget fitted to the pictures of a request: the server's own, or that of a client who asks for it."""
+"""Fit a pruning budget to the pictures of a request: the server's budget, or the client's if it sets `fit_budget`."""
 
 from dataclasses import replace
 from math import ceil
@@ -7,22 +7,22 @@ from twigvlm.base.masks import check_mask_attention
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import PruningConfig, TwigConfig
 from twigvlm.errors import TwigVLMError
-from twigvlm.pruning.budget import average_kept, average_scouted, solve_keep, solve_scouted, twig_cuts
+from twigvlm.pruning.budget import average_kept, fit_scouted, solve_keep, twig_cuts
 from twigvlm.pruning.cut import Pruner, schedule
 from twigvlm.pruning.methods import make_pruner
 
 
 def fitted(pruning: PruningConfig, visual: int, layers: int, twig: TwigConfig) -> PruningConfig:
-    """Options of pruning that are possible for a prompt.
+    """Pruning options that are possible for a prompt.
 
     A prompt with no more visual tokens than the budget keeps all of them. If the layers before the first cut use up most of R̄,
     at least R̄ / 2 tokens are kept.
 
     Args:
-        pruning: as asked for.
-        visual: M of the prompt.
-        layers: L.
-        twig: of the model.
+        pruning: the options as they were asked for.
+        visual: M, number of visual tokens of the prompt.
+        layers: L, number of layers of the base.
+        twig: shape of the model's twig.
     """
     budget = pruning.keep if pruning.retain is None else pruning.retain
     if not visual or budget is None:
@@ -35,18 +35,15 @@ def fitted(pruning: PruningConfig, visual: int, layers: int, twig: TwigConfig) -
     if pruning.pruner not in (None, "twig"):
         return _of_another(pruning, make_pruner(pruning.pruner), visual, layers, least)
     if pruning.scout:
-        scouted = visual, layers, twig.trunk_layers
-        low, high = (average_scouted(keep, *scouted) for keep in (1, visual))
-        keep = solve_scouted(min(max(budget, low), high), *scouted)
-    else:
-        shape = visual, layers, *twig.cut_layers(layers, pruning.final_wipe, pruning.final_share)
-        low, high = (average_kept(keep, *shape) for keep in (1, visual))
-        keep = solve_keep(min(max(budget, low), high), *shape)
+        return replace(pruning, retain=None, keep=fit_scouted(pruning.retain, visual, layers, twig.trunk_layers))
+    shape = visual, layers, *twig.cut_layers(layers, pruning.final_wipe, pruning.final_share)
+    low, high = (average_kept(keep, *shape) for keep in (1, visual))
+    keep = solve_keep(min(max(budget, low), high), *shape)
     return replace(pruning, retain=None, keep=max(keep, least))
 
 
 def check_possible(pruning: PruningConfig, base: BaseVLM, twig: TwigConfig) -> None:
-    """Raise TwigVLMError where options of pruning are impossible for every prompt, such as layers that the base does not have."""
+    """Raise TwigVLMError if pruning options are impossible for every prompt, for example a layer that the base does not have."""
     if not pruning.active:
         return
     layers = base.num_layers
@@ -60,7 +57,7 @@ def check_possible(pruning: PruningConfig, base: BaseVLM, twig: TwigConfig) -> N
 
 
 def _of_another(pruning: PruningConfig, pruner: Pruner, visual: int, layers: int, least: int) -> PruningConfig:
-    """The smallest budget, from R̄ up, of which the first cut of another method keeps enough."""
+    """The options with the smallest budget, at least R̄, under which the first cut of a method keeps `least` tokens."""
 
     def enough(retain: float) -> bool:
         try:

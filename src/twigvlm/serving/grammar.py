@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema: a logits processor on the grammar library llguidance, which is optional."""
+"""Answers that follow a JSON schema: a logits processor based on the optional grammar library llguidance."""
 
 import json
 import logging
@@ -19,21 +19,21 @@ _LONGEST = 300  # characters of the library's messages, some of which hold the w
 
 
 class Grammars:
-    """Makes grammars of schemas for one model.
+    """Compiles JSON schemas for one model.
 
     Args:
-        tokenizer: the base's, a fast one.
-        vocabulary: size of the base's logits.
-        eos: ids that end an answer.
+        tokenizer: the base's fast tokenizer.
+        vocabulary: number of logits of the base.
+        eos: token ids that end an answer.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]) -> None:
         self._hf_tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, list(eos)
         self.tokenizer: Any = None
-        """The tokenizer as llguidance knows it; made when it is first needed."""
+        """The tokenizer in llguidance's form; made when it is first needed."""
 
     def check(self, schema: dict[str, Any]) -> None:
-        """See whether a JSON schema can be compiled within the limits of a trial, which takes seconds where it cannot.
+        """Check that a JSON schema compiles within limits of time and memory. Refusing one that does not takes seconds.
 
         Raises:
             RequestError: llguidance is not installed, or the schema takes too much work.
@@ -49,7 +49,7 @@ class Grammars:
             raise _too_much_work() from None
 
     def compile(self, schema: dict[str, Any]) -> "Grammar":
-        """The grammar of a JSON schema.
+        """Compile a JSON schema.
 
         Raises:
             RequestError: llguidance is not installed or refuses the schema, or the schema takes too much work.
@@ -78,9 +78,9 @@ class Grammar:
     """A compiled schema; makes a processor for each answer.
 
     Args:
-        matcher: at the start of an answer.
-        vocabulary: size of the base's logits.
-        eos: ids that end an answer.
+        matcher: llguidance's matcher at the start of an answer.
+        vocabulary: number of logits of the base.
+        eos: token ids that end an answer.
     """
 
     def __init__(self, matcher: Any, vocabulary: int, eos: Sequence[int]) -> None:
@@ -90,30 +90,30 @@ class Grammar:
         """A logits processor for one answer.
 
         Args:
-            prompt: tokens of its prompt.
+            prompt: number of tokens of its prompt.
         """
         return GrammarProcessor(self._matcher.deep_copy(), prompt, self._vocabulary, self._eos)
 
 
 class GrammarProcessor(LogitsProcessor):
-    """Rules out all tokens that the grammar does not allow next. Each position is asked for once, in order.
+    """Rules out all tokens that the grammar does not allow next. It must be called once for each position, in order.
 
     Args:
-        matcher: of this answer.
-        prompt: tokens of the prompt.
-        vocabulary: size of the logits.
-        eos: ids that end an answer.
+        matcher: llguidance's matcher of this answer.
+        prompt: number of tokens of the prompt.
+        vocabulary: number of logits.
+        eos: token ids that end an answer.
     """
 
     def __init__(self, matcher: Any, prompt: int, vocabulary: int, eos: Sequence[int]) -> None:
         self._matcher, self._seen, self._vocabulary, self._eos = matcher, prompt, vocabulary, list(eos)
         self.error: RequestError | None = None
-        """Why the grammar could not go on. It does not raise: that would fail the step, and with it the rows beside this one."""
+        """Why the grammar failed. It is not raised, because that would fail the step of all rows in the batch."""
 
     def __call__(
         self, input_ids: Int[Tensor, "1 tokens"], scores: Float[Tensor, "1 vocabulary"]
     ) -> Float[Tensor, "1 vocabulary"]:
-        """Scores of which those of other tokens are −∞; after an error only the answer's end is left."""
+        """The scores, with −∞ for tokens that are not allowed; after an error only end tokens are allowed."""
         if self.error is not None:
             return self._only_end(scores)
         for token in input_ids[0, self._seen :].tolist():
@@ -147,6 +147,6 @@ def _too_much_work() -> RequestError:
 
 
 def _line(message: str) -> str:
-    """A message of the library on one line, which is cut where it is too long."""
+    """A message of the library on one line, shortened if it is too long."""
     line = " ".join(message.split())
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

@@ -1,35 +1,35 @@
-"""Names by which clients may call a server, so that foreign web pages cannot reach it by DNS rebinding."""
+"""Host names by which clients may call a server, so that foreign web pages cannot reach it by DNS rebinding."""
 
 import re
 from collections.abc import Callable, Collection
-from ipaddress import ip_address
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.serving.errors import RequestError
+from twigvlm.serving.keys import is_local
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-"""Names and addresses by which only this machine can reach itself."""
+"""Names and addresses that only lead from this machine to itself."""
 
 _LABELS = r"[a-z0-9_-]+(\.[a-z0-9_-]+)*"
 _PATTERN = re.compile(rf"\*|(\*\.)?{_LABELS}|\[[0-9a-f:.]+\]")
-"""Any name, a name or what ends with one, and an IPv6 address."""
+"""`*`, a name, `*.` and a name, or an IPv6 address in brackets."""
 
 
 def allowed_hosts(host: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names that a request's Host header may have; none: any.
+    """Names that a request's Host header may have; none: any name.
 
-    A server that only this machine can reach is still reached by the pages that its user visits, if their name is made to lead
-    here. Such a request has that name in its header.
+    Even a server that listens only on this machine can be reached by web pages that its user visits, if their name is made to
+    resolve to this machine (DNS rebinding). The Host header of such a request has the page's name.
 
     Args:
-        host: that the server listens on.
-        names: that its owner allows beside those of this machine.
+        host: address that the server listens on.
+        names: names that its owner allows in addition to those of this machine.
 
     Raises:
-        TwigVLMError: one of them can be no name.
+        TwigVLMError: one of the names is not a valid host name.
     """
     for name in names:
         if _PATTERN.fullmatch(name.lower()) is None:
@@ -41,20 +41,12 @@ def allowed_hosts(host: str, names: tuple[str, ...]) -> tuple[str, ...]:
     return (*LOCAL, "[::1]", *((host,) if local else ()), *names) if local or names else ()
 
 
-def is_local(host: str) -> bool:
-    """Whether a server that listens on a host can be reached from this machine alone."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
 class HostGuard:
-    """Middleware that refuses requests whose Host header has another name.
+    """Middleware that refuses requests whose Host header has a name that is not allowed.
 
     Args:
-        app: answers the others.
-        hosts: of `allowed_hosts`.
+        app: the application that answers all other requests.
+        hosts: allowed names, from `allowed_hosts`.
         refuse: makes the response for a path and an error.
     """
 

@@ -1,4 +1,4 @@
-"""A request on its way through the engine, and what it is told: no HTTP, no threads."""
+"""A request on its way through the engine, and the events that report on it. No HTTP and no threads here."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,18 +16,18 @@ from twigvlm.serving.grammar import Grammar, GrammarProcessor
 
 @dataclass(frozen=True)
 class Counts:
-    """What an answer has taken so far."""
+    """Numbers of tokens of one answer so far."""
 
     drafted: int
-    """Tokens that the twig drafted."""
+    """Drafted tokens."""
     visual: int
     """Visual tokens of the prompt."""
     kept: int
     """Visual tokens that passed the first cut."""
     average: float
-    """R̄, average over all layers of the visual tokens that enter a layer, those of the ranking in scout mode included."""
+    """R̄: visual tokens that enter a layer, averaged over all layers; includes the ranking in scout mode."""
     cached: int
-    """Tokens of the prompt whose trunk states an earlier request had left."""
+    """Prompt tokens that were not computed again, because an earlier request began with them."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class Tokens:
 
     choice: int
     tokens: list[tuple[int, bool]]
-    """Ids, and whether the twig drafted them."""
+    """(token id, whether it was drafted)"""
     finished: bool
     counts: Counts
     kept: list[int] | None = None
-    """The visual tokens that are kept from now on, counted from the first one; None: as before, or nobody asked."""
+    """Indices, among the visual tokens, of those kept from now on; None: unchanged, or details were not asked for."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The request has failed; nothing more comes."""
+    """The request has failed; no further event follows."""
 
     error: RequestError
 
@@ -55,7 +55,7 @@ JobEvent = Tokens | Failed
 
 @dataclass(eq=False)
 class Choice:
-    """One answer of a job. A row that is generated again, after a step failed, gives out what is new alone."""
+    """One answer of a job. Generated again after a failed step, it reports only tokens that it did not report before."""
 
     index: int
     seed: int | None
@@ -63,15 +63,15 @@ class Choice:
     row: Row | None = None
     grammar: GrammarProcessor | None = None
     key: tuple[str, int] | None = None
-    """The engine that the row is in, and its id there; None: in none."""
+    """The way to draft of the engine that holds the row, and the row's id there; None: no engine holds it."""
     steps: int = 0
-    """Steps of the row whose tokens have come."""
+    """Steps of the row that have been reported."""
     position: int = 0
-    """Tokens of the row that have come."""
+    """Tokens of the row that have been reported, repeated ones included."""
     given: int = 0
-    """Tokens given out."""
+    """Tokens that were passed on to the client."""
     looks: int = -1
-    """Choices of visual tokens given out, less the first one."""
+    """How many later choices of visual tokens were passed on; -1: not even the first choice."""
     ended: bool = False
     counts: Counts | None = None
 
@@ -82,13 +82,13 @@ class Job:
 
     Args:
         inputs: the processor's outputs for the prompt.
-        options: of `TwigVLM.generate`.
+        options: arguments of `TwigVLM.generate`.
         speculate: how to draft.
-        seeds: one answer each; None: greedy.
+        seeds: seed of the sampling of each answer; None: greedy.
         listen: called by the worker's thread with each event; must return at once.
-        grammar: that the answers follow; None: none.
-        details: whether to tell which visual tokens are kept.
-        arrived: by the monotonic clock.
+        grammar: grammar that the answers must follow; None: free text.
+        details: whether events report which visual tokens are kept.
+        arrived: when the request arrived, in seconds of `time.monotonic`.
     """
 
     inputs: dict[str, Any]
@@ -100,15 +100,15 @@ class Job:
     details: bool = False
     arrived: float = field(default_factory=time.monotonic)
     pictures: Pictures = field(init=False)
-    """What tells the prompt's pictures from others."""
+    """Identifies the pictures of the prompt, for the prefix cache."""
     grid: tuple[int, int] | None = None
     """Rows and columns of the picture's patches, where details are asked for and there is one picture."""
     suspect: bool = False
-    """Whether a step with this job failed: it then runs alone, so that it can spoil no other one."""
+    """Whether a step with this job failed: it is then generated alone, so that it cannot fail other jobs again."""
     started: bool = False
-    """Whether a token has come."""
+    """Whether the first token has been reported."""
     failed: bool = False
-    """Whether it was told that it has failed."""
+    """Whether its failure has been reported."""
     choices: list[Choice] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -122,16 +122,16 @@ class Job:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the inputs, without what the engine makes of them."""
+        """Size of the inputs, in bytes, without anything that the engine computes from them."""
         return sum(value.numel() * value.element_size() for value in self.inputs.values() if torch.is_tensor(value))
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more is to come."""
+        """Whether all answers have ended."""
         return all(choice.ended for choice in self.choices)
 
     def restart(self) -> None:
-        """Forget the rows; the answers are generated again from the beginning."""
+        """Drop the rows, so that the answers are generated again from the beginning."""
         for choice in self.choices:
             choice.row = choice.key = choice.counts = None
             choice.steps = choice.position = 0
@@ -140,9 +140,9 @@ class Job:
         """Arguments of an engine's `add` for one of the answers.
 
         Args:
-            choice: of this job.
-            device: of the model.
-            memory: prefix cache for the prompt; None: nothing of it is kept.
+            choice: the answer, one of this job's.
+            device: device of the model.
+            memory: prefix cache for the prompt; None: its states are not kept.
         """
         options = {**self.options, "memory": memory, "pictures": self.pictures}
         if choice.seed is not None:
@@ -153,13 +153,13 @@ class Job:
         return options
 
     def tell(self, choice: Choice, tokens: Sequence[int], finished: bool, layers: int) -> Tokens:
-        """The event of a step's new tokens; those that were given out before are left out.
+        """The event that reports a step's new tokens, without those that were passed on before a restart.
 
         Args:
-            choice: of this job.
-            tokens: of the step.
+            choice: the answer, one of this job's.
+            tokens: all tokens of the step.
             finished: whether they end the answer.
-            layers: L of the base.
+            layers: L, number of layers of the base.
         """
         row = choice.row
         assert row is not None, "it is in an engine"
@@ -178,7 +178,7 @@ class Job:
 
 
 def kept_visual(row: Row) -> list[int]:
-    """Which visual tokens a row keeps now, counted from the first one, ascending."""
+    """Indices, among the visual tokens, of those that a row keeps now, ascending."""
     mask = row.prompt.visual_mask[row.index]
     if row.looks:
         kept = torch.zeros_like(mask)
@@ -189,11 +189,11 @@ def kept_visual(row: Row) -> list[int]:
 
 
 def _counts(row: Row, layers: int) -> Counts:
-    """What a row has kept after its prefill, before its drafts are counted.
+    """Counts of a row after its prefill, before any drafted tokens are added.
 
     Args:
-        row: of an engine.
-        layers: L of the base.
+        row: the row.
+        layers: L, number of layers of the base.
     """
     visual = row.visual
     kept = visual if row.kept is None else int(row.kept.sum())

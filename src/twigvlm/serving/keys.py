@@ -1,17 +1,25 @@
 """The API key that clients send."""
 
 import hmac
+from ipaddress import ip_address
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.serving.errors import RequestError
 
 
+def is_local(host: str) -> bool:
+    """Whether a server that listens on a host can be reached from this machine alone."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
 def checked_key(key: str | None) -> str | None:
-    """A key without the white space around it, which comes with files that end in a line break; None: no key is asked for.
+    """The key without white space around it, such as the line break at the end of a file; None: no key is needed.
 
     Raises:
-        TwigVLMError: it is empty, which is no key that anyone could have meant, or beyond ASCII, which clients send in different
-            ways.
+        TwigVLMError: the key is empty, which is surely a mistake, or not ASCII, which clients encode in different ways.
     """
     if key is None:
         return None
@@ -23,11 +31,11 @@ def checked_key(key: str | None) -> str | None:
 
 
 def authorize(header: str, key: str | None) -> None:
-    """Raise RequestError unless the header `Authorization` has the key.
+    """Raise RequestError unless a request's `Authorization` header has the key.
 
     Args:
-        header: as it came.
-        key: None: none is asked for.
+        header: value of the header.
+        key: the key, from `checked_key`; None: no key is needed.
     """
     if key is None:
         return

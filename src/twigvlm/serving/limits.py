@@ -41,7 +41,7 @@ class Limits:
 
     @property
     def longest_wait(self) -> float:
-        """Seconds that a request may wait, so that it takes no longer than it may in total."""
+        """Seconds that a request may wait: `waiting_seconds`, but no more than `total_seconds`."""
         return min(self.waiting_seconds, self.total_seconds)
 
     def __post_init__(self) -> None:

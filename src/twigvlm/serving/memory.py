@@ -1,4 +1,4 @@
-"""How much memory requests hold: bodies, fetched images and prepared inputs."""
+"""Count the memory that requests hold: bodies, fetched images and prepared inputs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,10 @@ from twigvlm.serving.errors import RequestError
 
 
 class Memory:
-    """What all requests hold together; used in one thread.
+    """Counts what all requests hold together. Use it from one thread only.
 
     Args:
-        limit: in bytes. A single request may exceed it.
+        limit: largest total, in bytes. A single request may exceed it.
     """
 
     def __init__(self, limit: int) -> None:
@@ -18,7 +18,7 @@ class Memory:
 
     @contextmanager
     def share(self) -> Iterator["Share"]:
-        """What one request holds while the block runs."""
+        """Count what one request holds while the block runs, and release it afterwards."""
         share = Share(self)
         try:
             yield share
@@ -27,10 +27,10 @@ class Memory:
 
 
 class Share:
-    """What one request holds.
+    """Counts what one request holds.
 
     Args:
-        memory: of all.
+        memory: the total that it is part of.
     """
 
     def __init__(self, memory: Memory) -> None:
@@ -40,10 +40,10 @@ class Share:
         """Count further bytes as held by this request.
 
         Args:
-            size: in bytes.
+            size: number of bytes.
 
         Raises:
-            RequestError: other requests hold too much.
+            RequestError: other requests hold so much that this would exceed the limit.
         """
         memory = self._memory
         if memory.held > self.size and memory.held + size > memory.limit:

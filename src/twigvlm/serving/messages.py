@@ -1,4 +1,4 @@
-"""The messages of a request as chat templates take them."""
+"""Convert the messages of a request to the form that chat templates take."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +9,12 @@ from twigvlm.serving.protocol import ChatRequest, TextPart
 
 
 def template_messages(request: ChatRequest, max_pixels: int, fetched: Mapping[str, bytes]) -> list[dict[str, Any]]:
-    """The messages as chat templates take them, with images read.
+    """Convert messages to the form that chat templates take, and read their images.
 
     Args:
-        request: what was asked.
+        request: the request.
         max_pixels: largest width times height of an image.
-        fetched: of `fetch_pictures`.
+        fetched: result of `fetch_pictures`.
 
     Raises:
         RequestError: a text or an image cannot be read.

@@ -8,7 +8,7 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 
 
 
 class Metrics:
-    """What a server counts; safe to use from several threads."""
+    """A set of named metrics; safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -42,13 +42,13 @@ class Metrics:
             self._values[name][""] = value
 
     def observe(self, name: str, seconds: float) -> None:
-        """Note one value of a histogram."""
+        """Add one value to a histogram."""
         with self._lock:
             self._buckets[name][bisect_left(SECONDS, seconds)] += 1
             self._values[name]["sum"] += seconds
 
     def text(self) -> str:
-        """All of them, in the exposition format 0.0.4."""
+        """All metrics in Prometheus' exposition format 0.0.4."""
         with self._lock:
             lines: list[str] = []
             for name, (kind, text) in self._help.items():
@@ -73,7 +73,7 @@ class Metrics:
 
 
 def server_metrics() -> Metrics:
-    """The metrics of a server."""
+    """The metrics of a server, all declared and at 0."""
     metrics = Metrics()
     metrics.counter(
         "twigvlm_requests_total",

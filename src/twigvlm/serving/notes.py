@@ -1,4 +1,4 @@
-"""A note beside results, of the settings that they depend on: a run that goes on must have the same."""
+"""A file beside results that notes their settings: a run can only be continued with the same settings."""
 
 import json
 from collections.abc import Mapping
@@ -12,17 +12,17 @@ from twigvlm.files import replacing
 
 
 def check_note(note: Path, settings: Mapping[str, Any], begun: bool, name: str, kind: str) -> None:
-    """Compare the settings with those of the note, or write it where there is no result yet.
+    """Compare the settings with those in the note, or write the note if there are no results yet.
 
     Args:
-        note: the file.
-        settings: JSON-able.
-        begun: whether there are results.
-        name: of what holds the results, for messages.
-        kind: of what else could hold the others, for messages: "file" or "directory".
+        note: path of the note.
+        settings: the settings, JSON-able.
+        begun: whether there are results already.
+        name: name of the results in error messages.
+        kind: what errors tell the user to choose another one of: "file" or "directory".
 
     Raises:
-        TwigVLMError: there are results with other settings, or with unknown ones.
+        TwigVLMError: there are results with other settings, or without a note.
     """
     wanted = json.loads(json.dumps(settings))
     if not begun:
@@ -36,7 +36,7 @@ def check_note(note: Path, settings: Mapping[str, Any], begun: bool, name: str, 
 
 
 def noted_twig(twig: str | None) -> str | None:
-    """How a note names a twig: a directory by its content, which a training may have changed since; a hub id as it is."""
+    """How a note names a twig: by a digest of a directory's files, which training may change, or by its hub id."""
     if twig is None or is_hub_id(twig) or not (Path(twig) / WEIGHTS).is_file():
         return twig
     return digest(Path(twig))

@@ -1,4 +1,4 @@
-"""Images of requests: data URIs, or addresses that the server's owner allowed."""
+"""Images of requests: data URIs, or files from hosts that the server's owner allowed."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,32 +17,41 @@ from twigvlm.serving.limits import Limits
 from twigvlm.serving.protocol import ChatRequest, ImagePart, TextPart
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""What a server reads: other decoders of Pillow are seldom needed, and some start programs."""
+"""Formats that a server reads. Pillow's other decoders are seldom needed, and some start programs."""
 MAX_EXIF = 64
-"""Most segments of EXIF in a JPEG: for each, Pillow copies all earlier ones."""
+"""Largest number of EXIF segments in a JPEG: for each one, Pillow copies all earlier ones."""
+MAX_SCANS = 100
+"""Most scans of a progressive JPEG, which has about ten: each takes the decoder through the whole picture."""
 MAX_ESCAPES = 100_000
-"""Most percent signs of a data URI: what is no escape takes Python long to find out."""
+"""Largest number of percent signs in a data URI: Python decodes those that are not escapes slowly."""
+
+
+_RUN_LENGTHS = (b"\1\0\0\0", b"\2\0\0\0")
+"""Compression of a BMP that Pillow decodes in Python, pixel run by pixel run."""
 
 
 def is_fetched(part: TextPart | ImagePart) -> bool:
-    """Whether a part of a message is an image that is not in the request."""
+    """Whether a part of a message is an image that must be fetched, because it is not a data URI."""
     return isinstance(part, ImagePart) and not _is_data(part.image_url.url)
 
 
 def fetch_pictures(
     request: ChatRequest, fetcher: Fetcher, until: float, max_bytes: int, check: Callable[[], object] = lambda: None
 ) -> dict[str, bytes]:
-    """The files that the images of a request lead to, by their addresses; each is fetched once.
+    """Fetch the images that a request names by address, each address once, one after the other.
 
     Args:
-        request: what was asked.
-        fetcher: fetches them, one after the other.
-        until: by the monotonic clock, for all of them together.
-        max_bytes: of all of them together.
-        check: called before each; raises where nobody waits for it any more.
+        request: the request.
+        fetcher: fetches one file.
+        until: when to give up, in seconds of `time.monotonic`; applies to all files together.
+        max_bytes: largest size of all files together.
+        check: called before each file; raises if the client no longer waits.
+
+    Returns:
+        The files by their addresses.
 
     Raises:
-        RequestError: one cannot be had, or not in time, or they are too large.
+        RequestError: a file cannot be fetched in time, or the files are too large.
     """
     found: dict[str, bytes] = {}
     for number, message in enumerate(request.messages):
@@ -71,12 +80,12 @@ def check_pixels(request: ChatRequest, limits: Limits, fetched: Mapping[str, byt
     """Refuse a request whose images have too many pixels together, before any of them is decoded.
 
     Args:
-        request: what was asked.
-        limits: of requests.
-        fetched: of `fetch_pictures`.
+        request: the request.
+        limits: limits of requests.
+        fetched: result of `fetch_pictures`.
 
     Raises:
-        RequestError: they have too many.
+        RequestError: the images have too many pixels.
     """
     parts = [part for message in request.messages for part in message.parts if isinstance(part, ImagePart)]
     total = sum(min(_pixels(part.image_url.url, fetched), limits.max_pixels) for part in parts)
@@ -88,7 +97,7 @@ def check_pixels(request: ChatRequest, limits: Limits, fetched: Mapping[str, byt
 
 
 def _pixels(url: str, fetched: Mapping[str, bytes]) -> float:
-    """Width times height by the header; infinite where it does not say, which `read_picture` may know better."""
+    """Width times height according to the header; infinite if it cannot be read, which `read_picture` will report."""
     # Decoders raise whatever a broken file leads them to.
     with WITHOUT_WARNINGS, suppress(Exception), Image.open(BytesIO(_file(url, fetched)), formats=FORMATS) as image:
         return image.width * image.height
@@ -96,12 +105,12 @@ def _pixels(url: str, fetched: Mapping[str, bytes]) -> float:
 
 
 def read_picture(url: str, max_pixels: int, fetched: Mapping[str, bytes]) -> Image.Image:
-    """The image of an `image_url` as upright 8-bit RGB.
+    """Read the image of an `image_url` as upright 8-bit RGB.
 
     Args:
-        url: a data URI, or an address. Never a path.
-        max_pixels: largest width times height; checked before a pixel is decoded.
-        fetched: of `fetch_pictures`.
+        url: a data URI, or an address; never a path.
+        max_pixels: largest width times height; checked before any pixel is decoded.
+        fetched: result of `fetch_pictures`.
 
     Raises:
         RequestError: one line that says what is wrong with it.
@@ -113,12 +122,16 @@ def read_picture(url: str, max_pixels: int, fetched: Mapping[str, bytes]) -> Ima
 
 
 def _file(url: str, fetched: Mapping[str, bytes]) -> bytes:
-    """What an address leads to. Raises TwigVLMError where reading it would take too long."""
+    """The bytes of an image. Raises TwigVLMError if decoding them would take too long."""
     if _is_data(url) and url.count("%") > MAX_ESCAPES:
         raise TwigVLMError(f"image_url: has more than {MAX_ESCAPES:,} percent signs; encode it in base64")
     data = from_data_uri("image_url", url) if _is_data(url) else fetched[url]
     if data.startswith(b"\xff\xd8") and data.count(b"Exif\0\0") > MAX_EXIF:
         raise TwigVLMError(f"image_url: has more than {MAX_EXIF} segments of EXIF; save it again")
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise TwigVLMError(f"image_url: has more than {MAX_SCANS} scans; save it again")
+    if data.startswith(b"BM") and data[30:34] in _RUN_LENGTHS:
+        raise TwigVLMError("image_url: is a compressed BMP, which takes long to read; save it as PNG")
     return data
 
 

@@ -1,4 +1,4 @@
-"""Requests in the format of OpenAI's chat completions, and the options of this library beside them."""
+"""Requests in the format of OpenAI's chat completions API, with the options of this library as further fields."""
 
 import json
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from twigvlm.serving.errors import RequestError
 MAX_STOPS, MAX_STOP_LENGTH, MAX_MESSAGES, MAX_PARTS = 4, 200, 512, 256
 MAX_SCHEMA = 50_000  # characters
 MAX_MARKS = 100_000
-"""Commas and opening brackets of a body, also those in texts: parsing takes time for each, and nothing can interrupt it."""
+"""Largest number of commas and opening brackets in a body, including its texts: each takes time to parse, uninterrupted."""
 _MANY = 1000
-"""Faults beyond which they are only counted: pydantic lists all or none of them."""
+"""With more faults than this, a message only gives their number: pydantic lists either all of them or none."""
 
 _Positive = Annotated[int, Field(ge=1, le=2**31)]
 _Ignored = Annotated[Any, AfterValidator(lambda _: None)]
-"""A field that is taken and ignored. Its value is dropped, so that waiting requests hold no memory for it."""
+"""A field that is accepted and ignored. Its value is dropped, so that waiting requests hold no memory for it."""
 _Flag = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
 """A switch that is off by default; null leaves it off."""
 
@@ -39,7 +39,7 @@ _NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
-"""Fields of OpenAI's that are not offered, and the values at which they ask for nothing."""
+"""OpenAI's fields that this server does not support, with the values that ask for nothing and are accepted."""
 
 
 _OF_ANSWERS: dict[str, tuple[Any, ...]] = {
@@ -49,7 +49,7 @@ _OF_ANSWERS: dict[str, tuple[Any, ...]] = {
     "refusal": (None,),
     "tool_calls": (None, []),
 }
-"""Fields of an answer's message, and the values at which they say nothing: clients send answers back as they are."""
+"""Fields of an answer's message, with values that mean nothing and are dropped: clients send answers back unchanged."""
 
 _MEANT = {
     "model_type": "must be a JSON object",
@@ -58,7 +58,7 @@ _MEANT = {
     "string_pattern_mismatch": "must be ASCII; write other characters as %XX",
     "extra_forbidden": "this server knows no such field; leave it out",
 }
-"""What pydantic's messages mean to a client, by their types."""
+"""Messages for clients, by pydantic's type of error."""
 
 
 class _Strict(BaseModel):
@@ -79,7 +79,7 @@ class ImageAddress(_Strict):
     # Of a text beyond ASCII Python keeps up to four bytes for each character.
     url: Annotated[str, Field(pattern=r"\A[[:ascii:]]*\z")]
     detail: Literal["auto", "low", "high", "original"] | None = None
-    """Taken and ignored: the base decides in what resolution it looks."""
+    """Accepted and ignored: the base's processor decides the resolution."""
 
 
 class ImagePart(_Strict):
@@ -99,7 +99,7 @@ class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[_Part], Field(max_length=MAX_PARTS)]
     name: str | None = None
-    """Taken and ignored: chat templates know no names."""
+    """Accepted and ignored: chat templates do not use names."""
 
     @model_validator(mode="before")
     @classmethod
@@ -113,16 +113,16 @@ class ChatMessage(_Strict):
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
-        """The content as parts."""
+        """The content as a list of parts."""
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
 class StreamOptions(_Strict):
-    """What a stream tells beside the answer."""
+    """What a stream reports in addition to the answer."""
 
     include_usage: _Flag = False
     include_obfuscation: _Flag = False
-    """Taken and ignored."""
+    """Accepted and ignored."""
 
 
 class JsonSchema(_Strict):
@@ -141,7 +141,7 @@ class JsonSchema(_Strict):
 
 
 class ResponseFormat(_Strict):
-    """The form of the answer."""
+    """The format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -154,7 +154,7 @@ class ResponseFormat(_Strict):
 
 
 class ChatRequest(_Strict):
-    """A request for an answer. Fields that are taken and ignored carry no meaning for this server."""
+    """A request for a chat completion. Fields of type `_Ignored` are accepted and have no effect."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -174,9 +174,9 @@ class ChatRequest(_Strict):
     keep: _Positive | None = None
     """R, visual tokens kept after the twig's trunk, instead of an average."""
     fit_budget: _Flag = False
-    """Whether a budget that is impossible for the images gives way to the nearest possible one, as the server's own does."""
+    """Whether a budget that is impossible for the images is replaced by the nearest possible one, as the server's own is."""
     final_wipe: _Positive | None = None
-    """K_f: visual tokens leave after this layer."""
+    """K_f: after this layer only `final_share` of the kept visual tokens remain."""
     final_share: float | None = None
     """φ: share of the kept visual tokens that stay after layer K_f."""
     refocus: float | None = None
@@ -184,15 +184,15 @@ class ChatRequest(_Strict):
     retain_per_image: _Flag = False
     """Whether the budget is split evenly among the images."""
     scout: _Flag = False
-    """Whether the visual tokens are ranked before the decoder, whose layers all hold only the kept ones then."""
+    """Whether the visual tokens are ranked before the decoder, so that all of its layers hold only the kept ones."""
     diverse: _Flag = False
     """Whether the kept visual tokens also differ from each other."""
     pruner: str | None = None
-    """Another pruning method than the twig's, by name."""
+    """Name of a pruning method to use instead of the twig's."""
     speculate: Speculate | None = None
     """How tokens are drafted; in float32 the answer does not depend on it."""
     details: _Flag = False
-    """Whether the answer tells which tokens were drafted, and which visual tokens were kept."""
+    """Whether the answer reports which tokens were drafted and which visual tokens were kept."""
 
     user: _Ignored = None
     metadata: _Ignored = None
@@ -240,7 +240,7 @@ class ChatRequest(_Strict):
 
     @property
     def answer_schema(self) -> dict[str, Any] | None:
-        """The JSON schema that the answer must follow; None: it is free text."""
+        """The JSON schema that the answer must follow; None: the answer is free text."""
         form = self.response_format
         if form is None or form.type == "text":
             return None
@@ -250,15 +250,15 @@ class ChatRequest(_Strict):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end the answer, which does not contain them."""
+        """Texts that end the answer and are not part of it."""
         return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 def parse_request(body: bytes) -> ChatRequest:
-    """A request from JSON.
+    """Parse a request from JSON.
 
     Raises:
-        RequestError: it is not JSON, or not a request that this server takes.
+        RequestError: it is not JSON, or not a request that this server supports.
     """
     if sum(map(body.count, (b",", b"[", b"{"))) > MAX_MARKS:
         raise RequestError(f"the request has more than {MAX_MARKS:,} commas and brackets; send less", 413)
@@ -276,8 +276,8 @@ def parse_request(body: bytes) -> ChatRequest:
 
 
 def _first_fault(error: ValidationError) -> Any:
-    """What pydantic says of the first fault. Of a text or a list it says that it is no text first, and then what is wrong with it
-    as a list."""
+    """The first fault in pydantic's list. Where text or a list is allowed, pydantic first says that it is no text, and then what
+    is wrong with it as a list; the latter is returned."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)
     union = faults[0]["loc"][:-1]
     if faults[0]["loc"][-1:] != ("str",):
@@ -286,10 +286,10 @@ def _first_fault(error: ValidationError) -> Any:
 
 
 def _path(steps: Sequence[int | str]) -> str | None:
-    """The field at a path, without the names of members of unions, which are pydantic's; None: the whole request.
+    """The name of the field at a path, without pydantic's names of union members; None: the whole request.
 
     Args:
-        steps: of pydantic.
+        steps: the path, as pydantic gives it.
     """
     found = []
     for number, step in enumerate(map(str, steps)):

@@ -1,10 +1,10 @@
-"""One request over HTTP, between the event loop and the worker's thread."""
+"""One request over HTTP: connects the event loop and the worker's thread."""
 
 import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Any, NamedTuple, TypeVar
 
 import anyio
@@ -28,18 +28,18 @@ Result = TypeVar("Result")
 
 
 _GRACE = 1.0
-"""Seconds beyond the longest wait in which a thread can tell by itself what took too long, such as a host of pictures."""
+"""Extra seconds after the longest wait, in which a thread may still report what took too long, such as an image host."""
 
 
 class Threads(NamedTuple):
     """Threads that prepare requests."""
 
-    fetching: ThreadPoolExecutor
-    """They wait for other hosts."""
-    checking: ThreadPoolExecutor
-    """One that waits while schemas are compiled on trial."""
-    preparing: ThreadPoolExecutor
-    """One that does the rest; what is fetched is there by then."""
+    fetching: Executor
+    """Threads that fetch images from other hosts."""
+    checking: Executor
+    """One thread, which waits while a schema is compiled on trial."""
+    preparing: Executor
+    """One thread, which reads images and tokenizes text once everything has been fetched."""
 
 
 class ClientGone(Exception):
@@ -50,9 +50,9 @@ class EventStream(StreamingResponse):
     """Server-sent events.
 
     Args:
-        chunks: the events.
+        chunks: the events, formatted.
         done: called when the stream has ended, the client has hung up, or the stream never began.
-        seconds: that the client has to read it.
+        seconds: time within which the client must have read the whole stream.
     """
 
     def __init__(self, chunks: AsyncIterator[str], done: Callable[[], None], seconds: float) -> None:
@@ -71,13 +71,13 @@ class EventStream(StreamingResponse):
 
 
 class Running:
-    """One request while it is answered.
+    """One HTTP request while it is answered.
 
     Args:
-        service: answers it.
-        request: what was asked.
-        http: the connection.
-        share: what it holds.
+        service: the service that answers it.
+        request: the parsed request.
+        http: the HTTP request, which tells when the client hangs up.
+        share: counts the memory that the request holds.
     """
 
     def __init__(self, service: Service, request: ChatRequest, http: Request, share: Share) -> None:
@@ -91,18 +91,18 @@ class Running:
         self._gone = asyncio.create_task(self._watch())
         self._first: Tokens | None = None
         self.status = HUNG_UP
-        """Status of HTTP, once the stream has ended."""
+        """HTTP status for the metrics, valid once the stream has ended."""
         self._completion: Completion | None = None
 
     async def start(self, threads: Threads, arrived: float) -> None:
-        """Prepare, submit, and wait for the first tokens.
+        """Prepare the request, submit its job, and wait for the first tokens.
 
         Args:
-            threads: that prepare requests.
-            arrived: by the monotonic clock.
+            threads: threads that prepare requests.
+            arrived: when the request arrived, in seconds of `time.monotonic`.
 
         Raises:
-            RequestError: the request cannot be answered, or the threads did not come to it in time.
+            RequestError: the request cannot be answered, or was not prepared in time.
             ClientGone: the client has hung up.
         """
         service, metrics = self._service, self._service.metrics
@@ -142,7 +142,7 @@ class Running:
 
     @property
     def _asked(self) -> ChatRequest:
-        """What was asked. Raises ClientGone when nobody waits for the answer any more."""
+        """The request. Raises ClientGone if the client no longer waits for the answer."""
         if self._request is None:
             raise ClientGone
         return self._request
@@ -196,15 +196,15 @@ class Running:
         return event
 
     async def _unless_gone(self, result: Coroutine[Any, Any, Result], seconds: float | None = None) -> Result:
-        """What is waited for.
+        """Wait for a result, unless the client hangs up first.
 
         Args:
-            result: comes at some time.
-            seconds: that are waited at most; None: there is no limit.
+            result: coroutine that gives the result.
+            seconds: longest time to wait; None: no limit.
 
         Raises:
-            ClientGone: nobody waits for the answer any more.
-            RequestError: the time is over.
+            ClientGone: the client has hung up.
+            RequestError: the result did not come in time.
         """
         coming = asyncio.create_task(result)
         try:
@@ -219,12 +219,12 @@ class Running:
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def _watch(self) -> None:
-        """Ends when the client hangs up."""
+        """Return when the client hangs up."""
         while (await self._http.receive())["type"] != "http.disconnect":
             pass
 
     def close(self) -> None:
-        """The request has ended, or nobody waits for it any more."""
+        """Release everything that the request holds, and cancel its job unless it has finished."""
         self._gone.cancel()
         if self._job is not None and not (self._completion is not None and self._completion.finished):
             self._service.worker.cancel(self._job)

@@ -1,4 +1,4 @@
-"""Run the application until a signal ends it."""
+"""Run the application until a signal stops it."""
 
 from collections.abc import Callable
 from socket import socket
@@ -14,19 +14,20 @@ _PARTING = 5  # seconds in which answers that were given up are told so, before 
 
 
 def make_server(app: FastAPI, service: Service, host: str, port: int, seconds: float) -> "Server":
-    """A server that SIGTERM and SIGINT end gracefully: what waits is refused, and what is under way has some time left.
+    """Make a server that SIGTERM and SIGINT stop gracefully: waiting requests are refused, and answers in progress get some time.
 
     Args:
-        app: of `create_app`.
-        service: its service.
+        app: application from `create_app`.
+        service: the application's service.
         host: address to listen on.
-        port: 0: any that is free.
-        seconds: that answers under way have left.
+        port: port to listen on; 0: any free port.
+        seconds: time that answers in progress get after a signal.
     """
     config = uvicorn.Config(
         app,
         host,
         port,
+        http="h11",  # it limits headers; httptools, which uvicorn prefers where it is installed, does not
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -38,28 +39,28 @@ def make_server(app: FastAPI, service: Service, host: str, port: int, seconds: f
 
 
 class Server(uvicorn.Server):
-    """Says when it has started, and ends the service at once when it ends; uvicorn waits for open connections first."""
+    """A uvicorn server that reports its start, and stops the service on a signal before uvicorn waits for connections."""
 
     def __init__(self, config: uvicorn.Config, service: Service, seconds: float) -> None:
         super().__init__(config)
         self._service, self._seconds = service, seconds
         self.on_start: Callable[[str], None] = lambda address: None
-        """Called with the address, once requests are taken."""
+        """Called with the server's address once it accepts requests."""
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
-        """Begin to listen."""
+        """Start to listen."""
         await super().startup(sockets)
         if self.started:
             self.on_start(self.address)
 
     @property
     def address(self) -> str:
-        """What clients call, once it has started."""
+        """The URL that clients call; valid once the server has started."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handle a signal: a second SIGINT ends the server without waiting."""
+        """Stop on a signal; a second SIGINT stops the server without waiting."""
         # In a thread: the code that the signal interrupted may hold the worker's lock.
         Thread(target=self._service.stop, args=(self._seconds,), daemon=True).start()
         super().handle_exit(sig, frame)

@@ -1,4 +1,4 @@
-"""From a request to a job and from its events to an answer: what the server, batch files and Ray share."""
+"""Turns requests into jobs, and the events of a job into an answer; shared by the server, batch files and Ray."""
 
 import secrets
 import time
@@ -38,7 +38,7 @@ _TEXT_PER_TOKEN = 64  # characters; no prompt that fits into the context has mor
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request gets that does not say."""
+    """Pruning and speculation of requests that do not ask for any."""
 
     pruning: PruningConfig = field(default_factory=PruningConfig)
     speculate: str = "none"
@@ -48,14 +48,13 @@ class Service:
     """A model that answers requests.
 
     Args:
-        model: what answers.
-        processor: the base's.
-        name: that requests call the model by.
-        defaults: of requests.
-        limits: of requests.
-        fetcher: of images that are no data URIs; None: there are none.
-        max_bytes: of keys and values; None: as many as are free.
-        has_twig: whether the model's twig was trained; of `TwigVLM.without_twig` it was not.
+        model: the model that answers.
+        processor: the base's processor.
+        name: name by which requests call the model.
+        defaults: options of requests that do not ask for any; None: neither pruning nor speculation.
+        limits: limits that requests must keep; None: the defaults of `Limits`.
+        fetcher: fetches images that are not data URIs; None: only data URIs are accepted.
+        max_bytes: memory for keys and values, in bytes; None: as much as is free.
     """
 
     def __init__(
@@ -67,9 +66,7 @@ class Service:
         limits: Limits | None = None,
         fetcher: Fetcher | None = None,
         max_bytes: int | None = None,
-        has_twig: bool = True,
     ) -> None:
-        self.has_twig = has_twig
         self.model, self.processor, self.name = model, processor, name
         self.defaults, self.limits = defaults or Defaults(), limits or Limits()
         self.fetcher = fetcher or Fetcher((), 0)
@@ -86,12 +83,17 @@ class Service:
         self.memory = Memory(self.limits.max_held)
         self.worker = Worker(model, self.limits, self.metrics, max_bytes)
 
+    @property
+    def has_twig(self) -> bool:
+        """Whether the model has a twig; the stand-in of `TwigVLM.without_twig` does not count."""
+        return not self.model.twig.is_stand_in
+
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """A place for one request while the block runs; called from one thread.
+    def slot(self) -> Iterator[None]:
+        """Hold one of the server's slots for requests while the block runs. Call this from one thread only.
 
         Raises:
-            RequestError: all places are taken.
+            RequestError: all slots are taken.
         """
         if self._inside >= self.limits.max_rows + self.limits.max_waiting:
             raise RequestError(
@@ -109,15 +111,18 @@ class Service:
     def fetch(
         self, request: ChatRequest, arrived: float, check: Callable[[], object] = lambda: None
     ) -> dict[str, bytes]:
-        """What the images of a request are that are not in it, by their addresses. Several threads may do this.
+        """Fetch the images that a request names by address. Several threads may call this at once.
 
         Args:
-            request: what was asked.
-            arrived: by the monotonic clock.
-            check: called before each file; raises where nobody waits for it any more.
+            request: the request.
+            arrived: when the request arrived, in seconds of `time.monotonic`.
+            check: called before each file; raises if the client no longer waits.
+
+        Returns:
+            The files by their addresses.
 
         Raises:
-            RequestError: the request cannot be answered, or one of the images cannot be had in time.
+            RequestError: the request cannot be answered, or an image cannot be fetched in time.
         """
         self.check(request)
         self._check_waiting(arrived)
@@ -131,9 +136,9 @@ class Service:
         return fetch_pictures(request, self.fetcher, arrived + limits.longest_wait, limits.max_body, go_on)
 
     def check_schema(self, request: ChatRequest) -> None:
-        """Raise RequestError where the schema of a request takes too much work, which takes seconds to find out.
+        """Raise RequestError if the JSON schema of a request takes too much work to compile; finding out may take seconds.
 
-        `prepare` does this, too, but does not repeat it.
+        `prepare` checks this as well, and does not repeat a check that was made here.
         """
         if request.answer_schema is not None:
             self.grammars.check(request.answer_schema)
@@ -145,13 +150,13 @@ class Service:
         arrived: float | None = None,
         fetched: dict[str, bytes] | None = None,
     ) -> Job:
-        """A job for the worker: images read and text tokenized. One thread at a time does this.
+        """Read the images of a request, tokenize its text, and make a job for the worker. Threads take turns at this.
 
         Args:
-            request: what was asked.
-            listen: gets the events of the job.
-            arrived: by the monotonic clock; None: now.
-            fetched: of `fetch`; None: not yet.
+            request: the request.
+            listen: called with each event of the job, from the worker's thread; must return at once.
+            arrived: when the request arrived, in seconds of `time.monotonic`; None: now.
+            fetched: result of `fetch`; None: the images are fetched here.
 
         Raises:
             RequestError: the request cannot be answered.
@@ -190,7 +195,7 @@ class Service:
         return job
 
     def completion(self, request: ChatRequest, job: Job) -> Completion:
-        """What gathers the events of a request's job."""
+        """The completion that collects the events of a request's job."""
 
         def text() -> AnswerText:
             eos, stops = frozenset(self.eos), request.stops
@@ -202,7 +207,7 @@ class Service:
         return Completion(self.name, job, text, give_up, bool(request.stream))
 
     def stop(self, seconds: float = 0.0) -> None:
-        """End the worker; jobs under way have that many seconds left."""
+        """Stop the worker. Jobs in progress get this many more seconds, and then fail."""
         self.worker.stop(seconds)
 
     def _check_waiting(self, arrived: float) -> None:
@@ -210,7 +215,7 @@ class Service:
             raise waited_too_long(self.limits.longest_wait)
 
     def check(self, request: ChatRequest) -> None:
-        """Raise RequestError where it takes no work to see that a request is refused."""
+        """Raise RequestError for whatever can be refused without reading images or tokenizing text."""
         limits = self.limits
         if request.model != self.name:
             raise RequestError(f"model: this server has only {self.name!r}", 404, param="model", code="model_not_found")
@@ -226,7 +231,7 @@ class Service:
             raise self._too_long(f"{length:,} characters")
 
     def _pruning(self, request: ChatRequest, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Options of pruning: those of the request, or else the server's, as far as they are possible for its pictures."""
+        """Pruning options: the request's, or the server's with a budget that is possible for the request's pictures."""
         asked, base = asked_pruning(request, self.defaults.pruning.pruner), self.model.base
         pruning = asked or self.defaults.pruning
         if pruning.active and pruning.pruner in (None, "twig") and not self.has_twig:

@@ -1,4 +1,4 @@
-"""The text of an answer while its tokens come, up to a stop text. Pure functions and state of one answer."""
+"""The text of one answer while its tokens arrive, up to a stop text."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ _BROKEN = "\ufffd"  # what a decoder shows for a character of which bytes are mi
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that one token added; a character of several tokens comes with the last of them."""
+    """Text that one token added. A character that takes several tokens belongs to the last of them."""
 
     text: str
     drafted: bool
@@ -19,9 +19,9 @@ class AnswerText:
     """Turns tokens into text, and finds where the answer ends.
 
     Args:
-        decode: ids to text, special tokens left out.
-        eos: ids that end an answer and are no part of it.
-        stops: texts that end the answer, which does not contain them.
+        decode: turns token ids into text, without special tokens.
+        eos: token ids that end an answer and are not part of it.
+        stops: texts that end the answer and are not part of it.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], eos: Collection[int], stops: Sequence[str] = ()) -> None:
@@ -29,9 +29,9 @@ class AnswerText:
         self._ids: list[int] = []
         self._start, self._read = 0, 0  # ids before `_start` do not change how later ones are written
         self._held: list[Piece] = []
-        """Not yet given out, because a stop text may begin in it."""
+        """Text that is held back, because a stop text may begin in it."""
         self.tokens, self.accepted = 0, 0
-        """Tokens that belong to the answer, its end token included, and how many of them the twig drafted."""
+        """Number of tokens of the answer, end token included, and how many of them were accepted drafts."""
         self.stopped = False
         """Whether the answer ended by itself: by a stop text or an end token."""
         self.cut = False
@@ -41,8 +41,8 @@ class AnswerText:
         """The text that new tokens add.
 
         Args:
-            tokens: ids, and whether each was drafted.
-            finished: whether these are the last ones.
+            tokens: pairs of a token id and whether it was drafted.
+            finished: whether these are the last tokens of the answer.
         """
         for token, drafted in tokens:
             if self.cut:
@@ -61,7 +61,7 @@ class AnswerText:
         return self._release(finished or self.cut)
 
     def _next(self, whole: bool) -> str:
-        """What the ids since the last call add; nothing while a character is incomplete, unless the `whole` rest is wanted."""
+        """Text that the ids since the last call add; empty while a character is incomplete, unless `whole` asks for the rest."""
         before = self._decode(self._ids[self._start : self._read])
         now = self._decode(self._ids[self._start :])
         if len(now) <= len(before) or (now.endswith(_BROKEN) and not whole):
@@ -77,7 +77,7 @@ class AnswerText:
             self.stopped = self.cut = True
 
     def _release(self, everything: bool) -> list[Piece]:
-        """All text in which no stop text can begin any more."""
+        """Remove and return the held text in which no stop text can begin any more."""
         if everything or not self._stops:
             released, self._held = self._held, []
             return released
@@ -91,7 +91,7 @@ class AnswerText:
 
 
 def _first(pieces: Sequence[Piece], count: int) -> list[Piece]:
-    """Pieces of the first `count` characters."""
+    """The pieces up to the first `count` characters."""
     found: list[Piece] = []
     for piece in pieces:
         if count <= 0:
@@ -102,7 +102,7 @@ def _first(pieces: Sequence[Piece], count: int) -> list[Piece]:
 
 
 def _rest(pieces: Sequence[Piece], count: int) -> list[Piece]:
-    """Pieces of what follows the first `count` characters."""
+    """The pieces after the first `count` characters."""
     found: list[Piece] = []
     for piece in pieces:
         if text := piece.text[max(count, 0) :]:

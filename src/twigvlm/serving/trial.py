@@ -1,9 +1,9 @@
-"""Compile a JSON schema on trial, in a process that ends when that takes too much time or memory.
+"""Compile a JSON schema on trial, in a process that is killed if that takes too much time or memory.
 
-The grammar library limits most of its work, but not all that it does to compile a schema: a large `multipleOf`, hundreds of
-`patternProperties` and unions of intersected patterns keep it busy for minutes, and nothing can interrupt it in this process.
+The grammar library limits most of its work, but a large `multipleOf`, hundreds of `patternProperties`, or unions of intersected
+patterns keep it busy for minutes, and nothing can interrupt it in this process.
 
-The process runs this file as a script, so it imports nothing of the package.
+The process runs this file as a script, so this file imports nothing else of the package.
 """
 
 import json
@@ -13,20 +13,19 @@ from contextlib import suppress
 from functools import lru_cache
 
 SECONDS = 2
-"""Processor time of a trial, a tenth of a second of which it takes to start. Ordinary schemas need a few milliseconds."""
+"""Processor time of a trial. Starting takes a tenth of a second of it; ordinary schemas need a few milliseconds."""
 MAX_BYTES = 128 << 20
-"""Memory of a trial. Ordinary schemas leave most of it free."""
+"""Memory of a trial, in bytes. Ordinary schemas need a small part of it."""
 _PATIENCE = 10
-"""How many times longer a trial may take by the clock than by the processor's time: the machine may be busy."""
+"""A trial may take this many times `SECONDS` of wall-clock time, since the machine may be busy."""
 
 
 class TooMuchWork(Exception):
-    """A schema takes more time or memory to compile than it may."""
+    """A schema takes more time or memory to compile than is allowed."""
 
 
-@lru_cache(64)
 def try_schema(text: str) -> None:
-    """Compile a schema in another process. Those that were fine are remembered.
+    """Compile a schema in another process. The outcome is remembered, unless the machine was too busy to find out.
 
     Args:
         text: the schema as JSON, with the options of the grammar library.
@@ -34,6 +33,13 @@ def try_schema(text: str) -> None:
     Raises:
         TooMuchWork: it takes too much time or memory.
     """
+    if not _is_light(text):
+        raise TooMuchWork
+
+
+@lru_cache(64)
+def _is_light(text: str) -> bool:
+    """Whether a schema compiles within the limits of time and memory."""
     task = json.dumps([list(map(str, sys.path)), text, SECONDS, MAX_BYTES])
     command = [sys.executable, "-I", __file__]
     try:
@@ -43,14 +49,13 @@ def try_schema(text: str) -> None:
         )
     except subprocess.TimeoutExpired:
         raise TooMuchWork from None
-    if done.returncode < 0:  # a signal: it has exceeded a limit, or the library has crashed
-        raise TooMuchWork
-    if done.returncode:
+    if done.returncode > 0:
         raise RuntimeError(f"schemas cannot be tried: {done.stderr}")
+    return done.returncode == 0  # less: a signal, because it has exceeded a limit, or the library has crashed
 
 
 def _compile() -> None:
-    """Compile the schema on stdin. What is wrong with it is found again, and told, where it is compiled to be used."""
+    """Compile the schema on stdin. Errors in it are ignored here: they are reported when the server compiles it for use."""
     path, text, seconds, size = json.load(sys.stdin)
     sys.path[:] = path
     import llguidance

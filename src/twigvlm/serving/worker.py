@@ -1,4 +1,4 @@
-"""The worker: one thread owns the engines. Jobs join, are given up and fail one by one; the thread lives on."""
+"""The worker: one thread that owns the engines. A job that fails or is cancelled does not affect the others."""
 
 import logging
 import time
@@ -9,7 +9,7 @@ import torch
 
 from twigvlm.engine.engine import Engine
 from twigvlm.engine.memory import free_bytes
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import is_out_of_memory
 from twigvlm.heap import give_back_freed_memory
 from twigvlm.kv.prefix_pool import PrefixPool
 from twigvlm.model import TwigVLM
@@ -20,23 +20,23 @@ from twigvlm.serving.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 _ADMITTED = 2
-"""Jobs that are taken up between two steps at most, so that answers under way do not stand still for long."""
+"""Largest number of jobs that start between two steps, so that answers in progress are not held up for long."""
 _TRIMMED = 64
-"""Jobs after which freed memory is given back to the system, which takes hundredths of a second."""
+"""Freed memory is given back to the system after this many jobs; it takes hundredths of a second."""
 _LAST_STEP = 2.0
-"""Seconds that a step has left to end when the worker stops; nothing can interrupt it, and a prefill may take much longer."""
+"""Seconds to wait for the current step when the worker stops. A step cannot be interrupted; a prefill may take far longer."""
 
 
 class Worker:
     """Generates the answers of jobs, several at once.
 
-    An engine drafts in one way for all of its rows; the worker makes one for each way that is asked for, and they take turns.
+    An engine drafts in one way for all of its rows. The worker makes an engine for each way that is asked for; they take turns.
 
     Args:
-        model: what answers.
-        limits: rows, and seconds of waiting and in total.
-        metrics: where it counts.
-        max_bytes: of keys and values of all engines together; None: as many as are free at the start.
+        model: the model that answers.
+        limits: limits of rows, waiting time and total time.
+        metrics: metrics to update.
+        max_bytes: memory for keys and values of all engines together, in bytes; None: as much as is free at the start.
     """
 
     def __init__(self, model: TwigVLM, limits: Limits, metrics: Metrics, max_bytes: int | None = None) -> None:
@@ -57,7 +57,7 @@ class Worker:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Queue a job; its events come to `job.listen`.
+        """Queue a job. Its events are passed to `job.listen`.
 
         Raises:
             RequestError: the server is shutting down.
@@ -69,13 +69,13 @@ class Worker:
             self._changed.notify()
 
     def cancel(self, job: Job, choice: int | None = None) -> None:
-        """Give a job up, or one of its answers; no-op if that has ended. No event tells of it."""
+        """Cancel a job, or the answer of index `choice`. Does nothing if it has ended; no event reports it."""
         with self._changed:
             self._cancelled.append((job, choice))
             self._changed.notify()
 
     def drain(self) -> None:
-        """Refuse jobs that wait and that come; those under way go on."""
+        """Refuse waiting and new jobs; jobs in progress continue."""
         with self._changed:
             self._draining = True
             refused = [job for job in self._waiting if not job.suspect]  # those that start over are under way
@@ -85,10 +85,10 @@ class Worker:
             self._tell(job, Failed(shutting_down()))
 
     def stop(self, seconds: float = 0.0) -> None:
-        """End the thread, after its step if that is short.
+        """Stop the thread, without waiting for its current step if that takes long.
 
         Args:
-            seconds: that jobs under way have left; then they fail, whatever the thread is doing.
+            seconds: time that jobs in progress have left before they fail.
         """
         self.drain()
         deadline = time.monotonic() + seconds
@@ -102,7 +102,7 @@ class Worker:
 
     @property
     def draining(self) -> bool:
-        """Whether jobs that come are refused."""
+        """Whether new jobs are refused."""
         return self._draining
 
     @property
@@ -126,12 +126,12 @@ class Worker:
         self._tell_the_end()
 
     def _tell_the_end(self) -> None:
-        """Fail everything that is under way; any thread may do this."""
+        """Report to all jobs, running or waiting, that the server shuts down. Any thread may call this."""
         for job in filter(None, (*self._jobs(), self._admitting, *list(self._waiting))):
             self._tell(job, Failed(shutting_down()))
 
     def _next_turn(self) -> bool:
-        """Wait for work; False: the thread shall end."""
+        """Wait for work. Returns False when the thread has to end."""
         with self._changed:
             while not (self._stopped or self._waiting or self._cancelled or self._choices):
                 self._metrics.set("twigvlm_rows", 0)
@@ -161,7 +161,7 @@ class Worker:
         return list(dict.fromkeys(job for job, _ in list(self._choices.values())))  # copied: see _tell_the_end
 
     def _next_job(self) -> Job | None:
-        """The first job that waits, if there is room for it."""
+        """The first waiting job, if there is room for it."""
         with self._changed:
             if not self._waiting:
                 return None
@@ -173,7 +173,7 @@ class Worker:
             return self._admitting
 
     def _admit(self, job: Job) -> None:
-        """Give the job's rows to the engine that drafts as it wants."""
+        """Add the job's rows to the engine that drafts in the way that the job asks for."""
         way = job.speculate
         try:
             engine = self._engines.get(way)
@@ -231,13 +231,11 @@ class Worker:
                 metrics.add(f"twigvlm_{name}_tokens_total", count)
 
     def _after_failure(self, way: str, error: Exception) -> None:
-        """A step raised. Whose prompt could not be taken up fails; otherwise all rows of the engine are generated again.
+        """Handle a failed step. A job whose prefill failed fails; otherwise all rows of the engine are generated again.
 
-        The engine's state is unknown after a failed step of decoding, and so is whose fault that was. Answers do not depend on
-        what runs beside them, so each job starts over by itself, and gives out what is new; one that fails alone is at fault.
+        After a failed decoding step the engine's state is unknown, and so is the job that caused it. Answers do not depend on
+        the rows beside them, so each job starts over alone and passes on new tokens only; one that fails alone is the cause.
         """
-        if not isinstance(error, TwigVLMError):
-            self._prefixes.clear()  # where memory has run out, this is the part that nobody needs
         here = [(job, choice) for key, (job, choice) in self._choices.items() if key[0] == way]
         # Such a row was ended by the engine before its first token; the engine goes on with all others.
         refused = [job for job, choice in here if choice.row and choice.row.finished and not choice.row.drafted]
@@ -248,6 +246,7 @@ class Worker:
         self._metrics.add("twigvlm_engine_failures_total")
         _log.error("a step failed", exc_info=error)
         del self._engines[way]
+        self._prefixes.clear()
         jobs = list(dict.fromkeys(job for job, _ in here))
         self._choices = {key: value for key, value in self._choices.items() if key[0] != way}
         if len(jobs) == 1:
@@ -272,11 +271,13 @@ class Worker:
             self._tell(job, Failed(error))
 
     def _fail(self, job: Job, error: Exception) -> None:
+        if is_out_of_memory(error):
+            self._prefixes.clear()  # the part that nobody needs
         self._give_up(job, None)
         self._tell(job, Failed(request_error(error)))
 
     def _give_up(self, job: Job, index: int | None) -> None:
-        """Take a job's rows out of their engines, and the job out of the queue."""
+        """Remove a job's rows from their engines, and the job from the queue."""
         for choice in job.choices if index is None else [job.choices[index]]:
             key, choice.key = choice.key, None  # ids begin again with each engine: it may be another row's by now
             if key is not None and key in self._choices and self._choices[key][1] is choice:

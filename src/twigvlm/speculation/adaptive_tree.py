@@ -79,7 +79,7 @@ class AdaptiveTree(DraftPolicy):
         seconds = depths * costs.draft[1] + (depths > 0) * costs.trunk[1] + np.array(costs.verify)[1 + depths]
         worth = np.cumsum(self.LIKELY**depths) - seconds / plain
         best = int(worth.argmax())
-        return Chain(replace(chain, draft_length=best), stop_early=not self.static) if best else DraftPolicy()
+        return Chain(replace(chain, draft_length=best), self.static) if best else DraftPolicy()
 
     def expand(
         self, nodes: Nodes, expandable: Bool[Tensor, "rows nodes"], level: int

@@ -15,7 +15,7 @@ from twigvlm.base.masks import Masks
 from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.kv.cache import KVCache
-from twigvlm.pruning.refocus import Refocus, RefocusState
+from twigvlm.pruning.refocus import Refocus
 from twigvlm.pruning.view import TrunkOutput
 from twigvlm.speculation.walk import Accepted
 from twigvlm.twig.block import Twig
@@ -34,7 +34,7 @@ class RowState:
     count: Int[Tensor, " rows"]
     """New tokens so far, the newest included."""
     limit: Int[Tensor, " rows"]
-    """Most new tokens."""
+    """Maximum number of new tokens."""
     first_position: Int[Tensor, " rows"]
     """Position, for rotary embeddings, of the first new token."""
     prompt_length: Int[Tensor, " rows"]
@@ -42,8 +42,14 @@ class RowState:
     eos_token_ids: Int[Tensor, "rows ids"]
     """Nothing is drafted after them; NO_TOKEN: none."""
     ids: Int[Tensor, "rows width"]
-    """Ids of prompt and answer, NO_TOKEN at visual tokens, anything after the newest one; without any column where no draft is
-    looked up in them."""
+    """Ids of prompt and answer, NO_TOKEN at visual tokens; entries behind the newest token are undefined. Zero columns unless
+    prompt lookup is used."""
+
+    @classmethod
+    def none(cls, device: torch.device) -> "RowState":
+        """The state of no rows."""
+        numbers, table = (torch.zeros(*shape, dtype=torch.long, device=device) for shape in ((0,), (0, 0)))
+        return cls(numbers, numbers, numbers, numbers, numbers, table, table)
 
     def advance(self, accepted: Accepted, longest: int) -> None:
         """Take up accepted tokens.
@@ -139,22 +145,20 @@ class Batch:
         base: the base.
         twig: its twig.
         reserve: tokens that the cache has room for beyond what first filled it.
-        drafts_by_twig: whether its drafts need the twig; otherwise only pruning may.
     """
 
-    def __init__(self, base: BaseVLM, twig: Twig, reserve: int, drafts_by_twig: bool) -> None:
-        self.base, self.twig, self.drafts_by_twig = base, twig, drafts_by_twig
+    def __init__(self, base: BaseVLM, twig: Twig, reserve: int) -> None:
+        self.base, self.twig = base, twig
         boundaries = (twig.config.trunk_layers, twig.first_layer_idx)
         self.cache = KVCache(twig.last_layer_idx + 1, boundaries, reserve, base.device)
         self.masks: Masks = base.masks()
-        self.state: RowState | None = None
-        self.pending: Pending | None = None
+        self.state = RowState.none(base.device)
+        no_states = torch.empty(0, 0, base.config.hidden_size, dtype=base.dtype, device=base.device)
+        self.pending = Pending.none(0, no_states)
         self.deferred: TrunkOutput | None = None
         """The prompt of the only row, until the twig has seen it."""
-        self.refocus_states: list[RefocusState | None] = []
-        """What each row can look at again; None: it does not."""
         self.refocus: Refocus | None = None
-        """The same for all rows at once; None: no row looks again."""
+        """What the rows can look at again; None: no row does."""
         self._table: TokenInputs | None = None
         self._axes: tuple[int, ...] = ()
         self._first = 0
@@ -164,63 +168,53 @@ class Batch:
         """All of them."""
         return slice(self._first, self.cache.rows)
 
-    def newcomers(
-        self, first: int, state: RowState, refocus_states: list[RefocusState | None], trunk: TrunkOutput
-    ) -> "Batch":
+    def newcomers(self, first: int, state: RowState, trunk: TrunkOutput, refocus: Refocus | None) -> "Batch":
         """The rows from `first` on, whose prompts the cache holds, as a batch of their own until they join."""
         self._axes = (3,) if trunk.prompt.position_ids.ndim == 3 else ()
         part = copy(self)
-        part._first, part.state, part.deferred = first, state, None
+        part._first, part.state, part.refocus, part.deferred = first, state, refocus, None
         part.pending = Pending.none(len(state.newest), trunk.tokens.hidden)
-        part._look_with(refocus_states)
         return part
 
-    def join(self, part: "Batch", deferred: TrunkOutput | None) -> None:
+    def join(self, part: "Batch", deferred: TrunkOutput | None, refocus: Refocus | None) -> None:
         """Take up newcomers.
 
         Args:
             part: from `newcomers`.
             deferred: their prompt, if the twig shall see it with the first draft only.
+            refocus: what all rows can look at again.
         """
         self._show_deferred()
-        assert part.state is not None, "there are rows"
-        assert part.pending is not None, "there are rows"
-        state, pending = part.state, part.pending
-        if self.state is not None and self.pending is not None:
-            state, pending = self.state.join(state), self.pending.join(pending)
-        self._look_with([*self.refocus_states, *part.refocus_states])
-        self.state, self.pending, self.deferred = state, pending, deferred
+        state, pending = self.state.join(part.state), self.pending.join(part.pending)
+        self.state, self.pending, self.refocus, self.deferred = state, pending, refocus, deferred
 
-    def leave(self, row: int) -> None:
-        """Drop a row; the last one takes its place. Where memory runs out, nothing has changed."""
-        assert self.state is not None, "it has joined"
-        assert self.pending is not None, "it has joined"
-        state = pending = None
+    def leave(self, row: int, refocus: Refocus | None) -> None:
+        """Drop a row; the last one takes its place. Where memory runs out, nothing has changed.
+
+        Args:
+            row: which one.
+            refocus: what the other rows can look at again.
+        """
         if self.cache.rows > 1:
             state, pending = self.state.leave(row), self.pending.leave(row)
-        refocus_states = list(self.refocus_states)
-        refocus_states[row] = refocus_states[-1]
-        self._look_with(refocus_states[:-1])
-        self.state, self.pending, self.deferred = state, pending, None
+        else:
+            state, pending = RowState.none(self.base.device), Pending.none(0, self.pending.states)
+        self.state, self.pending, self.refocus, self.deferred = state, pending, refocus, None
         self.cache.release(row)
-
-    def _look_with(self, refocus_states: list[RefocusState | None]) -> None:
-        self.refocus = None if all(state is None for state in refocus_states) else Refocus(self.twig, refocus_states)
-        self.refocus_states = refocus_states
 
     def _show_deferred(self) -> None:
         if self.deferred is not None:
             self.deferred.fill_twig()
             self.deferred = None
 
-    def inputs(self, state: RowState, offsets: Int[Tensor, "rows tokens"], furthest: int) -> TokenInputs:
+    def inputs(self, offsets: Int[Tensor, "rows tokens"], furthest: int) -> TokenInputs:
         """Per-token inputs of new tokens.
 
         Args:
-            state: state of the rows.
             offsets: offset of each token from the newest one, which is at 0.
             furthest: upper bound of their positions.
         """
+        state = self.state
         in_answer = state.count[:, None] - 1 + offsets
         if self._table is None or self._table.cos.shape[1] <= furthest:
             self._table = self._rotary_table((furthest // _STEP + 1) * _STEP)
@@ -253,8 +247,6 @@ class Batch:
 
     def run_twig_on_roots(self, roots: Float[Tensor, "rows 1 width"], inputs: TokenInputs, furthest: int) -> TwigStates:
         """Run the twig on the newest tokens; it first sees what it has not seen yet, in the same pass."""
-        assert self.state is not None, "there are rows"
-        assert self.pending is not None, "there are rows"
         self._show_deferred()
         pending = self.pending
         if not pending.on_host.any():
@@ -264,9 +256,8 @@ class Batch:
         states = torch.cat((pending.states, roots), dim=1)
         states = states.scatter(1, at[..., None].expand_as(roots), roots)
         offsets = torch.arange(size, device=at.device) - at
-        all_new = self.run_twig(states, self.inputs(self.state, offsets, furthest), self.masks)
-        first, last = self.twig.first_layer_idx, self.twig.last_layer_idx + 1
-        self.cache.commit(first, last, self.rows, size, pending.on_host + 1, pending.counts + 1)
+        all_new = self.run_twig(states, self.inputs(offsets, furthest), self.masks)
+        self.cache.commit(*self.twig.cache_layers, self.rows, size, pending.on_host + 1, pending.counts + 1)
         self.pending = Pending.none(len(states), states)
         states = torch.take_along_dim(all_new.states, at[..., None], dim=1)
         if all_new.scores is None:

@@ -19,7 +19,6 @@ from torch import nn
 
 from twigvlm import compat
 from twigvlm.base.cpu_linear import is_alone
-from twigvlm.base.masks import TreeMasks
 from twigvlm.base.token_inputs import slice_tokens
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import MAX_NODES
@@ -89,7 +88,7 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 4) -> StepCosts:
     base.run_layers(hidden, trunk, layers, inputs, masks, view)
 
     def filling() -> float:
-        cache.set_lengths(twig.first_layer_idx, twig.last_layer_idx + 1, row, [0])
+        cache.set_lengths(*twig.cache_layers, row, [0])
         began = clock()
         twig.fill(hidden, inputs, masks, cache.view(row))
         return clock() - began
@@ -98,7 +97,7 @@ def calibrate(base: BaseVLM, twig: Twig, repeats: int = 4) -> StepCosts:
         rows = hidden[:, :nodes]
         part = slice_tokens(inputs, 0, nodes)
         seen = torch.ones(1, nodes, nodes, dtype=torch.bool, device=base.device).tril()
-        of_tree = TreeMasks(base.attention, seen, base.dtype) if nodes > 1 else masks
+        of_tree = base.tree_masks(seen) if nodes > 1 else masks
         began = clock()
         states = base.run_layers(rows, 0, trunk, part, of_tree, view)
         middle = clock()

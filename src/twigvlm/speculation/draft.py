@@ -6,9 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
-from twigvlm.base.masks import Masks, TreeMasks
+from twigvlm.base.masks import Masks
 from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.speculation.batch import Batch
 from twigvlm.speculation.nodes import INVALID, Nodes, ancestor_mask
@@ -77,7 +78,6 @@ class _Growing:
     """
 
     def __init__(self, batch: Batch, policy: DraftPolicy, furthest: int) -> None:
-        assert batch.state is not None, "there are rows"
         self.batch, self.policy, self.furthest, self.rows = batch, policy, furthest, batch.state
         self.nodes = policy.start(batch.state)
         self.level = 0
@@ -120,7 +120,7 @@ class _Growing:
         batch, policy = self.batch, self.policy
         num_in_twig = self.ran.shape[1] if policy.uses_twig else 0
         selected = policy.select(self.nodes)
-        late = _late(policy, selected, self.ran, static)
+        late = _not_yet_run(policy, selected, self.ran, static)
         if late.shape[1]:
             hidden, inputs, masks = self._run_trunk(late)
             if batch.refocus is not None:
@@ -129,7 +129,7 @@ class _Growing:
         hidden = self.hidden[0] if len(self.hidden) == 1 else torch.cat(self.hidden, dim=1)
         scores = torch.cat(self.scores, dim=1) if self.scores else None
         num_in_trunk, chosen = self.ran.shape[1], self.nodes.take(selected)
-        inputs = batch.inputs(self.rows, chosen.depths, self.furthest)
+        inputs = batch.inputs(chosen.depths, self.furthest)
         if policy.linear:
             deepest = chosen.tokens.shape[1] - 1
             return Draft(chosen, deepest, hidden, inputs, batch.masks, None, num_in_trunk, num_in_twig, scores)
@@ -139,7 +139,7 @@ class _Growing:
             order = torch.arange(selected.shape[1], device=selected.device).expand_as(selected)
             order = order.masked_fill(selected == INVALID, INVALID)
             seen = ancestor_mask(chosen.parents, order, order, self.level)
-            masks = TreeMasks(batch.base.attention, seen, hidden.dtype)
+            masks = batch.base.tree_masks(seen)
         hidden = torch.take_along_dim(hidden, cache_index[..., None], dim=1)
         scores = None if scores is None else torch.take_along_dim(scores, cache_index[..., None], dim=1)
         return Draft(chosen, self.level, hidden, inputs, masks, cache_index, num_in_trunk, num_in_twig, scores)
@@ -151,8 +151,8 @@ class _Growing:
         masks: Masks = batch.masks
         if not self.policy.linear and self.ran.shape[1] > 1:
             seen = ancestor_mask(nodes.parents, new, self.ran, self.level)
-            masks = TreeMasks(batch.base.attention, seen, batch.base.dtype)
-        inputs = batch.inputs(self.rows, nodes.depths.gather(1, known), self.furthest)
+            masks = batch.base.tree_masks(seen)
+        inputs = batch.inputs(nodes.depths.gather(1, known), self.furthest)
         hidden = batch.run_trunk(nodes.tokens.gather(1, known), inputs, masks)
         self.hidden.append(hidden)
         return hidden, inputs, masks
@@ -170,7 +170,7 @@ class _Growing:
         return found.states
 
 
-def _late(policy: DraftPolicy, selected: Tensor, ran: Tensor, static: bool) -> Int[Tensor, "rows late"]:
+def _not_yet_run(policy: DraftPolicy, selected: Tensor, ran: Tensor, static: bool) -> Int[Tensor, "rows late"]:
     """Selected nodes that have not run."""
     if policy.linear:  # a chain's last one, or the whole of one that no pass drafted
         return selected[:, ran.shape[1] :].clamp(min=0)
@@ -179,6 +179,23 @@ def _late(policy: DraftPolicy, selected: Tensor, ran: Tensor, static: bool) -> I
     end = torch.iinfo(selected.dtype).max
     late = selected.masked_fill(~missing, end).sort(dim=1).values[:, :count]
     return late.masked_fill(late == end, INVALID)
+
+
+class OnHost(NamedTuple):
+    """What the host reads of a step, once, of each row."""
+
+    accepted: NDArray[np.int64]
+    """Accepted nodes, the root included."""
+    in_twig: NDArray[np.int64]
+    """Accepted nodes that the twig has seen."""
+    drafted: NDArray[np.int64]
+    """Nodes of the draft besides the root."""
+    tokens: NDArray[np.int64]
+    """The base's choices along the path, undefined beyond the accepted nodes; [rows, steps]."""
+
+    def new_tokens(self) -> list[list[int]]:
+        """The tokens that the step adds to each answer."""
+        return [tokens[:count].tolist() for tokens, count in zip(self.tokens, self.accepted, strict=True)]
 
 
 class Committed(NamedTuple):
@@ -202,43 +219,34 @@ class Committed(NamedTuple):
             accepted, (on_path & (index < draft.num_in_twig)).sum(dim=1), index, draft.nodes.valid.sum(dim=1) - 1
         )
 
-    def to_host(self) -> Int[np.ndarray, "rows numbers"]:
-        """The step's one read.
-
-        Of each row: accepted nodes with the root, those of them in the twig, drafted nodes, the base's choices along the path.
-        """
-        numbers = torch.stack((self.accepted.counts, self.num_in_twig, self.drafted), dim=1)
-        return torch.cat((numbers, self.accepted.tokens), dim=1).cpu().numpy()
+    def to_host(self) -> OnHost:
+        """The step's one read from the device."""
+        counts = torch.stack((self.accepted.counts, self.num_in_twig, self.drafted), dim=1)
+        columns = torch.cat((counts, self.accepted.tokens), dim=1).cpu().numpy()
+        return OnHost(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3:])
 
 
-def commit(
-    batch: Batch, policy: DraftPolicy, draft: Draft, committed: Committed, on_host: Int[np.ndarray, "rows numbers"]
-) -> None:
+def commit(batch: Batch, policy: DraftPolicy, draft: Draft, committed: Committed, on_host: OnHost) -> None:
     """Every cache keeps each row's accepted path (root included) and drops the rest of the draft."""
     kept = committed.accepted.path if _moves(policy, draft) else None
     layers = batch.twig.config.trunk_layers, batch.base.num_layers
     nodes, accepted = draft.nodes.tokens.shape[1], committed.accepted.counts
-    batch.cache.commit(*layers, batch.rows, nodes, on_host[:, 0], accepted, kept)
+    batch.cache.commit(*layers, batch.rows, nodes, on_host.accepted, accepted, kept)
     commit_draft(batch, policy, draft, committed, on_host)
 
 
-def commit_draft(
-    batch: Batch, policy: DraftPolicy, draft: Draft, committed: Committed, on_host: Int[np.ndarray, "rows numbers"]
-) -> None:
+def commit_draft(batch: Batch, policy: DraftPolicy, draft: Draft, committed: Committed, on_host: OnHost) -> None:
     """The part of a commit that trunk and twig need."""
     cache, twig, accepted, rows = batch.cache, batch.twig, committed.accepted, batch.rows
-    counts, num_in_twig = on_host[:, 0], on_host[:, 1]
     index = committed.cache_index if _moves(policy, draft) else None
     if twig.config.trunk_layers:
-        cache.commit(0, twig.config.trunk_layers, rows, draft.num_in_trunk, counts, accepted.counts, index)
+        cache.commit(0, twig.config.trunk_layers, rows, draft.num_in_trunk, on_host.accepted, accepted.counts, index)
     if draft.num_in_twig:
-        layers = twig.first_layer_idx, twig.last_layer_idx + 1
-        cache.commit(*layers, rows, draft.num_in_twig, num_in_twig, committed.num_in_twig, index)
+        cache.commit(*twig.cache_layers, rows, draft.num_in_twig, on_host.in_twig, committed.num_in_twig, index)
     if policy.uses_twig:
-        assert batch.pending is not None, "there are rows"
         late = accepted.counts - committed.num_in_twig  # the last node of a path at most
         newest = torch.take_along_dim(draft.hidden, accepted.path[:, -1:, None], dim=1)
-        batch.pending = batch.pending.append(newest, late, counts - num_in_twig)
+        batch.pending = batch.pending.append(newest, late, on_host.accepted - on_host.in_twig)
 
 
 def _moves(policy: DraftPolicy, draft: Draft) -> bool:

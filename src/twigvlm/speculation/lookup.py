@@ -15,13 +15,13 @@ class Lookup(DraftPolicy):
 
     Args:
         options: δ and n, the most tokens that are looked up.
-        trim: whether to read how long the longest draft is, instead of padding all to δ.
+        static: whether the shapes of passes do not depend on what was drafted, which saves reads from the device.
     """
 
     reads_ids = True
 
-    def __init__(self, options: SpeculationConfig, trim: bool) -> None:
-        self.depth, self.ngram, self.trim = options.draft_length, options.lookup_ngram, trim
+    def __init__(self, options: SpeculationConfig, static: bool) -> None:
+        self.depth, self.ngram, self.static = options.draft_length, options.lookup_ngram, static
 
     def start(self, state: RowState) -> Nodes:
         """The whole draft: no pass through the trunk is needed to find it."""
@@ -34,7 +34,7 @@ class Lookup(DraftPolicy):
         drafted = (tokens != NO_TOKEN) & ~ended & (depths < (state.limit - state.count)[:, None])
         scores = torch.zeros(tokens.shape, device=tokens.device).masked_fill(~drafted, float("-inf"))
         nodes = Nodes(tokens.clamp(min=0), (depths - 1).clamp(min=0), depths, scores)
-        if not self.trim:
+        if self.static:
             return nodes
         longest = int(drafted.sum(dim=1).max())
         return Nodes(*(part[:, :longest] for part in nodes))

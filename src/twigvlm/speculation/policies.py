@@ -70,13 +70,13 @@ class Chain(DraftPolicy):
 
     Args:
         options: δ and θ.
-        stop_early: whether to look, before each pass, if any chain goes on. It saves passes, and costs a device-to-host read.
+        static: whether the shapes of passes do not depend on what was drafted, which saves reads from the device.
     """
 
     uses_twig = True
 
-    def __init__(self, options: SpeculationConfig, stop_early: bool) -> None:
-        self.depth, self.threshold, self.stop_early = options.draft_length, options.draft_threshold, stop_early
+    def __init__(self, options: SpeculationConfig, static: bool) -> None:
+        self.depth, self.threshold, self.static = options.draft_length, options.draft_threshold, static
 
     def grows(self, nodes: Nodes) -> Bool[Tensor, "rows nodes"]:
         """The root, and nodes that are likely enough."""
@@ -85,7 +85,7 @@ class Chain(DraftPolicy):
 
     def expand(self, nodes: Nodes, expandable: Bool[Tensor, "rows nodes"], level: int) -> Int[Tensor, "rows 1"] | None:
         """The newest node of every row, until no chain goes on."""
-        if level >= self.depth or (self.stop_early and not bool(expandable[:, -1].any())):
+        if level >= self.depth or (not self.static and not bool(expandable[:, -1].any())):
             return None
         return torch.full_like(nodes.tokens[:, :1], nodes.tokens.shape[1] - 1)
 
@@ -104,18 +104,18 @@ class FixedTree(DraftPolicy):
 
     Args:
         options: E, K_sel, D and N_max.
-        stop_early: whether to look, before each pass, how many nodes there are to expand; it costs a device-to-host read.
+        static: whether the shapes of passes do not depend on what was drafted, which saves reads from the device.
     """
 
     linear, uses_twig = False, True
 
-    def __init__(self, options: SpeculationConfig, stop_early: bool) -> None:
+    def __init__(self, options: SpeculationConfig, static: bool) -> None:
         self.width, self.depth = options.tree_width, options.tree_depth
-        self.expanded, self.verified, self.stop_early = options.tree_expand, options.tree_nodes, stop_early
+        self.expanded, self.verified, self.static = options.tree_expand, options.tree_nodes, static
 
     def behind_prompts(self, rows: int) -> Chain:
         """A chain as long as the tree is deep, which ends below Algorithm 1's published θ."""
-        return Chain(SpeculationConfig("chain", draft_length=min(self.depth, self.verified)), self.stop_early)
+        return Chain(SpeculationConfig("chain", draft_length=min(self.depth, self.verified)), self.static)
 
     def expand(
         self, nodes: Nodes, expandable: Bool[Tensor, "rows nodes"], level: int
@@ -124,7 +124,7 @@ class FixedTree(DraftPolicy):
         if level >= self.depth:
             return None
         chosen = most_probable(nodes, expandable & (nodes.depths == level), self.expanded)
-        if not self.stop_early:
+        if self.static:
             return chosen
         count = int((chosen != INVALID).sum(dim=1).max())
         return chosen[:, :count] if count else None

@@ -81,8 +81,8 @@ class Student(nn.Module):
             wanted = answers if config.alpha else None
             teacher = run_teacher(base, hidden, trunk, token_inputs, masks, query, self.teacher_layers, wanted)
         with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
-            last_input = twig.last_input(hidden.float(), token_inputs, masks)
-            logits = twig.logits(twig.last(last_input, token_inputs, masks)[:, :-1][answers])
+            last_input, states = twig.forward_with_last_input(hidden.float(), token_inputs, masks)
+            logits = twig.logits(states[:, :-1][answers])
             scores = None
             if query is not None:
                 scores = log_visual_attention(twig.layers[-1], last_input, token_inputs, query, twig.pruning_head)

@@ -126,16 +126,21 @@ class Twig(nn.Module):
         """Run the twig on states after base layer K; the result goes to `logits`."""
         after = run(self.layers, hidden, inputs, masks, view, self.first_layer_idx)
         if view is not None:
-            view.advance(self.first_layer_idx, self.last_layer_idx + 1, hidden.shape[1])
+            view.advance(*self.cache_layers, hidden.shape[1])
         return after
 
     def forward_with_last_input(
-        self, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, masks: Masks, view: CacheView
+        self,
+        hidden: Float[Tensor, "batch tokens width"],
+        inputs: TokenInputs,
+        masks: Masks,
+        view: CacheView | None = None,
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens width"]]:
         """The input of the last layer, which visual tokens are ranked by, and what `forward` returns."""
-        before_last = run(self.layers[:-1], hidden, inputs, masks, view, self.first_layer_idx)
+        before_last = self.last_input(hidden, inputs, masks, view)
         after = run(self.layers[-1:], before_last, inputs, masks, view, self.last_layer_idx)
-        view.advance(self.first_layer_idx, self.last_layer_idx + 1, hidden.shape[1])
+        if view is not None:
+            view.advance(*self.cache_layers, hidden.shape[1])
         return before_last, after
 
     def checkpoint_gradients(self, on: bool) -> None:
@@ -155,16 +160,14 @@ class Twig(nn.Module):
         self.pruning_head.open(cast(Any, self.layers[-1]).input_layernorm(hidden)[0])
 
     def last_input(
-        self, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, masks: Masks
+        self,
+        hidden: Float[Tensor, "batch tokens width"],
+        inputs: TokenInputs,
+        masks: Masks,
+        view: CacheView | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
-        """Run all twig layers but the last, which visual tokens are ranked by."""
-        return run(self.layers[:-1], hidden, inputs, masks, layer_idx=self.first_layer_idx)
-
-    def last(
-        self, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, masks: Masks
-    ) -> Float[Tensor, "batch tokens width"]:
-        """Run the last twig layer on its input; the result goes to `logits`."""
-        return run(self.layers[-1:], hidden, inputs, masks, layer_idx=self.last_layer_idx)
+        """Run all twig layers but the last, whose input ranks visual tokens. The caller ends the pass with `view.advance`."""
+        return run(self.layers[:-1], hidden, inputs, masks, view, self.first_layer_idx)
 
     def fill(
         self, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, masks: Masks, view: CacheView
@@ -174,10 +177,15 @@ class Twig(nn.Module):
         That layer's output at prompt tokens is never used, so only its keys and values are computed: its queries,
         attention and MLP are saved.
         """
-        before_last = run(self.layers[:-1], hidden, inputs, masks, view, self.first_layer_idx)
+        before_last = self.last_input(hidden, inputs, masks, view)
         fill(self.layers[-1], before_last, inputs, view, self.last_layer_idx)
-        view.advance(self.first_layer_idx, self.last_layer_idx + 1, hidden.shape[1])
+        view.advance(*self.cache_layers, hidden.shape[1])
         return before_last
+
+    @property
+    def cache_layers(self) -> tuple[int, int]:
+        """(start, stop) of the layers of the cache that the twig writes."""
+        return self.first_layer_idx, self.first_layer_idx + len(self.layers)
 
     @property
     def last_layer_idx(self) -> int:

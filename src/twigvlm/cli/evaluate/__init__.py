@@ -1,4 +1,4 @@
-"""`twigvlm evaluate`: accuracy, speed, memory and exactness of a twig, as raw results and a report; a file per subcommand."""
+"""`twigvlm evaluate`: measure accuracy, speed, memory and exactness; writes raw results and a report. A file per subcommand."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -31,7 +31,7 @@ class Evaluate:
 
     @property
     def continuation(self) -> str:
-        """What to do after Ctrl-C."""
+        """How to continue after Ctrl-C, for the message."""
         return self.what.continuation
 
     def run(self) -> None:

@@ -29,7 +29,7 @@ class EvaluateAccuracy(PruningOptions):
     final_share: float | None = None
 
     def run(self) -> None:
-        """Ask, and write results.jsonl, report.md and the figure."""
+        """Ask all questions, and write results.jsonl, report.md and the figure."""
         final_wipes = () if self.final_wipe is None else (self.final_wipe,)
         final_shares = () if self.final_share is None else (self.final_share,)
         compare_prunings(self, "Accuracy", self.methods, final_wipes, final_shares)
@@ -46,12 +46,12 @@ def compare_prunings(
     """Ask every question by every method under every budget, K_f and φ, and write results, report and figure.
 
     Args:
-        options: of the command.
-        title: of the report.
-        methods: names of rankings.
-        final_wipes: K_f; none: as the twig was tuned.
-        final_shares: φ; none: as the twig was tuned.
-        bench: what the options name, if it is loaded already.
+        options: options of the command.
+        title: title of the report.
+        methods: names of pruning methods.
+        final_wipes: values of K_f; none: the twig's own.
+        final_shares: values of φ; none: the twig's own.
+        bench: what the options name, if it is loaded already; None: it is loaded here.
     """
     from twigvlm.cli.evaluate.bench import open_bench, write_report
     from twigvlm.evaluation.figures import draw_accuracy, figure_class, undrawn
@@ -90,10 +90,10 @@ def ask_variants(
     """Ask every question under every variant, in forks of one request, and show progress.
 
     Args:
-        options: of the command; its output directory gets the records.
-        title: of the progress.
-        bench: whose questions are asked.
-        model: that answers.
+        options: options of the command; the records are written to its output directory.
+        title: title of the progress display.
+        bench: the loaded base and questions.
+        model: the model that answers.
         variants: ways to prune.
         inputs_of: prepares a question.
     """

@@ -1,4 +1,4 @@
-"""What the evaluations share: load, show progress, and write raw results and the report."""
+"""What all evaluations share: loading, progress, and writing raw results and the report."""
 
 import dataclasses
 import hashlib
@@ -26,9 +26,9 @@ from twigvlm.evaluation.questions import Question, Questions, load_questions
 from twigvlm.evaluation.report import failed_sections, page
 from twigvlm.evaluation.results_log import Record, ResultsLog
 from twigvlm.files import replacing
-from twigvlm.loading import bare, default_twig
+from twigvlm.loading import default_twig, without_twig
 from twigvlm.model import TwigVLM
-from twigvlm.pruning.methods import own_files
+from twigvlm.pruning.methods import method_files
 from twigvlm.speculation.costs import processor_name
 
 
@@ -38,22 +38,22 @@ class Bench:
 
     base: Any
     body: BaseVLM
-    """The base, opened at its layers."""
+    """The base as a `BaseVLM`."""
     processor: Any
     twig: str | None
-    """None: none, for methods that need none."""
+    """Directory of the twig; None: there is none, for methods that need none."""
     questions: Questions
     settings: dict[str, Any]
-    """What every result depends on."""
+    """Settings that every result depends on."""
 
     def grow(self, exits: bool = False) -> TwigVLM:
-        """The base with its twig, if there is one; without a twig, `exits` says whether it drafts by early exit."""
+        """The base as a TwigVLM, with its twig if there is one. Without a twig, `exits` says whether it drafts by early exit."""
         if self.twig is None:
-            return bare(self.base, exits)
+            return without_twig(self.base, exits)
         return TwigVLM.from_pretrained(self.base, self.twig)
 
     def load_assistant(self, name: str, options: EvaluateOptions) -> Any:
-        """A small model that drafts for the base's own `generate`.
+        """Load a small model that drafts for the base's own `generate`.
 
         Raises:
             TwigVLMError: it cannot be loaded, or its drafts would be of no use to the base.
@@ -64,7 +64,7 @@ class Bench:
         return assistant
 
     def inputs_of(self, *questions: Question) -> dict[str, Any]:
-        """A question, or several as a batch, as the base's inputs.
+        """The base's inputs for a question, or for several as a batch.
 
         Raises:
             TwigVLMError: a picture cannot be read, the processor or its template refuses, or the context is too short.
@@ -79,8 +79,8 @@ def open_bench(options: EvaluateOptions, validation: str = "", needs_twig: bool 
     """Load what the options name.
 
     Args:
-        options: of the command.
-        validation: what is chosen by it, so that the test split is refused.
+        options: options of the command.
+        validation: what the evaluation is used to choose, so that the test split is refused; empty: nothing is chosen.
         needs_twig: whether a base without a twig is refused.
     """
     check_directory(options.output, "output")
@@ -124,26 +124,26 @@ def _digest(data: bytes) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What times depend on beside `Bench.settings`."""
+    """Settings of this machine that times depend on, in addition to `Bench.settings`."""
     processor, instructions = processor_name(), torch.backends.cpu.get_cpu_capability()
     return {"threads": torch.get_num_threads(), "CPU": f"{processor} ({instructions})"}
 
 
 RECORDS = 5
-"""Version of what records hold; results of another one cannot be continued. `looks` and `steps` came later: where records lack
-them, reports leave out what refocusing costs."""
+"""Version of the records; results of another version cannot be continued. Older records of this version lack `looks` and `steps`;
+reports of these leave out the cost of refocusing."""
 
 
 def open_log(options: EvaluateOptions, settings: dict[str, Any], methods: Iterable[str], file: str = RAW) -> ResultsLog:
-    """The raw results in the output directory, made under these settings.
+    """Open the raw results in the output directory.
 
     Args:
-        options: of the command.
-        settings: what results depend on.
-        methods: that prune; the files that some read are settings too.
-        file: name of the results.
+        options: options of the command.
+        settings: settings that the results depend on.
+        methods: names of the pruning methods; the contents of files that they read become settings too.
+        file: name of the file of results.
     """
-    files = own_files(methods)
+    files = method_files(methods)
     return ResultsLog(options.output / file, {**settings, **({"files": files} if files else {}), "records": RECORDS})
 
 
@@ -151,17 +151,17 @@ def open_log(options: EvaluateOptions, settings: dict[str, Any], methods: Iterab
 def showing(
     title: str, ids: Iterable[str], log: ResultsLog, passes: int = 1, accuracies: Progress | None = None
 ) -> Iterator[Callable[[Record], None]]:
-    """Progress with the time left, and a line for each question that fails.
+    """Show progress with the time left, and print a line for each question that fails.
 
     Args:
-        title: of the evaluation.
-        ids: of the records that it makes.
-        log: of the results; what it holds is done.
-        passes: how often each record is reported until it is done.
-        accuracies: shown while the evaluation runs, if it has any.
+        title: title of the evaluation.
+        ids: ids of the records that the evaluation makes.
+        log: log of the results, whose records count as done.
+        passes: number of times that each record is reported.
+        accuracies: accuracies to show while the evaluation runs; None: none are shown.
 
     Yields:
-        What to call with each record, those that the log held included.
+        A function to call with each record, including those that the log had already.
     """
     ids = list(ids)
     held, failed = {identity for identity in ids if log.results(identity) is not None}, 0
@@ -182,7 +182,7 @@ def showing(
 
 
 def command_line(options: EvaluateOptions) -> str:
-    """The command that asks for these options."""
+    """The command line that gives these options."""
     words = ["twigvlm", *options.name.split()]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -204,7 +204,7 @@ def write_report(
     sections: Sequence[str],
     records: Sequence[Record],
 ) -> None:
-    """Write the report and say where things are; `more` are settings of this evaluation alone."""
+    """Write the report, and print where the files are. `more` has the settings of this evaluation only."""
     split = bench.questions.split
     settings = {
         **bench.settings,

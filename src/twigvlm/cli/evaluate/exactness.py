@@ -1,4 +1,4 @@
-"""`twigvlm evaluate exactness`: prompts whose answers differ where they must not."""
+"""`twigvlm evaluate exactness`: count prompts whose answers differ although they must not."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -14,10 +14,10 @@ RAW, REPORT, FIGURE = "results.jsonl", "report.md", "figure.png"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ModelOptions):
-    """What every evaluation needs."""
+    """Options of every evaluation."""
 
     name: ClassVar[str]
-    """Of the command, for example `evaluate speed`."""
+    """Name of the command, for example `evaluate speed`."""
 
     questions: Path
     """JSON file of questions with answers; image paths in it are relative to it."""
@@ -36,13 +36,13 @@ class EvaluateOptions(ModelOptions):
 
     @property
     def continuation(self) -> str:
-        """What to do after Ctrl-C."""
+        """How to continue after Ctrl-C, for the message."""
         return f"run the same command again to continue; results in {str(self.output / RAW)!r} are not measured again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruningOptions(EvaluateOptions):
-    """Of evaluations of accuracy, under several budgets."""
+    """Options of evaluations of accuracy, under several budgets."""
 
     budgets: Annotated[tuple[float, ...], arg(aliases=("--retain",))] = (192, 128, 64)
     """R̄, one or more: average numbers of visual tokens over all base layers (Eq. 6), the budgets that papers quote."""
@@ -54,20 +54,20 @@ class PruningOptions(EvaluateOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions(EvaluateOptions):
-    """Of evaluations under one budget."""
+    """Options of evaluations under one budget."""
 
     retain: Annotated[float, arg(aliases=("--budgets",))] = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodOption:
-    """Of evaluations of one way to prune."""
+    """Option of evaluations of one pruning method."""
 
     method: str = "twig"
     """How to choose the visual tokens: a method of `twigvlm methods`, for example twig, diverse+refocus:0.7 or fastv."""
 
     def check_method(self) -> None:
-        """Refuse a method that does not exist or prunes nothing, before anything is loaded."""
+        """Raise TwigVLMError, before anything is loaded, if the method does not exist or prunes nothing."""
         from twigvlm.evaluation.methods import parse_method
         from twigvlm.pruning.methods import make_pruner
 
@@ -80,14 +80,14 @@ class MethodOption:
 
 @dataclass(frozen=True, kw_only=True)
 class TimingOptions(BudgetOptions):
-    """Of evaluations of speed."""
+    """Options of evaluations of speed."""
 
     kinds: tuple[str, ...] = ("description",)
     repeats: int = 3
     """How often each system answers each prompt or batch of prompts, in turn."""
 
     def check(self, *lists: str) -> None:
-        """Refuse to measure nothing; `lists` are options of which at least one value is needed."""
+        """Raise TwigVLMError if nothing would be measured; `lists` names options that need at least one value."""
         if self.repeats < 1:
             raise TwigVLMError(f"repeats={self.repeats}: must be 1 or more")
         for name in lists:
@@ -97,7 +97,7 @@ class TimingOptions(BudgetOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineOptions(TimingOptions):
-    """Of evaluations of speed against the base's own `generate`."""
+    """Options of evaluations of speed relative to the base's own `generate`."""
 
     baselines: tuple[str, ...] = ("sdpa", "eager")
     """Attention implementations of the base's own `generate`; the faster one is the baseline, for each batch size."""

@@ -62,10 +62,10 @@ def time_systems(
     """Time every system on every prompt, and write results and report.
 
     Args:
-        options: of the command.
-        title: of the report.
-        systems: what to time.
-        validation: what is chosen by it, so that the test split is refused.
+        options: options of the command.
+        title: title of the report.
+        systems: systems to time.
+        validation: what the evaluation is used to choose, so that the test split is refused; empty: nothing is chosen.
         assistant: small model that drafts for the base's own `generate`; None: none.
     """
     from twigvlm.cli.evaluate.bench import machine, open_bench, open_log, showing, write_report

@@ -1,4 +1,4 @@
-"""`twigvlm figures`: the figures that the paper has, from raw results or from a few questions; one command each."""
+"""`twigvlm figures`: draw the paper's figures from raw results or from a few questions; a command for each."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`twigvlm figures attention` and `drafts`: figures of a few questions, asked through a twig."""
+"""`twigvlm figures attention` and `drafts`: figures that ask a twig a few questions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked(ModelOptions):
-    """What both figures need."""
+    """Options of both figures."""
 
     questions: Path
     """JSON file of questions with answers, as in `evaluate`."""
@@ -118,7 +118,7 @@ def _session(options: _Asked, speculate: Speculate, pruning: PruningConfig | Non
 def _asked(
     options: _Asked, session: Session, questions: tuple[Question, ...], title: str
 ) -> Iterator[tuple[Question, dict[str, Any]]]:
-    """Questions with their inputs, while progress is shown."""
+    """Give each question with its inputs, and show progress."""
     from twigvlm.cli.output import steps
     from twigvlm.cli.session import build_inputs
 

@@ -133,7 +133,7 @@ def _chosen(what: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def _timed(path: Path) -> list[Record]:
-    """Records of `run_speed`."""
+    """Read records of `run_speed`."""
     from twigvlm.evaluation.results_log import answered, read_records
 
     records = answered(read_records(path))
@@ -143,7 +143,7 @@ def _timed(path: Path) -> list[Record]:
 
 
 def _speeds(records: Sequence[Record], names: Sequence[str]) -> list[Speed]:
-    """Figures of systems against the faster of the base's implementations."""
+    """Speeds of systems relative to the faster of the base's attention implementations."""
     from twigvlm.evaluation.summary import compare_speeds, faster
     from twigvlm.evaluation.systems import HF_GENERATE
 

@@ -1,7 +1,7 @@
-"""lmms-eval: its tasks with any base, twig, pruning method, budget and way of drafting, by `--model twigvlm`.
+"""lmms-eval: run its tasks with any base, twig, pruning method, budget and way to draft, by `--model twigvlm`.
 
-lmms-eval finds `manifest` by the entry point group `lmms_eval.models` and calls it each time it starts; what goes wrong there
-it only warns of, and then knows no plug-in at all. So this module imports neither torch nor transformers.
+lmms-eval finds `manifest` by the entry point group `lmms_eval.models` and calls it each time it starts. If that fails, it only
+warns, and then knows no plug-in at all. So this module imports neither torch nor transformers.
 """
 
 from pathlib import Path
@@ -10,12 +10,12 @@ from typing import Any
 from twigvlm.errors import TwigVLMError
 
 TASKS = Path(__file__).parent / "tasks"
-"""Folder of the tasks that lmms-eval lacks, for its `--include_path`."""
+"""Folder of additional tasks that lmms-eval lacks, for its `--include_path`."""
 NEEDS = "lmms-eval is not installed; run: pip install 'twigvlm[lmms-eval]'"
 
 
 def manifest() -> Any:
-    """What lmms-eval is to know of the model `twigvlm`: a `ModelManifest`.
+    """The `ModelManifest` that tells lmms-eval about the model `twigvlm`.
 
     Raises:
         TwigVLMError: lmms-eval is not installed.

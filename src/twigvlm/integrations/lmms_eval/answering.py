@@ -1,4 +1,4 @@
-"""Answers to a harness's questions, with what they took: one pruning and one way to draft for all of them."""
+"""Answer the questions of a harness such as lmms-eval, all with one pruning and one way to draft, and measure the cost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from twigvlm.pruning.budget import average_kept
 from twigvlm.timing import clock_of
 
 HF_LOOKUP_OPTION, HF_DRAFT = "hf-lookup", "draft:"
-"""Ways to draft of the base's own `generate`: prompt lookup, and a small model, whose id or directory follows the colon."""
+"""Ways to draft with the base's own `generate`: prompt lookup, or a small model whose id or directory follows the colon."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Setting:
     """How all questions are answered."""
 
     method: str = "none"
-    """none, or a method of `twigvlm evaluate accuracy`."""
+    """Pruning method of `twigvlm methods`, or none."""
     retain: float | str | None = None
     """R̄, or a share of each prompt's visual tokens such as "33.3%"; None for none alone."""
     speculate: str = "none"
@@ -44,7 +44,7 @@ class Setting:
     final_share: float | None = None
     """φ, for the same methods; None: as the twig was tuned."""
     seed: int = 0
-    """Of `random` and `random:LAYER`."""
+    """Seed of the methods `random` and `random:LAYER`."""
     drafting: Mapping[str, float] = field(default_factory=dict)
     """Further options of `speculate`, by the names that `TwigVLM.generate` gives them."""
 
@@ -89,7 +89,7 @@ class Setting:
 
     @property
     def assistant(self) -> str | None:
-        """Id or directory of the small model that drafts for the base's own `generate`; None: none does."""
+        """Id or directory of the small model that drafts for the base's own `generate`; None: no model does."""
         return self.speculate.removeprefix(HF_DRAFT) if self.speculate.startswith(HF_DRAFT) else None
 
     @property
@@ -108,14 +108,14 @@ class Setting:
         return self.method == "none" and (self.assisted or self.speculate == "none")
 
     def check_batch(self, size: int) -> None:
-        """Raise TwigVLMError if that many questions cannot be answered together."""
+        """Raise TwigVLMError if this many questions cannot be answered together."""
         if self.assisted and size > 1:
             raise TwigVLMError(
                 f"speculate={self.speculate}: transformers drafts for one prompt at a time, not for {size}; give --batch_size 1"
             )
 
     def budget(self, visual: int) -> float | None:
-        """R̄ for a prompt of that many visual tokens; None where it has no more than the budget, so that all of them stay."""
+        """R̄ for a prompt with `visual` visual tokens; None: it has no more than the budget, so that all of them stay."""
         if self.retain is None:
             return None
         number, share = str(self.retain).removesuffix("%"), str(self.retain).endswith("%")
@@ -139,17 +139,17 @@ class Answered:
     visual: list[int]
     """M, visual tokens of each prompt."""
     average_visual: list[float]
-    """R̄ of each prompt, as it was."""
+    """R̄ of each prompt, as measured."""
     seconds: float
-    """From the inputs to the last answer's end: vision, prompt and decoding, of all of them together."""
+    """Seconds from the inputs to the end of the last answer: vision, prompt and decoding of all prompts together."""
     first_token: float | None
-    """Seconds until the first token; None where it is not to be had."""
+    """Seconds until the first token; None where it is not known."""
     drafted: int
     accepted: int
     passes: int
     """Steps in which the base verified drafts, of all prompts; 0 where that is not known."""
     visual_again: list[int] | None = None
-    """Visual tokens of each prompt that refocusing chose again, and ran through the pruned layers; None: there is none."""
+    """Visual tokens of each prompt that refocusing ran through the pruned layers again; None: the method does not refocus."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,9 @@ class Answerer:
 
     Args:
         base: the base.
-        model: the same with its twig, or for methods without one; None: the base's own `generate` answers.
+        model: the base as a TwigVLM; None: the base's own `generate` answers.
         processor: the base's processor.
-        setting: how.
+        setting: how to answer.
         pad: whether pictures are padded to squares with the processor's mean colour, as LLaVA-1.5's evaluation does.
         system: text of a message before each question; empty: none.
         frames: number of frames of a video; None: as the processor does.
@@ -187,13 +187,13 @@ class Answerer:
         sampling: Mapping[str, Any],
         draw: int = 0,
     ) -> list[Answered]:
-        """The answers to conversations: in one batch, or one by one where their budgets or their draws differ.
+        """Answer conversations, in one batch or, if their budgets or random draws differ, one by one.
 
         Args:
             conversations: each ends with a question.
             max_new_tokens: longest answer.
             sampling: `do_sample` and what belongs to it, as in `generate`.
-            draw: number of the first question: where the choice is random, prompts of the same text keep other tokens.
+            draw: number of the first question, so that a random choice differs between prompts of the same text.
 
         Raises:
             TwigVLMError: a picture or a text is refused, a prompt cannot have the budget, or transformers cannot draft for it.
@@ -217,7 +217,7 @@ class Answerer:
         return [self._generate(inputs, visual, {"max_new_tokens": max_new_tokens, **sampling, **pruning})]
 
     def budget(self, visual: int) -> float | None:
-        """R̄ for a prompt of that many visual tokens: with FinalWipe, no more than it has if all others keep them all."""
+        """R̄ for a prompt with `visual` visual tokens; with FinalWipe at most the average when all are kept until K_f."""
         retain, method = self.setting.budget(visual), parse_method(self.setting.method)
         if retain is None or self.model is None or method.has_own_cuts:
             return retain
@@ -293,7 +293,7 @@ class Answerer:
 
 
 def to_square(image: Image.Image, colour: Sequence[int]) -> Image.Image:
-    """A picture in the middle of the smallest square that holds it."""
+    """A picture centred in the smallest square that holds it, with the given RGB colour around it."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), tuple(colour))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

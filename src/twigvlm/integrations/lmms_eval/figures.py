@@ -1,4 +1,4 @@
-"""What a run of answers took, as figures for lmms-eval's results. Pure functions."""
+"""The cost of a run's answers, as figures for lmms-eval's results. Pure functions."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -7,18 +7,18 @@ from twigvlm.integrations.lmms_eval.answering import Answered
 
 
 def throughput(batches: Sequence[Answered], peak_bytes: int | None) -> dict[str, float | int]:
-    """Figures of all answers of a task; lmms-eval prints each with `avg_` before its name.
+    """Figures over all answers of a task; lmms-eval puts `avg_` before the name of each.
 
     Args:
-        batches: at least one.
-        peak_bytes: most bytes held at once, weights included; None where the system does not say.
+        batches: answered batches, at least one.
+        peak_bytes: peak memory in bytes, weights included; None where the system does not report it.
 
     Returns:
-        `num_requests`, questions; `answer_speed`, tokens per second, the mean over answers (the paper's text), where lmms-eval's
-        own `avg_speed` is the ratio of sums (the authors' code); `prompt_visual_tokens`, M; `visual_tokens`, R̄ as it was,
-        by the rule that is the same for all methods; where the method refocuses `visual_tokens_again`, which ran beside R̄ through
-        the pruned layers, mean over answers; where they are known: `first_token_ms`, `accepted_per_pass`, the drafted
-        tokens that a pass of the base accepts, `token_acceptance`, TokAR, and `peak_gib`.
+        `num_requests`: number of questions; `answer_speed`: tokens per second, the mean over answers as the paper's text has it
+        (lmms-eval's own `avg_speed` is the ratio of sums, as in the authors' code); `prompt_visual_tokens`: M; `visual_tokens`:
+        R̄ as measured, by the same rule for all methods; if the method refocuses, `visual_tokens_again`: visual tokens that ran
+        through the pruned layers again, mean over answers; and where they are known: `first_token_ms`, `accepted_per_pass`
+        (drafted tokens accepted by a pass of the base), `token_acceptance` (TokAR) and `peak_gib`.
     """
     figures: dict[str, float | int] = {
         "num_requests": sum(len(batch.tokens) for batch in batches),

@@ -14,7 +14,8 @@ from twigvlm.evaluation.peak_memory import peak, reset_peak
 from twigvlm.integrations.lmms_eval import NEEDS
 from twigvlm.integrations.lmms_eval.answering import Answered, Answerer, Setting
 from twigvlm.integrations.lmms_eval.figures import throughput
-from twigvlm.loading import SAPLING, bare, default_twig, load_base
+from twigvlm.integrations.lmms_eval.messages import to_messages
+from twigvlm.loading import SAPLING, default_twig, load_base, without_twig
 from twigvlm.model import TwigVLM
 
 try:
@@ -54,14 +55,14 @@ class TwigVLMChat(lmms):
         pad: whether pictures are padded to squares, as LLaVA-1.5's evaluation does.
         system: a system sentence, one of `SYSTEMS` by its name, or a file that holds one.
         frames: number of frames of a video.
-        max_new_tokens: longest answer of tasks that do not say it themselves.
+        max_new_tokens: longest answer, in tokens, for tasks that set no limit themselves.
         dtype: data type of the weights.
         attention: sdpa, eager or flash_attention_2; auto: as the base is loaded.
-        device: auto: a GPU if there is one, its own for each process.
+        device: auto: a GPU if there is one, a different one for each process.
         batch_size: questions that are answered together.
-        max_batch_size: largest size, for automatic sizes, which are not supported.
+        max_batch_size: limit of automatic batch sizes, which are not supported.
         seed: seed of the ranking `random`.
-        drafting: δ, θ, D, E, K_sel, N_max and n, by the names that `generate` gives them.
+        drafting: δ, θ, D, E, K_sel, N_max and n, under the names that they have in `generate`.
 
     Raises:
         TwigVLMError: an argument is unknown, out of range or does not apply, or something cannot be loaded.
@@ -116,7 +117,7 @@ class TwigVLMChat(lmms):
         self.batch_size, self._longest, self._warm = int(batch_size), max_new_tokens, False
 
     def _place(self, device: str) -> str:
-        """Where this process computes, of several that share the questions; as `device` says if it is alone."""
+        """The device of this process: one of its own if several processes share the questions, otherwise `device`."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return device
         self.accelerator = Accelerator()  # lmms-eval gathers by it
@@ -125,17 +126,17 @@ class TwigVLMChat(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where lmms-eval puts what processes exchange."""
+        """The device on which lmms-eval puts tensors that processes exchange."""
         return self.answerer.base.device
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answer questions in their order, and log what that took.
+        """Answer questions in order, and log what that took.
 
         The tasks' stop strings are ignored, as lmms-eval's own chat models do: an answer ends where the base ends it. The first
         question of a run is answered once more before any time counts.
 
         Raises:
-            TwigVLMError: a question cannot be asked; it is named.
+            TwigVLMError: a question cannot be asked; the message names it.
         """
         results: list[GenerationResult] = []
         batches: list[Answered] = []
@@ -172,20 +173,8 @@ class TwigVLMChat(lmms):
             raise TwigVLMError(f"task {task}, from question {doc_id} on: {error}") from None
 
     def _conversation(self, request: Instance) -> list[dict[str, Any]]:
-        """A question as this library's messages; lmms-eval names pictures and videos by `url`."""
         _, doc_to_messages, _, doc_id, task, split = request.args
-
-        def part(given: dict[str, Any]) -> dict[str, Any]:
-            if given["type"] == "text":
-                return {"type": "text", "text": given["text"]}
-            if given["type"] not in ("image", "video") or isinstance(given["url"], dict):
-                raise TwigVLMError(
-                    f"a part of type {given['type']!r}: is not supported; choose a task of images or videos"
-                )
-            return {"type": given["type"], given["type"]: given["url"]}
-
-        messages = doc_to_messages(self.task_dict[task][split][doc_id])
-        return [{"role": message["role"], "content": [part(one) for one in message["content"]]} for message in messages]
+        return to_messages(doc_to_messages(self.task_dict[task][split][doc_id]))
 
     def _generation(self, given: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """The longest answer, and arguments of `generate`, from a task's `generation_kwargs`."""
@@ -201,7 +190,7 @@ class TwigVLMChat(lmms):
         return longest, {"do_sample": True, **chosen}
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not supported: pruning and drafts are about answers that are generated."""
+        """Not supported: pruning and drafting concern generated answers only."""
         raise NotImplementedError(
             "twigvlm: tasks that compare likelihoods are not supported; choose a generate_until task"
         )
@@ -213,14 +202,14 @@ class TwigVLMChat(lmms):
 
 def _grow(hf_model: Any, pretrained: str, twig: str | None, setting: Setting) -> TwigVLM:
     if not setting.needs_twig and (twig is None or setting.speculate != "exit"):
-        return bare(hf_model, exits=setting.speculate == "exit")
+        return without_twig(hf_model, exits=setting.speculate == "exit")
     twig = twig or default_twig(pretrained)
     assert twig is not None, "asked for before the base was loaded"
     return TwigVLM.from_pretrained(hf_model, twig)
 
 
 def _chunks(requests: Sequence[Instance], size: int) -> Iterator[list[Instance]]:
-    """Neighbours of the same task and options, at most `size` together."""
+    """Consecutive requests of the same task and options, at most `size` together."""
     for _, group in groupby(requests, key=lambda request: (request.args[4], request.args[2])):
         members = list(group)
         yield from (members[start : start + size] for start in range(0, len(members), size))

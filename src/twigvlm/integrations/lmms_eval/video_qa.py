@@ -1,4 +1,4 @@
-"""The first thousand questions of TGIF-QA, MSVD-QA and MSRVTT-QA: what the tasks' files name.
+"""The first thousand questions of TGIF-QA, MSVD-QA and MSRVTT-QA: the functions that the tasks' YAML files refer to.
 
 The folder in the environment variable `TWIGVLM_VIDEOS` holds the data as Video-LLaVA's evaluation lays it out, for example
 `TGIF_Zero_Shot_QA/test_q_1k.json`, `TGIF_Zero_Shot_QA/test_a_1k.json` and `TGIF_Zero_Shot_QA/mp4/NAME.mp4`.
@@ -18,13 +18,13 @@ SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")
 
 
 def load(places: Any) -> Any:
-    """Questions with answers and videos, from a data set of one record that says where they are.
+    """Load questions with their answers and videos, from a data set of one record that says where they are.
 
     Args:
-        places: `questions`, `answers` and `videos`, each relative to the folder of videos.
+        places: the data set, with `questions`, `answers` and `videos`: paths relative to the folder `TWIGVLM_VIDEOS`.
 
     Returns:
-        A data set of `question`, `question_id`, `answer` and `video`, a file's path.
+        A data set with `question`, `question_id`, `answer` and `video`, the path of a file.
 
     Raises:
         TwigVLMError: the folder is not named, a file is missing or broken, or questions and answers do not match.
@@ -60,21 +60,21 @@ def load(places: Any) -> Any:
 
 
 def video(doc: dict[str, Any]) -> list[str]:
-    """The file of a question's video."""
+    """The path of a question's video, as a list of one."""
     return [doc["video"]]
 
 
 def contained(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Without a judge: 1 if the words of the right answer stand in the given one, one after another."""
+    """Score without a judge: 1 if the given answer contains the words of the right one, one after another."""
     given, right = (" ".join(re.findall(r"\w+", text.lower())) for text in (results[0], doc["answer"]))
     return {"contained": float(f" {right} " in f" {given} ")}
 
 
 def judged(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """1 if lmms-eval's judge accepts the answer; which judge, say its `API_TYPE` and `MODEL_VERSION`.
+    """Score by lmms-eval's judge: 1 if it accepts the answer. `API_TYPE` and `MODEL_VERSION` choose the judge.
 
     Raises:
-        TwigVLMError: there is no verdict.
+        TwigVLMError: the judge gave no verdict.
     """
     verdict = _judge().evaluate_binary(doc["question"], doc["answer"], results[0], output_format="yes/no")
     if not verdict["raw_response"]:

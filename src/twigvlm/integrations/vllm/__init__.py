@@ -37,10 +37,10 @@ def register() -> None:
 
 
 def refusal_of(version: str) -> str | None:
-    """Why this version of vLLM is not used, and what to do about it, in one line; None: it is tested.
+    """Why the plug-in does not run with this version of vLLM, and what to do, in one line; None: the version is tested.
 
     Args:
-        version: for example 0.32.0, or 0.32.0+cpu.
+        version: version of vLLM, for example 0.32.0, or 0.32.0+cpu.
     """
     if version.partition("+")[0] in TESTED:
         return None
@@ -59,7 +59,7 @@ def _refusing(message: str) -> type:
             raise RuntimeError(message)
 
         def embed_input_ids(self, input_ids: object) -> object:
-            """One of the methods that vLLM tells a model by."""
+            """One of the methods by which vLLM recognises a model."""
             return input_ids
 
         def forward(self, input_ids: object, positions: object) -> object:

@@ -1,6 +1,6 @@
-"""What the drafter computes beside its layers, in plain torch: it is tested without vLLM.
+"""The drafter's computations outside its layers, in plain torch so that they can be tested without vLLM.
 
-vLLM gives slot i of a draft the token i + 1 of its request, at the position of token i; the target's states, which EAGLE
+vLLM gives slot i of a draft token i + 1 of its request, at the position of token i. The target's hidden states, which EAGLE
 would use, are not needed, because the drafter has the trunk's layers itself.
 """
 
@@ -9,21 +9,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 BASE = 128
-"""Base of the two digits that a place is written with: numbers below it are exact in every number format."""
+"""Offsets are written as two digits of this base: numbers below it are exact in every floating-point format."""
 
 
 def following_positions(positions: Tensor, starts: Tensor) -> Tensor:
     """Positions of the tokens that the slots hold, from those of the slots.
 
-    Where positions count the tokens this is not needed: they are one less for all tokens of a request, and rotary attention sees
-    differences alone. With M-RoPE, and where visual tokens have left, the step from a token to the next differs.
+    This is not needed where positions simply count tokens: they are then one too low for all tokens of a request, and rotary
+    attention depends on differences only. With M-RoPE, and after pruned visual tokens, positions advance by other steps.
 
     Args:
         positions: positions of the slots, [tokens] or [3, tokens].
-        starts: where the requests begin, and where the last one ends, [requests + 1].
+        starts: index of each request's first slot, and the end of the last request, [requests + 1].
 
     Returns:
-        Positions of the same shape; of each request's last slot: one more, as after text.
+        Positions of the same shape. The last slot of each request gets its own position plus 1, as after text.
     """
     ends = starts[1:] - 1
     inside = torch.ones(positions.shape[-1], dtype=torch.bool, device=positions.device)
@@ -33,22 +33,22 @@ def following_positions(positions: Tensor, starts: Tensor) -> Tensor:
 
 
 def position_buffer(tokens: int) -> Tensor:
-    """Where `moved_by` writes the positions of at most that many tokens, [3, tokens + 1].
+    """A buffer [3, tokens + 1] into which `moved_by` writes the positions of up to `tokens` tokens.
 
     One column is never used, as in vLLM's own buffer (`v1/worker/gpu_model_runner.py`, `mrope_positions`): torch.compile traces
-    with the most tokens, and would take for granted that positions are contiguous, which those of fewer tokens are not.
+    with the largest number of tokens, and would otherwise assume contiguous positions, which those of fewer tokens are not.
     """
     return torch.zeros(3, tokens + 1, dtype=torch.long)
 
 
 def moved_by(positions: Tensor, offsets: Tensor, last: int, out: Tensor) -> Tensor:
-    """Positions with the places of visual tokens added, at one address: CUDA graphs read them where they were captured.
+    """Positions plus the offsets of visual tokens, always at the same address, because CUDA graphs read a fixed address.
 
     Args:
-        positions: [tokens] or [3, tokens].
-        offsets: [3, most tokens]; of positions on one axis its first row counts.
-        last: the largest position.
-        out: what `position_buffer` makes; it is overwritten.
+        positions: positions, [tokens] or [3, tokens].
+        offsets: offsets, [3, at least tokens]; for positions on one axis, the first row counts.
+        last: the largest position allowed.
+        out: result of `position_buffer`; it is overwritten.
 
     Returns:
         A part of `out`, of the shape of the positions.
@@ -59,14 +59,14 @@ def moved_by(positions: Tensor, offsets: Tensor, last: int, out: Tensor) -> Tens
 
 
 def split_deepstack(embeddings: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
-    """What a vision tower gives for the input, and what for the states after the first layers (Qwen3-VL).
+    """Split a vision tower's output into input embeddings and what is added after the first layers (Qwen3-VL's deepstack).
 
     Args:
-        embeddings: [tokens, width × (1 + levels)].
-        width: width of the states.
+        embeddings: output of the tower, [tokens, width × (1 + levels)].
+        width: width of the hidden states.
 
     Returns:
-        [tokens, width], and [tokens, width × levels]; None: there is no level.
+        Input embeddings [tokens, width], and deepstack features [tokens, width × levels] or, without any level, None.
     """
     if embeddings.shape[-1] == width:
         return embeddings, None
@@ -74,11 +74,11 @@ def split_deepstack(embeddings: Tensor, width: int) -> tuple[Tensor, Tensor | No
 
 
 def with_offsets(features: Tensor, offsets: Tensor) -> Tensor:
-    """Features with the tokens' offsets in their picture behind them, as pairs of digits.
+    """Append the tokens' offsets in their picture to their features, each offset as a pair of digits of base `BASE`.
 
     Args:
         features: features of the kept visual tokens, [tokens, columns].
-        offsets: how far each is from its picture's first position, on each axis, [tokens, axes]; less than 16,384.
+        offsets: distance of each token from its picture's first position on each axis, [tokens, axes]; less than 16,384.
 
     Returns:
         [tokens, columns + 2 × axes].
@@ -88,11 +88,11 @@ def with_offsets(features: Tensor, offsets: Tensor) -> Tensor:
 
 
 def without_offsets(features: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Features [tokens, columns] and offsets [tokens, axes] again; without axes where none were written.
+    """Undo `with_offsets`: features [tokens, columns], and offsets [tokens, axes], where axes is 0 if none were appended.
 
     Args:
-        features: as `with_offsets` gives them.
-        columns: of the features.
+        features: result of `with_offsets`.
+        columns: number of columns of the features alone.
     """
     digits = features[:, columns:].round().long().unflatten(1, (-1, 2)) if features.shape[1] > columns else None
     if digits is None:
@@ -101,7 +101,7 @@ def without_offsets(features: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def take_indices(positions: Tensor, lengths: Tensor, starts: Tensor) -> Tensor:
-    """Write the slots' indices in their sequences over their positions.
+    """Overwrite the slots' positions with their indices in their sequences.
 
     vLLM 0.32 (`v1/spec_decode/llm_base_proposer.py`, `_update_positions_dependent_metadata`) takes the position for the index in
     the sequence when it drafts a second token. With M-RoPE and in scout mode they differ after a picture: a draft's keys would
@@ -110,7 +110,7 @@ def take_indices(positions: Tensor, lengths: Tensor, starts: Tensor) -> Tensor:
     Args:
         positions: positions of the slots in vLLM's own buffer, [tokens] or [3, tokens]; it is overwritten.
         lengths: lengths of the sequences, all slots included, [requests].
-        starts: where the requests begin, and where the last one ends, [requests + 1].
+        starts: index of each request's first slot, and the end of the last request, [requests + 1].
 
     Returns:
         By how much the position of each request's last slot exceeded its index, [requests] or [3, requests].

@@ -1,4 +1,4 @@
-"""Bases as vLLM loads them: transformers 5.20 and later name some weights in a way that vLLM's pinned one does not."""
+"""Write bases in a form that vLLM loads: transformers 5.20 and later give some weights names that vLLM does not know."""
 
 import json
 import re
@@ -12,17 +12,17 @@ from twigvlm.errors import TwigVLMError
 from twigvlm.files import replacing, writing
 
 _FLAT_TOWER = re.compile(r"((?:model\.)?vision_tower\.)((?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\..+)")
-"""A CLIP or SigLIP tower without the level `vision_model`, as transformers 5.20 and later save it."""
+"""Weights of a CLIP or SigLIP tower without the level `vision_model` in their names, as transformers 5.20 and later save them."""
 _NESTED = ("clip_vision_model", "siglip_vision_model")
-"""Towers that vLLM 0.32 expects with that level."""
+"""Model types of towers whose weights vLLM 0.32 expects with that level."""
 
 
 def vllm_name(name: str, tower: str | None) -> str:
     """A weight's name as vLLM 0.32 knows it.
 
     Args:
-        name: in a base's file.
-        tower: model type of its vision tower.
+        name: the weight's name in a base's file.
+        tower: model type of the base's vision tower.
     """
     match = _FLAT_TOWER.fullmatch(name) if tower in _NESTED else None
     return name if match is None else f"{match[1]}vision_model.{match[2]}"
@@ -47,7 +47,7 @@ def save_base(model: Any, processor: Any, path: str | Path) -> Path:
         path: the directory, new or empty.
 
     Raises:
-        TwigVLMError: there is something already, or it cannot be written to.
+        TwigVLMError: the directory is not empty, or cannot be written to.
     """
     folder = Path(path)
     check_new(folder)
@@ -59,13 +59,13 @@ def save_base(model: Any, processor: Any, path: str | Path) -> Path:
 
 
 def check_new(folder: Path) -> None:
-    """Raise TwigVLMError where a base's files would come beside others."""
+    """Raise TwigVLMError if a directory for a base already contains files."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TwigVLMError(f"base {str(folder)!r}: exists already; choose another directory")
 
 
 def rename_weights(folder: Path) -> None:
-    """Give the weights of a base's directory the names that vLLM 0.32 knows, in place."""
+    """Rename the weights in a base's directory to the names that vLLM 0.32 knows, in place."""
     tower = _tower_of(folder)
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as reader:

@@ -1,29 +1,29 @@
-"""What scout mode keeps of a picture, and where the tokens around it stand."""
+"""How many visual tokens scout mode keeps of a picture, and the positions of the tokens around it."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.pruning.budget import average_scouted, solve_scouted
+from twigvlm.pruning.budget import fit_scouted, solve_scouted
 
 OPTIONS = ("question", "retain", "keep", "diverse")
-"""What a request may say in `mm_processor_kwargs`."""
+"""Options that a request may set in `mm_processor_kwargs`."""
 PATCHES = 16_384
-"""Most patches of pictures that go through the vision tower together."""
+"""Largest number of patches of pictures that go through the vision tower together."""
 QUESTION = 1024
-"""Most tokens of the prompt around a question. The ranking sees that prompt in one pass, for which vLLM has set no memory aside
-but what the default question takes."""
+"""Largest number of tokens of the prompt around a question. The ranking runs on this prompt in one pass, and vLLM reserved memory
+for no more than the default question takes."""
 
 
 def kept_tokens(settings: Mapping[str, Any], options: Mapping[str, object], visual: int) -> int:
-    """R of a picture. How large pictures are is not the server's choice, and vLLM tries the largest one before it starts: a
-    picture that has no more tokens than the settings' R̄ keeps all, and of one so large that the trunk's layers alone take most
-    of R̄ or more, half as many tokens as R̄ are kept.
+    """R, the number of visual tokens to keep of a picture.
+
+    A server cannot choose the size of pictures, and vLLM tries the largest one before it starts. So the settings' R̄ is fitted to
+    every picture by `fit_scouted`, whereas an impossible budget of a request is an error.
 
     Args:
         settings: `twig_scout` of the model's config.
@@ -41,10 +41,7 @@ def kept_tokens(settings: Mapping[str, Any], options: Mapping[str, object], visu
     if asked is not None:
         return solve_scouted(float(asked), *shape)
     if wanted is None:
-        retain = float(settings["retain"])
-        if visual <= retain:
-            return visual
-        return max(solve_scouted(max(retain, average_scouted(1, *shape)), *shape), ceil(retain / 2))
+        return fit_scouted(float(settings["retain"]), *shape)
     keep = int(wanted)
     if not 1 <= keep <= visual:
         raise TwigVLMError(f"keep={keep}: must be 1 to {visual}, the visual tokens of this picture")
@@ -52,10 +49,10 @@ def kept_tokens(settings: Mapping[str, Any], options: Mapping[str, object], visu
 
 
 def is_diverse(settings: Mapping[str, Any], options: Mapping[str, object]) -> bool:
-    """Whether the kept tokens of a picture also differ from each other; arguments as for `kept_tokens`.
+    """Whether the kept tokens of a picture must also differ from each other; arguments as for `kept_tokens`.
 
     Raises:
-        TwigVLMError: the request says neither yes nor no. A string such as "false" would count as yes.
+        TwigVLMError: the request's value is not a boolean. A string such as "false" would count as true.
     """
     asked = options.get("diverse")
     if asked is None:
@@ -66,13 +63,13 @@ def is_diverse(settings: Mapping[str, Any], options: Mapping[str, object]) -> bo
 
 
 def check_question(ids: Sequence[int], image_token: int, limit: int) -> None:
-    """Refuse a question that a picture cannot be ranked for, in the server's process: in the model's, an error ends it for all.
+    """Refuse a question for which a picture cannot be ranked, before it reaches the model's process, which an error would stop.
 
     Args:
-        ids: ids of the prompt around the question, the picture one token.
-        image_token: its id.
+        ids: token ids of the prompt around the question, with the picture as one token.
+        image_token: id of that token.
         limit: largest number of tokens of a whole prompt; more than `QUESTION` are refused in any case. The picture, whose size
-            the processor bounds, does not count.
+            the processor limits, does not count.
 
     Raises:
         TwigVLMError: the question holds picture tokens, or is too long.
@@ -85,11 +82,11 @@ def check_question(ids: Sequence[int], image_token: int, limit: int) -> None:
 
 
 def parts(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """Which pictures go through the vision tower together: the first of them, and the one after the last.
+    """Split pictures into parts that go through the vision tower together; returns (first index, end index) of each part.
 
     Args:
-        sizes: sizes of the pictures.
-        limit: largest size of a part of several pictures.
+        sizes: numbers of patches of the pictures.
+        limit: largest number of patches of a part with several pictures; a larger picture is a part by itself.
     """
     cuts, held = [0], 0
     for index, size in enumerate(sizes):
@@ -101,15 +98,15 @@ def parts(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
 
 
 def positions_around(tokens: int, pictures: Sequence[tuple[int, Tensor, int]]) -> tuple[Tensor, int]:
-    """Positions as in the whole prompt.
+    """The positions that the kept tokens have in the whole prompt.
 
     Args:
-        tokens: number of tokens of the prompt, as far as they are kept.
-        pictures: where each begins; how far its kept tokens are from its first position, [3, R], as far as that is known; and by
-            how much what follows is further on than its beginning.
+        tokens: number of kept tokens of the prompt.
+        pictures: for each picture, the index of its first kept token; the offsets of its kept tokens from the picture's first
+            position, [3, R], as far as they are known; and the offset of the token after the picture from that position.
 
     Returns:
-        [3, tokens]; and by how much a later token's position exceeds its index.
+        Positions [3, tokens], and by how much the position of a later token exceeds its index.
     """
     positions = torch.zeros(3, tokens, dtype=torch.long)
     done, position = 0, 0

@@ -1,6 +1,6 @@
 """A twig as a drafter of vLLM (its method eagle3): trunk and twig as one stack of plain decoder layers.
 
-Imported by vLLM alone, in its worker processes. Tested with the versions in `twigvlm.integrations.vllm.TESTED`.
+Only vLLM imports this module, in its worker processes. Tested with the versions in `twigvlm.integrations.vllm.TESTED`.
 """
 
 from collections.abc import Iterable
@@ -43,7 +43,7 @@ _log = init_logger(__name__)
 
 
 class _LlamaLayer(LlamaDecoderLayer):
-    """Llama's layer, and with a bias on queries, keys and values Qwen2's, in the draft's own quantisation."""
+    """Llama's decoder layer or, with biases on queries, keys and values, Qwen2's, with the draft's own quantisation."""
 
     def get_quant_config(self, vllm_config: VllmConfig) -> Any:
         """None: an exported twig is not quantised, even where the target is."""
@@ -52,7 +52,7 @@ class _LlamaLayer(LlamaDecoderLayer):
 
 @support_torch_compile(dynamic_arg_dims={"embeddings": 0, "positions": -1, "deepstack": 0})
 class TwigLayers(nn.Module):
-    """Trunk layers 1..K, the twig's T layers and its norm."""
+    """The trunk's layers 1..K, and the twig's T layers and norm."""
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={
@@ -84,12 +84,12 @@ class TwigLayers(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, embeddings: Tensor, positions: Tensor, deepstack: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Normed states [tokens, width], which the head takes, and those before the norm.
+        """Hidden states [tokens, width] after the norm, for the head, and before it.
 
         Args:
-            embeddings: embeddings of the tokens, images merged, [tokens, width].
-            positions: [tokens], or [3, tokens] with M-RoPE.
-            deepstack: added to the states after the trunk's first layers, [tokens, width × levels].
+            embeddings: embeddings of the tokens, images included, [tokens, width].
+            positions: positions, [tokens], or [3, tokens] with M-RoPE.
+            deepstack: features to add after the trunk's first layers, [tokens, width × levels]; None: none.
         """
         hidden, residual, width = embeddings, None, embeddings.shape[-1]
         levels = 0 if deepstack is None else min(deepstack.shape[-1] // width, self.trunk_layers)
@@ -102,8 +102,8 @@ class TwigLayers(nn.Module):
 
 
 class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
-    """Drafts as the twig does. vLLM's proposers insist on a subclass of their Eagle-3 class; nothing of it runs but
-    `compute_logits`, which maps the draft vocabulary to the target's."""
+    """Drafts as the twig does. vLLM's proposers require a subclass of its Eagle-3 class, of which only `compute_logits` is used:
+    it maps the draft vocabulary to the target's."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         nn.Module.__init__(self)
@@ -152,7 +152,7 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, is_multimodal: Tensor | None = None
     ) -> Tensor:
-        """Embeddings [tokens, width], with those of images where they belong; `forward` adds what Qwen3-VL has beside them."""
+        """Embeddings [tokens, width] of text and images; `forward` adds Qwen3-VL's deepstack features."""
         tokens, width = input_ids.shape[0], self.config.hidden_size
         self.offsets.zero_()
         if self.deepstack is not None:
@@ -178,7 +178,7 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         hidden_states: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """States of the slots, [slots, width], normed and not; the target's `hidden_states` are not used."""
+        """Hidden states of the slots, [slots, width], after and before the norm. The target's `hidden_states` are not used."""
         if inputs_embeds is None:
             assert input_ids is not None, "a pass has ids or embeddings"
             inputs_embeds = self._at_one_address(self.embed_input_ids(input_ids))
@@ -194,13 +194,13 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         return first.self_attn.attn
 
     def _at_one_address(self, embeddings: Tensor) -> Tensor:
-        """Copy embeddings to where CUDA graphs read them, for an engine without images, whose runner hands over ids."""
+        """Copy embeddings to the address that CUDA graphs read; needed in an engine without images, whose runner passes ids."""
         if self._embeddings is None:
             self._embeddings = embeddings.new_zeros(self.offsets.shape[1], embeddings.shape[1])
         return self._embeddings[: len(embeddings)].copy_(embeddings)
 
     def _following(self, positions: Tensor) -> Tensor:
-        """Positions of the slots' tokens where the target's have three axes; vLLM's own buffer gets the slots' indices."""
+        """Positions of the slots' tokens if the target's have three axes; vLLM's own buffer gets the slots' indices."""
         metadata = get_forward_context().attn_metadata
         of_layer = metadata.get(self._first_attention.layer_name) if isinstance(metadata, dict) else None
         if of_layer is None:  # a pass without a cache, before vLLM serves
@@ -213,13 +213,13 @@ class TwigDrafter(Eagle3LlamaForCausalLM, SupportsMultiModalEmbeddings):
         return following
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
-        """As they are: runners copy them, and `forward` does not look at them. The first runner calls this once for each draft,
-        before its first pass."""
+        """Return the states unchanged: runners copy them, and `forward` does not use them. The first runner calls this once for
+        each draft, before its first pass."""
         self._begins = True
         return hidden_states
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load an export.
+        """Load the weights of an export.
 
         Raises:
             ValueError: a weight of the drafter is missing.

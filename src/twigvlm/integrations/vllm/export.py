@@ -1,4 +1,4 @@
-"""A twig as a drafter checkpoint of vLLM: trunk and twig as one stack of decoder layers, head, draft vocabulary."""
+"""Export a twig as a drafter checkpoint for vLLM: trunk and twig as one stack of decoder layers, head, draft vocabulary."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from twigvlm.integrations.vllm.layout import DIMENSIONS, FORMAT
 from twigvlm.model import TwigVLM
 
 FAMILIES = ("llava", "llava_next", "llava_next_video", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-"""Model types of bases, as vLLM serves them."""
+"""Model types of the bases whose twigs can be exported."""
 LAYERS = {
     "llama": "llama",
     "mistral": "llama",
@@ -28,7 +28,7 @@ LAYERS = {
     "qwen2_5_vl_text": "llama",
     "qwen3_vl_text": "qwen3",
 }
-"""Model types of decoders -> the class of vLLM whose layers compute the same."""
+"""Model types of decoders -> the model type in vLLM whose layers compute the same."""
 _COPIED = (
     "vocab_size",
     "hidden_size",
@@ -43,14 +43,14 @@ _COPIED = (
 
 
 def export(model: TwigVLM, path: str | Path) -> Path:
-    """Write the drafter of a twig to a directory that vLLM loads; each file is replaced whole or not at all.
+    """Write the drafter of a twig to a directory that vLLM loads. Each file is replaced completely or not at all.
 
     Args:
-        model: base and twig.
+        model: the base with its twig.
         path: the directory.
 
     Raises:
-        TwigVLMError: vLLM or the plug-in does not know this base, or the directory cannot be written to.
+        TwigVLMError: vLLM or the plug-in does not support this base, or the directory cannot be written to.
     """
     check_exportable(model.base)
     folder = Path(path)
@@ -91,7 +91,7 @@ def check_exportable(base: BaseVLM) -> None:
 
 
 def drafter_config(model: TwigVLM) -> dict[str, Any]:
-    """The Hugging Face config of the drafter, with what both of vLLM's model runners look for."""
+    """The Hugging Face config of the drafter, with the entries that both of vLLM's model runners read."""
     base, twig = model.base, model.twig
     config: dict[str, Any] = {name: getattr(base.config, name) for name in _COPIED}
     attention: Any = base.layers[0].self_attn
@@ -130,7 +130,8 @@ def drafter_config(model: TwigVLM) -> dict[str, Any]:
 
 @torch.no_grad()
 def drafter_weights(model: TwigVLM) -> dict[str, Tensor]:
-    """`layers.0` … `layers.K+T-1`, `norm`, `lm_head` unless it is the base's, and `d2t`: a draft id's token minus the id."""
+    """The weights by name: `layers.0` … `layers.K+T-1`, `norm`, `lm_head` unless it is the base's, and `d2t`, which maps a draft
+    id to the difference between its token id and itself."""
     base, twig = model.base, model.twig
     layers = [*base.layers[: twig.config.trunk_layers], *twig.layers]
     parts: dict[str, Any] = {f"layers.{index}": layer for index, layer in enumerate(layers)} | {"norm": twig.norm}

@@ -1,4 +1,4 @@
-"""What an export says about itself, and which target it fits on."""
+"""The description that an export carries, and checks that it fits the served model and vLLM's options."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
-"""Version of the entry `twigvlm` in an export's config; another number is another layout."""
+"""Version of the entry `twigvlm` in an export's config."""
 DIMENSIONS = (
     "vocab_size",
     "hidden_size",
@@ -15,19 +15,19 @@ DIMENSIONS = (
     "num_key_value_heads",
     "intermediate_size",
 )
-"""Dimensions of the base's language model: they must be the target's."""
+"""Dimensions of the base's language model, which must equal those of the target."""
 
 
 def check_target(record: dict[str, Any], target: Any, parallel: Any) -> None:
     """Refuse an export that does not belong to the model that is served.
 
     Args:
-        record: the entry `twigvlm` of its config.
+        record: the entry `twigvlm` of the export's config.
         target: Hugging Face config of the served language model.
         parallel: vLLM's parallel configuration.
 
     Raises:
-        ValueError: it is another layout, of another base, or the engine has pipeline stages.
+        ValueError: the export has another format or belongs to another base, or the engine has pipeline stages.
     """
     if record.get("format") != FORMAT:
         raise ValueError(
@@ -44,7 +44,7 @@ def check_target(record: dict[str, Any], target: Any, parallel: Any) -> None:
 
 
 def check_runner(second: bool) -> None:
-    """Refuse vLLM's second model runner for drafts on a base with M-RoPE, and in scout mode.
+    """Raise ValueError for vLLM's second model runner, which supports neither drafts on a base with M-RoPE nor scout mode.
 
     Args:
         second: whether vLLM runs its second model runner.
@@ -57,7 +57,7 @@ def check_runner(second: bool) -> None:
 
 
 def check_scout(config: Any) -> None:
-    """Refuse options of vLLM that scout mode does not know.
+    """Raise ValueError for options of vLLM that scout mode does not support.
 
     Args:
         config: vLLM's configuration.
@@ -74,15 +74,15 @@ def check_scout(config: Any) -> None:
 
 
 def check_scouting(settings: Mapping[str, Any], target: Any, parallel: Any) -> None:
-    """Refuse an export that scout mode cannot rank by: without drafts nothing else compares it with the model that is served.
+    """Refuse an export that scout mode cannot rank by. Without drafts, nothing else compares it with the served model.
 
     Args:
-        settings: `twig_scout` of the model's config, as `--hf-overrides` give it.
+        settings: entry `twig_scout` of the model's config, as set by `--hf-overrides`.
         target: Hugging Face config of the served language model.
         parallel: vLLM's parallel configuration.
 
     Raises:
-        ValueError: it is not there, does not belong to the model, or is no longer the one that the settings were printed for.
+        ValueError: the export is missing, does not belong to the model, or has changed since the settings were printed.
     """
     config = Path(settings["path"]) / "config.json"
     if not config.is_file():
@@ -100,11 +100,11 @@ def check_scouting(settings: Mapping[str, Any], target: Any, parallel: Any) -> N
 
 
 def check_stages(parallel: Any, what: str) -> None:
-    """Refuse an engine with pipeline stages.
+    """Raise ValueError for an engine with pipeline stages.
 
     Args:
         parallel: vLLM's parallel configuration.
-        what: goes on in one stage alone, as the beginning of a sentence.
+        what: what needs a single stage, as the beginning of the message.
     """
     if getattr(parallel, "pipeline_parallel_size", 1) > 1:
         raise ValueError(
@@ -113,10 +113,10 @@ def check_stages(parallel: Any, what: str) -> None:
 
 
 def check_attention(backend: str) -> None:
-    """Refuse an attention backend of the drafter that does not tell where sequences stand in the cache.
+    """Raise ValueError for a drafter's attention backend that does not report where sequences start and how long they are.
 
     Args:
-        backend: vLLM's name of it.
+        backend: vLLM's name of the backend.
     """
     if backend.startswith("FLASHINFER"):
         raise ValueError(

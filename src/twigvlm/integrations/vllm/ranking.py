@@ -1,6 +1,6 @@
 """The ranking of scout mode inside vLLM: trunk and twig in plain torch on one prompt, once for each picture and question.
 
-It runs where vLLM runs vision towers, outside the paged cache, and its result is cached with the picture's embeddings.
+It runs together with the vision tower, outside the paged cache, and vLLM caches its result with the picture's embeddings.
 """
 
 import json
@@ -26,11 +26,12 @@ from twigvlm.pruning.view import Tokens
 from twigvlm.twig.pruning_head import PruningHead
 
 _UNUSED = ("mlp", "post_attention_layernorm", "self_attn.v_proj", "self_attn.o_proj")
-"""Unused of the last layer, whose queries and keys alone rank; on a 7B base in half precision these take more than 300 MB."""
+"""Modules that the last layer does not need, since only its queries and keys rank; more than 300 MB of a 7B base in half
+precision."""
 
 
 class Ranking(nn.Module):
-    """Trunk and twig of an export, as transformers' decoder layers; of the last one what ranks.
+    """Trunk and twig of an export, as transformers' decoder layers; of the last layer only the parts that rank.
 
     Args:
         folder: directory of the export.
@@ -69,14 +70,14 @@ class Ranking(nn.Module):
     def forward(
         self, embeddings: Tensor, visual: Tensor, positions: Tensor, keep: int, select: Select = best
     ) -> Tensor:
-        """Which visual tokens of a prompt stay: their indices among its visual tokens, ascending, [keep].
+        """Indices, among a prompt's visual tokens, of those that are kept, ascending, [keep].
 
         Args:
-            embeddings: embeddings of the prompt, the picture merged, [tokens, width].
-            visual: True at visual tokens, [tokens]; the last token is none.
+            embeddings: embeddings of the prompt, the picture's included, [tokens, width].
+            visual: True at visual tokens, [tokens]; the last token must not be one.
             positions: positions of the tokens, [1, tokens], or [3, tokens] with M-RoPE.
             keep: R.
-            select: chooses among the ranked tokens.
+            select: chooses the kept tokens by their scores.
         """
         hidden, mask = embeddings[None], visual[None]
         inputs = TokenInputs(*self.rotary(hidden, positions[:, None] if len(positions) == 3 else positions))

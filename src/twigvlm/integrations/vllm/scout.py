@@ -1,12 +1,12 @@
-"""Scout mode in vLLM: a picture's embeddings are the tokens that the twig ranks highest for the question, at their own positions.
+"""Scout mode in vLLM: of a picture, only the tokens that the twig ranks highest for the question enter the decoder.
 
-vLLM's own interfaces carry it. The placeholder of a picture is as long as what is kept. The question comes with the request
-(`mm_processor_kwargs`), and so into the picture's hash, by which vLLM caches embeddings and prefixes. Positions other than 0, 1,
-2, … are those of M-RoPE: a picture's tokens all get its first one, and what follows it the ones that it has in the whole
-prompt. Where each kept token belongs is known after the ranking only: that is written after its features and added to its
-position when it enters the decoder, as it is in the drafter.
+It uses vLLM's own interfaces. The placeholder of a picture is as long as the number of kept tokens. The question comes with
+the request (`mm_processor_kwargs`), and so enters the picture's hash, by which vLLM caches embeddings and prefixes. Kept tokens
+need the positions of the whole prompt, which vLLM's M-RoPE interface provides: first all tokens of a picture get its first
+position, and the text after it the positions that it has in the whole prompt. The offset of each kept token is known only after
+the ranking. It is appended to the token's features, and added to its position when it enters the decoder or the drafter.
 
-Here is what all bases share, to be mixed into vLLM's own classes of a base (`scout_llava.py`, `scout_qwen.py`).
+This module has the parts that all bases share, to be mixed into vLLM's classes of a base (`scout_llava.py`, `scout_qwen.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,18 +34,18 @@ else:
 
 
 class ScoutInfo(Base):
-    """What vLLM asks about the processor, which does not get to see the options of scout mode."""
+    """Gives vLLM the base's processor, without the options of scout mode, which it does not know."""
 
     def get_hf_processor(self, **kwargs: object) -> Any:
-        """The base's own."""
+        """The base's own processor."""
         return super().get_hf_processor(**_others(kwargs))
 
 
 class ScoutProcessor(Base):
-    """Placeholders as long as what is kept, and the question beside the pixels. Videos are left alone."""
+    """Makes placeholders of R tokens for each picture, and passes the question on with the pixels. Videos are not pruned."""
 
     def _visual(self, mm_items: Any, data: Mapping[str, Any], item: int) -> int:
-        """M of a picture; `data` is what the base's own processor makes of the pictures."""
+        """M, number of visual tokens of a picture; `data` is the output of the base's own processor."""
         raise NotImplementedError
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
@@ -87,7 +87,7 @@ class ScoutProcessor(Base):
 
 
 class Scout(Base):
-    """A base whose decoder gets the kept visual tokens of pictures alone."""
+    """A base whose decoder gets only the kept visual tokens of pictures."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_scout(vllm_config)
@@ -103,24 +103,24 @@ class Scout(Base):
 
     @cached_property
     def ranking(self) -> Ranking:
-        """Trunk and twig, which are no part of the checkpoint that vLLM loads. They are there from the first use on, because some
-        of vLLM's loaders do not call `load_weights`."""
+        """Trunk and twig, which are not part of the checkpoint that vLLM loads. They are loaded on first use, because some of
+        vLLM's loaders do not call `load_weights`."""
         return Ranking(self.settings["path"], self._dtype, next(self.language_model.parameters()).device)
 
     def _offsets_in_pictures(self, kwargs: Mapping[str, Any], pictures: int) -> list[Tensor]:
-        """How far each visual token of each picture is from the picture's first position, on each axis: [M, axes]."""
+        """For each picture, the distance of each visual token from the picture's first position on each axis, [M, axes]."""
         raise NotImplementedError
 
     def _patches(self, kwargs: Mapping[str, Any], pictures: int) -> list[int]:
-        """How many patches of each picture the vision tower sees."""
+        """Number of patches of each picture in the vision tower."""
         raise NotImplementedError
 
     def _part(self, kwargs: Mapping[str, Any], first: int, end: int) -> dict[str, Any]:
-        """What the vision tower gets for some of the pictures."""
+        """Inputs of the vision tower for the pictures from `first` to before `end`."""
         raise NotImplementedError
 
     def load_weights(self, weights: Any) -> Any:
-        """The base's from its own files, trunk and twig from the export."""
+        """Load the base's weights from its own files, and trunk and twig from the export."""
         loaded = super().load_weights(weights)
         device = next(self.language_model.parameters()).device
         self.offsets, self.positions = self.offsets.to(device), self.positions.to(device)
@@ -128,7 +128,7 @@ class Scout(Base):
         return loaded
 
     def embed_multimodal(self, **kwargs: object) -> Any:
-        """The kept tokens of each picture with their offsets, [R, width + 2 × axes]; of a video all tokens."""
+        """Features of the kept tokens of each picture with their offsets, [R, width + 2 × axes]; all tokens of a video."""
         if "scout_ids" not in kwargs:
             videos: Any = super().embed_multimodal(**kwargs)
             return [with_offsets(video, video.new_zeros(len(video), 3, dtype=torch.long)) for video in videos]
@@ -164,7 +164,7 @@ class Scout(Base):
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
     ) -> Tensor:
-        """As the base's; the places of visual tokens are kept for `forward`."""
+        """As the base's; the offsets of visual tokens are stored for `forward`."""
         self.offsets.zero_()
         if not multimodal_embeddings or is_multimodal is None:
             return super().embed_input_ids(input_ids)
@@ -181,7 +181,7 @@ class Scout(Base):
         inputs_embeds: Tensor | None = None,
         **kwargs: object,
     ) -> Any:
-        """As the base's, with every token at the position that it has in the whole prompt."""
+        """The base's forward pass, with every token at the position that it has in the whole prompt."""
         # vLLM bounds how many tokens a sequence has, not their positions: beyond the last one there are no rotary embeddings.
         last = self.config.get_text_config().max_position_embeddings - 1
         moved = moved_by(positions, self.offsets, last, self.positions)
@@ -189,7 +189,7 @@ class Scout(Base):
 
 
 def image_token(config: Any) -> int:
-    """Id of the placeholder of pictures: configs name it in one of two ways."""
+    """Token id of the placeholder of pictures, which configs have under one of two names."""
     found = getattr(config, "image_token_id", None)
     return int(config.image_token_index if found is None else found)
 

@@ -21,11 +21,11 @@ from twigvlm.integrations.vllm.scout import Scout, ScoutInfo, ScoutProcessor
 
 
 class ScoutLlavaInfo(ScoutInfo, LlavaProcessingInfo):
-    """LLaVA's."""
+    """`ScoutInfo` of LLaVA."""
 
 
 class ScoutLlavaProcessor(ScoutProcessor, LlavaMultiModalProcessor):
-    """LLaVA's."""
+    """`ScoutProcessor` of LLaVA."""
 
     def _visual(self, mm_items: Any, data: Mapping[str, Any], item: int) -> int:
         size = mm_items.get_items("image", ImageProcessorItems).get_image_size(item)
@@ -36,8 +36,8 @@ class ScoutLlavaProcessor(ScoutProcessor, LlavaMultiModalProcessor):
 class ScoutLlava(Scout, LlavaForConditionalGeneration, SupportsMRoPE):
     """LLaVA in scout mode.
 
-    vLLM hands out positions on three axes to a model that says that it has them (`mrope_section` in its config); the decoder,
-    which has one, gets the first.
+    vLLM passes positions on three axes to a model that declares them (`mrope_section` in its config); the decoder, which has one
+    axis, gets the first.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -56,12 +56,12 @@ class ScoutLlava(Scout, LlavaForConditionalGeneration, SupportsMRoPE):
         return {name: values[first:end] for name, values in kwargs.items()}
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
-        """Positions [3, tokens] as in the whole prompt, of each picture's tokens its first one; and what a later token's position
-        is more than its index."""
+        """Positions [3, tokens] in the whole prompt, where all tokens of a picture have its first position; and by how much the
+        position of a later token exceeds its index."""
         spans = [feature.mm_position for feature in mm_features]
         pictures = [(span.offset, torch.zeros(3, span.length, dtype=torch.long), self.visual) for span in spans]
         return positions_around(len(input_tokens), pictures)
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As LLaVA's, with every token at the position that it has in the whole prompt."""
+        """LLaVA's forward pass, with every token at the position that it has in the whole prompt."""
         return super().forward(input_ids, positions[0] if positions.ndim == 2 else positions, *args, **kwargs)

@@ -47,8 +47,8 @@ class _Scout(Scout):
         return {**rows, "image_grid_thw": kwargs["image_grid_thw"][first:end]}
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:
-        """Positions [3, tokens] as in the whole prompt, of each picture's tokens its first one; and what a later token's position
-        is more than its index."""
+        """Positions [3, tokens] in the whole prompt, where all tokens of a picture have its first position; and by how much the
+        position of a later token exceeds its index."""
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         items = []
         for feature, (start, *sizes, pace) in zip(features, self.iter_mm_grid_thw(features), strict=True):

@@ -128,17 +128,17 @@ def pruner_by_name(pruner: Pruner | str | None) -> Pruner | None:
 
 def reads_files(name: str) -> bool:
     """Whether a method's name says where a file of its own is."""
-    return _own_file(name) is not None
+    return _method_file(name) is not None
 
 
-def own_files(names: Iterable[str | None]) -> dict[str, str]:
+def method_files(names: Iterable[str | None]) -> dict[str, str]:
     """By the names of methods that read a file of their own, twelve characters that change with what the file holds."""
-    paths = {name: _own_file(name) for name in names if name is not None}
+    paths = {name: _method_file(name) for name in names if name is not None}
     found = {name: path.read_bytes() for name, path in paths.items() if path is not None and path.is_file()}
     return {name: hashlib.sha256(data).hexdigest()[:12] for name, data in found.items()}
 
 
-def _own_file(name: str) -> Path | None:
+def _method_file(name: str) -> Path | None:
     method, *words = name.split(":")
     folder = ":".join(word for word in words if word not in _CHOICES)
     return Path(folder) / _FILES[method] if folder and method in _FILES else None

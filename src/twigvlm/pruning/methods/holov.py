@@ -7,7 +7,7 @@ import torch
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Need
-from twigvlm.pruning.images import ImageTokens, PerImage, Picked, top
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,6 @@ class HoloV(PerImage):
         quota = [min(count, len(segment)) for count, segment in zip(quota, segments, strict=True)]
         for index in ranked:
             quota[index] += min(keep - sum(quota), len(segments[index]) - quota[index])
-        chosen = [segment[top(attention[segment], count)] for segment, count in zip(segments, quota, strict=True)]
-        return Picked(torch.cat(chosen))
+        by_attention = [segment[attention[segment].argsort(descending=True, stable=True)] for segment in segments]
+        chosen = torch.cat([segment[:count] for segment, count in zip(by_attention, quota, strict=True)])
+        return Picked(chosen, image.projected[chosen])

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from math import ceil
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,11 +28,13 @@ class MustDrop:
     prompt to prompt. Here the tokens with the largest max(sum/(g·total), max/i) stay, a share λ at each cut, so that a
     budget holds. Key tokens are the 8 % that the vision tower's last block attends to most, and no cut drops one of them.
 
-    A budget too small for that (R̄ below 96 of 576 tokens in 32 layers) leaves fewer tokens than there are key tokens after some
+    A budget too small for that (R̄ below 97 of 576 tokens in 32 layers) leaves fewer tokens than there are key tokens after some
     cuts, which then choose among the key tokens, in the same way.
     """
 
     key_share: float = 0.08
+    accounting: Literal["true", "published"] = "true"
+    """"published": R̄ as the authors count it, the layer before a cut with what it leaves."""
     positions: Positions = "kept"
     """"compacted" as published."""
     thresholds: tuple[float, float] = (0.001, 0.001)
@@ -55,14 +58,18 @@ class MustDrop:
             TwigVLMError: no λ has this average.
         """
         at = scaled_layers(_LAYERS, layers)
-        cuts = solve_cuts(at, lambda share: [share**power for power in (1, 2, 3, 4)], retain, visual, layers)
-        keys = int(self.key_share * visual)
-        if retain is None or average_visual([Cut(layer, keys) for layer in at], visual, layers) > retain:
+        counted = tuple(layer - 1 for layer in at) if self.accounting == "published" else at
+
+        def solve(least: float) -> tuple[Cut, ...]:
+            sizes = [1, 2, 3, 4]
+            return solve_cuts(
+                at, lambda share: [max(share**power, least) for power in sizes], retain, visual, layers, counted
+            )
+
+        cuts, keys = solve(0.0), ceil(self.key_share * visual)
+        if retain is None or average_visual([Cut(layer, keys) for layer in counted], visual, layers) > retain:
             return cuts
-        least = keys / visual
-        return solve_cuts(
-            at, lambda share: [max(share**power, least) for power in (1, 2, 3, 4)], retain, visual, layers
-        )
+        return solve(keys / visual)
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"] | Choice:
         """The key tokens, then those that the question looks at."""
@@ -89,7 +96,7 @@ class MustDrop:
         assert vision is not None, "it is among what the method needs"
         patch = prompt.visual_mask & (vision.source >= 0)
         given = vision.last_importance[vision.source.clamp(min=0)]
-        counts = [int(self.key_share * count) for count in patch.sum(dim=1).tolist()]
+        counts = [ceil(self.key_share * count) for count in patch.sum(dim=1).tolist()]
         keys = top_visual(given, patch, counts)
         index = view.tokens.index
         return (keys if index is None else keys.gather(1, index)) & view.tokens.visual

@@ -7,7 +7,7 @@ import torch
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Need
-from twigvlm.pruning.images import ImageTokens, PerImage, Picked, top, unit
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked, unit
 
 _CHUNK = 64  # centres whose neighbours are found at a time
 
@@ -18,7 +18,7 @@ class PruMerge(PerImage):
 
     Shang et al., "LLaVA-PruMerge", ICCV 2025. The attention is the CLS token's in the tower's last block, of a single head
     over the whole width. The authors count centres by outliers, which differ from image to image; here a quarter of a
-    budget goes by attention and the rest is evenly spaced, as outliers and the samples of PruMerge+ are three to one.
+    budget goes by attention and the rest is evenly spaced, as there are about three samples of PruMerge+ to an outlier.
     """
 
     neighbours: int = 32
@@ -40,12 +40,14 @@ class PruMerge(PerImage):
         """Choose the centres of one image. The token of all others comes last, at the position of the first that is gone."""
         attention, keys = image.vision.single_head[image.rows], unit(image.vision.last_keys[image.rows])
         attended = min(keep - 1, int((keep - 1) * self.attended + 0.5))
+        first = attention.argsort(descending=True, stable=True)[:attended]
         is_center = torch.zeros(len(image), dtype=torch.bool, device=attention.device)
-        is_center[top(attention, attended)] = True
+        is_center[first] = True
         others = (~is_center).nonzero()[:, 0]
         spaced = keep - 1 - attended
-        is_center[others[torch.arange(spaced, device=others.device) * len(others) // max(spaced, 1)]] = True
-        centers, gone = is_center.nonzero()[:, 0], (~is_center).nonzero()[:, 0]
+        then = others[torch.arange(spaced, device=others.device) * len(others) // max(spaced, 1)]
+        is_center[then] = True
+        centers, gone = torch.cat((first, then)), (~is_center).nonzero()[:, 0]
         weighted = image.features.float() * attention[:, None]
         states = [image.features.float()[centers]]
         for part in torch.arange(len(centers), device=centers.device).split(_CHUNK):

@@ -85,11 +85,11 @@ def quotas(sizes: Sequence[int], different: Sequence[int], keep: int, with_cls: 
 
     Returns:
         At least one of each group, the others in proportion to the tokens that resemble no other; at most 5·⌈R/64⌉ and as many as
-        these are, unless R needs more. What is left of R goes to the groups in the order of their sizes, the largest first.
+        these are, unless R needs more. What is left of R goes first to the groups with the most such tokens.
     """
     total = keep - with_cls
     limits = [min(5 * ceil(keep / 64), size, each) for size, each in zip(sizes, different, strict=True)]
-    while sum(limits) < total:
+    while sum(limits) < min(keep, sum(sizes)):
         limits = [min(each + 1, size) for each, size in zip(limits, sizes, strict=True)]
     split, seen, before = [], 0, 0
     for each in different:
@@ -98,6 +98,6 @@ def quotas(sizes: Sequence[int], different: Sequence[int], keep: int, with_cls: 
         split.append(1 + up_to - before)
         before = up_to
     split = [min(count, limit) for count, limit in zip(split, limits, strict=True)]
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+    for index in sorted(range(len(sizes)), key=lambda index: -different[index]):
         split[index] += min(limits[index] - split[index], total - sum(split))
     return split

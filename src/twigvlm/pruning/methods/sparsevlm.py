@@ -11,6 +11,7 @@ from torch import Tensor
 from twigvlm.base.layers import rotary_of
 from twigvlm.base.prompt import Prompt
 from twigvlm.base.token_inputs import rotate
+from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Choice, Cut, Need, scaled_layers, solve_cuts
 from twigvlm.pruning.images import Positions, nearest_published
 from twigvlm.pruning.methods.density_peaks import density_peaks
@@ -35,7 +36,7 @@ class SparseVLM:
     Zhang et al., "SparseVLM", ICML 2025. Raters are the text tokens after the image whose embeddings fit the visual
     ones better than the mean. v1 recycles: of what is dropped the best 30 %, and one token more, are clustered, and the
     clusters' means stay too. v2 recycles nothing, divides attention by what rotary embeddings alone make of a distance, and
-    asks the half of the heads that look at the image most.
+    asks the half of the heads that then look at the image most.
     """
 
     version: Literal["v1", "v2"] = "v1"
@@ -45,6 +46,10 @@ class SparseVLM:
     """"compacted" as published for v1, with the means after the other tokens."""
     paper: ClassVar[str] = "Zhang et al., ICML 2025, arXiv:2410.04417"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LAST_LAYER})
+
+    def __post_init__(self) -> None:
+        if self.version == "v2" and self.positions == "compacted":
+            raise TwigVLMError("pruner 'sparsevlm-v2': was not published with other positions; leave out compacted")
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
         """The published list whose budget is nearest, scaled. Raises TwigVLMError if no scale has this average."""
@@ -61,7 +66,7 @@ class SparseVLM:
         """The visual tokens with the most attention, and in v1 the means of clusters of others."""
         scores, visual = self._scores(view), view.tokens.visual
         if self.version == "v2":
-            return Choice(top_visual(scores, visual, keep), None, self.positions == "compacted")
+            return Choice(top_visual(scores, visual, keep))
         stays, hidden = torch.zeros_like(visual), view.tokens.hidden.clone()
         for row, count in enumerate(keep):
             indices, states = _recycled(scores[row], view.tokens.hidden[row], visual[row].nonzero()[:, 0], count)
@@ -77,11 +82,10 @@ class SparseVLM:
         looks: Tensor | None = None
         for shares, asks, inputs in attention_from(view, raters(view.prompt)):
             given = shares * asks[:, None, :, None]
-            mass = (given * visual[:, None, None]).sum(dim=(2, 3))
             if self.version == "v2":
                 kernel = distance_kernel(rotary_of(layer, inputs), rotary_of(layer, view.tokens.inputs))
                 given = given / kernel[:, None]
-            summed = given.sum(dim=2)
+            summed, mass = given.sum(dim=2), (given * visual[:, None, None]).sum(dim=(2, 3))
             total, looks = (summed, mass) if total is None or looks is None else (total + summed, looks + mass)
         assert total is not None, "somebody asks"
         assert looks is not None, "somebody asks"

@@ -1,4 +1,4 @@
-"""The page at `/`: drop a picture, ask, and watch the answer come. Plain HTML and JavaScript, nothing from elsewhere."""
+"""The page at `/`: drop a picture, ask, and watch the answer arrive. Plain HTML and JavaScript, with no other resources."""
 
 from dataclasses import fields
 from importlib.resources import files
@@ -19,7 +19,7 @@ EXAMPLES = (
     ("signs", "Read all signs from top to bottom."),
     ("halves", "Tell me what the top and the bottom half show."),
 )
-"""Pictures that are there at first sight, and what to ask about them."""
+"""Example pictures that the page offers, each with a question."""
 
 _FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -38,11 +38,11 @@ _HEADERS = {
 
 
 def add_page(app: FastAPI, service: Service, needs_key: bool) -> None:
-    """Serve the page.
+    """Add the page to an application.
 
     Args:
-        app: where.
-        service: what the page asks.
+        app: the application.
+        service: the service whose model the page shows.
         needs_key: whether the page must ask its user for the API key.
     """
 
@@ -64,7 +64,7 @@ def add_page(app: FastAPI, service: Service, needs_key: bool) -> None:
 
 
 def page_settings(service: Service, needs_key: bool) -> dict[str, Any]:
-    """What the page must know of the model."""
+    """What the page needs to know about the model and its defaults, JSON-able."""
     base, twig, defaults = service.model.base, service.model.twig.config, service.defaults
     visual = _visual_tokens(service)
     low, high = 32.0, 576.0  # of bases whose visual tokens depend on the picture; what a picture cannot have is fitted
@@ -97,13 +97,13 @@ def page_settings(service: Service, needs_key: bool) -> dict[str, Any]:
 
 
 def _seen_square(processor: Any) -> str | None:
-    """Which square the model sees, "inner" or "outer", of a picture that is none; None: all of the picture as it is."""
+    """Which square of a picture the model sees: "inner" (cropped) or "outer" (padded); None: the picture as it is."""
     box = seen_box(processor, Image.new("RGB", (2, 4)))
     return None if box is None else "inner" if box[0] == 0 else "outer"
 
 
 def _visual_tokens(service: Service) -> int | None:
-    """M of a picture; None where that depends on its shape."""
+    """M, number of visual tokens of a picture; None: it depends on the picture's shape."""
     counts = set()
     for shape in ((200, 200), (100, 400)):
         messages = [user_turn("?", Image.new("RGB", shape))]
@@ -113,7 +113,7 @@ def _visual_tokens(service: Service) -> int | None:
 
 
 def _pruning(service: Service) -> dict[str, Any]:
-    """What a pruned answer asks for beside the budget and refocusing: the server's defaults, or the twig's tokens that differ."""
+    """Further options of pruned answers: the server's defaults or, if it does not prune, `diverse`."""
     pruning = service.defaults.pruning
     if not pruning.active:
         return {"diverse": True} if service.has_twig else {}

@@ -1,4 +1,4 @@
-"""Ways to draft by their names."""
+"""Builds the draft policy that a configuration names, and checks that base and twig can draft so."""
 
 from twigvlm.base.masks import check_mask_attention
 from twigvlm.base.vlm import BaseVLM
@@ -25,7 +25,7 @@ def make_policy(speculation: SpeculationConfig, costs: StepCosts | None, static:
     if not speculation.active:
         return DraftPolicy()
     policies = {"chain": Chain, "tree": FixedTree, "lookup": Lookup, "exit": EarlyExit}
-    return policies[speculation.speculate](speculation, not static)
+    return policies[speculation.speculate](speculation, static)
 
 
 def check_speculation(speculation: SpeculationConfig, base: BaseVLM, twig: Twig, rows: int) -> None:
