@@ -2,8 +2,6 @@
 
 import contextlib
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +13,6 @@ from tests.serving.test_worker import outcome, submit
 from twigvlm.serving import server as module
 from twigvlm.serving import worker
 from twigvlm.serving.app import create_app
-from twigvlm.serving.daemons import DaemonExecutor
 from twigvlm.serving.limits import Limits
 from twigvlm.serving.server import make_server
 
@@ -103,31 +100,6 @@ def test_a_server_ends_although_a_step_does_not(busy):
 def test_headers_are_limited_whatever_parsers_are_installed(busy):
     service, _ = busy
     assert make_server(create_app(service), service, "127.0.0.1", 0, 1).config.http == "h11"
-
-
-def test_a_process_ends_although_a_thread_is_busy():
-    code = (
-        "import time; from twigvlm.serving.daemons import DaemonExecutor\n"
-        "threads = DaemonExecutor(2, 'busy')\n"
-        "threads.submit(time.sleep, 600), print(threads.submit(pow, 2, 3).result())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "8\n")
-
-
-def test_calls_run_in_order_and_tell_their_errors_until_the_executor_is_gone():
-    names = {thread.name for thread in threading.enumerate()}
-    threads, order, begin = DaemonExecutor(1, "of-this-test"), [], threading.Event()
-    first = threads.submit(begin.wait)
-    futures = [threads.submit(order.append, number) for number in range(4)]
-    assert futures[2].cancel()
-    begin.set()
-    assert first.result()
-    with pytest.raises(ZeroDivisionError):
-        threads.submit(divmod, 1, 0).result()
-    assert order == [0, 1, 3]
-    del threads
-    wait_until(lambda: {thread.name for thread in threading.enumerate()} <= names)
 
 
 def test_what_uvicorn_cancels_gets_an_answer_in_json(monkeypatch):

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
@@ -12,7 +13,6 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.serving.daemons import DaemonExecutor
 from twigvlm.serving.errors import RequestError
 from twigvlm.serving.failures import request_error, shutting_down
 from twigvlm.serving.hosts import HostGuard
@@ -98,9 +98,9 @@ class ChatHandler:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._threads = Threads(
-            fetching=DaemonExecutor(FETCHING, "twigvlm-fetch"),
-            checking=DaemonExecutor(1, "twigvlm-schema"),
-            preparing=DaemonExecutor(1, "twigvlm-prepare"),
+            fetching=ThreadPoolExecutor(FETCHING, thread_name_prefix="twigvlm-fetch"),
+            checking=ThreadPoolExecutor(1, thread_name_prefix="twigvlm-schema"),
+            preparing=ThreadPoolExecutor(1, thread_name_prefix="twigvlm-prepare"),
         )
 
     async def answer(self, http: Request) -> Response:
