@@ -107,9 +107,8 @@ class Answerer:
             (str(key), *record) for key, *record in zip(batch["id"], batch["question"], batch["image"], strict=True)
         ]
         digests = {key: asked(question, image) for key, question, image in records}
-        if (
-            written := written_answers(self._out, digests)
-        ) is not None:  # Ray repeats a whole block, of several batches
+        written = written_answers(self._out, digests)
+        if written is not None:  # Ray repeats a whole block, of several batches
             return written
         found: dict[str, dict[str, Any]] = {}
         lines = []
@@ -222,9 +221,9 @@ def serve_app(
 
     def build() -> Any:
         from twigvlm.serving.app import create_app
-        from twigvlm.serving.hosts import LOCAL
+        from twigvlm.serving.hosts import allowed_hosts
 
-        by_default = () if api_key else LOCAL
+        by_default = () if api_key else allowed_hosts("localhost", ())
         return create_app(make_service(limits), api_key, by_default if hosts is None else hosts)
 
     max_requests = limits.max_rows + limits.max_waiting + REFUSED
