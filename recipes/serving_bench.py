@@ -70,6 +70,8 @@ def load(folder: Path, count: int) -> None:
     """Clients that ask one question after another, for each setting and number of clients."""
     kept = folder / "load.json"
     found: list[dict[str, Any]] = json.loads(kept.read_text())["figures"] if kept.exists() else []
+    # Figures of another number of questions cannot stand beside these.
+    found = [row for row in found if row["requests"] == count]
     done = {(row["setting"], row["clients"]) for row in found}
     asked = questions(count)
     with serving("--waiting-seconds", "600") as (address, process):

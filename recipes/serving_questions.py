@@ -22,9 +22,11 @@ class Ask:
 
     @property
     def length(self) -> int:
+        """Largest number of tokens of the answer."""
         return LONG_ANSWER if self.turn.kind == "description" else SHORT_ANSWER
 
     def body(self, **options: Any) -> dict[str, Any]:
+        """The request to the server; `options` are its further fields."""
         parts = [{"type": "image_url", "image_url": {"url": self.uri}}, {"type": "text", "text": self.turn.question}]
         messages = [{"role": "user", "content": parts}]
         return {"model": "sapling", "messages": messages, "max_completion_tokens": self.length, **options}
@@ -47,7 +49,7 @@ def questions(count: int) -> list[Ask]:
 
 
 def quality(asked: list[Ask], answers: list[str]) -> dict[str, float]:
-    """Of short answers the share of exact ones, of descriptions what they name and quote, in per cent."""
+    """Of short answers the share of exact ones, of descriptions what they name and quote, in percent."""
     tally = Tally()
     for ask, answer in zip(asked, answers, strict=True):
         if ask.turn.kind == "description":

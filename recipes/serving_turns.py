@@ -3,9 +3,9 @@
 from statistics import median
 from typing import Any
 
-from recipes.sapling.evaluate import exact_match
 from recipes.sapling.turns import Turn
 from recipes.serving_client import Timed, serving, stream
+from twigvlm.evaluation.questions import exact_match
 
 TURNS = 3
 WAYS = {"prefix cache": (), "none": ("--prefix-bytes", "0")}

@@ -99,6 +99,16 @@ def test_another_base_is_refused(tmp_path, base, difference):
         TwigVLM.from_pretrained(base(), tmp_path)
 
 
+def test_a_fingerprint_that_is_no_number_fits_no_base(tmp_path):
+    _trained().save_pretrained(tmp_path)
+    record = json.loads((tmp_path / CONFIG).read_text())
+    name, values = next(iter(record["base"]["samples"].items()))
+    record["base"]["samples"][name] = [float("nan")] * len(values)
+    (tmp_path / CONFIG).write_text(json.dumps(record))
+    with pytest.raises(TwigVLMError, match=f"grew on another base .weights of {name} differ"):
+        TwigVLM.from_pretrained(tiny_llava(), tmp_path)
+
+
 def test_a_slightly_trained_base_is_another_base(tmp_path):
     _trained().save_pretrained(tmp_path)
     base = tiny_llava()
@@ -166,6 +176,7 @@ def test_broken_configs(tmp_path):
         (json.dumps({**whole, "base": {}}), "not a twig's config"),
         (json.dumps({**whole, "twig": {"trunks": 3}}), "not a twig's config"),
         (json.dumps({**whole, "twig": {"twig_layers": 0}}), "twig_layers=0"),
+        (json.dumps({**whole, "twig": {"pruning_head": "false"}}), "pruning_head='false': must be True or False"),
         (json.dumps({**whole, "base": {**whole["base"], "samples": {"a": ["x"]}}}), "not a twig's config"),
         (json.dumps({**whole, "base": {**whole["base"], "samples": {"a": 1}}}), "not a twig's config"),
         (json.dumps({**whole, "base": {**whole["base"], "samples": {"lm_head.weight": {}}}}), "not a twig's config"),

@@ -203,6 +203,8 @@ def test_a_broken_record(grown, tmp_path):
         ("{}", "not the record of a twig's trainings"),
         ("[1]", "not the record"),
         ('[{"stage": "stage1"}]', "not the record"),
+        (json.dumps([{**RECORD[0], "final": 1}]), "not the record"),
+        ("[" * 100_000, "cannot be read"),
     ):
         (tmp_path / twig_files.RECORD).write_text(text)
         with pytest.raises(TwigVLMError, match=rf"training\.json: {message}"):

@@ -40,6 +40,8 @@ def test_a_base_alone(folder):
     ("options", "message"),
     [
         ({"dtype": "int8"}, r"dtype 'int8': is not a data type for weights; choose float32"),
+        ({"dtype": "float64"}, r"dtype 'float64': is not a data type for weights; choose float32"),
+        ({"dtype": "float8_e5m2"}, r"dtype 'float8_e5m2': is not a data type for weights; choose float32"),
         ({"device": "cuda:99"}, r"device 'cuda:99': is not available here; choose cpu or auto"),
         ({"device": "nowhere"}, r"device 'nowhere': is not available here"),
     ],

@@ -90,10 +90,10 @@ def test_grids(name):
     base = tiny(name)
     model, inputs = TwigVLM.grow(base, TwigConfig(TRUNK, TWIG)), prompt(base, name, "images")
     refused(model, {k: v for k, v in inputs.items() if k != "image_grid_thw"}, "image_grid_thw is missing")
-    refused(model, {**inputs, "pixel_values": inputs["pixel_values"][:-8]}, "the base refuses this prompt")
+    refused(model, {**inputs, "pixel_values": inputs["pixel_values"][:-8]}, "the base refuses this")
     hidden = inputs["attention_mask"].clone()
     hidden[:, :6] = 0  # the mask hides a part of the first image, so that its positions do not come out
-    refused(model, {**inputs, "attention_mask": hidden}, "the base refuses this prompt")
+    refused(model, {**inputs, "attention_mask": hidden}, "the base refuses this")
 
 
 def test_an_error_that_is_no_fault_of_the_prompt_is_left_as_it_is(monkeypatch):

@@ -30,11 +30,13 @@ class Run:
 
 
 DISTILLED = {"alpha": 1.0, "temperature": 1.0}  # as published, L_PredKL stands at its clip here
+NEXT_TOKENS = {"alpha": 0.0, "gamma": 0.0, "teacher_layers": None}
+"""The losses of the first TwigVLM: L_NTP alone."""
 MANY, FEW = 20000, 800  # conversations
 
 
 def _stage1(samples: int, batch: int, rate: float = 1e-3, budgets: tuple[float, ...] = BUDGETS, **losses: Any) -> Run:
-    stage = Stage1Config(batch_size=batch, learning_rate=rate, teacher_layers=TEACHER, **losses)
+    stage = Stage1Config(batch_size=batch, learning_rate=rate, **{"teacher_layers": TEACHER, **losses})
     return Run(stage, samples, budgets=budgets)
 
 
@@ -62,20 +64,20 @@ def _stage2(start: str, samples: int = 1200, **options: Any) -> Run:
         "beta": 0.0,
         "gamma": (0.0, 0.0),
     }
-    stage = Stage2Config(teacher_layers=TEACHER, **{**rewards, **options})
+    stage = Stage2Config(**{**rewards, **options})
     run = RUNS[start]
     return Run(stage, samples, start, run.twig, run.budgets)
 
 
 RUNS = {
-    "first": _first(_stage1(MANY, 16, alpha=0.0, gamma=0.0)),
-    "first-next": _first(_stage1(12000, 16, 5e-4, alpha=0.0, gamma=0.0), init="next"),
+    "first": _first(_stage1(MANY, 16, **NEXT_TOKENS)),
+    "first-next": _first(_stage1(12000, 16, 5e-4, **NEXT_TOKENS), init="next"),
     "distilled": _stage1(MANY, 16, **DISTILLED),
     "distilled-slow": _stage1(MANY, 16, 5e-4, **DISTILLED),
     "distilled-K1": _shaped(_stage1(MANY, 16, **DISTILLED), trunk_layers=1),
     "distilled-K1-answers": _shaped(_stage1(MANY, 16, gamma_answers=1.0, **DISTILLED), trunk_layers=1),
     "few": _few(**DISTILLED),
-    "few-first": _first(_few(alpha=0.0, gamma=0.0)),
+    "few-first": _first(_few(**NEXT_TOKENS)),
     "few-attention": _few(alpha=0.0),
     "few-answers": _few(gamma_answers=1.0, **DISTILLED),
     "few-published": _few(),

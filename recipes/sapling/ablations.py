@@ -9,6 +9,7 @@ that it starts from.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ class Asker:
         self.base, self.processor = load_base("sapling", "float32", options.device)
         self.short: dict[str, list[Batch]] = {}
         self.descriptions: dict[str, list[Batch]] = {}
+        self.digests: dict[str, str] = {}
         for folder in options.questions:
             file = load_questions(folder / "questions.json")
             self.short[file.split] = self._batches(
@@ -135,6 +137,7 @@ class Asker:
             )
             long = [one for one in file.items if one.objects is not None]
             self.descriptions[file.split] = self._batches(long, options.batch)
+            self.digests[file.split] = hashlib.sha256((folder / "questions.json").read_bytes()).hexdigest()
 
     def _batches(self, questions: Sequence[Question], size: int) -> list[Batch]:
         groups = [questions[start : start + size] for start in range(0, len(questions), size)]
@@ -145,8 +148,11 @@ class Asker:
         return build_inputs(self.base, self.processor, images, [question.prompt for question in questions])
 
     def ask(self, name: str, folder: Path) -> None:
-        """Write what a run's twig answers, a file for each split: `answers` under each budget, and `drafts` of descriptions."""
-        todo = [split for split in self.short if not asked_file(folder, split).is_file()]
+        """Write what a run's twig answers, a file for each split: `answers` under each budget, and `drafts` of descriptions.
+
+        Splits whose questions it has answered before are left out.
+        """
+        todo = [split for split in self.short if _digest(asked_file(folder, split)) != self.digests[split]]
         if not todo:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,6 +163,7 @@ class Asker:
             variants = [Variant("twig", budget, run.twig.final_wipe) for budget in run.budgets]
         for split in todo:
             result = {
+                "questions": self.digests[split],
                 "answers": {variant.name: self._answers(model, variant, split) for variant in variants},
                 "drafts": None if name == PLAIN else self._drafts(model, split),
             }
@@ -187,6 +194,11 @@ class Asker:
 def asked_file(folder: Path, split: str) -> Path:
     """Where the answers of the run in `folder` are."""
     return folder / f"asked-{split}.json"
+
+
+def _digest(asked: Path) -> str | None:
+    """Digest of the file of questions that were answered; None: none were, or the file does not say which."""
+    return json.loads(asked.read_text()).get("questions") if asked.is_file() else None
 
 
 class Reporter:

@@ -18,7 +18,8 @@ from recipes.sapling.scenes import KINDS, Kind
 STRIKE = 109  # the only size at which the font's bitmaps exist
 
 
-def from_font(kind: Kind, font_file: Path) -> Image.Image | None:
+def from_font(kind: Kind, font_file: Path) -> Image.Image:
+    """The glyph of a kind in a font of bitmaps."""
     sprite = Image.new("RGBA", (160, 160))
     font = ImageFont.truetype(font_file, STRIKE)
     ImageDraw.Draw(sprite).text((12, 12), kind.emoji, font=font, embedded_color=True)
@@ -33,6 +34,7 @@ def from_pictures(kind: Kind, folder: Path) -> Image.Image | None:
 
 
 def build(style: str, source: Path) -> Image.Image:
+    """The atlas of a style, from a font file or a folder of pictures; kinds without a picture stay empty."""
     rows = -(-len(KINDS) // ATLAS_COLUMNS)
     atlas = Image.new("RGBA", (ATLAS_COLUMNS * CELL, rows * CELL))
     draw = from_font if style == "noto" else from_pictures

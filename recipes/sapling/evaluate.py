@@ -5,7 +5,6 @@ python -m recipes.sapling.evaluate --questions 2000 --descriptions 200
 
 import itertools
 import json
-import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,18 +21,14 @@ from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaProce
 from recipes.sapling.pictures import drawable, render
 from recipes.sapling.questions import LONG_KINDS, SHORT_KINDS, evaluation_turns
 from recipes.sapling.scenes import KINDS, Scene, make_scene
-from recipes.sapling.turns import Turn
+from recipes.sapling.turns import Turn, thing_name
 from twigvlm import sapling
-from twigvlm.evaluation.questions import exact_match, quoted
+from twigvlm.evaluation.metrics import overlap
+from twigvlm.evaluation.questions import Namer, exact_match, quoted
 
-NAMES = {form: index for index, kind in enumerate(KINDS) for form in (kind.name, kind.plural)}
+NAMER = Namer({kind.name: (kind.name, kind.plural) for kind in KINDS})
 LONG_ANSWER, SHORT_ANSWER = 160, 12  # most tokens of an answer
 PER_SCENE = 4  # short questions
-
-
-def named(text: str) -> set[int]:
-    """Kinds of things that a text names; words in capitals are a sign's."""
-    return {NAMES[word] for word in re.findall(r"\b[a-z]+\b", text) if word in NAMES}
 
 
 @dataclass
@@ -49,20 +44,22 @@ class Tally:
     written: int = 0
 
     def exact(self, turn: Turn, answer: str) -> None:
+        """Count an answer that is right or wrong."""
         name = turn.kind + (", held out" if turn.held_out else "")
         self.asked[name] += 1
         self.right[name] += exact_match(answer, turn.answer)
 
     def description(self, scene: Scene, answer: str) -> None:
-        there, claimed = {thing.kind for thing in scene.things}, named(answer)
-        self.found += len(there & claimed)
-        self.claimed += len(claimed)
-        self.present += len(there)
+        """Count what a description of a scene names and quotes."""
+        found, present, claimed = overlap({thing_name(thing) for thing in scene.things}, NAMER(answer))
+        self.found += found
+        self.present += present
+        self.claimed += claimed
         self.quoted += sum(quoted(sign.text, answer) for sign in scene.signs)
         self.written += len(scene.signs)
 
     def table(self) -> str:
-        """Markdown."""
+        """The figures in percent, as a table in Markdown."""
         seen = [kind for kind in (*SHORT_KINDS, *LONG_KINDS) if self.asked[kind]]
         rows = [*seen, *sorted(kind for kind in self.asked if kind not in seen)]
         lines = ["| questions | number | exact match |", "|---|---|---|"]
@@ -100,6 +97,7 @@ class SharedPicture:
         self.length = self.cache.get_seq_length()
 
     def ask(self, question: str, max_tokens: int) -> str:
+        """The greedy answer to a question about the picture, which is cut off after `max_tokens` tokens."""
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
         text = self.processor.apply_chat_template([message], add_generation_prompt=True)
         tokenizer = self.processor.tokenizer
@@ -123,6 +121,14 @@ def evaluate(
     options: "Options",
     log: Callable[[dict[str, object]], None],
 ) -> Tally:
+    """Ask questions about the scenes of a split, in their order, until there are as many of each kind as the options say.
+
+    Args:
+        model: Sapling.
+        processor: its processor.
+        options: how many questions, and about which scenes.
+        log: called with each answer: `scene`, the fields of its `Turn`, and `given`.
+    """
     tally = Tally()
     left = Counter(dict.fromkeys(LONG_KINDS, options.long) | {"description": options.descriptions})
     left["short"] = options.questions

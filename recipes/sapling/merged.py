@@ -22,11 +22,11 @@ from twigvlm.evaluation.report import percent, span, table
 from twigvlm.evaluation.results_log import answered, read_records
 from twigvlm.evaluation.summary import accuracies
 from twigvlm.pruning.cut import Choice
-from twigvlm.pruning.images import nearest, unit
+from twigvlm.pruning.images import nearest
 from twigvlm.pruning.methods import METHODS
 from twigvlm.pruning.methods.pruning_head import HeadScores
 from twigvlm.pruning.methods.twig import TwigPruner
-from twigvlm.pruning.select import diverse
+from twigvlm.pruning.select import diverse, unit
 from twigvlm.pruning.view import CutView
 
 

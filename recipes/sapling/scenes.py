@@ -18,12 +18,15 @@ SPLITS = {"train": 0, "validation": 1, "test": 2}
 
 @dataclass(frozen=True)
 class Kind:
+    """A kind of thing, from a line of kinds.txt."""
+
     emoji: str
     name: str
     plural: str
 
     @property
     def with_article(self) -> str:
+        """The name in the singular with its article."""
         an = self.name[0] in "aeio" or self.name in ("umbrella", "hourglass")
         return f"{'an' if an else 'a'} {self.name}"
 
@@ -80,6 +83,8 @@ def held_out_pair(a: int, b: int) -> bool:
 
 @dataclass(frozen=True)
 class Thing:
+    """A thing in a scene: index of its kind, centre and size in pixels, and angle in degrees."""
+
     kind: int
     x: float
     y: float
@@ -91,6 +96,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class Sign:
+    """A sign in a scene: its text, centre, and distance between characters (`pitch`), in pixels."""
+
     text: str
     colour: str
     x: float
@@ -100,16 +107,20 @@ class Sign:
 
     @property
     def half(self) -> tuple[float, float]:
+        """Half of its width and of its height, in pixels."""
         return (len(self.text) * self.pitch / 2 + 8, self.pitch * 0.95 + 4)
 
     @property
     def character_centres(self) -> list[tuple[float, float]]:
+        """Where its characters are centred, in pixels."""
         first = self.x - (len(self.text) - 1) * self.pitch / 2
         return [(first + i * self.pitch, self.y) for i in range(len(self.text))]
 
 
 @dataclass(frozen=True)
 class Scene:
+    """What a picture shows, square, with sides of `size` pixels."""
+
     split: str
     index: int
     size: int
@@ -120,6 +131,7 @@ class Scene:
 
 
 def scene_rng(split: str, index: int, purpose: int) -> np.random.Generator:
+    """The random generator of a scene; what is drawn for one purpose does not depend on other purposes."""
     return np.random.default_rng([SPLITS[split], index, purpose])
 
 

@@ -9,6 +9,8 @@ VALIDATION, MIXED, MANY = f"{RUNS}/validation", f"{RUNS}/mixed", f"{RUNS}/long10
 
 @dataclass(frozen=True)
 class Section:
+    """A section of a page of results."""
+
     title: str
     says: str
     """What is measured, in one sentence."""

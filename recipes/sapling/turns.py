@@ -21,6 +21,8 @@ NUMBERS = ("no", "one", "two", "three", "four", "five")
 
 @dataclass(frozen=True)
 class Turn:
+    """A question about a scene, and its right answer."""
+
     kind: str
     question: str
     answer: str
@@ -29,10 +31,12 @@ class Turn:
 
 
 def place(x: float, y: float) -> str:
+    """Name of the ninth of the picture that a point is in, by its pixel coordinates."""
     return PLACES[min(int(3 * y / SIZE), 2)][min(int(3 * x / SIZE), 2)]
 
 
 def at(name: str) -> str:
+    """The name of a ninth of the picture with its preposition."""
     if name in ("left", "right"):
         return f"on the {name}"
     return f"{'at' if name in ('top', 'bottom') else 'in'} the {name}"
@@ -44,6 +48,7 @@ def _clear(thing: Thing | Sign) -> bool:
 
 
 def thing_name(thing: Thing) -> str:
+    """The name of a thing, in the singular."""
     return KINDS[thing.kind].name
 
 

@@ -35,6 +35,8 @@ def pixels(image: object) -> Tensor:
 
 @dataclass(frozen=True)
 class Crops(Dataset):
+    """Scenes of one size with the labels of their patches, at random windows of the whole grid."""
+
     split: str
     size: int
     first: int

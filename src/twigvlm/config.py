@@ -61,7 +61,7 @@ class TwigConfig:
             at_least(1, draft_vocabulary=self.draft_vocabulary)
         if self.final_wipe is not None:
             at_least(self.trunk_layers + 1, final_wipe=self.final_wipe)
-        _number("final_share", self.final_share)
+        _boolean(pruning_head=self.pruning_head)
         check_final_share(self.final_share)
         if self.final_share and self.final_wipe is None:
             raise TwigVLMError(f"final_share={self.final_share:g}: is what stays after layer K_f; give final_wipe too")
@@ -69,13 +69,10 @@ class TwigConfig:
     def cut_layers(
         self, layers: int, final_wipe: int | None = None, final_share: float | None = None
     ) -> tuple[int, int, float]:
-        """K, K_f and φ on a base of that many layers. None: as the twig was tuned."""
-        last = self.final_wipe if final_wipe is None else final_wipe
-        return (
-            self.trunk_layers,
-            layers if last is None else last,
-            self.final_share if final_share is None else final_share,
-        )
+        """K, K_f and φ on a base of L layers (`layers`). None: as the twig was tuned."""
+        wipe = self.final_wipe if final_wipe is None else final_wipe
+        share = self.final_share if final_share is None else final_share
+        return self.trunk_layers, layers if wipe is None else wipe, share
 
 
 @dataclass(frozen=True)
@@ -103,12 +100,11 @@ class PruningConfig:
     """Keep visual tokens with high scores that also differ from each other, instead of those with the highest scores."""
 
     def __post_init__(self) -> None:
-        for name in ("retain", "final_share", "refocus"):
-            if (value := getattr(self, name)) is not None:
-                _number(name, value)
-        for name in ("keep", "final_wipe"):
-            if (value := getattr(self, name)) is not None:
-                _whole(name, value)
+        if self.retain is not None:
+            check_number("retain", self.retain)
+        for name, value in self._given("keep", "final_wipe"):
+            _whole(name, value)
+        _boolean(retain_per_image=self.retain_per_image, scout=self.scout, diverse=self.diverse)
         if self.retain is not None and self.keep is not None:
             raise TwigVLMError(f"retain={self.retain:g} and keep={self.keep}: give only one of them")
         if self.pruner is not None:
@@ -117,11 +113,11 @@ class PruningConfig:
             check_final_share(self.final_share)
         if self.refocus is not None:
             check_coverage(self.refocus)
-        for name in ("final_wipe", "final_share", "retain_per_image", "refocus", "scout", "diverse"):
-            value = getattr(self, name)
-            if value is not None and value is not False and not self.active:
-                shown = value if value is True else f"{value:g}"
-                raise TwigVLMError(f"{name}={shown}: needs a budget; give retain or keep too")
+        given = self._given("final_wipe", "final_share", "retain_per_image", "refocus", "scout", "diverse")
+        if given and not self.active:
+            name, value = given[0]
+            shown = value if value is True else f"{value:g}"
+            raise TwigVLMError(f"{name}={shown}: needs a budget; give retain or keep too")
         if self.scout:
             self._check_scout()
         if self.retain_per_image and self.diverse:
@@ -130,6 +126,11 @@ class PruningConfig:
             raise TwigVLMError(
                 "refocus and retain_per_image: give only one of them, since tokens are chosen again by scores alone"
             )
+
+    def _given(self, *names: str) -> list[tuple[str, Any]]:
+        """Those of the options that were given, with their values."""
+        values = ((name, getattr(self, name)) for name in names)
+        return [(name, value) for name, value in values if value is not None and value is not False]
 
     def _check_pruner(self) -> None:
         if self.pruner == "twig":
@@ -146,29 +147,18 @@ class PruningConfig:
         Args:
             scorer: that the twig's pruning would rank by; None: none was given.
         """
-        for name, value in (
-            ("keep", self.keep),
-            ("final_wipe", self.final_wipe),
-            ("final_share", self.final_share),
-            ("scorer", scorer),
-            ("refocus", self.refocus),
-            ("scout", self.scout or None),
-            ("diverse", self.diverse or None),
-            ("retain_per_image", self.retain_per_image or None),
-        ):
-            if value is not None:
-                raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
+        given = self._given("keep", "final_wipe", "final_share", "refocus", "scout", "diverse", "retain_per_image")
+        if given or scorer is not None:
+            name = given[0][0] if given else "scorer"
+            raise TwigVLMError(f"{name}: belongs to the twig's own pruning; leave it out beside pruner")
 
     def _check_scout(self) -> None:
-        for name, value in (("final_wipe", self.final_wipe), ("final_share", self.final_share)):
-            if value is not None:
-                raise TwigVLMError(
-                    f"scout and {name}={value:g}: give only one of them, since scouting keeps R tokens in all layers"
-                )
-        if self.refocus is not None:
-            raise TwigVLMError(
-                f"scout and refocus={self.refocus:g}: give only one of them, since no layer holds the dropped tokens"
+        if given := self._given("final_wipe", "final_share", "refocus"):
+            name, value = given[0]
+            reason = (
+                "no layer holds the dropped tokens" if name == "refocus" else "scouting keeps R tokens in all layers"
             )
+            raise TwigVLMError(f"scout and {name}={value:g}: give only one of them, since {reason}")
 
     @property
     def active(self) -> bool:
@@ -207,7 +197,7 @@ class SpeculationConfig:
         at_least(1, tree_depth=self.tree_depth, tree_width=self.tree_width)
         at_least(1, tree_expand=self.tree_expand, tree_nodes=self.tree_nodes)
         at_least(1, lookup_ngram=self.lookup_ngram)
-        _number("draft_threshold", self.draft_threshold)
+        check_number("draft_threshold", self.draft_threshold)
         if not 0.0 <= self.draft_threshold <= 1.0:
             raise TwigVLMError(f"draft_threshold={self.draft_threshold:g}: must be 0 to 1")
         for option in fields(self):
@@ -266,12 +256,14 @@ class SamplingConfig:
 
 def check_coverage(refocus: float) -> None:
     """Raise TwigVLMError unless τ is more than 0 and at most 1."""
+    check_number("refocus", refocus)
     if not 0 < refocus <= 1:
         raise TwigVLMError(f"refocus={refocus:g}: must be more than 0, and at most 1")
 
 
 def check_final_share(final_share: float) -> None:
     """Raise TwigVLMError unless φ is 0 to 1."""
+    check_number("final_share", final_share)
     if not 0 <= final_share <= 1:
         raise TwigVLMError(f"final_share={final_share:g}: must be 0 to 1")
 
@@ -281,9 +273,16 @@ def _whole(name: str, value: object) -> None:
         raise TwigVLMError(f"{name}={value!r}: must be a whole number")
 
 
-def _number(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
+    """Raise TwigVLMError unless an option is a real number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TwigVLMError(f"{name}={value!r}: must be a number")
+
+
+def _boolean(**option: object) -> None:
+    for name, value in option.items():
+        if not isinstance(value, bool):
+            raise TwigVLMError(f"{name}={value!r}: must be True or False")
 
 
 def at_least(low: int, **option: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from twigvlm.base.vlm import BaseVLM
+from twigvlm.errors import TwigVLMError
 from twigvlm.images import Picture
 from twigvlm.inputs import build_inputs, user_turn
 from twigvlm.kv.prefix_cache import PrefixCache
@@ -20,9 +21,16 @@ class Conversation:
         generate: the model's `TwigVLM.generate`.
         processor: the base's processor, whose chat template turns messages into inputs.
         options: arguments of `TwigVLM.generate` for every question.
+
+    Raises:
+        TwigVLMError: `processor` is something else, for example only a tokenizer.
     """
 
     def __init__(self, base: BaseVLM, generate: Callable[..., Any], processor: Any, options: dict[str, Any]) -> None:
+        if not hasattr(processor, "tokenizer"):
+            raise TwigVLMError(
+                f"processor: is {type(processor).__name__}; pass the base's processor, not its tokenizer"
+            )
         self.messages: list[dict[str, Any]] = []
         """All turns so far, in the format of chat templates; parts of type `image` hold a PIL image."""
         self._base, self._generate, self._processor, self._options = base, generate, processor, options
@@ -38,13 +46,18 @@ class Conversation:
             options: arguments of `TwigVLM.generate` for this question; they take precedence over the conversation's.
 
         Raises:
-            TwigVLMError: an error of `generate`, a picture that cannot be read, or messages that the processor or its chat
-                template rejects. The conversation stays as it was.
+            TwigVLMError: an error of `generate`, a question that is no text, a picture that cannot be read, messages that the
+                processor or its chat template rejects, or an option that the conversation passes itself: the prompt's ids,
+                pixels and masks, and `memory`. The conversation stays as it was.
         """
+        if not isinstance(question, str):
+            raise TwigVLMError(f"question: is {type(question).__name__}; ask a text")
         messages = [*self.messages, user_turn(question, images)]
         base = self._base
         inputs = build_inputs(self._processor, [messages], base.device, base.dtype)
         options = {**self._options, **options, "return_dict_in_generate": True}
+        if taken := options.keys() & {*inputs, "memory"}:
+            raise TwigVLMError(f"{', '.join(sorted(taken))}: a conversation passes its own; leave this out")
         output = self._generate(**inputs, **options, memory=self._prefix)
         new = output.sequences[0, inputs["input_ids"].shape[1] :]
         answer = str(self._processor.tokenizer.decode(new, skip_special_tokens=True)).strip()

@@ -63,8 +63,8 @@ def writing(name: str, remedy: str = _REMEDY) -> Iterator[None]:
         raise TwigVLMError(f"{name}: cannot be written ({reason}); {remedy}") from error
 
 
-def numbered_lines(path: Path, name: str) -> list[tuple[int, str]]:
-    """The lines of a text file that are not empty, each with its number.
+def read_text(path: Path, name: str) -> str:
+    """A text file in UTF-8, without a byte order mark.
 
     Args:
         path: of the file.
@@ -74,11 +74,17 @@ def numbered_lines(path: Path, name: str) -> list[tuple[int, str]]:
         TwigVLMError: the file cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise TwigVLMError(f"{name}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    except ValueError as error:
         raise TwigVLMError(f"{name}: cannot be read as text ({one_line(error)}); save it as UTF-8") from None
+
+
+def numbered_lines(path: Path, name: str) -> list[tuple[int, str]]:
+    """The lines of a text file that are not empty, each with its number, from 1; arguments and errors as in `read_text`."""
     # Not splitlines: a text may contain what Unicode takes for the end of a line.
-    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return [(number, line) for number, line in enumerate(read_text(path, name).split("\n"), start=1) if line.strip()]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from twigvlm.model import TwigVLM
 
 SAPLING = "sapling"
 """Name of the embedded default model."""
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def default_twig(name: str) -> str | None:
@@ -106,10 +107,9 @@ def _check_weights(name: str, base: Any, found: dict[str, Any]) -> None:
 def _dtype(name: str) -> torch.dtype | None:
     if name == "auto":
         return None
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if name not in _DTYPES:
         raise TwigVLMError(f"dtype {name!r}: is not a data type for weights; choose float32, bfloat16, float16 or auto")
-    return found
+    return _DTYPES[name]
 
 
 def _device(name: str) -> torch.device:

@@ -238,7 +238,7 @@ class TwigVLM(HFInterface, Calibrated):
         check_arguments(kwargs, self.model.generation_config)
         check_speculation(speculation, self.base, self.twig, len(kwargs["input_ids"]))
         self.base.check_images(kwargs["input_ids"], kwargs)
-        check_memory(memory)
+        check_memory(memory, kwargs)
         costs = self.costs() if speculation.speculate == "auto" else None
         clock = clock_of(self.model.device)
         start_time = clock()

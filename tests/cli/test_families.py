@@ -15,6 +15,11 @@ def test_every_family_and_language_model_is_listed(capsys):
 
 def test_every_pruning_method_is_listed(capsys):
     assert main(["methods"]) == 0
-    rows = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if "│" in line]
+    cells = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    rows = [row[1].strip() for row in cells]
     assert {"twig", *METHODS} - {"random", "fitprune"} <= set(rows)
     assert {"random", "fitprune"} <= {row.partition(":")[0] for row in rows}
+    needs = {row[1].strip(): row[3].strip() for row in cells}
+    assert needs["twig"].startswith("a trained twig")
+    assert needs["random"].startswith(needs["deep:N"])
+    assert "trained twig" not in needs["random"]

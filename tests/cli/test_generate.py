@@ -17,7 +17,7 @@ KEYS = {
     "text", "num_tokens", "tokens_per_second", "prefill_ms", "decode_ms", "draft_ms", "verify_ms", "visual_tokens",
     "kept_tokens", "kept_indices", "token_ids", "drafted_lengths", "accepted_lengths", "model", "twig", "dtype", "device",
     "average_visual", "looks", "retain", "keep", "final_wipe", "final_share", "retain_per_image", "refocus", "pruner",
-    "scout", "diverse", "speculate", "grid",
+    "scout", "diverse", "speculate", "grid", "temperature", "top_p", "seed",
 }  # fmt: skip
 
 
@@ -112,6 +112,7 @@ def test_pruning(capsys, arguments, twig_directory):
 def test_samples_of_a_seed(refused, capsys, arguments, twig_directory):
     drawn = {"temperature": 1.3, "top-p": 0.95, "seed": 4}
     plain = ask(capsys, arguments(**drawn))
+    assert (plain["temperature"], plain["top_p"], plain["seed"]) == (1.3, 0.95, 4)
     assert ask(capsys, arguments(**drawn, twig=twig_directory, speculate="tree"))["token_ids"] == plain["token_ids"]
     assert ask(capsys, arguments(**{**drawn, "seed": 5}))["token_ids"] != plain["token_ids"]
     refused(*arguments(temperature=0), words=["temperature=0"])

@@ -1,6 +1,7 @@
 """`twigvlm generate` refuses bad input in one line that names the value, and hides no bug."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from twigvlm.cli.main import main
 
 
-def test_bad_files_of_prompts(refused, arguments, tmp_path):
+def test_bad_files_of_prompts(refused, arguments, tmp_path, monkeypatch):
     def bad(name, text, *words):
         (tmp_path / name).write_bytes(text)
         refused(*arguments(prompt=None, prompts=tmp_path / name), words=[name, *words])
@@ -22,7 +23,9 @@ def test_bad_files_of_prompts(refused, arguments, tmp_path):
     bad("c.jsonl", b'{"prompt": "a", "image": 3}', "line 1", "'image'")
     bad("d.jsonl", b"[]", "line 1")
     refused(*arguments(prompt=None, prompts=tmp_path / "none.txt"), words=["none.txt", "no such file"])
-    refused(*arguments(prompt=None, prompts=tmp_path), words=["cannot be read"])
+    refused(*arguments(prompt=None, prompts=tmp_path), words=["is a directory"])
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)
+    refused(*arguments(prompt=None, prompts=tmp_path / "a.jsonl"), words=["may not be read", "permissions"])
 
 
 def test_bad_images(refused, arguments, tmp_path):

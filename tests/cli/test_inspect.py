@@ -142,7 +142,7 @@ def test_bad_input_writes_nothing(refused, arguments, picture, tmp_path):
     refused(*arguments(out=picture / "below"), words=["is not a writable directory"])
     refused(*arguments(retain="None", speculate="none"), words=["nothing to do"])
     refused(*arguments(100), words=["retain=100"])
-    refused(*arguments(**{"deep-layer": 7}), words=["deep:7", "1 to 6"])
+    refused(*arguments(**{"deep-layer": 7}), words=["deep_layer=7", "1 to 6"])
     refused(*arguments()[:-2], words=["budgets: none given"])
     refused("inspect", "--retain", "None", "--speculate", "none", words=["no twig to inspect"])
     assert not (tmp_path / "out").exists()

@@ -184,8 +184,9 @@ def test_arguments_that_mean_the_same_are_one_protocol(capsys, write):
     base = write("base", "pretrained=base,dtype=auto,pad=False,max_new_tokens=128")
     first = write("first", "pretrained=base,method=fastv,retain=64,attention=auto,frames=None")
     second = write("second", "pretrained=base,method=visionzip,retain=64.0,pad=false,system=")
-    table = rows(capsys, base, first, second)
-    assert list(table)[-3:] == ["**R̄ 64**", "fastv", "visionzip"]
+    drafted = write("drafted", "pretrained=base,method=None,retain=None,speculate=lookup")
+    table = rows(capsys, base, first, second, drafted)
+    assert list(table)[3:] == ["**no pruning**", "none, lookup", "**R̄ 64**", "fastv", "visionzip"]
 
 
 def test_what_is_not_given_is_what_the_model_of_lmms_eval_takes():

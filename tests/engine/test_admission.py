@@ -126,6 +126,26 @@ def test_rows_come_back_after_a_long_prompt(model):
     assert sum(after) > 0.8 * sum(before)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"keep": 5},
+        {"keep": 5, "final_wipe": 4},
+        {"retain": 8, "pruner": "fastv"},
+        {"retain": 8, "pruner": "visionzip"},
+    ],
+    ids=["all tokens", "the twig's", "FinalWipe", "FastV", "VisionZip"],
+)
+def test_a_row_takes_the_room_that_it_was_admitted_for(model, options):
+    """No method but the twig's fills the twig's layers, where nothing is drafted."""
+    engine = model.engine()
+    engine.add(prompt(0), max_new_tokens=4, eos_token_id=-1, **options)
+    admitted = engine.waiting[0].cache_bytes
+    engine.step()
+    assert engine.runner.batch.cache.bytes_of_a_row().tolist() == admitted.tolist()
+
+
 def test_rows_join_where_there_is_room_already(model):
     """Also where an answer has made the buffers larger than they may become."""
     engine, lengths = model.engine(max_bytes=1), itertools.cycle([60, *[8] * 11])

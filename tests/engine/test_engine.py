@@ -128,6 +128,35 @@ def test_forks_share_their_prompt_and_nothing_else(way):
         assert got[request] == alone(way, 1, pruning, 12, 97)
 
 
+@dataclass(frozen=True)
+class Fixed(ThreeCuts):
+    """Pruners with tensors cannot be compared."""
+
+    scores: torch.Tensor
+
+    def choose(self, view, keep):
+        visual = view.tokens.visual
+        return top_visual(self.scores[: visual.shape[1]].expand_as(visual), visual, keep)
+
+
+def test_forks_of_one_method_with_tensors_of_their_own():
+    """One after another in the queue, beside a request that knows nothing of their prefix cache."""
+    vlm = model()
+    pruners = [Fixed(torch.arange(64.0)), Fixed(-torch.arange(64.0))]
+    (inputs, options), engine = asked(1, 0, 9, 97), vlm.engine()
+    rows = [engine.make_row(inputs, **options) for _ in range(2)]
+    rows[1].prompt = rows[0].prompt
+    plain, beside = engine.submit(rows)
+    forks = [engine.fork(plain, pruner) for pruner in pruners]
+    got = {request: [] for request in (plain, beside, *forks)}
+    for event in engine.stream():
+        got[event.id] += event.tokens
+    assert got[plain] == got[beside] == alone("none", 1, 0, 9, 97)
+    for fork, pruner in zip(forks, pruners, strict=True):
+        output = vlm.generate(**inputs, **options, pruner=pruner)
+        assert got[fork] == output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
 def test_a_fork_looks_again_by_the_twig_s_own_ranking_alone():
     vlm = model()
     own = TwigPruner(default_scorer(vlm.twig), 2, 5, keep=6)

@@ -228,6 +228,15 @@ def test_figure(tmp_path, times):
     assert len(drawn) > 5000
 
 
+def test_the_figure_names_every_line_even_if_answers_of_one_length_have_no_times(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = compare(answers(), timed()[3:], COMBINATIONS, ["eager", "sdpa"])
+    draw_comparison(found, tmp_path / "figure.svg")
+    drawn = (tmp_path / "figure.svg").read_text()
+    for line in found:
+        assert f"<!-- {line.combination.label} -->" in drawn
+
+
 def test_the_first_questions_of_each_length_are_timed():
     mixed = [question(0), question(1, True), question(2), question(3), question(4, True), question(5, True)]
     assert [one.id for one in timed_questions(mixed, 2)] == ["0", "1", "2", "4"]

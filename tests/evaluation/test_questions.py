@@ -99,8 +99,13 @@ def test_names_what_is_wrong_with_a_file(write, tmp_path):
         load_questions(write())
     with pytest.raises(TwigVLMError, match="'vocabulary'"):
         load_questions(write(SHORT, vocabulary={"dog": "dogs"}))
+    ambiguous = {"mouse": ["mouse", "mice"], "computer mouse": ["Mouse"]}
+    with pytest.raises(TwigVLMError, match="'Mouse' counts as both 'mouse' and 'computer mouse'; leave it to one"):
+        load_questions(write(SHORT, vocabulary=ambiguous))
     with pytest.raises(TwigVLMError, match="no such file"):
         load_questions(tmp_path / "other.json")
+    with pytest.raises(TwigVLMError, match="cannot be read \\(Is a directory\\); give a JSON file of questions"):
+        load_questions(tmp_path)
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(TwigVLMError, match="not readable as JSON"):
         load_questions(tmp_path / "broken.json")

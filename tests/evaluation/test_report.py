@@ -87,6 +87,19 @@ def test_figure(tmp_path, name):
     assert (tmp_path / name).stat().st_size > 5000
 
 
+def test_the_figure_is_over_the_true_budgets(tmp_path, monkeypatch):
+    axes, drawn = pytest.importorskip("matplotlib.axes").Axes, {}
+    real = axes.errorbar
+
+    def errorbar(self, x, y, **how):
+        drawn[how["label"]] = x
+        return real(self, x, y, **how)
+
+    monkeypatch.setattr(axes, "errorbar", errorbar)
+    draw_accuracy(accuracies(records()), VARIANTS, tmp_path / "figure.svg")
+    assert drawn == {"twig": [3, 9], "random": [3, 9]}, "asked are 7 and 10"
+
+
 def timed():
     def run(ids, prefill, total, draft=None, drafted=(), accepted=()):
         times = {"prefill": prefill, "total": total, "draft": [draft] * 3, "verify": [draft] * 3}

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -81,3 +83,29 @@ def test_other_files_are_refused(tmp_path, text):
     with pytest.raises(TwigVLMError, match="not a file of results"):
         ResultsLog(path, {})
     assert path.read_bytes() == data
+
+
+OTHER_RUN = """
+import sys
+from pathlib import Path
+from twigvlm.evaluation.results_log import ResultsLog
+ResultsLog(Path(sys.argv[1]), {"seed": 1}).append({"id": "b"})
+"""
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path):
+    """The other one would replace settings that have no results yet, and lose the first result."""
+    path = tmp_path / "results.jsonl"
+    results_log = ResultsLog(path, {"seed": 0})
+
+    def other_run():
+        return subprocess.run([sys.executable, "-c", OTHER_RUN, path], capture_output=True, text=True)
+
+    assert f"{path}: another run is writing there; wait until it ends, or choose" in other_run().stderr
+    results_log.append({"id": "a"})
+    assert "another run" in other_run().stderr
+    assert ResultsLog(path, {"seed": 0}).records == {"a": {"id": "a"}}
+    del results_log
+    path.unlink()
+    assert other_run().returncode == 0
+    assert read_records(path) == [{"id": "b"}]

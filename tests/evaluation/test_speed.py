@@ -140,6 +140,13 @@ def test_the_attention_of_the_model_is_put_back(model):
     assert model.base.attention == "sdpa"
 
 
+def test_the_vision_tower_keeps_an_attention_of_its_own(model):
+    tower = model.model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    check_attentions(model.model, ["eager", "sdpa"])
+    assert (tower.config._attn_implementation, model.base.attention) == ("eager", "sdpa")
+
+
 def test_drafts_are_compared_on_the_same_pruning():
     systems = draft_systems("fastv", 10, (3, 5), (0.3, 0.6))
     assert [one.name for one in systems] == ["fastv", "δ=3 θ=0.3", "δ=3 θ=0.6", "δ=5 θ=0.3", "δ=5 θ=0.6"]

@@ -30,7 +30,7 @@ def captured(hf_model, inputs, **options):
 
 def lanes_of(hf_model, inputs=BATCH, padding=PADDING, **options):
     ids, processors, _, config = captured(hf_model, inputs, **options)
-    return split_processors(processors, ids, padding, config)
+    return split_processors(processors, ids, padding, config, VOCABULARY)
 
 
 def lanes_in_order(lanes):

@@ -142,7 +142,7 @@ def by_lanes(model, input_ids, logits_processor, stopping_criteria, generation_c
     """A plain loop without a cache: the whole batch advances by a token at a time."""
     mask = inputs["attention_mask"]
     padding, pad = (mask == 0).sum(dim=1).tolist(), generation_config.pad_token_id
-    lanes = split_processors(logits_processor, input_ids, padding, generation_config)
+    lanes = split_processors(logits_processor, input_ids, padding, generation_config, VOCABULARY)
     stopping = split_criteria(stopping_criteria, input_ids, padding)
     ids, unfinished = input_ids, list(range(len(input_ids)))
     while unfinished:

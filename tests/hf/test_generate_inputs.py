@@ -18,6 +18,12 @@ def test_a_prompt_that_ends_with_an_image_is_not_pruned(model):
         model.generate(**cut, max_new_tokens=2, keep=4)
 
 
+def test_pixels_of_none_are_those_of_a_prompt_of_text(model):
+    text = prompt()["input_ids"][:, -6:]
+    expected = model.generate(text, max_new_tokens=5)
+    assert torch.equal(model.generate(text, pixel_values=None, max_new_tokens=5), expected)
+
+
 def test_ids_as_the_first_argument(model):
     inputs = prompt()
     expected = model.generate(**inputs, max_new_tokens=5)

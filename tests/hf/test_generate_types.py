@@ -40,6 +40,13 @@ def test_processors_may_have_further_parameters_with_defaults(model, processor):
     assert model.generate(**prompt(), max_new_tokens=2, logits_processor=[processor]).shape[0] == 1
 
 
+def test_processors_and_criteria_in_a_tuple(model):
+    options = {"logits_processor": (scaled,), "stopping_criteria": (lambda ids, scores: ids.shape[1] > 27,)}
+    answer = model.generate(**prompt(), max_new_tokens=9, **options)
+    assert answer.tolist() == model.model.generate(**prompt(), max_new_tokens=9, **options).tolist()
+    assert answer.shape[1] == 28
+
+
 def test_a_fork_takes_names_and_no_budget_without_a_pruner(model):
     engine = model.engine()
     request = engine.add(prompt(), max_new_tokens=2)

@@ -1,11 +1,13 @@
 """What ends an answer, be it a number, a text or the time, ends each row of a padded batch as it ends the row alone."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import StoppingCriteriaList
 from transformers.generation import ConfidenceCriteria, MaxLengthCriteria, StopStringCriteria
 
 from tests.hf.lanes import ALONE, NEW, PADDED, PADDING, WIDTH, stopping_of
+from tests.tiny import prompt
 from tests.tiny_processor import tiny_processor
 from twigvlm.errors import TwigVLMError
 from twigvlm.hf.stopping import split_criteria
@@ -35,6 +37,20 @@ def test_stop_strings_end_a_row_by_its_ids_alone(hf_model):
     assert [stopping.on_row(row, ids[row : row + 1, PADDING[row] :]) for row in range(3)] == [True, False, False]
     assert not stopping.on_row(0, ALONE[0]["input_ids"][:, :1])
     assert not stopping.on_batch(PADDED[:, : PADDING[0] + 1], [0])[0]
+
+
+@pytest.mark.parametrize("strings", ["", [""], ("",), {""}])
+def test_an_empty_stop_string_ends_an_answer_at_once_as_in_the_base(model, strings):
+    options = {"max_new_tokens": 6, "stop_strings": strings, "tokenizer": tiny_processor().tokenizer}
+    answer = model.generate(**prompt(), **options)
+    assert answer.shape[1] == prompt()["input_ids"].shape[1] + 1
+    assert torch.equal(answer, model.model.generate(**prompt(), **options))
+
+
+@pytest.mark.parametrize("flags", [np.bool_(True), np.array([True] * 3), torch.ones(3), torch.ones(1, dtype=torch.int)])
+def test_flags_of_any_kind_of_number(hf_model, flags):
+    stopping = stopping_of(hf_model, stopping_criteria=[lambda ids, scores: flags])
+    assert stopping.on_batch(PADDED, [0, 1, 2]).tolist() == [True] * 3
 
 
 def test_time_ends_every_row(hf_model):

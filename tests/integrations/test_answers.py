@@ -74,6 +74,9 @@ def test_answers_with_other_options_are_not_gone_on_with(tmp_path):
         open_answers(tmp_path / "out", {"keep": 8})
     assert open_answers(tmp_path / "out", {"retain": 16}) == {"a": "a?"}
     for note in (tmp_path / "out").glob("*.json"):
+        note.write_text('{"retain":')
+        with pytest.raises(TwigVLMError, match=r"its settings, .*, cannot be read; name another directory"):
+            open_answers(tmp_path / "out", {"retain": 16})
         note.unlink()
     with pytest.raises(TwigVLMError, match="other options"):
         open_answers(tmp_path / "out", {"retain": 16})

@@ -29,3 +29,10 @@ def test_an_export_that_was_moved_is_refused(monkeypatch, tmp_path):
         export(options, new)
     assert "\n" not in str(refused.value)
     assert made == [old / "base"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"of": {}}', '{"of": [], "serve": ["vllm", "serve", "base"]}'])
+def test_an_export_whose_note_is_damaged_is_refused(tmp_path, text):
+    (tmp_path / "export.json").write_text(text)
+    with pytest.raises(TwigVLMError, match=r"its export\.json cannot be read \(.+\); name another directory"):
+        export(ServiceOptions(model="base", twig="twig"), tmp_path)

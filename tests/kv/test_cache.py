@@ -165,7 +165,7 @@ class PlainRows(RuleBasedStateMachine):
         for layer in range(LAYERS) if self.rows else ():
             lengths = [self.held(layer, row) for row in range(len(self.rows))]
             total += sum(lengths) * sum(heads * size for heads, size in (KEYS, VALUES)) * 4
-            assert self.cache.lengths(layer, all_rows).tolist() == lengths
+            assert self.cache.held(layer, all_rows).lengths.tolist() == lengths
             held = self.cache.held(layer, all_rows)
             assert held.lengths.tolist() == lengths
             assert (held.longest, held.equal) == (max(lengths), len(set(lengths)) == 1)

@@ -12,7 +12,7 @@ from tests import families
 from tests.pruning.references import Loudest
 from tests.pruning.trunks import grown
 from tests.tiny import IMAGE_TOKEN, prompt, tiny_llava
-from twigvlm import TwigConfig, TwigVLM
+from twigvlm import TwigConfig, TwigVLM, TwigVLMError
 from twigvlm.base.prompt import Prompt
 from twigvlm.base.token_inputs import slice_tokens
 from twigvlm.base.vlm import BaseVLM
@@ -202,6 +202,22 @@ def test_cuts_before_the_trunks_end_take_nothing_over_and_leave_nothing():
         expected = model.generate(**inputs, pruner=pruner, max_new_tokens=6)
         got = model.generate(**inputs, pruner=pruner, max_new_tokens=6, memory=prefix)
         assert torch.equal(got, expected)
+
+
+def test_numbers_among_the_inputs_are_no_pictures():
+    """Tensors without an axis, as the base's `generate` takes for EOS tokens."""
+    model, prefix = grown(), PrefixCache()
+    for inputs in (prompt(), _followed_by(prompt(), [5])):
+        options = {"max_new_tokens": 6, "eos_token_id": torch.tensor(7)}
+        expected = model.generate(**inputs, **options)
+        assert model.generate(**inputs, **options, memory=prefix).tolist() == expected.tolist()
+
+
+def test_positions_beside_a_memory_are_refused():
+    model, inputs = grown(), prompt()
+    positions = torch.arange(inputs["input_ids"].shape[1])[None]
+    with pytest.raises(TwigVLMError, match="position_ids: cannot be given beside memory; leave one of them out"):
+        model.generate(**inputs, position_ids=positions, max_new_tokens=1, memory=PrefixCache())
 
 
 def test_trees_behind_a_short_turn_of_a_conversation():

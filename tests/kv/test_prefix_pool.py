@@ -62,6 +62,16 @@ def test_what_is_taken_is_not_what_is_kept():
     assert not pool.take(inputs["input_ids"], Pictures(inputs)).layers
 
 
+def test_what_was_emptied_gives_way():
+    """As by a second answer to a kept prompt whose prefill fails."""
+    pool = PrefixPool(10**6)
+    seen(pool, [1, 2, 3]).forget()
+    assert known(pool, [1, 2, 3, 4]) == 0
+    seen(pool, [5, 6, 7])
+    assert len(pool) == 1
+    assert known(pool, [5, 6, 7, 8]) == 3
+
+
 def test_a_conversation_takes_up_one_place():
     pool = PrefixPool(10**6)
     turns = [[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6]]

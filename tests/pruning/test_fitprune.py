@@ -52,3 +52,6 @@ def test_what_cannot_be_calibrated_is_refused(model):
         FitPrune.calibrated(model.base, [prompt(model.model, "llava", "text")], 0.5)
     with pytest.raises(TwigVLMError, match="has 2 shares, but this base needs 5"):
         FitPrune((0.5, 0.5)).cuts(16, 32, LAYERS)
+    for kept in ((), (0.5, 0.0), (0.5, 0.6), (1.5, 0.5), (float("nan"),)):
+        with pytest.raises(TwigVLMError, match="kept: must be shares of more than 0 and at most 1 that never grow"):
+            FitPrune(kept)

@@ -74,7 +74,7 @@ def test_cuts_drop_tokens_and_nothing_else(attention, run):
             assert not left.visual[row, count:].any()  # padding is no visual token
             torch.testing.assert_close(left.last[row], alone.hidden[-1], rtol=1e-4, atol=1e-4)
     for layer in range(start, stop):
-        assert cache.lengths(layer, rows).tolist() == [counts[layer - start] for counts in entered]
+        assert cache.held(layer, rows).lengths.tolist() == [counts[layer - start] for counts in entered]
 
 
 @torch.no_grad()

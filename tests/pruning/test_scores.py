@@ -5,14 +5,16 @@ import torch
 
 from tests.batches import batched
 from tests.pruning.trunks import after_trunk, grown
-from tests.tiny import prompt, tiny_llava
+from tests.tiny import IMAGE_TOKEN, VISUAL, prompt, tiny_llava
+from twigvlm.base.layers import project_keys
 from twigvlm.base.masks import causal_mask
 from twigvlm.kv.cache import KVCache
-from twigvlm.pruning.attention_rows import attention_scores
+from twigvlm.pruning.attention_rows import attention_rows
 from twigvlm.pruning.methods.base_layer import BaseLayerAttention
 from twigvlm.pruning.methods.pruning_head import HeadScores
 from twigvlm.pruning.methods.random import RandomScores
 from twigvlm.pruning.methods.twig_attention import TwigAttention
+from twigvlm.pruning.question import question_mask
 
 
 def _expected(attention_map, visual, queries):
@@ -98,28 +100,41 @@ def test_a_ranking_may_be_made_of_several(scorer):
     torch.testing.assert_close(scorer(both) + TwigAttention()(both), expected)
 
 
-def test_chunks_make_no_difference():
-    queries, keys = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 12, 8)
-    visual = torch.rand(2, 12) < 0.5
-    positions, counts = torch.arange(3, 12).expand(2, -1), (9, 4)
-    whole = attention_scores(queries, keys, 0.35, positions, counts, visual, chunk=100)
-    torch.testing.assert_close(attention_scores(queries, keys, 0.35, positions, counts, visual, chunk=2), whole)
-    fewer = attention_scores(queries[1:, :, :4], keys[1:], 0.35, positions[1:, :4], (4,), visual[1:])
-    torch.testing.assert_close(whole[1:], fewer)  # a row sums its own queries only
+@torch.no_grad()
+def test_many_queries_are_summed_a_few_at_a_time():
+    """More than fit in a chunk, and in each row of a batch another number of them."""
+    prompts = [prompt(1, before=40, after=40), prompt(2, before=3, after=41), prompt(3)]
+    trunk, model = after_trunk(grown(), batched(prompts)), tiny_llava(attention="eager")
+    scores = BaseLayerAttention(2, "text")(trunk)
+    for row, inputs in enumerate(prompts):
+        visual, attention_map = trunk.tokens.visual[row], model(**inputs, output_attentions=True).attentions[1]
+        expected = _expected(attention_map, inputs["input_ids"] == IMAGE_TOKEN, "text")
+        torch.testing.assert_close(scores[row, visual], expected[expected > 0])
+    (first, second, last) = _rows(trunk, trunk.tokens.text)
+    assert [len(part[0]) for part in (first.asks, second.asks, last.asks)] == [32, 32, 16]
+    assert torch.cat((first.asks, second.asks, last.asks), dim=1).sum(dim=1).tolist() == [80, 44, 9]
+    torch.testing.assert_close(first.shares.sum(dim=-1), torch.ones(first.shares.shape[:-1]))
 
 
-def test_a_window_leaves_nothing_for_what_lies_before_it():
-    queries, keys, visual = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 12, 8), torch.ones(1, 12, dtype=torch.bool)
-    scores = attention_scores(queries, keys, 0.35, torch.tensor([[9]]), (1,), visual, window=4)
-    assert (scores[0] > 0).tolist() == [6 <= key <= 9 for key in range(12)]
-    inside = attention_scores(queries, keys[:, :, 6:10], 0.35, torch.tensor([[3]]), (1,), visual[:, 6:10])
-    torch.testing.assert_close(scores[:, 6:10], inside)
+def _rows(trunk, asking):
+    layer, tokens = trunk.base.layers[2], trunk.tokens
+    keys = project_keys(layer, tokens.hidden, tokens.inputs)
+    return list(attention_rows(layer, tokens.hidden, keys, tokens.inputs, asking))
 
 
-def test_scores_of_all_visual_keys_sum_to_one_query():
-    queries, keys = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 12, 8)
-    scores = attention_scores(queries, keys, 0.35, torch.tensor([[11]]), (1,), torch.ones(1, 12, dtype=torch.bool))
-    torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
+@torch.no_grad()
+def test_nobody_asks_and_there_are_no_rows():
+    trunk = after_trunk(grown())
+    assert _rows(trunk, torch.zeros_like(trunk.tokens.text)) == []
+
+
+@torch.no_grad()
+def test_somebody_asks_also_where_no_text_follows_the_image():
+    """Calibration may see such prompts; generation refuses to prune them."""
+    asking = question_mask(grown().base.prompt(**prompt(before=3, after=0)))
+    assert asking[0].nonzero()[:, 0].tolist() == [3 + VISUAL - 1]
+    asking = question_mask(grown().base.prompt(**prompt(before=3, after=4)))
+    assert asking[0].nonzero()[:, 0].tolist() == list(range(3 + VISUAL, 3 + VISUAL + 4))
 
 
 @pytest.mark.parametrize("layer", [0, 7])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twigvlm.base.packing import left_pack
-from twigvlm.pruning.select import best_of_each_image, evenly, gather_tokens, top_visual
+from twigvlm.pruning.select import best_first, best_of_each_image, evenly, gather_tokens, top_visual
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=1, max_size=30), st.data())
@@ -30,6 +30,14 @@ def test_scores_of_text_do_not_matter_and_nan_ranks_last():
     scores = torch.tensor([[float("nan"), 9.0, -1.0, -2.0]])
     mask = torch.tensor([[True, False, True, True]])
     assert top_visual(scores, mask, [2]).nonzero()[:, 1].tolist() == [2, 3]
+
+
+def test_the_best_come_first_and_nan_is_no_better_than_the_worst():
+    inf, nan = float("inf"), float("nan")
+    scores = torch.tensor([[nan, 1.0, inf, -inf, 1.0], [0.0, 0.0, 3e38, nan, -3e38]])
+    assert best_first(scores).tolist() == [[2, 1, 4, 0, 3], [2, 0, 1, 4, 3]]
+    assert best_first(scores.half())[0].tolist() == [2, 1, 4, 0, 3]
+    assert best_first(torch.tensor([3, 5, 3])).tolist() == [1, 0, 2]
 
 
 def test_of_each_image_what_has_no_score_stays_last_and_what_has_an_endless_one_first():

@@ -70,6 +70,21 @@ def test_each_run_is_trained_asked_and_reported_once(options, monkeypatch, capsy
     assert capsys.readouterr().out == table
 
 
+def test_other_questions_are_asked_again(options):
+    folder = options.output / ablations.PLAIN
+    kept, source = ablations.asked_file(folder, "test"), options.questions[0] / "questions.json"
+
+    def ask():
+        ablations.Asker(options).ask(ablations.PLAIN, folder)
+        return json.loads(kept.read_text())
+
+    marked = {**ask(), "marked": True}
+    kept.write_text(json.dumps(marked))
+    assert ask() == marked
+    source.write_text(source.read_text().replace("What?", "Where?"))
+    assert "marked" not in ask()
+
+
 def test_stage_2_changes_the_p_head_alone(options):
     ablations.train("taught", options)
     ablations.train("rewarded", options)

@@ -1,9 +1,15 @@
 """The page of the measurements of serving, and the questions that they ask."""
 
+import json
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("psutil")
 
+from recipes import serving_bench
+from recipes.serving_client import Timed
 from recipes.serving_questions import quality, questions
 from recipes.serving_report import sections
 
@@ -30,6 +36,21 @@ def test_questions_are_mixed_and_graded_by_their_kind():
     assert [ask.turn.kind == "description" for ask in asked] == [False, False, False, True] * 2
     found = quality(asked, [ask.turn.answer for ask in asked])
     assert found["exact"] == found["objects recall"] == found["texts"] == 100
+
+
+def test_a_load_test_goes_on_with_as_many_questions_alone(tmp_path, monkeypatch):
+    asked = []
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=1e6))
+    monkeypatch.setattr(serving_bench, "serving", lambda *options: nullcontext(("address", process)))
+    monkeypatch.setattr(serving_bench, "stream", lambda *about: asked.append(about) or Timed("a", 1, 0.1, 0.2))
+    monkeypatch.setattr(serving_bench, "CLIENTS", (1,))
+    monkeypatch.setattr(serving_bench, "SETTINGS", {"no twig": {}})
+    for count, requests in ((2, 1 + 2), (2, 1), (3, 1 + 3)):
+        asked.clear()
+        serving_bench.load(tmp_path, count)
+        assert len(asked) == requests, "one to warm up, and those that were not measured"
+    (row,) = json.loads((tmp_path / "load.json").read_text())["figures"]
+    assert row["requests"] == 3
 
 
 def test_conversations_are_shown_with_what_the_cache_changes():

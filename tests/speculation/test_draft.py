@@ -193,11 +193,11 @@ def test_caches_hold_what_plain_decoding_holds(ways, static):
                 expected = alone.runner.batch.cache.contents(layer, slice(0, 1))
                 for before, after in zip(expected, cache.contents(layer, single), strict=True):
                     torch.testing.assert_close(after, before)
-            assert cache.lengths(0, single).tolist() == [held]
+            assert cache.held(0, single).lengths.tolist() == [held]
             whole = KVCache(model.twig.last_layer_idx + 1, (model.twig.config.trunk_layers, LAYERS), 1, model.device)
             definition.run(row.tokens[:-1], whole.view(whole.claim(1)))
             for layer in range(*model.twig.cache_layers):
-                (seen,) = cache.lengths(layer, single)
+                (seen,) = cache.held(layer, single).lengths
                 assert held - 1 <= seen <= held  # the last drafted token may have to enter the twig with the next draft
                 for before, after in zip(
                     whole.contents(layer, slice(0, 1)), cache.contents(layer, single), strict=True

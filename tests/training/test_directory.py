@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from tests.tiny import tiny_llava
 from tests.training.runs import grow, make_dataset, stage1, stage2
+from tests.training.stop import StopAt
 from twigvlm.base.vlm import BaseVLM
 from twigvlm.errors import TwigVLMError
 from twigvlm.files import LOCK, replacing, reserved
@@ -76,6 +77,66 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_at_once(tmp_path, mo
         stage1(model, tmp_path, max_steps=2, save_steps=1)
     assert not list(tmp_path.glob("checkpoint-*"))
     stage1(model, tmp_path, resume=True, max_steps=2, save_steps=5)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "missing"])
+def test_a_checkpoint_that_was_copied_in_part_is_refused(tmp_path, damage):
+    """Above all, without its optimiser's state it would go on as if nothing had happened, to another twig."""
+    options = {"max_steps": 3, "save_steps": 1, "accumulate": 1}
+    stage1(grow(), tmp_path / "run", callbacks=[StopAt(2)], **options)
+    names = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    for name in names - ({"trainer_state.json"} if damage == "missing" else set()):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        file = tmp_path / name / "checkpoint-2" / name
+        if damage == "missing":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(TwigVLMError, match=f"checkpoint-2/{name}: is missing or was cut off; copy .* one before$"):
+            stage1(grow(), tmp_path / name, resume=True, **options)
+    shutil.rmtree(file.parent)
+    for folder in (tmp_path / "run", tmp_path / name):
+        stage1(grow(), folder, resume=True, **options)
+    whole, resumed = (
+        (folder / "checkpoint-3" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", tmp_path / name)
+    )
+    assert whole == resumed
+
+
+def test_copies_of_checkpoints_under_other_names_are_left_alone(tmp_path):
+    options = {"max_steps": 4, "save_steps": 1, "accumulate": 1}
+    stage1(grow(), tmp_path, callbacks=[StopAt(1)], **options)
+    for name in ("checkpoint-best", "checkpoint-1-mine"):
+        shutil.copytree(tmp_path / "checkpoint-1", tmp_path / name)
+    stage1(grow(), tmp_path, resume=True, **options)
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {"checkpoint-3", "checkpoint-4", "checkpoint-best", "checkpoint-1-mine"}
+
+
+def test_an_old_checkpoint_whose_removal_was_cut_off_leaves_nothing(tmp_path, monkeypatch):
+    options = {"max_steps": 4, "save_steps": 1, "accumulate": 1}
+    remove = shutil.rmtree
+
+    def cut_off(path, *args, **kwargs):
+        if Path(path).exists():
+            (Path(path) / "trainer_state.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        stage1(grow(), tmp_path, **options)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    stage1(grow(), tmp_path, resume=True, **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-4", "settings.json"}
+
+
+@pytest.mark.parametrize("content", ['{"alpha":', "[]", "[" * 100_000], ids=["cut off", "a list", "deep"])
+def test_settings_that_cannot_be_read_are_one_line(tmp_path, content):
+    stage1(grow(), tmp_path, max_steps=1)
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(TwigVLMError, match=r"settings.json: cannot be read \(.*\); copy it again, or start") as caught:
+        stage1(grow(), tmp_path, resume=True, max_steps=1)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_a_process_cannot_write_is_refused_and_leaves_nothing(tmp_path):

@@ -203,7 +203,7 @@ def test_the_p_head_learns_at_answer_tokens_too(make_model, dataset):
     """At every token that predicts one of an answer, but at the prompts' ends the weight is γ's."""
     model, item = make_model(pruning_head=True), dataset[1]
     with torch.no_grad():
-        one = full_loss(model, item, alpha=0.0, gamma=0.0, teacher_layers=(4,))
+        one = full_loss(model, item, alpha=0.0, gamma=0.0)
         terms = full_loss(model, item, alpha=0.0, gamma=2.0, gamma_answers=0.5, teacher_layers=(4,))
         ends = full_loss(model, item, alpha=0.0, gamma=2.0, teacher_layers=(4,))
         prompt = model.base.prompt(input_ids=item["input_ids"], pixel_values=item["pixel_values"])
@@ -227,11 +227,16 @@ def test_the_p_head_learns_at_answer_tokens_too(make_model, dataset):
 
 
 @pytest.mark.parametrize(
-    ("options", "deepest"), [({"alpha": 0.0, "gamma": 0.0}, 1), ({"alpha": 0.0}, 3), ({}, 6)]
+    ("options", "deepest"),
+    [
+        ({"alpha": 0.0, "gamma": 0.0}, 1),
+        ({"alpha": 0.0, "teacher_layers": (4,)}, 3),
+        ({"teacher_layers": (4,)}, 6),
+    ],
 )  # of layer 4 queries and keys
 def test_the_teacher_runs_once_and_no_further_than_needed(make_model, dataset, options, deepest):
     model = make_model(pruning_head=True)
-    student = Student(model, Stage1Config(teacher_layers=(4,), **options))
+    student = Student(model, Stage1Config(**options))
     calls = []
     for number, layer in enumerate(model.base.layers, start=1):
         layer.register_forward_hook(lambda *_, number=number: calls.append(number))

@@ -1,5 +1,7 @@
 """A run of stage 1: what it changes, how it learns, in which number formats, and what it refuses."""
 
+import sys
+
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -10,6 +12,7 @@ from tests.training.stage1 import run
 from tests.training.weights import copy, same
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
+from twigvlm.training.data.dataset import ConversationDataset
 from twigvlm.training.options import Stage1Config
 
 
@@ -84,12 +87,28 @@ def test_float16_is_refused(make_model, dataset, tmp_path):
         {"max_steps": 0}, {"save_steps": 0}, {"workers": -1}, {"learning_rate": float("nan")}, {"alpha": -0.1},
         {"gamma": float("inf")}, {"seed": -1}, {"seed": 2**32}, {"temperature": 0.0}, {"clip": -1.0}, {"teacher_layers": (0,)},
         {"epochs": float("inf")}, {"temperature": float("inf")}, {"clip": float("inf")}, {"learning_rate": float("inf")},
+        {"epochs": True},
     ],
 )  # fmt: skip
 def test_settings_are_checked(option):
     ((name, _),) = option.items()
     with pytest.raises(TwigVLMError, match=f"{name}="):
         Stage1Config(**option)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 9, "epochs": 2.0}, "epochs=2: does not apply with max_steps=9"),
+        ({"alpha": 0.0, "temperature": 1.0}, "temperature=1: does not apply where alpha=0"),
+        ({"alpha": 0.0, "clip": 1.0}, "clip=1: does not apply where alpha=0"),
+        ({"gamma": 0.0, "teacher_layers": (3, 4)}, "teacher_layers=3 4: does not apply where gamma=0 and gamma_answers=0"),
+    ],
+)  # fmt: skip
+def test_options_that_do_nothing_are_refused(options, message):
+    with pytest.raises(TwigVLMError, match=f"^{message}; leave it out$"):
+        Stage1Config(**options)
+    Stage1Config(gamma=0.0, gamma_answers=1.0, teacher_layers=(3, 4))
 
 
 @pytest.mark.parametrize("gammas", [(1.0, 0.0), (0.0, 1.0)], ids=["prompts", "answers"])
@@ -150,6 +169,12 @@ def test_a_model_without_a_twig_is_refused(dataset, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_data_without_samples_are_refused(make_model, processor, tmp_path):
+    with pytest.raises(TwigVLMError, match="data: holds no samples; give at least one conversation"):
+        run(make_model(), ConversationDataset([], processor), tmp_path / "out", max_steps=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_taught_is_refused(make_model, dataset, tmp_path):
     with pytest.raises(TwigVLMError, match=r"gamma=1: .* has none.*pruning_head=True or set gamma=0"):
         run(make_model(), dataset, tmp_path / "out", gamma=1.0)
@@ -166,6 +191,12 @@ def test_a_bfloat16_base_distils_into_a_float32_twig(make_model, dataset, tmp_pa
     log = run(model, dataset, tmp_path, max_steps=8, batch_size=4, learning_rate=1e-2, alpha=0.1, gamma=1.0)
     assert log[-2]["attention_kl"] < 0.7 * log[0]["attention_kl"]
     assert model.twig.pruning_head.key_gate.weight.dtype == torch.bfloat16
+
+
+def test_tensorboard_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(TwigVLMError, match=r"tensorboard: is not installed; run: pip install 'twigvlm\[train\]'"):
+        Stage1Config(tensorboard=True)
 
 
 def test_tensorboard_has_every_term(make_model, dataset, tmp_path):

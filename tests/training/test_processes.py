@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from tests.tiny import tiny_llava
 from tests.tiny_processor import tiny_processor
 from tests.training import runs
+from twigvlm.config import TwigConfig
 from twigvlm.errors import TwigVLMError
 from twigvlm.model import TwigVLM
+from twigvlm.training.checks import check_device
 from twigvlm.training.distributed import fsdp, processes
-from twigvlm.training.fit import _check_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,8 +117,10 @@ def test_sharding_otherwise_is_refused(monkeypatch, options, remedy):
 
 def test_a_number_format_is_the_bases_own(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    model = TwigVLM.grow(tiny_llava().bfloat16(), TwigConfig(1, 2, pruning_head=True))
     with pytest.raises(TwigVLMError, match=r"mixed_precision=bf16: .* launch with 'no' and choose a dtype"):
-        runs.stage1(runs.grow(), tmp_path)
+        runs.stage1(model, tmp_path)
+    assert {parameter.dtype for parameter in model.twig.parameters()} == {torch.bfloat16}
 
 
 def test_a_run_goes_on_with_as_many_processes_and_settings_it_knew(monkeypatch, tmp_path):
@@ -132,11 +135,11 @@ def test_a_run_goes_on_with_as_many_processes_and_settings_it_knew(monkeypatch, 
 
 
 def test_the_base_is_where_the_twig_is_trained():
-    _check_device(torch.device("cuda:0"), torch.device("cuda"))
+    check_device(torch.device("cuda:0"), torch.device("cuda"))
     with pytest.raises(
         TwigVLMError, match=r"device 'cuda:1': this process trains on 'cuda:0'; .* CUDA_VISIBLE_DEVICES"
     ):
-        _check_device(torch.device("cuda:0"), torch.device("cuda:1"))
+        check_device(torch.device("cuda:0"), torch.device("cuda:1"))
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):

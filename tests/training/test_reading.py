@@ -57,8 +57,10 @@ def test_bad_files(files, samples):
     refused("no such file or directory")
     (files / "a.json").write_text('[{"id":')
     refused("not readable as JSON")
-    (files / "a.json").write_bytes(b"\xff\xfe\x00")
+    (files / "a.json").write_text("[" * 100_000)
     refused("not readable as JSON")
+    (files / "a.json").write_bytes(b"\xff\xfe\x00")
+    refused("cannot be read as text .*; save it as UTF-8")
     (files / "a.json").write_text('{"id": 3}')
     refused("put the samples in a list")
     (files / "a.json").write_text("[]")
@@ -79,6 +81,13 @@ def test_a_stray_file_among_samples_is_named_with_a_remedy(files, samples):
         (files / "stray.json").write_text(content)
         with pytest.raises(TwigVLMError, match=rf"stray\.json.*: {problem}.*, or move the file out of this directory"):
             load_samples(files)
+
+
+def test_a_broken_line_is_named(files, samples):
+    lines = [json.dumps(samples[0]), "", '{"conversations":']
+    (files / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(TwigVLMError, match=r"a\.jsonl': line 3: not readable as JSON"):
+        load_samples(files / "a.jsonl")
 
 
 def test_a_digest_tells_samples_apart_by_their_order_ids_and_texts(files, samples):

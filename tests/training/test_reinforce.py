@@ -232,6 +232,21 @@ def test_settings_are_checked(option):
         Stage2Config(**option)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gamma": (0.0, 0.0), "teacher_layers": (3,)}, "teacher_layers=3: does not apply where gamma=0 0"),
+        ({"budgets": (64.0,), "beta": 4.0}, "beta=4: does not apply with a single budget"),
+        ({"budgets": (64.0,), "power": 1.0}, "power=1: does not apply with a single budget"),
+        ({"beta": 0.0, "power": 1.0}, "power=1: does not apply where beta=0"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(options, message):
+    with pytest.raises(TwigVLMError, match=f"^{message}; leave it out$"):
+        Stage2Config(**options)
+    Stage2Config(gamma=(0.0, 1.0), teacher_layers=(3,))
+
+
 def test_tensorboard_has_every_figure(make_policy, dataset, tmp_path):
     run(make_policy(), dataset, tmp_path, max_steps=1, tensorboard=True)
     names = ("loss", "reward", "reward_spread", "advantage_spread", "entropy", "retain", "attention_kl")

@@ -44,19 +44,34 @@ def sample(base, seed, text):
     return {"input_ids": ids, "labels": labels, "token_type_ids": types, "pixel_values": inputs["pixel_values"]}
 
 
-def test_a_picture_outside_the_window_of_the_teachers_layer_does_not_weigh():
-    """Layer 5 slides over 9 tokens, so that it sees no picture from the end of a long question."""
+@pytest.fixture
+def windowed():
+    """The L_AttnKL of a step of two samples, by the teacher's layers and the samples of a pass; and two such samples. Layer 5 of
+    the base slides over 9 tokens, so that it sees no picture from the end of the long question of the second; layer 6 does."""
     base = tiny("gemma3")
     model = TwigVLM.grow(base, TwigConfig(TRUNK, TWIG, pruning_head=True))
-    options = {"budgets": None, "keep_budgets": (4,), "teacher_layers": (5,)}
-    policy, without = (Policy(model, settings(**options, gamma=each), 10) for each in ((1.0, 1.0), (0.0, 0.0)))
+    options = {"budgets": None, "keep_budgets": (4,)}
+    without = Policy(model, settings(**options, gamma=(0.0, 0.0)), 10)
 
     @torch.no_grad()
-    def attention_loss(*items):
+    def loss(layers, *items):
+        policy = Policy(model, settings(**options, gamma=(1.0, 1.0), teacher_layers=layers), 10)
         batch = {**Collator(pad_token_id=0)(items), "step": 0, "part": 0, "samples_in_step": torch.tensor(2)}
         return float(policy(**batch)["loss"] - without(**batch)["loss"])
 
-    near, far = sample(base, 0, text=0), sample(base, 1, text=30)
-    assert attention_loss(near) > 0.1
-    assert attention_loss(far) == 0
-    assert attention_loss(near, far) == pytest.approx(attention_loss(near), rel=1e-3)
+    return loss, sample(base, 0, text=0), sample(base, 1, text=30)
+
+
+def test_a_picture_outside_the_window_of_the_teachers_layer_does_not_weigh(windowed):
+    attention_loss, near, far = windowed
+    assert attention_loss((5,), near) > 0.1
+    assert attention_loss((5,), far) == 0
+    assert attention_loss((5,), near, far) == pytest.approx(attention_loss((5,), near), rel=1e-3)
+
+
+def test_a_layer_whose_window_holds_no_picture_does_not_count_in_the_mean(windowed):
+    attention_loss, near, far = windowed
+    alone = attention_loss((6,), far)
+    assert alone > 0.01
+    assert attention_loss((5, 6), far) == pytest.approx(alone, rel=1e-4)
+    assert attention_loss((5, 6), near) != pytest.approx(attention_loss((6,), near), rel=1e-2)

@@ -23,8 +23,8 @@ def recorded(monkeypatch):
         seen.append({"actions": actions})
         return actions
 
-    def rewards(base, hidden, visual, rope, masks, cases, *arguments):
-        paid = pay(base, hidden, visual, rope, masks, cases, *arguments)
+    def rewards(batch, cases, *arguments):
+        paid = pay(batch, cases, *arguments)
         for group, case, rewards in zip(seen[-len(cases) :], cases, paid, strict=True):
             group |= {"kept": case.kept, "rewards": rewards}
         return paid

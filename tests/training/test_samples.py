@@ -31,12 +31,16 @@ QUESTION, ANSWER = ("human", "<image>\nWhat?"), ("gpt", "That.")
         ({"conversations": say(QUESTION, ("gpt", " "))}, "turn 1 has no text"),
         ({"conversations": say(QUESTION, ("gpt", 7))}, "turn 1 has no text"),
         ({"conversations": say(("human", "<image>\n"), ANSWER)}, "turn 0 has no text"),
-        ({"conversations": say(("human", "What?"), ANSWER)}, "1 images too many"),
+        (
+            {"conversations": say(("human", "What?"), ANSWER)},
+            "images without a place in the questions: 1; put '<image>' there",
+        ),
         ({"conversations": say(("human", "<image><image>What?"), ANSWER)}, "turn 0 holds more places for images"),
         ({"conversations": say(QUESTION, ("gpt", "<image> is it"))}, "turn 1 holds an image or '<image>'"),
         ({"conversations": say(QUESTION, ("system", "Be brief."))}, "turn 1 is from 'system', expected 'gpt'"),
         ({"image": None}, "turn 0 holds more places for images"),
-        ({"image": ["a.png", "b.png"]}, "1 images too many"),
+        ({"image": ""}, "turn 0 holds more places for images"),
+        ({"image": ["a.png", "b.png"]}, "images without a place in the questions: 1; put '<image>' there"),
         ({"image": 7}, "turn 0 has an image that is int"),
         ({"image": {"bytes": None, "path": None}}, "turn 0 has an image that is NoneType"),
         ({"video": "a.mp4"}, "holds video or audio"),
@@ -115,6 +119,18 @@ def test_nothing_is_lost_and_the_form_is_stable(exchanges, system):
     for message, (_, value) in zip(sample["messages"], turns, strict=True):
         parts = [part.get("text", "<image>") for part in message["content"]]
         assert "".join("".join(parts).split()) == "".join(value.split())
+
+
+@pytest.mark.parametrize(
+    "beside", [{"image": ""}, {"image": None}, {"images": [None]}, {"images": [""], "image": ""}], ids=str
+)
+def test_tables_have_empty_names_in_rows_without_a_picture(beside):
+    assert to_messages({"conversations": say(("human", "What?"), ANSWER), **beside}, 0)["images"] == []
+
+
+def test_an_empty_list_of_images_hides_no_image():
+    sample = {"conversations": say(QUESTION, ANSWER), "images": [], "image": "a.png"}
+    assert to_messages(sample, 0)["images"] == ["a.png"]
 
 
 def test_the_sample_is_left_as_it_was():

@@ -25,6 +25,14 @@ def run(
 
     Layers may lie on several devices, each of which moves its input to its own; the result returns to where `hidden` was.
     The pass ends with the view's `advance`, which is the caller's to do.
+
+    Args:
+        layers: the layers.
+        hidden: input of the first one.
+        inputs: inputs of the same tokens.
+        masks: who sees whom by order in the cache; sliding windows and bidirectional images are added to it.
+        view: rows of the cache; None: there is no cache.
+        layer_idx: layer of the cache that the first one writes.
     """
     tokens, device = hidden.shape[1], hidden.device
     made: dict[tuple[int, int | None], Tensor | None] = {}

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
-from itertools import accumulate
 from operator import attrgetter
 from typing import Any, cast
 
@@ -18,13 +17,12 @@ from twigvlm.base.cpu_linear import cpu_linear
 from twigvlm.base.families import Visual, family_of, language_model_of
 from twigvlm.base.layers import run, window_of
 from twigvlm.base.masks import CausalMasks, Masks, TreeMasks, check_attention
+from twigvlm.base.placeholders import check_per_token, check_placeholders
 from twigvlm.base.prompt import Prompt, attention_ends_of, deepstack_of, packed
 from twigvlm.base.token_inputs import TokenInputs
 from twigvlm.base.vision import ReadVision, VisionModules
 from twigvlm.errors import TwigVLMError, is_refusal, one_line
 from twigvlm.kv.cache import CacheView
-
-_PER_TOKEN = ("attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 class BaseVLM:
@@ -88,52 +86,22 @@ class BaseVLM:
         """Raise TwigVLMError unless placeholders and pixels come together and, as far as the inputs tell, match.
 
         A prompt of text alone is fine.
-        """
-        for name in _PER_TOKEN:
-            given = inputs.get(name)
-            if given is not None and given.shape != input_ids.shape:
-                raise TwigVLMError(
-                    f"{name} has shape {list(given.shape)}, but input_ids has {list(input_ids.shape)}: "
-                    "shorten both or neither"
-                )
-        for token, visual in self._visuals():
-            counts = (input_ids == token).sum(dim=1).tolist()
-            pixels = next((inputs[name] for name in visual.pixels if inputs.get(name) is not None), None)
-            if pixels is not None and not any(counts):
-                raise TwigVLMError(
-                    f"No {visual.kind} placeholder in the prompt: put {visual.article} {visual.kind} into the chat messages, "
-                    f"or the processor's {visual.kind} token into the text, and pass both through the processor"
-                )
-            if pixels is None and any(counts):
-                raise TwigVLMError(
-                    f"{sum(counts)} {visual.kind} placeholders but no {visual.kind}: "
-                    f"pass {visual.pixels[0]} from the processor"
-                )
-            if pixels is not None:
-                self._check_counts(visual, counts, pixels, inputs)
 
-    def _check_counts(self, visual: Visual, counts: list[int], pixels: Tensor, inputs: dict[str, Any]) -> None:
-        """Raise TwigVLMError unless every prompt of a batch has the placeholders of whole images."""
-        if visual.grid is not None:
-            grid = inputs.get(visual.grid)
-            if grid is None:
-                raise TwigVLMError(f"{visual.grid} is missing: pass it from the processor, with {visual.pixels[0]}")
-            merged = self.model.config.vision_config.spatial_merge_size**2
-            tokens = (grid.prod(dim=-1) // merged).tolist()
-            made = f"{len(tokens)} {visual.kind}s of {sum(tokens)} visual tokens"
-        elif pixels.ndim == 4 and inputs.get("image_sizes") is None:  # images of one size, or tiles of them
-            tokens = [sum(counts) // len(pixels)] * len(pixels)
-            made = f"{len(pixels)} {visual.kind}s of equal size"
-        else:
-            return  # only the base knows what it makes of other pixels; it counts that itself
-        if sum(tokens) != sum(counts) or not {0, *accumulate(tokens)}.issuperset(accumulate(counts)):
-            raise TwigVLMError(
-                f"{' + '.join(map(str, counts))} {visual.kind} placeholders do not match {made}: "
-                "pass the processor's outputs as they are, made without truncation"
-            )
+        Args:
+            input_ids: prompt ids with placeholders of visual tokens.
+            inputs: what else the base's forward takes.
+        """
+        check_per_token(input_ids, inputs)
+        for token, visual in self._visuals():
+            check_placeholders(self.model.config, token, visual, input_ids, inputs)
 
     def least_positions(self, input_ids: Int[Tensor, "batch tokens"], mask: Tensor | None = None) -> int:
-        """How many positions the longest prompt needs: all its tokens but padding; with M-RoPE a picture may take fewer."""
+        """How many positions the longest prompt needs at least: one for each token, and with M-RoPE for each text token.
+
+        Args:
+            input_ids: prompt ids with placeholders of visual tokens.
+            mask: 0 at padding, else 1; None: there is none.
+        """
         counted = torch.ones_like(input_ids) if mask is None else mask
         if has_mrope(self.config):
             counted = counted * ~self.visual_mask(input_ids)
@@ -146,7 +114,7 @@ class BaseVLM:
             raise TwigVLMError(f"The prompt needs more positions than the {self.context} of the base: shorten it")
 
     def check_context(self, input_ids: Int[Tensor, "batch tokens"], mask: Tensor | None = None) -> None:
-        """Raise TwigVLMError if a prompt is longer than the base's context, as far as its ids and its mask tell."""
+        """Raise TwigVLMError if a prompt is longer than the base's context, as far as the arguments of `least_positions` tell."""
         if self.context is not None and self.least_positions(input_ids, mask) > self.context:
             tokens = input_ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
             raise TwigVLMError(
@@ -246,7 +214,12 @@ class BaseVLM:
     def rotary(
         self, hidden: Float[Tensor, "batch tokens width"], position_ids: Int[Tensor, "*axes batch any"]
     ) -> TokenInputs:
-        """Rotary embeddings of positions alone, in the dtype and on the device of `hidden`; of a prompt, use `token_inputs`."""
+        """Rotary embeddings of positions alone; of a prompt, use `token_inputs`.
+
+        Args:
+            hidden: states that are to be rotated by them, whose dtype and device they get.
+            position_ids: positions; with M-RoPE on 3 axes, or on 4 of which the first does not count.
+        """
         embedding = self.decoder.rotary_emb
         if position_ids.ndim == 3:
             position_ids = position_ids[-3:]
@@ -270,7 +243,16 @@ class BaseVLM:
         masks: Masks,
         view: CacheView | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
-        """Run layers start..stop-1 (from 0); with a view of a cache, on top of what its rows hold."""
+        """Run layers start..stop-1 (from 0); with a view of a cache, on top of what its rows hold.
+
+        Args:
+            hidden: input of layer `start`.
+            start: first layer.
+            stop: layer after the last one; with `start`, the input is returned as it is.
+            inputs: inputs of the same tokens.
+            masks: masks of the prompt, or of the nodes of a tree.
+            view: rows of the cache that take the keys and values, and hold what came before; None: there is no cache.
+        """
         after = run(self.layers[start:stop], hidden, inputs, masks, view, start)
         if view is not None and stop > start:
             view.advance(start, stop, hidden.shape[1])
@@ -285,7 +267,7 @@ class BaseVLM:
         masks: Masks,
         view: CacheView | None = None,
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens width"]]:
-        """The input of layer stop-1, and what `run_layers` returns; start < stop."""
+        """The input of layer stop-1, and what `run_layers` returns; arguments as there, start < stop."""
         before_last = run(self.layers[start : stop - 1], hidden, inputs, masks, view, start)
         after = run(self.layers[stop - 1 : stop], before_last, inputs, masks, view, stop - 1)
         if view is not None:

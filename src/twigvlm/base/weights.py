@@ -13,6 +13,11 @@ def plain_weights(module: nn.Module, dtype: torch.dtype, device: torch.device) -
     """The weights of a module and of all below it, by name. They may share the module's memory.
 
     Whatever a quantised linear layer holds, its weights are what it makes of the unit vectors.
+
+    Args:
+        module: part of the base.
+        dtype: data type of the result.
+        device: device of the result.
     """
     weights: dict[str, Tensor] = {}
     for path, part in module.named_modules():

@@ -31,6 +31,12 @@ def is_hub_id(name: str) -> bool:
 def fetch(path: str | PathLike[str], files: list[str], revision: str | None, token: str | None) -> Path:
     """The directory of a twig: a local one as it is, a hub id's files downloaded once.
 
+    Args:
+        path: the directory, or the hub id.
+        files: names of the files to download.
+        revision: branch, tag or commit of a hub id; None: the main branch.
+        token: for a private repository; None: that of the login.
+
     Raises:
         TwigVLMError: the hub does not have it, keeps it from you, or cannot be reached.
     """

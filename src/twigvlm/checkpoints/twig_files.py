@@ -31,7 +31,13 @@ FILES = [WEIGHTS, CONFIG, RECORD]
 """All that a twig needs."""
 DIVERGED = "the training diverged, train the twig again with a lower learning rate"
 """What to do about weights that are not finite."""
-_ENTRY = {"stage", "samples", "steps", "final", "settings"}  # of the record of a training; older ones have no more
+_ENTRY = {
+    "stage": str,
+    "samples": int,
+    "steps": int,
+    "final": dict,
+    "settings": dict,
+}  # what each record of a training has
 _DIMENSIONS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
@@ -188,7 +194,7 @@ def compare(expected: dict[str, Any], actual: dict[str, Any]) -> str:
         ours, theirs = torch.tensor(expected["samples"][name]), torch.tensor(actual["samples"][name])
         # bfloat16 keeps 8 bits: two roundings differ by at most 2^-8 of a weight, merged updates by that of the scale
         tolerance = (ours.abs() + ours.square().mean().sqrt()) * 2.0**-8
-        if ours.shape != theirs.shape or bool(((ours - theirs).abs() > tolerance).any()):
+        if ours.shape != theirs.shape or not bool(((ours - theirs).abs() <= tolerance).all()):  # NaN equals nothing
             return f"weights of {name} differ"
     return ""
 
@@ -222,7 +228,10 @@ def _read_config(file: Path) -> tuple[TwigConfig, dict[str, Any]]:
 
 def _read_record(file: Path) -> list[dict[str, Any]]:
     record = _read_json(file)
-    if not isinstance(record, list) or not all(isinstance(entry, dict) and entry.keys() >= _ENTRY for entry in record):
+    if not isinstance(record, list) or not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in _ENTRY.items())
+        for entry in record
+    ):
         raise TwigVLMError(f"{file}: not the record of a twig's trainings; get the file again, or delete it")
     return record
 
@@ -230,8 +239,8 @@ def _read_record(file: Path) -> list[dict[str, Any]]:
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TwigVLMError(f"{file}: cannot be read ({error}); get the file again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise TwigVLMError(f"{file}: cannot be read ({one_line(error)}); get the file again") from None
 
 
 def _read_weights(file: Path, config: TwigConfig) -> dict[str, Tensor]:

@@ -44,10 +44,11 @@ class Batch(ServiceOptions):
                 option = f"--{name.replace('_', '-')}"
                 raise TwigVLMError(f"{name}={value:g}: does not apply to batch files; leave {option} out")
         check_installed()
-        from twigvlm.cli.output import check_directory
+        from twigvlm.cli.output import check_directory, check_file
         from twigvlm.files import writing
         from twigvlm.serving.batch import open_results, read_batch
 
+        check_file(self.input, f"input {str(self.input)!r}", "a .jsonl file with one request per line")
         output = f"output {str(self.output)!r}"
         with writing(output):
             if self.output.is_dir():

@@ -36,6 +36,8 @@ class Convert:
         from twigvlm.cli.session import load_base
         from twigvlm.errors import TwigVLMError
 
+        if not self.source.is_dir():
+            raise TwigVLMError(f"source {str(self.source)!r}: no such directory; name that of a published twig")
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise TwigVLMError(f"out {str(self.out)!r}: already exists; choose another directory")
         with busy(f"Loading {self.model}"):

@@ -46,7 +46,6 @@ class Demo(QuestionOptions):
 
     def run(self) -> None:
         """Ask, print a table for each question and a summary on stdout, and write the picture."""
-
         from twigvlm.cli.answer import check_request
         from twigvlm.cli.output import Printer, check_picture_path, steps, write_picture
         from twigvlm.cli.session import SessionConfig, default_picture, open_session

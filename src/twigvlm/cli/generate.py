@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -133,7 +133,7 @@ class Generate(AnswerOptions):
         """Print the answer as a JSON object on stdout, or the figures of a streamed answer on stderr."""
         if self.json:
             asked = {} if prompt is None else {"prompt": prompt}
-            settings = {**session.settings(), **session.config.generate_options}
+            settings = {**session.settings(), **session.config.generate_options, **asdict(self.sampling)}
             print(json.dumps({**asked, **answer.as_json(), **settings}), flush=True)
             return
         print(

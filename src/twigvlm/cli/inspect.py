@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twigvlm.cli.options import QuestionOptions
+from twigvlm.errors import TwigVLMError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,6 @@ class Inspect(QuestionOptions):
         from twigvlm.cli.output import busy, check_directory, steps
         from twigvlm.cli.session import SessionConfig, default_picture, open_session
         from twigvlm.config import PruningConfig
-        from twigvlm.errors import TwigVLMError
         from twigvlm.evaluation.figures import draw_patches, figure_class
         from twigvlm.evaluation.variants import score_all
         from twigvlm.images import load_image
@@ -108,6 +108,8 @@ class Inspect(QuestionOptions):
 def rankings(model: TwigVLM, deep_layer: int | None) -> dict[str, str]:
     """The rankings to draw: `Variant.method` -> title of the map."""
     trunk, layers = model.twig.config.trunk_layers, model.base.num_layers
+    if deep_layer is not None and not 1 <= deep_layer <= layers:
+        raise TwigVLMError(f"deep_layer={deep_layer}: must be 1 to {layers}, the layers of this base")
     deep = round(_DEPTH * layers) if deep_layer is None else deep_layer
     attention = "attention of the last twig layer"
     found = (

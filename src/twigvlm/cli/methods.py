@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-_TWIG = "a trained twig"
+_TWIG, _ANY_TWIG = "a trained twig", "a twig, trained or not"
 _CUTS = "after layer K, and again after layer K_f"
 OWN = (
     ("twig", _CUTS, _TWIG, "this method, TwigVLM and TwigVLM++"),
@@ -13,9 +13,9 @@ OWN = (
     ("diverse+refocus:τ", _CUTS, _TWIG, "ours: diverse and refocus"),
     ("attention", _CUTS, _TWIG, "TwigVLM: the last twig layer's attention from the last token"),
     ("twig-text", _CUTS, _TWIG, "the same from all text tokens"),
-    ("random", _CUTS, _TWIG, "a floor for twig"),
-    ("deep:N", _CUTS, _TWIG, "an oracle: attention of base layer N in a full pass"),
-    ("deep:N-M", _CUTS, _TWIG, "the same, mean of layers N to M"),
+    ("random", _CUTS, _ANY_TWIG, "a random choice, which twig must beat"),
+    ("deep:N", _CUTS, _ANY_TWIG, "an oracle: attention of base layer N in a full pass"),
+    ("deep:N-M", _CUTS, _ANY_TWIG, "the same, mean of layers N to M"),
 )
 """Methods with a twig's cuts or ranking: name, where they cut, what they need, and what they do."""
 
@@ -31,7 +31,7 @@ class Methods:
         from twigvlm.cli.output import Printer
         from twigvlm.pruning.methods import METHODS, described
 
-        table = Table(*(Column(header, overflow="fold") for header in ("method", "cuts", "needs", "paper")))
+        table = Table(*(Column(header, overflow="fold") for header in ("method", "cuts", "needs", "what it is")))
         for row in OWN:
             table.add_row(*row, end_section=row is OWN[-1])
         for name in METHODS:

@@ -45,9 +45,8 @@ class Printer(Console):
 
 def is_main() -> bool:
     """Whether this process prints; of several that train together, only one does."""
-    return (
-        os.environ.get("RANK", "0") == "0"
-    )  # `processes.is_main` would import torch, which is what one waits for at first
+    # `processes.is_main` would import torch, which is what one waits for at first.
+    return os.environ.get("RANK", "0") == "0"
 
 
 def progress() -> Progress:
@@ -159,6 +158,22 @@ def write_picture(picture: Image.Image, path: Path) -> None:
     check_picture_path(path)
     with replacing(path) as temporary:
         picture.save(temporary)
+
+
+def check_file(path: Path, name: str, wanted: str) -> None:
+    """Raise TwigVLMError if a path to read from does not exist, is a directory, or may not be read.
+
+    Args:
+        path: the path.
+        name: of the option with its value, for the message.
+        wanted: what to give instead, for the message.
+    """
+    if not path.exists():
+        raise TwigVLMError(f"{name}: no such file; give {wanted}")
+    if path.is_dir():
+        raise TwigVLMError(f"{name}: is a directory; give {wanted}")
+    if not os.access(path, os.R_OK):
+        raise TwigVLMError(f"{name}: may not be read; check the file's permissions")
 
 
 def check_directory(path: Path, option: str = "out") -> None:

@@ -36,6 +36,7 @@ class UsageError(TwigVLMError):
 _REGISTRY = ConstructorRegistry()
 _WITHOUT = re.compile(r"\s*None(?: given)?: ([^.]+)\.")
 """The sentence of a description that says what happens if the option is left out."""
+_DEPTH = 2  # words of the longest names of subcommands, such as `evaluate speed`
 
 
 def parse(commands: Any, description: str, args: Sequence[str]) -> Any:
@@ -119,8 +120,12 @@ def _printed(commands: Any, description: str, args: Sequence[str]) -> tuple[str,
 
 def _usage(commands: Any, description: str, args: Sequence[str]) -> str:
     """The usage of the subcommand that the arguments begin with, or of the program if they name none."""
-    words = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))
-    return _printed(commands, description, [*words, "--help"])[0].partition("\n\n")[0].strip()
+    words = list(itertools.takewhile(lambda arg: not arg.startswith("-"), args))[:_DEPTH]
+    while True:  # what follows the subcommand are values, for which tyro would leave out of the usage what they are
+        usage = _printed(commands, description, [*words, "--help"])[0].partition("\n\n")[0].strip()
+        if not words or usage.startswith(" ".join(("usage: twigvlm", *words))):
+            return usage
+        words.pop()
 
 
 def _one_line(box: str) -> str:
@@ -143,6 +148,9 @@ def _one_line(box: str) -> str:
     if option := indented("Argument helptext"):
         values = re.search(r"'.*'", text)
         text = f"{option[0]}: {f'{values[0]} does not fit' if values else text.partition(': ')[2]}"
+    if choice := re.match(r"(?i)invalid choice ('.*') for argument '(\S+)'\. Expected one of \((.*)\)", text):
+        allowed = sorted(set(re.findall(r"'(\w+)'", choice[3])) - {"None"})  # tyro's order changes from run to run
+        text = f"{choice[2]} {choice[1]}: must be one of {', '.join(allowed)}"
     if text.startswith("Expected one of"):
         text = f"no subcommand given; {text.lower()}"
     return text[0].lower() + text[1:] if text else "the options do not fit"

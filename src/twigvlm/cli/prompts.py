@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twigvlm.cli.output import check_file
 from twigvlm.errors import TwigVLMError
 from twigvlm.files import numbered_lines
 from twigvlm.images import is_uri
@@ -50,8 +51,7 @@ def read_prompts(path: Path, images: Sequence[str] = (), videos: Sequence[str] =
         TwigVLMError: the file or a line is not valid; the message names it, what is wrong, and the remedy.
     """
     name = f"prompts {str(path)!r}"
-    if not path.exists():
-        raise TwigVLMError(f"{name}: no such file; give a text file with one prompt per line, or a .jsonl file")
+    check_file(path, name, "a text file with one prompt per line, or a .jsonl file")
     read = _from_json if path.suffix == ".jsonl" else _from_text
     prompts = [
         read(line, f"{name}: line {number}", path.parent, tuple(images), tuple(videos))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from twigvlm.cli.serving import ServiceOptions, check_installed
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.serving.keys import checked_key, is_local
 
 KEY_VARIABLE = "TWIGVLM_API_KEY"
@@ -71,6 +72,7 @@ class Serve(ServiceOptions):
         from twigvlm.serving.server import make_server
 
         hosts = allowed_hosts(self.host, self.allow_host)
+        _check_address(self.host, self.port)
         service = self.open_service()
         app = create_app(service, key, hosts)
         server = make_server(app, service, self.host, self.port, self.shutdown_seconds)
@@ -81,3 +83,17 @@ class Serve(ServiceOptions):
             raise TwigVLMError(f"port {self.port}: cannot be listened on at {self.host}; choose another") from None
         finally:
             service.stop()
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise TwigVLMError, before a model is loaded, if the server could not listen there."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server's own socket
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise TwigVLMError(
+            f"port {port}: cannot be listened on at {host} ({reason}); choose another port or host"
+        ) from None

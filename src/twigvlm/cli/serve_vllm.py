@@ -128,19 +128,25 @@ def export(options: ServiceOptions, folder: Path) -> tuple[dict[str, str], list[
         made = asked.write()
         with replacing(note) as temporary:  # written last: an export that was stopped is refused as incomplete
             temporary.write_text(json.dumps({"of": wanted, "environment": made.environment, "serve": made.serve}))
-    found = json.loads(note.read_text())
-    other = [name for name, value in wanted.items() if found["of"].get(name) != value]
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+        made_with, environment, command = found["of"], found["environment"], found["serve"]
+        place = Path(command[2]).parent  # of the base, whose path is absolute, as the drafter's is
+        other = [name for name, value in wanted.items() if made_with.get(name) != value]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise TwigVLMError(
+            f"export {str(folder)!r}: its {note.name} cannot be read ({one_line(error)}); name another directory"
+        ) from None
     if other:
         raise TwigVLMError(
             f"export {str(folder)!r}: holds an export with other options ({', '.join(other)}); name another directory"
         )
-    place = Path(found["serve"][2]).parent  # of the base, whose path is absolute, as the drafter's is
     if place.resolve() != folder.resolve():
         raise TwigVLMError(
             f"export {str(folder)!r}: was made as {str(place)!r}, where its paths lead to; move it back there, or name another "
             "directory"
         )
-    return found["environment"], found["serve"]
+    return environment, command
 
 
 def _weights(options: ServiceOptions) -> str | None:

@@ -25,7 +25,7 @@ class Calibrated(nn.Module):
         self._costs: dict[tuple[object, ...], StepCosts] = {}
 
     def calibrate(self) -> StepCosts:
-        """Measure what the passes of a step cost on this machine, replacing earlier measurements; `auto` drafts by it.
+        """Measure the seconds of a step's passes on this machine, replacing earlier measurements; `auto` drafts by them.
 
         The result is stored in a file for this machine and model, so that no later process measures again. Call it on an
         idle machine, for example once after installation. Without it, the first use of `auto` measures.
@@ -35,7 +35,7 @@ class Calibrated(nn.Module):
         return costs
 
     def costs(self) -> StepCosts:
-        """What the passes of a step cost here, as this or another process measured it before, or else measured now."""
+        """Seconds of a step's passes here, as this or another process measured them before, or else measured now."""
         with _calibrating:  # concurrent first calls measure once
             key = self._costs_key()
             if key not in self._costs:

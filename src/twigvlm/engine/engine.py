@@ -33,7 +33,7 @@ class Event:
 
 
 class Engine:
-    """Answers several requests at once. Each gets the answer that it would get alone.
+    """Answers several requests at once; each gets the answer that it would get alone (in float32). For one thread.
 
     Args:
         runner: runs the steps on the device; it belongs to this engine alone.
@@ -94,7 +94,7 @@ class Engine:
         """Queue the rows of one request and return their ids.
 
         Raises:
-            TwigVLMError: a prompt that is to be pruned ends with a visual token.
+            TwigVLMError: a prompt that is to be pruned ends with a visual token, or the engine failed within an earlier step.
         """
         self._check_whole()
         if any(row.pruner is not None and bool(row.prompt.visual_mask[row.index, row.length - 1]) for row in rows):
@@ -156,7 +156,7 @@ class Engine:
         return self.submit([fork])[0]
 
     def cancel(self, id: int) -> None:
-        """Cancel a waiting or decoding request; it gets no more tokens.
+        """Cancel a waiting or decoding request; it gets no more events.
 
         Raises:
             TwigVLMError: there is no such request, or it has ended.
@@ -218,8 +218,8 @@ class Engine:
             raise TwigVLMError("engine: failed within an earlier step; make another with TwigVLM.engine()")
 
     def stream(self) -> Iterator[Event]:
-        """Run steps until every request has ended. Requests may be added and cancelled meanwhile, and the loop may be left and
-        begun again."""
+        """Run steps until every request has ended; raises what `step` raises. Requests may be added and cancelled meanwhile, and
+        the loop may be left and begun again."""
         while self.busy:
             if not self._events:
                 events = self.step()
@@ -233,7 +233,7 @@ class Engine:
         cache = self.runner.batch.cache
         for row in self.waiting:
             first = group[0] if group else row
-            together = row.prompt is first.prompt and row.pruner == first.pruner and row.prefix is None
+            together = row.prompt is first.prompt and row.pruner is first.pruner and row.prefix is first.prefix is None
             if group and not (together and [cut.layer for cut in row.cuts] == [cut.layer for cut in first.cuts]):
                 break
             number, used = len(self.active) + len(group) + 1, together_bytes(cache, [*self.active, *group, row])
@@ -293,7 +293,7 @@ class Engine:
 
 
 def _forget(rows: Sequence[Row]) -> None:
-    """Empty the prefix caches of prompts that may be in them by half."""
+    """Empty the prefix caches that may hold half a prompt."""
     for row in rows:
         if row.prefix is not None:
             row.prefix.forget()

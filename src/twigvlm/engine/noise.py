@@ -16,10 +16,10 @@ class Noise:
     """Exponential noise for each position of one answer, drawn once, in the order of positions.
 
     Args:
-        temperature: of the sampling; the twig drafts by it.
-        vocabulary: size of the base's.
-        device: of its logits.
-        generator: None: torch's own.
+        temperature: temperature of the sampling, by which the twig drafts.
+        vocabulary: size of the base's vocabulary.
+        device: device of its logits.
+        generator: what is drawn from; None: torch's global generator.
     """
 
     def __init__(
@@ -34,7 +34,11 @@ class Noise:
         self._next = 0
 
     def at(self, position: int) -> Float[Tensor, " vocabulary"]:
-        """Noise of the `position`-th new token (from 0). Positions already released by `forget` are unavailable."""
+        """Noise of the `position`-th new token (from 0).
+
+        Raises:
+            KeyError: `forget` has released this position.
+        """
         draws = self._next <= position
         while self._next <= position:
             if self._generator is not None:
@@ -50,15 +54,15 @@ class Noise:
         return self._generator is generator
 
     def forget(self, position: int) -> None:
-        """The tokens before this one are chosen."""
+        """Release the noise of the tokens before this one, which are chosen."""
         for old in [old for old in self._drawn if old < position]:
             del self._drawn[old]
             self._states.pop(old, None)
 
     def close(self, count: int) -> None:
-        """The answer ended after that many tokens: rewind the generator past noise drawn for rejected drafts.
+        """End the answer after that many tokens: rewind the generator past noise drawn for rejected drafts.
 
-        Not where somebody else, such as another thread, has drawn from it since, who would be given the same numbers again.
+        It is not rewound if somebody else, such as another thread, has drawn from it since, who would get the same numbers again.
         """
         if self._generator is None or self._last is None or count >= self._next:
             return
@@ -67,7 +71,7 @@ class Noise:
 
 
 def _default_generator(device: torch.device) -> torch.Generator | None:
-    """Torch's own generator for a device; None for devices without a default generator that can be had."""
+    """Torch's global generator for a device; None for devices where it cannot be accessed."""
     if device.type == "cpu":
         return torch.default_generator
     if device.type == "cuda":

@@ -27,9 +27,10 @@ class Prefill:
     Args:
         base: the base.
         twig: its twig.
-        masks: of the prompts.
-        rows: whose prompts lie in one batch, and are cut at the same layers by one pruner.
-        view: of the cache's rows that get keys and values.
+        masks: masks of the prompts.
+        rows: rows whose prompts lie in one batch, and are cut at the same layers by one pruner; one row where there is a prefix
+            cache.
+        view: view of the cache's rows that get keys and values.
     """
 
     def __init__(self, base: BaseVLM, twig: Twig, masks: Masks, rows: Sequence[Row], view: CacheView) -> None:
@@ -42,7 +43,7 @@ class Prefill:
         self.keep_last_input = self.pruner is not None and Need.LAST_LAYER in self.pruner.needs
 
     def run_trunk(self) -> TrunkOutput:
-        """Layers 1..K, of which a prefix cache may know the beginning."""
+        """Run layers 1..K on the prompts, without the beginning that a prefix cache knows."""
         base, twig, prompt, layers = self.base, self.twig, self.prompt, self.twig.config.trunk_layers
         tokens = Tokens(prompt.hidden, base.token_inputs(prompt), prompt.visual_mask, prompt.lengths)
         prefix = self.rows[0].prefix
@@ -62,17 +63,24 @@ class Prefill:
         return TrunkOutput(base, twig, prompt, tokens, self.masks, self.view, prefix)
 
     def cut(self, trunk: TrunkOutput) -> Tokens:
-        """What is left after the cut that follows layer K, the twig's own or another method's."""
+        """The tokens that are left after the cut that follows layer K (Eq. 3 or 8, or another method's ranking).
+
+        Raises:
+            TwigVLMError: the pruner cannot choose, or keeps another number of tokens than its schedule says.
+        """
         layers = self.twig.config.trunk_layers
         return self._run(trunk.tokens, trunk, layers, layers, self.at_trunk)
 
     def run_pruned_layers(self, tokens: Tokens, trunk: TrunkOutput, drafts: bool) -> Tokens:
-        """Layers K+1..L and their cuts; stores what refocusing needs of the last layers.
+        """Run layers K+1..L with their cuts; stores what refocusing needs of the last layers.
 
         Args:
-            tokens: after layer K and its cut.
-            trunk: the prompts before it.
+            tokens: tokens after layer K and its cut.
+            trunk: the prompts before that cut.
             drafts: whether drafts stand behind the prompts, allowed only if no later cut ranks by the last token.
+
+        Raises:
+            TwigVLMError: as for `cut`.
         """
         layers = self.twig.config.trunk_layers, self.base.num_layers
         left = self._run(tokens, trunk, *layers, self.late, self.keep_last_input and not drafts)
@@ -84,12 +92,12 @@ class Prefill:
 
     @property
     def takes_drafts(self) -> bool:
-        """Whether drafts may stand behind the prompts: no later cut may rank by the last token of a prompt."""
+        """Whether drafts may stand behind the prompts: not if a later cut ranks by the last token of a prompt."""
         ranks_once = getattr(self.pruner, "ranks_once", False)
         return bool(ranks_once) or not any(cut.keep for row in self.late for cut in row)
 
     def store_refocus_states(self, trunk: TrunkOutput) -> None:
-        """Store in each row what it can look at again: nothing without `refocus`, or if its prompt was not pruned."""
+        """Store in each row the visual tokens that it can look at again: none without `refocus`, or if all of them were kept."""
         for index, row in enumerate(self.rows):
             if row.refocus is None or row.kept is None or bool(row.kept.eq(trunk.tokens.visual[index]).all()):
                 continue
@@ -119,7 +127,16 @@ class Prefill:
 
 
 def append_drafts(tokens: Tokens, draft: Draft, state: RowState) -> tuple[Tokens, Int[Tensor, " rows"]]:
-    """Prompts with the drafts that begin with their last tokens; and how many nodes each row has."""
+    """Append drafts to their prompts, so that one pass takes both through layers K+1..L.
+
+    Args:
+        tokens: the prompts, whose last tokens are the roots of the drafts and so are dropped.
+        draft: the drafts.
+        state: state of the rows.
+
+    Returns:
+        The tokens, and the number of nodes of each row, the root included.
+    """
     prompt = valid_mask(tuple(length - 1 for length in tokens.lengths), tokens.hidden.shape[1], tokens.hidden.device)
     positions = state.prompt_length[:, None] - 1 + draft.nodes.depths
     both = Tokens(

@@ -20,7 +20,7 @@ from twigvlm.pruning.refocus import Look, RefocusState
 
 @runtime_checkable
 class Processors(Protocol):
-    """Logits processors of a request, which may have a state: each position that is decoded is asked for once, in order."""
+    """Logits processors of a request. They may have a state, so they are called once for each decoded position, in order."""
 
     @property
     def needs_ids(self) -> bool:
@@ -45,12 +45,18 @@ class Processors(Protocol):
     def on_batch(
         self, ids: Int[Tensor, "batch tokens"], scores: Float[Tensor, "batch vocabulary"], unfinished: Sequence[int]
     ) -> Float[Tensor, "batch vocabulary"]:
-        """Processed scores of all rows, which stand at the same position."""
+        """Processed scores of all rows, which stand at the same position.
+
+        Args:
+            ids: padded prompts and new tokens; a finished row goes on with the padding token.
+            scores: scores of the next tokens; those of finished rows mean nothing.
+            unfinished: rows whose answers go on.
+        """
 
 
 @runtime_checkable
 class Criteria(Protocol):
-    """What ends answers besides their length and end-of-sequence tokens; asked after every token."""
+    """What ends answers besides their length and EOS tokens; called once after each token."""
 
     @property
     def has_state(self) -> bool:
@@ -64,7 +70,7 @@ class Criteria(Protocol):
         """Whether a row ends, by its index in the request and its ids without padding."""
 
     def on_batch(self, ids: Int[Tensor, "batch tokens"], unfinished: Sequence[int]) -> Bool[Tensor, " batch"]:
-        """Which rows end."""
+        """Which rows end; arguments as for `Processors.on_batch`."""
 
 
 @dataclass(eq=False)
@@ -94,7 +100,7 @@ class Request:
         return len(self.rows) > 1 and any(each is not None and each.needs_lockstep for each in both)
 
     def ended(self, walked: dict[int, Sequence[int]]) -> Bool[Tensor, " batch"]:
-        """Which rows the criteria end after tokens beyond the accepted ones; those are asked once for each position.
+        """Which rows the criteria end after tokens beyond the accepted ones; criteria are asked once for each position.
 
         Args:
             walked: of the rows that go on, by their index; they all stand at the same position.
@@ -182,7 +188,7 @@ class Row:
         return self.prompt.lengths[self.index]
 
     def ids(self, walked: Sequence[int] = ()) -> Int[Tensor, "1 length"]:
-        """Ids of prompt and answer, and of tokens beyond, without padding."""
+        """Ids of prompt and answer, and of the tokens that were walked beyond, without padding."""
         index, request = self.index, self.request
         prompt = request.input_ids[index : index + 1, request.padding[index] :]
         return torch.cat((prompt, prompt.new_tensor([[*self.tokens, *walked]], dtype=prompt.dtype)), dim=1)
@@ -193,14 +199,14 @@ class Row:
         Those of rows in lockstep are not asked here: they see all rows.
         """
         count = len(self.tokens) + len(walked)
-        newest = [*self.tokens, *walked][-1]
+        newest = walked[-1] if walked else self.tokens[-1]
         criteria = self.request.criteria if not self.request.lockstep else None
         if criteria is not None and count not in self._ended_at:
             self._ended_at[count] = criteria.on_row(self.index, self.ids(walked))
         return newest in self.eos_token_ids or count >= self.max_new_tokens or self._ended_at.get(count, False)
 
     def end(self) -> None:
-        """The answer is complete, or given up."""
+        """Note that the answer is complete, or given up, and free what it held."""
         if not self.finished and self.noise is not None:
             self.noise.close(len(self.tokens))
         self.finished = True
@@ -215,7 +221,7 @@ class Row:
         )
 
     def extend(self, tokens: Sequence[int]) -> list[int]:
-        """Append tokens up to and including the one that ends the answer; those that were appended."""
+        """Append tokens up to and including the one that ends the answer; returns those that were appended."""
         taken: list[int] = []
         for token in tokens:
             self.tokens.append(token)
@@ -231,7 +237,7 @@ class Row:
 
 
 def extend_all(rows: Sequence[Row], tokens: Sequence[list[int]]) -> list[list[int]]:
-    """Give rows their new tokens, those of a request in lockstep position by position; what each took of them."""
+    """Give rows their new tokens, those of a request in lockstep position by position; returns what each took of them."""
     taken: list[list[int]] = [[] for _ in rows]
     together: dict[int, tuple[Request, list[int]]] = {}
     for index, row in enumerate(rows):

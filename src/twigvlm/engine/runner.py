@@ -27,12 +27,12 @@ from twigvlm.twig.block import Twig
 
 
 class Step(NamedTuple):
-    """What a step brought each row."""
+    """What a step added to each row."""
 
     tokens: list[list[int]]
-    """Accepted drafted tokens, and one of the base's own."""
+    """Accepted drafted tokens of each row, and one token that the base chose."""
     drafted: list[int]
-    """Tokens that were drafted."""
+    """Number of tokens that were drafted for each row."""
 
 
 class Runner:
@@ -42,7 +42,7 @@ class Runner:
         base: the base.
         twig: its twig.
         speculation: how to draft.
-        costs: of this machine, which `auto` needs.
+        costs: costs of this machine, which `auto` needs.
         reserve: tokens that the cache has room for beyond what first filled it.
         static: whether passes have shapes that do not depend on what was drafted, so that a step reads from the device only once;
             None: where the base is not on the CPU.
@@ -65,13 +65,13 @@ class Runner:
         self.chooser = Chooser([], base.device)
 
     def prefill(self, rows: Sequence[Row]) -> Step:
-        """Prompts through trunk and twig, the cut, and the other layers, each with the tokens that are left (§3.3).
+        """Take prompts through trunk and twig, the cut, and the other layers, each with the tokens that are left (§3.3).
 
         Where the policy drafts behind prompts, and no later cut ranks by a prompt's last token, a chain is drafted from that
         token and verified in the same pass, which saves one of each answer.
 
         Raises:
-            TwigVLMError: the base, a scorer or a processor refuses the prompts. No row has been taken up then.
+            TwigVLMError: the base, a pruner or a processor refuses the prompts. After any error no row has been taken up.
         """
         cache = self.batch.cache
         claimed = cache.claim(len(rows))
@@ -162,7 +162,7 @@ class Runner:
         return RowState(newest, torch.zeros_like(newest), limit, position, length, eos, ids)
 
     def draft(self) -> Draft:
-        """The drafts of all rows, by the engine's policy."""
+        """The drafts of all rows, by the engine's policy: the first halves of Algorithms 1 and 2."""
         furthest = max(row.next_position + len(row.tokens) for row in self.rows) + self.policy.depth
         return draft(self.batch, self.policy, self._rescore(self.chooser), furthest, self.static)
 
@@ -171,7 +171,12 @@ class Runner:
         return lambda logits, depths, deepest: chooser.rescore(logits, depths, deepest, ids)
 
     def verify(self, draft: Draft) -> Step:
-        """Layers K+1..L on all drafts in one pass; of each row the longest path that the base agrees with stays in the caches."""
+        """Run layers K+1..L on all drafts in one pass. Of each row, the longest path that the base agrees with stays in the cache
+        (Algorithms 1 and 2, second half).
+
+        Raises:
+            TwigVLMError: there is no token to draw, or a processor refuses to choose. The cache holds half a step then.
+        """
         base, batch, trunk = self.base, self.batch, self.twig.config.trunk_layers
         self._look_again(draft)
         view = batch.cache.view(batch.rows)

@@ -14,7 +14,7 @@ _NOTHING = -1  # in place of a token where there is none to draw
 
 
 def check_drawn(newest: Iterable[int]) -> None:
-    """Raise TwigVLMError if one of the newest tokens is none."""
+    """Raise TwigVLMError if one of the newest token ids stands for no token, because there was none to draw."""
     if _NOTHING in newest:
         raise TwigVLMError(
             "do_sample: there is no token to draw, since all scores are -inf, or one is nan or inf; load the base in bfloat16 or "
@@ -27,6 +27,10 @@ class Chooser:
 
     Rows of one request are chosen for together. Greedy choices, and sampling with processors that look at scores alone, run on
     the device; a request with processors that look at ids is a slower lane, which reads what has been walked.
+
+    Args:
+        rows: rows of the batch.
+        device: device of their logits.
     """
 
     def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
@@ -47,6 +51,9 @@ class Chooser:
 
         Plain greedy choices are made all at once. Otherwise one is made when it is asked for: along the accepted path
         processors see the ids that plain generation would show them, so those with a memory work too.
+
+        Raises:
+            TwigVLMError: while the choices are made, processors leave a sampled row no token.
         """
         if self.plain:
             greedy = logits.argmax(dim=-1)
@@ -66,6 +73,10 @@ class Chooser:
         """Which rows of a walk continue. Rows in lockstep stop together.
 
         Objects of the caller are never asked what follows the end of an answer; plain generation does not ask that either.
+
+        Args:
+            walked: tokens chosen so far in this walk.
+            walking: rows that could continue.
         """
         for lane in self.lanes:
             if not (lane.coupled or lane.asks):
@@ -104,7 +115,10 @@ class Chooser:
 
 
 class _Lane:
-    """Rows of one request, at these indices of the batch."""
+    """Rows of one request, at these indices of the batch.
+
+    `coupled`: they advance together. `asks`: processors look at ids, and so are asked along the accepted path only.
+    """
 
     def __init__(self, request: Request, rows: Sequence[Row], index: Int[Tensor, " rows"]) -> None:
         self.request, self.rows, self.index = request, rows, index
@@ -117,8 +131,7 @@ class _Lane:
         scores = scores.float()
         processors = self.request.processors
         if processors is not None:
-            process = self._on_ids if processors.needs_ids else lambda scores, *_: processors.on_scores(scores)
-            scores = process(scores, walked, walking, processors)
+            scores = self._on_ids(scores, walked, walking, processors) if self.asks else processors.on_scores(scores)
         if self.rows[0].noise is not None:
             if self.asks and not bool(scores.amax(dim=-1).isfinite().all()):
                 raise TwigVLMError(

@@ -40,10 +40,14 @@ def run_accuracy(
         advance: called with each record.
 
     Returns:
-        The records, in the order of the questions: `id`, `kind`, `answer` (the right one) and, for each variant, `kept` (R),
-        `average` (R̄), `ran` (visual tokens that ran again after refocusing), `looks` (how often tokens were chosen again; None
-        without refocusing), `steps` (of decoding), `given` (the variant's answer) and `score` (see `score`). A question that
-        failed has `id`, `kind` and `failed`, the reason.
+        The records, in the order of the questions: the fields of `one_by_one`, `answer` (the right one) and, for each variant,
+        `kept` (R), `average` (R̄), `ran` (visual tokens that ran again after refocusing), `looks` (how often tokens were chosen
+        again; None without refocusing), `steps` (of decoding), `given` (the variant's answer) and `score` (see `score`). A
+        question that failed has `failed`, the reason, instead of these.
+
+    Raises:
+        TwigVLMError: the first question with inputs cannot be answered, for example because a budget is impossible; the message
+            names the methods.
     """
     namer = Namer(questions.vocabulary)
 
@@ -73,7 +77,13 @@ def run_accuracy(
 
 def score(question: Question, text: str, namer: Namer) -> int | list[int]:
     """Score an answer: 1 if it is right, otherwise 0; a description gets a list of five counts, of objects found, present and
-    named, and of texts quoted and present."""
+    named, and of texts quoted and present.
+
+    Args:
+        question: the question.
+        text: the answer.
+        namer: finds the objects that a description names.
+    """
     if question.objects is None:
         return int(exact_match(text, question.answer))
     read = sum(quoted(written, text) for written in question.texts)

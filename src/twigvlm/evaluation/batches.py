@@ -63,7 +63,15 @@ def run_batches(
     """Answer all prompts in batches of every size by every system, in an order that changes from turn to turn.
 
     Batches that the log has already are not measured again. Every system answers each batch once to measure its memory, and the
-    first batch of each size once more to warm up, before times count. Arguments as in `run_speed`.
+    first batch of each size once more to warm up, before times count.
+
+    Args:
+        sizes: numbers of rows of a batch, each of which divides the number of questions.
+        systems: from `batch_systems`.
+        inputs_of: prepares several questions as a batch.
+        repeats: number of measurements of each system on each batch.
+
+    The other arguments are those of `run_speed`.
 
     Returns:
         The records: `id`, `size` and, for each system, `runs`: new `tokens` of each row, end token included, `scores` of its

@@ -10,6 +10,7 @@ class Benchmark:
     """How the score of an lmms-eval task is shown."""
 
     column: str
+    """Heading of its column."""
     metrics: tuple[str, ...] = ("exact_match",)
     """The task's metrics whose sum is the score."""
     scale: float = 100.0

@@ -26,7 +26,9 @@ class Combination:
     """A way to prune under one budget, and a way to draft."""
 
     variant: Variant
+    """How to prune, and the budget."""
     speculate: str = "none"
+    """How to draft, as in `TwigVLM.generate`."""
     hf: bool = False
     """Whether the base's own `generate` is timed instead of TwigVLM's."""
 
@@ -52,7 +54,13 @@ BASE, LOOP = Combination(NONE, hf=True), Combination(NONE)
 
 
 def make_combinations(variants: Sequence[Variant], ways: Sequence[str], timed: bool = True) -> list[Combination]:
-    """The base, every variant with every way to draft and, if answers are timed, `LOOP`."""
+    """The base, every variant with every way to draft and, if answers are timed, `LOOP`.
+
+    Args:
+        variants: from `make_variants`.
+        ways: ways to draft, as in `TwigVLM.generate`.
+        timed: whether answers are timed.
+    """
     every = [Combination(variant, way) for variant in variants for way in ways]
     return list(dict.fromkeys([BASE, LOOP, *every] if timed else [BASE, *(one for one in every if one != LOOP)]))
 
@@ -93,6 +101,12 @@ def checked_inputs(
     model: TwigVLM, variants: Sequence[Variant], questions: Sequence[Question], inputs_of: InputsOf
 ) -> Callable[..., dict[str, Any]]:
     """A function that prepares questions, and fails for prompts that cannot have the budget of every variant.
+
+    Args:
+        model: the model that answers.
+        variants: from `make_variants`.
+        questions: all questions.
+        inputs_of: prepares questions.
 
     Raises:
         TwigVLMError: the first question with inputs cannot have a budget; the message names every such method.
@@ -139,6 +153,7 @@ class Line:
     """One combination in the table. Lengths of answers without a question are missing."""
 
     combination: Combination
+    """What was compared."""
     average: float
     """R̄, mean over questions."""
     quality: dict[str, Accuracy]

@@ -5,7 +5,7 @@ from math import isnan
 
 from twigvlm.evaluation.compare import BASE, LENGTHS, Line, Times
 from twigvlm.evaluation.published import published
-from twigvlm.evaluation.report import percent, quality_cell, span, table
+from twigvlm.evaluation.report import number, percent, quality_cell, span, table
 from twigvlm.evaluation.summary import Accuracy
 
 _DASH = "–"
@@ -29,7 +29,7 @@ def comparison_sections(lines: Sequence[Line], pruning_head: bool, figure: str |
     names.insert(names.index(f"{lengths[0]}: RelAcc, %") + 1, "published, %")
     columns["published, %"] = lambda line: published(line.combination.variant, pruning_head) or _DASH
     if any(not isnan(line.peak) for line in lines):
-        columns["peak, MiB"] = lambda line: _number(line.peak / 2**20, 0)
+        columns["peak, MiB"] = lambda line: number(line.peak / 2**20, 0)
         names.append("peak, MiB")
     rows = [[columns[name](line) for name in names] for line in lines]
     sections = ["## Comparison", _explained(lines, lengths), table(names, rows)]
@@ -76,7 +76,7 @@ def _columns(length: str, again: bool, timed: bool) -> dict[str, Callable[[Line]
             f"{length}: tokens/s": lambda line: f"{times(line).speed.speed:.1f}",
             f"{length}: speed ratio": lambda line: f"{times(line).relative:.2f}{span(times(line).interval, 1, 2)}",
             f"{length}: prefill, decode ratios": lambda line: (
-                f"{_number(times(line).prefill, 2)}, {_number(times(line).decode, 2)}"
+                f"{number(times(line).prefill, 2)}, {number(times(line).decode, 2)}"
             ),
         }
     return columns
@@ -118,10 +118,10 @@ def _timed_sections(lines: Sequence[Line], length: str) -> list[str]:
                 _asked(line),
                 quality_cell(speed),
                 f"{speed.tokens:.1f}",
-                _number(1000 * speed.prefill, 1),
-                _number(1000 * per_token, 2),
+                number(1000 * speed.prefill, 1),
+                number(1000 * per_token, 2),
                 percent(speed.acceptance),
-                _number(speed.accepted_length, 2),
+                number(speed.accepted_length, 2),
                 _DASH if times.different is None else str(times.different),
             ]
         )
@@ -139,7 +139,3 @@ def _timed_sections(lines: Sequence[Line], length: str) -> list[str]:
 def _again(one: Accuracy) -> str:
     """Visual tokens chosen again, and the share of the steps in which that happened, if known."""
     return f"{one.ran:.0f}" + ("" if isnan(one.again) else f", {percent(one.again)} % of steps")
-
-
-def _number(value: float, digits: int) -> str:
-    return _DASH if isnan(value) else f"{value:.{digits}f}"

@@ -65,6 +65,9 @@ def run_exactness(
     Args:
         base: the base, without a twig.
         grow: makes the TwigVLM of the base with its twig.
+        questions: the questions.
+        inputs_of: prepares a question.
+        results_log: log that gets the records.
         retain: R̄ of the pruned checks.
         checks: from `choose_checks`.
         max_new_tokens: longest short answer, in tokens.
@@ -74,7 +77,11 @@ def run_exactness(
 
     Returns:
         The records, in the order of the questions: `id`, `kind`, `tokens` (length of the base's answer or, if no check needs it,
-        of the answer without speculation), and for each check `same`. A question that failed has `id`, `kind` and `failed`.
+        of the answer without speculation), and for each check `same`. A question that failed has `failed`, the reason,
+        instead of these.
+
+    Raises:
+        TwigVLMError: the method cannot prune this base, or the first question with inputs cannot be checked.
     """
     before = {}
     for item in one_by_one(questions):

@@ -110,7 +110,16 @@ def undrawn(base: Iterable[Accuracy]) -> str | None:
 
 
 def draw_accuracy(accuracies: Sequence[Accuracy], variants: Sequence[Variant], path: Path) -> None:
-    """Draw RelAcc in percent over R̄ with its interval, a line per method, K_f and φ; PNG or SVG by the ending of `path`."""
+    """Draw RelAcc in percent over R̄ with its interval, a line per method, K_f and φ.
+
+    Args:
+        accuracies: figures of all variants, the one without pruning among them.
+        variants: the variants.
+        path: file to write, PNG or SVG by its ending.
+
+    Raises:
+        TwigVLMError: matplotlib is missing.
+    """
     figures = {one.name: one for one in accuracies}
     figure = figure_class()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -128,7 +137,7 @@ def draw_accuracy(accuracies: Sequence[Accuracy], variants: Sequence[Variant], p
         )
         label = f"{method}, K_f {final_wipe}, φ {share:g}" if several and final_wipe is not None else method
         axes.errorbar(
-            [variant.retain or 0.0 for variant in members],
+            [one.average for one in points],
             middle,
             yerr=error,
             linestyle=style,
@@ -181,7 +190,11 @@ def draw_comparison(lines: Sequence[Line], path: Path) -> None:
         for axes in row:
             axes.axhline(100, color="grey", linewidth=0.8)
             axes.grid(alpha=0.3)
-    figure.legend(*panels[0][-1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    # A panel without times, or without lines that differ in their drafts alone, has fewer entries than others.
+    legends = [axes.get_legend_handles_labels() for axes in panels.flat]
+    entries = {label: handle for handles, labels in legends for handle, label in zip(handles, labels, strict=True)}
+    shown = [label for label in groups if label in entries]
+    figure.legend([entries[label] for label in shown], shown, loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=150)
 
 

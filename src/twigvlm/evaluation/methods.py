@@ -23,6 +23,7 @@ class Method:
     """A way to prune, as `parse_method` reads it from its name."""
 
     name: str
+    """The name that it was read from."""
     ranking: Ranking
     """What ranks the visual tokens at the twig's cuts. none: nothing is pruned. published: a method of `METHODS`, with its own
     cuts."""

@@ -64,11 +64,10 @@ def bootstrap_interval(
     statistic: Callable[..., float],
     *columns: Sequence[float] | Column,
     groups: Sequence[object] | None = None,
-    level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic of samples (Efron's bootstrap).
+    """The 95 % percentile interval of a statistic of samples (Efron's bootstrap).
 
     Each resample takes the same drawn samples from every column, so that values measured on one sample stay together, and the
     interval of a ratio is a paired one. Samples of one group, such as questions about one picture, are drawn together.
@@ -77,12 +76,11 @@ def bootstrap_interval(
         statistic: function of the columns.
         columns: columns of equal length, one entry per sample.
         groups: the group of each sample; None: each sample is a group of its own.
-        level: probability that the interval covers the true value.
         resamples: number of resamples.
         seed: seed of the random draws.
 
     Returns:
-        (low, high). Both are nan if there are fewer than `FEWEST` groups, or if the statistic is nan in (1 - level) / 2 of the
+        (low, high). Both are nan if there are fewer than `FEWEST` groups, or if the statistic is nan in 2.5 % of the
         resamples or more: a nan could lie anywhere, so it counts as a value above the interval.
     """
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
@@ -103,10 +101,10 @@ def bootstrap_interval(
         drawn = rng.integers(len(members), size=len(members))
         rows = [row for group in drawn.tolist() for row in members[group]]
         values.append(statistic(*(array[rows] for array in arrays)))
-    tail, undefined = (1 - level) / 2, np.isnan(values)
-    if undefined.mean() >= tail - 1e-9:
+    undefined = np.isnan(values)
+    if undefined.mean() >= 0.025 - 1e-9:
         return float("nan"), float("nan")
-    low, high = np.quantile(np.where(undefined, np.inf, values), (tail, 1 - tail))
+    low, high = np.quantile(np.where(undefined, np.inf, values), (0.025, 0.975))
     return float(low), float(high)
 
 

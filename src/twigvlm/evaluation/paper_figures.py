@@ -96,7 +96,9 @@ class Seen(NamedTuple):
     """A picture with a question, and the scores of its patches by several rankings."""
 
     image: Image.Image
+    """The picture."""
     question: str
+    """The text of the question."""
     maps: Mapping[str, Float[Tensor, "rows columns"]]
     """Scores [rows, columns] by title; all pictures of a figure have the same titles."""
     box: tuple[int, int, int, int] | None
@@ -104,7 +106,12 @@ class Seen(NamedTuple):
 
 
 def draw_maps(seen: Sequence[Seen], path: Path) -> None:
-    """Draw pictures and the scores of their patches side by side, a row per question (Fig. 5 and 8)."""
+    """Draw pictures and the scores of their patches side by side, a row per question (Fig. 5 and 8).
+
+    Args:
+        seen: questions with the scores of their patches; at least one.
+        path: path of the picture.
+    """
     columns = 1 + len(seen[0].maps)
     figure = figure_class()(figsize=(3 * columns, 3.2 * len(seen)), layout="constrained")
     for row, one in zip(figure.subplots(len(seen), columns, squeeze=False), seen, strict=True):
@@ -125,18 +132,21 @@ class Drafted(NamedTuple):
     """An answer, token by token."""
 
     question: str
+    """The text of the question."""
     pieces: Sequence[str]
+    """The text that each token adds, from `token_origins.pieces`."""
     origins: Sequence[Origin]
+    """Where each token came from, from `token_origins.origins`."""
 
 
-def draw_drafts(answers: Sequence[Drafted], width: int = 1000, size: int = 18) -> Image.Image:
+def draw_drafts(answers: Sequence[Drafted], width: int = 1000) -> Image.Image:
     """Draw answers with drafted tokens in green and the base's own in orange (Fig. 9).
 
     Args:
         answers: answers with the text that each token adds.
         width: width of the picture, in pixels.
-        size: size of the letters, in pixels.
     """
+    size = 18  # of the letters, in pixels
     font, line, margin = ImageFont.load_default(size), round(1.7 * size), size
     boxes: list[tuple[float, int, str, tuple[int, int, int] | None]] = []
     top = margin

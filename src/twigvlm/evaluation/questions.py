@@ -18,10 +18,13 @@ class Question:
     """One question about one picture."""
 
     id: str
+    """Its id, which no other question of the file has."""
     image: Path | str
     """Path of the picture, or a data URI."""
     prompt: str
+    """The text of the question."""
     answer: str
+    """The right answer; for a description, one of many."""
     kind: str
     """Kind of question; results are broken down by it."""
     held_out: bool = False
@@ -60,6 +63,7 @@ class Questions:
     """A file of questions."""
 
     items: tuple[Question, ...]
+    """The questions, in the order of the file."""
     split: str
     """Name of the split of the data, according to the file; empty if it does not say."""
     vocabulary: Mapping[str, tuple[str, ...]]
@@ -100,7 +104,9 @@ def load_questions(path: Path) -> Questions:
         record = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise TwigVLMError(f"{name}: no such file; give a JSON file of questions") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise TwigVLMError(f"{name}: cannot be read ({error.strerror}); give a JSON file of questions") from None
+    except ValueError as error:
         raise TwigVLMError(f"{name}: not readable as JSON ({error}); fix it or export it again") from None
     rows = record.get("questions") if isinstance(record, dict) else None
     if not isinstance(rows, list) or not rows:
@@ -122,6 +128,14 @@ def _vocabulary(value: Any, name: str) -> dict[str, tuple[str, ...]]:
     )
     if not good:
         raise TwigVLMError(f"{name}: 'vocabulary' must map each name to a list of the words that count as it")
+    owners: dict[str, str] = {}
+    for key, forms in value.items():
+        for form in forms:
+            other = owners.setdefault(form.lower(), key)
+            if other != key:
+                raise TwigVLMError(
+                    f"{name}: in the vocabulary {form!r} counts as both {other!r} and {key!r}; leave it to one of them"
+                )
     return {key: tuple(forms) for key, forms in value.items()}
 
 

@@ -60,10 +60,10 @@ class Run:
     @property
     def method(self) -> str:
         """The pruning method with the name of its twig, and the way to draft, as text."""
-        pruned = self.settings.get("method", "twig" if "retain" in self.settings else "none")
+        method, speculate = (_plain(self.settings.get(name, "none")) for name in ("method", "speculate"))
+        pruned = "twig" if method == "none" and self.budget else method
         if "twig" in self.settings:
             pruned += f" ({Path(self.settings['twig']).name})"
-        speculate = self.settings.get("speculate", "none")
         return pruned if speculate == "none" else f"{pruned}, {speculate}"
 
     @property

@@ -12,7 +12,6 @@ from twigvlm.evaluation.summary import (
     Quality,
     compare_batches,
     compare_speeds,
-    exactness_counts,
     faster,
 )
 from twigvlm.evaluation.systems import System
@@ -31,9 +30,14 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").splitlines())
 
 
+def number(value: float, digits: int) -> str:
+    """A number with this many decimal places; a dash for nan."""
+    return "–" if isnan(value) else f"{value:.{digits}f}"
+
+
 def percent(share: float) -> str:
     """A share from 0 to 1 in percent; a dash for nan."""
-    return "–" if isnan(share) else f"{100 * share:.1f}"
+    return number(100 * share, 1)
 
 
 def span(interval: Interval, scale: float = 100.0, digits: int = 1) -> str:
@@ -148,10 +152,6 @@ def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list
     baselines = [one.name for one in systems if one.is_baseline] or [systems[0].name]
     baseline = faster(records, baselines)
     figures = compare_speeds(records, baseline, {one.name: one.same_as for one in systems})
-
-    def ms(seconds: float) -> str:
-        return "–" if isnan(seconds) else f"{1000 * seconds:.1f}"
-
     rows = [
         [
             f"**{one.name}** (baseline)" if one.name == baseline else one.name,
@@ -160,9 +160,9 @@ def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list
             f"{one.relative:.2f}{span(one.interval, 1, 2)}",
             quality_cell(one),
             f"{one.relative_prefill:.2f}",
-            *(ms(part) for part in (one.prefill, one.decode, one.draft, one.verify)),
+            *(number(1000 * seconds, 1) for seconds in (one.prefill, one.decode, one.draft, one.verify)),
             percent(one.acceptance),
-            "–" if isnan(one.accepted_length) else f"{one.accepted_length:.2f}",
+            number(one.accepted_length, 2),
             "–" if one.different is None else str(one.different),
         ]
         for one in figures
@@ -172,7 +172,7 @@ def speed_sections(records: Sequence[Record], systems: Sequence[System]) -> list
     repeats, refocusing = len(records[0]["runs"][baseline]["total"]), ""
     if any(not isnan(one.ran) for one in figures):
         head += ["chosen again", "in steps, %"]
-        cells = [["–" if isnan(one.ran) else f"{one.ran:.0f}", percent(one.again)] for one in figures]
+        cells = [[number(one.ran, 0), percent(one.again)] for one in figures]
         rows = [row + more for row, more in zip(rows, cells, strict=True)]
         refocusing = (
             " Chosen again: visual tokens that ran through the pruned layers while an answer grew, mean per answer, and the "
@@ -220,9 +220,11 @@ def batch_sections(records: Sequence[Record], systems: Sequence[System]) -> list
 
 def exactness_sections(records: Sequence[Record]) -> list[str]:
     """A section with the number of prompts that passed each check."""
-    counts = exactness_counts(records)
-    rows = [[CHECKS[check], f"{passed} of {len(records)}"] for check, (passed, _) in counts.items()]
-    failed = [f"- {CHECKS[check]}: {', '.join(ids)}" for check, (_, ids) in counts.items() if ids]
+    different = {
+        check: [record["id"] for record in records if not record["same"][check]] for check in records[0]["same"]
+    }
+    rows = [[CHECKS[check], f"{len(records) - len(ids)} of {len(records)}"] for check, ids in different.items()]
+    failed = [f"- {CHECKS[check]}: {', '.join(ids)}" for check, ids in different.items() if ids]
     tokens = sum(record["tokens"] for record in records)
     text = f"{len(records)} prompts, answers of {tokens} tokens in all, compared token for token."
     return [

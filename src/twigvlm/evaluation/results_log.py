@@ -7,6 +7,7 @@ records, the last one counts.
 
 import json
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,35 +54,59 @@ def read_records(path: Path) -> list[Record]:
 class ResultsLog:
     """A file to which records are appended, and from which a continued run reads them.
 
+    While the object exists, no other process can open the file as a `ResultsLog`: two runs would measure the same questions, and
+    disturb each other's times. Windows and file systems without locks do not prevent it.
+
     Args:
         path: the file, which is created if it does not exist.
         settings: settings that the results depend on, JSON-able.
 
     Raises:
-        TwigVLMError: the file holds results of other settings, or no results at all. Settings without any record are replaced.
+        TwigVLMError: the file holds results of other settings, or no results at all, cannot be opened, or is in use by another
+            process. Settings without any record are replaced.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.settings = json.loads(json.dumps(settings))
         self.records: dict[str, Record] = {}
-        head = {"settings": self.settings}
         try:
-            data = path.read_bytes() if path.exists() else b""
-            complete = data.rfind(b"\n") + 1
-            if complete:
-                self._load(data[:complete])
-                if not self.records:
-                    self._write("wb", head)  # a run that ended before any result may have had other settings
-                elif complete < len(data):  # a run was stopped while it wrote
-                    os.truncate(path, complete)
-            elif _line(head).startswith(data):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._write("wb", head)
-            else:
-                raise self._foreign()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # It is opened once: by closing another descriptor of the file, the process would lose its lock.
+            self._file = path.open("a+b", buffering=0)
+            weakref.finalize(self, self._file.close)
+            self._lock()
+            self._read()
         except OSError as error:
             raise TwigVLMError(f"{path}: {error.strerror}; choose another output directory") from None
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # on Windows
+            return
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise TwigVLMError(
+                f"{self.path}: another run is writing there; wait until it ends, or choose another output directory"
+            ) from None
+        except OSError:  # the file system has no locks
+            pass
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        data, head = self._file.readall(), {"settings": self.settings}
+        complete = data.rfind(b"\n") + 1
+        if complete:
+            self._load(data[:complete])
+        elif not _line(head).startswith(data):
+            raise self._foreign()
+        # A run that was stopped while it wrote leaves a part of a line; one that ended before any result may have had other
+        # settings.
+        self._file.truncate(complete if self.records else 0)
+        if not self.records:
+            self._write(head)
 
     def _load(self, data: bytes) -> None:
         try:
@@ -106,12 +131,12 @@ class ResultsLog:
         """Append a record, which is on disk when this returns. Returns it in the form in which it will be read again."""
         stored: Record = json.loads(json.dumps(record))
         if self.records.get(str(record["id"])) != stored:  # a question may fail again, for the same reason
-            self._write("ab", record)
+            self._write(record)
             self.records[str(record["id"])] = stored
         return stored
 
-    def _write(self, mode: str, line: Mapping[str, Any]) -> None:
-        with self.path.open(mode) as file:
+    def _write(self, line: Mapping[str, Any]) -> None:
+        with open(self._file.fileno(), "ab", closefd=False) as file:
             file.write(_line(line))
             file.flush()
             os.fsync(file.fileno())

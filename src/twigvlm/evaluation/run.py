@@ -14,9 +14,10 @@ class Item(NamedTuple):
     about: Record
     """First fields of the record, among them `id`."""
     questions: Sequence[Question]
+    """The question, or those that are asked together."""
 
     def limit(self, max_new_tokens: int, max_description_tokens: int) -> int:
-        """Length of the longest answer, in tokens."""
+        """Length of the longest answer, in tokens; arguments as of `Question.limit`."""
         return max(question.limit(max_new_tokens, max_description_tokens) for question in self.questions)
 
 

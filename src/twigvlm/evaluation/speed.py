@@ -34,6 +34,10 @@ def in_turn(systems: Sequence[System], turn: int) -> list[System]:
 
     If the order were only rotated, each system would always follow the same one, whose effect on the machine's caches would be
     part of its times.
+
+    Args:
+        systems: the systems.
+        turn: number of the turn, the seed of its order.
     """
     return random.Random(turn).sample(systems, len(systems))
 
@@ -74,12 +78,19 @@ class Measurement:
     """One timed answer. Times are in seconds."""
 
     ids: list[int]
+    """New token ids, the end token included."""
     prefill: float
+    """From the call of `generate`, vision included, to the first new token."""
     total: float
+    """From the call of `generate` to its return."""
     draft: float | None
+    """Part of the decoding that drafts, as in `Timings`; None for the base's own `generate`."""
     verify: float | None
+    """Part of the decoding that verifies, as in `Timings`; None for the base's own `generate`."""
     drafted: list[int]
+    """Drafted tokens of each step, the prefill first; empty for the base's own `generate` without speculation."""
     accepted: list[int]
+    """Accepted tokens of the same steps."""
     looks: list[tuple[int, int]] | None
     """(number of new tokens before, number of visual tokens that ran again) for each time refocusing chose visual tokens again;
     None: the system does not refocus."""
@@ -113,11 +124,22 @@ class FirstToken(BaseStreamer):
 
 @contextmanager
 def attention_of(model: Any, implementation: str | None) -> Iterator[None]:
-    """Use another attention implementation of a Hugging Face model while the block runs; None: leave it unchanged."""
-    before = compat.attention_implementation(model.config.get_text_config())
-    if implementation in (None, before):
+    """Use another attention implementation in all parts of a Hugging Face model while the block runs.
+
+    Args:
+        model: a Hugging Face model.
+        implementation: the attention implementation; None, or that of its language model: nothing is changed.
+
+    Raises:
+        TwigVLMError: the model does not have it, or a package that it needs is missing.
+    """
+    config = model.config
+    if implementation in (None, compat.attention_implementation(config.get_text_config())):
         yield
         return
+    parts = {"": config, **{name: getattr(config, name) for name in config.sub_configs}}
+    # The vision tower's may be another one than the language model's.
+    before = {name: compat.attention_implementation(part) for name, part in parts.items() if part is not None}
     try:
         model.set_attn_implementation(implementation)
     except (ValueError, ImportError) as error:
@@ -132,6 +154,10 @@ def attention_of(model: Any, implementation: str | None) -> Iterator[None]:
 
 def check_attentions(model: Any, implementations: Iterable[str | None]) -> None:
     """Check, before anything is measured, that a Hugging Face model has these attention implementations.
+
+    Args:
+        model: a Hugging Face model.
+        implementations: names of attention implementations; None among them counts as available.
 
     Raises:
         TwigVLMError: one of them is not available.
@@ -189,7 +215,10 @@ def measure(
 def peak_of(
     model: TwigVLM, inputs: dict[str, Any], system: System, max_new_tokens: int, assistant: Any = None
 ) -> int | None:
-    """Peak memory in bytes while a system answers, weights included; None where the machine does not report it."""
+    """Peak memory in bytes while a system answers, weights included; None where the machine does not report it.
+
+    Arguments and errors are those of `measure`.
+    """
     peak_memory.reset_peak(model.model.device)
     measure(model, inputs, system, max_new_tokens, assistant)
     return peak_memory.peak(model.model.device)
@@ -228,10 +257,13 @@ def run_speed(
         assistant: Hugging Face model that drafts, for systems that use one.
 
     Returns:
-        The records, in the order of the questions: `id`, `kind` and, for each system, `runs`: `ids`, `text`, `score`, drafted and
-        accepted lengths of each step, `looks` (as in `Measurement`), lists of seconds with one entry per repeat (`prefill`,
-        `total`, `draft`, `verify`), and with `memory` the `peak` in bytes. A question that failed has `id`, `kind` and `failed`,
-        the reason.
+        The records, in the order of the questions: the fields of `one_by_one` and, for each system, `runs`: `ids`, `text`,
+        `score`, drafted and accepted lengths of each step, `looks` (as in `Measurement`), lists of seconds with one entry per
+        repeat (`prefill`, `total`, `draft`, `verify`), and with `memory` the `peak` in bytes. Of several repeats, all but the
+        seconds are those of the first. A question that failed has `failed`, the reason, instead of `runs`.
+
+    Raises:
+        TwigVLMError: the first question with inputs cannot be measured.
     """
     taken = alternating(systems, repeats, partial(measure, model, assistant=assistant))
     namer = Namer(questions.vocabulary)

@@ -52,6 +52,7 @@ class Accuracy(Quality):
     """Figures of one variant on all questions."""
 
     name: str
+    """Name of the variant."""
     kept: float
     """R, mean over questions."""
     average: float
@@ -107,6 +108,7 @@ class Speed(Quality):
     """Figures of one system on all prompts. Times are in seconds: medians over repeats, averaged over prompts."""
 
     name: str
+    """Name of the system."""
     tokens: float
     """New tokens of an answer, mean over prompts."""
     speed: float
@@ -116,9 +118,13 @@ class Speed(Quality):
     interval: Interval
     """95 % interval of RelSpd, by a paired bootstrap over pictures."""
     prefill: float
+    """Time to the first token, vision included."""
     decode: float
+    """Time of all further tokens."""
     draft: float
+    """Part of `decode` that drafts; nan for the base's own `generate`."""
     verify: float
+    """Part of `decode` that verifies; nan for the base's own `generate`."""
     relative_prefill: float
     """Prefill time of the baseline divided by this system's: above 1 is faster."""
     acceptance: float
@@ -135,7 +141,12 @@ class Speed(Quality):
 
 
 def faster(records: Sequence[Record], names: Sequence[str]) -> str:
-    """Name of the baseline with the highest mean speed."""
+    """Name of the baseline with the highest mean speed.
+
+    Args:
+        records: records of `run_speed`.
+        names: names of the baselines.
+    """
     return max(names, key=lambda name: _mean(_speeds(records, name)))
 
 
@@ -192,7 +203,9 @@ class BatchSpeed(Quality):
     """Figures of one system at one batch size."""
 
     name: str
+    """Name of the system."""
     size: int
+    """Number of rows of a batch."""
     speed: float
     """New tokens per second of all rows together: all tokens divided by the sum of the batches' median times."""
     relative: float
@@ -200,6 +213,7 @@ class BatchSpeed(Quality):
     peak: float
     """Peak memory over all batches in bytes; nan where the machine does not report it."""
     is_baseline: bool
+    """Whether it is the fastest baseline at this size."""
 
 
 def compare_batches(records: Sequence[Record], baselines: Sequence[str]) -> list[BatchSpeed]:
@@ -276,14 +290,3 @@ def _share_again(looks: Sequence[int | None], steps: Sequence[int]) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
-
-
-def exactness_counts(records: Sequence[Record]) -> dict[str, tuple[int, list[str]]]:
-    """For each check, the number of prompts that passed, and the ids of those that did not."""
-    return {
-        check: (
-            sum(record["same"][check] for record in records),
-            [record["id"] for record in records if not record["same"][check]],
-        )
-        for check in records[0]["same"]
-    }

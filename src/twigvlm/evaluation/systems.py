@@ -23,6 +23,7 @@ class System:
     """One way to generate."""
 
     name: str
+    """Name in reports and raw results."""
     attention: str | None = None
     """Attention implementation of the base's own `generate`; None: `TwigVLM.generate` answers."""
     options: dict[str, Any] = field(default_factory=dict)

@@ -207,6 +207,11 @@ def generate_options(model: TwigVLM, variant: Variant, seed: int = 0) -> dict[st
 def check_variants(model: TwigVLM, variants: Sequence[Variant], visual: int) -> None:
     """Refuse variants that are impossible for a prompt with `visual` visual tokens.
 
+    Args:
+        model: the model that answers.
+        variants: from `make_variants`.
+        visual: M.
+
     Raises:
         TwigVLMError: a variant is impossible; the message names every such method and its possible budgets.
     """

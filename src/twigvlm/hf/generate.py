@@ -1,7 +1,7 @@
 """Between Hugging Face's `generate`, which prepares and checks, and this library's decoding loop."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,7 +122,9 @@ class HFGenerateAdapter:
         self.vision = None  # it holds all that the tower computed
         stopping = split_criteria(stopping_criteria, input_ids, padding)
         noises = _noises(self.base, len(input_ids), generation_config, self.generator, self.alone)
-        lanes = split_processors(logits_processor, input_ids, padding, generation_config) if logits_processor else None
+        lanes = None
+        if logits_processor:
+            lanes = split_processors(logits_processor, input_ids, padding, generation_config, self.base.vocabulary)
         criteria = stopping if stopping.needs_ids else None
         request = Request(input_ids, padding, lanes, criteria, _pad_token(generation_config))
         self.config = generation_config
@@ -186,19 +188,22 @@ def with_stop_strings(kwargs: dict[str, Any], defaults: GenerationConfig) -> dic
         arguments.setdefault("use_cache", True)
     tokenizer, given = arguments.pop("tokenizer", None), arguments.get("generation_config")
     from_config = None if given is None else given.stop_strings
-    strings = from_config or defaults.stop_strings
-    if "stop_strings" in arguments:
-        strings = arguments["stop_strings"]  # None: none, whatever the configs say
-    if not strings:
-        return {**arguments, "stop_strings": None} if "stop_strings" in arguments else arguments
-    arguments.pop("stop_strings", None)
-    if tokenizer is None:
-        raise TwigVLMError("stop_strings: needs the tokenizer too; pass tokenizer=processor.tokenizer")
+    strings = defaults.stop_strings if from_config is None else from_config
+    if "stop_strings" in arguments or defaults.stop_strings is not None:
+        strings = arguments.get("stop_strings", strings)  # None: none, whatever the configs say
+        arguments["stop_strings"] = None  # an argument, because a config's None means the checkpoint's default
     if from_config is not None:
         arguments["generation_config"] = copy.deepcopy(given)
         arguments["generation_config"].stop_strings = None
-    if defaults.stop_strings is not None:
-        arguments["stop_strings"] = None  # an argument, because a config's None means the checkpoint's default
+    strings = [strings] if isinstance(strings, str) else strings
+    if not strings:
+        return arguments
+    if not isinstance(strings, Collection) or not all(isinstance(each, str) for each in strings):
+        raise TwigVLMError(f"stop_strings={strings!r}: must be a list of texts")
+    if tokenizer is None:
+        raise TwigVLMError("stop_strings: needs the tokenizer too; pass tokenizer=processor.tokenizer")
+    if not hasattr(tokenizer, "get_vocab"):
+        raise TwigVLMError(f"tokenizer: is {type(tokenizer).__name__}; pass tokenizer=processor.tokenizer")
     criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
     criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings))
     return {**arguments, "stopping_criteria": criteria}

@@ -12,7 +12,7 @@ at its own speed, and a row of a batch gets the answer that it gets alone. So th
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -23,7 +23,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import (
     ClassifierFreeGuidanceLogitsProcessor,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
     LogitsProcessorList,
+    NoBadWordsLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
@@ -125,6 +129,7 @@ def split_processors(
     input_ids: Int[Tensor, "batch tokens"],
     padding: Sequence[int],
     config: GenerationConfig,
+    vocabulary: int,
 ) -> Lanes:
     """Sort the processors that Hugging Face's `generate` prepared into lanes; their order is kept.
 
@@ -133,10 +138,14 @@ def split_processors(
         input_ids: padded prompts, one for each answer, on the device of the scores.
         padding: number of padding tokens on the left of each row.
         config: configuration of the call; says whether a least length counts the prompt's tokens.
+        vocabulary: number of tokens that have a score.
 
     Raises:
-        TwigVLMError: a processor that Hugging Face's `generate` cannot call, or one made for another number of rows.
+        TwigVLMError: a processor that Hugging Face's `generate` cannot call, or one made for another number of rows or for
+            tokens that have no score.
     """
+    for processor in processors:
+        _check_token_ids(processor, vocabulary)
     rows = [
         BatchRow(index, input_ids[index : index + 1], hidden, len(input_ids), config.min_new_tokens is not None)
         for index, hidden in enumerate(padding)
@@ -175,6 +184,29 @@ def _check_call(processor: Any, batch: int) -> None:
         negative = processor.unconditional_context["input_ids"]
         if negative is not None and len(negative) != batch:
             raise TwigVLMError(f"negative_prompt_ids: has {len(negative)} rows for {batch} answers; give one for each")
+
+
+def _biased(processor: Any) -> list[int]:
+    return [token for tokens in processor.sequence_bias for token in tokens]
+
+
+_TOKEN_IDS: dict[type, tuple[str, Callable[[Any], list[int]]]] = {
+    ForcedBOSTokenLogitsProcessor: ("forced_bos_token_id", lambda processor: [processor.bos_token_id]),
+    ForcedEOSTokenLogitsProcessor: ("forced_eos_token_id", lambda processor: processor.eos_token_id.flatten().tolist()),
+    NoBadWordsLogitsProcessor: ("bad_words_ids", _biased),
+    SequenceBiasLogitsProcessor: ("sequence_bias", _biased),
+}
+"""Options whose processors write to the scores of these token ids."""
+
+
+def _check_token_ids(processor: Any, vocabulary: int) -> None:
+    """Refuse token ids without a score, which would fail when the scores are there."""
+    name, ids_of = _TOKEN_IDS.get(type(processor), ("", lambda _: []))
+    largest = max(ids_of(processor), default=0)
+    if largest >= vocabulary:
+        raise TwigVLMError(
+            f"{name}: has the token id {largest}; give ids below {vocabulary}, the size of the vocabulary"
+        )
 
 
 def _as_in_generate(processors: LogitsProcessorList, ids: Tensor, scores: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from twigvlm.base.vlm import BaseVLM
 from twigvlm.config import PruningConfig
 from twigvlm.engine.row import Row
 from twigvlm.errors import TwigVLMError, is_refusal, one_line
-from twigvlm.hf.checks import check_arguments, check_memory, check_watched_layer
+from twigvlm.hf.checks import check_arguments, check_memory, check_watched_layer, is_of_prompt
 from twigvlm.hf.generate import HFGenerateAdapter, with_stop_strings
 from twigvlm.kv.prefix_cache import Pictures, PrefixCache
 from twigvlm.pruning.build import build_pruner
@@ -47,11 +47,13 @@ def rows_of(
         pictures: those of the prompt, where their digests are known; None: they are made of `kwargs`.
 
     Raises:
-        TwigVLMError: an option does not apply, or the base refuses the prompt.
+        TwigVLMError: an option does not apply, or the base refuses the prompt or an argument.
     """
     # As accelerate's hooks do: a base that lies on several devices takes inputs from wherever they are.
     kwargs = {
-        name: value.to(base.device) if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()
+        name: value.to(base.device) if isinstance(value, torch.Tensor) else value
+        for name, value in kwargs.items()
+        if not (value is None and is_of_prompt(name))  # transformers 5.23 runs the vision tower on pixel_values=None
     }
     chosen = build_pruner(pruning, twig, base.num_layers, scorer, pruner)
     if pruning.refocus is not None:
@@ -75,12 +77,11 @@ def rows_of(
         try:
             base.model.generate(custom_generate=adapter, **with_stop_strings(kwargs, base.model.generation_config))
         except Exception as error:
-            if adapter.entered or not is_refusal(error):
+            # Hugging Face's `generate` takes arguments of any kind, and fails where it computes with them. For some families it
+            # also makes the positions of images, and their features, before it calls the adapter.
+            if adapter.entered or not (is_refusal(error) or isinstance(error, TypeError | AttributeError)):
                 raise
-            if isinstance(error, ValueError):
-                raise TwigVLMError(one_line(error)) from error
-            # Positions of images, and for some families their features, are made before the adapter is called.
-            raise TwigVLMError(f"the base refuses this prompt ({one_line(error)}); check its inputs") from error
+            raise TwigVLMError(f"the base refuses this call ({one_line(error)}); check its arguments") from error
     return adapter
 
 
@@ -109,7 +110,7 @@ def request_row(
         if kwargs.get(name):
             raise TwigVLMError(f"{name}: an engine gives tokens by its events; leave it out, or use generate")
     check_arguments(kwargs, base.model.generation_config)
-    check_memory(memory)
+    check_memory(memory, kwargs)
     base.check_images(kwargs["input_ids"], kwargs)
     try:
         adapter = rows_of(base, twig, pruning, scorer, pruner, generator, memory, kwargs, False, pictures)

@@ -84,12 +84,16 @@ def split_criteria(
         padding: number of padding tokens on the left of each row.
 
     Raises:
-        TwigVLMError: nothing limits the answers' length, or a criterion needs scores.
+        TwigVLMError: nothing limits the answers' length, or a criterion needs scores or cannot be called.
     """
     lengths: list[int] = []
     eos_token_ids: set[int] = set()
     rows, batch = StoppingCriteriaList(), StoppingCriteriaList()
     for criterion in criteria:
+        if not callable(criterion):
+            raise TwigVLMError(
+                f"stopping_criteria: {type(criterion).__name__} is not callable; pass objects that take (input_ids, scores)"
+            )
         if type(criterion) is MaxLengthCriteria:
             lengths.append(criterion.max_length)
         elif type(criterion) is EosTokenCriteria:
@@ -115,12 +119,12 @@ def _flags(criteria: StoppingCriteriaList, ids: Tensor) -> Tensor:
     flags = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for criterion in criteria:
         done = criterion(ids, None)
-        shape = tuple(done.shape) if isinstance(done, Tensor) else type(done).__name__
+        shape = tuple(done.shape) if hasattr(done, "shape") else type(done).__name__
         if shape not in ("bool", (), (1,), (len(ids),)):
             raise TwigVLMError(
                 f"stopping_criteria: {type(criterion).__name__} returned {shape}; return a bool for each row, ({len(ids)},)"
             )
-        flags = flags | done
+        flags = flags | torch.as_tensor(done, device=ids.device).bool()
     return flags
 
 

@@ -37,7 +37,10 @@ class KVCache(Segments):
         self._capacity = 0
 
     def claim(self, count: int) -> slice:
-        """Take up that many rows; they are empty, and the last ones of the claimed rows."""
+        """Take up that many rows; returns their range, which follows the rows that were claimed before. They hold no tokens.
+
+        Where memory runs out, the error is raised and the cache stays as it was.
+        """
         claimed = slice(self.rows, self.rows + count)
         if claimed.stop > self._capacity:
             self._widen(self.capacity_for(claimed.stop))
@@ -50,11 +53,11 @@ class KVCache(Segments):
         return claimed
 
     def capacity_for(self, rows: int) -> int:
-        """Rows that the buffers have room for once that many are claimed."""
+        """Number of rows that the buffers have room for once that many are claimed: a quarter more, so that they grow seldom."""
         return self._capacity if rows <= self._capacity else max(rows, self._capacity * 5 // 4)
 
     def _widen(self, capacity: int) -> None:
-        """Room for that many rows. Where memory runs out, the cache stays as it was."""
+        # Layer by layer, so that no more than one layer's buffers exist twice.
         more, everything = capacity - self._capacity, (self.keys, self.values, self._positions)
         try:
             for buffers in everything:
@@ -70,7 +73,7 @@ class KVCache(Segments):
         self._capacity = capacity
 
     def release(self, row: int) -> None:
-        """Give a row up. The last claimed row takes its place; the others are not touched. An empty cache holds no memory."""
+        """Give up a row; the last claimed row takes its place, the others are not touched. An empty cache holds no memory."""
         last = self.rows - 1
         if row != last:
             for buffer in (*self.keys, *self.values, *self._positions):
@@ -128,23 +131,26 @@ class KVCache(Segments):
         self.advance(start, stop, rows, counts - appended, on_device - appended)
 
     def _move(self, segment: int, rows: slice, old: Tensor, new: Tensor) -> None:
-        first = self.starts[segment]
-        last = self.starts[segment + 1] if segment + 1 < len(self.starts) else self.layers
+        first, stop = [*self.starts, self.layers][segment : segment + 2]
         positions = self._positions[segment]
         if positions is not None and positions.shape[1] < self._host[segment, rows].max():
             positions = None  # noted before a split, for layers that are in another segment now
-        layers = (buffer for layer in range(first, last) for buffer in (self.keys[layer], self.values[layer]))
+        layers = (buffer for layer in range(first, stop) for buffer in (self.keys[layer], self.values[layer]))
         for buffer in (*layers, None if positions is None else positions[:, None]):
             if buffer is not None:
                 row = torch.arange(rows.start, rows.stop, device=buffer.device)[:, None]
                 buffer[row, :, new.to(buffer.device)] = buffer[row, :, old.to(buffer.device)]
 
     def view(self, rows: slice) -> "CacheView":
-        """Some claimed rows, for one pass through some layers."""
+        """Some claimed rows, neighbours in the pool, as the cache that layers take."""
         return CacheView(self, rows)
 
     def contents(self, layer: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, [rows, kv_heads, longest row, head_dim], as views."""
+        """Keys and values of a layer, [rows, kv_heads, longest row, head_dim], as views; shorter rows end with other numbers.
+
+        Raises:
+            IndexError: nothing has been written into the layer.
+        """
         keys, values = self.keys[layer], self.values[layer]
         if keys is None or values is None:
             raise IndexError(f"layer {layer} of the cache is empty")
@@ -152,35 +158,37 @@ class KVCache(Segments):
         return keys[rows, :, :longest], values[rows, :, :longest]
 
     def bytes_of_a_row(self) -> NDArray[np.int64]:
-        """Bytes that each layer's buffers have for each row, its reserve included."""
+        """Bytes that each layer's buffers have for one row, its reserve included, [layers]."""
         pairs = zip(self.keys, self.values, strict=True)
-        return np.array(
-            [sum(part.nbytes // len(part) for part in pair if part is not None) for pair in pairs], np.int64
-        )
+        sizes = [sum(part.nbytes // len(part) for part in pair if part is not None) for pair in pairs]
+        return np.array(sizes, np.int64)
 
     def allocated(self) -> int:
-        """Bytes of the buffers."""
+        """Bytes of all keys' and values' buffers."""
         return sum(buffer.nbytes for buffer in (*self.keys, *self.values) if buffer is not None)
 
     def positions(self, layer: int, rows: slice, held: Held, new: Int[Tensor, "rows new"]) -> Int[Tensor, "rows total"]:
-        """Note the positions, in the unpruned sequence, of the tokens of a pass; those of all tokens, these included."""
+        """Note the positions, in the unpruned sequence, of a pass's new tokens behind those that rows held before it, for all
+        layers of a segment; returns the positions of all tokens."""
         segment = self.segment(layer)
         buffer = self._positions[segment]
         if buffer is None or buffer.shape[1] < held.longest + new.shape[1]:
-            buffer = self._grown(buffer, new.new_zeros(self._capacity, 1), 1, held.longest, new.shape[1])
-            self._positions[segment] = buffer
+            buffer = self._positions[segment] = self._grown(buffer, new, 1, held.longest)
         part = buffer[rows]
         index = held.lengths[:, None] + torch.arange(new.shape[1], device=new.device)
         part.scatter_(1, index, new)
         return part[:, : held.longest + new.shape[1]]
 
-    def _grown(self, old: Tensor | None, like: Tensor, axis: int, held: int, new: int) -> Tensor:
-        """A larger buffer with the same beginning. Zero-filled: even masked slots must be finite, since 0 × NaN is NaN."""
-        length = held + new + self.reserve
+    def _grown(self, old: Tensor | None, new: Tensor, axis: int, held: int) -> Tensor:
+        """A buffer with the contents of the old one and room for new tokens along an axis, behind those that are held.
+
+        Zero-filled: even masked slots must be finite, since 0 × NaN is NaN.
+        """
+        length = held + new.shape[axis] + self.reserve
         # By half for answers, to copy them seldom; prompts are admitted by their size.
-        if old is not None and new <= self.reserve:
+        if old is not None and new.shape[axis] <= self.reserve:
             length = max(length, old.shape[axis] * 3 // 2)
-        buffer = like.new_zeros(*like.shape[:axis], length, *like.shape[axis + 1 :])
+        buffer = new.new_zeros(self._capacity, *new.shape[1:axis], length, *new.shape[axis + 1 :])
         if old is not None:
             buffer.narrow(axis, 0, old.shape[axis]).copy_(old)
         return buffer
@@ -189,7 +197,11 @@ class KVCache(Segments):
 class CacheView:
     """Implements the `Cache` interface that Hugging Face decoder layers call, for some rows during one pass.
 
-    Write indices and masks are computed once per segment.
+    Write indices are computed once per segment.
+
+    Args:
+        cache: the cache.
+        rows: rows of the pass.
     """
 
     def __init__(self, cache: KVCache, rows: slice) -> None:
@@ -217,12 +229,9 @@ class CacheView:
         *_: Any,
         **__: Any,
     ) -> tuple[Float[Tensor, "rows kv_heads total head_dim"], Float[Tensor, "rows kv_heads total value_dim"]]:
-        """Write new tokens behind those that each row holds, and return all; `advance` ends the pass."""
-        cache = self.cache
-        return (
-            self._written(cache.keys, layer_idx, key_states),
-            self._written(cache.values, layer_idx, value_states),
-        )
+        """Write new tokens behind those that each row holds; returns all as views. The pass ends with `advance`."""
+        keys = self._written(self.cache.keys, layer_idx, key_states)
+        return keys, self._written(self.cache.values, layer_idx, value_states)
 
     def positions(self, layer: int, new: Int[Tensor, "rows new"]) -> Int[Tensor, "rows total"]:
         """Positions in the unpruned sequence of all tokens of a layer, those of this pass included."""
@@ -243,8 +252,8 @@ class CacheView:
         buffer = buffers[layer]
         total = held.longest + count
         if buffer is None or total > buffer.shape[2]:
-            like = new if new.shape[0] == cache._capacity else new[:1].expand(cache._capacity, -1, -1, -1)
-            buffer = buffers[layer] = cache._grown(buffer, like, 2, held.longest, count)
+            buffer = buffers[layer] = cache._grown(buffer, new, 2, held.longest)
+        # Slicing costs microseconds in each layer of each step, and most passes are over all rows.
         part = buffer if self.rows == slice(0, buffer.shape[0]) else buffer[self.rows]
         if held.equal:
             part[:, :, held.longest : total] = new

@@ -47,19 +47,19 @@ class PrefixCache:
         return replace(self, layers=dict(self.layers), scores=dict(self.scores), pictures=dict(self.pictures))
 
     def bytes(self) -> int:
-        """Bytes that the contents hold, without the scores."""
+        """Bytes of the states that are cached, without scores."""
         prompt = self.prompt
         of_prompt = () if prompt is None else (prompt.hidden, prompt.position_ids, prompt.input_ids, *prompt.deepstack)
         states = (*of_prompt, self.hidden, self.last_input, *(part for layer in self.layers.values() for part in layer))
         return sum(part.numel() * part.element_size() for part in states if part is not None)
 
     def forget(self) -> None:
-        """Drop everything, as after a question that failed on its way."""
+        """Drop everything, as after a question that failed during its prefill."""
         self.prompt = self.hidden = self.last_input = None
         self.layers, self.scores, self.pictures, self._opened = {}, {}, {}, None
 
     def show(self, pictures: "Pictures") -> None:
-        """Tell what the next prompt's pictures are: unless this prompt's are the first of them, everything is dropped.
+        """Note the next prompt's pictures. Everything is dropped unless the cached prompt's pictures are the first of them.
 
         Ids alone do not tell pictures apart, and pixels alone not shapes: the same patches may lie in another grid.
         """
@@ -68,13 +68,13 @@ class PrefixCache:
         self.pictures |= {name: (len(values), pictures.digest(name)) for name, values in pictures.values.items()}
 
     def begins(self, pictures: "Pictures") -> bool:
-        """Whether a prompt's pictures begin with those of this one."""
+        """Whether a prompt's pictures begin with those of the cached one."""
         small_first = sorted(self.pictures.keys() & pictures.values, key=lambda name: pictures.values[name].numel())
         known = ((name, *self.pictures[name]) for name in small_first)
         return all(pictures.digest(name, count) == digest for name, count, digest in known)
 
     def known(self, input_ids: Int[Tensor, "1 tokens"]) -> int:
-        """Length of the prefix shared with the cached prompt; always leaves one new token of another prompt."""
+        """Length in tokens of the prefix shared with the cached prompt; always leaves one new token of another prompt."""
         if self.prompt is None or self.hidden is None:
             return 0
         cached = self.prompt.input_ids
@@ -99,7 +99,16 @@ class PrefixCache:
 
     def open(self, base: BaseVLM, inputs: dict[str, Any], vision: ReadVision | None = None) -> Prompt:
         """The next prompt, for which the vision tower runs only if that is needed, or where `vision` watches it. Several answers
-        to one prompt, which are opened before the first of them runs, share it."""
+        to one prompt, which are opened before the first of them runs, share it.
+
+        Args:
+            base: the base.
+            inputs: arguments of the base's forward, of one prompt without padding.
+            vision: from `BaseVLM.watch_vision`, for methods that rank visual tokens by the vision tower.
+
+        Raises:
+            TwigVLMError: the prompt is longer than the base's context, or the base refuses it.
+        """
         prompt = self._waiting(inputs["input_ids"], vision is not None)
         if prompt is None:
             prompt = self._open(base, inputs, vision)
@@ -147,7 +156,14 @@ class PrefixCache:
         )
 
     def load(self, base: BaseVLM, twig: Twig, view: CacheView, known: int) -> None:
-        """Put the first `known` tokens of trunk and twig, as far as the twig has seen them, into an empty row of a cache."""
+        """Put the first `known` tokens of trunk and twig, as far as the twig has seen them, into an empty row of a cache.
+
+        Args:
+            base: the base.
+            twig: its twig.
+            view: view of the row.
+            known: number of tokens, from `known`.
+        """
         num_in_twig = 0 if self.last_input is None else min(known, self.last_input.shape[1])
         parts = (0, twig.config.trunk_layers, known), (*twig.cache_layers, num_in_twig)
         for start, stop, count in parts:
@@ -161,7 +177,15 @@ class PrefixCache:
             view.advance(start, stop, count)
 
     def store_trunk(self, view: CacheView, trunk: int, prompt: Prompt, hidden: Tensor, known: int) -> None:
-        """Keep what the trunk made of a prompt whose first `known` tokens were cached."""
+        """Cache what the trunk made of a prompt; its keys and values are copied.
+
+        Args:
+            view: view of the row that holds the prompt.
+            trunk: K.
+            prompt: the prompt.
+            hidden: its states after layer K, [1, tokens, width].
+            known: number of its first tokens that were cached already.
+        """
         if self.prompt is None or not torch.equal(self.prompt.input_ids, prompt.input_ids):
             self.scores = {}
             self.last_input = None if self.last_input is None else self.last_input[:, :known]
@@ -170,7 +194,13 @@ class PrefixCache:
         self.prompt, self.hidden = replace(prompt, vision=None), hidden
 
     def store_twig(self, view: CacheView, twig: Twig, last_input: Tensor) -> None:
-        """Keep what the twig made of the prompt."""
+        """Cache what the twig made of the prompt that `store_trunk` cached.
+
+        Args:
+            view: view of the row that holds the prompt.
+            twig: the twig.
+            last_input: input of its last layer, [1, tokens, width].
+        """
         self.last_input = last_input
         self._store(view, *twig.cache_layers)
 
@@ -189,17 +219,19 @@ class Pictures:
 
     def __init__(self, inputs: Mapping[str, Any]) -> None:
         self.values = {
-            name: values for name, values in inputs.items() if isinstance(values, Tensor) and name not in _OF_TEXT
+            name: torch.atleast_1d(values)
+            for name, values in inputs.items()
+            if isinstance(values, Tensor) and name not in _OF_TEXT
         }
         self._digests: dict[tuple[str, int], bytes] = {}
 
     def digest_all(self) -> None:
-        """Compute what most requests need beforehand, in another thread."""
+        """Compute beforehand, in another thread, the digests that most requests need."""
         for name in self.values:
             self.digest(name)
 
     def digest(self, name: str, count: int | None = None) -> bytes:
-        """Digest of the first entries along the first axis; None: of all."""
+        """Digest of the first `count` entries along the first axis; None: of all."""
         values = self.values[name][:count]
         key = name, len(values)
         if key not in self._digests:

@@ -29,8 +29,8 @@ class PrefixPool:
         return sum(kept.bytes() for kept in self._kept)
 
     def take(self, input_ids: Int[Tensor, "1 tokens"], pictures: Pictures, shared: bool = False) -> PrefixCache | None:
-        """A prefix cache for a request, which may change it: a copy of the one whose prompt has the longest beginning in common
-        with the request's, pictures included, or an empty one. None: nobody would use it again.
+        """A prefix cache for a request, which may change it: a copy of the one whose prompt shares the longest beginning with the
+        request's, pictures included, or an empty one. None: nobody would use it again.
 
         Args:
             input_ids: ids of the prompt.
@@ -56,11 +56,9 @@ class PrefixPool:
             prefix: nobody changes it any more, except for adding the twig's states.
             pictures: pictures of the prompt.
         """
-        if prefix.prompt is None:
+        if prefix.prompt is None or prefix.bytes() > self.max_bytes:
             return
-        if prefix.bytes() > self.max_bytes:
-            return
-        self._kept = [kept for kept in self._kept if not _continues(prefix, pictures, kept)]
+        self._kept = [kept for kept in self._kept if not _continues(prefix.prompt.input_ids, pictures, kept)]
         self._kept.append(prefix)
         while len(self) > MAX_PROMPTS or self.bytes > self.max_bytes:
             del self._kept[0]
@@ -70,9 +68,9 @@ class PrefixPool:
         self._kept.clear()
 
 
-def _continues(prefix: PrefixCache, pictures: Pictures, kept: PrefixCache) -> bool:
-    """Whether a prompt begins with the whole of another one and its pictures."""
-    assert prefix.prompt is not None
-    assert kept.prompt is not None, "it has passed the prefill"
-    count = kept.prompt.input_ids.shape[1]
-    return prefix.prompt.input_ids[:, :count].equal(kept.prompt.input_ids) and kept.begins(pictures)
+def _continues(input_ids: Int[Tensor, "1 tokens"], pictures: Pictures, kept: PrefixCache) -> bool:
+    """Whether a prompt begins with the whole of a kept one and its pictures."""
+    if kept.prompt is None:  # emptied when the prefill of a later answer to the same prompt failed
+        return True
+    beginning = input_ids[:, : kept.prompt.input_ids.shape[1]]
+    return beginning.equal(kept.prompt.input_ids) and kept.begins(pictures)

@@ -36,16 +36,17 @@ class Segments:
     def __init__(self, layers: int, boundaries: Iterable[int], device: torch.device) -> None:
         self.layers, self.device = layers, device
         self.starts = sorted({0, *boundaries} - {layers})
+        # Of each segment, [rows, tokens], as `KVCache.positions` notes them: here because they are split with their segment.
         self._positions: list[Tensor | None] = [None] * len(self.starts)
         self._host: NDArray[np.int64] = np.zeros((len(self.starts), 0), np.int64)
         self._device = torch.zeros(len(self.starts), 0, dtype=torch.long, device=device)
 
     def segment(self, layer: int) -> int:
-        """The segment that a layer is in."""
+        """Index of the segment that a layer is in."""
         return bisect_right(self.starts, layer) - 1
 
     def split(self, layer: int) -> None:
-        """Let a segment begin at this layer."""
+        """Let a segment begin at this layer, as a cut after that many layers needs it; nothing that is held changes."""
         segment = self.segment(layer)
         if layer >= self.layers or self.starts[segment] == layer:
             return
@@ -55,12 +56,8 @@ class Segments:
         positions = self._positions[segment]
         self._positions.insert(segment + 1, None if positions is None else positions.clone())
 
-    def lengths(self, layer: int, rows: slice) -> NDArray[np.int64]:
-        """Tokens that the rows hold in a layer, as the host knows them."""
-        return self._host[self.segment(layer), rows]
-
     def set_lengths(self, start: int, stop: int, rows: slice, lengths: Sequence[int]) -> None:
-        """Rows of layers start..stop-1 hold this many tokens from now on, the first ones.
+        """Let rows of layers start..stop-1 hold only this many of their first tokens.
 
         Args:
             start: first layer.
@@ -94,7 +91,7 @@ class Segments:
         self._device[segments, rows] += int(tokens) if on_device is None else on_device
 
     def held(self, layer: int, rows: slice) -> Held:
-        """What the rows hold in a layer."""
+        """How many tokens the rows, at least one, hold in a layer."""
         segment = self.segment(layer)
         host = self._host[segment, rows]
         longest = int(host.max())

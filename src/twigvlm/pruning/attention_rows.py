@@ -1,89 +1,88 @@
 """Importance of visual tokens: rows of an attention map that is never materialised (§3.3, Eq. 3)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import log
+from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
-from twigvlm.base.packing import Lengths, valid_mask
+from twigvlm.base.layers import project_queries, window_of
+from twigvlm.base.packing import left_pack, valid_mask
+from twigvlm.base.token_inputs import TokenInputs, select_tokens, slice_tokens
+from twigvlm.pruning.select import gather_tokens
+
+_CHUNK = 32  # queries whose attention is computed at a time, so that memory is linear in the tokens
 
 
-def attention_chunks(
-    queries: Float[Tensor, "batch heads queries head_dim"],
+class AttentionRows(NamedTuple):
+    """Rows of a decoder layer's attention map, of a few queries."""
+
+    shares: Float[Tensor, "batch heads queries tokens"]
+    """Each query's softmax over *all* keys, in float32."""
+    asks: Bool[Tensor, "batch queries"]
+    """False where a row of the batch has fewer queries than others; what stands there means nothing."""
+    inputs: TokenInputs
+    """Per-token inputs of the queries."""
+
+
+def attention_rows(
+    layer: nn.Module,
+    hidden: Float[Tensor, "batch tokens width"],
     keys: Float[Tensor, "batch kv_heads tokens head_dim"],
-    scaling: float,
-    query_positions: Int[Tensor, "batch queries"],
-    window: int | None = None,
-    chunk: int = 32,
-    key_positions: Int[Tensor, "batch tokens"] | None = None,
-    attends_until: Int[Tensor, "batch queries"] | None = None,
-) -> Iterator[tuple[slice, Float[Tensor, "batch heads part tokens"]]]:
-    """Rows of a decoder layer's attention map, a few queries at a time: which queries, and their softmax over *all* keys.
+    inputs: TokenInputs,
+    asking: Bool[Tensor, "batch tokens"],
+) -> Iterator[AttentionRows]:
+    """Rows of a decoder layer's attention map, a few queries at a time in the order of the tokens; none if nobody asks.
 
-    Works beside any attention kernel, because it needs the rotated queries and keys only, and for grouped-query attention.
+    They need the layer's rotated queries and keys only, so that any attention kernel may run beside them. Sliding windows and
+    images whose tokens see each other count as in the layer itself, also after some tokens were cut.
 
     Args:
-        queries: rotated queries.
-        keys: rotated keys of all tokens.
-        scaling: factor of the dot product (1/sqrt(head_dim) as a rule).
-        query_positions: position of each query; it sees keys up to itself.
-        window: how many tokens a query looks back, itself included; None: all.
-        chunk: queries per matrix product, so that many queries need little memory.
-        key_positions: of all tokens, ascending: those of the unpruned sequence where there is a window; None: 0, 1, 2, …
-        attends_until: position of the last key that each query sees, where that is after itself (tokens of an image); None: no
-            query sees beyond itself.
+        layer: base or twig layer.
+        hidden: its input.
+        keys: its rotated keys.
+        inputs: inputs of all tokens.
+        asking: True at the tokens whose rows are wanted; False at padding.
     """
-    batch, heads, count, _ = queries.shape
-    groups, tokens = keys.shape[1], keys.shape[2]
-    keys_at = torch.arange(tokens, device=keys.device) if key_positions is None else key_positions[:, None]
-    for start in range(0, count, chunk):
-        part = slice(start, min(start + chunk, count))
-        grouped = queries[:, :, part].reshape(batch, groups, -1, queries.shape[-1])  # heads of a group share its keys
+    positions, counts = left_pack(asking)
+    asks = valid_mask(counts, positions.shape[1], asking.device)
+    of_queries = select_tokens(inputs, positions)
+    queries = project_queries(layer, gather_tokens(hidden, positions), of_queries)
+    (batch, heads, count, width), groups, tokens = queries.shape, keys.shape[1], keys.shape[2]
+    at = positions if of_queries.positions is None else of_queries.positions
+    until = at if of_queries.attends_until is None else of_queries.attends_until.maximum(at)
+    keys_at = torch.arange(tokens, device=keys.device) if inputs.positions is None else inputs.positions[:, None]
+    scaling, window = cast(Any, layer).self_attn.scaling, window_of(layer)
+    for start in range(0, count, _CHUNK):
+        part = slice(start, min(start + _CHUNK, count))
+        grouped = queries[:, :, part].reshape(batch, groups, -1, width)  # heads of a group share its keys
         logits = (grouped @ keys.transpose(-1, -2)).float() * scaling
-        logits = logits.view(batch, heads, -1, tokens)
-        positions = query_positions[:, part, None]
-        last = positions if attends_until is None else attends_until[:, part, None].maximum(positions)
-        masked = keys_at > last
+        masked = keys_at > until[:, part, None]
         if window is not None:
-            masked |= keys_at <= positions - window
-        yield part, logits.masked_fill(masked[:, None], float("-inf")).softmax(dim=-1)
+            masked |= keys_at <= at[:, part, None] - window
+        logits = logits.view(batch, heads, -1, tokens).masked_fill(masked[:, None], float("-inf"))
+        yield AttentionRows(logits.softmax(dim=-1), asks[:, part], slice_tokens(of_queries, part.start, part.stop))
 
 
 def attention_scores(
-    queries: Float[Tensor, "batch heads queries head_dim"],
-    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
-    scaling: float,
-    query_positions: Int[Tensor, "batch queries"],
-    counts: Lengths,
-    visual_mask: Bool[Tensor, "batch tokens"],
-    window: int | None = None,
-    chunk: int = 32,
-    key_positions: Int[Tensor, "batch tokens"] | None = None,
+    rows: Iterable[AttentionRows], visual_mask: Bool[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch tokens"]:
     """Attention that visual tokens get: softmax over *all* keys, mean over heads, sum over the queries (Eq. 3).
 
     With the last prompt token as the only query this is the row that the published code ranks by.
 
     Args:
-        queries: rotated queries.
-        keys: rotated keys of all tokens.
-        scaling: factor of the dot product (1/sqrt(head_dim) as a rule).
-        query_positions: position of each query; it sees keys up to itself.
-        counts: how many of the queries of each row are summed, the first ones.
+        rows: from `attention_rows`.
         visual_mask: True at visual tokens.
-        window: how many tokens a query looks back, itself included; None: all.
-        chunk: queries per matrix product, so that many queries need little memory.
-        key_positions: of all tokens, ascending: those of the unpruned sequence where there is a window; None: 0, 1, 2, …
 
     Returns:
         Scores in float32; 0 at text tokens.
     """
-    scores = torch.zeros(visual_mask.shape, dtype=torch.float32, device=keys.device)
-    asks = valid_mask(counts, query_positions.shape[1], keys.device)
-    for part, shares in attention_chunks(queries, keys, scaling, query_positions, window, chunk, key_positions):
-        scores += (shares.mean(dim=1) * asks[:, part, None]).sum(dim=1)
+    scores = torch.zeros(visual_mask.shape, dtype=torch.float32, device=visual_mask.device)
+    for shares, asks, _ in rows:
+        scores += (shares.mean(dim=1) * asks[..., None]).sum(dim=1)
     return scores.masked_fill(~visual_mask, 0.0)
 
 
@@ -93,16 +92,18 @@ def visual_attention(
     scaling: float,
     visible: Bool[Tensor, "batch queries visual"],
 ) -> Float[Tensor, "batch queries visual"]:
-    """Attention restricted to visual tokens: softmax over *them alone*, mean over heads (Eq. 7).
+    """Logarithm of attention restricted to visual tokens: softmax over *them alone*, mean over heads (Eq. 7).
+
+    A P-Head learns by it, so that it is a logarithm, and has a gradient also where a query sees nothing.
 
     Args:
-        queries: rotated queries.
-        keys: rotated keys of visual tokens.
-        scaling: factor of the dot product.
-        visible: which of them a query sees.
+        queries: rotated queries, gated where there is a P-Head.
+        keys: rotated keys of the visual tokens, likewise.
+        scaling: factor of the dot product, 1/sqrt(d_h) as a rule.
+        visible: which of the visual tokens a query sees.
 
     Returns:
-        Its logarithm in float32, finite however small a share is; -inf where nothing is visible.
+        The logarithm in float32, finite however small a share is; -inf where nothing is visible.
     """
     batch, heads, count, width = queries.shape
     groups, visual = keys.shape[1:3]

@@ -10,7 +10,7 @@ from twigvlm.pruning.cut import Cut, average_visual
 def twig_cuts(
     keep: int, visual: int, layers: int, trunk: int, final_wipe: int, final_share: float = 0.0
 ) -> tuple[Cut, ...]:
-    """The cuts to R after layer K and to φR after layer K_f, rounded to the nearest integer; with φ = 0 this is FinalWipe.
+    """The cuts to R after layer K and to φR, rounded to the nearest integer, after layer K_f; with φ = 0 FinalWipe (§3.3).
 
     Args:
         keep: R, visual tokens kept in layers K+1..K_f.
@@ -38,7 +38,7 @@ def average_kept(keep: int, visual: int, layers: int, trunk: int, final_wipe: in
 
 
 def solve_keep(retain: float, visual: int, layers: int, trunk: int, final_wipe: int, final_share: float = 0.0) -> int:
-    """R, rounded to the nearest integer, for an average R̄ (`retain`); other arguments as in `twig_cuts`.
+    """R, rounded to the nearest integer, for an average R̄ (`retain`), by Eq. 6; other arguments as in `twig_cuts`.
 
     Raises:
         TwigVLMError: K_f is not in K+1..L, φ not in 0..1, or no R in 1..M has this average; the message names the range.
@@ -58,13 +58,13 @@ def solve_keep(retain: float, visual: int, layers: int, trunk: int, final_wipe: 
 
 
 def average_scouted(keep: int, visual: int, layers: int, trunk: int) -> float:
-    """R̄ = R + M·K/L: what the decoder keeps in all its layers, and the pass of the trunk that ranks.
+    """R̄ = R + M·K/L of scout mode: R tokens in all L layers, and M tokens in the K trunk layers that rank them before.
 
     The twig's layers do not count, as in the paper's Eq. 6.
 
     Args:
-        keep: R.
-        visual: M.
+        keep: R, visual tokens that all layers of the decoder get.
+        visual: M, visual tokens of the prompt.
         layers: L.
         trunk: K.
     """
@@ -72,7 +72,7 @@ def average_scouted(keep: int, visual: int, layers: int, trunk: int) -> float:
 
 
 def solve_scouted(retain: float, visual: int, layers: int, trunk: int) -> int:
-    """R, rounded to the nearest integer, for an average R̄ (`retain`); arguments as in `average_scouted`.
+    """R, rounded to the nearest integer, for an average R̄ (`retain`); other arguments as in `average_scouted`.
 
     Raises:
         TwigVLMError: no R in 1..M has this average; the message names the possible range.
@@ -89,9 +89,10 @@ def solve_scouted(retain: float, visual: int, layers: int, trunk: int) -> int:
 
 
 def fit_scouted(retain: float, visual: int, layers: int, trunk: int) -> int:
-    """R for an average R̄ (`retain`) of a picture of any size; arguments as in `average_scouted`.
+    """R for an average R̄ (`retain`), for a picture of any size; other arguments as in `average_scouted`.
 
-    Without more visual tokens than R̄, all are kept. Where the trunk's layers alone use up most of R̄, or more than R̄, ⌈R̄/2⌉ are.
+    A picture of at most R̄ visual tokens keeps all of them. Of a larger one at least ⌈R̄/2⌉ stay, even if the trunk's layers leave
+    room for fewer.
     """
     if visual <= retain:
         return visual

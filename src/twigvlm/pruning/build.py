@@ -15,17 +15,17 @@ from twigvlm.twig.block import Twig
 def build_pruner(
     options: PruningConfig, twig: Twig, layers: int, scorer: Scorer | None = None, pruner: Pruner | str | None = None
 ) -> Pruner | None:
-    """The twig's pruning with these options, or another one; None: nothing is pruned.
+    """The pruning method that the options of a call ask for; None if they prune nothing.
 
     Args:
-        options: of a call.
-        twig: of the model.
+        options: the call's options.
+        twig: the model's twig.
         layers: L of the base.
         scorer: ranks the visual tokens; None: the twig's own ranking.
-        pruner: a method as an object or by name; None or "twig": the twig's.
+        pruner: another method, as an object or by name; None or "twig": the twig's own.
 
     Raises:
-        TwigVLMError: options do not go together, or there is no trained twig to rank the tokens.
+        TwigVLMError: the options do not go together, there is no such method, or no trained twig to rank the tokens.
     """
     pruner = pruner_by_name(pruner)
     if scorer is not None and not callable(scorer):

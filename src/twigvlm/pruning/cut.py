@@ -69,11 +69,19 @@ class Pruner(Protocol):
         """
 
     def choose(self, view: "CutView", keep: Sequence[int]) -> Bool[Tensor, "batch tokens"] | Choice:
-        """A mask, True at the visual tokens that stay, `keep` in each row. Text always stays. Not called if none is to stay."""
+        """The visual tokens that stay. Text always stays. Not called where no row keeps a visual token.
+
+        Args:
+            view: the prompts at the cut.
+            keep: how many visual tokens each row keeps.
+
+        Returns:
+            A mask, True at as many visual tokens of each row, or a `Choice` if states or positions change too.
+        """
 
 
 def schedule(pruner: Pruner, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-    """The cuts of a pruner for a prompt; none for a prompt without visual tokens. Arguments as for `Pruner.cuts`.
+    """The checked cuts of a pruner for a prompt; none for a prompt without visual tokens. Arguments as for `Pruner.cuts`.
 
     Raises:
         TwigVLMError: the pruner cannot have this budget, or its cuts are out of order, beyond the layers, or keep too much.
@@ -84,10 +92,10 @@ def schedule(pruner: Pruner, retain: float | None, visual: int, layers: int) -> 
 
 
 def average_of(pruner: Pruner | None, cuts: Sequence[Cut], visual: int, layers: int) -> float:
-    """R̄ of a prompt under a pruner, including what it runs to rank the tokens; arguments as for `average_visual`.
+    """R̄ of a prompt under a pruner, including the layers that run beforehand to rank the tokens (scout mode).
 
     Args:
-        pruner: None: there are no cuts.
+        pruner: the pruner; None: there are no cuts.
         cuts: its schedule for the prompt.
         visual: M.
         layers: L.
@@ -126,18 +134,21 @@ def solve_cuts(
     layers: int,
     counted: Sequence[int] | None = None,
 ) -> tuple[Cut, ...]:
-    """The member of a family of schedules whose average is R̄; numbers of tokens are rounded to the nearest integer.
+    """The member of a family of schedules whose average is R̄, by bisection (`average_visual` says how R̄ is counted).
+
+    Numbers of tokens are rounded to the nearest integer, so that R̄ is met to within half a token. Each cut keeps at least one.
 
     Args:
-        layers_of_cuts: numbers of the layers that it cuts after.
-        kept: maps a parameter in 0..1 to the shares of M that each cut keeps; none at 0, all at 1, and ascending.
-        retain: R̄.
-        visual: M.
+        layers_of_cuts: layers that the schedules cut after, ascending.
+        kept: maps a parameter in 0..1 to the share of M that each cut keeps; larger parameters keep more, and 1 keeps all.
+        retain: R̄; None is refused.
+        visual: M, number of visual tokens in the prompt.
         layers: L.
-        counted: layers that R̄ counts the cuts after, where a method's authors count in another way; None: where they are.
+        counted: layers after which R̄ counts the cuts, where a method's authors count in another way; None: `layers_of_cuts`.
 
     Raises:
-        TwigVLMError: no schedule of the family has this average; the message names the possible range.
+        TwigVLMError: there is no budget, no schedule of the family has it (the message names the possible range), or a cut does
+            not lie before the last layer.
     """
     if retain is None:
         raise TwigVLMError("pruner: needs a budget; give retain")
@@ -174,7 +185,7 @@ def solve_cuts(
 
 
 def scaled_layers(published: Sequence[int], layers: int) -> tuple[int, ...]:
-    """Layers of cuts that were published for a base of 32 layers, at the same relative depths of a base of L layers."""
+    """The layers of a base of L layers at the same relative depths as published ones of 32; ascending, from 1, none twice."""
     at: list[int] = []
     for layer in published:
         at.append(max(round(layer * layers / 32), at[-1] + 1 if at else 1))

@@ -11,6 +11,7 @@ from torch import Tensor
 from twigvlm.base.vision import Vision
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Choice, Cut, Need, solve_cuts
+from twigvlm.pruning.select import best_first
 from twigvlm.pruning.view import CutView
 
 Positions = Literal["kept", "compacted"]
@@ -70,12 +71,12 @@ class Picked(NamedTuple):
 
 
 def nearest_published(by_budget: Mapping[int, T], retain: float | None, visual: int) -> T:
-    """What was published for 576 visual tokens and the budget that is nearest to this one of M.
+    """What was published for the budget that is nearest to this one, in proportion to the visual tokens.
 
     Args:
-        by_budget: by R̄ of 576 tokens.
-        retain: R̄.
-        visual: M.
+        by_budget: what was published for 576 visual tokens, by R̄.
+        retain: R̄ of the prompt; None stands for 0.
+        visual: M, number of its visual tokens.
     """
     wanted = 0.0 if retain is None else 576 * retain / visual
     return by_budget[min(by_budget, key=lambda budget: abs(budget - wanted))]
@@ -83,7 +84,10 @@ def nearest_published(by_budget: Mapping[int, T], retain: float | None, visual: 
 
 @dataclass(frozen=True)
 class PerImage:
-    """A method with one cut before the decoder, which chooses in each image by itself: `pick` says how, and `needs` by what."""
+    """A method with one cut before the decoder, which chooses in each image separately.
+
+    A subclass says by `pick` how it chooses, and by `needs` what it looks at.
+    """
 
     positions: Positions = field(default="kept", kw_only=True)
     """Positions of the tokens that stay; "compacted" as published, in the order in which `pick` gives them."""
@@ -94,8 +98,11 @@ class PerImage:
         """Choose the tokens of one image.
 
         Args:
-            image: its tokens.
-            keep: how many of them; less than all.
+            image: its visual tokens, at least two.
+            keep: how many of them stay; at least one, and fewer than all.
+
+        Returns:
+            As many different tokens, and what stands at their positions.
         """
         raise NotImplementedError
 
@@ -104,21 +111,23 @@ class PerImage:
         return solve_cuts((0,), lambda share: (share,), retain, visual, layers)
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Choice:
-        """Every prompt's budget split among its images in proportion to their tokens, and a choice in each.
+        """Split every prompt's budget among its images in proportion to their tokens, and choose in each of them.
 
-        Visual tokens that are no patch, such as the ends of lines between tiles, go first. An image that keeps all is left as it
-        is.
+        Visual tokens that are not patches, such as the ends of lines between tiles, are dropped first. An image that keeps all
+        its tokens does not change.
 
         Args:
             view: the prompts before the decoder.
             keep: R of each prompt.
 
         Raises:
-            TwigVLMError: the base does not tell what the method needs.
+            TwigVLMError: the base does not tell what the method needs, or the method does not name `Need.VISION`.
         """
         vision = view.prompt.vision
         if vision is None:
-            raise TwigVLMError("pruner: ranks by the vision tower, which did not run for this prompt; pass its pixels")
+            raise TwigVLMError(
+                "pruner: ranks by the vision tower; name Need.VISION in its needs, so that it is watched"
+            )
         stays, hidden = torch.zeros_like(view.tokens.visual), view.tokens.hidden.clone()
         for row, count in enumerate(keep):
             source, visual = vision.source[row], view.tokens.visual[row]
@@ -148,7 +157,12 @@ def _by_image(image: Int[Tensor, " patches"], patches: Int[Tensor, " patches"]) 
 
 
 def shares(keep: int, sizes: Sequence[int]) -> list[int]:
-    """A number of tokens split in proportion to `sizes`, which sum up to at least that number; largest remainders first."""
+    """A number of tokens split in proportion to sizes, by the method of largest remainders.
+
+    Args:
+        keep: the number of tokens.
+        sizes: sizes, which sum up to at least that number; no part is larger than its size.
+    """
     total = max(sum(sizes), 1)
     split = [keep * size // total for size in sizes]
     by_remainder = sorted(range(len(sizes)), key=lambda index: (-(keep * sizes[index] % total), index))
@@ -158,24 +172,19 @@ def shares(keep: int, sizes: Sequence[int]) -> list[int]:
 
 
 def top(scores: Float[Tensor, " tokens"], keep: int) -> Int[Tensor, " kept"]:
-    """The tokens with the highest scores, in their order; of equal scores the earlier one."""
-    return scores.argsort(descending=True, stable=True)[:keep].sort().values
-
-
-def unit(features: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
-    """Features of length 1, in float32: their products are cosines."""
-    return torch.nn.functional.normalize(features.float(), dim=-1)
+    """The tokens with the highest scores, in their order; of equal scores the earlier one, and NaN as the lowest."""
+    return best_first(scores)[:keep].sort().values
 
 
 def nearest(
     rows: Float[Tensor, "tokens width"], among: Float[Tensor, "others width"], exclude_self: bool = False
 ) -> tuple[Float[Tensor, " tokens"], Int[Tensor, " tokens"]]:
-    """For each row the largest product with another set of rows, and which one has it; no table of all is made.
+    """For each row the largest product with the rows of a set, and the row that has it; no table of all products is made.
 
     Args:
-        rows: of length 1.
-        among: of length 1.
-        exclude_self: whether both sets are the same, and a row is not its own nearest.
+        rows: rows of length 1.
+        among: the set, of length 1 too; at least one row, or two with `exclude_self`.
+        exclude_self: whether both arguments are the same rows, none of which is its own nearest.
     """
     values, indices = [], []
     for start in range(0, len(rows), _CHUNK):

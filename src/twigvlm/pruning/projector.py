@@ -13,10 +13,10 @@ WEIGHTS = "projector.safetensors"
 
 
 def tuned_projector(folder: str, projector: nn.Module) -> dict[str, Tensor]:
-    """Weights in place of a base's own, in its number format and on its device.
+    """A tuned projector's weights by their names, in the number format and on the device of the base's projector.
 
     Args:
-        folder: that `twigvlm train visionzip` has written to.
+        folder: directory that `twigvlm train visionzip` has written.
         projector: the base's projector.
 
     Raises:

@@ -27,7 +27,7 @@ from twigvlm.pruning.attention_rows import visual_attention
 from twigvlm.pruning.cut import Pruner
 from twigvlm.pruning.methods.pruning_head import ranking_keys, ranking_queries
 from twigvlm.pruning.methods.twig import TwigPruner
-from twigvlm.pruning.select import gather_tokens
+from twigvlm.pruning.select import best_first, gather_tokens
 from twigvlm.pruning.view import Tokens, TrunkOutput
 from twigvlm.twig.block import Twig
 
@@ -72,14 +72,14 @@ class HeldTokens:
         inputs: TokenInputs,
         positions: Int[Tensor, " new"],
     ) -> Float[Tensor, "1 new width"]:
-        """Run visual tokens that take the place of others; returns their states after the layers.
+        """Run visual tokens through the layers in the slots of others; returns their states after the layers.
 
         Args:
             base: the base.
-            cache: whose row changes.
-            row: of the cache.
-            gone: numbers of the visual tokens that give way.
-            new: numbers of those that come, as many.
+            cache: the cache whose row changes.
+            row: row of the cache.
+            gone: which visual tokens leave, counted among those of the prompt.
+            new: which come in their slots, as many.
             states: states of the new tokens before the layers.
             inputs: inputs of the new tokens.
             positions: positions of the new tokens in the prompt.
@@ -97,7 +97,7 @@ class HeldTokens:
 
 @dataclass
 class RefocusState:
-    """What one row can look at again: the visual tokens of its prompt, of which pruned layers hold some."""
+    """What one row needs to choose again: all visual tokens of its prompt, of which the pruned layers hold some."""
 
     threshold: float
     """τ."""
@@ -118,11 +118,11 @@ class RefocusState:
     def of(
         cls, trunk: TrunkOutput, row: int, kept: Bool[Tensor, " tokens"], threshold: float, final_wipe: int
     ) -> "RefocusState":
-        """After the cut that follows layer K.
+        """The state of a row after the cut that follows layer K.
 
         Args:
             trunk: the prompts before the cut.
-            row: which of them.
+            row: row of the prompt.
             kept: True at the visual tokens that passed the cut.
             threshold: τ.
             final_wipe: K_f.
@@ -147,8 +147,8 @@ class RefocusState:
         """Note what layers K_f+1..L hold of the prompt.
 
         Args:
-            left: what has passed all cuts; drafts may follow the prompts.
-            row: which of them.
+            left: the tokens that passed all cuts; drafts may follow the prompts.
+            row: row of the prompt.
             length: number of tokens of its prompt.
             layers: L.
         """
@@ -170,9 +170,9 @@ def check_refocus(refocus: float, pruner: Pruner | None, base: BaseVLM, twig: Tw
 
     Args:
         refocus: τ.
-        pruner: has chosen them; None: nothing is pruned.
-        base: whose attention must take a mask.
-        twig: ranks the tokens again.
+        pruner: the method that chose them; None: nothing is pruned.
+        base: the base, whose attention must take a mask.
+        twig: the twig that ranks the tokens again.
     """
     check_coverage(refocus)
     if not isinstance(pruner, TwigPruner) or not pruner.ranks_later(twig):
@@ -194,7 +194,7 @@ def exchanged(scores: Float[Tensor, " visual"], held: Bool[Tensor, " visual"], s
     """
     count = int(held.sum())
     best = scores.topk(count).values.sum()
-    order = scores.argsort(descending=True, stable=True)
+    order = best_first(scores)
     new, old = order[~held[order]][:count], order[held[order]].flip(0)
     gain = (scores[new] - scores[old[: len(new)]]).clamp(min=0)
     short = scores[held].sum() + gain.cumsum(0) < share * best
@@ -205,12 +205,12 @@ def exchanged(scores: Float[Tensor, " visual"], held: Bool[Tensor, " visual"], s
 
 
 class Refocus:
-    """What is asked of all rows of a batch at every step; entry i of scores and answers is row i of the cache.
+    """Ranks the visual tokens of all rows of a batch at every step, and exchanges kept ones; row i is row i of the cache.
 
     Args:
         twig: ranks visual tokens at new tokens, by its P-Head, or without one by its last layer's attention restricted to
-            visual tokens: what ranks the prompt also weighs how much each head attends to text.
-        rows: None: this row does not look again; at least one does.
+            visual tokens. (The ranking of the prompt without a P-Head also weighs how much each head attends to text.)
+        rows: the state of each row; None: the row does not look again. At least one row does.
     """
 
     def __init__(self, twig: Twig, rows: Sequence[RefocusState | None]) -> None:
@@ -255,7 +255,11 @@ class Refocus:
         return shares.new_zeros(len(self.rows), *shares.shape[1:]).index_copy_(0, self.looking, shares)
 
     def asks(self, scores: Float[Tensor, "rows new visual"]) -> Bool[Tensor, "rows new"]:
-        """Where the kept tokens have less than τ of what as many others could have."""
+        """True at the new tokens at which the kept visual tokens have less than τ of what the best as many have.
+
+        Args:
+            scores: from `scores`.
+        """
         kept = (scores * (self.slots >= 0)[:, None]).sum(dim=-1)
         best = scores.topk(self.max_keep, dim=-1).values.cumsum(dim=-1)
         best = best.gather(2, self.last[:, None, None].expand(-1, scores.shape[1], 1))[..., 0]
@@ -264,14 +268,14 @@ class Refocus:
     def look(
         self, base: BaseVLM, cache: KVCache, row: int, scores: Float[Tensor, " visual"], after: int
     ) -> Look | None:
-        """Let pruned layers hold better visual tokens in place of some; None: there are none.
+        """Let the pruned layers of a row hold better visual tokens in place of some; None if no token is better.
 
         Args:
             base: the base.
-            cache: whose row changes.
-            row: of cache and batch.
-            scores: scores of the newest token.
-            after: new tokens so far.
+            cache: the cache whose row changes.
+            row: row of the cache and of the batch.
+            scores: shares of the visual tokens at the newest token.
+            after: number of answer tokens so far.
         """
         state = self.rows[row]
         assert state is not None, "it has asked"

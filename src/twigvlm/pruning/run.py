@@ -15,7 +15,7 @@ from twigvlm.pruning.cut import Choice, Cut
 from twigvlm.pruning.view import Tokens
 
 Choose = Callable[[Tokens, int, Sequence[int]], Bool[Tensor, "batch tokens"] | Choice]
-"""(tokens at a cut, its layer, how many visual tokens each row keeps) -> those that go on; a mask changes nothing else."""
+"""(tokens at a cut, its layer, how many visual tokens each row keeps) -> the visual tokens that stay, as a mask or a `Choice`."""
 
 
 def run_cuts(
@@ -38,17 +38,17 @@ def run_cuts(
         start: first layer.
         stop: layer after the last one.
         cuts: cuts of each row, at the same layers in all of them, `start` <= layer <= `stop`.
-        choose: who stays; not asked where all leave.
+        choose: chooses the visual tokens that stay; not called at a cut that keeps none in any row.
         masks: masks of the prompt.
-        view: view of the cache that gets keys and values; None: they are not kept.
-        prompt: whose tokens these are, for choices that compact positions.
-        keep_last_input: whether the input of the layer before each cut, and of the last one, is kept for methods that rank by it.
+        view: view of the cache that stores keys and values; None: they are not stored.
+        prompt: the prompts that the tokens belong to, for choices that compact positions.
+        keep_last_input: whether the input of the last layer before each cut, and before `stop`, is kept in `Tokens.before`.
 
     Returns:
         The tokens that are left, after layer `stop`.
 
     Raises:
-        TwigVLMError: other numbers of visual tokens were chosen than the cuts say, by which budgets are counted.
+        TwigVLMError: other numbers of visual tokens were chosen than the cuts say, by which the budget is counted.
     """
     text: list[int] = []
     for at_layer in zip(*cuts, strict=True):

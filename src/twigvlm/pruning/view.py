@@ -50,8 +50,16 @@ class Tokens:
     def through(
         self, base: BaseVLM, start: int, stop: int, masks: Masks, view: CacheView | None, keep_last_input: bool = False
     ) -> "Tokens":
-        """The tokens after layers start..stop-1. Keys and values are stored in the cache, if there is one; with
-        `keep_last_input`, the input of the last layer is kept in `before`."""
+        """The tokens after layers start..stop-1 (from 0).
+
+        Args:
+            base: the base.
+            start: first layer.
+            stop: layer after the last one; with `start` the tokens are returned as they are.
+            masks: masks of the prompt.
+            view: view of the cache that stores keys and values; None: they are not stored.
+            keep_last_input: whether the input of the last layer is kept in `before`.
+        """
         if stop == start:
             return self
         before, args = None, (self.hidden, start, stop, self.inputs, masks, view)
@@ -64,7 +72,7 @@ class Tokens:
         return replace(self, hidden=hidden, before=before)
 
     def keep(self, stays: Bool[Tensor, "batch tokens"]) -> "Tokens":
-        """Only the tokens that stay, in their order and with their positions."""
+        """The tokens where a mask is true, in their order and with their positions; each row is padded at its end again."""
         indices, lengths = left_pack(stays)
         inputs = select_tokens(self.inputs, indices)
         padding = ~valid_mask(lengths, indices.shape[1], indices.device)
@@ -77,8 +85,12 @@ class Tokens:
     def compacted(self, base: BaseVLM, prompt: Prompt) -> "Tokens":
         """With consecutive positions that end where the prompt's do.
 
-        Rotary embeddings make attention depend on distances alone, so to count from the end is to count from the start,
-        and the tokens of the answer have one position in all layers, whatever was cut before them.
+        Rotary embeddings make attention depend on distances alone, so that counting from the end is as good as counting from
+        the start, and a token of the answer has the same position in all layers, whatever was cut before it.
+
+        Args:
+            base: the base, which makes rotary embeddings.
+            prompt: the prompts that the tokens belong to.
 
         Raises:
             TwigVLMError: positions have several axes, in which no order is consecutive.
@@ -92,6 +104,17 @@ class Tokens:
         positions = (last - lengths + 1 + torch.arange(count, device=device)).clamp(min=0)
         rotary = base.rotary(self.hidden, positions)
         return replace(self, inputs=self.inputs._replace(cos=rotary.cos, sin=rotary.sin))
+
+
+def last_mask(lengths: Lengths, tokens: int, device: torch.device | None = None) -> Bool[Tensor, "batch tokens"]:
+    """True at the last token of each row of a batch that is padded at its end.
+
+    Args:
+        lengths: tokens of each row.
+        tokens: tokens of the longest row, padding included.
+        device: where the mask is made.
+    """
+    return torch.arange(tokens, device=device) == torch.tensor(lengths, device=device)[:, None] - 1
 
 
 @dataclass(frozen=True)
@@ -119,7 +142,11 @@ class TrunkOutput:
         return self.view.held(self.twig.first_layer_idx).longest == self.tokens.hidden.shape[1]
 
     def fill_twig(self) -> Float[Tensor, "batch tokens width"]:
-        """Run the twig on what its cache does not hold of the prompt, the first time; returns the input of its last layer."""
+        """Run the twig on what its cache does not hold of the prompt, at the first call; returns the input of its last layer.
+
+        Raises:
+            TwigVLMError: the model has no twig.
+        """
         return self._last_input
 
     @cached_property
@@ -149,10 +176,14 @@ Scorer = Callable[[TrunkOutput], Tensor]
 
 
 def checked_scores(scorer: Scorer, trunk: TrunkOutput) -> Float[Tensor, "batch tokens"]:
-    """Scores from a scorer, checked for type and shape.
+    """Scores from a scorer, checked for type and shape; whole numbers become float32.
+
+    Args:
+        scorer: ranks the visual tokens.
+        trunk: the prompts after layer K.
 
     Raises:
-        TwigVLMError: it returns something else than a number for each token.
+        TwigVLMError: the scorer returns something other than a number for each token.
     """
     scores, shape = scorer(trunk), tuple(trunk.tokens.visual.shape)
     if not isinstance(scores, Tensor) or tuple(scores.shape) != shape:
@@ -176,6 +207,19 @@ class CutView:
 
     @property
     def before(self) -> Float[Tensor, "batch tokens width"]:
-        """States of the tokens before the layer that ran last; for methods with `Need.LAST_LAYER`."""
-        assert self.tokens.before is not None, "the method needs it"
+        """States of the tokens before the layer that ran last.
+
+        Raises:
+            TwigVLMError: the method does not name `Need.LAST_LAYER`, or no layer has run yet.
+        """
+        if self.tokens.before is None:
+            raise TwigVLMError(
+                "pruner: reads the states before a layer, which are kept for methods that need them; name Need.LAST_LAYER in "
+                "its needs, and cut after a layer"
+            )
         return self.tokens.before
+
+    def remaining(self, mask: Bool[Tensor, "batch prompt_tokens"]) -> Bool[Tensor, "batch tokens"]:
+        """A mask of the whole prompts at the tokens that are left; False at padding."""
+        here = mask if self.tokens.index is None else mask.gather(1, self.tokens.index)
+        return here & valid_mask(self.tokens.lengths, here.shape[1], here.device)

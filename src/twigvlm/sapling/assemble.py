@@ -100,7 +100,12 @@ def processor() -> LlavaProcessor:
 
 
 def config(language: LlamaForCausalLM, image_token_id: int) -> LlavaConfig:
-    """The configuration of Sapling around its language model, whose id of the image placeholder this is."""
+    """The configuration of Sapling.
+
+    Args:
+        language: its language model.
+        image_token_id: id of the image placeholder.
+    """
     vision = CLIPVisionConfig(
         hidden_size=256,
         intermediate_size=1024,
@@ -132,7 +137,12 @@ def twig_path() -> Path:
 
 
 def merge(state: dict[str, torch.Tensor], updates: dict[str, torch.Tensor]) -> None:
-    """Add each low-rank update to its weight: W + up @ down (LoRA's B and A, already scaled)."""
+    """Add each low-rank update to its weight: W + up @ down (LoRA's B and A, already scaled).
+
+    Args:
+        state: weights by name, [out, in] where they are updated; changed in place.
+        updates: `<layer>.up`, [out, rank], and `<layer>.down`, [rank, in].
+    """
     for name in sorted({key.rsplit(".", 1)[0] for key in updates}):
         up, down = updates[f"{name}.up"].float(), updates[f"{name}.down"].float()
         state[f"{name}.weight"] = state[f"{name}.weight"] + up @ down
@@ -141,7 +151,16 @@ def merge(state: dict[str, torch.Tensor], updates: dict[str, torch.Tensor]) -> N
 def assemble(
     language: LlamaForCausalLM, image_token_id: int, weights: dict[str, torch.Tensor]
 ) -> LlavaForConditionalGeneration:
-    """Join the language model with `weights`: keys `vision_tower.*`, `multi_modal_projector.*` and `<layer>.up/.down`."""
+    """Join the language model with the weights that ship with the package, in float32.
+
+    Args:
+        language: the language model.
+        image_token_id: id of the image placeholder.
+        weights: tensors by name: `vision_tower.*`, `multi_modal_projector.*`, and `<layer>.up` and `<layer>.down` as in `merge`.
+
+    Raises:
+        TwigVLMError: the weights do not fit the architecture.
+    """
     state = {key.removeprefix("model."): value for key, value in language.state_dict().items()}
     state.pop("lm_head.weight")
     unmerged = {key: value.float() for key, value in weights.items() if not key.endswith((".up", ".down"))}

@@ -22,14 +22,20 @@ def check_note(note: Path, settings: Mapping[str, Any], begun: bool, name: str, 
         kind: what errors tell the user to choose another one of: "file" or "directory".
 
     Raises:
-        TwigVLMError: there are results with other settings, or without a note.
+        TwigVLMError: there are results with other settings, or without a note that can be read.
     """
     wanted = json.loads(json.dumps(settings))
     if not begun:
         with replacing(note) as temporary:
             temporary.write_text(json.dumps(wanted), encoding="utf-8")
         return
-    found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+    try:
+        found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+        damaged = not isinstance(found, dict)
+    except (OSError, ValueError):
+        damaged = True
+    if damaged:
+        raise TwigVLMError(f"{name}: its settings, {str(note)!r}, cannot be read; name another {kind}")
     other = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
     if other:
         raise TwigVLMError(f"{name}: holds answers with other options ({', '.join(other)}); name another {kind}")

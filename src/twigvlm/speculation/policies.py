@@ -93,7 +93,7 @@ class Chain(DraftPolicy):
 class EarlyExit(Chain):
     """Chains as a twig of no layers would draft them: the base's own norm and head on the states after layer K.
 
-    Nothing is trained, and only the trunk runs.
+    Nothing is trained, and only the trunk runs. LayerSkip drafts so on bases that were trained for it.
     """
 
     uses_twig = False

@@ -29,7 +29,9 @@ class Accepted(NamedTuple):
 
 
 def walk(nodes: Nodes, depth: int, choose: Choose, go_on: GoOn | None = None) -> Accepted:
-    """Go down from the roots while the base's choice is among the children: the longest paths that the base agrees with.
+    """Go down from the roots while the base's choice is among the children (Algorithms 1 and 2, second half).
+
+    So the longest path that the base agrees with is found for each row.
 
     Args:
         nodes: siblings have different tokens.

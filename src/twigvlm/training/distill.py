@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
@@ -20,12 +20,20 @@ from twigvlm.training.losses import attending, attention_loss, draft_targets, ne
 from twigvlm.training.options import Stage1Config
 from twigvlm.training.teacher import resolve_teacher_layers, run_teacher
 from twigvlm.training.trainer import CountingTrainer
+from twigvlm.training.trunk import TrunkBatch, autocast, run_trunk
 
 
 class Student(nn.Module):
     """The shallow model as the Trainer sees it: its parameters, and so the checkpoints, are the twig's alone.
 
     The twig holds float32 weights and runs in the base's number format under autocast.
+
+    Args:
+        model: the twig with its base.
+        config: settings.
+
+    Raises:
+        TwigVLMError: a loss needs a P-Head and the twig has none, or the teacher's layers are not above the trunk.
     """
 
     accepts_loss_kwargs = True  # the Trainer hands in the number of answer tokens that an optimiser step sees
@@ -52,8 +60,7 @@ class Student(nn.Module):
         samples_in_step: Tensor | None = None,
         **inputs: Any,
     ) -> dict[str, Tensor]:
-        """Loss of a batch (Eq. 9) and its terms, padded on the right: without a mask, causal attention hides padding from
-        every real token.
+        """Loss of a batch (Eq. 9), which is padded on the right, and its terms.
 
         The terms are means over the batch: of answer tokens (Eq. 10), and of turns or their answer tokens (Eq. 11). Across the
         passes and processes of an optimiser step, tokens weigh equally in L_NTP and L_PredKL. In L_AttnKL a pass weighs by its
@@ -64,33 +71,22 @@ class Student(nn.Module):
             num_items_in_batch: answer tokens of the optimiser step; None: it has this batch alone.
             samples_in_step: samples of the optimiser step; None: it has this batch alone.
             inputs: what the base's forward takes.
+
+        Returns:
+            `loss`, with a gradient, and the terms before their weights, by their names in the log; all are scalars.
         """
-        inputs.pop("attention_mask", None)
         base, twig, config = self._model[0].base, self.twig, self.settings
-        trunk = twig.config.trunk_layers
-        answers = labels[:, 1:] != IGNORE
-        query, ends = None, last_prompt_tokens(labels)
-        with torch.no_grad():
-            prompt = base.prompt(**inputs)
-            masks = base.masks()
-            token_inputs = base.token_inputs(prompt)
-            hidden = base.run_layers(prompt.hidden, 0, trunk, token_inputs, masks)
-            if config.gamma or config.gamma_answers:
-                asking = torch.nn.functional.pad(answers, (0, 1)) if config.gamma_answers else ends
-                query = VisualQuery.at(asking, prompt.visual_mask)
-            wanted = answers if config.alpha else None
-            teacher = run_teacher(base, hidden, trunk, token_inputs, masks, query, self.teacher_layers, wanted)
-        with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
-            last_input, states = twig.forward_with_last_input(hidden.float(), token_inputs, masks)
-            logits = twig.logits(states[:, :-1][answers])
-            scores = None
-            if query is not None:
-                scores = log_visual_attention(twig.layers[-1], last_input, token_inputs, query, twig.pruning_head)
-        vocabulary = base.vocabulary
-        targets = draft_targets(labels[:, 1:][answers], twig.draft_token_ids, vocabulary)
+        batch = run_trunk(base, twig.config.trunk_layers, inputs)
+        answers, ends = labels[:, 1:] != IGNORE, last_prompt_tokens(labels)
+        query = None
+        if config.gamma or config.gamma_answers:
+            asking = torch.nn.functional.pad(answers, (0, 1)) if config.gamma_answers else ends
+            query = VisualQuery.at(asking, batch.visual_mask)
+        teacher = run_teacher(batch, query, self.teacher_layers, answers if config.alpha else None)
+        logits, scores = self._run_twig(batch, answers, query)
+        targets = draft_targets(labels[:, 1:][answers], twig.draft_token_ids, base.vocabulary)
         count = answers.sum() if num_items_in_batch is None else num_items_in_batch
         of_tokens = answers.sum() / count
-        samples = len(labels) if samples_in_step is None else samples_in_step
         loss = next_token_loss(logits, targets, count)
         terms = {"next_token": loss.detach() / of_tokens}
         if teacher.logits is not None:
@@ -99,14 +95,28 @@ class Student(nn.Module):
             loss = loss + of_tokens * config.alpha * terms["prediction_kl"]
         if teacher.attention is not None and scores is not None and query is not None:
             at_ends = ends.gather(1, query.queries)
-            terms["attention_kl"] = attention_loss(teacher.attention, scores, at_ends)
-            of_samples = attending(teacher.attention, at_ends).any(dim=1).sum() / samples
-            loss = loss + of_samples * config.gamma * terms["attention_kl"]
-            if config.gamma_answers:
-                of_samples = attending(teacher.attention, ~at_ends).any(dim=1).sum() / samples
-                terms["answer_attention_kl"] = attention_loss(teacher.attention, scores, ~at_ends)
-                loss = loss + of_samples * config.gamma_answers * terms["answer_attention_kl"]
+            samples = len(labels) if samples_in_step is None else samples_in_step
+            for name, weight, among in (
+                ("attention_kl", config.gamma, at_ends),
+                ("answer_attention_kl", config.gamma_answers, ~at_ends),
+            ):
+                if weight:
+                    terms[name] = attention_loss(teacher.attention, scores, among)
+                    of_samples = attending(teacher.attention, among).any(dim=1).sum() / samples
+                    loss = loss + of_samples * weight * terms[name]
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+    def _run_twig(
+        self, batch: TrunkBatch, answers: Bool[Tensor, "batch positions"], query: VisualQuery | None
+    ) -> tuple[Float[Tensor, "answers draft_vocabulary"], Float[Tensor, "batch queries visual"] | None]:
+        """The student's logits of the answers, and where there is a query the logarithm of the P-Head's scores."""
+        twig, scores = self.twig, None
+        with autocast(batch.base):
+            last_input, states = twig.forward_with_last_input(batch.hidden.float(), batch.inputs, batch.masks)
+            logits = twig.logits(states[:, :-1][answers])
+            if query is not None:
+                scores = log_visual_attention(twig.layers[-1], last_input, batch.inputs, query, twig.pruning_head)
+        return logits, scores
 
 
 def train_stage1(

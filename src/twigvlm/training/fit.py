@@ -23,10 +23,11 @@ from twigvlm.compat.trainer import use_one_gpu
 from twigvlm.errors import TwigVLMError
 from twigvlm.files import reserved
 from twigvlm.model import TwigVLM
-from twigvlm.training.data.dataset import Collator, ConversationDataset
+from twigvlm.training.checks import check_device, check_trainable, limit_length
+from twigvlm.training.data.dataset import Collator
 from twigvlm.training.distributed import fsdp, processes
 from twigvlm.training.options import TrainingConfig
-from twigvlm.training.run_directory import UNFINISHED, check_room, check_settings, latest
+from twigvlm.training.run_directory import UNFINISHED, check_checkpoint, check_room, check_settings, latest
 from twigvlm.training.trainer import AllStepsDone, Steps, TermTrainer
 
 NO_LOSSES = ("grad_norm", "learning_rate", "epoch", "step")
@@ -71,40 +72,28 @@ def fit(
         TwigVLMError: the base, the data, the launch, the directory or the checkpoint are unfit, or the training diverges.
     """
     data, config, directory = run.data, run.config, run.directory
-    _check_trainable(base, through)
-    samples = len(data)  # type: ignore[arg-type]
-    _limit_length(base, data)
+    check_trainable(base, through)
+    samples = limit_length(base, data)
     together = config.batch_size * config.accumulate * processes.count()
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(samples / together))
     module = make_student(steps)
     data[0]  # what is wrong with every sample shows before anything is written
     with reserved(directory, "directory") if processes.is_main() else nullcontext():
-        checkpoint = latest(directory)
-        if checkpoint is not None and not run.resume:
-            raise TwigVLMError(f"directory {str(directory)!r}: holds checkpoints; resume, or choose another directory")
+        checkpoint = _checkpoint(run)
         check_settings(directory, _settings(base, shape, config, data, samples), checkpoint)
         if processes.is_main():
             shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
             check_room(directory, module, math.ceil(steps / config.save_steps))
         arguments = _arguments(config, directory, steps, base.device)
-        _check_device(arguments.device, base.device)
+        check_device(arguments.device, base.device)
         use_one_gpu(arguments)
         part.float()
-        processes.broadcast_weights(module)
-        trainer = _trainer(trainer_class, module, arguments, data, run.callbacks)
         try:
-            with suppress(AllStepsDone):
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            fsdp.unshard(module)
-            trainer.check_weights(module)
-        except TwigVLMError as error:
-            if (own := _without_traceback(error)) is None:
-                raise
-            raise own from None
+            state = _train(trainer_class, module, arguments, run, checkpoint)
         finally:
             part.to(base.dtype)
             part.train(False)
-    return trainer.state.log_history, _entry(config, samples, trainer.state)
+    return state.log_history, _entry(config, samples, state)
 
 
 def fit_twig(
@@ -141,20 +130,6 @@ def fit_twig(
     return log
 
 
-def first_with_picture(base: BaseVLM, data: Dataset[dict[str, Tensor]]) -> tuple[dict[str, Tensor], int]:
-    """The first sample with a picture, and how many visual tokens it has.
-
-    Raises:
-        TwigVLMError: no sample has a picture.
-    """
-    for index in range(len(data)):  # type: ignore[arg-type]
-        sample = data[index]
-        visual = int(base.visual_mask(sample["input_ids"]).sum())
-        if visual:
-            return sample, visual
-    raise TwigVLMError("data: no sample has a picture; add some, since this training learns from pictures alone")
-
-
 def _digest(record: list[dict[str, Any]], weights: Mapping[str, Tensor]) -> str:
     """Twelve characters that change with a record and with weights."""
     whole = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
@@ -168,29 +143,6 @@ def _without_traceback(error: TwigVLMError) -> TwigVLMError | None:
     kind = type(error)
     traceback, _, message = str(error).rpartition(f"\n{kind.__module__}.{kind.__qualname__}: ")
     return kind(message.strip()) if traceback else None
-
-
-def _check_trainable(base: BaseVLM, through: Iterable[nn.Parameter]) -> None:
-    """Refuse a base through which no gradients can flow, or only such that vanish."""
-    if base.dtype == torch.float16:
-        raise TwigVLMError("dtype=float16: gradients underflow in it; train with bfloat16 or float32")
-    if not torch.is_grad_enabled():
-        raise TwigVLMError(
-            "torch.no_grad or torch.inference_mode: nothing can be trained inside it; train outside of it"
-        )
-    if any(parameter.is_inference() for parameter in through):
-        raise TwigVLMError(
-            "base: was loaded inside torch.inference_mode, and gradients pass through it; load it outside"
-        )
-
-
-def _limit_length(base: BaseVLM, data: Dataset[dict[str, Tensor]]) -> None:
-    """Have samples cut where the base's context ends, which it would refuse in the middle of the training."""
-    limit = getattr(data, "max_length", None)
-    if base.context is not None and limit is not None and limit > base.context:
-        raise TwigVLMError(f"max_length={limit}: must be at most {base.context}, the context of this base")
-    if isinstance(data, ConversationDataset):
-        data.context = base.context
 
 
 def _settings(
@@ -211,23 +163,45 @@ def _settings(
     }
 
 
-def _trainer(
+def _checkpoint(run: Run) -> Path | None:
+    """The checkpoint that a run goes on from; None: there is none."""
+    checkpoint = latest(run.directory)
+    if checkpoint is not None:
+        if not run.resume:
+            raise TwigVLMError(
+                f"directory {str(run.directory)!r}: holds checkpoints; resume, or choose another directory"
+            )
+        check_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _train(
     trainer_class: type[TermTrainer],
     module: nn.Module,
     arguments: TrainingArguments,
-    data: Dataset[dict[str, Tensor]],
-    callbacks: Sequence[TrainerCallback],
-) -> TermTrainer:
-    """The Trainer of a stage, which prints nothing by itself."""
+    run: Run,
+    checkpoint: Path | None,
+) -> TrainerState:
+    """Run the Trainer, which prints nothing by itself, from the checkpoint to the last step."""
+    processes.broadcast_weights(module)
     trainer = trainer_class(
         model=module,
         args=arguments,
-        train_dataset=data,
+        train_dataset=run.data,
         data_collator=Collator(pad_token_id=0),
-        callbacks=[*callbacks, Steps()],
+        callbacks=[*run.callbacks, Steps()],
     )
     trainer.remove_callback(PrinterCallback)
-    return trainer
+    try:
+        with suppress(AllStepsDone):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        fsdp.unshard(module)
+        trainer.check_weights(module)
+    except TwigVLMError as error:
+        if (original := _without_traceback(error)) is None:
+            raise
+        raise original from None
+    return trainer.state
 
 
 def _arguments(config: TrainingConfig, directory: Path, steps: int, device: torch.device) -> TrainingArguments:
@@ -257,15 +231,6 @@ def _arguments(config: TrainingConfig, directory: Path, steps: int, device: torc
         disable_tqdm=True,
         logging_nan_inf_filter=False,
     )
-
-
-def _check_device(chosen: torch.device, device: torch.device) -> None:
-    """The Trainer chooses its device by itself; the base must be there."""
-    if (chosen.type, chosen.index or 0) != (device.type, device.index or 0):
-        raise TwigVLMError(
-            f"device {str(device)!r}: this process trains on {str(chosen)!r}; load the base there, "
-            "or choose GPUs by CUDA_VISIBLE_DEVICES"
-        )
 
 
 def _stage(config: TrainingConfig) -> str:

@@ -26,7 +26,7 @@ def draft_targets(
 def next_token_loss(
     logits: Float[Tensor, "answers draft_vocabulary"], targets: Int[Tensor, " answers"], count: Tensor
 ) -> Float[Tensor, ""]:
-    """L_NTP: cross-entropy summed over the answer tokens that can be drafted, over `count`.
+    """L_NTP, in nats: cross-entropy summed over the answer tokens that can be drafted, over `count`.
 
     Args:
         logits: the shallow model's.
@@ -39,7 +39,12 @@ def next_token_loss(
 def divergence(
     target: Float[Tensor, "*rows choices"], prediction: Float[Tensor, "*rows choices"]
 ) -> Float[Tensor, "*rows"]:
-    """KL(target ‖ prediction) of distributions given by their logarithms; what the target excludes (-inf) adds nothing."""
+    """KL(target ‖ prediction), in nats; what the target excludes adds nothing.
+
+    Args:
+        target: logarithm of a distribution, -inf at what it excludes.
+        prediction: logarithm of another one.
+    """
     terms = target.exp() * (target - prediction)
     return terms.masked_fill(target == float("-inf"), 0.0).sum(dim=-1)
 
@@ -59,6 +64,8 @@ def prediction_loss(
     Args:
         teacher: the base's logits; over a reduced draft vocabulary those of its tokens.
         student: the shallow model's logits.
+        temperature: divides the logits of both.
+        clip: limit on the divergence of a token, in nats.
     """
     soft = ((logits.float() / temperature).log_softmax(dim=-1) for logits in (teacher, student))
     loss = divergence(*soft) * temperature**2
@@ -83,7 +90,8 @@ def attention_loss(
     student: Float[Tensor, "batch queries visual"],
     among: Bool[Tensor, "batch queries"] | None = None,
 ) -> Float[Tensor, ""]:
-    """L_AttnKL (Eq. 11): KL(a_b ‖ s), as the mean over queries of which the base sees a visual token; 0 if there are none.
+    """L_AttnKL (Eq. 11): KL(a_b ‖ s) in nats, as the mean over queries from which the base sees a visual token; 0 if there are
+    none.
 
     Args:
         teacher: logarithm of the base's attention.
@@ -95,11 +103,20 @@ def attention_loss(
 
 
 def advantages(rewards: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
-    """(r - mean) / std within a group; 0 for a group without spread."""
+    """(r - mean) / std within a group (Eq. 15); 0 for a group without spread.
+
+    Args:
+        rewards: of the prunings of one sample.
+    """
     above = rewards - rewards[0]  # exactly 0 for equal rewards, whose mean may be rounded
     return (above - above.mean()) / above.std().clamp(min=1e-6)  # nor does rounding pass for a spread
 
 
 def policy_loss(log_probabilities: Float[Tensor, " group"], advantages: Float[Tensor, " group"]) -> Float[Tensor, ""]:
-    """REINFORCE with a group's baseline, strictly on-policy: -(1/G) Σ Â_i log π(a_i) (Eq. 15, which is maximised)."""
+    """REINFORCE with a group's baseline, strictly on-policy: -(1/G) Σ Â_i log π(a_i) (Eq. 15, which is maximised).
+
+    Args:
+        log_probabilities: log π(a_i) of each pruning.
+        advantages: Â_i of each pruning.
+    """
     return -(advantages * log_probabilities).mean()

@@ -1,10 +1,11 @@
 """Settings of a training run, as frozen dataclasses; the command line's options and help are generated from them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from math import isfinite
 
-from twigvlm.config import at_least
+from twigvlm.config import at_least, check_number
 from twigvlm.errors import TwigVLMError
 
 KEEP_BUDGETS = (41, 72, 103, 134, 165, 196, 227)
@@ -42,24 +43,40 @@ class TrainingConfig:
         at_least(1, batch_size=self.batch_size, accumulate=self.accumulate)
         at_least(1, save_steps=self.save_steps, log_steps=self.log_steps)
         self._more_than_0("learning_rate", "epochs")
+        check_number("warmup", self.warmup)
         if not 0 <= self.warmup < 1:
             raise TwigVLMError(f"warmup={self.warmup:g}: must be at least 0 and less than 1")
         if self.max_steps is not None:
             at_least(1, max_steps=self.max_steps)
+            self._does_not_apply(f"with max_steps={self.max_steps}", "epochs")
         at_least(0, workers=self.workers, seed=self.seed)
         if self.seed >= 2**32:  # NumPy's limit, which the Trainer seeds too
             raise TwigVLMError(f"seed={self.seed}: must be 0 or more, and less than 2^32")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise TwigVLMError("tensorboard: is not installed; run: pip install 'twigvlm[train]'")
 
     def _more_than_0(self, *names: str) -> None:
         for name in names:
-            if not (getattr(self, name) > 0 and isfinite(getattr(self, name))):
-                raise TwigVLMError(f"{name}={getattr(self, name):g}: must be more than 0, and finite")
+            value = getattr(self, name)
+            check_number(name, value)
+            if not (value > 0 and isfinite(value)):
+                raise TwigVLMError(f"{name}={value:g}: must be more than 0, and finite")
 
     def _not_negative(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
+            check_number(name, value)
             if not (value >= 0 and isfinite(value)):
                 raise TwigVLMError(f"{name}={value:g}: must be 0 or more")
+
+    def _does_not_apply(self, where: str, *names: str) -> None:
+        """Refuse options that do nothing, where they differ from their defaults."""
+        defaults = {option.name: option.default for option in fields(self)}
+        for name in names:
+            value = getattr(self, name)
+            if value != defaults[name]:
+                shown = spaced(value if isinstance(value, tuple) else (value,))
+                raise TwigVLMError(f"{name}={shown}: does not apply {where}; leave it out")
 
 
 @dataclass(frozen=True)
@@ -73,6 +90,7 @@ class ProjectorConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_number("retain", self.retain)
         if not (self.retain > 0 and isfinite(self.retain)):
             raise TwigVLMError(f"retain={self.retain:g}: must be a number of visual tokens, for example 64")
 
@@ -116,6 +134,10 @@ class Stage1Config(StageConfig):
         super().__post_init__()
         self._not_negative("alpha", "gamma", "gamma_answers")
         self._more_than_0("temperature", "clip")
+        if not self.alpha:
+            self._does_not_apply("where alpha=0", "temperature", "clip")
+        if not (self.gamma or self.gamma_answers):
+            self._does_not_apply("where gamma=0 and gamma_answers=0", "teacher_layers")
 
 
 @dataclass(frozen=True)
@@ -151,8 +173,7 @@ class Stage2Config(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group < 2:
-            raise TwigVLMError(f"group={self.group}: must be 2 or more, since rewards are compared with their mean")
+        at_least(2, group=self.group)  # rewards are compared with their mean
         for name in ("chunk", "span"):
             if (value := getattr(self, name)) is not None:
                 at_least(1, **{name: value})
@@ -169,6 +190,12 @@ class Stage2Config(StageConfig):
         self._more_than_0("power")
         if not all(weight >= 0 and isfinite(weight) for weight in self.gamma):
             raise TwigVLMError(f"gamma={self.gamma[0]:g} {self.gamma[1]:g}: both must be 0 or more")
+        if not any(self.gamma):
+            self._does_not_apply("where gamma=0 0", "teacher_layers")
+        if len(self.budgets or self.keep_budgets or KEEP_BUDGETS) == 1 and self.beta:
+            self._does_not_apply("with a single budget", "beta", "power")
+        if not self.beta:
+            self._does_not_apply("where beta=0", "power")
 
     def resolve(self) -> "Stage2Config":
         """These settings, with the published budgets if none are given."""

@@ -14,6 +14,8 @@ def sample(
 
     Args:
         log_scores: logarithm of the scores s.
+        group: G, number of draws.
+        keep: R, tokens of a draw.
         generator: on the CPU, so that a seed draws alike on every device.
     """
     noise = -torch.empty(group, len(log_scores), device="cpu").exponential_(generator=generator).log()
@@ -30,7 +32,7 @@ def log_probability(
 
     Args:
         log_scores: logarithm of the scores s, which sum to 1.
-        actions: the tokens drawn, in order.
+        actions: the tokens drawn, in order, as indices of `log_scores`.
     """
     scores = log_scores.expand(len(actions), -1)
     drawn = scores.gather(1, actions)
@@ -43,5 +45,9 @@ def log_probability(
 
 
 def first_draw_entropy(log_scores: Float[Tensor, " visual"]) -> Float[Tensor, ""]:
-    """In nats."""
+    """Entropy of the distribution of the first token that is drawn, in nats: 0 to the logarithm of the number of tokens.
+
+    Args:
+        log_scores: logarithm of the scores s, which sum to 1.
+    """
     return -(log_scores.exp() * log_scores).sum()

@@ -23,11 +23,13 @@ from twigvlm.pruning.methods.visionzip import VisionZip
 from twigvlm.pruning.projector import WEIGHTS
 from twigvlm.pruning.run import run_cuts
 from twigvlm.pruning.view import CutView, Tokens
+from twigvlm.training.checks import first_with_picture
 from twigvlm.training.data.dataset import IGNORE, Collator
-from twigvlm.training.fit import Run, first_with_picture, fit
+from twigvlm.training.fit import Run, fit
 from twigvlm.training.losses import next_token_loss
 from twigvlm.training.options import ProjectorConfig
 from twigvlm.training.trainer import TermTrainer
+from twigvlm.training.trunk import autocast
 
 
 class TunedProjector:
@@ -85,7 +87,7 @@ class Projecting(nn.Module):
         layers, visual = base.num_layers, prompt.visual_mask.sum(dim=1).tolist()
         keep = [self._keep(count, layers) if count else 0 for count in visual]
         tokens = Tokens(prompt.hidden, base.token_inputs(prompt), prompt.visual_mask, prompt.lengths)
-        with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
+        with autocast(base):
             chosen = self.pruner.choose(CutView(base, prompt, 0, tokens, None), keep) if any(keep) else None
             cuts = [(Cut(0, count),) for count in keep]
             left = run_cuts(base, tokens, 0, layers, cuts, lambda *_: cast(Choice, chosen), base.masks())

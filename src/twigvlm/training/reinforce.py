@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from twigvlm.model import TwigVLM
 from twigvlm.pruning.budget import average_kept, solve_keep
 from twigvlm.pruning.methods.pruning_head import VisualQuery, log_visual_attention
 from twigvlm.training import plackett_luce
+from twigvlm.training.checks import first_with_picture
 from twigvlm.training.data.turns import answer_length, draw_turns
-from twigvlm.training.fit import Run, first_with_picture, fit_twig
+from twigvlm.training.fit import Run, fit_twig
 from twigvlm.training.losses import advantages, attending, attention_loss, policy_loss
 from twigvlm.training.options import Stage2Config, spaced
 from twigvlm.training.rewards import Case, answer_likelihoods
 from twigvlm.training.teacher import resolve_teacher_layers, run_teacher
 from twigvlm.training.trainer import CountingTrainer
+from twigvlm.training.trunk import TrunkBatch, autocast, run_trunk
 
 
 def budget_probabilities(count: int, progress: float, beta: float, power: float) -> Float[Tensor, " count"]:
@@ -38,8 +41,29 @@ def budget_probabilities(count: int, progress: float, beta: float, power: float)
     return (-beta * progress**power * torch.arange(count, dtype=torch.float64)).softmax(dim=0)
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Prunings of one sample."""
+
+    case: Case
+    """The question, with the visual tokens that each pruning keeps."""
+    log_scores: Float[Tensor, " visual"]
+    """Logarithm of the scores s that they are drawn by, with a gradient."""
+    actions: Int[Tensor, "group keep"]
+    """What was drawn, in order: indices among the visual tokens."""
+
+
 class Policy(nn.Module):
-    """The P-Head as a policy, as the Trainer sees it: checkpoints hold the whole twig, of which the P-Head alone learns."""
+    """The P-Head as a policy, as the Trainer sees it: checkpoints hold the whole twig, of which the P-Head alone learns.
+
+    Args:
+        model: a twig with a P-Head, and its base.
+        config: settings.
+        steps: T, optimiser steps of the whole training.
+
+    Raises:
+        TwigVLMError: the teacher's layers are not above the trunk.
+    """
 
     accepts_loss_kwargs = True  # the Trainer leaves it to the policy to divide by what an optimiser step sees
 
@@ -56,7 +80,12 @@ class Policy(nn.Module):
         self.teacher_layers = resolve_teacher_layers(config.teacher_layers, layers, self.trunk)
 
     def keep(self, level: float, visual: int) -> int | None:
-        """R of a sample with that many visual tokens under one of the budgets; None if it cannot have this one."""
+        """R of a sample under one of the budgets; None if it cannot have this one.
+
+        Args:
+            level: the budget, as R or as R̄.
+            visual: M, visual tokens of the sample.
+        """
         if self.settings.keep_budgets is not None:
             return int(level) if level <= visual else None
         try:
@@ -88,53 +117,40 @@ class Policy(nn.Module):
             num_items_in_batch: answer tokens of the optimiser step, which do not count here.
             samples_in_step: samples of the optimiser step; None: it has this batch alone.
             inputs: what the base's forward takes.
+
+        Returns:
+            `loss`, with a gradient, and figures by their names in the log; all are scalars.
         """
-        inputs.pop("attention_mask", None)
-        base, twig, config = self._model[0].base, self.twig, self.settings
+        base, config = self._model[0].base, self.settings
         choice, generator = self._draw_budget(step), _stream(config.seed, step, part + 1)
         level = self.levels[choice]
-        with torch.no_grad():
-            prompt = base.prompt(**inputs)
-            masks = base.masks()
-            token_inputs = base.token_inputs(prompt)
-            hidden = base.run_layers(prompt.hidden, 0, self.trunk, token_inputs, masks)
-            choosing = draw_turns(labels, prompt.visual_mask, generator, config.span)
-            query = VisualQuery.at(choosing, prompt.visual_mask)
-        with torch.autocast(hidden.device.type, base.dtype, enabled=base.dtype != torch.float32):
-            with torch.no_grad():
-                last_input = twig.last_input(hidden.float(), token_inputs, masks)
-            scores = log_visual_attention(twig.layers[-1], last_input, token_inputs, query, twig.pruning_head)
-        loss = scores[query.visible].sum() * 0.0  # a batch without an image has a gradient too
+        batch = run_trunk(base, self.trunk, inputs)
+        query = VisualQuery.at(draw_turns(labels, batch.visual_mask, generator, config.span), batch.visual_mask)
+        scores = self._scores(batch, query)
         samples = len(labels) if samples_in_step is None else samples_in_step
         seeing = query.visible.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
-        drawn = [one for row in seeing if (one := self._draw(row, labels, query, scores, level, generator)) is not None]
-        cases = [case for case, _, _ in drawn]
-        figures: dict[str, list[Tensor]] = defaultdict(list)
-        rewarded = answer_likelihoods(
-            base, hidden, prompt.visual_mask, token_inputs, masks, cases, twig.config, config.chunk
-        )
-        for (case, log_scores, actions), rewards in zip(drawn, rewarded, strict=True):
-            relative = advantages(rewards)
-            loss = loss + policy_loss(plackett_luce.log_probability(log_scores, actions), relative) / samples
-            keep = case.kept.shape[1]
-            average = average_kept(keep, len(log_scores), *self.shape)
-            figures["keep"].append(torch.tensor(float(keep)))
-            figures["retain"].append(torch.tensor(average))
-            figures["reward"].append(rewards.mean())
-            figures["reward_spread"].append(rewards.std())
-            figures["advantage_spread"].append(relative.std())
-            figures["entropy"].append(plackett_luce.first_draw_entropy(log_scores.detach()))
-        terms = {name: torch.stack(values).mean() for name, values in figures.items()}
-        terms["taught"] = torch.tensor(len(cases) / len(labels))
+        draws = [one for row in seeing if (one := self._draw(row, labels, query, scores, level, generator)) is not None]
+        rewarding, terms = self._reward(batch, draws)
+        # The scores are for a batch without an image, which has a gradient too.
+        loss = rewarding / samples + 0.0 * scores[query.visible].sum()
+        terms["taught"] = torch.tensor(len(draws) / len(labels))
         terms["retain" if config.keep_budgets is None else "keep"] = torch.tensor(float(level))
         weight = float(np.interp(choice, (0, max(1, len(self.levels) - 1)), config.gamma))
         if weight:
-            teacher = run_teacher(base, hidden, self.trunk, token_inputs, masks, query, self.teacher_layers)
+            teacher = run_teacher(batch, query, self.teacher_layers)
             assert teacher.attention is not None, "asked for"
             divergence = attention_loss(teacher.attention, scores)
             terms["attention_kl"] = divergence.detach()
             loss = loss + weight * divergence * attending(teacher.attention).any(dim=1).sum() / samples
         return {"loss": loss, **terms}
+
+    def _scores(self, batch: TrunkBatch, query: VisualQuery) -> Float[Tensor, "batch queries visual"]:
+        """Logarithm of the P-Head's scores, which alone have a gradient."""
+        twig = self.twig
+        with autocast(batch.base):
+            with torch.no_grad():
+                last_input = twig.last_input(batch.hidden.float(), batch.inputs, batch.masks)
+            return log_visual_attention(twig.layers[-1], last_input, batch.inputs, query, twig.pruning_head)
 
     def _draw(
         self,
@@ -144,8 +160,8 @@ class Policy(nn.Module):
         scores: Float[Tensor, "batch queries visual"],
         level: float,
         generator: torch.Generator,
-    ) -> tuple[Case, Float[Tensor, " visual"], Int[Tensor, "group keep"]] | None:
-        """Prunings of a sample, the log-scores that they are drawn by, and the draws; None: it cannot have the budget."""
+    ) -> Draws | None:
+        """Prunings of a sample; None: it cannot have the budget."""
         visible, asking = query.visible[row, 0], int(query.queries[row, 0])
         log_scores, positions = scores[row, 0][visible], query.visual[row][visible]
         keep = self.keep(level, len(positions))
@@ -154,7 +170,22 @@ class Policy(nn.Module):
         actions = plackett_luce.sample(log_scores.detach(), self.settings.group, keep, generator)
         length, span = answer_length(labels[row], asking), self.settings.span
         end = asking + (length if span is None else min(length, span))
-        return Case(row, end, labels[row, asking + 1 : end + 1], positions[actions]), log_scores, actions
+        return Draws(Case(row, end, labels[row, asking + 1 : end + 1], positions[actions]), log_scores, actions)
+
+    def _reward(self, batch: TrunkBatch, draws: Sequence[Draws]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The policy's loss, summed over samples (Eq. 15), and means over them for the log."""
+        loss, figures = torch.zeros((), device=batch.hidden.device), defaultdict[str, list[Tensor]](list)
+        rewarded = answer_likelihoods(batch, [each.case for each in draws], self.twig.config, self.settings.chunk)
+        for each, rewards in zip(draws, rewarded, strict=True):
+            relative, keep = advantages(rewards), each.actions.shape[1]
+            loss = loss + policy_loss(plackett_luce.log_probability(each.log_scores, each.actions), relative)
+            figures["keep"].append(torch.tensor(float(keep)))
+            figures["retain"].append(torch.tensor(average_kept(keep, len(each.log_scores), *self.shape)))
+            figures["reward"].append(rewards.mean())
+            figures["reward_spread"].append(rewards.std())
+            figures["advantage_spread"].append(relative.std())
+            figures["entropy"].append(plackett_luce.first_draw_entropy(each.log_scores.detach()))
+        return loss, {name: torch.stack(values).mean() for name, values in figures.items()}
 
     def _draw_budget(self, step: int) -> int:
         config = self.settings

@@ -2,18 +2,21 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from twigvlm.errors import TwigVLMError
+from twigvlm.errors import TwigVLMError, one_line
 from twigvlm.files import replacing
 from twigvlm.training.distributed import processes
 
 UNFINISHED = "unfinished"
 """Folder in which a checkpoint is written before it is moved to where it is looked for."""
+SIZES = "sizes.json"
+"""File of a checkpoint with the bytes of each of its other files, by which a damaged copy is told."""
 KEPT = 2
 """Checkpoints that are kept, the latest ones."""
 FREE = ("workers", "log_steps", "save_steps", "tensorboard", "gradient_checkpointing")
@@ -27,6 +30,9 @@ def check_room(directory: Path, module: nn.Module, saves: int) -> None:
         directory: of the checkpoints.
         module: what they hold, in float32, with two more numbers for every weight that is trained.
         saves: checkpoints that the run writes.
+
+    Raises:
+        TwigVLMError: names the space in GB (10⁹ bytes) that is free and that is needed.
     """
     parameters = list(module.parameters())
     size = 4 * sum(parameter.numel() * (3 if parameter.requires_grad else 1) for parameter in parameters)
@@ -40,33 +46,71 @@ def check_room(directory: Path, module: nn.Module, saves: int) -> None:
 
 
 def publish(directory: Path, name: str) -> None:
-    """Move a finished checkpoint to where it is looked for, and remove old ones."""
-    mode = (directory / UNFINISHED / name / "trainer_state.json").stat().st_mode
-    for file in (directory / UNFINISHED / name).iterdir():
+    """Move a finished checkpoint from `UNFINISHED` to where it is looked for, and remove all but the latest ones.
+
+    Args:
+        directory: of the checkpoints.
+        name: of the checkpoint, "checkpoint-STEP".
+    """
+    folder, target = directory / UNFINISHED / name, directory / name
+    mode = (folder / "trainer_state.json").stat().st_mode
+    sizes = {}
+    for file in folder.iterdir():
         file.chmod(mode)  # safetensors writes for the owner alone
-    shutil.rmtree(directory / name, ignore_errors=True)
-    os.replace(directory / UNFINISHED / name, directory / name)
+        sizes[file.name] = file.stat().st_size
+    (folder / SIZES).write_text(json.dumps(sizes))
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(folder, target)
     (directory / UNFINISHED).rmdir()
     for old in whole(directory)[:-KEPT]:
-        shutil.rmtree(old)
+        # If the removal is cut off, the next run clears away what is left there.
+        os.replace(old, directory / UNFINISHED)
+        shutil.rmtree(directory / UNFINISHED)
 
 
 def whole(directory: Path) -> list[Path]:
-    """Checkpoints, the latest last."""
+    """The checkpoints in a directory, the latest last. Copies under other names are the user's, and none."""
     found = [file.parent for file in directory.glob("checkpoint-*/trainer_state.json")]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), key=_step)
 
 
 def latest(directory: Path) -> Path | None:
+    """The latest checkpoint in a directory; None: there is none."""
     return next(reversed(whole(directory)), None)
 
 
+def check_checkpoint(checkpoint: Path) -> None:
+    """Refuse a checkpoint that lacks a file or holds one of another size, as a copy that was cut off does.
+
+    Raises:
+        TwigVLMError: names the file.
+    """
+    sizes = _read_json(checkpoint / SIZES) if (checkpoint / SIZES).exists() else {}  # older checkpoints have none
+    for name, size in sizes.items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise TwigVLMError(
+                f"{file}: is missing or was cut off; copy the checkpoint again, or delete its folder to go on from the one "
+                "before"
+            )
+
+
 def check_settings(directory: Path, settings: dict[str, Any], checkpoint: Path | None) -> None:
-    """Keep the settings beside the checkpoints; a run goes on only with the ones it began with, as far as it knew them."""
+    """Keep the settings beside the checkpoints; a run goes on only with the ones it began with, as far as it knew them.
+
+    Args:
+        directory: of the checkpoints.
+        settings: all that the result depends on, by name, and the settings in `FREE`.
+        checkpoint: the one to go on from; None: the run begins.
+
+    Raises:
+        TwigVLMError: a setting has another value than the run began with.
+    """
     file = directory / "settings.json"
     text = json.dumps(settings, indent=1) + "\n"
     if checkpoint is not None and file.is_file():
-        before = json.loads(file.read_text())
+        before = _read_json(file)
         for name, value in json.loads(text).items():
             if name not in FREE and before.get(name, value) != value:
                 raise TwigVLMError(
@@ -76,3 +120,19 @@ def check_settings(directory: Path, settings: dict[str, Any], checkpoint: Path |
     elif processes.is_main():
         with replacing(file) as temporary:
             temporary.write_text(text)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"a JSON {type(found).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise TwigVLMError(
+            f"{file}: cannot be read ({one_line(error)}); copy it again, or start over in another directory"
+        ) from None
+    return found

@@ -59,7 +59,7 @@ class TermTrainer(StagedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss; its terms are kept for the log."""
+        """The loss, as in the Trainer; its terms are kept for the log."""
         loss, outputs = super().compute_loss(model, {**inputs, **self.added_inputs()}, True, num_items_in_batch)
         for name, value in outputs.items():
             if name != "loss":
@@ -90,6 +90,9 @@ class TermTrainer(StagedTrainer):
     def check_weights(self, module: nn.Module) -> None:
         """Refuse weights that are not finite; all processes must call it.
 
+        Args:
+            module: what is trained.
+
         Raises:
             TwigVLMError: a weight is NaN or infinite, in whichever process.
         """
@@ -98,14 +101,18 @@ class TermTrainer(StagedTrainer):
             raise self.diverged("NaN or infinite weights")
 
     def diverged(self, what: str) -> TwigVLMError:
-        """The error of a training that diverged."""
+        """The error of a training that diverged; `what` shows that it did."""
         return TwigVLMError(
             f"{what} by step {self.state.global_step}: the training diverged; start over in another directory with a lower "
             f"learning rate than {self.args.learning_rate:g}"
         )
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Reject accelerate settings that would be ignored."""
+        """Reject accelerate settings that would be ignored.
+
+        Raises:
+            TwigVLMError: mixed precision is asked for, or sharding that a twig cannot have.
+        """
         super().create_accelerator_and_postprocess()
         if self.accelerator.mixed_precision != "no":
             raise TwigVLMError(
@@ -117,6 +124,10 @@ class TermTrainer(StagedTrainer):
 
     def write_checkpoint(self, model: nn.Module, write: Callable[[str], None]) -> None:
         """Write it where nobody looks for checkpoints, and publish it when it is whole.
+
+        Args:
+            model: what is trained.
+            write: writes `checkpoint-STEP` into a folder of this name in the output directory.
 
         Raises:
             TwigVLMError: weights are not finite, or the disk refuses.

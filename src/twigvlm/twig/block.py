@@ -20,16 +20,16 @@ from twigvlm.twig.pruning_head import PruningHead
 
 
 class Twig(nn.Module):
-    """T decoder layers, a final norm, a drafting head, and a P-Head if the config says so.
+    """T decoder layers, a final norm, a drafting head, and a P-Head if the config says so (§3.1).
 
-    All parameters are trainable; nothing of the base is inside.
+    All parameters are trainable, and none of them belongs to the base.
 
     Args:
-        base: the base it grows on; its layers, norm and head are copied, never changed. The twig has its dtype, and lives
-            where its prompts enter the layers.
+        base: the base it grows on; its layers, norm and head are copied, never changed. The twig has its dtype, and lives on the
+            device on which prompts enter its layers.
         config: shape and initialisation.
         draft_token_ids: ids of the tokens it can draft (at most those of the base's head, each once); None: all.
-        fresh: False: its parameters are left without values, for `load_state_dict`.
+        fresh: whether the parameters get values; False: `load_state_dict` will give them.
 
     Raises:
         TwigVLMError: the base has too few layers, the ids are out of range or of another number than the config's, or the
@@ -123,7 +123,14 @@ class Twig(nn.Module):
         masks: Masks,
         view: CacheView | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
-        """Run the twig on states after base layer K; the result goes to `logits`."""
+        """Run the twig on states after base layer K; the result goes to `logits`.
+
+        Args:
+            hidden: the states.
+            inputs: inputs of the same tokens.
+            masks: masks of the pass.
+            view: view of the cache that stores keys and values, and holds earlier ones; None: there is no cache.
+        """
         after = run(self.layers, hidden, inputs, masks, view, self.first_layer_idx)
         if view is not None:
             view.advance(*self.cache_layers, hidden.shape[1])
@@ -136,7 +143,7 @@ class Twig(nn.Module):
         masks: Masks,
         view: CacheView | None = None,
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens width"]]:
-        """The input of the last layer, which visual tokens are ranked by, and what `forward` returns."""
+        """The input of the last layer, by which visual tokens are ranked, and what `forward` returns; arguments as there."""
         before_last = self.last_input(hidden, inputs, masks, view)
         after = run(self.layers[-1:], before_last, inputs, masks, view, self.last_layer_idx)
         if view is not None:
@@ -144,13 +151,21 @@ class Twig(nn.Module):
         return before_last, after
 
     def checkpoint_gradients(self, on: bool) -> None:
-        """In training, keep of each layer its input alone, and run it again for its gradients."""
+        """Choose what training stores of each layer: its input alone, from which its gradients are computed again, or everything.
+
+        Args:
+            on: whether it is the input alone.
+        """
         for layer in self.layers:
             compat.checkpoint_gradients(layer, on)
 
     @torch.no_grad()
     def open_gates(self, base: BaseVLM) -> None:
-        """Open the P-Head's gates to tokens like the base's own, seen in random text; without a P-Head nothing happens."""
+        """Open the P-Head's gates (see `PruningHead.open`), by the states of random text; without a P-Head nothing happens.
+
+        Args:
+            base: the base that the twig grew on.
+        """
         if self.pruning_head is None:
             return
         prompt = base.text_prompt(256)
@@ -166,16 +181,18 @@ class Twig(nn.Module):
         masks: Masks,
         view: CacheView | None = None,
     ) -> Float[Tensor, "batch tokens width"]:
-        """Run all twig layers but the last, whose input ranks visual tokens. The caller ends the pass with `view.advance`."""
+        """Run all twig layers but the last, whose input ranks visual tokens; arguments as for `forward`.
+
+        The caller ends the pass with `view.advance`.
+        """
         return run(self.layers[:-1], hidden, inputs, masks, view, self.first_layer_idx)
 
     def fill(
         self, hidden: Float[Tensor, "batch tokens width"], inputs: TokenInputs, masks: Masks, view: CacheView
     ) -> Float[Tensor, "batch tokens width"]:
-        """Put a prompt into the cache and return the *input* of the last twig layer.
+        """Put a prompt into the cache and return the *input* of the last twig layer; arguments as for `forward`.
 
-        That layer's output at prompt tokens is never used, so only its keys and values are computed: its queries,
-        attention and MLP are saved.
+        That layer's output at prompt tokens is never used, so that its queries, attention and MLP need not be computed.
         """
         before_last = self.last_input(hidden, inputs, masks, view)
         fill(self.layers[-1], before_last, inputs, view, self.last_layer_idx)
@@ -184,16 +201,20 @@ class Twig(nn.Module):
 
     @property
     def cache_layers(self) -> tuple[int, int]:
-        """(start, stop) of the layers of the cache that the twig writes."""
+        """(start, stop): the twig writes layers start..stop-1 of the cache."""
         return self.first_layer_idx, self.first_layer_idx + len(self.layers)
 
     @property
     def last_layer_idx(self) -> int:
-        """Layer of the cache that the last twig layer writes."""
+        """The layer of the cache that the last twig layer writes."""
         return self.first_layer_idx + len(self.layers) - 1
 
     def logits(self, hidden: Float[Tensor, "*positions width"]) -> Float[Tensor, "*positions draft_vocabulary"]:
-        """Norm and head, over the tokens that the twig can draft."""
+        """Logits of the tokens that the twig can draft, by its norm and head.
+
+        Args:
+            hidden: states after the last twig layer.
+        """
         normed = self.norm(hidden)
         if self.head is None and self.head_rows is not None:
             return linear(normed, self.head_rows, self.head_bias)

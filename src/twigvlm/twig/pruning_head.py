@@ -10,14 +10,14 @@ _SPREAD = 1.0  # of the random part: so much that some gates are open to tokens 
 
 
 class PruningHead(nn.Module):
-    """Two linear maps without bias, and the gate g(z) = relu(z)·sigmoid(z).
+    """Two linear maps without bias, W_gq and W_gk, and the gate g(z) = relu(z)·sigmoid(z) (Eq. 7).
 
-    A zero map would stay zero, because g and its slope vanish there; so the maps start at random, where each gate is open
-    to a part of the tokens and every row learns from the first step. `open` moves that start to where it is also of use.
+    A zero map would stay zero, because g and its slope vanish there. So the maps start at random: each gate is open to a part
+    of the tokens, and every row learns from the first step. `open` gives them a better start.
 
     Args:
         width: width of the layer's input.
-        gates: H·d_h, heads times their size.
+        gates: H·d_h, number of the layer's heads times their size.
     """
 
     def __init__(self, width: int, gates: int) -> None:
@@ -29,10 +29,10 @@ class PruningHead(nn.Module):
 
     @torch.no_grad()
     def open(self, inputs: Float[Tensor, "tokens width"]) -> None:
-        """Open most gates to tokens like these, so that a fresh head ranks much as the attention that it stands on.
+        """Open most gates to tokens like these, so that a fresh head ranks much as the attention that it gates.
 
-        Normed inputs of a language model share a strong common direction: a map that reads it off, scaled to g = 1, is the same
-        for nearly all tokens.
+        Normed inputs of a language model share a strong common direction. A map that reads off how far a token goes in that
+        direction, scaled so that g is 1 on average, has nearly the same value for all tokens.
 
         Args:
             inputs: normed inputs of the self-attention at some tokens.
@@ -47,7 +47,7 @@ class PruningHead(nn.Module):
     def gate_queries(
         self, inputs: Float[Tensor, "batch queries width"], queries: Float[Tensor, "batch heads queries head_dim"]
     ) -> Float[Tensor, "batch heads queries head_dim"]:
-        """Gated queries.
+        """g(W_gq x) ⊙ q̃ of some tokens.
 
         Args:
             inputs: normed inputs of the self-attention at the queries.
@@ -58,7 +58,7 @@ class PruningHead(nn.Module):
     def gate_keys(
         self, inputs: Float[Tensor, "batch visual width"], keys: Float[Tensor, "batch kv_heads visual head_dim"]
     ) -> Float[Tensor, "batch heads visual head_dim"]:
-        """Gated keys, repeated to H heads.
+        """g(W_gk X) ⊙ K̃ of visual tokens, in all H heads: keys of grouped-query attention are repeated.
 
         Args:
             inputs: normed inputs of the self-attention at the visual tokens.

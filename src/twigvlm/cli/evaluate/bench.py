@@ -93,7 +93,9 @@ def open_bench(options: EvaluateOptions, validation: str = "", needs_twig: bool 
     questions = everything.chosen(options.kinds, options.limit)
     twig = options.twig or default_twig(options.model)
     if twig is None and needs_twig:
-        raise TwigVLMError(f"model {options.model!r}: needs a twig; give --twig DIR")
+        raise TwigVLMError(
+            f"model {options.model!r}: needs a twig; give --twig DIR, or name only methods and ways to draft that need none"
+        )
     weights = None if twig is None else fetch(twig, FILES, None, None) / WEIGHTS
     if weights is not None and not weights.is_file():
         raise TwigVLMError(f"twig {twig!r}: no twig here ({WEIGHTS} is missing); give a directory made by training")

@@ -1,4 +1,4 @@
-"""Ways to choose visual tokens, one file each, and the published methods by name."""
+"""Ways to choose visual tokens, one in each file, and the published methods by name."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -62,7 +62,7 @@ _FILES = {"visionzip": WEIGHTS, "fitprune": SCHEDULE}
 
 
 def make_pruner(name: str, seed: int = 0) -> Pruner:
-    """A method by name, with what it is to be given after colons.
+    """A method by its name, with what it takes after colons.
 
     For example "visionzip", "fastv:3" (the layer of its cut), "random:0", "visionzip:DIRECTORY" (a tuned projector),
     "fitprune:DIRECTORY" (a calibrated schedule), "visionzip:compacted" (positions as published),
@@ -115,7 +115,7 @@ def make_pruner(name: str, seed: int = 0) -> Pruner:
 
 
 def pruner_by_name(pruner: Pruner | str | None) -> Pruner | None:
-    """A pruner as it was given; None: the twig's own. Raises TwigVLMError if it is none."""
+    """The method that a name or an object stands for; None: the twig's own. Raises TwigVLMError if it is no method."""
     if isinstance(pruner, str):
         return None if pruner == "twig" else make_pruner(pruner)
     if pruner is not None and (isinstance(pruner, type) or not isinstance(pruner, Pruner)):
@@ -127,12 +127,12 @@ def pruner_by_name(pruner: Pruner | str | None) -> Pruner | None:
 
 
 def reads_files(name: str) -> bool:
-    """Whether a method's name says where a file of its own is."""
+    """Whether a method's name holds the directory of a file that the method reads."""
     return _method_file(name) is not None
 
 
 def method_files(names: Iterable[str | None]) -> dict[str, str]:
-    """By the names of methods that read a file of their own, twelve characters that change with what the file holds."""
+    """By the names of those methods that read a file, twelve hexadecimal digits that change with what the file holds."""
     paths = {name: _method_file(name) for name in names if name is not None}
     found = {name: path.read_bytes() for name, path in paths.items() if path is not None and path.is_file()}
     return {name: hashlib.sha256(data).hexdigest()[:12] for name, data in found.items()}
@@ -150,7 +150,7 @@ def listed(method: str) -> str:
 
 
 def described(name: str) -> tuple[str, str, str, str]:
-    """A method's name, where it cuts (of a base of 32 layers), what it needs, and its paper."""
+    """A method's name as `listed` gives it, where it cuts a base of 32 layers, what it looks at, and its paper."""
     if name == "random":
         return listed(name), "after that layer; 0: before the decoder", "", "the floor that any ranking must beat"
     if name == "fitprune":

@@ -1,12 +1,13 @@
-"""Attention of a base layer: FastV's rule at layer K; at a deep layer, the upper bound of the paper's §3.2."""
+"""Attention of a base layer: FastV's ranking at layer K, and the upper bound of the paper's §3.2 at a deep layer."""
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
-from twigvlm.base.layers import project_keys_values
+from twigvlm.base.layers import project_keys
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.methods.twig_attention import Queries, layer_scores
 from twigvlm.pruning.view import TrunkOutput
@@ -21,13 +22,18 @@ class BaseLayerAttention:
     """
 
     layer: int
-    """Counted from 1, as in the paper."""
+    """The layer, or the first of several, counted from 1 as in the paper."""
     queries: Queries = "last"
+    """Whose attention is summed."""
     through: int | None = None
     """Last layer; None: there is one."""
 
-    def __call__(self, trunk: TrunkOutput) -> Tensor:
-        """Scores [batch, tokens]."""
+    def __call__(self, trunk: TrunkOutput) -> Float[Tensor, "batch tokens"]:
+        """Scores in float32; 0 at text tokens.
+
+        Raises:
+            TwigVLMError: the base has no such layers.
+        """
         base, done = trunk.base, trunk.twig.config.trunk_layers
         first, last = self.layer - 1, (self.through or self.layer) - 1
         if not 0 <= first <= last < base.num_layers:
@@ -38,8 +44,9 @@ class BaseLayerAttention:
         scores: list[Tensor] = []
         for index in range(first, last + 1):
             hidden = base.run_layers(hidden, start, index, inputs, trunk.masks)
-            keys, _ = project_keys_values(base.layers[index], hidden, inputs)
-            scores.append(layer_scores(base.layers[index], hidden, keys, trunk.tokens, self.queries))
+            layer = base.layers[index]
+            keys = project_keys(layer, hidden, inputs)
+            scores.append(layer_scores(layer, hidden, keys, trunk.tokens, self.queries))
             start = index
         if len(scores) == 1:
             return scores[0]

@@ -7,20 +7,20 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from twigvlm.pruning.images import ImageTokens, PerImage, Picked, unit
-from twigvlm.pruning.select import greedy_determinant
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked
+from twigvlm.pruning.select import greedy_determinant, unit
 
 _LEAST = 1e-6
 
 
 def embedded_relevance(image: ImageTokens) -> Float[Tensor, " tokens"]:
-    """Mean cosine of each visual token and the embeddings of the text after the image, for bases without a text tower."""
+    """Mean cosine of each visual token and the embeddings of the text after the last image, for bases without a text tower."""
     return unit(image.projected) @ unit(image.question).mean(dim=0)
 
 
 @dataclass(frozen=True)
 class CDPruner(PerImage):
-    """Before the decoder R tokens stay that are likely together under a determinantal point process given the question.
+    """Before the decoder R tokens stay that are likely together under a determinantal point process for the question.
 
     Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity", NeurIPS 2025. The kernel is r_i ·
     cos(i, j) · r_j of projected tokens, with relevances r scaled to 0..1 in each image; the choice is greedy (Chen et al.,

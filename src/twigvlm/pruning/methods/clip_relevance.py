@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
-from twigvlm.pruning.images import ImageTokens, unit
+from twigvlm.pruning.images import ImageTokens
+from twigvlm.pruning.select import unit
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ClipRelevance:
         """Relevance of the tokens of one image.
 
         Raises:
-            TwigVLMError: the base's vision features are not those of this CLIP's vision tower.
+            TwigVLMError: this CLIP has vision features of another width than the base, or the base merges patches.
         """
         clip, features = self.clip, image.features
         weight, width = clip.visual_projection.weight, clip.config.vision_config.hidden_size
@@ -51,10 +52,10 @@ class ClipRelevance:
         return -(unit(patches) @ unit(texts).T).mean(dim=1).to(features.device)
 
     def segments(self, question_ids: Int[Tensor, " text"]) -> Int[Tensor, "segments context"]:
-        """CLIP's tokens of a question.
+        """CLIP's token ids of a question, in segments as long as CLIP's context.
 
         Args:
-            question_ids: token ids of the base.
+            question_ids: the base's token ids of the question.
         """
         text = (
             self.base_tokenizer.decode(question_ids, skip_special_tokens=True).strip().removesuffix(self.ending.strip())

@@ -11,8 +11,9 @@ from torch import Tensor
 from twigvlm.base.layers import project_keys
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Cut, Need, solve_cuts
-from twigvlm.pruning.images import shares, unit
+from twigvlm.pruning.images import shares
 from twigvlm.pruning.question import question_mask
+from twigvlm.pruning.select import best_first, unit
 from twigvlm.pruning.view import CutView
 
 _PIVOTS = 4  # of the image, and as many of the text
@@ -42,7 +43,7 @@ class Dart:
             )
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """One cut: M tokens in K layers, R in the others. Raises TwigVLMError if no R has this average."""
+        """One cut: M tokens in layers 1..K, R in the others. Raises TwigVLMError if no R has this average."""
         counted = (self.layer,) if self.accounting == "true" else (0,)
         (cut,) = solve_cuts((self.layer,), lambda share: (share,), retain, visual, layers, counted)
         if self.accounting == "true":
@@ -50,12 +51,11 @@ class Dart:
         return (Cut(self.layer, min(_SHARES * (cut.keep // _SHARES) + _PIVOTS, visual)),)
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
-        """Prompt by prompt."""
+        """The pivots of each prompt, and the visual tokens that duplicate them the least."""
         tokens, base = view.tokens, view.base
         norms = project_keys(base.layers[view.layer - 1], view.before, tokens.inputs).float().abs().sum(dim=(1, 3))
         states = unit(base.norm(tokens.hidden).to(tokens.hidden).flatten(0, 1)).view(tokens.hidden.shape)
-        asking = question_mask(view.prompt)
-        asking = (asking if tokens.index is None else asking.gather(1, tokens.index)) & tokens.text
+        asking = view.remaining(question_mask(view.prompt))
         stays = torch.zeros_like(tokens.visual)
         for row, count in enumerate(keep):
             visual, text = (part[row].nonzero()[:, 0] for part in (tokens.visual, asking))
@@ -70,18 +70,18 @@ def least_similar(
     text: Int[Tensor, " text"],
     keep: int,
 ) -> Int[Tensor, " keep"]:
-    """The visual pivots, and in turn for each pivot as many others as its share of the rest.
+    """The visual pivots, and for each pivot in turn the least similar tokens, equally many for each pivot.
 
     Args:
-        states: of length 1.
-        norms: norms of the keys.
+        states: states of length 1.
+        norms: L1 norms of the keys, by which pivots are chosen.
         visual: indices of the visual tokens.
-        text: of the text that may be pivots.
-        keep: how many stay; all: every visual token.
+        text: indices of the text tokens that may be pivots.
+        keep: how many visual tokens stay, at most all.
     """
 
     def pivots(among: Tensor, count: int) -> Tensor:
-        return among[norms[among].argsort(descending=True, stable=True)[:count]]
+        return among[best_first(norms[among])[:count]]
 
     kept = pivots(visual, min(_PIVOTS, keep))
     everyone = torch.cat((kept, pivots(text, _PIVOTS)))

@@ -1,8 +1,10 @@
-"""Clusters around density peaks, which SparseVLM recycles tokens by."""
+"""Clusters around density peaks, by which SparseVLM recycles tokens."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from twigvlm.pruning.select import best_first
 
 _CHUNK = 64  # rows of distances that are computed at a time
 
@@ -14,6 +16,11 @@ def density_peaks(
 
     A token's density is exp(−mean squared distance to its nearest tokens, as many as there are clusters); centres are the
     tokens with the largest product of density and distance to the nearest denser token. Of equals the first is chosen.
+    Distances are Euclidean, divided by the square root of the width.
+
+    Args:
+        states: the tokens, in float32.
+        clusters: number of clusters, at most that of the tokens.
     """
     nearest = min(clusters, len(states))
     density = torch.cat([_density(part, states, nearest) for part in states.split(_CHUNK)])
@@ -23,7 +30,7 @@ def density_peaks(
         farthest = distances.max(dim=1).values
         gap = distances.masked_fill(density <= of_part[:, None], float("inf")).min(dim=1).values
         gaps.append(torch.where(gap.isinf(), farthest, gap))
-    centers = (density * torch.cat(gaps)).argsort(descending=True, stable=True)[:clusters]
+    centers = best_first(density * torch.cat(gaps))[:clusters]
     cluster = torch.cat([_distances(part, states[centers]).argmin(dim=1) for part in states.split(_CHUNK)])
     cluster[centers] = torch.arange(len(centers), device=states.device)
     return centers, cluster

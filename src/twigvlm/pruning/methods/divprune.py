@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import torch
 
-from twigvlm.pruning.images import ImageTokens, PerImage, Picked, nearest, unit
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked, nearest
+from twigvlm.pruning.select import unit
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class FastV:
             raise TwigVLMError(f"layer={self.layer}: must be 1 or more, FastV ranks by the attention of that layer")
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """One cut: M tokens in K layers, R in the others. Raises TwigVLMError if no R has this average."""
+        """One cut: M tokens in layers 1..K, R in the others. Raises TwigVLMError if no R has this average."""
         return solve_cuts((self.layer,), lambda share: (share,), retain, visual, layers)
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:

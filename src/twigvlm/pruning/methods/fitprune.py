@@ -34,20 +34,25 @@ class FitPrune:
     paper: ClassVar[str] = "Ye et al., AAAI 2025, arXiv:2409.10197"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LAST_LAYER})
 
+    def __post_init__(self) -> None:
+        falling = list(self.kept) == sorted(self.kept, reverse=True)
+        if not self.kept or not falling or not all(0 < share <= 1 for share in self.kept):
+            raise TwigVLMError("kept: must be shares of more than 0 and at most 1 that never grow; calibrate them")
+
     @classmethod
     @torch.no_grad()
     def calibrated(cls, base: BaseVLM, prompts: Iterable[dict[str, Any]], share: float) -> "FitPrune":
         """The schedule under which both distributions of attention lose as little as possible in every layer.
 
-        Each layer drops the tokens that are in the tails of both, each of mass α; α follows from the budget.
+        Each layer drops the tokens that are in the tails, each of mass α, of both distributions; α follows from the budget.
 
         Args:
             base: the base, `TwigVLM.base`.
-            prompts: the processor's outputs for single prompts; a few tens are enough.
+            prompts: the processor's outputs for single prompts; a few dozen are enough.
             share: R̄/M.
 
         Raises:
-            TwigVLMError: no prompt has visual tokens, or the share is not in 1/L..1.
+            TwigVLMError: no prompt has visual tokens, or the share is not more than 1/L and at most 1.
         """
         if not 1 / base.num_layers < share <= 1:
             raise TwigVLMError(f"share={share:g}: must be more than 1/{base.num_layers}, and at most 1")
@@ -72,16 +77,13 @@ class FitPrune:
         """
         path = Path(folder) / SCHEDULE
         try:
-            kept = tuple(float(share) for share in json.loads(path.read_text(encoding="utf-8"))["kept"])
+            return cls(tuple(float(share) for share in json.loads(path.read_text(encoding="utf-8"))["kept"]))
         except FileNotFoundError:
             raise TwigVLMError(
                 f"schedule {folder!r}: {SCHEDULE} is not there; make one with 'twigvlm train fitprune'"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TwigVLMError(f"{path}: not a schedule ({error!r}); make it again") from None
-        if not kept or not all(0 < share <= 1 for share in kept) or list(kept) != sorted(kept, reverse=True):
-            raise TwigVLMError(f"{path}: not a schedule of shares of 0 to 1 that never grow; make it again")
-        return cls(kept)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the schedule to a directory, for `pruner="fitprune:DIRECTORY"`. Raises TwigVLMError if that is impossible."""
@@ -103,13 +105,20 @@ class FitPrune:
         )
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
-        """The visual tokens with the largest products."""
+        """The visual tokens with the largest products of both kinds of attention."""
         of_visual, of_question = attention_received(view)
         return top_visual(of_visual * of_question, view.tokens.visual, keep)
 
 
 def attention_received(view: CutView) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch tokens"]]:
-    """Attention, maximum over heads, that each visual token gets from visual tokens (mean) and from the question (sum)."""
+    """Attention, maximum over heads, that each visual token gets from visual tokens (mean) and from the question (sum).
+
+    Args:
+        view: at the cut.
+
+    Returns:
+        Both in float32, 0 at text tokens.
+    """
     received = []
     for asking in (view.prompt.visual_mask, question_mask(view.prompt)):
         total = torch.zeros(view.tokens.visual.shape, device=asking.device)

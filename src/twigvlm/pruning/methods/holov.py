@@ -8,6 +8,9 @@ import torch
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Need
 from twigvlm.pruning.images import ImageTokens, PerImage, Picked
+from twigvlm.pruning.select import best_first
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class HoloV(PerImage):
     """
 
     segments: int = 16
+    """Number of segments of an image; an image of fewer tokens has one for each token."""
     paper: ClassVar[str] = "Zou et al., NeurIPS 2025, arXiv:2510.02912"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
 
@@ -31,14 +35,15 @@ class HoloV(PerImage):
         """Choose the tokens of one image. What exceeds a segment goes to those with the largest means that have room."""
         attention = image.importance
         segments = torch.arange(len(image), device=attention.device).tensor_split(min(self.segments, len(image)))
-        means = torch.stack([attention[segment].mean() for segment in segments])
-        ranked = means.argsort(descending=True, stable=True).tolist()
-        quota = [int(share) for share in (means / means.sum() * keep).tolist()]
+        # Attention may vanish in float32, or overflow in a tower in half precision.
+        means = torch.stack([attention[segment].mean() for segment in segments]).nan_to_num()
+        ranked = best_first(means).tolist()
+        quota = [int(share) for share in (means / means.sum().clamp(min=_TINY) * keep).tolist()]
         for index in ranked[: max(0, keep - sum(quota))]:
             quota[index] += 1
         quota = [min(count, len(segment)) for count, segment in zip(quota, segments, strict=True)]
         for index in ranked:
             quota[index] += min(keep - sum(quota), len(segments[index]) - quota[index])
-        by_attention = [segment[attention[segment].argsort(descending=True, stable=True)] for segment in segments]
+        by_attention = [segment[best_first(attention[segment])] for segment in segments]
         chosen = torch.cat([segment[:count] for segment, count in zip(by_attention, quota, strict=True)])
         return Picked(chosen, image.projected[chosen])

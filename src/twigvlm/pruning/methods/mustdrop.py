@@ -33,8 +33,9 @@ class MustDrop:
     """
 
     key_share: float = 0.08
+    """Share of an image's patches that are key tokens, 0 to 1."""
     accounting: Literal["true", "published"] = "true"
-    """"published": R̄ as the authors count it, the layer before a cut with what it leaves."""
+    """"published": R̄ as the authors count it, where the layer before a cut counts with the tokens that the cut leaves."""
     positions: Positions = "kept"
     """"compacted" as published."""
     thresholds: tuple[float, float] = (0.001, 0.001)
@@ -72,13 +73,13 @@ class MustDrop:
         return solve(keys / visual)
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"] | Choice:
-        """The key tokens, then those that the question looks at."""
+        """The key tokens, then the visual tokens that exceed a threshold the furthest."""
         visual = view.tokens.visual
         total, largest = self._attention(view)
         share, single = self.thresholds
         scores = torch.maximum(total / (share * total.sum(dim=1, keepdim=True)), largest / single)
         # Ranks, so that adding their number puts the key tokens before all others and changes no order among them.
-        scores = ranked(scores.nan_to_num(nan=0.0)) + self._is_key(view) * scores.shape[1]
+        scores = ranked(scores) + self._is_key(view) * scores.shape[1]
         return Choice(top_visual(scores, visual, keep), None, self.positions == "compacted")
 
     def _attention(self, view: CutView) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch tokens"]]:
@@ -91,12 +92,11 @@ class MustDrop:
         return total, largest
 
     def _is_key(self, view: CutView) -> Bool[Tensor, "batch tokens"]:
-        """Which of the tokens that are left are key tokens of their prompt."""
+        """True at the key tokens among the tokens that are left."""
         prompt, vision = view.prompt, view.prompt.vision
         assert vision is not None, "it is among what the method needs"
         patch = prompt.visual_mask & (vision.source >= 0)
         given = vision.last_importance[vision.source.clamp(min=0)]
         counts = [ceil(self.key_share * count) for count in patch.sum(dim=1).tolist()]
         keys = top_visual(given, patch, counts)
-        index = view.tokens.index
-        return (keys if index is None else keys.gather(1, index)) & view.tokens.visual
+        return view.remaining(keys)

@@ -7,7 +7,8 @@ import torch
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Need
-from twigvlm.pruning.images import ImageTokens, PerImage, Picked, unit
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked
+from twigvlm.pruning.select import best_first, unit
 
 _CHUNK = 64  # centres whose neighbours are found at a time
 
@@ -37,10 +38,10 @@ class PruMerge(PerImage):
             )
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Choose the centres of one image. The token of all others comes last, at the position of the first that is gone."""
+        """Choose the centres of one image. The token of all others comes last, at the position of the first dropped patch."""
         attention, keys = image.vision.single_head[image.rows], unit(image.vision.last_keys[image.rows])
         attended = min(keep - 1, int((keep - 1) * self.attended + 0.5))
-        first = attention.argsort(descending=True, stable=True)[:attended]
+        first = best_first(attention)[:attended]
         is_center = torch.zeros(len(image), dtype=torch.bool, device=attention.device)
         is_center[first] = True
         others = (~is_center).nonzero()[:, 0]

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twigvlm.pruning.cut import Need
-from twigvlm.pruning.images import ImageTokens, PerImage, Picked, unit
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked
+from twigvlm.pruning.select import best_first, unit
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,13 @@ class PruneSID(PerImage):
 
 
 def principal_groups(features: Float[Tensor, "tokens width"], groups: int) -> Int[Tensor, " tokens"]:
-    """For each token the principal component of sigmoid(features), tokens as variables, with its largest absolute loading."""
-    states = features.sigmoid().T
+    """For each token the number of the principal component of sigmoid(features) in which its absolute loading is the largest.
+
+    Args:
+        features: features; the tokens are the variables of the analysis.
+        groups: number of components.
+    """
+    states = features.sigmoid().nan_to_num().T
     loadings = torch.linalg.svd(states - states.mean(dim=0), full_matrices=False).Vh[:groups]
     return loadings.abs().argmax(dim=0)
 
@@ -57,15 +63,15 @@ def suppressed(
     members: Int[Tensor, " group"],
     max_cosine: float,
 ) -> tuple[Int[Tensor, " group"], int]:
-    """A group's tokens, first those that resemble no more important one, and how many these are.
+    """A group's tokens after non-maximum suppression, and how many of them were not suppressed; these come first.
 
     Args:
-        tokens: of length 1.
-        importance: ranks them.
-        members: members of the group.
-        max_cosine: cosine above which a token resembles another.
+        tokens: features of length 1, of all tokens.
+        importance: importance of all tokens; a less important token is suppressed by a more important one.
+        members: indices of the group's tokens, at least one.
+        max_cosine: cosine above which a token is suppressed.
     """
-    order = members[importance[members].argsort(descending=True, stable=True)]
+    order = members[best_first(importance[members])]
     left, kept = order, []
     while len(left):
         kept.append(left[0])
@@ -78,14 +84,14 @@ def quotas(sizes: Sequence[int], different: Sequence[int], keep: int, with_cls: 
     """How many tokens each group keeps.
 
     Args:
-        sizes: tokens of each group.
-        different: those that resemble no other.
+        sizes: number of tokens of each group, at least 1.
+        different: number of those that are not suppressed, at least 1.
         keep: R.
-        with_cls: whether one of R is the CLS token.
+        with_cls: whether the CLS token is one of the R.
 
     Returns:
-        At least one of each group, the others in proportion to the tokens that resemble no other; at most 5·⌈R/64⌉ and as many as
-        these are, unless R needs more. What is left of R goes first to the groups with the most such tokens.
+        At least one for each group, and the others in proportion to the tokens that are not suppressed. No group keeps more than
+        5·⌈R/64⌉, or more than such tokens, unless R needs it. What is left of R goes first to the groups with the most of them.
     """
     total = keep - with_cls
     limits = [min(5 * ceil(keep / 64), size, each) for size, each in zip(sizes, different, strict=True)]

@@ -13,7 +13,7 @@ from twigvlm.base.token_inputs import TokenInputs, select_tokens
 from twigvlm.pruning.attention_rows import visual_attention
 from twigvlm.pruning.methods.twig_attention import TwigAttention
 from twigvlm.pruning.select import gather_tokens
-from twigvlm.pruning.view import Scorer, TrunkOutput
+from twigvlm.pruning.view import Scorer, TrunkOutput, last_mask
 from twigvlm.twig.block import Twig
 from twigvlm.twig.pruning_head import PruningHead
 
@@ -27,11 +27,16 @@ class VisualQuery:
     visual: Int[Tensor, "batch visual"]
     """Positions of the visual tokens, ascending."""
     visible: Bool[Tensor, "batch queries visual"]
-    """Whether a query is real and stands after a real visual token."""
+    """True where neither of the two is padding and the visual token comes before the query."""
 
     @classmethod
     def at(cls, asking: Bool[Tensor, "batch tokens"], visual_mask: Bool[Tensor, "batch tokens"]) -> "VisualQuery":
-        """From the tokens that ask, and the visual tokens."""
+        """The pairs of the tokens that ask and the visual tokens.
+
+        Args:
+            asking: True at the tokens that ask.
+            visual_mask: True at visual tokens.
+        """
         (queries, asks), (visual, shown) = left_pack(asking), left_pack(visual_mask)
         before = visual[:, None, :] < queries[:, :, None]
         device = asking.device
@@ -85,15 +90,18 @@ def log_visual_attention(
     head: PruningHead | None = None,
     keys: Float[Tensor, "batch kv_heads tokens head_dim"] | None = None,
 ) -> Float[Tensor, "batch queries visual"]:
-    """Logarithm of the attention of a decoder layer restricted to visual tokens, or of a P-Head's s on that layer (Eq. 7).
+    """Logarithm of a decoder layer's attention restricted to visual tokens, or of a P-Head's scores s on that layer (Eq. 7).
 
     Args:
         layer: base or twig layer.
         hidden: its input.
         inputs: inputs of all tokens.
-        query: which tokens attend to which.
+        query: which tokens attend to which visual tokens.
         head: P-Head; None: the layer's own attention.
         keys: the layer's rotated keys of all tokens, where they are known.
+
+    Returns:
+        The logarithm in float32, entry [b, i, j] for the queries and visual tokens of `query`; -inf where they may not attend.
     """
     asking, seen = gather_tokens(hidden, query.queries), gather_tokens(hidden, query.visual)
     queries = ranking_queries(layer, head, asking, select_tokens(inputs, query.queries))
@@ -108,17 +116,19 @@ def log_visual_attention(
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Scores by the twig's P-Head for the last prompt token; leaves the prompt in the twig's cache."""
+    """Scores by the twig's P-Head at the last prompt token (Eq. 8); leaves the prompt in the twig's cache."""
 
-    def __call__(self, trunk: TrunkOutput) -> Tensor:
-        """Scores [batch, tokens]; 0 at text tokens."""
+    def __call__(self, trunk: TrunkOutput) -> Float[Tensor, "batch tokens"]:
+        """Scores in float32, which sum up to 1 in each prompt; 0 at text tokens.
+
+        Raises:
+            TwigVLMError: the model has no twig.
+        """
         twig, tokens = trunk.twig, trunk.tokens
         mask = tokens.visual
         hidden = trunk.fill_twig()
         keys, _ = trunk.view.cache.contents(twig.last_layer_idx, trunk.view.rows)
-        ends = torch.tensor(tokens.lengths, device=mask.device)[:, None] - 1
-        last = torch.zeros_like(mask).scatter(1, ends, True)
-        query = VisualQuery.at(last, mask)
+        query = VisualQuery.at(last_mask(tokens.lengths, mask.shape[1], mask.device), mask)
         shares = log_visual_attention(twig.layers[-1], hidden, tokens.inputs, query, twig.pruning_head, keys)[
             :, 0
         ].exp()

@@ -25,7 +25,7 @@ class PyramidDrop:
     """
 
     layers: tuple[int, ...] = (2, 8, 16)
-    """After which it cuts, of a base of 32 layers; at the same depths of others."""
+    """Layers that it cuts after in a base of 32 layers; in others they lie at the same relative depths."""
     positions: Positions = "kept"
     """"compacted" as published."""
     paper: ClassVar[str] = "Xing et al., CVPR 2025, arXiv:2410.17247"
@@ -36,7 +36,7 @@ class PyramidDrop:
             raise TwigVLMError(f"layers={self.layers}: must be one or more layers, counted from 1 and ascending")
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """Cuts that keep λM, λ²M, λ³M, …; raises TwigVLMError if no λ has this average."""
+        """Cuts that keep λM, λ²M, λ³M, … tokens. Raises TwigVLMError if no λ has this average."""
         powers = range(1, len(self.layers) + 1)
         at = scaled_layers(self.layers, layers)
         return solve_cuts(at, lambda share: [share**power for power in powers], retain, visual, layers)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from twigvlm.base.prompt import Prompt
@@ -18,23 +18,25 @@ from twigvlm.pruning.view import CutView, Tokens, TrunkOutput
 
 @dataclass(frozen=True)
 class RandomScores:
-    """Scores drawn uniformly; a prompt's own tokens and the seed decide the choice, whatever else is in the batch."""
+    """Scores drawn uniformly from 0 to 1. They depend on the prompt's tokens and the seed, not on the rest of a batch."""
 
     seed: int = 0
 
-    def __call__(self, trunk: TrunkOutput) -> Tensor:
-        """Scores [batch, tokens]."""
+    def __call__(self, trunk: TrunkOutput) -> Float[Tensor, "batch tokens"]:
+        """Scores in float32."""
         return _scores(trunk.prompt, trunk.tokens, self.seed)
 
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """One cut that keeps R visual tokens at random. Before the decoder and after layer K it is not the same baseline."""
+    """One cut that keeps R visual tokens at random. The choice depends on the prompt's tokens and the seed.
+
+    Before the decoder and after layer K are different baselines, since later layers see what earlier ones made of all tokens.
+    """
 
     layer: int
-    """0: before the decoder."""
+    """Layer after which it cuts; 0: before the decoder."""
     seed: int = 0
-    paper: ClassVar[str] = ""
     needs: ClassVar[frozenset[Need]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -42,18 +44,18 @@ class RandomTokens:
             raise TwigVLMError(f"layer={self.layer}: must be 0 (before the decoder) or more")
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """One cut. Raises TwigVLMError if no R has this average."""
+        """One cut: M tokens before it, R after it. Raises TwigVLMError if no R has this average."""
         return solve_cuts((self.layer,), lambda share: (share,), retain, visual, layers)
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
-        """A prompt's own tokens and the seed decide, whatever else is in the batch."""
+        """R of the visual tokens, drawn without replacement."""
         return top_visual(_scores(view.prompt, view.tokens, self.seed), view.tokens.visual, keep)
 
 
-def _scores(prompt: Prompt, tokens: Tokens, seed: int) -> Tensor:
+def _scores(prompt: Prompt, tokens: Tokens, seed: int) -> Float[Tensor, "batch tokens"]:
     scores = torch.zeros(tokens.visual.shape)
     for row, (whole, length) in enumerate(zip(prompt.lengths, tokens.lengths, strict=True)):
-        # With one seed for all, a benchmark whose pictures begin at the same place would be measured under a single choice.
+        # With one seed for all prompts, a benchmark of pictures at the same position would be measured under a single choice.
         prompt_seed = zlib.crc32(f"{seed} {prompt.input_ids[row, :whole].tolist()}".encode())
         generator = torch.Generator().manual_seed(prompt_seed)
         scores[row, :length] = torch.rand(length, generator=generator, device="cpu")

@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twigvlm.pruning.cut import Need
-from twigvlm.pruning.images import ImageTokens, PerImage, Picked, unit
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked
+from twigvlm.pruning.select import unit
 
 _CHUNK = 64  # gains that are computed at a time
 _CANDIDATES = 16
@@ -34,15 +35,15 @@ class Scope(PerImage):
 def greedy_cover(
     tokens: Float[Tensor, "tokens width"], weights: Float[Tensor, " tokens"], keep: int
 ) -> Int[Tensor, " keep"]:
-    """Tokens in the order of the greedy choice of the largest weights[j] · Σ_i max(0, cos(i, j) − best_i).
+    """Tokens in the order in which they are chosen, each with the largest weights[j] · Σ_i max(0, cos(i, j) − best_i).
 
-    Gains only shrink while tokens are chosen, so a gain from before bounds one of now: a few are computed in each step, and no
-    table of all similarities is made.
+    Here best_i is the largest cosine of token i and a chosen one. Gains only shrink while tokens are chosen, so that earlier
+    gains bound later ones: only a few are computed in each step, and no table of all similarities is made.
 
     Args:
-        tokens: of length 1.
-        weights: weight of each gain.
-        keep: how many to choose, at most all.
+        tokens: features of length 1.
+        weights: weight of each token's gain, 0 or more.
+        keep: how many tokens are chosen, at most all.
     """
     best = torch.zeros(len(tokens), device=tokens.device)
     bounds = torch.cat([(part @ tokens.T).clamp(min=0).sum(dim=1) for part in tokens.split(_CHUNK)]) * weights

@@ -30,12 +30,12 @@ class ScoutPruner:
     keep: int | None = None
     """R, if it is given instead of an average."""
     select: Select = best
-    """Chooses among the ranked tokens."""
+    """Chooses by the scores."""
     needs: ClassVar[frozenset[Need]] = frozenset({Need.TWIG})
 
     @property
     def scouting_layers(self) -> int:
-        """K: base layers that all tokens pass before the first cut, in addition to what the cuts say."""
+        """K: base layers that all tokens pass to be ranked, in addition to the L layers after the cut."""
         return self.twig.config.trunk_layers
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
@@ -52,7 +52,7 @@ class ScoutPruner:
         return (Cut(0, self.keep),)
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
-        """R of the visual tokens, by their scores."""
+        """R of the visual tokens, by their scores in the shallow model."""
         trunk = self._scouted(view)
         return self.select(checked_scores(self.scorer, trunk), trunk.tokens.hidden, view.tokens.visual, keep)
 

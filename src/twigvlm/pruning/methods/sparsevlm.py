@@ -16,7 +16,7 @@ from twigvlm.pruning.cut import Choice, Cut, Need, scaled_layers, solve_cuts
 from twigvlm.pruning.images import Positions, nearest_published
 from twigvlm.pruning.methods.density_peaks import density_peaks
 from twigvlm.pruning.question import attention_from, question_mask
-from twigvlm.pruning.select import top_visual
+from twigvlm.pruning.select import best_first, top_visual
 from twigvlm.pruning.view import CutView
 
 _LAYERS = (3, 7, 16)
@@ -40,8 +40,9 @@ class SparseVLM:
     """
 
     version: Literal["v1", "v2"] = "v1"
+    """"v2" is what the authors call SparseVLM+."""
     accounting: Literal["true", "published"] = "true"
-    """"published": R̄ as the authors count it, the layers before a cut with what it leaves."""
+    """"published": R̄ as the authors count it, where the layer before a cut counts with the tokens that the cut leaves."""
     positions: Positions = "kept"
     """"compacted" as published for v1, with the means after the other tokens."""
     paper: ClassVar[str] = "Zhang et al., ICML 2025, arXiv:2410.04417"
@@ -52,7 +53,7 @@ class SparseVLM:
             raise TwigVLMError("pruner 'sparsevlm-v2': was not published with other positions; leave out compacted")
 
     def cuts(self, retain: float | None, visual: int, layers: int) -> tuple[Cut, ...]:
-        """The published list whose budget is nearest, scaled. Raises TwigVLMError if no scale has this average."""
+        """The published list whose budget is the nearest, scaled. Raises TwigVLMError if no scale has this average."""
         lists, at = _PUBLISHED[self.version], scaled_layers(_LAYERS, layers)
         if self.accounting == "published" and visual == 576 and retain in lists:
             return tuple(map(Cut, at, lists[int(retain)]))
@@ -78,17 +79,13 @@ class SparseVLM:
 
     def _scores(self, view: CutView) -> Float[Tensor, "batch tokens"]:
         visual, layer = view.tokens.visual, view.base.layers[view.layer - 1]
-        total: Tensor | None = None
-        looks: Tensor | None = None
+        total, looks = torch.zeros(()), torch.zeros(())
         for shares, asks, inputs in attention_from(view, raters(view.prompt)):
             given = shares * asks[:, None, :, None]
             if self.version == "v2":
                 kernel = distance_kernel(rotary_of(layer, inputs), rotary_of(layer, view.tokens.inputs))
                 given = given / kernel[:, None]
-            summed, mass = given.sum(dim=2), (given * visual[:, None, None]).sum(dim=(2, 3))
-            total, looks = (summed, mass) if total is None or looks is None else (total + summed, looks + mass)
-        assert total is not None, "somebody asks"
-        assert looks is not None, "somebody asks"
+            total, looks = total + given.sum(dim=2), looks + (given * visual[:, None, None]).sum(dim=(2, 3))
         if self.version == "v1":
             return total.mean(dim=1)
         heads = looks.topk(max(1, looks.shape[1] // 2), dim=1).indices
@@ -96,7 +93,10 @@ class SparseVLM:
 
 
 def raters(prompt: Prompt) -> Bool[Tensor, "batch tokens"]:
-    """True at text tokens after the image to which visual tokens give more than the mean of a softmax over that text."""
+    """True at the text tokens after the last image that fit it better than the mean; without any, at all of that text.
+
+    The fit is the product of embeddings, as a softmax over the text for each visual token, and the mean of these.
+    """
     chosen = question_mask(prompt)
     for row in range(len(prompt.lengths)):
         text, visual = chosen[row].nonzero()[:, 0], prompt.hidden[row, prompt.visual_mask[row]]
@@ -111,11 +111,11 @@ def raters(prompt: Prompt) -> Bool[Tensor, "batch tokens"]:
 def distance_kernel(
     queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]
 ) -> Float[Tensor, "batch queries tokens"]:
-    """What rotary embeddings make of the product of a query and a key of ones, over its value without them.
+    """The product of a query and a key of ones after rotary embeddings, divided by the product before; at least 0.05.
 
     Args:
-        queries: cosines and sines of their positions, [batch, queries, rotary_dim].
-        keys: of theirs.
+        queries: cosines and sines of the queries' positions, [batch, queries, rotary_dim].
+        keys: cosines and sines of the keys' positions, [batch, tokens, rotary_dim].
     """
 
     def ones(rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -127,7 +127,11 @@ def distance_kernel(
 
 
 def recycling(visual: int, keep: int) -> tuple[int, int]:
-    """How many tokens stay, and how many clusters are made of the others, so that there are `keep` together."""
+    """How many of the visual tokens stay, and how many clusters the others are recycled to; together `keep`.
+
+    As published 30 % of the others and one more are recycled, to a cluster for every ten of them and one more. Where no such
+    numbers sum up to `keep`, nothing is recycled.
+    """
     for count in range(keep, 0, -1):
         if visual == count:
             return count, 0
@@ -142,7 +146,7 @@ def _recycled(
 ) -> tuple[Int[Tensor, " keep"], Float[Tensor, "keep width"]]:
     """Indices and states of the tokens that stay, in their order, followed by those of the clusters' means."""
     count, clusters = recycling(len(visual), keep)
-    ranked = visual[scores[visual].argsort(descending=True, stable=True)]
+    ranked = visual[best_first(scores[visual])]
     kept = ranked[:count].sort().values
     if not clusters:
         return kept, hidden[kept]

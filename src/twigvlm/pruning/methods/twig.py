@@ -33,7 +33,7 @@ class TwigPruner:
     keep: int | None = None
     """R, if it is given instead of an average."""
     select: Select = best
-    """Chooses among the ranked tokens."""
+    """Chooses by the scores."""
     needs: ClassVar[frozenset[Need]] = frozenset({Need.TWIG})
     ranks_once: ClassVar[bool] = True
     """Later cuts use the scores of the first one, so that drafts can follow the prompt when it passes them."""
@@ -55,7 +55,7 @@ class TwigPruner:
         return twig_cuts(keep, *shape)
 
     def choose(self, view: CutView, keep: Sequence[int]) -> Bool[Tensor, "batch tokens"]:
-        """R of the visual tokens, by their scores; after layer K_f φR of those."""
+        """R of the visual tokens by their scores, and after layer K_f φR of those by the same scores."""
         assert view.trunk is not None, "the cuts follow layer K"
         scores, tokens = self._scores(view.trunk), view.tokens
         if tokens.index is not None:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from twigvlm.base.vision import Vision
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Need
-from twigvlm.pruning.images import ImageTokens, PerImage, Picked, nearest, top, unit
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked, nearest, top
 from twigvlm.pruning.projector import tuned_projector
+from twigvlm.pruning.select import unit
 
 
 @dataclass(frozen=True)
 class VisionZip(PerImage):
-    """Before the decoder: d dominant tokens, which are the CLS token and patches that it attends to, and c contextual ones.
+    """Before the decoder: d dominant tokens, the CLS token and the patches that it attends to most, and c contextual ones.
 
     Yang et al., "VisionZip", CVPR 2025. Of the patches that are not dominant every ⌊n/c⌋-th is a contextual token; the
     others are added to the most similar of them (by keys) as the mean of its group, before the projector.
@@ -37,22 +38,22 @@ class VisionZip(PerImage):
             )
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
-        """Choose CLS, dominant patches and contextual tokens. CLS takes the position of the first patch that is gone."""
+        """Choose CLS, dominant patches and contextual tokens. CLS takes the position of the first patch that is dropped."""
         contextual = min(int(keep * self.contextual + 0.5), keep - 1)
         dominant, cls = keep - contextual, image.cls
         if dominant < 2:
             cls = None
         patches = top(image.importance, dominant - (cls is not None))
-        rest = torch.ones(len(image), dtype=torch.bool, device=patches.device)
-        rest[patches] = False
-        others = rest.nonzero()[:, 0]
+        dropped = torch.ones(len(image), dtype=torch.bool, device=patches.device)
+        dropped[patches] = False
+        others = dropped.nonzero()[:, 0]
         features = image.features.float()
         states, indices = [features[patches]], [patches]
         if contextual:
             step = max(1, len(others) // contextual)
             targets = others[::step][:contextual]
-            rest[targets] = False
-            merged = rest.nonzero()[:, 0]
+            dropped[targets] = False
+            merged = dropped.nonzero()[:, 0]
             keys = unit(image.keys)
             _, nearest_target = nearest(keys[merged], keys[targets])
             sums = torch.zeros_like(features[targets]).index_add_(0, nearest_target, features[merged])
@@ -61,11 +62,15 @@ class VisionZip(PerImage):
             indices.append(targets)
         if cls is not None:
             states.insert(0, cls.float())
-            indices.insert(0, rest.nonzero()[:1, 0])
+            indices.insert(0, dropped.nonzero()[:1, 0])
         return Picked(torch.cat(indices), self.project(image.vision, torch.cat(states)))
 
     def project(self, vision: Vision, features: Float[Tensor, "kept features"]) -> Float[Tensor, "kept width"]:
         """Merged features as visual tokens.
+
+        Args:
+            vision: the vision that the features come from.
+            features: merged features, before the projector.
 
         Raises:
             TwigVLMError: the projector cannot be replaced.

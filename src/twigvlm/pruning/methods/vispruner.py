@@ -9,7 +9,8 @@ from torch import Tensor
 
 from twigvlm.errors import TwigVLMError
 from twigvlm.pruning.cut import Need
-from twigvlm.pruning.images import ImageTokens, PerImage, Picked, nearest, unit
+from twigvlm.pruning.images import ImageTokens, PerImage, Picked, nearest
+from twigvlm.pruning.select import best_first, unit
 
 _REMOVED = 8  # tokens that a round of deduplication removes at most
 
@@ -22,7 +23,7 @@ class VisPruner(PerImage):
     """
 
     important: float = 0.5
-    """r, 0 to 1."""
+    """r, share of the kept tokens that attention chooses, 0 to 1."""
     paper: ClassVar[str] = "Zhang et al., ICCV 2025, arXiv:2412.01818v2"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VISION, Need.TOWER_ATTENTION})
 
@@ -34,7 +35,7 @@ class VisPruner(PerImage):
 
     def pick(self, image: ImageTokens, keep: int) -> Picked:
         """Choose the tokens of one image."""
-        ranked = image.importance.argsort(descending=True, stable=True)
+        ranked = best_first(image.importance)
         important = int(keep * self.important)
         kept = ranked[:important]
         if important < keep:
@@ -46,19 +47,20 @@ class VisPruner(PerImage):
 def without_duplicates(
     tokens: Float[Tensor, "tokens width"], ranked: Int[Tensor, " pool"], keep: int
 ) -> Int[Tensor, " keep"]:
-    """A ranked pool without those that, round by round, stand at even places and are the most similar to one at an odd place.
+    """A pool of tokens after rounds of deduplication.
 
-    Rounds end when `keep` are left. In the next round those of the even places that stay come first, the most similar one at
-    their head, and those of the odd places follow, as in the authors' code.
+    Each round splits the pool into tokens of even and of odd rank, and removes up to eight of even rank, those that are the most
+    similar to a token of odd rank. As in the authors' code, the next round ranks the remaining ones of even rank first, the
+    most similar one at their head, and then those of odd rank.
 
     Args:
-        tokens: of length 1.
-        ranked: the pool, the most important ones first.
-        keep: how many are left; at least 1.
+        tokens: features of length 1, of all tokens.
+        ranked: indices of the pool, the most important token first.
+        keep: how many tokens are left; at least 1.
     """
     while len(ranked) > keep:
         even, odd = ranked[::2], ranked[1::2]
         count = min(_REMOVED, len(ranked) - keep, len(even))
         similar = nearest(tokens[even], tokens[odd])[0]
-        ranked = torch.cat((even[similar.argsort(descending=True, stable=True)[count:]], odd))
+        ranked = torch.cat((even[best_first(similar)[count:]], odd))
     return ranked

@@ -116,7 +116,11 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
 
 
 def render(sample: Mapping[str, Any], processor: Any) -> tuple[str, list[tuple[int, int]]]:
-    """A sample of the form of `to_messages` as text, and where in it each answer begins and ends, its end token included.
+    """A sample as text, and where in it each answer begins and ends, in characters, its end token included.
+
+    Args:
+        sample: in the form of `to_messages`.
+        processor: the base's processor, with a chat template.
 
     Raises:
         BrokenSample: the template refuses the conversation or is made for text alone, or a text holds the processor's
@@ -148,6 +152,16 @@ def align(text: str, spans: list[tuple[int, int]], ids: Tensor, processor: Any, 
 
     The processor expands each image's placeholder, so that its ids are the plain text's only between images. Those
     stretches are looked for from the end on, as far back as there are answers.
+
+    Args:
+        text: the rendered sample.
+        spans: first character of each answer, and the one after its last.
+        ids: the processor's ids of the text and its pictures, [tokens].
+        processor: the processor.
+        name: beginning of the message.
+
+    Returns:
+        Ids at answers, `IGNORE` elsewhere, [tokens].
 
     Raises:
         BrokenSample: a stretch is not found.
@@ -223,6 +237,17 @@ def frequent_answer_tokens(samples: Samples, processor: Any, size: int) -> Tenso
     """The `size` most frequent tokens of the answers, ascending: a small vocabulary for the twig to draft from.
 
     Where the answers have fewer, the lowest other ids fill it up. No image is read.
+
+    Args:
+        samples: as `load_samples` returns them.
+        processor: the base's processor, with a chat template and a fast tokenizer.
+        size: V_d, number of tokens.
+
+    Returns:
+        Ids, [size].
+
+    Raises:
+        TwigVLMError: the base has fewer tokens, or the template cannot be trained with.
     """
     tokenizer = processor.tokenizer
     if size > len(tokenizer):

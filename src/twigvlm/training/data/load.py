@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from twigvlm.errors import TwigVLMError, one_line
+from twigvlm.files import numbered_lines, read_text
 from twigvlm.images import is_uri
 from twigvlm.training.data.samples import BrokenSample, Samples, read_sample, to_messages
 from twigvlm.training.distributed import processes
@@ -25,7 +26,7 @@ def load_samples(path: Path, images: Path | None = None, strict: bool = False) -
 
     Args:
         path: a `.json` (a list), `.jsonl` or `.parquet` file, a directory with any of them, or a directory made by
-            `datasets.Dataset.save_to_disk`.
+            `datasets.Dataset.save_to_disk`. A file with another suffix is read as `.json`.
         images: folder that image paths are relative to. None: the directory of the samples.
         strict: make the first broken sample an error.
 
@@ -83,7 +84,12 @@ class _Good:
 
 
 def warn_skipped(error: BrokenSample, before: int) -> None:
-    """One line for a broken sample that is skipped, unless many were reported before."""
+    """One line for a broken sample that is skipped, unless many were reported before.
+
+    Args:
+        error: what is wrong with it.
+        before: broken samples that were reported before.
+    """
     if before < SHOWN:
         _log.warning("skipped %s", error)
     elif before == SHOWN:
@@ -91,7 +97,12 @@ def warn_skipped(error: BrokenSample, before: int) -> None:
 
 
 def summarise(broken: int, total: int) -> None:
-    """One line that counts broken samples, if there were any."""
+    """One line that counts broken samples, if there were any.
+
+    Args:
+        broken: number of broken samples.
+        total: number of all samples.
+    """
     if broken:
         _log.warning("skipped %d of %d samples", broken, total)
 
@@ -118,7 +129,8 @@ def _read(path: Path) -> list[Samples]:
     if path.is_dir() and (path / "dataset_info.json").is_file():
         return [_table(path)]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl", ".parquet"))
+        kinds = (".json", ".jsonl", ".parquet")
+        files = sorted(file for file in path.iterdir() if file.suffix in kinds and file.is_file())
         if not files:
             raise TwigVLMError(f"data {str(path)!r}: holds no .json, .jsonl or .parquet file; name the file of samples")
     elif path.is_file():
@@ -152,16 +164,20 @@ def _table(path: Path) -> Samples:
 
 def _records(file: Path, elsewhere: str) -> list[Any]:
     """What a JSON file holds; `elsewhere` ends the remedies of a file that may not belong to the samples."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        records = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise TwigVLMError(
-            f"data {str(file)!r}: not readable as JSON ({error}); correct it or export it again{elsewhere}"
-        ) from None
+    name = f"data {str(file)!r}"
+    if file.suffix == ".jsonl":
+        return [_parse(line, f"{name}: line {number}", elsewhere) for number, line in numbered_lines(file, name)]
+    records = _parse(read_text(file, name), name, elsewhere)
     if not isinstance(records, list):
         kind = type(records).__name__
-        raise TwigVLMError(f"data {str(file)!r}: holds one JSON {kind}; put the samples in a list{elsewhere}")
+        raise TwigVLMError(f"{name}: holds one JSON {kind}; put the samples in a list{elsewhere}")
     return records
+
+
+def _parse(text: str, name: str, elsewhere: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TwigVLMError(
+            f"{name}: not readable as JSON ({error}); correct it or export it again{elsewhere}"
+        ) from None

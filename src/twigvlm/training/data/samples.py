@@ -42,6 +42,10 @@ class Samples(Protocol):
 def read_sample(samples: Samples, index: int) -> tuple[Any, Any]:
     """A sample, and its id; its index where it has none.
 
+    Args:
+        samples: the samples.
+        index: of the sample, from 0.
+
     Raises:
         BrokenSample: it cannot be read, for example because it holds a corrupt picture that is decoded on the way.
     """
@@ -58,7 +62,7 @@ def read_sample(samples: Samples, index: int) -> tuple[Any, Any]:
 def to_messages(sample: Any, identity: Any, folder: Path | None = None) -> dict[str, Any]:
     """The sample as `{"id", "messages", "images"}`: chat messages made of parts, and their pictures in order.
 
-    A sample that has this form already stays as it is.
+    A sample that has this form already stays as it is. Among the pictures beside the turns, None and "" stand for none.
 
     Args:
         sample: a sample of either kind.
@@ -73,8 +77,9 @@ def to_messages(sample: Any, identity: Any, folder: Path | None = None) -> dict[
     if any(sample.get(key) for key in ("video", "videos", "audio")):
         raise BrokenSample(f"{name}: holds video or audio; drop it, since only pictures are supported")
     messages = list(_turns(sample, name))
-    beside = sample.get("images") if sample.get("images") is not None else sample.get("image")
-    given = iter(beside if isinstance(beside, list | tuple) else [] if beside is None else [beside])
+    beside = sample.get("images") or sample.get("image")
+    # Tables have an empty name, or none, in the rows without a picture.
+    given = iter([one for one in (beside if isinstance(beside, list | tuple) else [beside]) if not _is_empty(one)])
     images: list[Any] = []
     for number, message in enumerate(messages):
         for part in message["content"]:
@@ -82,7 +87,9 @@ def to_messages(sample: Any, identity: Any, folder: Path | None = None) -> dict[
                 inline = part.pop("image")
                 images.append(_image(next(given, None) if inline is None else inline, f"{name}: turn {number}", folder))
     if left := len(list(given)):
-        raise BrokenSample(f"{name}: {left} images too many; put {PLACEHOLDER!r} into the questions, or drop them")
+        raise BrokenSample(
+            f"{name}: images without a place in the questions: {left}; put {PLACEHOLDER!r} there, or drop them"
+        )
     return {"id": identity, "messages": messages, "images": images}
 
 
@@ -136,6 +143,10 @@ def _parts(content: Any, name: str) -> Iterator[dict[str, Any]]:
                 yield {"type": "text", "text": part["text"].strip()}
         else:
             raise BrokenSample(f"{name} holds a part of type {kind!r}; give it 'text' and 'image' alone")
+
+
+def _is_empty(image: Any) -> bool:
+    return image is None or (isinstance(image, str) and not image)
 
 
 def _image(image: Any, name: str, folder: Path | None) -> str | bytes | Image.Image:

@@ -8,7 +8,11 @@ from twigvlm.training.data.dataset import IGNORE
 
 
 def last_prompt_tokens(labels: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
-    """True at each turn's last prompt token, the one before its answer."""
+    """True at each turn's last prompt token, the one before its answer.
+
+    Args:
+        labels: ids at answers, -100 elsewhere.
+    """
     answers = labels != IGNORE
     asking = torch.zeros_like(answers)
     asking[:, :-1] = answers[:, 1:] & ~answers[:, :-1]
@@ -23,7 +27,12 @@ def draw_turns(
 ) -> Bool[Tensor, "batch tokens"]:
     """True at one token in each row: the last prompt token of one of the turns that follow a visual token; all False without.
 
-    With `span`, the token is that one, or any that comes a multiple of `span` tokens after it and has answer tokens after it.
+    Args:
+        labels: ids at answers, -100 elsewhere.
+        visual_mask: True at visual tokens.
+        generator: on the CPU.
+        span: the token may also be any that comes a multiple of `span` tokens after that one and has answer tokens after it;
+            None: it is that one.
     """
     asking = last_prompt_tokens(labels) & (visual_mask.cumsum(dim=1) > 0)
     chosen = torch.zeros_like(asking)
@@ -39,6 +48,11 @@ def draw_turns(
 
 
 def answer_length(labels: Int[Tensor, " tokens"], query: int) -> int:
-    """Tokens of an answer that follow the token at `query`: the last one of the prompt, or one of the answer."""
+    """How many tokens of an answer follow a token.
+
+    Args:
+        labels: ids at answers, -100 elsewhere.
+        query: index of the token, the last one of a prompt or one of its answer.
+    """
     ends = (labels[query + 1 :] == IGNORE).nonzero()
     return int(ends[0]) if len(ends) else len(labels) - query - 1
