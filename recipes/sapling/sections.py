@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 RUNS = "runs/results"
 SHORT, LONG = f"{RUNS}/short", f"{RUNS}/long"
-VALIDATION, MIXED, MANY = f"{RUNS}/validation", f"{RUNS}/mixed", f"{RUNS}/long100"
+VALIDATION, MANY = f"{RUNS}/validation", f"{RUNS}/long100"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ MADE_FIRST = {
     f"{SHORT}/questions.json": f"{_QUESTIONS} test --count 1000 --descriptions 0 --output {SHORT}",
     f"{LONG}/questions.json": f"{_QUESTIONS} test --count 0 --descriptions 200 --long 25 --output {LONG}",
     f"{MANY}/questions.json": f"{_QUESTIONS} test --count 0 --descriptions 100 --long 100 --output {MANY}",
-    f"{MIXED}/questions.json": f"{_QUESTIONS} test --count 60 --descriptions 0 --output {MIXED}",
     f"{VALIDATION}/questions.json": f"{_QUESTIONS} validation --count 160 --descriptions 40 --long 10 --output {VALIDATION}",
     f"{ABLATED}/questions.json": f"{_QUESTIONS} test --count 1000 --descriptions 30 --output {ABLATED}",
     f"{TRAINING}/conversations.json": f"recipes.sapling.questions --split train --count 2000 --output {TRAINING}",
@@ -40,7 +39,7 @@ MADE_FIRST = {
 METHODS = (
     "twig diverse diverse+refocus:0.7 scout attention fastv pyramiddrop sparsevlm sparsevlm-v2 mustdrop "
     f"fitprune:{SCHEDULE} visionzip fastervlm divprune scope dart vispruner cdpruner prunesid holov "
-    "prumerge+ random:0"
+    "prumerge+ random random:0"
 )
 PAGES = {
     "sapling": [
@@ -151,13 +150,12 @@ PAGES = {
         Section(
             "All methods at R̄ = 64",
             "Every published method that this project has, and the twig.",
-            f"twigvlm compare --questions {SHORT}/questions.json --limit 300 --methods {METHODS} --budgets 64 --timed 0 "
-            "--no-figure",
+            f"twigvlm compare --questions {SHORT}/questions.json --methods {METHODS} --budgets 64 --timed 0 --no-figure",
         ),
         Section(
             "All methods under three budgets",
-            "The same on fewer questions.",
-            f"twigvlm compare --questions {MIXED}/questions.json --methods {METHODS} --budgets 192 128 64 --timed 0",
+            "The same on the first 180 questions.",
+            f"twigvlm compare --questions {SHORT}/questions.json --limit 180 --methods {METHODS} --budgets 192 128 64 --timed 0",
         ),
         Section(
             "Speed of the best, with the quality of the same answers",
