@@ -237,6 +237,21 @@ def test_the_figure_names_every_line_even_if_answers_of_one_length_have_no_times
         assert f"<!-- {line.combination.label} -->" in drawn
 
 
+def test_the_legend_of_many_methods_fits(tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure")
+    saved, save = [], figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure, "savefig", lambda self, *args, **options: saved.append(self) or save(self, *args)
+    )
+    base, *_, last = lines(times=False).values()
+    variants = [replace(last.combination.variant, method=f"deep:{layer}") for layer in range(80)]
+    many = [replace(last, combination=replace(last.combination, variant=variant)) for variant in variants]
+    draw_comparison([base, *many], tmp_path / "figure.svg")
+    (legend,) = saved[0].legends
+    assert len(legend.get_texts()) == 81
+    assert legend.get_window_extent().y0 >= 0
+
+
 def test_the_first_questions_of_each_length_are_timed():
     mixed = [question(0), question(1, True), question(2), question(3), question(4, True), question(5, True)]
     assert [one.id for one in timed_questions(mixed, 2)] == ["0", "1", "2", "4"]

@@ -168,11 +168,12 @@ def draw_comparison(lines: Sequence[Line], path: Path) -> None:
     """
     base, lengths = next(line for line in lines if line.combination == BASE), drawn_lengths(lines)
     across = 2 if base.times else 1
-    figure = figure_class()(figsize=(5.5 * across + 2.5, 4 * len(lengths)), layout="constrained", facecolor="white")
-    panels = figure.subplots(len(lengths), across, squeeze=False)
     groups: dict[str, list[Line]] = {}
     for line in lines:
         groups.setdefault(line.combination.label, []).append(line)
+    size = 5.5 * across + 2.5, max(4 * len(lengths), legend_height(len(groups)))
+    figure = figure_class()(figsize=size, layout="constrained", facecolor="white")
+    panels = figure.subplots(len(lengths), across, squeeze=False)
     for length, row in zip(lengths, panels, strict=True):
         drawn = set()  # drafts change the time alone
         for number, (label, members) in enumerate(groups.items()):
@@ -196,6 +197,11 @@ def draw_comparison(lines: Sequence[Line], path: Path) -> None:
     shown = [label for label in groups if label in entries]
     figure.legend([entries[label] for label in shown], shown, loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def legend_height(entries: int) -> float:
+    """Inches that a legend of one column needs in a figure, at a font size of 8."""
+    return 0.3 + 0.18 * entries
 
 
 def percent_and_error(points: Sequence[Accuracy | Speed]) -> tuple[list[float], list[list[float]]]:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from twigvlm.evaluation.figures import figure_class, percent_and_error, show_scores
+from twigvlm.evaluation.figures import figure_class, legend_height, percent_and_error, show_scores
 from twigvlm.evaluation.report import quality_cell
 from twigvlm.evaluation.summary import Accuracy, Speed
 from twigvlm.evaluation.token_origins import Origin
@@ -25,7 +25,8 @@ def draw_times(speeds: Mapping[str, Speed], lengths: Sequence[int], path: Path) 
         lengths: lengths of answers to show, in tokens.
         path: path of the picture.
     """
-    figure = figure_class()(figsize=(1.5 + 0.35 * (len(speeds) + 1) * len(lengths), 4), layout="constrained")
+    size = 1.5 + 0.35 * (len(speeds) + 1) * len(lengths), max(4, legend_height(2 * len(speeds)))
+    figure = figure_class()(figsize=size, layout="constrained")
     axes = figure.subplots()
     for number, (label, speed) in enumerate(speeds.items()):
         per_token = speed.decode / max(1.0, speed.tokens - 1)
